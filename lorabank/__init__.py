@@ -1,0 +1,67 @@
+"""lorabank: one frozen base, many low-rank adapters: trained together, compared, merged and served from the same process.
+
+    bank = lorabank.attach(model)
+    bank.add("formal", lorabank.AdapterConfig(rank=16))
+    with bank.route(["formal", lorabank.BASE]):
+        logits = model(**batch).logits
+
+Names are loaded when they are first used, so that importing lorabank costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "AdapterConfig": "lorabank.config.adapter",
+    "TrainConfig": "lorabank.config.train",
+    "AdapterRun": "lorabank.config.train",
+    "DataConfig": "lorabank.config.train",
+    "EvalConfig": "lorabank.config.train",
+    "SaveConfig": "lorabank.config.train",
+    "Adapter": "lorabank.formats.adapter",
+    "AdapterLayer": "lorabank.formats.adapter",
+    "AdapterBank": "lorabank.bank.bank",
+    "attach": "lorabank.bank.attach",
+    "BASE": "lorabank.bank.routing",
+    "Routing": "lorabank.bank.routing",
+    "combine": "lorabank.merge.combine",
+    "merge": "lorabank.merge.merge",
+    "train": "lorabank.api",
+    "SaveAdapterCallback": "lorabank.train.hf",
+    "LorabankError": "lorabank.errors",
+}
+
+if TYPE_CHECKING:
+    from lorabank.api import train as train
+    from lorabank.bank.attach import attach as attach
+    from lorabank.bank.bank import AdapterBank as AdapterBank
+    from lorabank.bank.routing import BASE as BASE
+    from lorabank.bank.routing import Routing as Routing
+    from lorabank.config.adapter import AdapterConfig as AdapterConfig
+    from lorabank.config.train import AdapterRun as AdapterRun
+    from lorabank.config.train import DataConfig as DataConfig
+    from lorabank.config.train import EvalConfig as EvalConfig
+    from lorabank.config.train import SaveConfig as SaveConfig
+    from lorabank.config.train import TrainConfig as TrainConfig
+    from lorabank.errors import LorabankError as LorabankError
+    from lorabank.formats.adapter import Adapter as Adapter
+    from lorabank.formats.adapter import AdapterLayer as AdapterLayer
+    from lorabank.merge.combine import combine as combine
+    from lorabank.merge.merge import merge as merge
+    from lorabank.train.hf import SaveAdapterCallback as SaveAdapterCallback
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'lorabank' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

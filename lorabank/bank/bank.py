@@ -1,0 +1,418 @@
+"""`AdapterBank`: any number of adapters over one frozen base model."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorabank.bank.init import initial_A
+from lorabank.bank.layers import LoRALayer
+from lorabank.bank.reach import ReachCheck
+from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, check_route, per_row
+from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
+from lorabank.bank.targets import linear_layers, output_head_paths, pattern_value, resolve_targets, unsupported_linear_maps
+from lorabank.bank.configs import as_adapter_config
+from lorabank.config.adapter import AdapterConfig
+from lorabank.errors import AdapterFileError, AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.fingerprint import Fingerprint
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_RESERVED_NAMES = ("base", "BASE", "last", "checkpoints")
+
+
+@dataclass(frozen=True)
+class _Slot:
+    config: AdapterConfig
+    seed: int
+    paths: tuple[str, ...]
+    base_model: str | None = None
+    task_type: str | None = None
+
+
+class AdapterBank:
+    """Owns the trainable tensors of every adapter in every wrapped layer, and decides which rows use which adapter.
+
+    Made by `lorabank.attach(model)`. A layer is wrapped when an adapter first needs it and stays until `detach`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.structure = 0
+        self._slots: dict[str, _Slot] = {}
+        self._layers: dict[str, LoRALayer] = {}
+        self._sticky: Routing | None = None
+        self._only: Routing | None = None
+        self._explicit = False
+        self._warned_dropout: set[str] = set()
+        self._current: ContextVar[Routing | None] = ContextVar("lorabank_routing", default=None)
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._fingerprint: Fingerprint | None = None
+        self._detached = False
+        self._reach = ReachCheck(model)
+        model.requires_grad_(False)
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in the bank, in the order in which they were added."""
+        return tuple(self._slots)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model's first parameter lives."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of the base model, taken once."""
+        if self._fingerprint is None:
+            self._fingerprint = Fingerprint.of(self.model)
+        return self._fingerprint
+
+    def config(self, name: str) -> AdapterConfig:
+        """The configuration of an adapter."""
+        return self._slot(name).config
+
+    def add(self, name: str, config: AdapterConfig | Any, *, seed: int = 0) -> None:
+        """A new, untrained adapter: A random, B zero, so outputs don't change yet.
+
+        `config` is an AdapterConfig, a dict of its fields, or a `peft.LoraConfig`. The start of A depends on `seed`, the layer
+        and the shape alone. Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
+        """
+        self._check_alive()
+        self._check_new_name(name)
+        config = as_adapter_config(config)
+        chosen = resolve_targets(self.model, config)
+        shapes = {}
+        for path in chosen:
+            rank = pattern_value(config.rank_pattern, path, config.rank)
+            shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, path, config.alpha)))
+        slot = _Slot(config=config, seed=seed, paths=tuple(chosen))
+
+        def start(path: str, layer: LoRALayer) -> tuple[Tensor, Tensor | None]:
+            return initial_A(config.init, shapes[path][0], layer.store.in_features, seed, path), None
+
+        self._install(name, slot, shapes, start)
+
+    def load(self, name: str, adapter: Adapter, *, force: bool = False, seed: int = 0) -> None:
+        """Put a trained adapter into the bank under `name`.
+
+        Refuses (FingerprintError) an adapter of another base, unless `force`. Raises AdapterFileError, naming every layer that the
+        model lacks or whose shape differs; the bank is unchanged then.
+        """
+        self._check_alive()
+        self._check_new_name(name)
+        difference = None if adapter.fingerprint is None else adapter.fingerprint.compare(self.fingerprint)
+        if difference is not None and not force:
+            of = f" ({adapter.base_model})" if adapter.base_model else ""
+            raise FingerprintError(
+                f"adapter {name!r} was trained on another base model{of}: {difference}. "
+                "Load the base that it was trained on, or pass force=True to use it all the same."
+            )
+        self._check_fits(name, adapter)
+        shapes = {path: (layer.rank, layer.scaling) for path, layer in adapter.layers.items()}
+        slot = _Slot(adapter.config, seed, tuple(shapes), adapter.base_model, adapter.task_type)
+        self._install(name, slot, shapes, lambda path, _: (adapter.layers[path].A, adapter.layers[path].B))
+
+    def adapter(self, name: str) -> Adapter:
+        """A copy of an adapter's present values, on the CPU, apart from the bank."""
+        slot = self._slot(name)
+        layers = {}
+        for path in slot.paths:
+            part = self._layers[path].slots[name]
+            a, b = part.tensors.A_RI.detach(), part.tensors.B_RO.detach()
+            layers[path] = AdapterLayer(a.to("cpu", copy=True), b.t().to("cpu", copy=True).contiguous(), part.scaling)
+        base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
+        return Adapter(
+            config=slot.config, layers=layers, fingerprint=self.fingerprint, base_model=base_model, task_type=slot.task_type or _task_type(self.model)
+        )
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; its memory is reused by the next one."""
+        slot = self._slot(name)
+        for path in slot.paths:
+            self._layers[path].remove_slot(name)
+        del self._slots[name]
+        self._changed()
+
+    def parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """The trainable leaves of one adapter, or of all: A (rank, in) and B (rank, out) of each layer in turn."""
+        return [p for _, p in self.named_parameters(name)]
+
+    def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """`<layer path>.A` / `.B` and the leaf; with name=None `<adapter>:<layer path>.A`."""
+        for adapter in [name] if name is not None else list(self._slots):
+            prefix = "" if name is not None else f"{adapter}:"
+            for path in self._slot(adapter).paths:
+                tensors = self._layers[path].slots[adapter].tensors
+                yield f"{prefix}{path}.A", tensors.A_RI
+                yield f"{prefix}{path}.B", tensors.B_RO
+
+    def parameter_groups(self, name: str, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict[str, Any]]:
+        """Groups for any torch optimizer: A with `learning_rate`, B with `loraplus_ratio` times it (LoRA+, arXiv:2402.12354)."""
+        named = list(self.named_parameters(name))
+        return [
+            {"params": [p for key, p in named if key.endswith(".A")], "lr": learning_rate},
+            {"params": [p for key, p in named if key.endswith(".B")], "lr": learning_rate * loraplus_ratio},
+        ]
+
+    def summary(self) -> BankSummary:
+        """What is adapted, what is not, and each adapter's parameters. Print it."""
+        heads = output_head_paths(self.model)
+        adapted = {path for slot in self._slots.values() for path in slot.paths}
+        return BankSummary(
+            base_parameters=sum({id(p): p.numel() for n, p in self.model.named_parameters() if n in self._required_grad}.values()),
+            adapters={
+                name: AdapterSummary(
+                    rank=slot.config.rank,
+                    alpha=slot.config.alpha,
+                    parameters=sum(p.numel() for p in self.parameters(name)),
+                    layers=len(slot.paths),
+                    kinds=count_kinds(list(slot.paths)),
+                )
+                for name, slot in self._slots.items()
+            },
+            adapted_layers=len(self._layers),
+            unadapted=count_kinds([path for path in linear_layers(self.model) if path not in adapted and path not in heads]),
+            unsupported=unsupported_linear_maps(self.model),
+        )
+
+    # ---- routing --------------------------------------------------------------------------------------------------
+
+    def routing(
+        self,
+        rows: RowRoute | Sequence[RowRoute] | None = None,
+        *,
+        tokens: Sequence[RowRoute] | None = None,
+        repeat: Repeat | None = None,
+        dropout: DropoutState | None = None,
+    ) -> Routing:
+        """Build a Routing: `rows` is one route for all rows or a list with one a row; `tokens` a list with one a packed token."""
+        self._check_alive()
+        if (rows is None) == (tokens is None):
+            raise RoutingError("route: give either rows (one entry a row, or one name for all) or tokens (one entry a packed token)")
+        each = tokens if tokens is not None else rows
+        if isinstance(each, Sequence) and not isinstance(each, str):
+            for row in dict.fromkeys(r for r in each if isinstance(r, str)):
+                check_route(row, self.names)
+            for row in each:
+                if not isinstance(row, str):
+                    check_route(row, self.names)
+            per = "row" if tokens is None else "token"
+            return per_row(each, device=self.device, repeat=repeat, dropout=dropout, per=per)
+        if each is None:
+            raise RoutingError("route: expected adapter names, got None")
+        check_route(each, self.names)
+        return all_rows(each, self.device)
+
+    @contextlib.contextmanager
+    def route(
+        self,
+        rows: RowRoute | Sequence[RowRoute] | Routing | None = None,
+        *,
+        tokens: Sequence[RowRoute] | None = None,
+        repeat: Repeat | None = None,
+    ) -> Iterator[Routing]:
+        """Put a route in force inside the `with`. Backward uses it too, wherever it is called."""
+        routing = rows if isinstance(rows, Routing) else self.routing(rows, tokens=tokens, repeat=repeat)
+        self._explicit = True
+        previous = self._current.set(routing)
+        try:
+            yield routing
+        finally:
+            self._current.reset(previous)
+
+    def use(self, route: RowRoute | None) -> None:
+        """A route for all rows that stays in force, in every thread, until changed; None takes it back. `with route(...)` goes first."""
+        self._sticky = None if route is None else self.routing(route)
+
+    def route_in_force(self, layer: str = "") -> Routing | None:
+        """The routing for this call, or None when the bank has no adapter. Raises RoutingError when it can't be known."""
+        routing = self._current.get() or self._sticky
+        if routing is None:
+            if not self._slots:
+                return None
+            if self._only is None:
+                raise RoutingError(
+                    f"layer {layer!r}: the bank has {len(self._slots)} adapters ({', '.join(self._slots)}) and no route is in force. "
+                    "Call the model inside `with bank.route(...)`, or choose one with bank.use(name)."
+                )
+            if self._explicit and torch._C._current_graph_task_id() != -1:
+                raise RoutingError(
+                    f"layer {layer!r} is being recomputed in backward and no route was captured for it. Pass context_fn=bank.checkpoint_context "
+                    "to the checkpointing function, keep backward() inside `with bank.route(...)`, or use bank.use(name)."
+                )
+            routing = self._only
+        if not routing.names <= self._slots.keys():
+            gone = ", ".join(sorted(routing.names - self._slots.keys()))
+            raise RoutingError(f"the route in force names {gone}, which was removed from the bank. Build a new route.")
+        if routing.dropout is None and torch.is_grad_enabled():
+            self._warn_dropout(routing)
+        return routing
+
+    def checkpoint_context(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        """`context_fn` for `torch.utils.checkpoint.checkpoint(use_reentrant=False)`: recomputation gets the forward's route."""
+        routing = self._current.get()
+        return contextlib.nullcontext(), contextlib.nullcontext() if routing is None else self.route(routing)
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def check_reached(self) -> None:
+        """Raise UnreachedLayerError when a wrapped layer has not been called by any forward pass so far."""
+        self._reach.check()
+
+    def skip_reach_check(self) -> None:
+        """Don't require that the first forward pass reaches every wrapped layer: some inputs use only a part of the model."""
+        self._reach.close()
+
+    def detach(self) -> nn.Module:
+        """Take every wrapper out: the untouched base model again, with its `requires_grad` as before. Ends the bank."""
+        self._check_alive()
+        for path, layer in self._layers.items():
+            parent, _, child = path.rpartition(".")
+            layer.base.train(layer.training)
+            setattr(self.model.get_submodule(parent), child, layer.base)
+        self._reach.close()
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(self._required_grad.get(name, p.requires_grad))
+        self._layers.clear()
+        self._slots.clear()
+        self._detached = True
+        return self.model
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _slot(self, name: str) -> _Slot:
+        self._check_alive()
+        if name not in self._slots:
+            raise AdapterNameError(f"no adapter {name!r} in the bank; it has: {', '.join(self._slots) or 'none'}{closest(name, self._slots)}")
+        return self._slots[name]
+
+    def _check_alive(self) -> None:
+        if self._detached:
+            raise LorabankError("this bank was detached from its model; call lorabank.attach(model) for a new one")
+
+    def _check_new_name(self, name: str) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("."):
+            raise AdapterNameError(f"adapter name {name!r}: expected letters, digits, '_', '-' or '.', since it becomes a folder's name")
+        if name in _RESERVED_NAMES:
+            raise AdapterNameError(f"adapter name {name!r} is taken by lorabank itself; choose another")
+        if name in self._slots:
+            raise AdapterNameError(f"the bank already has an adapter {name!r}. Choose another name, or bank.remove({name!r}) first.")
+
+    def _check_fits(self, name: str, adapter: Adapter) -> None:
+        layers = linear_layers(self.model)
+        wrong = []
+        for path, part in adapter.layers.items():
+            if path not in layers:
+                wrong.append(f"{path}: the model has no such linear layer{closest(path, layers)}")
+                continue
+            fan_in, fan_out = _features(layers[path])
+            if part.A.shape[1] != fan_in or part.B.shape[0] != fan_out:
+                wrong.append(f"{path}: made for {part.A.shape[1]} → {part.B.shape[0]} features, the model's layer has {fan_in} → {fan_out}")
+        if wrong:
+            more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise AdapterFileError(f"adapter {name!r} doesn't fit this model; nothing was loaded. {'; '.join(wrong[:3])}{more}")
+
+    def _install(
+        self, name: str, slot: _Slot, shapes: dict[str, tuple[int, float]], start: Callable[[str, LoRALayer], tuple[Tensor, Tensor | None]]
+    ) -> None:
+        """Reserve and fill the slot in every layer; on any failure the bank is as before."""
+        done: list[str] = []
+        try:
+            for path, (rank, scaling) in shapes.items():
+                layer = self._wrap(path)
+                tensors = layer.add_slot(name, rank, scaling, slot.config.dropout, slot.seed)
+                done.append(path)
+                a, b = start(path, layer)
+                with torch.no_grad():
+                    tensors.A_RI.copy_(a)
+                    tensors.B_RO.zero_() if b is None else tensors.B_RO.copy_(b.t())
+        except BaseException:
+            for path in done:
+                self._layers[path].remove_slot(name)
+            raise
+        self._warn_ranks(name, shapes)
+        self._slots[name] = slot
+        self._changed()
+
+    def _wrap(self, path: str) -> LoRALayer:
+        if path not in self._layers:
+            parent, _, child = path.rpartition(".")
+            if not path:
+                raise TargetError("the model itself is one linear layer, so there is no place to wrap it: put it into an nn.Sequential or a module of yours")
+            present = self.model.get_submodule(path)
+            if isinstance(present, LoRALayer):
+                raise LorabankError(f"layer {path!r} is wrapped by another bank; detach that one first")
+            layer = LoRALayer(present, path, self)
+            setattr(self.model.get_submodule(parent), child, layer)
+            self._layers[path] = layer
+            self._reach.watch(layer)
+        return self._layers[path]
+
+    def _changed(self) -> None:
+        self.structure += 1
+        self._only = all_rows(next(iter(self._slots)), self.device) if len(self._slots) == 1 else None
+        if self._sticky is not None and not self._sticky.names <= self._slots.keys():
+            self._sticky = None
+
+    def _warn_ranks(self, name: str, shapes: dict[str, tuple[int, float]]) -> None:
+        for path, (rank, _) in shapes.items():
+            store = self._layers[path].store
+            if rank > min(store.in_features, store.out_features):
+                warnings.warn(
+                    f"adapter {name!r}: rank {rank} is above what layer {path!r} ({store.in_features} → {store.out_features}) can use; "
+                    "it costs memory and adds nothing",
+                    stacklevel=4,
+                )
+                return
+
+    def _warn_dropout(self, routing: Routing) -> None:
+        for name in routing.names - self._warned_dropout:
+            self._warned_dropout.add(name)
+            if self._slots[name].config.dropout > 0:
+                warnings.warn(
+                    f"adapter {name!r} has dropout {self._slots[name].config.dropout:g}, which is drawn only inside lorabank's own training step: "
+                    "this forward pass with gradients runs without it",
+                    stacklevel=2,
+                )
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    from lorabank.bank.layers import layer_kind
+
+    kind = layer_kind(layer)
+    if kind is None:
+        raise TargetError(f"{type(layer).__name__} can't be adapted")
+    return kind.features(layer)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's task type by the model class's name, as transformers names its heads."""
+    name = type(model).__name__
+    for suffix, task in (
+        ("ForCausalLM", "CAUSAL_LM"),
+        ("LMHeadModel", "CAUSAL_LM"),
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("ForTokenClassification", "TOKEN_CLS"),
+        ("ForQuestionAnswering", "QUESTION_ANS"),
+        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ):
+        if name.endswith(suffix):
+            return task
+    return None
+
+
+def all_layers(bank: AdapterBank) -> Iterable[LoRALayer]:
+    """The wrapped layers of a bank, for engines and tests."""
+    return bank._layers.values()

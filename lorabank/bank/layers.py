@@ -1,0 +1,226 @@
+"""`LoRALayer`: wraps a base layer where it stands in the model. It is never a subclass of it.
+
+The wrapper shares the base layer's own dictionaries of parameters and buffers, so paths, `state_dict`, `.to()` and code that
+reads `layer.weight` see the base model unchanged. The slots' leaf parameters hang under the child `lora`, which trainers find
+through `named_parameters()` and which writes nothing into a `state_dict`.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorabank.bank.routing import Routing, SlotRows
+from lorabank.bank.storage import RankStore, SlotTensors
+from lorabank.kernels import ops
+from lorabank.kernels.base import BASE_PRODUCTS, BaseProduct
+from lorabank.kernels.segments import DropoutDraw, Segment
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a class of base layer is adapted."""
+
+    product: BaseProduct
+    features: Callable[[nn.Module], tuple[int, int]]
+    """(in, out) of a layer of this class."""
+
+
+def _linear_features(layer: nn.Module) -> tuple[int, int]:
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
+
+
+def _conv1d_features(layer: nn.Module) -> tuple[int, int]:
+    n_in, n_out = layer.get_parameter("weight").shape
+    return n_in, n_out
+
+
+LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
+    nn.Linear: LayerKind(BASE_PRODUCTS["linear"], _linear_features),
+    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], _conv1d_features),
+}
+
+
+def layer_kind(layer: nn.Module) -> LayerKind | None:
+    """How `layer` is adapted, or None. A subclass with a forward of its own is not its base class."""
+    for known, kind in LAYER_KINDS.items():
+        if isinstance(layer, known) and type(layer).forward is known.forward and layer._parameters.get("weight") is not None:
+            return kind
+    return None
+
+
+@dataclass(frozen=True)
+class LayerSlot:
+    """One adapter's part in one layer."""
+
+    tensors: SlotTensors
+    rank: int
+    scaling: float
+    dropout: float
+    seed: int
+
+
+class Router(Protocol):
+    """What a layer asks of its bank."""
+
+    structure: int
+    """Grows by one whenever adapters are added or removed."""
+
+    def route_in_force(self, layer: str) -> Routing | None:
+        """The routing for this call, or None when the bank has no adapter. `layer` is for messages."""
+        ...
+
+
+class SlotParameters(nn.Module):
+    """Shows the slots' leaves to trainers (`model.named_parameters()`), and keeps them out of `state_dict` and `.to(dtype)`."""
+
+    def __init__(self, store: RankStore) -> None:
+        super().__init__()
+        self.__dict__["store"] = store
+
+    def refresh(self) -> None:
+        """Register the store's present leaves, named `A_<adapter>` and `B_<adapter>`."""
+        self._parameters.clear()
+        for name, slot in self.__dict__["store"].slots.items():
+            safe = name.replace(".", "%2E")  # a parameter's name can't hold a dot
+            self.register_parameter(f"A_{safe}", slot.A_RI)
+            self.register_parameter(f"B_{safe}", slot.B_RO)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SlotParameters:
+        return self  # the wrapper moves the store as a whole
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class LoRALayer(nn.Module):
+    """A base layer with the bank's slots beside it."""
+
+    def __init__(self, base: nn.Module, path: str, router: Router) -> None:
+        super().__init__()
+        kind = layer_kind(base)
+        if kind is None:
+            raise TypeError(f"layer {path!r}: {type(base).__name__} can't be adapted")
+        fan_in, fan_out = kind.features(base)
+        weight = base.get_parameter("weight")
+        own = self.__dict__
+        own["base"], own["path"], own["kind"] = base, path, kind
+        own["store"] = RankStore(fan_in, fan_out, weight.device)
+        own["slots"] = {}
+        own["reached"] = False
+        own["router"] = router
+        own["_path_seed"] = zlib.crc32(path.encode())
+        own["_parameters"], own["_buffers"] = base._parameters, base._buffers
+        own["_modules"] = {"lora": SlotParameters(own["store"]), **base._modules}
+        # a hook, even an empty one, keeps nn.TransformerEncoderLayer off its fast path, which would read the weight past us
+        self.register_forward_hook(_no_change)
+        self.train(base.training)
+
+    base: nn.Module
+    path: str
+    kind: LayerKind
+    store: RankStore
+    slots: dict[str, LayerSlot]
+    router: Router
+    reached: bool
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["base"], name)  # in_features and whatever else a model asks its layer for
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(self.base, memo)  # a copy of an attached model is the plain base: routes belong to the original
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.base.__reduce_ex__(protocol)  # and so is a pickled one
+
+    def extra_repr(self) -> str:
+        return f"{self.base!r}, slots={list(self.slots)}"
+
+    def add_slot(self, name: str, rank: int, scaling: float, dropout: float, seed: int) -> SlotTensors:
+        """Reserve room for an adapter; its values are written by the caller."""
+        tensors = self.store.allocate(name, rank)
+        self.slots[name] = LayerSlot(tensors, rank, scaling, dropout, seed)
+        self._slot_parameters.refresh()
+        return tensors
+
+    def remove_slot(self, name: str) -> None:
+        """Give the adapter's room back."""
+        del self.slots[name]
+        self.store.free(name)
+        self._slot_parameters.refresh()
+
+    @property
+    def _slot_parameters(self) -> SlotParameters:
+        child = self._modules["lora"]
+        assert isinstance(child, SlotParameters)
+        return child
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
+        super()._apply(fn, recurse)
+        self.store.to(self.base.get_parameter("weight").device)
+        return self
+
+    def _called_as_is(self) -> bool:
+        """Whether the base layer's own call does more than the plain product, so that it must be called itself."""
+        base = self.base
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return bool(hooked) or "forward" in base.__dict__ or any(p.requires_grad for p in base._parameters.values() if p is not None)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        self.__dict__["reached"] = True
+        routing = self.router.route_in_force(self.path)
+        if routing is None or x.numel() == 0:
+            return self.base(x)
+        units = routing.units_of(x, self.path)
+        used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
+        if not used:
+            return self.base(x)
+        plan = ops.Plan(
+            segments=tuple(self._segment(rows, slot, routing) for rows, slot in used),
+            units=units,
+            route=routing.token,
+            route_id=routing.id,
+            layer=self.path,
+            structure=self.router.structure,
+            structure_now=lambda: self.router.structure,
+        )
+        if self._called_as_is():
+            return ops.add_lora(self.base(x), x, plan)
+        return ops.lora_linear(x, self.base.get_parameter("weight"), self.base._parameters["bias"], self.kind.product, plan)
+
+    def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing) -> Segment:
+        draw = None
+        if routing.dropout is not None and slot.dropout > 0 and rows.examples_U is not None:
+            draw = DropoutDraw(
+                probability=slot.dropout,
+                seed=slot.seed ^ self._path_seed,
+                step=routing.dropout.steps.get(rows.slot, 0),
+                examples_U=rows.examples_U,
+            )
+        return Segment(
+            rows=rows.rows,
+            A_RI=slot.tensors.A_RI,
+            B_RO=slot.tensors.B_RO,
+            scaling=slot.scaling,
+            weights_U=rows.weights_U,
+            dropout=draw,
+        )
+
+
+def _no_change(module: nn.Module, args: Any, output: Any) -> None:
+    return None

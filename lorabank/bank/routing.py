@@ -1,0 +1,182 @@
+"""`Routing`: which rows, or packed tokens, of a batch use which adapters. Built once, shared by every layer.
+
+The routing in force is looked up in this order: the innermost `with bank.route(...)` of the calling context, then the
+sticky `bank.use(...)`, then the bank's only adapter. Backward and recomputation use the one that the forward saw.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from lorabank.errors import AdapterNameError, RoutingError, closest
+from lorabank.kernels.segments import Rows
+
+
+class _Base:
+    """The type of `BASE`."""
+
+    def __repr__(self) -> str:
+        return "BASE"
+
+    def __reduce__(self) -> str:
+        return "BASE"
+
+
+BASE: Final = _Base()
+"""Routes a row to the frozen base alone."""
+
+RowRoute = str | _Base | Mapping[str, float]
+"""One row's route: an adapter's name, `BASE`, or a weighted mixture {"formal": 0.7, "terse": 0.3}."""
+Repeat = tuple[Literal["interleave", "tile"], int]
+"""How a library multiplies rows: beams interleave (row i of the batch is row i // k), guidance tiles (row i mod n)."""
+
+_ROUTE_IDS = itertools.count(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutState:
+    """Which dropout masks a training pass draws. Without it no slot drops anything."""
+
+    steps: Mapping[str, int]
+    """Adapter name to its optimizer step."""
+    examples: Tensor
+    """int64, one a row: the row's identity within its adapter's step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotRows:
+    """The units of one batch that use one slot."""
+
+    slot: str
+    rows: Rows
+    weights_U: Tensor | None = None
+    examples_U: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routing:
+    """A batch's routing. `units` is the size of a layer input's first dimension (or all tokens, for `per="token"`)."""
+
+    per: Literal["all", "row", "token"]
+    plans: Mapping[int, tuple[SlotRows, ...]]
+    """Number of units to the slots' rows. More than one entry when rows may arrive multiplied or not."""
+    names: frozenset[str]
+    """Adapters that take part."""
+    dropout: DropoutState | None = None
+    id: int = field(default_factory=lambda: next(_ROUTE_IDS))
+    token: Tensor = field(init=False)
+    """`id` as a tensor, saved with the activations."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token", torch.tensor(self.id))
+
+    def units_of(self, x: Tensor, layer: str) -> int:
+        """How many units the input x of `layer` has under this routing. Raises RoutingError when it doesn't fit."""
+        if self.per == "all":
+            return 1
+        units = x.shape[0] if self.per == "row" else x.numel() // max(1, x.shape[-1])
+        if units in self.plans:
+            return units
+        expected = " or ".join(str(n) for n in sorted(self.plans))
+        way_out = (
+            'If a library multiplies the rows (beam search, num_return_sequences, guidance), say how: route(rows, repeat=("interleave", k)) '
+            'or ("tile", k). A layer that folds rows and tokens into one dimension needs route(tokens=...).'
+            if self.per == "row"
+            else "Give one entry a token."
+        )
+        raise RoutingError(
+            f"layer {layer!r}: the route names {expected} {self.per}s, but the layer's input has {units} (shape {tuple(x.shape)}). {way_out}"
+        )
+
+
+def all_rows(route: RowRoute, device: torch.device) -> Routing:
+    """Every row, however many there are, uses `route`."""
+    if isinstance(route, _Base):
+        return Routing(per="all", plans={1: ()}, names=frozenset())
+    if isinstance(route, str):
+        return Routing(per="all", plans={1: (SlotRows(slot=route, rows=slice(0, 1)),)}, names=frozenset([route]))
+    rows = tuple(
+        SlotRows(slot=name, rows=slice(0, 1), weights_U=None if weight == 1 else torch.tensor([float(weight)], device=device))
+        for name, weight in route.items()
+    )
+    return Routing(per="all", plans={1: rows}, names=frozenset(route))
+
+
+def per_row(
+    rows: Sequence[RowRoute],
+    *,
+    device: torch.device,
+    repeat: Repeat | None = None,
+    dropout: DropoutState | None = None,
+    per: Literal["row", "token"] = "row",
+) -> Routing:
+    """One route a row (or a token). With `repeat` the rows may also arrive multiplied."""
+    if not rows:
+        raise RoutingError("route: an empty list of rows. Give one adapter name, BASE or mixture for each row of the batch.")
+    plans = {len(rows): _slot_rows(rows, device, dropout)}
+    if repeat is not None:
+        multiplied = _multiply(rows, repeat)
+        if dropout is not None:
+            raise RoutingError("route: rows that a library multiplies can't draw dropout; leave out repeat= in training.")
+        plans[len(multiplied)] = _slot_rows(multiplied, device, None)
+    names = frozenset(slot.slot for slot in plans[len(rows)])
+    return Routing(per=per, plans=plans, names=names, dropout=dropout)
+
+
+def _multiply(rows: Sequence[RowRoute], repeat: Repeat) -> list[RowRoute]:
+    how, times = repeat
+    if not isinstance(times, int) or times < 1:
+        raise RoutingError(f"route: repeat=({how!r}, {times!r}) needs a whole number of copies ≥ 1")
+    if how == "interleave":
+        return [row for row in rows for _ in range(times)]
+    if how == "tile":
+        return [row for _ in range(times) for row in rows]
+    raise RoutingError(f"route: repeat={how!r} is unknown; use 'interleave' (beams) or 'tile' (guidance){closest(how, ['interleave', 'tile'])}")
+
+
+def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutState | None) -> tuple[SlotRows, ...]:
+    indices: dict[str, list[int]] = {}
+    weights: dict[str, list[float]] = {}
+    for i, row in enumerate(rows):
+        if isinstance(row, _Base):
+            continue
+        for name, weight in ({row: 1.0} if isinstance(row, str) else row).items():
+            indices.setdefault(name, []).append(i)
+            weights.setdefault(name, []).append(float(weight))
+    slots = []
+    for name, where in indices.items():
+        contiguous = where[-1] - where[0] + 1 == len(where)
+        slots.append(
+            SlotRows(
+                slot=name,
+                rows=slice(where[0], where[-1] + 1) if contiguous else torch.tensor(where, device=device),
+                weights_U=None if all(w == 1 for w in weights[name]) else torch.tensor(weights[name], device=device),
+                examples_U=None if dropout is None else dropout.examples[torch.tensor(where)].to(device),
+            )
+        )
+    return tuple(slots)
+
+
+def check_route(route: RowRoute, known: Sequence[str]) -> None:
+    """Raise unless `route` names only adapters in `known`, or is BASE."""
+    if isinstance(route, _Base):
+        return
+    if isinstance(route, str):
+        names: Sequence[str] = [route]
+    elif isinstance(route, Mapping):
+        names = list(route)
+        bad = {name: weight for name, weight in route.items() if isinstance(weight, bool) or not isinstance(weight, int | float)}
+        if not names or bad:
+            raise RoutingError(f"route: a mixture is {{adapter name: weight}}, such as {{'formal': 0.7, 'terse': 0.3}}; got {route!r}")
+    else:
+        raise RoutingError(f"route: expected an adapter's name, BASE or {{name: weight}}, got {route!r}")
+    for name in names:
+        if name not in known:
+            have = ", ".join(known) or "none"
+            raise AdapterNameError(f"no adapter {name!r} in the bank; it has: {have}{closest(name, known)}")

@@ -1,0 +1,99 @@
+"""Where a layer's slots keep their tensors: one capacity buffer a role, each slot a range of ranks in it.
+
+A slot's leaf Parameters are views of its range, so an optimizer holds them like any others while a kernel sees one buffer.
+Growth re-points the leaves; their identity, and with it their optimizer state, stays.
+Shapes: A (capacity, I) and B (capacity, O), the slot's range [start, stop) along the first dimension of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+GRANULE = 16
+"""Capacity grows in steps of at least this many ranks."""
+
+
+@dataclass(frozen=True)
+class SlotTensors:
+    """One slot's part of a layer."""
+
+    start: int
+    stop: int
+    A_RI: nn.Parameter
+    B_RO: nn.Parameter
+
+
+class RankStore:
+    """The capacity buffers of one layer and the slots in them."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+        self.in_features, self.out_features, self.device = in_features, out_features, device
+        self.slots: dict[str, SlotTensors] = {}
+        self._dtype = torch.float32
+        self._A_RI = torch.zeros(0, in_features, device=device)
+        self._B_RO = torch.zeros(0, out_features, device=device)
+
+    @property
+    def capacity(self) -> int:
+        """Ranks that the buffers hold, in use or spare."""
+        return self._A_RI.shape[0]
+
+    @property
+    def ranks_in_use(self) -> int:
+        """Ranks that belong to a slot."""
+        return sum(slot.stop - slot.start for slot in self.slots.values())
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """The whole of A and B, spare ranks included."""
+        return self._A_RI, self._B_RO
+
+    def allocate(self, name: str, rank: int) -> SlotTensors:
+        """Reserve `rank` rows for `name`; their content is left as it is."""
+        start = self._find(rank)
+        if start + rank > self.capacity:
+            self._grow(start + rank)
+        stop = start + rank
+        slot = SlotTensors(start, stop, nn.Parameter(self._A_RI[start:stop].data), nn.Parameter(self._B_RO[start:stop].data))
+        self.slots[name] = slot
+        return slot
+
+    def free(self, name: str) -> None:
+        """Give the slot's ranks back; they are reused by a later slot."""
+        del self.slots[name]
+
+    def to(self, device: torch.device) -> None:
+        """Move the buffers and re-point the leaves. Adapters keep their dtype: it doesn't follow the base's."""
+        if device != self.device:
+            self._replace(self._A_RI.to(device), self._B_RO.to(device))
+            self.device = device
+
+    def _find(self, rank: int) -> int:
+        """First gap of at least `rank` rows (after the last slot there is always one)."""
+        start = 0
+        for slot in sorted(self.slots.values(), key=lambda s: s.start):
+            if slot.start - start >= rank:
+                return start
+            start = slot.stop
+        return start
+
+    def _grow(self, needed: int) -> None:
+        # doubling keeps the number of re-pointings logarithmic when hundreds of adapters are added one by one
+        target = max(needed, min(2 * self.capacity, self.capacity + 256))
+        capacity = -(-target // GRANULE) * GRANULE
+        a = torch.zeros(capacity, self.in_features, device=self.device)
+        b = torch.zeros(capacity, self.out_features, device=self.device)
+        a[: self.capacity] = self._A_RI
+        b[: self.capacity] = self._B_RO
+        self._replace(a, b)
+
+    def _replace(self, a: Tensor, b: Tensor) -> None:
+        self._A_RI, self._B_RO = a, b
+        for slot in self.slots.values():
+            for leaf, buffer in ((slot.A_RI, a), (slot.B_RO, b)):
+                leaf.data = buffer[slot.start : slot.stop]
+                if leaf.grad is not None and leaf.grad.device != buffer.device:
+                    leaf.grad = leaf.grad.to(buffer.device)

@@ -1,0 +1,53 @@
+"""`bank.summary()`: what is adapted, what isn't, and how many parameters each adapter has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSummary:
+    """One adapter of a bank."""
+
+    rank: int
+    alpha: float
+    parameters: int
+    layers: int
+    kinds: Mapping[str, int]
+    """Last part of the adapted layers' paths to their number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankSummary:
+    """A bank at one moment. Printing it gives a table."""
+
+    base_parameters: int
+    adapters: Mapping[str, AdapterSummary]
+    adapted_layers: int
+    unadapted: Mapping[str, int]
+    """Kinds of linear layer that no adapter changes, to their number."""
+    unsupported: Mapping[str, str]
+    """Linear maps that can't be adapted yet, by path, with the reason."""
+
+    def __str__(self) -> str:
+        lines = [f"base model: {self.base_parameters:,} frozen parameters, {self.adapted_layers} layers wrapped"]
+        for name, a in self.adapters.items():
+            share = 100 * a.parameters / max(1, self.base_parameters)
+            kinds = ", ".join(f"{kind} × {count}" for kind, count in a.kinds.items())
+            lines.append(f"  {name}: rank {a.rank}, alpha {a.alpha:g}, {a.parameters:,} parameters ({share:.2f} % of the base) in {a.layers} layers: {kinds}")
+        if not self.adapters:
+            lines.append("  no adapters yet")
+        if self.unadapted:
+            lines.append("  not adapted: " + ", ".join(f"{kind} × {count}" for kind, count in self.unadapted.items()))
+        for path, why in list(self.unsupported.items())[:5]:
+            lines.append(f"  can't be adapted: {path}: {why}")
+        if len(self.unsupported) > 5:
+            lines.append(f"  … and {len(self.unsupported) - 5} more that can't be adapted")
+        return "\n".join(lines)
+
+
+def count_kinds(paths: list[str]) -> dict[str, int]:
+    """How often each last path component occurs, in order of first appearance."""
+    return dict(Counter(path.rpartition(".")[2] for path in paths))

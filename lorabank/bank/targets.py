@@ -1,0 +1,228 @@
+"""Which layers an adapter changes: the language of `targets`, `exclude` and `layers`, and its resolution on a model.
+
+A part of `targets` is one of
+  - `all-linear`: every linear layer but the output head;
+  - a role: `q k v o attention cross-attention mlp`;
+  - a module name (`q_proj`), or a path's end (`self_attn.q_proj`);
+  - a glob (`model.layers.*.mlp.*_proj`), or a regular expression that matches a whole path (`re:.*\\.[qk]_proj`).
+A part that matches no layer is an error: a target never fails in silence.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from lorabank.bank.layers import LoRALayer, layer_kind
+from lorabank.config.adapter import AdapterConfig
+from lorabank.errors import TargetError, closest
+
+T = TypeVar("T")
+
+ALL_LINEAR = "all-linear"
+
+_Q = frozenset("q_proj q_lin query query_proj q to_q wq Wq q_a_proj q_b_proj".split())
+_K = frozenset("k_proj k_lin key key_proj k to_k wk Wk".split())
+_V = frozenset("v_proj v_lin value value_proj v to_v wv Wv".split())
+_O = frozenset("o_proj out_proj out_lin o to_out wo_attn c_proj dense".split())
+_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention|(^|\.)attn2(\.|$)", re.IGNORECASE)
+_ATTENTION = re.compile(r"att", re.IGNORECASE)
+
+
+def _parents(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _in_attention(path: str) -> bool:
+    return any(_ATTENTION.search(part) for part in _parents(path).split("."))
+
+
+def _in_block(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+ROLES: Mapping[str, Callable[[str], bool]] = {
+    "q": lambda path: _leaf(path) in _Q,
+    "k": lambda path: _leaf(path) in _K,
+    "v": lambda path: _leaf(path) in _V,
+    "o": lambda path: _leaf(path) in _O and _in_attention(path),
+    "attention": _in_attention,
+    "cross-attention": lambda path: _in_attention(path) and bool(_CROSS.search(path)),
+    "mlp": lambda path: _in_block(path) and not _in_attention(path),
+}
+"""Role → whether a linear layer's path plays it. Names follow transformers' and diffusers' modules."""
+
+
+def output_head_paths(model: nn.Module) -> set[str]:
+    """Paths of the modules that map to the vocabulary; empty for a model that doesn't say."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, LoRALayer):
+        head = head.base
+    return {path for path, module in model.named_modules() if head is not None and _unwrapped(module) is head}
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, LoRALayer) else module
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that can be adapted, by path, the output head included. Wrapped ones count as their base."""
+    bypassed = _fused_away(model)
+    return {path: _unwrapped(m) for path, m in _own_modules(model) if layer_kind(_unwrapped(m)) is not None and path not in bypassed}
+
+
+def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Modules of the base model: not the children of our wrappers."""
+    wrapped = tuple(path + "." for path, m in model.named_modules() if isinstance(m, LoRALayer))
+    return ((path, m) for path, m in model.named_modules() if not path.startswith(wrapped))
+
+
+def _fused_away(model: nn.Module) -> dict[str, str]:
+    """Layers that look linear and are never called, with the reason."""
+    return {
+        f"{path}.out_proj".lstrip("."): "nn.MultiheadAttention reads its weight and never calls it"
+        for path, m in model.named_modules()
+        if isinstance(m, nn.MultiheadAttention)
+    }
+
+
+def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
+    """Linear maps that can't be adapted yet: path to the reason. `all-linear` refuses a model that has any."""
+    found = dict(_fused_away(model))
+    heads = output_head_paths(model)
+    for path, module in _own_modules(model):
+        module = _unwrapped(module)
+        if path in heads or path in found or layer_kind(module) is not None:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            found[path] = "nn.MultiheadAttention's fused q, k, v projection is not supported yet"
+        elif isinstance(module, nn.Linear):
+            found[path] = f"{type(module).__name__} has a forward or weight of its own"
+        elif isinstance(module, nn.Bilinear):
+            found[path] = "bilinear maps are not supported"
+        elif _looks_linear(module):
+            found[path] = f"{type(module).__name__} is not supported yet"
+        elif _stacked_weights(module):
+            found[path] = f"{type(module).__name__} holds stacked expert weights ({', '.join(_stacked_weights(module))}), not supported yet"
+    return found
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    names = vars(module)
+    weight = module._parameters.get("weight")
+    return "in_features" in names and "out_features" in names and weight is not None and weight.ndim == 2
+
+
+def _stacked_weights(module: nn.Module) -> list[str]:
+    """Names of 3-D weights with one matrix an expert. Convolutions and position tables aren't."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return []
+    return [name for name, p in module._parameters.items() if p is not None and p.ndim == 3 and min(p.shape) > 1 and p.is_floating_point()]
+
+
+def as_list(value: str | Sequence[str]) -> list[str]:
+    """One name or several, as a list."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether one part of `targets` (not `all-linear`) matches a linear layer's path."""
+    if pattern in ROLES:
+        return ROLES[pattern](path)
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """The value of the first of PEFT's patterns (regular expressions on the path's end) that matches."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The layers that `config` adapts, by path, in the model's order. Raises TargetError when any part matches nothing."""
+    layers = linear_layers(model)
+    heads = output_head_paths(model)
+    chosen: set[str] = set()
+    for part in as_list(config.targets):
+        if part == ALL_LINEAR:
+            _refuse_partial(model, config)
+            found = {path for path in layers if path not in heads}
+        else:
+            found = {path for path in layers if _part_matches(part, path)}
+        if not found:
+            raise TargetError(_no_match("targets", part, layers, model))
+        chosen |= found
+    for part in as_list(config.exclude):
+        found = {path for path in [*layers, *unsupported_linear_maps(model)] if _part_matches(part, path)}
+        if not found:
+            raise TargetError(_no_match("exclude", part, layers, model))
+        chosen -= found
+    if config.layers is not None:
+        chosen = _in_layers(chosen, config.layers)
+    if not chosen:
+        raise TargetError(f"targets {as_list(config.targets)!r} less exclude {as_list(config.exclude)!r} leave no layer to adapt")
+    for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            if not any(re.match(rf"(.*\.)?({key})$", path) for path in chosen):
+                raise TargetError(f"{name}[{key!r}] matches none of the {len(chosen)} adapted layers{closest(key, {_leaf(p) for p in chosen})}")
+    return {path: layer for path, layer in layers.items() if path in chosen}
+
+
+def _part_matches(part: str, path: str) -> bool:
+    try:
+        return matches(part, path)
+    except re.error as error:
+        raise TargetError(f"targets: {part!r} is no regular expression: {error}") from error
+
+
+def _refuse_partial(model: nn.Module, config: AdapterConfig) -> None:
+    unsupported = unsupported_linear_maps(model)
+    left = {p: why for p, why in unsupported.items() if not any(matches(e, p) for e in as_list(config.exclude))}
+    if left:
+        shown = "; ".join(f"{path} ({why})" for path, why in list(left.items())[:3])
+        more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
+        raise TargetError(
+            f"targets: 'all-linear' would leave {len(left)} linear maps unadapted: {shown}{more}. "
+            "Name the layers that you want (such as targets=['attention']), or exclude these on purpose."
+        )
+
+
+def _in_layers(paths: set[str], wanted: Sequence[int]) -> set[str]:
+    """Paths in the wanted blocks: the block's index is the first number in a path."""
+    indices = {path: next((int(part) for part in path.split(".") if part.isdigit()), None) for path in paths}
+    present = {i for i in indices.values() if i is not None}
+    missing = sorted(set(wanted) - present)
+    if missing:
+        have = f"blocks {min(present)} to {max(present)}" if present else "no numbered blocks"
+        raise TargetError(f"layers: no block {', '.join(map(str, missing))}; the targeted layers have {have}")
+    return {path for path, index in indices.items() if index in set(wanted)}
+
+
+def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: nn.Module) -> str:
+    unsupported = {path: why for path, why in unsupported_linear_maps(model).items() if part not in ROLES and matches(part, path)}
+    if unsupported:
+        path, why = next(iter(unsupported.items()))
+        return f"{setting}: {part!r} names {path}, which can't be adapted: {why}"
+    modules = {path: module for path, module in model.named_modules() if path and part not in ROLES and matches(part, path)}
+    if modules:
+        path, module = next(iter(modules.items()))
+        return f"{setting}: {part!r} names {path}, a {type(module).__name__}, which can't be adapted yet; linear layers can"
+    names = sorted({_leaf(path) for path in layers})
+    hint = closest(part, [*names, *ROLES, ALL_LINEAR])
+    fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""
+    return f"{setting}: {part!r} matches no linear layer of the model{hint}{fused}. It has: {', '.join(names) or 'none'}"

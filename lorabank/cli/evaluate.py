@@ -1,0 +1,81 @@
+"""`lorabank eval`: base and adapters scored on the same held-out rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lorabank.cli.loading import add_source, run_config
+from lorabank.cli.parser import CommandParser, names, positive
+from lorabank.config.train import DataConfig
+from lorabank.errors import ConfigError
+
+EXAMPLES = """\
+examples:
+  lorabank eval out/support                                         the run's own held-out rows
+  lorabank eval out/support --adapters formal,terse,base --data test.jsonl --metrics loss,bleu,chrf
+  lorabank eval Qwen/Qwen3-0.6B --data test.jsonl --metrics mymetrics:politeness
+
+metrics: loss, perplexity, exact_match, bleu, chrf, rouge, or module:function
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
+    """Arguments of `eval`."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="score the base and adapters on held-out rows",
+        description="Score the base and adapters on the same held-out rows and print one table.",
+        epilog=EXAMPLES,
+    )
+    add_source(parser)
+    rows = parser.add_argument_group("rows")
+    rows.add_argument(
+        "--data", metavar="ROWS", help="file, folder or datasets id (default: the run's test rows, else validation rows)"
+    )
+    rows.add_argument("--metrics", type=names, metavar="NAMES", help="commas between (default: the run's, else loss)")
+    rows.add_argument("--max-rows", type=positive, metavar="N", help="score only the first rows")
+    rows.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the run's, else 128)")
+    rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows a pass (default: %(default)s)")
+    rows.add_argument("--json", metavar="FILE", help="write the scores there too")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and print."""
+    config = run_config(args.run_folder)
+    if config is None and not args.data:
+        raise ConfigError(f"--data: missing. {args.run_folder} holds no run whose held-out rows could be used.")
+    data = config.data if config else DataConfig()
+    if args.data:
+        data = replace(data, train=None, val=None, test=args.data, val_split=0, test_split=0)
+    metrics = args.metrics or list(config.eval.metrics if config else ("loss",))
+    from lorabank import api
+
+    scores = api.evaluate(
+        args.run_folder,
+        args.adapters,
+        data,
+        metrics=metrics,
+        max_rows=args.max_rows,
+        max_new_tokens=args.max_new_tokens or (config.eval.max_new_tokens if config else 128),
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    print_scores(scores)
+    if args.json:
+        Path(args.json).write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
+    """One row a model, the best of each column bold."""
+    from rich.console import Console
+
+    from lorabank.train.tables import metrics_table
+
+    Console().print(metrics_table(scores))

@@ -1,0 +1,93 @@
+"""What the commands that talk to a trained run share: its flags, its own settings, and loading it with a word about it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabank.cli.parser import CommandParser, names, positive
+from lorabank.config.train import TrainConfig
+from lorabank.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorabank.api import LoadedRun
+
+BASE_NAME = "base"
+
+
+def add_source(parser: CommandParser, example: str = "out/support") -> None:
+    """The run and the adapters."""
+    parser.add_argument("run_folder", metavar="RUN", help=f"run folder such as {example}, an adapter folder, or a base model")
+    parser.add_argument(
+        "--adapters",
+        metavar="NAMES",
+        type=names,
+        help="which, commas between; `base` is the model without (default: all and base)",
+    )
+    add_machine(parser)
+
+
+def add_machine(parser: CommandParser) -> None:
+    """Where the model runs."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="storage of the base (default: %(default)s)"
+    )
+
+
+def add_sampling(parser: CommandParser, *, temperature: float, max_new_tokens: int) -> None:
+    """How answers are drawn."""
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--max-new-tokens", type=positive, default=max_new_tokens, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="X",
+        help="0 takes the likeliest token; 1 draws as the model says (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="draw from the likeliest tokens of this joint share (default: %(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=42, metavar="N", help="of the draws (default: %(default)s)")
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a temperature or share out of range."""
+    if not 0 <= args.temperature <= 10:
+        raise ConfigError(f"--temperature: expected a number between 0 and 10, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(f"--top-p: expected a number above 0 and at most 1, got {args.top_p}")
+
+
+def run_config(source: str) -> TrainConfig | None:
+    """The configuration of the run that `source` (its folder, or an adapter's in it) belongs to; None when there is none."""
+    from lorabank.config.parse import load_config
+
+    for folder in (Path(source), *Path(source).parents[:2]):
+        if folder.is_dir() and (folder / "config.yaml").is_file():
+            return load_config(folder)[0]
+    return None
+
+
+def load(args: argparse.Namespace) -> LoadedRun:
+    """Load model and adapters, naming what is loaded on stderr."""
+    from lorabank import api
+
+    print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
+    return api.load_run(args.run_folder, args.adapters, device=args.device, dtype=args.dtype)
+
+
+def chosen(wanted: Sequence[str] | None, loaded: Sequence[str]) -> list[str]:
+    """Names of the answers' columns: what was asked for, or all adapters and the base."""
+    return list(wanted) if wanted else [*(name for name in loaded if name != BASE_NAME), BASE_NAME]

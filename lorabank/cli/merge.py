@@ -1,0 +1,89 @@
+"""`lorabank merge`: an adapter into the base weights, as a model of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from lorabank.cli.folders import refuse_existing, whole_folder
+from lorabank.cli.loading import add_machine
+from lorabank.cli.parser import CommandParser
+from lorabank.errors import ModelError
+
+if TYPE_CHECKING:
+    from lorabank.merge.report import MergeReport
+
+EXAMPLES = """\
+examples:
+  lorabank merge out/support/formal --output merged/formal
+  lorabank merge formal-adapter --model Qwen/Qwen3-0.6B --dtype fp32 --output merged/formal
+
+The merged folder loads in plain transformers. Merging into bf16 rounds a part of the change away: how much is printed.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
+    """Arguments of `merge`."""
+    parser = subparsers.add_parser(
+        "merge",
+        help="write an adapter into the base weights, as a model folder",
+        description="Write an adapter into the base weights and save the result as a model folder for plain transformers.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or file")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="folder to write; must not exist")
+    parser.add_argument("--model", metavar="BASE", help="base model (default: the one that the adapter names)")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="factor on the change (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="merge even where the adapter says that it belongs to another base")
+    add_machine(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge, print what rounding lost, save model and tokenizer."""
+    folder = refuse_existing(args.output)
+    from lorabank.formats.adapter import Adapter
+    from lorabank.merge.merge import merge
+    from lorabank.models.load import load_base
+
+    adapter = Adapter.load(args.adapter)
+    name = args.model or adapter.base_model
+    if not name:
+        raise ModelError(f"{args.adapter}: the adapter doesn't name its base model. Name it with --model.")
+    print(f"loading {name} …", file=sys.stderr, flush=True)
+    base = load_base(name, dtype=args.dtype, device=args.device)
+    handle = merge(base.model, adapter, strength=args.strength, force=args.force)
+    print_report(handle.report)
+    with whole_folder(folder) as scratch:
+        base.model.save_pretrained(scratch)
+        base.tokenizer.save_pretrained(scratch)
+    print(f"saved: {folder} (a plain model: AutoModelForCausalLM.from_pretrained({str(folder)!r}))")
+    return 0
+
+
+def print_report(report: MergeReport) -> None:
+    """How large the change is and how much of it rounding lost, by kind of layer."""
+    import math
+
+    from rich.console import Console
+
+    from lorabank.train.tables import new_table
+
+    kinds: dict[str, list[str]] = {}
+    for path in report.layers:
+        kinds.setdefault(path.rpartition(".")[2], []).append(path)
+    table = new_table()
+    table.add_column("layers", style="cyan", no_wrap=True)
+    for head in ("number", "‖Δ‖/‖W‖", "lost of Δ", "worst layer"):
+        table.add_column(head, justify="right")
+    for kind, paths in kinds.items():
+        found = [report.layers[path] for path in paths]
+        delta, weight, lost = (math.hypot(*(getattr(layer, key) for layer in found)) for key in ("delta", "weight", "lost"))
+        worst = max(layer.share for layer in found)
+        change = f"{delta / weight:.2g}" if weight else "–"
+        table.add_row(kind, str(len(paths)), change, f"{lost / delta:.2%}" if delta else "–", f"{worst:.2%}")
+    table.add_section()
+    table.add_row("all", str(len(report.layers)), f"{report.relative_change:.2g}", f"{report.lost_share:.2%}", "")
+    Console().print(table)
+    print(f"weights in {', '.join(report.dtypes)}")

@@ -1,0 +1,81 @@
+"""`lorabank predict`: answers for a whole file, one column an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config
+from lorabank.cli.parser import CommandParser, positive
+from lorabank.cli.rows import messages_of, read_prompts, template_columns
+from lorabank.errors import OutputError
+
+EXAMPLES = """\
+examples:
+  lorabank predict out/support --data questions.jsonl --output answers.jsonl
+  lorabank predict out/support --adapters formal --data table.csv --prompt 'Describe: {mr}' --output answers.jsonl
+
+Rows: JSONL, JSON, CSV or Parquet (columns messages, prompt, instruction, question, text), or a .txt file with a prompt
+a line. Each output row is the input row and one column an adapter.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
+    """Arguments of `predict`."""
+    parser = subparsers.add_parser(
+        "predict",
+        help="answer every row of a file, one column an adapter",
+        description="Answer every row of a file with each adapter, into a JSONL file.",
+        epilog=EXAMPLES,
+    )
+    add_source(parser)
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--data", metavar="FILE", required=True, help="rows to answer")
+    rows.add_argument("--output", metavar="FILE", required=True, help="JSONL file to write; must not exist")
+    rows.add_argument("--prompt", metavar="TEXT", help="template from columns, such as 'Describe: {mr}' (default: the run's)")
+    rows.add_argument("--system", metavar="TEXT", help="system turn (default: the run's)")
+    rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
+    rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")
+    add_sampling(parser, temperature=0.0, max_new_tokens=256)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, generate, write row by row: an interrupted file keeps what was answered."""
+    check_sampling(args)
+    output = Path(args.output)
+    if output.exists():
+        raise OutputError(f"{output}: exists already. Choose another --output.")
+    config = run_config(args.run_folder)
+    rows = read_prompts(args.data, args.max_rows)
+    template = args.prompt or _template_of_run(config.data.prompt if config else None, rows[0].values)
+    system = args.system or (config.data.system if config else None)
+    prompts = [messages_of(row, template=template, system=system) for row in rows]
+    loaded = load(args)
+    names = chosen(args.adapters, loaded.names)
+    from rich.progress import track
+
+    from lorabank import api
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    size = max(1, args.batch_size // len(names))
+    with output.open("x", encoding="utf-8") as file:
+        for start in track(range(0, len(rows), size), description="answering"):
+            jobs = [(name, prompt) for prompt in prompts[start : start + size] for name in names]
+            answers = [""] * len(jobs)
+            for deltas in api.generate_stream(loaded, jobs, args.max_new_tokens, args.temperature, args.top_p, args.seed + start):
+                for index, delta in enumerate(deltas):
+                    answers[index] += delta or ""
+            for index, row in enumerate(rows[start : start + size]):
+                own = dict(zip(names, answers[index * len(names) : (index + 1) * len(names)], strict=True))
+                file.write(json.dumps({**row.values, **own}, ensure_ascii=False, default=str) + "\n")
+            file.flush()
+    print(f"{len(rows)} rows answered by {', '.join(names)}: {output}")
+    return 0
+
+
+def _template_of_run(template: str | None, values: Mapping[str, object]) -> str | None:
+    """The template that the run was trained with, where the rows have its columns."""
+    return template if template is not None and all(name in values for name in template_columns(template)) else None

@@ -1,0 +1,83 @@
+"""`AdapterConfig`: what one adapter is, as a frozen value. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorabank.config.checks import check_choice, check_fraction, check_positive, check_positive_int, freeze_sequences
+from lorabank.errors import ConfigError
+
+Targets = str | Sequence[str]
+
+INIT_NAMES = ("uniform", "gaussian")
+BIAS_MODES = ("none",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """One adapter: y = W x + scaling · B A x on every targeted layer (LoRA, arXiv:2106.09685, eq. 3)."""
+
+    rank: int = 16
+    """Rows of A and columns of B. Cost and memory follow it."""
+    alpha: float = 32.0
+    """Numerator of the scaling α/r (or α/√r with `use_rslora`)."""
+    targets: Targets = "all-linear"
+    """`all-linear`, roles (q k v o attention cross-attention mlp), module names, globs, or regular expressions `re:…`."""
+    exclude: Targets = ()
+    """Same language as `targets`; what matches stays unadapted."""
+    layers: Sequence[int] | None = None
+    """Block indices to adapt; None means all blocks."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Module-name pattern (PEFT's: matches the end of the path, regular expressions allowed) to a rank."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Module-name pattern to an alpha."""
+    dropout: float = 0.0
+    """Probability that a channel of a LoRA layer's input is dropped in training; in [0, 1)."""
+    init: str = "uniform"
+    """How A starts: `uniform` in ±1/√in, or `gaussian` with σ = 1/rank. B starts at zero."""
+    use_rslora: bool = False
+    """Scale by α/√r instead of α/r (rsLoRA, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed adaptation (DoRA). Not available yet: refused."""
+    modules_to_save: Sequence[str] = ()
+    """Modules trained in full beside the adapter. Not available yet: refused."""
+    bias: str = "none"
+    """Which biases are trained. Only `none` so far."""
+
+    def __post_init__(self) -> None:
+        freeze_sequences(self)
+        check_positive_int("rank", self.rank, hint="a LoRA adapter needs at least rank 1")
+        check_positive("alpha", self.alpha)
+        check_fraction("dropout", self.dropout)
+        check_choice("init", self.init, INIT_NAMES)
+        for pattern, rank in self.rank_pattern.items():
+            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_positive(f"alpha_pattern[{pattern!r}]", alpha)
+        for name in ("targets", "exclude"):
+            _check_targets(name, getattr(self, name), may_be_empty=name == "exclude")
+        if self.layers is not None and any(not isinstance(i, int) or i < 0 for i in self.layers):
+            raise ConfigError(f"layers: expected block indices ≥ 0, got {list(self.layers)!r}")
+        if self.use_dora:
+            raise ConfigError("use_dora: DoRA adapters are not supported yet. Leave use_dora out to train plain LoRA.")
+        if self.modules_to_save:
+            raise ConfigError(
+                f"modules_to_save: modules trained in full ({list(self.modules_to_save)!r}) are not supported yet. "
+                "Leave them out, or target those layers with the adapter itself."
+            )
+        if self.bias not in BIAS_MODES:
+            raise ConfigError(f"bias: expected 'none', got {self.bias!r}. Trained biases are not supported yet.")
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """The factor on B·A for one layer's rank and alpha."""
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _check_targets(name: str, value: object, *, may_be_empty: bool) -> None:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or any(not isinstance(item, str) or not item for item in items):
+        raise ConfigError(f"{name}: expected a name or a list of names, got {value!r}")
+    if not items and not may_be_empty:
+        raise ConfigError(f"{name}: empty, so nothing would be adapted. Use 'all-linear', roles (q, v, mlp) or module names.")

@@ -1,0 +1,77 @@
+"""Range and type checks that config values share. A failed check names the setting, the expected and the given."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from lorabank.errors import AdapterNameError, ConfigError, closest
+
+RESERVED_NAMES = ("base", "checkpoints")
+"""`base` routes to no adapter, `checkpoints` is a folder of the run."""
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise AdapterNameError unless `name` can be a folder's name and isn't reserved."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+        raise AdapterNameError(
+            f"adapter name {name!r}: expected letters, digits, '_', '-' and '.', beginning with a letter or digit, "
+            "since it becomes a folder's name"
+        )
+    if name.lower() in RESERVED_NAMES:
+        raise AdapterNameError(f"adapter name {name!r}: is reserved. Choose another.")
+
+
+def freeze_sequences(value: Any) -> None:
+    """Turn the list fields of a frozen dataclass into tuples, so that equal settings are equal values."""
+    for item in fields(value):
+        current = getattr(value, item.name)
+        if isinstance(current, Sequence) and not isinstance(current, str | tuple):
+            object.__setattr__(value, item.name, tuple(current))
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name}: expected a number, got {value!r}")
+    return float(value)
+
+
+def check_positive_int(name: str, value: object, *, hint: str = "") -> None:
+    """Raise ConfigError unless `value` is an int ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: expected a whole number ≥ 1, got {value!r}" + (f"; {hint}" if hint else ""))
+
+
+def check_non_negative_int(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is an int ≥ 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name}: expected a whole number ≥ 0, got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a finite number > 0."""
+    if _number(name, value) <= 0:
+        raise ConfigError(f"{name}: expected a number > 0, got {value!r}")
+
+
+def check_non_negative(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a finite number ≥ 0."""
+    if _number(name, value) < 0:
+        raise ConfigError(f"{name}: expected a number ≥ 0, got {value!r}")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raise ConfigError unless 0 ≤ `value` < 1."""
+    if not 0 <= _number(name, value) < 1:
+        raise ConfigError(f"{name}: expected a number in [0, 1), got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    options = list(choices)
+    if value not in options:
+        hint = closest(str(value), options)
+        raise ConfigError(f"{name}: expected one of {', '.join(options)}, got {value!r}{hint}")

@@ -1,0 +1,214 @@
+"""The command line of `train` and `preview`: a configuration file and flags over it. Every setting is a flag by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorabank.config.aliases import ALIASES
+from lorabank.config.coerce import field_types, is_switch
+from lorabank.config.parse import build, read_tree
+from lorabank.config.train import TrainConfig
+from lorabank.config.translate import PLACES, SECTIONS, SHORTHANDS, Settings, translate
+from lorabank.errors import ConfigError, closest
+
+COMMAND_FLAGS = ("adapter", "resume", "dry_run", "help", "debug")
+SWITCHES = frozenset(name for kind in SECTIONS.values() for name, hint in field_types(kind).items() if is_switch(hint))
+_BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """What the command line of a run says."""
+
+    config: TrainConfig
+    notes: Sequence[str]
+    """What was translated, chosen or replaced, a sentence each."""
+    resume: bool | str = False
+    """True: the newest checkpoint of the output folder; a text: that checkpoint."""
+    dry_run: bool = False
+    source: str | None = None
+    """The configuration file, as it was given."""
+
+
+def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
+    """`[FILE] [--flag value …]` as a configuration: flags win over the file, an adapter's own flag over a general one.
+
+    Raises ConfigError for anything unknown, of the wrong type, or missing (model, data).
+    """
+    tokens = _tokens(argv)
+    settings = translate(read_tree(tokens.source)) if tokens.source else Settings()
+    _overlay(settings, tokens)
+    _shortcuts(settings)
+    config, notes = build(settings)
+    _check_complete(config)
+    return TrainArguments(config=config, notes=tuple(notes), resume=tokens.resume, dry_run=tokens.dry_run, source=tokens.source)
+
+
+@dataclass
+class _Tokens:
+    tree: dict[Any, object]
+    adapters: dict[str, dict[Any, object]]
+    source: str | None = None
+    resume: bool | str = False
+    dry_run: bool = False
+
+
+def _tokens(argv: Sequence[str]) -> _Tokens:
+    found = _Tokens(tree={}, adapters={})
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            if token.startswith("-") and len(token) > 1:
+                raise ConfigError(f"{token}: unknown flag. Flags begin with two dashes, such as --rank 16")
+            if found.source is not None:
+                raise ConfigError(
+                    f"{token!r}: one configuration file is enough, and {found.source!r} was given. Is a flag's name missing?"
+                )
+            found.source = token
+            continue
+        flag, has_value, value = token[2:].partition("=")
+        path = flag.replace("-", "_").split(".")
+        if flag.startswith("adapters."):  # an adapter's name keeps its dashes
+            path = [path[0], flag.split(".")[1], *path[2:]]
+        if path == ["resume"]:
+            found.resume = (
+                value
+                if has_value
+                else _optional(rest, lambda word: not word.endswith((".yaml", ".yml", ".json", ".toml"))) or True
+            )
+        elif path == ["dry_run"]:
+            found.dry_run = True
+        elif path == ["adapter"]:
+            _adapter_flag(value if has_value else _required(rest, token), found.adapters)
+        else:
+            _assign(path, value if has_value else None, rest, found.tree, token)
+    return found
+
+
+def _assign(path: list[str], value: str | None, rest: list[str], tree: dict[Any, object], token: str) -> None:
+    name = path[-1]
+    if value is None and name.startswith("no_") and name[3:] in SWITCHES and name not in ALIASES:
+        path, value = [*path[:-1], name[3:]], "false"
+    if value is None:
+        _check_known(path, token)
+        if name in SWITCHES:
+            value = _optional(rest, lambda word: word.lower() in _BOOLEAN_WORDS) or "true"
+        elif name in ALIASES and (not rest or rest[0].startswith("--")):
+            value = "true"  # other tools' switches, such as --bf16
+        else:
+            value = _required(rest, token)
+    for part in path[:-1]:
+        branch = tree.setdefault(part, {})
+        if isinstance(branch, str) and part == "data":  # --data FILE --data.max-length 512
+            tree[part] = branch = dict[Any, object](train=branch)
+        if not isinstance(branch, dict):
+            raise ConfigError(f"{token}: --{part} was given a value of its own ({branch!r})")
+        tree = branch
+    if path == ["data"] and isinstance(tree.get("data"), dict):
+        tree, path = tree["data"], ["train"]  # type: ignore[assignment]
+    tree[path[-1]] = value
+
+
+def _check_known(path: list[str], token: str) -> None:
+    """A misspelt flag is named before its value is missed."""
+    translate_names = set(ALIASES) | set(SHORTHANDS) | set(field_types(TrainConfig)) | {"val", "test"}
+    if len(path) == 1 and path[0] not in translate_names:
+        try:
+            translate({path[0]: "x"}, prefix="--", quiet=True)
+        except ConfigError as error:
+            hint = closest(path[0], translate_names | set(COMMAND_FLAGS)).replace("_", "-").replace("mean '", "mean '--")
+            reason = str(error).partition(": ")[2]
+            raise ConfigError(
+                f"{token}: unknown flag{hint}" if reason.startswith("unknown setting") else f"{token}: {reason}"
+            ) from None
+
+
+def _optional(rest: list[str], accept: Any) -> str | None:
+    return rest.pop(0) if rest and not rest[0].startswith("--") and accept(rest[0]) else None
+
+
+def _required(rest: list[str], token: str) -> str:
+    if not rest or rest[0].startswith("--"):
+        raise ConfigError(f"{token}: expected a value after it, got {rest[0] if rest else 'nothing'}")
+    return rest.pop(0)
+
+
+def _adapter_flag(text: str, adapters: dict[str, dict[Any, object]]) -> None:
+    """`formal,data=f.jsonl,targets=q,v,rank=16`; a part without `=` belongs to the value before it."""
+    parts = re.split(r",(?![^\[{]*[\]}])", text)
+    name = "default" if "=" in parts[0] else parts.pop(0)
+    entry = adapters.setdefault(name, {})
+    key = None
+    for part in parts:
+        head, equals, value = part.partition("=")
+        if equals:
+            key = head.strip().replace("-", "_")
+            entry[key] = value
+        elif key is None:
+            raise ConfigError(f"--adapter {text}: expected key=value after the name, got {part!r}")
+        else:
+            entry[key] = f"{entry[key]},{part}"
+
+
+def _overlay(settings: Settings, tokens: _Tokens) -> None:
+    """Put the flags over the file's settings."""
+    flags = translate(tokens.tree, prefix="--", quiet=True)
+    own = translate({"adapters": tokens.adapters}, prefix="--") if tokens.adapters else Settings()
+    for section, values in flags.values.items():
+        settings.values[section].update(values)
+    for name in flags.values["adapter"]:
+        flag = flags.origins.get(("adapter", name), "")
+        if flag.startswith("--defaults."):
+            continue
+        for adapter, entry in settings.adapters.items():
+            if name in entry:
+                settings.notes.append(f"{flag} replaces adapters.{adapter}.{name} ({entry.pop(name)}) of the file")
+    if "train" in flags.values["data"] and settings.adapters and all("data" in entry for entry in settings.adapters.values()):
+        first = next(iter(settings.adapters))
+        raise ConfigError(
+            f"--data: every adapter of the file has data of its own. Use --adapters.{first}.data FILE, or leave --data out."
+        )
+    for source in (flags, own):
+        settings.notes += source.notes
+        settings.foreign_ranks |= source.foreign_ranks
+        for adapter, entry in source.adapters.items():
+            if source is flags and tokens.source and adapter not in settings.adapters and adapter not in own.adapters:
+                hint = closest(adapter, settings.adapters)
+                raise ConfigError(f"--adapters.{adapter}: the file has no such adapter{hint}. `--adapter {adapter},…` adds one.")
+            settings.adapters.setdefault(adapter, {}).update(entry)
+
+
+def _shortcuts(settings: Settings) -> None:
+    """An output folder where none was named."""
+    if settings.values["run"].get("output"):
+        return
+    data = settings.values["data"].get("train") or next(
+        (entry["data"] for entry in settings.adapters.values() if entry.get("data")), None
+    )
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(str(data)).stem) if data else "run"
+    settings.values["run"]["output"] = f"out/{stem or 'run'}"
+    settings.notes.append(f"output: out/{stem or 'run'} (not named; --output FOLDER changes it)")
+
+
+def _check_complete(config: TrainConfig) -> None:
+    if not config.model:
+        raise ConfigError(
+            "model: missing. Name the base with --model (a hub id such as Qwen/Qwen3-0.6B, or a folder), or `model:` in the file."
+        )
+    runs: Mapping[str, Any] = config.adapters or {"default": config.defaults}
+    for name, run in runs.items():
+        if not (run.data or config.data.train):
+            which = f"adapter {name!r} has no data. " if config.adapters else ""
+            raise ConfigError(
+                f"data: missing. {which}Name the training rows with --data FILE.jsonl, or `data: {{train: FILE}}` in the file."
+            )
+
+
+def flag_places() -> dict[str, type]:
+    """Prefix of every section's flags to its dataclass, for the list of all settings."""
+    return {PLACES[section]: kind for section, kind in SECTIONS.items()}

@@ -1,0 +1,109 @@
+"""A `peft.LoraConfig`, or a dict in our or PEFT's words, as an `AdapterConfig`. PEFT itself isn't imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
+from typing import Any, Protocol
+
+from lorabank.config import aliases
+from lorabank.config.adapter import AdapterConfig
+from lorabank.config.coerce import coerce, field_types
+from lorabank.config.translate import translate
+from lorabank.errors import ConfigError
+
+SILENT = frozenset(
+    # fields of a LoraConfig that say where it comes from, or tune a feature that is named (and refused) by another field
+    [
+        "peft_type",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "task_type",
+    ]
+)
+PASSED = frozenset(
+    [
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "bias",
+        "use_rslora",
+        "use_dora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "rank_pattern",
+        "alpha_pattern",
+    ]
+)
+
+
+class HasToDict(Protocol):
+    """What we need of a `peft.LoraConfig`."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def adapter_config_from_peft(config: HasToDict | Mapping[str, Any]) -> AdapterConfig:
+    """The `AdapterConfig` with the mathematics of a `peft.LoraConfig` (or of its dict, as in `adapter_config.json`).
+
+    Raises ConfigError for a field that would change the mathematics and isn't supported, by its name.
+    """
+    raw = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    method = raw.get("peft_type") or "LORA"
+    kind = str(method.value if isinstance(method, Enum) else method)
+    if kind != "LORA":
+        raise ConfigError(f"LoraConfig.peft_type: expected LORA, got {kind}. Other methods of PEFT are not supported.")
+    passed: dict[Any, object] = {}
+    for name, value in raw.items():
+        if name in PASSED:
+            if value is not None or name == "target_modules":
+                passed[name] = value
+        elif name == "task_type":
+            _placed(name, value)
+        elif name not in SILENT and value not in (None, False, "", 0) and value != {} and value != []:
+            reason = aliases.REFUSED.get(name, "changes what is computed and is not supported. Leave it out.")
+            raise ConfigError(f"LoraConfig.{name}: {reason}")
+    if raw.get("bias", "none") == "none":
+        passed.pop("bias", None)
+    return _build(passed, "LoraConfig.")
+
+
+def adapter_config_from_dict(tree: Mapping[str, Any]) -> AdapterConfig:
+    """An `AdapterConfig` from a dict of its fields; keys of PEFT, axolotl and kohya are translated.
+
+    Raises ConfigError for an unknown key (with the closest), a wrong type or a value out of range.
+    """
+    return _build(tree, "")
+
+
+def _build(tree: Mapping[Any, object], place: str) -> AdapterConfig:
+    try:
+        settings = translate({"defaults": tree}).values["adapter"]
+    except ConfigError as error:
+        raise ConfigError(place + str(error).replace("defaults.", "")) from None
+    types = field_types(AdapterConfig)
+    foreign = sorted(settings.keys() - {item.name for item in fields(AdapterConfig)})
+    if foreign:
+        raise ConfigError(f"{place}{foreign[0]}: says how an adapter is trained, not what it is. It belongs into a TrainConfig.")
+    try:
+        return AdapterConfig(**{name: coerce(value, types[name], name) for name, value in settings.items()})  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"{place}{error}") from None
+
+
+def _placed(name: str, value: object) -> None:
+    try:
+        aliases.CHECKED[name](value)
+    except ConfigError as error:
+        raise ConfigError(f"LoraConfig.{name}: {error}") from None

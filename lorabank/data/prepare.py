@@ -1,0 +1,129 @@
+"""`prepare`: from a DataConfig to token rows in splits, with a report. The one function that training and preview call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorabank.config.train import DataConfig
+from lorabank.data.formats import Example, Normaliser
+from lorabank.data.read import Source, read_rows
+from lorabank.data.render import Renderer, TokenRow
+from lorabank.data.report import MAX_ORIGINS, DataReport, build_report
+from lorabank.data.row import RowError
+from lorabank.data.split import split_rows
+from lorabank.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 512
+
+Progress = Callable[[int, int], None]
+"""Called with rows done and rows in all."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Rows ready to be batched, in the order of their sources."""
+
+    train: list[TokenRow]
+    val: list[TokenRow]
+    test: list[TokenRow]
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source, normalised and tokenised: what was kept, in order."""
+
+    examples: list[Example]
+    rows: list[TokenRow]
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    train: Source | None = None,
+    val: Source | None = None,
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Read, normalise, render, tokenise and split.
+
+    `train` and `val` (a path, a `datasets` id or object, or a list of dicts) override the paths of `config`. Rows that can't
+    be used are dropped and counted in the report by reason; faults of a whole file, of the settings or of the tokenizer are
+    errors. Equal config, rows and seed give equal splits in any process. Raises DataError (missing, empty or malformed data,
+    no row left, a split that can't be made) and ConfigError.
+    """
+    sources = {"train": config.train if train is None else train, "val": config.val if val is None else val, "test": config.test}
+    if sources["train"] is None:
+        raise DataError("no training data: set data.train to a file, a folder or a data set id, or pass the rows themselves")
+    raw = {role: read_rows(source, limit=config.limit, role=role) for role, source in sources.items() if source is not None}
+    renderer = Renderer(tokenizer, config)
+    total, done = sum(map(len, raw.values())), 0
+    errors: list[RowError] = []
+    forms: dict[str, int] = {}
+    parts: dict[str, _Part] = {}
+    for role, rows in raw.items():
+        normalise = Normaliser(config)
+        part = _Part([], [])
+        before = len(errors)
+        for first in range(0, len(rows), _CHUNK):
+            examples = []
+            for row in rows[first : first + _CHUNK]:
+                try:
+                    examples.append(normalise(row))
+                except RowError as error:
+                    errors.append(error)
+            for example, result in zip(examples, renderer.render(examples), strict=True):
+                if isinstance(result, RowError):
+                    errors.append(result)
+                else:
+                    part.examples.append(example)
+                    part.rows.append(result)
+            done += len(rows[first : first + _CHUNK])
+            if progress is not None:
+                progress(done, total)
+        if not part.rows:
+            raise _nothing_left(role, len(rows), errors[before:])
+        for name, count in normalise.forms_seen.items():
+            forms[name] = forms.get(name, 0) + count
+        parts[role] = part
+    splits, split_notes = _split(config, parts, seed)
+    report = build_report(read=total, errors=errors, forms=forms, notes={**renderer.notes, **split_notes}, splits=splits)
+    return PreparedData(splits["train"], splits["val"], splits["test"], report)
+
+
+def _split(config: DataConfig, parts: dict[str, _Part], seed: int) -> tuple[dict[str, list[TokenRow]], dict[str, list[str]]]:
+    """Hold rows out of the training source for each split that has no source of its own."""
+    source = parts["train"]
+    val = 0 if "val" in parts else config.val_split
+    test = 0 if "test" in parts else config.test_split
+    # Equal rows stay together even where no group is asked for: a copy in two splits would be a leak.
+    keys = [example.key if config.group_by is None else str(example.group) for example in source.examples]
+    notes: dict[str, list[str]] = {}
+    if val == DataConfig.val_split and len(set(keys)) == 1:
+        # The default share was nobody's demand: a set too small for it is trained on whole.
+        notes["too few different rows to hold any out for validation"] = [row.origin for row in source.rows]
+        val = 0
+    unit = "rows" if config.group_by is None else f"values of {config.group_by!r}"
+    split = split_rows(keys, val=val, test=test, seed=seed, unit=unit)
+    held = {"val": split.val, "test": split.test}
+    splits = {"train": [source.rows[i] for i in split.train]}
+    for role in ("val", "test"):
+        splits[role] = parts[role].rows if role in parts else [source.rows[i] for i in held[role]]
+    return splits, notes
+
+
+def _nothing_left(role: str, count: int, errors: list[RowError]) -> DataError:
+    reasons: dict[str, list[str]] = {}
+    for error in errors:
+        reasons.setdefault(error.reason, []).append(error.origin)
+    listed = "".join(
+        f"\n  - {len(origins):,} × {reason} ({', '.join(origins[:MAX_ORIGINS])}{', …' if len(origins) > MAX_ORIGINS else ''})"
+        for reason, origins in sorted(reasons.items(), key=lambda item: -len(item[1]))
+    )
+    return DataError(f"{role} data: none of the {count:,} rows can be used:{listed}")

@@ -1,0 +1,144 @@
+"""`read_rows`: rows from a file, a folder, a `datasets` id or an object, each with its origin."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lorabank.data.files import READERS
+from lorabank.data.row import Row
+from lorabank.errors import DataError, MissingExtraError, closest
+
+Source = Any
+"""A path, a `datasets` id (`name` or `name:config:split`), a `datasets.Dataset`, or an iterable of dicts."""
+
+
+def read_rows(source: Source, *, limit: int | None = None, role: str = "train") -> list[Row]:
+    """Every row of `source`, at most `limit` of each file.
+
+    `role` (`train`, `val`, `test`) picks that split where the source holds several, and names the source in errors.
+    Raises DataError for a missing, unreadable, malformed or empty source.
+    """
+    if isinstance(source, str | Path):
+        rows = list(_from_name(str(source), limit, role))
+        name = str(source)
+    else:
+        rows = list(islice(_from_object(source, role), limit))
+        name = f"the {type(source).__name__} given as {role} data"
+    if not rows:
+        raise DataError(f"{name}: expected at least one row, got an empty data set")
+    return rows
+
+
+def _from_name(name: str, limit: int | None, role: str) -> Iterator[Row]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        yield from _from_folder(path, limit, role)
+    elif path.exists():
+        yield from _from_file(path, limit)
+    elif _looks_like_a_path(name):
+        raise DataError(f"data.{role}: no file or folder {name!r}{_closest_file(path)}. {_ACCEPTED}")
+    else:
+        yield from _from_hub(name, limit, role)
+
+
+_ACCEPTED = "Expected a file (" + " ".join(READERS) + "), a folder of them, or a data set id (name or name:config:split)."
+
+
+def _looks_like_a_path(name: str) -> bool:
+    path = Path(name)
+    return path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.endswith("/") or len(path.parts) > 2
+
+
+def _closest_file(path: Path) -> str:
+    """A hint at what does exist: the closest name in the folder, or the folder that isn't there."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; the folder {str(folder)!r} doesn't exist either"
+    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    data_files = [name for name in names if Path(name).suffix.lower() in READERS]
+    hint = closest(path.name, names)
+    if hint or not data_files:
+        return hint
+    shown = ", ".join(sorted(data_files)[:5])
+    return f" (data files there: {shown}{', …' if len(data_files) > 5 else ''})"
+
+
+def _from_file(path: Path, limit: int | None) -> Iterator[Row]:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: expected one of {' '.join(READERS)}, got the suffix {path.suffix!r}. Convert the file.")
+    yield from islice(reader(path), limit)
+
+
+def _from_folder(folder: Path, limit: int | None, role: str) -> Iterator[Row]:
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        datasets = _import_datasets(str(folder))
+        try:
+            saved = datasets.load_from_disk(str(folder))
+        except Exception as error:  # any reader's own error: the library documents none
+            raise DataError(f"{folder}: looks like a saved data set, but can't be loaded: {error}") from error
+        yield from islice(_from_object(saved, role, name=str(folder)), limit)
+        return
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in READERS and not p.name.startswith("."))
+    if not files:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise DataError(f"{folder}: expected files ending in {' '.join(READERS)}, found {there}")
+    for path in files:
+        yield from _from_file(path, limit)
+
+
+def _import_datasets(wanted: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError(f"data set {wanted!r}: needs the datasets library: pip install datasets. {_ACCEPTED}") from error
+    return datasets
+
+
+def _from_hub(name: str, limit: int | None, role: str) -> Iterator[Row]:
+    parts = name.split(":")
+    if len(parts) > 3 or not parts[0]:
+        raise DataError(f"data.{role}: expected `name` or `name:config:split`, got {name!r}")
+    dataset_id, config, split = parts[0], *[*parts[1:], "", ""][:2]
+    datasets = _import_datasets(name)
+    try:
+        loaded = datasets.load_dataset(dataset_id, config or None, split=split or None)
+    except Exception as error:  # network, hub, builder: the library raises many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = _closest_file(Path(name).expanduser())
+        failed = f"{name!r} is no file here{hint}, and no data set that can be loaded: {reason}"
+        raise DataError(f"data.{role}: {failed}. {_ACCEPTED}") from error
+    yield from islice(_from_object(loaded, role, name=name), limit)
+
+
+_SPLIT_NAMES = {
+    "train": ("train",),
+    "val": ("validation", "val", "valid", "dev", "eval", "test"),
+    "test": ("test",),
+}
+
+
+def _from_object(source: Source, role: str, name: str | None = None) -> Iterator[Row]:
+    # An object of the datasets library exists only where that library has been imported.
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        split = next((s for s in _SPLIT_NAMES.get(role, ()) if s in source), None)
+        if split is None and len(source) == 1:
+            split = next(iter(source))
+        if split is None:
+            wanted = f"{name}:config:split" if name else "dataset['split']"
+            raise DataError(f"{name or 'the data set'} has the splits {', '.join(map(str, source))}: say which with {wanted}")
+        source = source[split]
+        name = f"{name}[{split}]" if name else f"split {split!r}"
+    where = name or f"the {role} rows given"
+    if isinstance(source, Mapping | str | bytes) or not isinstance(source, Iterable):
+        raise DataError(f"{role} data: expected a path, a data set or a list of dicts, got {type(source).__name__}")
+    for number, values in enumerate(source, start=1):
+        origin = f"row {number} of {where}"
+        if not isinstance(values, Mapping):
+            raise DataError(f"{origin}: expected a dict of columns, got {type(values).__name__}")
+        yield Row(values, origin)

@@ -1,0 +1,33 @@
+"""`Row`: one raw row with where it came from, and `RowError`: why one row can't be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorabank.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was read, before its form is known."""
+
+    values: Mapping[str, Any]
+    """Column to value."""
+    origin: str
+    """`file:line`, or `row N of …` where the source has no lines; counted from 1."""
+
+
+class RowError(DataError):
+    """One row can't be used. `prepare` counts it under `reason` and goes on; anywhere else it is a DataError."""
+
+    def __init__(self, reason: str, origin: str = "") -> None:
+        self.reason = reason
+        """Why, in words that equal those of other rows with the same fault."""
+        self.origin = origin
+        super().__init__(f"{origin}: {reason}" if origin else reason)
+
+    def at(self, origin: str) -> RowError:
+        """The same fault with the row's origin filled in."""
+        return self if self.origin else RowError(self.reason, origin)

@@ -1,0 +1,51 @@
+"""Losses over token log-probabilities. One table: `LOSSES`, a name to a plain function.
+
+A loss returns one number a row, a *sum* over its tokens: `optim_step` divides by the adapter's own token weights, which keeps
+gradient accumulation, retries and joint batches exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """T trained tokens of N rows."""
+
+    logprobs_T: Tensor
+    """log p(token), fp32, differentiable."""
+    weights_T: Tensor
+    rows_T: Tensor
+    """Row of each token."""
+    rows: int
+    reference_logprobs_T: Tensor | None = None
+    """The same tokens' log-probabilities under a reference: given, or read off `BASE` rows of the same batch."""
+
+    def per_row(self, values_T: Tensor) -> Tensor:
+        """Sum a number a token into a number a row, (N,)."""
+        return values_T.new_zeros(self.rows).index_add(0, self.rows_T, values_T)
+
+
+Loss = Callable[[LossInputs], Tensor]
+"""LossInputs → (N,) sums."""
+
+
+def nll(inputs: LossInputs) -> Tensor:
+    """Weighted negative log-likelihood, nats: Σ −w log p."""
+    return inputs.per_row(-inputs.weights_T * inputs.logprobs_T)
+
+
+def reverse_kl(inputs: LossInputs) -> Tensor:
+    """Weighted estimate of KL(p ‖ reference) on the given tokens: Σ w (q/p − 1 − log q/p) with q the reference, never negative."""
+    if inputs.reference_logprobs_T is None:
+        raise ValueError("reverse_kl needs reference log-probabilities")
+    log_ratio = inputs.reference_logprobs_T.detach() - inputs.logprobs_T
+    return inputs.per_row(inputs.weights_T * (torch.expm1(log_ratio) - log_ratio))
+
+
+LOSSES: Mapping[str, Loss] = {"nll": nll, "reverse_kl": reverse_kl}

@@ -1,0 +1,90 @@
+"""`Adapter`: the trained tensors of one adapter as a value, apart from any model or slot.
+
+Shapes: A (rank, in), B (out, rank), so that ΔW = scaling · B @ A has the shape (out, in) of the base weight.
+GPT-2's `Conv1D` keeps its weight transposed; A and B here have the linear map's orientation all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorabank.config.adapter import AdapterConfig
+from lorabank.errors import AdapterFileError
+from lorabank.formats.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """One layer's low-rank change: ΔW = scaling · B @ A."""
+
+    A: Tensor
+    """(rank, in)"""
+    B: Tensor
+    """(out, rank)"""
+    scaling: float
+    """α/r, or α/√r with rsLoRA."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """ΔW in the linear map's orientation, (out, in), in A's dtype."""
+        return self.scaling * (self.B @ self.A)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A trained adapter as a value: its configuration, its tensors by module path, and the base it belongs to."""
+
+    config: AdapterConfig
+    layers: Mapping[str, AdapterLayer]
+    """Module path in the base model (`model.layers.0.self_attn.q_proj`) to its change."""
+    fingerprint: Fingerprint | None = None
+    """Of the base that the adapter was trained on; None when the file didn't say."""
+    base_model: str | None = None
+    """Name or path of that base, for people and for other tools."""
+    task_type: str | None = None
+    """PEFT's task type, such as `CAUSAL_LM`; other tools choose the model class by it."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What else a file said, kept so that it isn't dropped."""
+
+    def __post_init__(self) -> None:
+        for path, layer in self.layers.items():
+            if layer.A.ndim != 2 or layer.B.ndim != 2 or layer.A.shape[0] != layer.B.shape[1]:
+                raise AdapterFileError(
+                    f"layer {path!r}: expected A (rank, in) and B (out, rank) of one rank, "
+                    f"got A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}"
+                )
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers in all layers."""
+        return sum(layer.A.numel() + layer.B.numel() for layer in self.layers.values())
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
+        """The same adapter with its tensors on another device or in another dtype."""
+        moved = {
+            path: AdapterLayer(layer.A.to(device=device, dtype=dtype), layer.B.to(device=device, dtype=dtype), layer.scaling)
+            for path, layer in self.layers.items()
+        }
+        return replace(self, layers=moved)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write PEFT's file format (`adapter_config.json`, `adapter_model.safetensors`) into `folder`; returns it."""
+        from lorabank.formats.peft import save_peft
+
+        return save_peft(self, Path(folder))
+
+    @classmethod
+    def load(cls, source: str | Path) -> Adapter:
+        """Read an adapter folder or file; its form is told by its content. Raises AdapterFileError."""
+        from lorabank.formats.detect import load_adapter
+
+        return load_adapter(Path(source))

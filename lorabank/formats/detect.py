@@ -1,0 +1,122 @@
+"""`load_adapter`: an adapter from a folder or a file, its form told by what is in it and never by its name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorabank.errors import AdapterFileError
+from lorabank.formats.adapter import Adapter
+from lorabank.formats.files import PICKLE_SUFFIXES, Header, read_header, refuse_pickle
+from lorabank.formats.peft import CONFIG_FILE, TENSORS_FILE, load_peft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A form that adapters come in."""
+
+    title: str
+    recognise: Callable[[Header], bool]
+    """Whether a safetensors header is of this form."""
+    load: Callable[[Path], Adapter]
+    """Reads the file at this path."""
+
+
+def _any_key(*parts: str) -> Callable[[Header], bool]:
+    return lambda header: any(part in name for name in header.tensors for part in parts)
+
+
+def _is_diffusers(header: Header) -> bool:
+    components = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "prior.")
+    lora = [name for name in header.tensors if ".lora_A." in name or ".lora.down." in name]
+    return "lora_adapter_metadata" in header.metadata or bool(lora and all(name.startswith(components) for name in lora))
+
+
+def _load_peft_file(path: Path) -> Adapter:
+    if path.name != TENSORS_FILE:
+        raise AdapterFileError(f"{path}: PEFT's tensors under another name; name the file {TENSORS_FILE}, beside {CONFIG_FILE}")
+    return load_peft(path.parent)
+
+
+def _not_yet(title: str) -> Callable[[Path], Adapter]:
+    def refuse(path: Path) -> Adapter:
+        raise AdapterFileError(f"{path}: {title} files can't be read yet; PEFT's folders ({CONFIG_FILE}, {TENSORS_FILE}) can")
+
+    return refuse
+
+
+FORMATS: Mapping[str, Format] = {
+    "kohya": Format(
+        title="kohya",
+        recognise=_any_key(".lora_down.", ".lora_up.", ".hada_w", ".lokr_w", ".dora_scale"),
+        load=_not_yet("kohya"),
+    ),
+    "diffusers": Format(title="diffusers", recognise=_is_diffusers, load=_not_yet("diffusers")),
+    "peft": Format(title="PEFT", recognise=_any_key(".lora_A", ".lora_B", ".lora_embedding_A"), load=_load_peft_file),
+}
+"""Forms by name, in the order in which they are tried: the first that recognises a file reads it."""
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Read the adapter in a folder or a file. Raises AdapterFileError that says what was found instead, and the way out."""
+    path = Path(path)
+    if not path.exists():
+        raise AdapterFileError(f"{path}: no such file or folder{_closest_path(path)}")
+    return _load_folder(path) if path.is_dir() else _load_file(path)
+
+
+def _load_file(path: Path) -> Adapter:
+    if path.name == CONFIG_FILE:
+        return load_peft(path.parent)
+    header = read_header(path)
+    for form in FORMATS.values():
+        if form.recognise(header):
+            return form.load(path)
+    shown = ", ".join(repr(name) for name in list(header.tensors)[:3]) or "no tensors"
+    raise AdapterFileError(f"{path}: holds no adapter in a form that is known ({_listed(FORMATS)}). It holds {shown}.")
+
+
+def _load_folder(folder: Path) -> Adapter:
+    if (folder / CONFIG_FILE).is_file() or (folder / TENSORS_FILE).is_file():
+        return load_peft(folder)
+    files = sorted(item for item in folder.iterdir() if item.is_file())
+    inside = sorted(item.name for item in folder.iterdir() if (item / CONFIG_FILE).is_file())
+    if inside:
+        what = f"holds {len(inside)} adapters" if len(inside) > 1 else "holds an adapter in a folder of its own"
+        raise AdapterFileError(f"{folder}: {what}: {_listed(inside)}. Load one, such as {folder / inside[0]}.")
+    if any(item.name.startswith(("model.safetensors", "model-0", "pytorch_model")) for item in files):
+        raise AdapterFileError(
+            f"{folder}: holds a whole model, not an adapter. Use it as the base model; an adapter folder has {CONFIG_FILE}."
+        )
+    tensors = [item for item in files if item.suffix == ".safetensors"]
+    if len(tensors) == 1:
+        return _load_file(tensors[0])
+    if tensors:
+        names = _listed([item.name for item in tensors])
+        raise AdapterFileError(f"{folder}: holds {len(tensors)} safetensors files ({names}). Name the one to load.")
+    for item in files:
+        if item.suffix.lower() in PICKLE_SUFFIXES:
+            refuse_pickle(item)
+    found = _listed([item.name for item in files]) if files else "nothing"
+    raise AdapterFileError(f"{folder}: holds no adapter: expected {CONFIG_FILE} and {TENSORS_FILE}, found {found}")
+
+
+def _closest_path(path: Path) -> str:
+    """What the path may have meant: the existing name closest to its first missing part."""
+    parent, missing = path.parent, path.name
+    while not parent.exists() and parent != parent.parent:
+        parent, missing = parent.parent, parent.name
+    names = sorted(item.name for item in parent.iterdir()) if parent.is_dir() else []
+    hits = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
+    if hits:
+        return f" (did you mean {parent / hits[0]}?)"
+    if not path.is_absolute() and len(path.parts) == 2:
+        return f". To load it from the Hugging Face hub, download it first: hf download {path} --local-dir {path.name}"
+    return f"; {parent} holds {_listed(names)}" if names else ""
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = list(names)[:6]
+    return ", ".join(shown) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,284 @@
+"""`adapter_config.json`: PEFT's settings to ours and back. What changes the mathematics is either understood or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lorabank.config.adapter import AdapterConfig
+from lorabank.errors import AdapterFileError, ConfigError
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.patterns import pattern_value, to_patterns
+
+READ = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "init_lora_weights",
+        "layers_to_transform",
+        "bias",
+    }
+)
+"""Keys that become fields of our values."""
+KEPT = frozenset(
+    {
+        "auto_mapping",
+        "peft_version",
+        "revision",
+        "inference_mode",
+        "fan_in_fan_out",
+        "layers_pattern",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+    }
+)
+"""Keys that don't change ΔW once an adapter is trained; they are kept in the metadata without a word."""
+REFUSED: Mapping[str, str] = {
+    "use_dora": "DoRA (weight-decomposed adaptation)",
+    "lora_bias": "a bias on lora_B",
+    "modules_to_save": "modules trained in full",
+    "trainable_token_indices": "trained token embeddings",
+    "target_parameters": "adapters on parameters (stacked experts)",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "activated LoRA (aLoRA)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "megatron_config": "Megatron's parallel layers",
+}
+"""Keys that change what the adapter computes, with the name of what isn't supported yet."""
+HARMLESS_INITS = ("False", "eva", "orthogonal", "mica")  # other starting values for A and B, the base untouched
+METADATA_PREFIX = "peft."
+
+
+def to_peft(adapter: Adapter) -> dict[str, Any]:
+    """The settings PEFT needs to rebuild exactly `adapter`'s layers. Defaults that older versions don't know are left out."""
+    rank, rank_pattern = to_patterns({path: layer.rank for path, layer in adapter.layers.items()})
+    alphas = {path: _alpha(path, layer, adapter.config.use_rslora) for path, layer in adapter.layers.items()}
+    alpha, alpha_pattern = to_patterns(alphas)
+    settings: dict[str, Any] = {
+        "alpha_pattern": alpha_pattern,
+        "auto_mapping": None,
+        "base_model_name_or_path": adapter.base_model,
+        "bias": "none",
+        "fan_in_fan_out": _stored_transposed(adapter),
+        "inference_mode": True,
+        "init_lora_weights": "gaussian" if adapter.config.init == "gaussian" else True,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.config.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "revision": json.loads(adapter.metadata.get(f"{METADATA_PREFIX}revision", "null")),
+        "target_modules": _target_modules(sorted(adapter.layers)),
+        "task_type": adapter.task_type,
+    }
+    if adapter.config.use_rslora:
+        settings["use_rslora"] = True
+    return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftSettings:
+    """What an `adapter_config.json` says, checked."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    raw: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    def layer_rank(self, path: str) -> int:
+        """The rank that PEFT would give the layer."""
+        return pattern_value(self.rank_pattern, path, self.rank)
+
+    def layer_scaling(self, path: str) -> float:
+        """The factor on B·A that PEFT would give the layer."""
+        rank, alpha = self.layer_rank(path), pattern_value(self.alpha_pattern, path, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def adapter_config(self, where: str, paths: list[str]) -> AdapterConfig:
+        """Our configuration for these settings. Raises AdapterFileError when a value is out of range."""
+        raw = self.raw
+        layers = raw.get("layers_to_transform")
+        try:
+            return AdapterConfig(
+                rank=self.rank,
+                alpha=self.alpha,
+                targets=_names(raw.get("target_modules")) or paths,
+                exclude=_names(raw.get("exclude_modules")) or (),
+                layers=[layers] if isinstance(layers, int) else layers or None,
+                rank_pattern=self.rank_pattern,
+                alpha_pattern=self.alpha_pattern,
+                dropout=raw.get("lora_dropout") or 0.0,
+                init="gaussian" if raw.get("init_lora_weights") == "gaussian" else "uniform",
+                use_rslora=self.use_rslora,
+            )
+        except (ConfigError, TypeError) as error:
+            raise AdapterFileError(f"{where}: {error}") from error
+
+
+def read_settings(where: str, raw: object) -> PeftSettings:
+    """Check a parsed `adapter_config.json`. Raises AdapterFileError for what isn't plain LoRA or isn't understood."""
+    if not isinstance(raw, dict):
+        raise AdapterFileError(f"{where}: expected a JSON object with PEFT's settings, got {type(raw).__name__}")
+    if raw.get("peft_type", "LORA") != "LORA":
+        raise AdapterFileError(f"{where}: peft_type is {raw['peft_type']!r}; only 'LORA' adapters can be read")
+    _refuse_unsupported(where, raw)
+    unknown = [key for key, value in raw.items() if key not in READ | KEPT | REFUSED.keys() and not _empty(value)]
+    if unknown:
+        warnings.warn(
+            f"{where}: unknown settings {', '.join(sorted(unknown))} are kept in the adapter's metadata and change nothing here. "
+            "If one of them changes what the adapter computes, outputs will differ from the tool that wrote it.",
+            stacklevel=2,
+        )
+    rank = raw.get("r")
+    alpha = raw.get("lora_alpha", 8)  # PEFT's own default
+    if type(rank) is not int or rank < 1:
+        raise AdapterFileError(f"{where}: r should be a whole number ≥ 1, got {rank!r}")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise AdapterFileError(f"{where}: lora_alpha should be a number, got {alpha!r}")
+    kept = {key: value for key, value in raw.items() if key not in READ and not _empty(value)}
+    return PeftSettings(
+        rank=rank,
+        alpha=alpha,
+        rank_pattern=_pattern(where, "rank_pattern", raw.get("rank_pattern"), (int,)),
+        alpha_pattern=_pattern(where, "alpha_pattern", raw.get("alpha_pattern"), (int, float)),
+        use_rslora=raw.get("use_rslora") is True,
+        raw=raw,
+        metadata={f"{METADATA_PREFIX}{key}": json.dumps(value, sort_keys=True) for key, value in sorted(kept.items())},
+    )
+
+
+def config_to_dict(config: AdapterConfig) -> dict[str, Any]:
+    """A configuration as JSON values, in the order of its fields; patterns keep their order, which they are matched in."""
+    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+
+
+def config_from_dict(where: str, data: object) -> AdapterConfig:
+    """Read `config_to_dict`'s form back. Raises AdapterFileError."""
+    names = {field.name for field in fields(AdapterConfig)}
+    if not isinstance(data, dict) or not data.keys() <= names:
+        extra = sorted(set(data) - names) if isinstance(data, dict) else data
+        raise AdapterFileError(
+            f"{where}: config has what this version doesn't know: {extra}. It was written by a newer lorabank or altered; "
+            "delete lorabank.json to load the adapter by adapter_config.json alone."
+        )
+    default = config_to_dict(AdapterConfig())
+    try:
+        return AdapterConfig(**{key: value for key, value in data.items() if value != default[key]})
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise AdapterFileError(f"{where}: config: {error}") from error
+
+
+def _refuse_unsupported(where: str, raw: Mapping[str, Any]) -> None:
+    for key, kind in REFUSED.items():
+        if not _empty(raw.get(key)):
+            raise AdapterFileError(
+                f"{where}: {key} = {json.dumps(raw[key])[:80]}: {kind} is not supported yet, and without it the adapter would "
+                "compute something else. Merge it with the tool that made it, or train it again without."
+            )
+    if raw.get("bias", "none") != "none":
+        raise AdapterFileError(f"{where}: bias = {raw['bias']!r}: trained biases are not supported yet, only 'none'")
+    init = raw.get("init_lora_weights", True)
+    if init is not None and str(init) not in ("True", "gaussian", *HARMLESS_INITS):
+        raise AdapterFileError(
+            f"{where}: init_lora_weights = {init!r} rewrites the base weights before training, so the adapter's base "
+            "isn't the published one. Save it with PEFT's path_initial_model_for_weight_conversion and load that."
+        )
+
+
+def _pattern(where: str, key: str, value: object, kinds: tuple[type, ...]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(type(number) in kinds for number in value.values()):
+        raise AdapterFileError(f"{where}: {key} should map module names to numbers, got {json.dumps(value)[:120]}")
+    for pattern, number in value.items():
+        if key == "rank_pattern" and number < 1:
+            raise AdapterFileError(f"{where}: {key}[{pattern!r}] should be ≥ 1, got {number}")
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except re.error as error:
+            raise AdapterFileError(f"{where}: {key}: {pattern!r} is no regular expression: {error}") from error
+    return value
+
+
+def _names(value: object) -> str | list[str] | None:
+    if isinstance(value, str):
+        return value if value == "all-linear" else f"re:{value}"
+    return [str(item) for item in value] if isinstance(value, list) else None
+
+
+def _alpha(path: str, layer: AdapterLayer, use_rslora: bool) -> float:
+    """The alpha whose scaling is exactly the layer's; whole numbers as int, which some readers insist on."""
+    divisor = math.sqrt(layer.rank) if use_rslora else layer.rank
+    if not (math.isfinite(layer.scaling) and layer.scaling > 0):
+        raise AdapterFileError(
+            f"layer {path!r}: PEFT's form needs a scaling > 0, got {layer.scaling}. Multiply B by it and use a scaling of 1."
+        )
+    near = layer.scaling * divisor
+    candidates = [float(round(near)), near, math.nextafter(near, 0.0), math.nextafter(near, math.inf), float(f"{near:.12g}")]
+    alpha = min(candidates, key=lambda alpha: (abs(alpha / divisor - layer.scaling), len(repr(alpha))))
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _target_modules(paths: list[str]) -> list[str] | str:
+    """Whole paths. In PEFT a listed name also matches deeper modules that end with it, so short paths become a pattern."""
+    if all(path.count(".") >= 2 for path in paths) and not any(a.endswith(f".{b}") for a in paths for b in _roots(paths)):
+        return paths
+    return "|".join(re.escape(path) for path in paths)
+
+
+def _roots(paths: list[str]) -> list[str]:
+    # Only a path that is shorter than another can be another's end.
+    longest = max((path.count(".") for path in paths), default=0)
+    return [path for path in paths if path.count(".") < longest]
+
+
+def _stored_transposed(adapter: Adapter) -> bool:
+    """Whether adapted weights are stored (in, out), as GPT-2's are: a PEFT file said so, or the base's fingerprint shows it."""
+    if adapter.metadata.get(f"{METADATA_PREFIX}fan_in_fan_out") == "true":
+        return True
+    sampled = adapter.fingerprint.tensors if adapter.fingerprint else {}
+    for path, layer in adapter.layers.items():
+        shape = (layer.B.shape[0], layer.A.shape[1])
+        found = sampled.get(f"{path}.weight")
+        if found is not None and shape[0] != shape[1] and found.shape == shape[::-1]:
+            return True
+    return False
+
+
+def _empty(value: object) -> bool:
+    return value is None or value is False or value in ("", [], {})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, list | tuple) else value

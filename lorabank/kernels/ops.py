@@ -1,0 +1,184 @@
+"""The fast path of the LoRA product on any device that torch knows: base product and adapters in one autograd node.
+
+It saves x and the narrow xA, writes the change into y in place, and gives no gradient to the frozen weight.
+Its plain twin is reference.py. Shapes as there: U units × T tokens × I inputs, O outputs, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorabank.errors import RoutingError
+from lorabank.kernels.base import BaseProduct
+from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One call's routing for one layer: segments without their tensors' autograd history, and what guards backward."""
+
+    segments: tuple[Segment, ...]
+    units: int
+    route: Tensor
+    """int64 scalar that identifies the route. It travels with the saved tensors, so a recomputation under another route shows."""
+    route_id: int
+    layer: str
+    """Path of the layer, for messages."""
+    structure: int
+    """The bank's structure count when this call was made."""
+    structure_now: Callable[[], int]
+
+
+def _weigh(xa_NR: Tensor, segment: Segment) -> Tensor:
+    """Scales each unit's rows by the slot's weight for it, in place."""
+    if segment.weights_U is not None:
+        xa_NR.view(len(segment.weights_U), -1, xa_NR.shape[-1]).mul_(segment.weights_U.to(xa_NR.dtype)[:, None, None])
+    return xa_NR
+
+
+def _input_rows(x_UTI: Tensor, segment: Segment) -> tuple[Tensor, Tensor | None]:
+    """The segment's inputs in A's dtype, (units · T, I), dropout applied, and the dropout mask."""
+    x = take_units(x_UTI, segment.rows).to(segment.A_RI.dtype)
+    mask = None
+    if segment.dropout is not None:
+        mask = dropout_mask(segment.dropout, x.shape[1], x.shape[2]).to(x.dtype).view(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1]) * mask, mask
+    return x.reshape(-1, x.shape[-1]), mask
+
+
+def _add_product(out_UTO: Tensor, segment: Segment, left: Tensor, right: Tensor, alpha: float, mask: Tensor | None = None) -> None:
+    """out[rows] += alpha · (left @ right) [⊙ mask], in place, rounded once into out's dtype."""
+    if isinstance(segment.rows, slice) and mask is None and out_UTO.dtype == left.dtype:
+        rows = out_UTO[segment.rows]
+        rows.view(-1, rows.shape[-1]).addmm_(left, right, alpha=alpha)
+        return
+    product = (left @ right).mul_(alpha)
+    if mask is not None:
+        product.mul_(mask)
+    rows = take_units(out_UTO, segment.rows)
+    total = (rows.to(product.dtype) + product.view(rows.shape)).to(out_UTO.dtype)
+    if isinstance(segment.rows, slice):
+        rows.copy_(total)
+    else:
+        out_UTO.index_copy_(0, segment.rows, total)
+
+
+def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> list[Tensor]:
+    """Adds every segment's change to y in place; returns each segment's xA, (N, R)."""
+    y_UTO, x_UTI = y.view(plan.units, -1, y.shape[-1]), as_units(x, plan.units)
+    shrunk = []
+    for segment in plan.segments:
+        rows, _ = _input_rows(x_UTI, segment)
+        xa = _weigh(rows @ segment.A_RI.t(), segment)
+        _add_product(y_UTO, segment, xa, segment.B_RO, segment.scaling)
+        shrunk.append(xa)
+    return shrunk
+
+
+def _adapter_gradients(
+    dx: Tensor | None, dy: Tensor, x: Tensor, plan: Plan, shrunk: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Adds the adapters' part to dx in place; returns dA and dB of every segment, in the order A₁ B₁ A₂ B₂ …"""
+    dy_UTO, x_UTI = as_units(dy, plan.units), as_units(x, plan.units)
+    dx_UTI = None if dx is None else dx.view(plan.units, -1, dx.shape[-1])
+    gradients: list[Tensor | None] = []
+    for i, (segment, xa) in enumerate(zip(plan.segments, shrunk, strict=True)):
+        dy_rows = take_units(dy_UTO, segment.rows).to(segment.A_RI.dtype)
+        dy_NO = dy_rows.reshape(-1, dy_rows.shape[-1])
+        dxa = _weigh((dy_NO @ segment.B_RO.t()).mul_(segment.scaling), segment)
+        rows, mask = _input_rows(x_UTI, segment) if needs[2 * i] or segment.dropout is not None else (None, None)
+        gradients.append(dxa.t() @ rows if needs[2 * i] and rows is not None else None)
+        gradients.append((xa.t() @ dy_NO).mul_(segment.scaling) if needs[2 * i + 1] else None)
+        if dx_UTI is not None:
+            _add_product(dx_UTI, segment, dxa, segment.A_RI, 1.0, mask)
+    return gradients
+
+
+def _restored(plan: Plan, saved: Sequence[Tensor]) -> tuple[Plan, Sequence[Tensor]]:
+    """The plan with the saved A and B back in it, and each segment's xA. Raises RoutingError when the route changed."""
+    route, *rest = saved
+    if int(route) != plan.route_id:
+        raise RoutingError(
+            f"layer {plan.layer!r}: activation checkpointing recomputed this layer under another route than its forward saw. "
+            "Pass context_fn=bank.checkpoint_context to the checkpointing function, keep backward() inside `with bank.route(...)`, "
+            "or use bank.use(name)."
+        )
+    if plan.structure_now() != plan.structure:
+        raise RoutingError(
+            f"layer {plan.layer!r}: adapters were added or removed between this forward pass and its backward. "
+            "Finish backward() first, then change the bank."
+        )
+    n = len(plan.segments)
+    shrunk, tensors = rest[:n], rest[n:]
+    segments = tuple(replace(s, A_RI=tensors[2 * i], B_RO=tensors[2 * i + 1]) for i, s in enumerate(plan.segments))
+    return replace(plan, segments=segments), shrunk
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """y = W x + b + Σ segments, with the frozen product inside, so that y and dx are each written once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: BaseProduct, plan: Plan, *tensors: Tensor) -> Tensor:
+        y = product.forward(x, weight, bias)
+        with _without_autocast(x):
+            shrunk = _expand_into(y, x, plan)
+        ctx.plan, ctx.product, ctx.x_dtype = plan, product, x.dtype
+        ctx.save_for_backward(x, weight, plan.route, *shrunk, *tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        plan, shrunk = _restored(ctx.plan, saved)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.product.input_grad(dy, weight.to(dy.dtype)).to(ctx.x_dtype).contiguous()
+        gradients = _adapter_gradients(dx, dy, x, plan, shrunk, ctx.needs_input_grad[5:])
+        return dx, None, None, None, None, *gradients
+
+
+class _AddLoRA(torch.autograd.Function):
+    """y + Σ segments for a base layer that must be called as it is (it carries hooks, or its weight is trained)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, plan: Plan, *tensors: Tensor) -> Tensor:
+        out = y.clone(memory_format=torch.contiguous_format)
+        with _without_autocast(x):
+            shrunk = _expand_into(out, x, plan)
+        ctx.plan = plan
+        ctx.save_for_backward(x, plan.route, *shrunk, *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        plan, shrunk = _restored(ctx.plan, saved)
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        gradients = _adapter_gradients(dx, dy, x, plan, shrunk, ctx.needs_input_grad[3:])
+        return dy, dx, None, *gradients
+
+
+def _tensors(plan: Plan) -> list[Tensor]:
+    return [tensor for segment in plan.segments for tensor in (segment.A_RI, segment.B_RO)]
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: BaseProduct, plan: Plan) -> Tensor:
+    """The frozen product and every segment's change, (…, O). The weight and bias get no gradient."""
+    return _LoRALinear.apply(x, weight, bias, product, plan, *_tensors(plan))
+
+
+def add_lora(y: Tensor, x: Tensor, plan: Plan) -> Tensor:
+    """y plus every segment's change, (…, O), for a y that was computed elsewhere."""
+    return _AddLoRA.apply(y, x, plan, *_tensors(plan))

@@ -1,0 +1,51 @@
+"""The definition of every product in plain differentiable torch. Fast paths are held to it, outputs and gradients.
+
+Shapes: U units × T tokens × I inputs, O outputs, R ranks (see segments.py). A row's slots add up:
+
+    y = W x + Σ_s w_s · scaling_s · B_s (A_s (mask_s ⊙ x))
+
+Each product visits only its segment's rows and ranks: rows without a slot are not written at all, and a value that is
+not finite in one slot reaches no other row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_units
+
+
+def lora_delta(x_UTI: Tensor, segment: Segment) -> Tensor:
+    """w · scaling · B A x for one segment, (units, T, O), in A's dtype."""
+    x = take_units(x_UTI, segment.rows).to(segment.A_RI.dtype)
+    if segment.dropout is not None:
+        x = x * dropout_mask(segment.dropout, x.shape[1], x.shape[2]).to(x.dtype)
+    xa = x @ segment.A_RI.t()
+    if segment.weights_U is not None:
+        xa = xa * segment.weights_U.to(xa.dtype)[:, None, None]
+    return (xa @ segment.B_RO) * segment.scaling
+
+
+def add_lora(y: Tensor, x: Tensor, segments: Sequence[Segment], units: int) -> Tensor:
+    """y (…, O) plus every segment's change of it; x (…, I). The sum is rounded once into y's dtype."""
+    y_UTO, x_UTI = as_units(y, units), as_units(x, units)
+    for segment in segments:
+        rows = torch.arange(units, device=y.device)[segment.rows]
+        changed = take_units(y_UTO, rows).to(segment.A_RI.dtype) + lora_delta(x_UTI, segment)
+        y_UTO = y_UTO.index_copy(0, rows, changed.to(y.dtype))
+    return y_UTO.reshape(y.shape)
+
+
+def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, segments: Sequence[Segment], units: int) -> Tensor:
+    """The frozen linear map and the adapters' changes, (…, O)."""
+    return add_lora(F.linear(x, weight_OI, bias_O), x, segments, units)
+
+
+def token_logprobs(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """log p(target | hidden) for every token, fp32 (T,), with all logits held at once."""
+    logits = F.linear(hidden_TH, weight_VH, bias_V).float()
+    return logits.log_softmax(-1).gather(1, targets_T[:, None]).squeeze(1)

@@ -1,0 +1,56 @@
+"""What a merge lost to the rounding of the base's dtype, as values and as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoss:
+    """One layer's change and the part of it that rounding swallowed; Frobenius norms."""
+
+    weight: float
+    """‖W‖ before the merge."""
+    delta: float
+    """‖ΔW‖ that was asked for, strength included."""
+    lost: float
+    """‖W + ΔW − what is stored now‖."""
+
+    @property
+    def share(self) -> float:
+        """‖lost Δ‖ / ‖Δ‖; 0 for a layer without change."""
+        return self.lost / self.delta if self.delta else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What a merge changed and lost."""
+
+    layers: Mapping[str, LayerLoss]
+    dtypes: tuple[str, ...]
+    """Dtypes of the merged weights."""
+
+    @property
+    def lost_share(self) -> float:
+        """‖lost Δ‖ / ‖Δ‖ over all layers."""
+        delta = math.hypot(*(layer.delta for layer in self.layers.values()))
+        return math.hypot(*(layer.lost for layer in self.layers.values())) / delta if delta else 0.0
+
+    @property
+    def relative_change(self) -> float:
+        """‖Δ‖ / ‖W‖ over the merged layers."""
+        weight = math.hypot(*(layer.weight for layer in self.layers.values()))
+        return math.hypot(*(layer.delta for layer in self.layers.values())) / weight if weight else 0.0
+
+    def __str__(self) -> str:
+        worst, loss = max(self.layers.items(), key=lambda item: item[1].share)
+        return (
+            f"merged {len(self.layers)} layers ({', '.join(self.dtypes)}), ‖Δ‖/‖W‖ = {self.relative_change:.2g}; "
+            f"lost to rounding ‖lost Δ‖/‖Δ‖ = {_percent(self.lost_share)}, at most {_percent(loss.share)} ({worst})"
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"

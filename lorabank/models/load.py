@@ -1,0 +1,283 @@
+"""`load_base`: a base model and its tokenizer from a hub id, a folder, a GGUF file or an alias."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lorabank.errors import ConfigError, ModelError, closest
+from lorabank.models import hub
+from lorabank.models.cache import Say, default_cache
+from lorabank.models.folder import check_folder, foreign_framework, is_pickled, not_pytorch
+from lorabank.models.gguf import convert_gguf, source_note
+from lorabank.models.names import alias, check_not_closed, closest_sibling, is_hub_id, is_path
+from lorabank.models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBase:
+    """A base model ready to be attached to, and what was decided while loading it."""
+
+    model: PreTrainedModel
+    """In eval mode, on `device`, every floating weight in `dtype`."""
+    tokenizer: PreTrainedTokenizerBase
+    """Has a pad token; its padding side is as it came."""
+    name: str
+    """As it was asked for: what other tools should load below the adapter."""
+    folder: Path
+    """Where the weights were read."""
+    dtype: torch.dtype
+    device: torch.device
+    has_chat_template: bool
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: what was filled in, left out or can't be trusted fully."""
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    cache: Path | None = None,
+    say: Say = lambda line: None,
+) -> LoadedBase:
+    """Load the causal language model `name` (hub id, folder, GGUF file, or alias such as `smollm2-135m-instruct`).
+
+    `dtype`: `fp32`, `bf16`, or `auto` (bf16 on a GPU that has it, else fp32). `device`: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`.
+    `cache`: where converted models are kept (default `~/.cache/lorabank`). `say` gets progress lines of a download or conversion.
+    Raises ModelError when the model can't be had or isn't one that can be adapted, ConfigError for a wrong dtype or device.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where = pick_device(device)
+    number = pick_dtype(dtype, where)
+    folder = locate(name, cache=cache, trust_remote_code=trust_remote_code, say=say)
+    settings = check_folder(folder)
+    with quiet_transformers():
+        config = _config(name, folder, settings, trust_remote_code=trust_remote_code)
+        _check_causal(name, config, settings, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer(name, folder, trust_remote_code=trust_remote_code)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=number,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except Exception as error:  # a damaged file surfaces as one of a dozen classes of three libraries
+            raise ModelError(
+                f"model {name!r}: its weights can't be read ({_first_line(error)}). Copy or download it again."
+            ) from error
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)  # the library's annotation omits this form
+    _check_complete(name, model, info)
+    torch.nn.Module.to(model, where)  # PreTrainedModel's own `to` only refuses quantized models, and is typed wrongly
+    notes = [*_source_notes(folder), *_fill_pad_token(tokenizer), *_check_vocabulary(tokenizer, model), *_unused(info)]
+    return LoadedBase(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name=name,
+        folder=folder,
+        dtype=number,
+        device=where,
+        has_chat_template=bool(tokenizer.chat_template),
+        notes=tuple(notes),
+    )
+
+
+def locate(name: str, *, cache: Path | None = None, trust_remote_code: bool = False, say: Say = lambda line: None) -> Path:
+    """The local folder for a model's name; downloads or converts where needed. Raises ModelError."""
+    if not name.strip():
+        raise ModelError("model: no name given. Use a hub id, a folder, a GGUF file, or 'smollm2-135m-instruct'.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return _locate_file(path, cache or default_cache(), say)
+    if alias(name):
+        from lorabank.models.smollm2 import smollm2_folder  # also run as `python -m`, so not imported with the package
+
+        return smollm2_folder(cache, say=say)
+    check_not_closed(name)
+    if is_path(name) or (path.parent != Path() and path.parent.is_dir() and closest_sibling(path)):
+        raise ModelError(f"model {name!r}: no such folder or file{closest_sibling(path)}.")
+    if not is_hub_id(name):
+        hint = closest_sibling(path)
+        raise ModelError(f"model {name!r}: neither a folder, a GGUF file nor a hub id such as 'Qwen/Qwen3-0.6B'{hint}.")
+    return hub.fetch(name, trust_remote_code=trust_remote_code)
+
+
+def _locate_file(path: Path, cache: Path, say: Say) -> Path:
+    if path.suffix.lower() == ".gguf":
+        say(f"converting {path.name} to safetensors, once ...")
+        return convert_gguf(path, cache)
+    where = repr(str(path))
+    framework = foreign_framework(path.name)
+    if framework:
+        raise ModelError(not_pytorch(where, path.name, framework))
+    if is_pickled(path.name):
+        raise ModelError(
+            f"model {where}: a pickled weight file; only safetensors are read, from a folder that also holds "
+            "config.json and the tokenizer."
+        )
+    raise ModelError(
+        f"model {where}: a single file. Name the folder that holds it, with config.json and the tokenizer: {str(path.parent)!r}."
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for a setting; `auto` takes a GPU if there is one. Raises ConfigError when it isn't there."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        hint = closest(device, ("cpu", "cuda", "mps", "auto"))
+        raise ConfigError(f"device: expected cpu, cuda, cuda:N, mps or auto, got {device!r}{hint}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device: {device!r} asked for, but torch {torch.__version__} sees no GPU here. "
+            "Use device cpu, or install a CUDA build of torch."
+        )
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {device!r} asked for, but there are {torch.cuda.device_count()} GPUs, numbered from 0.")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: 'mps' asked for, but torch sees no Apple GPU here. Use device cpu.")
+    return found
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype for `auto`, `fp32` or `bf16` on a device. Raises ConfigError for anything else."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"base_dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}")
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.float32 if dtype == "fp32" else torch.bfloat16
+
+
+def _config(name: str, folder: Path, settings: Mapping[str, Any], *, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    if "auto_map" in settings and not trust_remote_code and not _known_type(settings):
+        raise ModelError(
+            f"model {name!r}: it needs Python code that comes with its weights. "
+            "If you trust its author, set trust_remote_code: true."
+        )
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # wrong values in a config surface as whatever the model's config class happens to raise
+        if not _known_type(settings):
+            kind = settings.get("model_type")
+            raise ModelError(
+                f"model {name!r}: its config.json has model_type {kind!r}, which the installed transformers doesn't know. "
+                "If the model is new: pip install -U transformers."
+            ) from error
+        raise ModelError(f"model {name!r}: its config.json can't be used ({_first_line(error)}).") from error
+
+
+def _known_type(settings: Mapping[str, Any]) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return settings.get("model_type") in CONFIG_MAPPING
+
+
+def _check_causal(name: str, config: Any, settings: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Raise ModelError unless the checkpoint is of a model that continues text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if trust_remote_code and "AutoModelForCausalLM" in settings.get("auto_map", {}):
+        return
+    listed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    causal: Collection[str] = (listed,) if isinstance(listed, str) else listed
+    stored = settings.get("architectures") or list(causal)
+    if any(architecture in causal for architecture in stored):
+        return
+    what = "an encoder-decoder model" if getattr(config, "is_encoder_decoder", False) else "not a model that continues text"
+    expected = f"expected {' or '.join(causal)}" if causal else f"model_type {config.model_type!r} has no causal language model"
+    raise ModelError(
+        f"model {name!r}: {', '.join(stored) or config.model_type} is {what} ({expected}). "
+        "Task text-generation needs a decoder, such as Qwen, Llama or GPT-2."
+    )
+
+
+def _tokenizer(name: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
+    if not any((folder / file).is_file() for file in known):
+        raise ModelError(
+            f"model {name!r}: {str(folder)!r} has no tokenizer. "
+            "Copy tokenizer.json and tokenizer_config.json from the original model beside the weights."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # a damaged or exotic tokenizer surfaces as almost any class
+        raise ModelError(
+            f"model {name!r}: its tokenizer can't be read ({_first_line(error)}). "
+            "Copy the tokenizer's files again from the original model."
+        ) from error
+
+
+def _check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raise ModelError when the file lacked weights, which transformers would otherwise leave random."""
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise ModelError(
+            f"model {name!r}: its file lacks {len(missing)} of the weights of {type(model).__name__} "
+            f"({', '.join(missing[:3])}), and random ones "
+            "would take their place. Use a complete checkpoint with the language-model head."
+        )
+
+
+def _fill_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Give the tokenizer a pad token if it has none; batches mask padding by length, so sharing one is safe."""
+    if tokenizer.pad_token is not None:
+        return []
+    stand_in = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+    if stand_in is None:
+        raise ModelError(
+            "tokenizer: it has no pad, end, unknown or begin token to fill batches with. Set pad_token in its "
+            "tokenizer_config.json."
+        )
+    tokenizer.pad_token = stand_in
+    return [f"the tokenizer has no pad token: batches are filled with {stand_in!r} (masked by length, so its own meaning stays)"]
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
+    rows = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest < rows:
+        return []
+    return [f"the tokenizer knows tokens up to id {highest}, and the model {rows} of them: text with the ids above that fails"]
+
+
+def _source_notes(folder: Path) -> list[str]:
+    note = source_note(folder)
+    return [note] if note else []
+
+
+def _unused(info: Mapping[str, Any]) -> list[str]:
+    unused = sorted(info.get("unexpected_keys") or ())
+    if not unused:
+        return []
+    return [f"{len(unused)} weights of the file have no place in the model and were left out ({', '.join(unused[:3])})"]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

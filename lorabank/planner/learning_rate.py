@@ -1,0 +1,38 @@
+"""`learning_rate: auto`: a starting point from published fits, with the reason in words. Arithmetic only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FULL_RATE_AT_2000 = 5e-5
+"""Full fine-tuning rate of a model with 2,000 hidden features (tinker-cookbook's fit)."""
+EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+"""Family to p in rate = 5e-5 · (2000 / hidden)^p."""
+LORA_FACTOR = 10.0
+"""LoRA's best rate over full fine-tuning's (LoRA Without Regret: 9.8 over 14 models)."""
+SHORT_RUN_FACTOR = 15.0
+SHORT_RUN_STEPS = 100
+
+
+@dataclass(frozen=True)
+class LearningRateAdvice:
+    """A learning rate and why."""
+
+    value: float
+    reason: str
+
+
+def advise_learning_rate(model_type: str, hidden_size: int, total_steps: int) -> LearningRateAdvice:
+    """Step size for LoRA on a model of this family and width, for a run of `total_steps` optimizer steps.
+
+    Families without a published fit get Llama's, and the reason says that it is a guess.
+    """
+    family = next((name for name in EXPONENTS if model_type.lower().startswith(name)), None)
+    exponent = EXPONENTS[family or "llama"]
+    full = FULL_RATE_AT_2000 * (2000 / hidden_size) ** exponent
+    short = total_steps <= SHORT_RUN_STEPS
+    factor = SHORT_RUN_FACTOR if short else LORA_FACTOR
+    value = float(f"{full * factor:.2g}")
+    run = f"a short run of {total_steps} steps" if short else f"{total_steps} steps"
+    fit = f"{family.capitalize()}'s fit" if family else f"Llama's fit, a guess for {model_type or 'this family'}"
+    return LearningRateAdvice(value, f"{factor:g} × the full fine-tuning rate {full:.1e} (hidden size {hidden_size}, {fit}) for {run}")

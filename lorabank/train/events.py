@@ -1,0 +1,124 @@
+"""What a run tells the outside, as values. The trainer emits them; console, metrics file and trackers listen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """One adapter's part of a run, known before the first step."""
+
+    name: str
+    rank: int
+    parameters: int
+    layers: int
+    total_steps: int
+    learning_rate: float
+    learning_rate_reason: str
+    train_rows: int
+    val_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """The run, known before the first step."""
+
+    model: str
+    output: str
+    device: str
+    base_dtype: str
+    base_parameters: int
+    adapters: Sequence[AdapterPlan]
+    resumed_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step of one adapter."""
+
+    adapter: str
+    step: int
+    """1-based count of this adapter's optimizer steps."""
+    total_steps: int
+    pass_index: int
+    """1-based count of forward passes of the whole run."""
+    epoch: float
+    loss: float
+    """Mean negative log-likelihood of this step's trained tokens, nats a token."""
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Trained tokens of this step."""
+    tokens_seen: int
+    """Trained tokens of this adapter so far."""
+    tokens_per_second: float
+    """All tokens of this adapter (prompts included, padding not) a second of the joint run."""
+    seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """One evaluation of one adapter (or of the base, under the name `base`)."""
+
+    adapter: str
+    step: int
+    pass_index: int
+    metrics: Mapping[str, float]
+    """`loss` and whatever else was asked for, on held-out rows."""
+    best: bool
+    """Whether this is the lowest validation loss of the adapter so far."""
+    turned: bool = False
+    """Whether validation loss has been rising: a sign of overfitting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """A sentence for the user: a warning, a stop, a choice made for them."""
+
+    text: str
+    adapter: str | None = None
+    level: str = "info"
+    """`info` or `warning`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterResult:
+    """How one adapter ended."""
+
+    name: str
+    folder: str
+    steps: int
+    status: str
+    """`finished`, `stopped early`, `stopped: not finite`, `interrupted`."""
+    best_step: int | None
+    best_metrics: Mapping[str, float]
+    final_metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended."""
+
+    output: str
+    seconds: float
+    adapters: Mapping[str, AdapterResult]
+    base_metrics: Mapping[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+    resume_command: str | None = None
+
+
+class Listener(Protocol):
+    """Receives a run's events in order. Every method may be left empty."""
+
+    def on_start(self, plan: RunPlan) -> None: ...
+    def on_step(self, record: StepRecord) -> None: ...
+    def on_eval(self, record: EvalRecord) -> None: ...
+    def on_notice(self, notice: Notice) -> None: ...
+    def on_busy(self, activity: str, done: int, total: int) -> None:
+        """Progress inside something that takes long between steps, such as an evaluation. `done == total` ends it."""
+        ...
+
+    def on_end(self, result: RunResult) -> None: ...

@@ -1,0 +1,52 @@
+"""The commands that a finished run offers: `vllm serve` for its adapters, or why an export comes first."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM accepts for `--max-lora-rank`."""
+
+
+def chat_line(output: str, names: Sequence[str]) -> str:
+    """`lorabank chat OUT --adapters a,b,base`."""
+    return shlex.join(["lorabank", "chat", output, "--adapters", ",".join(names)])
+
+
+def vllm_line(model: str, folders: Mapping[str, str], largest_rank: int) -> str:
+    """The full `vllm serve` line for adapters of at most `largest_rank` (which vLLM must accept: see `serve_lines`)."""
+    limit = next(rank for rank in VLLM_RANKS if rank >= largest_rank)
+    modules = [f"{name}={folder}" for name, folder in folders.items()]
+    return shlex.join(["vllm", "serve", model, "--enable-lora", "--max-lora-rank", str(limit), "--lora-modules", *modules])
+
+
+def serve_lines(model: str, folders: Mapping[str, str]) -> tuple[str, list[str]]:
+    """A title and the lines below it: the command where vLLM reads every adapter rightly, else what stands in the way.
+
+    vLLM reads one rank and one alpha for all layers, and no rank above its largest.
+    """
+    obstacles, largest = [], 1
+    for name, folder in folders.items():
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+        largest = max(largest, rank)
+        reason = obstacle(config, rank)
+        if reason:
+            obstacles.append(f"{name}: {reason}")
+    if obstacles:
+        return "vLLM needs an export of these adapters first (lorabank export, not available yet):", obstacles
+    return "serve them in one process:", [vllm_line(model, folders, largest)]
+
+
+def obstacle(config: Mapping[str, object], rank: int) -> str | None:
+    """Why vLLM would compute something else from this adapter's files; None when it doesn't."""
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        return "rank and alpha differ between layers (rank_pattern, alpha_pattern), which vLLM doesn't read"
+    if config.get("use_rslora"):
+        return "rsLoRA scales by alpha/√rank, an export folds that into the weights"
+    if rank > VLLM_RANKS[-1]:
+        return f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}"
+    return None

@@ -1,0 +1,305 @@
+"""What each command does with its arguments. merge, combine and inspect are real; the engine is stood in for."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lorabank.cli import main
+from lorabank.cli.chat import answer_table
+from lorabank.config.parse import dump_yaml
+from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
+from lorabank.formats.adapter import Adapter
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    config = TrainConfig(
+        model="M",
+        output=str(folder),
+        data=DataConfig(train="t.jsonl", prompt="Describe: {mr}", completion="{ref}", system="Be kind."),
+        adapters={"formal": AdapterRun(), "terse": AdapterRun()},
+        eval=EvalConfig(metrics=["loss", "bleu"], max_new_tokens=33),
+    )
+    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    return folder
+
+
+# train, preview -------------------------------------------------------------------------------------------------------
+
+
+def test_train_hands_over(api: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new"
+    assert main(["train", "--model", "M", "--data", "f.jsonl", "--lora_r", "4", "--output", str(out), "--dry-run"]) == 0
+    (_, (config, resume, dry_run, listeners)) = api.calls[0]
+    assert (config.defaults.rank, resume, dry_run, len(listeners)) == (4, False, True, 1)
+    assert "note: --lora_r (PEFT, axolotl): read as defaults.rank = 4" in capsys.readouterr().err
+    assert main(["train", "--model", "M", "--data", "f.jsonl", "--output", str(out), "--seed", "130"]) == 130
+
+
+def test_an_existing_run_is_refused_with_the_line_that_resumes_it(
+    api: Any, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", "--model", "M", "--data", "my rows.jsonl", "--output", str(run_folder)]
+    assert main(line) == 2
+    text = capsys.readouterr().err
+    assert f"lorabank train --model M --data 'my rows.jsonl' --output {run_folder} --resume" in text
+    assert api.calls == []
+    assert main([*line, "--resume"]) == 0
+    assert main(["train", str(run_folder), "--resume"]) == 0
+    assert [call[1][1] for call in api.calls] == [True, True]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    assert main(["train", "--model", "M", "--data", "f", "--output", str(other)]) == 2
+    assert "isn't a run of lorabank" in capsys.readouterr().err
+
+
+def test_preview(api: Any) -> None:
+    assert main(["preview", "--model", "M", "--data", "f.jsonl", "--count", "5"]) == 0
+    (_, (config, count)) = api.calls[0]
+    assert (config.data.train, count) == ("f.jsonl", 5)
+
+
+def test_list_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list-settings"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "--rank",
+        "--data.max-length",
+        "--eval.every",
+        "--save.keep",
+        "--adapters.NAME.data",
+        "Rows of A and columns of B",
+    ):
+        assert part in text
+
+
+# eval -----------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_takes_the_runs_settings(api: Any, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run_folder), "--json", str(tmp_path / "s.json")]) == 0
+    (_, (model, adapters, data, options)) = api.calls[0]
+    assert (model, adapters, data.train) == (str(run_folder), None, "t.jsonl")
+    assert options["metrics"] == ["loss", "bleu"]
+    assert options["max_new_tokens"] == 33
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert ["base", "3.200", "4.0"] in lines
+    assert ["formal", "1.100", "30.0"] in lines
+    assert json.loads((tmp_path / "s.json").read_text())["formal"]["bleu"] == 30.0
+
+
+def test_eval_on_other_rows(api: Any, run_folder: Path) -> None:
+    assert main(["eval", str(run_folder), "--adapters", "formal,base", "--data", "new.jsonl", "--metrics", "chrf"]) == 0
+    (_, (_, adapters, data, options)) = api.calls[0]
+    assert adapters == ["formal", "base"]
+    assert (data.train, data.val, data.test, data.val_split) == (None, None, "new.jsonl", 0)
+    assert data.prompt == "Describe: {mr}", "the run's templates stay"
+    assert options["metrics"] == ["chrf"]
+
+
+# predict --------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_predict_with_the_runs_template(api: Any, run_folder: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "in.csv", tmp_path / "deep" / "out.jsonl"
+    data.write_text("mr,id\nname[A],1\nname[B],2\nname[Ü],3\n", encoding="utf-8")
+    line = ["predict", str(run_folder), "--data", str(data), "--output", str(out), "--batch-size", "4", "--max_new_tokens", "7"]
+    assert main(line) == 0
+    rows = rows_of(out)
+    assert [row["mr"] for row in rows] == ["name[A]", "name[B]", "name[Ü]"]
+    assert rows[2]["terse"] == "terse says Describe: name[Ü]"
+    assert list(rows[0]) == ["mr", "id", "formal", "terse", "base"]
+    jobs, max_new_tokens, temperature, _, _ = api.calls[1][1]
+    assert jobs[0] == ("formal", [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Describe: name[A]"}])
+    assert (max_new_tokens, temperature) == (7, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "asked"),
+    [
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "no"}]}\n', "Hi"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "Hi"}]}\n', "Hi"),
+        ("a.jsonl", '{"instruction": "Add", "input": "1 2"}\n', "Add\n\n1 2"),
+        ("a.jsonl", '{"question": "Why?"}\n', "Why?"),
+        ("a.jsonl", '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "no"}]}\n', "Hi"),
+        ("a.txt", "Where is it?\n\n", "Where is it?"),
+        ("a.json", '[{"text": "One"}]', "One"),
+    ],
+)
+def test_forms_of_prompts(name: str, text: str, asked: str, api: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    out = tmp_path / "answers.jsonl"
+    assert main(["predict", "M", "--adapters", "base", "--data", str(tmp_path / name), "--output", str(out)]) == 0
+    assert len(rows_of(out)) == 1
+    assert api.calls[1][1][0] == [("base", [{"role": "user", "content": asked}])]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ('{"a": 1}\n', [], "in.jsonl:1: expected a column messages"),
+        ('{"a": 1}\n', ["--prompt", "{b}"], "--prompt asks for column 'b'"),
+        ('{"a": 1}\n', ["--prompt", "{a"], "A literal brace is written twice"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}\n', [], "no turn before the answer"),
+        ('{"prompt": "x"}\n{oops\n', [], "in.jsonl:2"),
+        ("", [], "at least one row"),
+    ],
+)
+def test_bad_rows_name_their_line(
+    text: str, flags: list[str], message: str, api: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text(text)
+    out = tmp_path / "answers.jsonl"
+    assert main(["predict", "M", "--data", str(tmp_path / "in.jsonl"), "--output", str(out), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert api.calls == [], "no model is loaded for rows that can't be answered"
+
+
+def test_predict_overwrites_nothing(api: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "answers.jsonl"
+    out.write_text("mine")
+    assert main(["predict", "M", "--data", "x.jsonl", "--output", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+# chat -----------------------------------------------------------------------------------------------------------------
+
+
+def chat(lines: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    return main(["chat", *words])
+
+
+def test_chat_keeps_a_history_for_each_adapter(
+    api: Any, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = "Hi\nAgain\n/adapters terse,base\nThird\n/reset\nFourth\n/system Be brief.\nFifth\n/exit\nnever\n"
+    assert chat(script, monkeypatch, str(run_folder), "--adapters", "formal,terse") == 0
+    out = capsys.readouterr().out
+    assert "formal: formal says Hi" in out
+    assert "never" not in out
+    turns = [call[1][0] for call in api.calls if call[0] == "generate_stream"]
+    system = {"role": "system", "content": "Be kind."}
+    assert turns[1][0] == (
+        "formal",
+        [
+            system,
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "formal says Hi"},
+            {"role": "user", "content": "Again"},
+        ],
+    )
+    assert [name for name, _ in turns[2]] == ["terse", "base"]
+    assert [len(messages) for _, messages in turns[2]] == [6, 2], "terse remembers, base is new"
+    assert [len(messages) for _, messages in turns[3]] == [2, 2]
+    assert turns[4][0][1] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Fifth"}]
+
+
+def test_chat_takes_every_adapter_and_the_base(
+    api: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat("Hi\n/adapters tersee\n/exitt\n", monkeypatch, "out/x") == 0
+    out = capsys.readouterr().out
+    assert [line.split(":")[0] for line in out.splitlines()[:3]] == ["formal", "terse", "base"]
+    assert "adapter 'tersee' is not loaded (did you mean 'terse'?)" in out
+    assert "/exitt: unknown command (did you mean '/exit'?)" in out
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_answers_side_by_side(width: int) -> None:
+    paper = Console(width=width, record=True, file=io.StringIO())
+    paper.print(answer_table(["formal", "terse", "base"], ["one two three [x] " * 5, "short", "other"], width))
+    lines = paper.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "[x]" in "".join(lines)
+    together = any("one two" in line and "short" in line for line in lines)
+    assert together == (width >= 80)
+
+
+# merge, combine, inspect: the real thing --------------------------------------------------------------------------------
+
+
+def test_merge_makes_a_plain_model(
+    base_folder: Path, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "merged"
+    assert main(["merge", str(adapter_folder), "--output", str(out), "--device", "cpu", "--dtype", "fp32"]) == 0
+    text = capsys.readouterr().out
+    assert "q_proj" in text
+    assert "lost of Δ" in text
+    merged, base = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (out, base_folder))
+    adapter = Adapter.load(adapter_folder)
+    path = "model.layers.1.self_attn.q_proj"
+    change = merged.get_parameter(f"{path}.weight") - base.get_parameter(f"{path}.weight")
+    assert torch.allclose(change, adapter.layers[path].delta(), atol=1e-6)
+    assert AutoTokenizer.from_pretrained(out)("hi")["input_ids"] == AutoTokenizer.from_pretrained(base_folder)("hi")["input_ids"]
+    assert main(["merge", str(adapter_folder), "--output", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
+
+
+def test_combine_is_the_weighted_sum(adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mixed"
+    assert main(["combine", f"{adapter_folder}:0.7", f"{adapter_folder}:-0.2", "--output", str(out)]) == 0
+    assert "4 layers, rank 8" in capsys.readouterr().out
+    path = "model.layers.0.self_attn.q_proj"
+    one, mixed = Adapter.load(adapter_folder).layers[path].delta(), Adapter.load(out).layers[path].delta()
+    assert torch.allclose(mixed, 0.5 * one, atol=1e-6)
+
+
+def test_inspect_an_adapter(adapter_folder: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(adapter_folder)]) == 0
+    text = capsys.readouterr().out
+    flat = text.replace("\n", "")
+    assert f"base: {base_folder}" in flat
+    assert "LoRA, α/r, rank 4, alpha 32" in text
+    row = next(line.split() for line in text.splitlines() if line.split()[:1] == ["q_proj"])
+    deltas = [layer.delta().norm() for path, layer in Adapter.load(adapter_folder).layers.items() if path.endswith("q_proj")]
+    assert float(row[-1]) == pytest.approx(float(sum(deltas) / 2), rel=1e-2)
+    assert "2 layers have B = 0" in text
+    assert "no NaN, no infinity" in text
+
+
+def test_inspect_looks_at_a_broken_adapter(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = adapter_folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    (adapter_folder / "lorabank.json").unlink(missing_ok=True)  # its checksum would name the change first
+    assert main(["inspect", str(adapter_folder)]) == 1
+    assert "NaN or infinity in 1 layers" in capsys.readouterr().out
+
+
+def test_inspect_a_run(run_folder: Path, adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lorabank.train.metrics_file import MetricsFile
+    from tests.train.events_for_tests import play
+
+    adapter_folder.rename(run_folder / "formal")
+    (run_folder / "checkpoints" / "step-20").mkdir(parents=True)
+    play([MetricsFile(run_folder / "metrics.jsonl")])
+    assert main(["inspect", str(run_folder)]) == 0
+    text = capsys.readouterr().out
+    assert "checkpoints: step-20" in text
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    assert ["formal", "1.250", "30.1"] in lines
+    assert "terse: not written yet" in text

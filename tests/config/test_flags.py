@@ -1,0 +1,138 @@
+"""The command line of a run: a file, flags over it, adapters one by one."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lorabank.config.flags import TrainArguments, parse_train_arguments
+from lorabank.config.parse import config_from_dict, to_dict
+from lorabank.errors import ConfigError
+
+
+def parse(line: str) -> TrainArguments:
+    return parse_train_arguments(shlex.split(line))
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: M\noutput: out/x\ndata: all.jsonl\nadapters: {formal: {data: f.jsonl}, terse: {rank: 64, max_steps: 9}}\n"
+    )
+    return path
+
+
+def test_the_common_case_needs_no_file_and_no_name() -> None:
+    parsed = parse("--model M --data rows/chat.v2.jsonl --rank 8")
+    assert parsed.config.model == "M"
+    assert parsed.config.data.train == "rows/chat.v2.jsonl"
+    assert parsed.config.defaults.rank == 8
+    assert parsed.config.adapters == {}
+    assert parsed.config.output == "out/chat.v2"
+    assert any(note.startswith("output: out/chat.v2") for note in parsed.notes)
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate 1e-4", "--learning_rate 1e-4", "--learning-rate=1e-4", "--lr 1e-4"])
+def test_dash_underscore_and_equals(flag: str) -> None:
+    assert parse(f"--model M --data f {flag}").config.defaults.learning_rate == 1e-4
+
+
+def test_adapters_from_flags() -> None:
+    parsed = parse(
+        "--model M --adapter formal,data=f.jsonl,rank=16 --adapter terse,data=t.jsonl,targets=q,v,mlp,rank=64 --alpha 8"
+    )
+    formal, terse = parsed.config.adapters.values()
+    assert (formal.data, formal.rank, formal.alpha) == ("f.jsonl", 16, 8.0)
+    assert (terse.data, terse.rank, terse.targets) == ("t.jsonl", 64, ("q", "v", "mlp"))
+    bracket = parse("--model M --data d --adapter 'a,targets=[q,v],rank=2,rank_pattern={q_proj:4,v_proj:8}'").config.adapters["a"]
+    assert (bracket.targets, bracket.rank, bracket.rank_pattern) == (("q", "v"), 2, {"q_proj": 4, "v_proj": 8})
+    assert parse("--model M --adapter data=f,rank=2").config.adapters["default"].rank == 2
+
+
+def test_nested_settings_by_dotted_name() -> None:
+    config = parse("--model M --data f --data.max-length 512 --eval.every 50 --eval.metrics loss,bleu --save.keep 1").config
+    assert (config.data.train, config.data.max_length) == ("f", 512)
+    assert (config.eval.every, config.eval.metrics, config.save.keep) == (50, ("loss", "bleu"), 1)
+    assert parse("--model M --data.max-length 512 --data f").config.data.train == "f"
+
+
+def test_switches() -> None:
+    assert parse("--model M --data f --gradient-checkpointing --rank 4").config.gradient_checkpointing
+    assert parse("--model M --data f --gradient-checkpointing true").config.gradient_checkpointing
+    assert not parse("--model M --data f --no-gradient-checkpointing").config.gradient_checkpointing
+    assert parse("--model M --data f --bf16").config.base_dtype == "bf16"
+    assert parse("--model M --data f --dry-run").dry_run
+
+
+def test_the_file_and_flags_over_it(run_yaml: Path) -> None:
+    parsed = parse(f"{run_yaml} --rank 8 --output out/y --adapters.terse.alpha 4 --adapter third,rank=2")
+    config = parsed.config
+    assert config.output == "out/y"
+    assert {name: run.rank for name, run in config.adapters.items()} == {"formal": 8, "terse": 8, "third": 2}
+    assert config.adapters["terse"].alpha == 4.0
+    assert "--rank replaces adapters.terse.rank (64) of the file" in parsed.notes
+    assert parse(f"{run_yaml} --defaults.rank 8").config.adapters["terse"].rank == 64
+    assert parse(f"{run_yaml} --max-steps 3").config.adapters["terse"].max_steps == 3
+    assert parse(f"{run_yaml} --gradient-checkpointing").source == str(run_yaml)
+    assert parse(f"--gradient-checkpointing {run_yaml}").source == str(run_yaml)
+
+
+def test_resume() -> None:
+    assert parse("--model M --data f --resume").resume is True
+    assert parse("--model M --data f --resume out/x/checkpoints/step-20").resume == "out/x/checkpoints/step-20"
+    assert parse("--model M --data f").resume is False
+
+
+def test_resume_before_the_file(run_yaml: Path) -> None:
+    parsed = parse(f"--resume {run_yaml}")
+    assert (parsed.resume, parsed.source) == (True, str(run_yaml))
+
+
+def test_a_run_folder_is_its_configuration(run_yaml: Path) -> None:
+    run_yaml.rename(run_yaml.with_name("config.yaml"))
+    assert parse(f"{run_yaml.parent} --resume").config.output == "out/x"
+
+
+def test_what_flags_made_reloads() -> None:
+    config = parse("--model M --adapter a,data=f,targets=q,v,betas=0.8,0.9 --init-from x --report-to tensorboard,wandb").config
+    assert config_from_dict(to_dict(config))[0] == config
+    assert config.adapters["a"].betas == (0.8, 0.9)
+    assert config.adapters["a"].init_from == "x"
+    assert config.report_to == ("tensorboard", "wandb")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--model M --data f --rnak 8", "--rnak: unknown flag (did you mean '--rank'?)"),
+        ("--model M --data f --rnak=8", "--rnak: unknown setting (did you mean 'rank'?)"),
+        ("--model M --data f --data.max-lenght 8", "--data.max_lenght: unknown setting (did you mean 'max_length'?)"),
+        ("--model M --data f --adapter a,rnak=8", "--adapters.a.rnak: unknown setting"),
+        ("--model M --data f --rank eight", "defaults.rank: expected a whole number, got 'eight'"),
+        ("--model M --data f --rank", "--rank: expected a value after it, got nothing"),
+        ("--model M --data f --rank --alpha 3", "--rank: expected a value after it, got --alpha"),
+        ("--model M --data f -r 8", "-r: unknown flag. Flags begin with two dashes"),
+        ("--model M", "data: missing"),
+        ("--model M --adapter a,data=f --adapter b", "adapter 'b' has no data"),
+        ("--data f", "model: missing"),
+        ("a.yaml b.yaml", "'b.yaml': one configuration file is enough"),
+        ("--model M --data f --adapter a,oops", "expected key=value after the name, got 'oops'"),
+        ("--model M --data f --every 8", "--every: unknown here; there is `eval.every` and `save.every`"),
+        ("--model M --data f --lora_r 8 --rank 8x", "both set defaults.rank"),
+    ],
+)
+def test_wrong_lines(line: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(line)
+    assert message in str(caught.value)
+
+
+def test_wrong_lines_over_a_file(run_yaml: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--adapters.fromal: the file has no such adapter \(did you mean 'formal'\?\)"):
+        parse(f"{run_yaml} --adapters.fromal.rank 3")
+    run_yaml.write_text("model: M\nadapters: {a: {data: f.jsonl}}\n")
+    with pytest.raises(ConfigError, match="every adapter of the file has data of its own"):
+        parse(f"{run_yaml} --data other.jsonl")
