@@ -28,10 +28,10 @@ _WHERE = {
     "attach": "lorabank.bank.attach",
     "BASE": "lorabank.bank.routing",
     "Routing": "lorabank.bank.routing",
-    "combine": "lorabank.merge.combine",
-    "merge": "lorabank.merge.merge",
+    "combine": "lorabank.merging.combine",
+    "merge": "lorabank.merging.merge",
     "train": "lorabank.api",
-    "SaveAdapterCallback": "lorabank.train.hf",
+    "SaveAdapterCallback": "lorabank.training.hf",
     "LorabankError": "lorabank.errors",
 }
 
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from lorabank.errors import LorabankError as LorabankError
     from lorabank.formats.adapter import Adapter as Adapter
     from lorabank.formats.adapter import AdapterLayer as AdapterLayer
-    from lorabank.merge.combine import combine as combine
-    from lorabank.merge.merge import merge as merge
-    from lorabank.train.hf import SaveAdapterCallback as SaveAdapterCallback
+    from lorabank.merging.combine import combine as combine
+    from lorabank.merging.merge import merge as merge
+    from lorabank.training.hf import SaveAdapterCallback as SaveAdapterCallback
 
 __all__ = sorted(_WHERE)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabank.config.parse import load_config, to_dict
-from lorabank.config.train import AdapterRun, DataConfig, TrainConfig
+from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
 from lorabank.errors import AdapterNameError, ConfigError, DataError, closest
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lorabank.bank.bank import AdapterBank
     from lorabank.data.render import TokenRow
-    from lorabank.train.events import Listener, RunResult
+    from lorabank.training.events import Listener, RunResult
 
 BASE_NAME = "base"
 
@@ -44,11 +44,11 @@ def train(
     import torch
 
     from lorabank.models.load import load_base
-    from lorabank.train.metrics_file import MetricsFile
-    from lorabank.train.run import run_training
-    from lorabank.train.run_folder import RunFolder
-    from lorabank.train.setup import build_trainer, load_data
-    from lorabank.train.trackers import make_trackers
+    from lorabank.training.metrics_file import MetricsFile
+    from lorabank.training.run import run_training
+    from lorabank.training.run_folder import RunFolder
+    from lorabank.training.setup import build_trainer, load_data
+    from lorabank.training.trackers import make_trackers
 
     config = _resolve(config, adapters, settings, has_model=model is not None, has_data=data is not None)
     if (model is None) != (tokenizer is None):
@@ -57,11 +57,15 @@ def train(
         torch.set_num_threads(config.threads)
     folder = RunFolder(config.output) if config.output and not dry_run else None
     if folder is not None and not resume:
-        _refuse_existing(folder)
+        folder.refuse_existing()
     notes: list[str] = []
     if model is None or tokenizer is None:
         base = load_base(
-            config.model, dtype=config.base_dtype, device=config.device, trust_remote_code=config.trust_remote_code, say=_tell(listeners)
+            config.model,
+            dtype=config.base_dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            say=_tell(listeners),
         )
         model, tokenizer, name = base.model, base.tokenizer, _public_name(base.name, base.folder)
         notes += base.notes
@@ -71,7 +75,7 @@ def train(
     everyone: list[Listener] = list(listeners)
     if folder is not None:
         if not resume:
-            folder.create(config, f"lorabank train {config.output} --resume")
+            folder.create(config)
         folder.write_reports(sets.reports)
         everyone += [MetricsFile(folder.metrics), *make_trackers(config.report_to, folder.path, to_dict(config))]
     trainer = build_trainer(config, model, tokenizer, sets, folder=folder, listeners=everyone)
@@ -92,7 +96,7 @@ def preview(config: TrainConfig, *, count: int = 3) -> None:
 
     from lorabank.data.preview import preview as print_rows
     from lorabank.models.load import load_tokenizer
-    from lorabank.train.setup import load_data
+    from lorabank.training.setup import load_data
 
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     console = Console()
@@ -131,7 +135,9 @@ def load_run(source: str, adapters: Sequence[str] | None = None, *, device: str 
     wanted = [name for name in adapters or folders if name != BASE_NAME]
     for name in wanted:
         if name not in folders:
-            raise AdapterNameError(f"{source}: no adapter {name!r}{closest(name, folders)}. It has: {', '.join(folders) or 'none'}.")
+            raise AdapterNameError(
+                f"{source}: no adapter {name!r}{closest(name, folders)}. It has: {', '.join(folders) or 'none'}."
+            )
     loaded = {name: Adapter.load(folders[name]) for name in wanted}
     base_name = config.model if config else next((a.base_model for a in loaded.values() if a.base_model), None)
     if folders and not base_name:
@@ -156,25 +162,20 @@ def evaluate(
     dtype: str = "auto",
 ) -> dict[str, dict[str, float]]:
     """Score adapters and `base` on held-out rows: `data.test` if given, else the run's test or validation rows."""
-    from lorabank.train.busy import BusyBar
     from lorabank.engine.step import Engine
-    from lorabank.train.evaluate import full_scores
-    from lorabank.train.scorers import split_metrics
+    from lorabank.training.busy import BusyBar
+    from lorabank.training.evaluate import full_scores
+    from lorabank.training.scorers import split_metrics
 
     split_metrics(metrics)
     run = load_run(source, adapters, device=device, dtype=dtype)
     names = list(dict.fromkeys(adapters)) if adapters else [*run.names, BASE_NAME]
     rows = _held_out(run, names, data)
     with BusyBar() as busy:
-        return full_scores(
-            Engine(run.bank),
-            run.tokenizer,
-            {name: own[:max_rows] for name, own in rows.items()},
-            metrics=metrics,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            busy=busy,
+        config = EvalConfig(
+            metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
+        return full_scores(Engine(run.bank), run.tokenizer, rows, config=config, busy=busy)
 
 
 def generate_stream(
@@ -190,8 +191,8 @@ def generate_stream(
     from lorabank.engine.generate import stream
     from lorabank.engine.sampling import SamplingConfig
     from lorabank.engine.step import Engine
-    from lorabank.train.evaluate import end_tokens, route_of
-    from lorabank.train.streaming import TextStream
+    from lorabank.training.evaluate import end_tokens, pad_token, route_of
+    from lorabank.training.streaming import TextStream
 
     prompts = [chat_prompt_ids(run.tokenizer, messages) for _, messages in rows]
     texts = [TextStream(run.tokenizer) for _ in rows]
@@ -204,7 +205,7 @@ def generate_stream(
         [route_of(name) for name, _ in rows],
         config=SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p),
         end_ids=end_tokens(Engine(run.bank), run.tokenizer),
-        pad_id=int(run.tokenizer.pad_token_id or 0),
+        pad_id=pad_token(run.tokenizer),
         seeds=[seed] * len(rows),
     ):
         if new.row in seen:
@@ -233,26 +234,24 @@ def _resolve(
     from lorabank.config.parse import config_from_dict
 
     if config is not None and (settings or adapters):
-        raise ConfigError("train: give a configuration, or settings as keywords, not both. dataclasses.replace(config, …) changes one.")
+        raise ConfigError(
+            "train: give a configuration, or settings as keywords, not both. dataclasses.replace(config, …) changes one."
+        )
     if isinstance(config, str | Path):
         config = load_config(config)[0]
     if config is None:
         tree: dict[str, Any] = dict(settings)
         if adapters:
-            tree["adapters"] = {name: a if isinstance(a, Mapping) else to_dict(TrainConfig(adapters={"x": a}))["adapters"]["x"] for name, a in adapters.items()}
+            tree["adapters"] = {
+                name: a if isinstance(a, Mapping) else to_dict(TrainConfig(adapters={"x": a}))["adapters"]["x"]
+                for name, a in adapters.items()
+            }
         config = config_from_dict(tree)[0]
     if not config.model and not has_model:
         raise ConfigError("model: missing. Give a hub id, a folder, or a model object.")
     if not has_data and config.data.train is None and not (config.adapters and all(run.data for run in config.adapters.values())):
         raise ConfigError("data: missing. Give data.train, a data file for each adapter, or the rows as an object.")
     return config
-
-
-def _refuse_existing(folder: Any) -> None:
-    from lorabank.errors import OutputError
-
-    if folder.path.is_file() or (folder.path.is_dir() and any(folder.path.iterdir())):
-        raise OutputError(f"{folder.path}: the output folder exists. To go on with that run: lorabank train {folder.path} --resume. Otherwise choose another output.")
 
 
 def _public_name(name: str, folder: Path) -> str:
@@ -271,9 +270,9 @@ def _adapter_folders(path: Path) -> dict[str, Path]:
 
 def _held_out(run: LoadedRun, names: Sequence[str], data: DataConfig) -> dict[str, Sequence[TokenRow]]:
     from lorabank.data.prepare import prepare
-    from lorabank.train.setup import load_data
+    from lorabank.training.setup import load_data
 
-    if data.test or data.train is None and (run.config is None or run.config.data != data):
+    if data.test or (data.train is None and (run.config is None or run.config.data != data)):
         source = data.test or data.val
         if source is None:
             raise DataError("evaluation: no rows. Give data.test.")
@@ -287,7 +286,7 @@ def _held_out(run: LoadedRun, names: Sequence[str], data: DataConfig) -> dict[st
 
 
 def _tell(listeners: Sequence[Listener]) -> Any:
-    from lorabank.train.events import Notice
+    from lorabank.training.events import Notice
 
     def say(line: str) -> None:
         for listener in listeners:
@@ -312,13 +311,15 @@ def _tell_about_data(trainer: Any, sets: Any) -> None:
 
 def _dry(trainer: Any, model_name: str) -> RunResult:
     """Everything but the training: the plan is told, the first pass is built."""
-    from lorabank.train.events import AdapterResult, RunResult
-    from lorabank.train.setup import run_plan
+    from lorabank.training.events import AdapterResult, RunResult
+    from lorabank.training.setup import run_plan
 
     for listener in trainer.listeners:
         listener.on_start(run_plan(trainer, model_name=model_name, resumed_from=None))
     results = {
-        name: AdapterResult(name=name, folder="", steps=0, status="not trained (dry run)", best_step=None, best_metrics={}, final_metrics={})
+        name: AdapterResult(
+            name=name, folder="", steps=0, status="not trained (dry run)", best_step=None, best_metrics={}, final_metrics={}
+        )
         for name in trainer.jobs
     }
     return RunResult(output="", seconds=0.0, adapters=results)

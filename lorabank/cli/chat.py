@@ -24,8 +24,10 @@ examples:
   echo 'Where is my parcel?' | lorabank chat out/support
 
 while chatting:
-  /adapters a,b   answer with these from now on       /system TEXT   set the system turn, start afresh
-  /reset          forget the conversation             /exit          leave (Ctrl-D too; Ctrl-C ends an answer)
+  /adapters a,b   answer with these from now on
+  /system TEXT    set the system turn and start afresh
+  /reset          forget the conversation
+  /exit           leave (Ctrl-D too; Ctrl-C ends an answer)
 """
 COMMANDS = ("/exit", "/quit", "/reset", "/adapters", "/system", "/help")
 NARROWEST_COLUMN = 24

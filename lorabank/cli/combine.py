@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     parts = [split_weight(part) for part in args.parts]
     folder = refuse_existing(args.output)
     from lorabank.formats.adapter import Adapter
-    from lorabank.merge.combine import combine
+    from lorabank.merging.combine import combine
 
     result = combine([(Adapter.load(path), weight) for path, weight in parts], method=args.method)
     with whole_folder(folder) as scratch:

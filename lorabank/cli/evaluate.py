@@ -76,6 +76,6 @@ def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
     """One row a model, the best of each column bold."""
     from rich.console import Console
 
-    from lorabank.train.tables import metrics_table
+    from lorabank.training.tables import metrics_table
 
     Console().print(metrics_table(scores))

@@ -62,7 +62,7 @@ def load(path: Path) -> Adapter:
 def print_run(console: Console, folder: Path) -> int:
     """A run: base, adapters, checkpoints, best scores."""
     from lorabank.config.parse import load_config
-    from lorabank.train.tables import metrics_table
+    from lorabank.training.tables import metrics_table
 
     config, _ = load_config(folder)
     console.print(f"[bold]run {folder}[/]: base {config.model}, task {config.task}, seed {config.seed}")
@@ -85,7 +85,7 @@ def print_run(console: Console, folder: Path) -> int:
 
 def best_scores(path: Path) -> dict[str, Mapping[str, float]]:
     """The metrics of the best evaluation of every adapter (and of the base), from a run's metrics file."""
-    from lorabank.train.metrics_file import read_metrics
+    from lorabank.training.metrics_file import read_metrics
 
     best: dict[str, Mapping[str, float]] = {}
     for row in read_metrics(path) if path.is_file() else []:
@@ -96,8 +96,8 @@ def best_scores(path: Path) -> dict[str, Mapping[str, float]]:
 
 def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:
     """One adapter as a table by layer kind; returns whether every number is finite."""
-    from lorabank.train import human
-    from lorabank.train.tables import new_table
+    from lorabank.training import human
+    from lorabank.training.tables import new_table
 
     config = adapter.config
     console.print(f"\n[bold]adapter {title}[/]")

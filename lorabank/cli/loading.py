@@ -74,8 +74,10 @@ def run_config(source: str) -> TrainConfig | None:
     """The configuration of the run that `source` (its folder, or an adapter's in it) belongs to; None when there is none."""
     from lorabank.config.parse import load_config
 
-    for folder in (Path(source), *Path(source).parents[:2]):
-        if folder.is_dir() and (folder / "config.yaml").is_file():
+    path = Path(source)
+    inside = (path / "adapter_config.json").is_file()  # RUN/formal, or RUN/formal/last
+    for folder in (path, *path.resolve().parents[:2]) if inside else (path,):
+        if (folder / "config.yaml").is_file():
             return load_config(folder)[0]
     return None
 

@@ -12,7 +12,7 @@ from lorabank.cli.parser import CommandParser
 from lorabank.errors import ModelError
 
 if TYPE_CHECKING:
-    from lorabank.merge.report import MergeReport
+    from lorabank.merging.report import MergeReport
 
 EXAMPLES = """\
 examples:
@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     """Merge, print what rounding lost, save model and tokenizer."""
     folder = refuse_existing(args.output)
     from lorabank.formats.adapter import Adapter
-    from lorabank.merge.merge import merge
+    from lorabank.merging.merge import merge
     from lorabank.models.load import load_base
+    from lorabank.models.quiet import quiet_transformers
 
     adapter = Adapter.load(args.adapter)
     name = args.model or adapter.base_model
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     base = load_base(name, dtype=args.dtype, device=args.device)
     handle = merge(base.model, adapter, strength=args.strength, force=args.force)
     print_report(handle.report)
-    with whole_folder(folder) as scratch:
+    with quiet_transformers(), whole_folder(folder) as scratch:
         base.model.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
     print(f"saved: {folder} (a plain model: AutoModelForCausalLM.from_pretrained({str(folder)!r}))")
@@ -68,7 +69,7 @@ def print_report(report: MergeReport) -> None:
 
     from rich.console import Console
 
-    from lorabank.train.tables import new_table
+    from lorabank.training.tables import new_table
 
     kinds: dict[str, list[str]] = {}
     for path in report.layers:

@@ -87,15 +87,18 @@ def run(args: argparse.Namespace) -> int:
     parsed = parse_train_arguments(args.arguments)
     print_notes(parsed.notes)
     if not parsed.resume and not parsed.dry_run:
-        refuse_existing(parsed, args.arguments)
+        refuse_existing(parsed)
     from lorabank import api
-    from lorabank.train.console import ConsoleListener
+    from lorabank.training.console import ConsoleListener
 
     console = ConsoleListener()
     try:
         result = api.train(parsed.config, resume=parsed.resume, dry_run=parsed.dry_run, listeners=[console])
     finally:
         console.close()  # an error must not leave a live table behind
+    if parsed.dry_run:
+        print("dry run: everything fits together, nothing was trained")
+        return 0
     if result.interrupted:
         return 130
     ends = [adapter.status for adapter in result.adapters.values()]
@@ -108,7 +111,7 @@ def print_notes(notes: Sequence[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def refuse_existing(parsed: TrainArguments, words: Sequence[str]) -> None:
+def refuse_existing(parsed: TrainArguments) -> None:
     """Raise OutputError for a folder that holds something, with the line that resumes it."""
     import shlex
 
@@ -118,7 +121,7 @@ def refuse_existing(parsed: TrainArguments, words: Sequence[str]) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if (folder / "config.yaml").is_file():
-        way = f"To go on with that run:\n  lorabank train {shlex.join(words)} --resume"
+        way = f"To go on with that run:\n  {shlex.join(['lorabank', 'train', str(folder), '--resume'])}"
     else:
         way = "It isn't a run of lorabank"
     raise OutputError(f"{folder}: the output folder exists and isn't empty. {way}\nOr choose another one with --output FOLDER.")

@@ -187,7 +187,9 @@ class EvalConfig:
     early_stopping: int | None = None
     """Default of every adapter's `early_stopping`."""
     max_rows: int | None = None
-    """Score at most this many held-out rows an adapter."""
+    """Validation loss on at most this many held-out rows an adapter, spread evenly over them."""
+    max_prompts: int | None = None
+    """Generated answers to at most this many different held-out prompts, spread evenly."""
     max_new_tokens: int = 128
     """Longest generated answer."""
     batch_size: int = 8
@@ -199,7 +201,7 @@ class EvalConfig:
         check_non_negative_int("eval.samples", self.samples)
         check_positive_int("eval.max_new_tokens", self.max_new_tokens)
         check_positive_int("eval.batch_size", self.batch_size)
-        for name in ("early_stopping", "max_rows"):
+        for name in ("early_stopping", "max_rows", "max_prompts"):
             if getattr(self, name) is not None:
                 check_positive_int(f"eval.{name}", getattr(self, name))
 

@@ -16,12 +16,10 @@ CHUNK_NUMBERS = 2**24
 """Logits held at once: 64 MiB in fp32."""
 
 
-def _chunks(tokens: int, vocabulary: int) -> range:
-    return range(0, tokens, max(1, CHUNK_NUMBERS // max(1, vocabulary)))
-
-
-def _step(tokens: int, vocabulary: int) -> int:
-    return _chunks(tokens, vocabulary).step
+def _chunks(targets_T: Tensor, weight_VH: Tensor, numbers: int) -> list[slice]:
+    """Slices of the tokens, each with at most `numbers` logits (and at least one token)."""
+    step = max(1, numbers // max(1, weight_VH.shape[0]))
+    return [slice(i, i + step) for i in range(0, len(targets_T), step)]
 
 
 def _logits(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -33,28 +31,29 @@ class _TokenLogprobs(torch.autograd.Function):
     """log p(target), differentiable in the hidden states; backward computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None, numbers: int
+    ) -> Tensor:
         out = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
         norm = torch.empty_like(out)
-        step = _step(*_sizes(targets_T, weight_VH))
-        for i in _chunks(*_sizes(targets_T, weight_VH)):
-            logits = _logits(hidden_TH[i : i + step], weight_VH, bias_V)
-            norm[i : i + step] = logits.logsumexp(-1)
-            out[i : i + step] = logits.gather(1, targets_T[i : i + step, None]).squeeze(1) - norm[i : i + step]
+        for rows in _chunks(targets_T, weight_VH, numbers):
+            logits = _logits(hidden_TH[rows], weight_VH, bias_V)
+            norm[rows] = logits.logsumexp(-1)
+            out[rows] = logits.gather(1, targets_T[rows, None]).squeeze(1) - norm[rows]
+        ctx.numbers = numbers
         ctx.save_for_backward(hidden_TH, weight_VH, targets_T, bias_V, norm)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        (grad_T,) = grad_outputs
         hidden, weight, targets, bias, norm = ctx.saved_tensors
         dh = torch.empty_like(hidden)
-        step = _step(*_sizes(targets, weight))
-        for i in _chunks(*_sizes(targets, weight)):
-            rows = slice(i, i + step)
+        for rows in _chunks(targets, weight, ctx.numbers):
             dlogits = _logits(hidden[rows], weight, bias).sub_(norm[rows, None]).exp_()
             dh[rows] = _hidden_gradient(dlogits, targets[rows], -grad_T[rows], weight)
-        return dh, None, None, None
+        return dh, None, None, None, None
 
 
 class _WeightedNLL(torch.autograd.Function):
@@ -62,13 +61,17 @@ class _WeightedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor, bias_V: Tensor | None
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        targets_T: Tensor,
+        weights_T: Tensor,
+        bias_V: Tensor | None,
+        numbers: int,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
         dh = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
-        step = _step(*_sizes(targets_T, weight_VH))
-        for i in _chunks(*_sizes(targets_T, weight_VH)):
-            rows = slice(i, i + step)
+        for rows in _chunks(targets_T, weight_VH, numbers):
             logits = _logits(hidden_TH[rows], weight_VH, bias_V)
             norm = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets_T[rows, None]).squeeze(1) - norm
@@ -82,13 +85,9 @@ class _WeightedNLL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, _grad_logprobs: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         (dh,) = ctx.saved_tensors
-        return dh * grad_total.to(dh.dtype), None, None, None, None
-
-
-def _sizes(targets_T: Tensor, weight_VH: Tensor) -> tuple[int, int]:
-    return len(targets_T), weight_VH.shape[0]
+        return dh * grad_outputs[0].to(dh.dtype), None, None, None, None, None
 
 
 def _hidden_gradient(probabilities_TV: Tensor, targets_T: Tensor, scale_T: Tensor, weight_VH: Tensor) -> Tensor:
@@ -97,13 +96,29 @@ def _hidden_gradient(probabilities_TV: Tensor, targets_T: Tensor, scale_T: Tenso
     return probabilities_TV.mul_(scale_T[:, None].to(probabilities_TV.dtype)).to(weight_VH.dtype) @ weight_VH
 
 
-def token_logprobs(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """log p(target | hidden), fp32 (T,), differentiable in `hidden_TH`. Supervised, preference and RL losses stand on it."""
-    return _TokenLogprobs.apply(hidden_TH, weight_VH, targets_T, bias_V)
+def token_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    chunk_numbers: int = CHUNK_NUMBERS,
+) -> Tensor:
+    """log p(target | hidden), fp32 (T,), differentiable in `hidden_TH`. Supervised, preference and RL losses stand on it.
+
+    `chunk_numbers`: logits held at once; it changes memory and speed only.
+    """
+    return _TokenLogprobs.apply(hidden_TH, weight_VH, targets_T, bias_V, chunk_numbers)
 
 
 def weighted_nll(
-    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor, bias_V: Tensor | None = None
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    chunk_numbers: int = CHUNK_NUMBERS,
 ) -> tuple[Tensor, Tensor]:
     """(Σ weight · −log p, log p (T,)): the fast path of `token_logprobs` for the usual loss. Only the sum is differentiable."""
-    return _WeightedNLL.apply(hidden_TH, weight_VH, targets_T, weights_T, bias_V)
+    return _WeightedNLL.apply(hidden_TH, weight_VH, targets_T, weights_T, bias_V, chunk_numbers)

@@ -6,6 +6,7 @@ Its plain twin is reference.py. Shapes as there: U units × T tokens × I inputs
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +39,8 @@ class Plan:
 def _weigh(xa_NR: Tensor, segment: Segment) -> Tensor:
     """Scales each unit's rows by the slot's weight for it, in place."""
     if segment.weights_U is not None:
-        xa_NR.view(len(segment.weights_U), -1, xa_NR.shape[-1]).mul_(segment.weights_U.to(xa_NR.dtype)[:, None, None])
+        weights_U = segment.weights_U.to(xa_NR.device, xa_NR.dtype)
+        xa_NR.mul_(weights_U.repeat_interleave(len(xa_NR) // max(1, len(weights_U)))[:, None])
     return xa_NR
 
 
@@ -52,7 +54,9 @@ def _input_rows(x_UTI: Tensor, segment: Segment) -> tuple[Tensor, Tensor | None]
     return x.reshape(-1, x.shape[-1]), mask
 
 
-def _add_product(out_UTO: Tensor, segment: Segment, left: Tensor, right: Tensor, alpha: float, mask: Tensor | None = None) -> None:
+def _add_product(
+    out_UTO: Tensor, segment: Segment, left: Tensor, right: Tensor, alpha: float, mask: Tensor | None = None
+) -> None:
     """out[rows] += alpha · (left @ right) [⊙ mask], in place, rounded once into out's dtype."""
     if isinstance(segment.rows, slice) and mask is None and out_UTO.dtype == left.dtype:
         rows = out_UTO[segment.rows]
@@ -106,8 +110,7 @@ def _restored(plan: Plan, saved: Sequence[Tensor]) -> tuple[Plan, Sequence[Tenso
     if int(route) != plan.route_id:
         raise RoutingError(
             f"layer {plan.layer!r}: activation checkpointing recomputed this layer under another route than its forward saw. "
-            "Pass context_fn=bank.checkpoint_context to the checkpointing function, keep backward() inside `with bank.route(...)`, "
-            "or use bank.use(name)."
+            "Pass context_fn=bank.checkpoint_context to the checkpointing function, or choose the route with bank.use(name)."
         )
     if plan.structure_now() != plan.structure:
         raise RoutingError(
@@ -120,15 +123,18 @@ def _restored(plan: Plan, saved: Sequence[Tensor]) -> tuple[Plan, Sequence[Tenso
     return replace(plan, segments=segments), shrunk
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Adapters compute in their own dtype, whatever autocast makes of the base."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class _LoRALinear(torch.autograd.Function):
     """y = W x + b + Σ segments, with the frozen product inside, so that y and dx are each written once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: BaseProduct, plan: Plan, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: BaseProduct, plan: Plan, *tensors: Tensor
+    ) -> Tensor:
         y = product.forward(x, weight, bias)
         with _without_autocast(x):
             shrunk = _expand_into(y, x, plan)
@@ -138,13 +144,15 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        (dy,) = grad_outputs
         x, weight, *saved = ctx.saved_tensors
         plan, shrunk = _restored(ctx.plan, saved)
         dx = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.product.input_grad(dy, weight.to(dy.dtype)).to(ctx.x_dtype).contiguous()
-        gradients = _adapter_gradients(dx, dy, x, plan, shrunk, ctx.needs_input_grad[5:])
+        with _without_autocast(x):
+            if ctx.needs_input_grad[0]:
+                dx = ctx.product.input_grad(dy, weight.to(dy.dtype)).to(ctx.x_dtype).contiguous()
+            gradients = _adapter_gradients(dx, dy, x, plan, shrunk, ctx.needs_input_grad[5:])
         return dx, None, None, None, None, *gradients
 
 
@@ -162,11 +170,13 @@ class _AddLoRA(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        (dy,) = grad_outputs
         x, *saved = ctx.saved_tensors
         plan, shrunk = _restored(ctx.plan, saved)
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
-        gradients = _adapter_gradients(dx, dy, x, plan, shrunk, ctx.needs_input_grad[3:])
+        with _without_autocast(x):
+            gradients = _adapter_gradients(dx, dy, x, plan, shrunk, ctx.needs_input_grad[3:])
         return dy, dx, None, *gradients
 
 

@@ -26,7 +26,7 @@ def lora_delta(x_UTI: Tensor, segment: Segment) -> Tensor:
         x = x * dropout_mask(segment.dropout, x.shape[1], x.shape[2]).to(x.dtype)
     xa = x @ segment.A_RI.t()
     if segment.weights_U is not None:
-        xa = xa * segment.weights_U.to(xa.dtype)[:, None, None]
+        xa = xa * segment.weights_U.to(xa.device, xa.dtype)[:, None, None]
     return (xa @ segment.B_RO) * segment.scaling
 
 

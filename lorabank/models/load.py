@@ -97,6 +97,16 @@ def load_base(
     )
 
 
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, cache: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name` alone: enough to show rows, without the weights' memory. Raises ModelError."""
+    folder = locate(name, cache=cache, trust_remote_code=trust_remote_code)
+    check_folder(folder)
+    with quiet_transformers():
+        tokenizer = _tokenizer(name, folder, trust_remote_code=trust_remote_code)
+        _fill_pad_token(tokenizer)
+    return tokenizer
+
+
 def locate(name: str, *, cache: Path | None = None, trust_remote_code: bool = False, say: Say = lambda line: None) -> Path:
     """The local folder for a model's name; downloads or converts where needed. Raises ModelError."""
     if not name.strip():

@@ -4,12 +4,14 @@
     (then generate_vllm.py in vLLM's environment)
     python compare.py check --model FOLDER --prompts prompts.json --vllm vllm.json --output result.json formal=OUT/formal …
 
-The exit status of `check` is 0 when every row agrees, differences at near-ties apart (which are listed), and 1 otherwise.
+The exit status of `check` is 0 when every row agrees, differences at near-ties apart (which are listed), and 1 otherwise; 1 too
+when base and adapters, or two adapters, answer every prompt alike, for then the agreement says nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -237,11 +239,12 @@ def check(args: argparse.Namespace) -> int:
     summary = compare(model, bank, spec, ours, theirs["answers"])
     print_summary(summary)
     agree = all(item["near_tie"] for part in summary.values() for item in part["differences"])
-    idle = [name for name in adapters if summary[name]["rows_unlike_base"] == 0]
-    if idle:
-        print(f"says nothing about {', '.join(idle)}: every answer is the base's. Train longer, or give other prompts.")
+    twins = [f"{a} and {b}" for a, b in itertools.combinations(names, 2) if ours[a] == ours[b]]
+    for pair in twins:
+        print(f"{pair} give the same answers to every prompt, so a mix-up of the two would not show: train longer, or give other prompts")
     document = {
-        "agree": agree and not idle,
+        "agree": agree and not twins,
+        "indistinguishable": twins,
         "adapters": summary,
         "near_tie_logits": NEAR_TIE,
         "prompts": len(spec["prompts"]),

@@ -58,6 +58,7 @@ def generate(model: Path, adapters: dict[str, Path], spec: dict[str, Any], slots
         model=str(model),
         dtype="float32",
         enforce_eager=True,
+        kv_cache_memory_bytes=1 << 30,  # else vLLM asks for 92 % of the machine's memory, and stops when others use it
         max_model_len=max_model_len,
         skip_tokenizer_init=True,  # token ids go in and come out, so that no tokenizer version matters
         generation_config="vllm",  # none of the model folder's own sampling settings

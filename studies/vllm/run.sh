@@ -42,8 +42,8 @@ fi
 "$python" "$here/compare.py" prompts --model "$model" --data "$data" --count "${COUNT:-16}" --max-new-tokens "${TOKENS:-64}" \
     ${PROMPT:+--prompt "$PROMPT"} ${SYSTEM:+--system "$SYSTEM"} --output "$results/prompts.json"
 
-# One GiB of key/value cache is plenty; nothing is fetched and nothing is reported.
-VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR \
+# Nothing is fetched and nothing is reported.
+VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR \
     "$env/bin/python" "$here/generate_vllm.py" --model "$model" --prompts "$results/prompts.json" --output "$results/vllm.json" "$@"
 
 "$python" "$here/compare.py" check --model "$model" --prompts "$results/prompts.json" --vllm "$results/vllm.json" \

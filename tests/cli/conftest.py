@@ -79,7 +79,7 @@ class FakeApi(types.ModuleType):
         self.calls.append(("preview", (config, count)))
 
     def train(self, config: Any, *, resume: bool | str, dry_run: bool, listeners: Sequence[Any]) -> Any:
-        from lorabank.train.events import RunResult
+        from lorabank.training.events import RunResult
 
         self.calls.append(("train", (config, resume, dry_run, listeners)))
         return RunResult(output=config.output, seconds=1.0, adapters={}, interrupted=config.seed == 130)

@@ -48,10 +48,10 @@ def test_train_hands_over(api: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_existing_run_is_refused_with_the_line_that_resumes_it(
     api: Any, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["train", "--model", "M", "--data", "my rows.jsonl", "--output", str(run_folder)]
+    line = ["train", "--model", "M", "--data", "rows.jsonl", "--output", str(run_folder)]
     assert main(line) == 2
     text = capsys.readouterr().err
-    assert f"lorabank train --model M --data 'my rows.jsonl' --output {run_folder} --resume" in text
+    assert f"\n  lorabank train {run_folder} --resume\n" in text
     assert api.calls == []
     assert main([*line, "--resume"]) == 0
     assert main(["train", str(run_folder), "--resume"]) == 0
@@ -291,8 +291,9 @@ def test_inspect_looks_at_a_broken_adapter(adapter_folder: Path, capsys: pytest.
 
 
 def test_inspect_a_run(run_folder: Path, adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lorabank.train.metrics_file import MetricsFile
     from tests.train.events_for_tests import play
+
+    from lorabank.training.metrics_file import MetricsFile
 
     adapter_folder.rename(run_folder / "formal")
     (run_folder / "checkpoints" / "step-20").mkdir(parents=True)

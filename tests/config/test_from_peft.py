@@ -99,7 +99,7 @@ def test_from_a_dict() -> None:
     )
     with pytest.raises(ConfigError, match=r"^rnak: unknown setting \(did you mean 'rank'\?\)"):
         adapter_config_from_dict({"rnak": 4})
-    with pytest.raises(ConfigError, match="^learning_rate: says how an adapter is trained"):
+    with pytest.raises(ConfigError, match=r"^learning_rate: says how an adapter is trained"):
         adapter_config_from_dict({"learning_rate": 4})
-    with pytest.raises(ConfigError, match="^rank: expected a whole number"):
+    with pytest.raises(ConfigError, match=r"^rank: expected a whole number"):
         adapter_config_from_dict({"rank": "x"})

@@ -1,0 +1,234 @@
+"""`merge`: an adapter's change written into the base weights, and taken back bit for bit from a kept copy.
+
+Subtracting ΔW again would not restore the base: 16-bit floats round the sum. So the handle owns the original weights.
+Shape suffixes: O out, I in, T test inputs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lorabank.bank.layers import layer_kind
+from lorabank.bank.targets import linear_layers
+from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.fingerprint import Fingerprint
+from lorabank.merging.report import LayerLoss, MergeReport
+
+MERGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WARN_ABOVE = 0.5
+"""Share of Δ lost to rounding above which a merge warns."""
+CHECK_INPUTS = 4
+"""Random inputs a layer that merged is compared with unmerged on."""
+TF32_EPS = 2.0**-10  # a GPU may be set to multiply float32 in this precision
+
+
+@dataclass(frozen=True)
+class _Original:
+    weight: Tensor
+    """The live parameter."""
+    copy: Tensor
+    """Its values before the merge, on the CPU."""
+    merged_hash: int
+    """Of the values that the merge left, to notice who wrote over them."""
+
+
+class MergeHandle:
+    """A merge that was done: its report, and the way back. Holds a copy of every weight that it changed, in CPU memory."""
+
+    def __init__(self, originals: Mapping[str, _Original], report: MergeReport) -> None:
+        self._originals: dict[str, _Original] | None = dict(originals)
+        self.report = report
+        """What was changed and what rounding lost."""
+
+    def unmerge(self) -> None:
+        """Restore the base weights bit for bit. Raises MergeError if they were restored before, or written to since the merge."""
+        if self._originals is None:
+            raise MergeError("unmerge: this merge was already taken back")
+        for path, original in self._originals.items():
+            if original.weight.dtype != original.copy.dtype or original.weight.shape != original.copy.shape:
+                raise MergeError(
+                    f"unmerge: {path}.weight is {original.weight.dtype} {tuple(original.weight.shape)} now and was "
+                    f"{original.copy.dtype} {tuple(original.copy.shape)} when it was merged; convert the model back first"
+                )
+            if _hash(original.weight) != original.merged_hash:
+                raise MergeError(
+                    f"unmerge: {path}.weight was written to since this merge. Take later merges back first, the last one first; "
+                    "a base that was trained on can't be restored from here, load it again."
+                )
+        with torch.no_grad():
+            for original in self._originals.values():
+                original.weight.copy_(original.copy)
+        self._originals = None
+
+
+def merge(model: nn.Module, adapter: Adapter, *, check: bool = True, strength: float = 1.0, force: bool = False) -> MergeHandle:
+    """Add `strength` · ΔW of every layer of `adapter` to the weights of `model` (plain or attached), in place.
+
+    check: compare each merged layer with base plus adapter on random inputs, within the dtype's rounding.
+    force: merge even where the adapter's fingerprint says that it belongs to another base.
+    An attached model keeps its adapters: route to `BASE` to see the merged weights alone.
+    Raises FingerprintError, or MergeError naming the layer; the model is then as it was. Warns when rounding loses most of Δ.
+    """
+    if not math.isfinite(strength):
+        raise MergeError(f"merge: strength should be a number, got {strength}")
+    if not force:
+        check_fingerprint(model, adapter)
+    layers = _fitting_layers(model, adapter)
+    _refuse_tied(model, layers)
+    originals: dict[str, _Original] = {}
+    losses: dict[str, LayerLoss] = {}
+    try:
+        for path, base in layers.items():
+            weight = base.get_parameter("weight")
+            copy = weight.detach().to("cpu", copy=True)
+            originals[path] = _Original(weight, copy, merged_hash=0)
+            losses[path] = _merge_layer(path, base, adapter.layers[path], strength, check)
+            originals[path] = replace(originals[path], merged_hash=_hash(weight))
+    except BaseException:  # an interrupt too: a base that is half merged is nobody's model
+        with torch.no_grad():
+            for original in originals.values():
+                original.weight.copy_(original.copy)
+        raise
+    dtypes = sorted({str(original.copy.dtype).removeprefix("torch.") for original in originals.values()})
+    report = MergeReport(layers=losses, dtypes=tuple(dtypes))
+    if report.lost_share > WARN_ABOVE:
+        warnings.warn(
+            f"merge: {report.lost_share:.0%} of the adapter's change was lost to rounding in {', '.join(dtypes)}: it is small "
+            "beside the weights. Merge into a float32 copy of the base, or serve the adapter unmerged.",
+            stacklevel=2,
+        )
+    return MergeHandle(originals, report)
+
+
+def check_fingerprint(model: nn.Module, adapter: Adapter) -> None:
+    """Raise FingerprintError when `adapter` was trained on another base than `model`. Says nothing without a fingerprint."""
+    difference = adapter.fingerprint.compare(Fingerprint.of(model)) if adapter.fingerprint else None
+    if difference:
+        base = f" ({adapter.base_model})" if adapter.base_model else ""
+        raise FingerprintError(
+            f"the adapter was trained on another base{base}: {difference}. Load that base, or pass force=True if you know "
+            "that it fits (a base with another adapter merged in also differs)."
+        )
+
+
+def _fitting_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+    """The base layers that `adapter` changes, by path, all checked before any is touched."""
+    if not adapter.layers:
+        raise MergeError("merge: the adapter has no layers")
+    known = linear_layers(model)
+    missing = [path for path in adapter.layers if path not in known]
+    if missing:
+        raise MergeError(_missing(model, missing, known, len(adapter.layers)))
+    for path, layer in adapter.layers.items():
+        weight = known[path].get_parameter("weight")
+        if weight.is_meta or weight.dtype not in MERGED_DTYPES:
+            held = "on the meta device" if weight.is_meta else f"stored as {weight.dtype}"
+            raise MergeError(
+                f"merge: {path}.weight is {held}; expected float32, float64, bfloat16 or float16. Load the base unquantised."
+            )
+        expected = (layer.B.shape[0], layer.A.shape[1])
+        if tuple(_weight_oi(known[path]).shape) != expected:
+            raise MergeError(
+                f"merge: {path}.weight maps {_weight_oi(known[path]).shape[1]} to {_weight_oi(known[path]).shape[0]} features, "
+                f"the adapter's layer {expected[1]} to {expected[0]}; it belongs to another base"
+            )
+        if not (layer.A.isfinite().all() and layer.B.isfinite().all() and math.isfinite(layer.scaling)):
+            raise AdapterFileError(f"merge: layer {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
+    return {path: known[path] for path in adapter.layers}
+
+
+def _missing(model: nn.Module, missing: list[str], known: Mapping[str, nn.Module], total: int) -> str:
+    shown = ", ".join(repr(path) for path in missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    present = dict(model.named_modules()).get(missing[0])
+    why = (
+        f"; it is a {type(present).__name__}, which can't be merged into yet"
+        if present is not None
+        else closest(missing[0], known)
+    )
+    return (
+        f"merge: {len(missing)} of the adapter's {total} layers are not among the model's linear layers: {shown}{why}. "
+        "Load the model class that the adapter was trained on."
+    )
+
+
+def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """A weight that two modules share would change both, which the unmerged adapter doesn't."""
+    users: dict[tuple[torch.device, int], list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        if value.numel() and not value.is_meta:
+            users.setdefault((value.device, value.data_ptr()), []).append(name)
+    for path, base in layers.items():
+        weight = base.get_parameter("weight")
+        others = [name for name in users[weight.device, weight.data_ptr()] if name != f"{path}.weight".lstrip(".")]
+        if others:
+            raise MergeError(
+                f"merge: {path}.weight is tied to {', '.join(others)}: merging would change both, the adapter changes one. "
+                "Untie the weights first (a model saved with tie_word_embeddings=false), or serve the adapter unmerged."
+            )
+
+
+def _merge_layer(path: str, base: nn.Module, layer: AdapterLayer, strength: float, check: bool) -> LayerLoss:
+    weight = base.get_parameter("weight")
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    A_RI, B_RO = (value.detach().to(weight.device, wide) for value in (layer.A, layer.B.t()))
+    B_RO = B_RO * (strength * layer.scaling)
+    with torch.no_grad():
+        before_OI = _weight_oi(base).to(wide, copy=True)
+        delta_OI = B_RO.t() @ A_RI
+        x_TI = _test_inputs(path, before_OI)
+        y_before = base(x_TI.to(weight.dtype)).to(wide) if check else None
+        _weight_oi(base).copy_(before_OI + delta_OI)
+        after_OI = _weight_oi(base).to(wide)
+        if not after_OI.isfinite().all() and before_OI.isfinite().all():
+            raise MergeError(f"merge: {path}.weight + ΔW is too large for {weight.dtype}. Merge into a float32 copy of the base.")
+        if y_before is not None:
+            _check_layer(path, base, x_TI, y_before, (before_OI, A_RI, B_RO))
+        lost = torch.linalg.vector_norm(after_OI - before_OI - delta_OI)
+        return LayerLoss(
+            weight=float(torch.linalg.vector_norm(before_OI)), delta=float(torch.linalg.vector_norm(delta_OI)), lost=float(lost)
+        )
+
+
+def _check_layer(path: str, base: nn.Module, x_TI: Tensor, y_before: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Compare the merged layer's own forward with base plus adapter. The bound is the rounding of the sums that both take."""
+    before_OI, A_RI, B_RO = parts
+    weight = base.get_parameter("weight")
+    x_TI = x_TI.to(weight.dtype).to(x_TI.dtype)
+    expected = y_before + (x_TI @ A_RI.t()) @ B_RO
+    found = base(x_TI.to(weight.dtype)).to(x_TI.dtype)
+    eps = torch.finfo(weight.dtype).eps
+    if weight.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        eps = max(eps, TF32_EPS)
+    terms = x_TI.abs() @ before_OI.abs().t() + (x_TI.abs() @ A_RI.abs().t()) @ B_RO.abs()
+    bound = 8 * eps * (terms + y_before.abs())
+    excess = (found - expected).abs() - bound
+    if not bool((excess <= 0).all()):
+        worst = float((found - expected).abs().max())
+        raise MergeError(
+            f"merge: the check of {path!r} failed: merged and unmerged outputs differ by {worst:.3g} where rounding in "
+            f"{weight.dtype} explains {float(bound.max()):.3g}. The layer computes more than x·Wᵀ; serve the adapter unmerged."
+        )
+
+
+def _hash(weight: Tensor) -> int:
+    return int(torch.hash_tensor(weight.detach()).view(torch.int64))
+
+
+def _test_inputs(path: str, weight_OI: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(len(path))  # its own generator: a merge doesn't move the caller's random numbers
+    return torch.randn(CHECK_INPUTS, weight_OI.shape[1], generator=generator).to(weight_OI.device, weight_OI.dtype)
+
+
+def _weight_oi(base: nn.Module) -> Tensor:
+    """The weight as a view of shape (out, in), whichever way it is stored."""
+    kind = layer_kind(base)
+    if kind is None:
+        raise MergeError(f"merge: a {type(base).__name__} can't be merged into")
+    return kind.product.weight_oi(base.get_parameter("weight").detach())

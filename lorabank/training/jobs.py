@@ -1,0 +1,90 @@
+"""`AdapterJob`: one adapter's training, resolved: rows, order, number of steps, learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorabank.config.train import AdapterRun
+from lorabank.data.render import TokenRow
+from lorabank.errors import DataError
+from lorabank.optim.schedules import learning_rate_factor
+from lorabank.optim.slot_optimizer import OptimizerConfig
+from lorabank.planner.learning_rate import advise_learning_rate
+from lorabank.training.streams import RowStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterJob:
+    """What the training loop needs to know of one adapter; nothing in it changes while it trains."""
+
+    name: str
+    run: AdapterRun
+    stream: RowStream
+    val: Sequence[TokenRow]
+    data: str
+    """Name of its training rows, for people."""
+    total_steps: int
+    warmup_steps: int
+    learning_rate: float
+    learning_rate_reason: str
+    seed: int
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of A, for optimizer step `step` (0-based)."""
+        return self.learning_rate * learning_rate_factor(self.run.lr_scheduler, step, self.total_steps, self.warmup_steps)
+
+    def epoch(self, position: int) -> float:
+        """Passes over the rows after `position` micro-batches."""
+        return position / self.stream.batches_per_epoch
+
+    def optimizer_config(self) -> OptimizerConfig:
+        """Its part of the optimizer."""
+        betas = tuple(self.run.betas)
+        return OptimizerConfig(
+            rule=self.run.optimizer,
+            betas=(betas[0], betas[1]),
+            eps=self.run.eps,
+            weight_decay=self.run.weight_decay,
+            loraplus_ratio=self.run.loraplus_ratio,
+            max_grad_norm=self.run.max_grad_norm,
+        )
+
+
+def make_job(
+    name: str,
+    run: AdapterRun,
+    train: Sequence[TokenRow],
+    val: Sequence[TokenRow],
+    *,
+    data: str,
+    seed: int,
+    model_config: Mapping[str, object],
+) -> AdapterJob:
+    """Resolve one adapter. `model_config` gives `model_type` and `hidden_size` for the automatic learning rate."""
+    if not train:
+        raise DataError(f"adapter {name!r}: no training rows left in {data}")
+    seed = seed if run.seed is None else run.seed
+    stream = RowStream(train, run.batch_size, seed)
+    micro_batches = math.ceil(run.epochs * stream.batches_per_epoch)
+    total = run.max_steps or max(1, math.ceil(micro_batches / run.gradient_accumulation))
+    if run.learning_rate == "auto":
+        hidden = model_config.get("hidden_size")
+        advice = advise_learning_rate(str(model_config.get("model_type", "")), hidden if isinstance(hidden, int) else 2000, total)
+        rate, reason = advice.value, f"auto: {advice.reason}"
+    else:
+        rate, reason = float(run.learning_rate), "as given"
+    warmup = math.ceil(run.warmup_ratio * total) if run.warmup_steps is None else run.warmup_steps
+    return AdapterJob(
+        name=name,
+        run=run,
+        stream=stream,
+        val=val,
+        data=data,
+        total_steps=total,
+        warmup_steps=min(warmup, total),
+        learning_rate=rate,
+        learning_rate_reason=reason,
+        seed=seed,
+    )

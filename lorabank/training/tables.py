@@ -1,0 +1,78 @@
+"""The tables of a run as rich renderables: the plan, the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lorabank.training import human
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lorabank.training.events import RunPlan
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+def new_table() -> Table:
+    """Our one look: a line under the head, no frame."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        header_style="bold",
+    )
+
+
+def plan_table(plan: RunPlan, *, wide: bool = True) -> Table:
+    """A row an adapter: what it is and how it will be trained. Not `wide`: what fits into 80 columns."""
+    table = new_table()
+    table.add_column("adapter", style="cyan", no_wrap=True)
+    heads = ["rank", "layers", "parameters", "of base", "rows", "held out", "steps", "learning rate"]
+    for name in heads if wide else ["rank", "params", "of base", "rows", "steps", "lr"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for item in plan.adapters:
+        cells = {
+            "rank": str(item.rank),
+            "layers": str(item.layers),
+            "params": human.count(item.parameters),
+            "of base": human.share(item.parameters, plan.base_parameters),
+            "rows": f"{item.train_rows:,}",
+            "held out": f"{item.val_rows:,}",
+            "steps": f"{item.total_steps:,}",
+            "lr": human.rate(item.learning_rate),
+        }
+        table.add_row(item.name, *(text for name, text in cells.items() if wide or name not in ("layers", "held out")))
+    return table
+
+
+def metrics_table(scores: Mapping[str, Mapping[str, float]], extra: Mapping[str, Mapping[str, str]] | None = None) -> Table:
+    """A row a model, a column a metric; the best of a column is bold. `extra` adds columns of text by model."""
+    table = new_table()
+    table.add_column("", style="cyan", no_wrap=True)
+    metrics = list(dict.fromkeys(name for row in scores.values() for name in row))
+    texts = list(dict.fromkeys(name for row in (extra or {}).values() for name in row))
+    for name in metrics:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for name in texts:
+        table.add_column(name)
+    best = {name: _best(name, scores) for name in metrics}
+    for model, row in scores.items():
+        cells = []
+        for name in metrics:
+            value = row.get(name)
+            text = "–" if value is None else human.score(name, value)
+            cells.append(f"[bold green]{text}[/]" if value is not None and value == best[name] and len(scores) > 1 else text)
+        table.add_row(model, *cells, *((extra or {}).get(model, {}).get(name, "") for name in texts))
+    return table
+
+
+def _best(name: str, scores: Mapping[str, Mapping[str, float]]) -> float | None:
+    values = [row[name] for row in scores.values() if name in row]
+    if not values:
+        return None
+    return min(values) if name in LOWER_IS_BETTER else max(values)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from lorabank.errors import FingerprintError, MergeError
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.merging.check import adapter_beside
+from lorabank.merging.combine import COMBINERS, LATER_METHODS, combine
+
+MakeAdapter = Callable[..., Adapter]
+MakeLlama = Callable[..., LlamaForCausalLM]
+IDS = torch.arange(24).reshape(2, 12) % 64
+
+
+def deltas(adapter: Adapter) -> dict[str, Tensor]:
+    return {path: layer.delta().double() for path, layer in adapter.layers.items()}
+
+
+@pytest.fixture
+def three(make_llama: MakeLlama, make_adapter: MakeAdapter) -> list[Adapter]:
+    """Three adapters of one base with different ranks and targets."""
+    model = make_llama()
+    return [
+        make_adapter(model, ("q_proj", "v_proj"), rank=2, seed=1),
+        make_adapter(model, ("q_proj", "down_proj"), rank=5, seed=2),
+        make_adapter(model, ("q_proj",), rank=64, seed=3),
+    ]
+
+
+def weighted_sum(adapters: list[Adapter], weights: list[float]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for path, delta in deltas(adapter).items():
+            total[path] = total.get(path, torch.zeros_like(delta)) + weight * delta
+    return total
+
+
+def assert_deltas(found: Adapter, expected: dict[str, Tensor]) -> None:
+    assert set(found.layers) == set(expected)
+    for path, delta in deltas(found).items():
+        torch.testing.assert_close(delta, expected[path], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3, 1.0], [1.0, -1.0, 0.5], [0.0, 2.0, 0.0], [-3.0, 0.0, 1e-3], [0.0, 0.0, 0.0]])
+def test_law7_exact_combination_is_linear(three: list[Adapter], weights: list[float]) -> None:
+    assert_deltas(combine(list(zip(three, weights, strict=True))), weighted_sum(three, weights))
+
+
+def test_law7_exact_combination_has_no_cross_terms(three: list[Adapter]) -> None:
+    a, b, c = three
+    both = deltas(combine([(a, 0.7), (b, 0.3)]))
+    alone_a, alone_b = deltas(combine([(a, 0.7)])), deltas(combine([(b, 0.3)]))
+    for path, delta in both.items():
+        parts = [alone[path] for alone in (alone_a, alone_b) if path in alone]
+        torch.testing.assert_close(delta, torch.stack(parts).sum(0), rtol=1e-5, atol=1e-6)
+    nested = combine([(combine([(a, 0.7), (b, 0.3)]), 2.0), (c, -1.0)])
+    assert_deltas(nested, weighted_sum(three, [1.4, 0.6, -1.0]))
+
+
+def test_law7_an_adapter_less_itself_is_zero(three: list[Adapter]) -> None:
+    for delta in deltas(combine([(three[0], 1.0), (three[0], -1.0)])).values():
+        assert delta.abs().max() < 1e-6
+
+
+def test_the_combined_logits_are_those_of_both_side_by_side(three: list[Adapter], make_llama: MakeLlama) -> None:
+    model = make_llama()
+    combined = combine([(three[0], 0.7), (three[1], -0.4)])
+    with torch.no_grad():
+        with adapter_beside(model, three[0], strength=0.7), adapter_beside(model, three[1], strength=-0.4):
+            expected = model(IDS).logits
+        with adapter_beside(model, combined):
+            found = model(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_add_and_unused_terms_cost_nothing(three: list[Adapter]) -> None:
+    combined = combine(list(zip(three, [1.0, 0.0, 2.0], strict=True)))
+    ranks = {path: layer.rank for path, layer in combined.layers.items() if path.startswith("model.layers.0")}
+    assert ranks == {
+        "model.layers.0.self_attn.q_proj": 66,
+        "model.layers.0.self_attn.v_proj": 2,
+        "model.layers.0.mlp.down_proj": 1,  # weight zero: kept, with a change of exactly zero
+    }
+    assert {layer.scaling for layer in combined.layers.values()} == {1.0}
+
+
+def test_a_zero_weight_keeps_not_a_number_out(three: list[Adapter]) -> None:
+    path, layer = next(iter(three[0].layers.items()))
+    broken = replace(three[0], layers={path: AdapterLayer(layer.A, layer.B * float("nan"), 1.0)})
+    assert all(delta.isfinite().all() for delta in deltas(combine([(broken, 0.0), (three[1], 1.0)])).values())
+    assert all(delta.isfinite().all() for delta in deltas(combine([(broken, 0)])).values())
+
+
+@pytest.mark.parametrize("method", COMBINERS)
+def test_every_method_gives_an_adapter_that_saves_and_loads(three: list[Adapter], method: str, tmp_path: Path) -> None:
+    combined = combine(list(zip(three, [0.7, -0.3, 0.1], strict=True)), method=method)
+    assert (combined.base_model, combined.task_type, combined.fingerprint) == ("tiny", "CAUSAL_LM", three[0].fingerprint)
+    loaded = Adapter.load(combined.save(tmp_path / "c"))
+    assert loaded.config == combined.config
+    assert {path: layer.scaling for path, layer in loaded.layers.items()} == dict.fromkeys(combined.layers, 1.0)
+    assert_deltas(loaded, deltas(combined))
+    assert set(combined.config.targets) == set(combined.layers)
+
+
+def test_sixteen_bit_adapters_combine_in_float32(three: list[Adapter]) -> None:
+    halves = [adapter.to(dtype=torch.bfloat16) for adapter in three]
+    combined = combine([(halves[0], 0.7), (halves[1], 0.3)])
+    assert {layer.B.dtype for layer in combined.layers.values()} == {torch.float32}
+    assert_deltas(combined, weighted_sum([half.to(dtype=torch.float32) for half in halves[:2]], [0.7, 0.3]))
+
+
+def test_the_inputs_are_left_as_they_are(three: list[Adapter]) -> None:
+    before = {path: (layer.A.clone(), layer.B.clone()) for path, layer in three[0].layers.items()}
+    combined = combine([(three[0], 1.0)])
+    for layer in combined.layers.values():
+        layer.A.zero_()
+        layer.B.zero_()
+    for path, (A, B) in before.items():
+        assert torch.equal(three[0].layers[path].A, A)
+        assert torch.equal(three[0].layers[path].B, B)
+
+
+def test_different_bases_are_refused(make_llama: MakeLlama, make_adapter: MakeAdapter) -> None:
+    one, other = make_adapter(make_llama(0)), make_adapter(make_llama(1))
+    with pytest.raises(FingerprintError, match=r"adapters 0 and 2 were trained on different bases"):
+        combine([(one, 0.5), (one, 0.1), (other, 0.5)])
+    combine([(one, 0.5), (replace(other, fingerprint=None), 0.5)])
+
+
+def test_shapes_that_differ_are_named(three: list[Adapter]) -> None:
+    other = replace(three[0], layers={"model.layers.0.self_attn.q_proj": AdapterLayer(torch.ones(2, 9), torch.ones(9, 2), 1.0)})
+    with pytest.raises(MergeError, match=r"q_proj' is \(32, 32\) \(out, in\) in adapter 0 and \(9, 9\) in adapter 1"):
+        combine([(three[0], 1.0), (other, 1.0)])
+
+
+@pytest.mark.parametrize("method", LATER_METHODS)
+def test_later_methods_are_named_as_such(three: list[Adapter], method: str) -> None:
+    with pytest.raises(MergeError, match=f"{method}' is not available yet"):
+        combine([(three[0], 1.0)], method=method)
+
+
+def test_bad_arguments(three: list[Adapter]) -> None:
+    with pytest.raises(MergeError, match=r"unknown method 'exat' \(did you mean 'exact'\?\)"):
+        combine([(three[0], 1.0)], method="exat")
+    with pytest.raises(MergeError, match="no adapters"):
+        combine([])
+    with pytest.raises(MergeError, match="has no layers"):
+        combine([(replace(three[0], layers={}), 1.0)])
+    for weight in (float("nan"), float("inf"), "0.5", True):
+        with pytest.raises(MergeError, match="weight of adapter 0"):
+            combine([(three[0], weight)])  # type: ignore[list-item]

@@ -1,0 +1,74 @@
+"""Model cards: valid front matter, real values, nothing that isn't known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorabank.config.train import AdapterRun
+from lorabank.training.cards import CardFacts, model_card, write_card
+
+FACTS = CardFacts(
+    name="terse",
+    base_model="org/Tiny-135M",
+    run=AdapterRun(rank=12, loraplus_ratio=16, targets=["q", "v"], gradient_accumulation=2),
+    learning_rate=5.37e-4,
+    parameters=4_880_000,
+    base_parameters=134_515_008,
+    layers=210,
+    steps=150,
+    best_step=100,
+    train_rows=1600,
+    val_rows=100,
+    data="terse.jsonl",
+    metrics={"loss": 1.05, "bleu": 33.2},
+    base_metrics={"loss": 3.21, "bleu": 4.2},
+)
+
+
+def front_matter(card: str) -> dict[str, object]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_what_a_card_says(tmp_path: Path) -> None:
+    card = write_card(tmp_path, FACTS).read_text(encoding="utf-8")
+    assert front_matter(card) == {
+        "base_model": "org/Tiny-135M",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lorabank"],
+    }
+    for line in (
+        "| rank | 12 |",
+        "| targets | `q, v` |",
+        "| batch | 8 rows × 2 accumulated |",
+        "| optimizer | adamw, LoRA+ ratio 16 |",
+        "| steps | 150, the best by validation is 100 |",
+        "| data | terse.jsonl: 1,600 rows, 100 held out |",
+        "| loss | 3.210 | 1.050 |",
+        "| bleu | 4.2 | 33.2 |",
+        'PeftModel.from_pretrained(model, "path/to/terse")',
+        "vllm serve org/Tiny-135M --enable-lora --max-lora-rank 16 --lora-modules terse=path/to/terse",
+    ):
+        assert line in card
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    card = model_card(replace(FACTS, metrics={}, base_metrics={}))
+    assert "Evaluation" not in card
+    assert "license" not in card
+    assert "tokens" not in card
+    assert "| loss | 1.050 |" in model_card(replace(FACTS, base_metrics={}))
+    known = model_card(replace(FACTS, license="apache-2.0", tokens_seen=12345))
+    assert front_matter(known)["license"] == "apache-2.0"
+    assert "| trained tokens | 12,345 |" in known
+
+
+@pytest.mark.parametrize("run", [AdapterRun(use_rslora=True), AdapterRun(rank_pattern={"q": 4})])
+def test_no_vllm_line_where_vllm_would_be_wrong(run: AdapterRun) -> None:
+    card = model_card(replace(FACTS, run=run))
+    assert "vllm serve" not in card
+    assert "vLLM can't read this adapter" in card

@@ -1,0 +1,139 @@
+"""What a run shows, from a recorded sequence of events."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.train.events_for_tests import evaluation, plan, play, result, step
+
+from lorabank.training.console import ConsoleListener
+from lorabank.training.events import Notice
+
+
+def terminal(width: int) -> Console:
+    return Console(
+        record=True, width=width, height=40, force_terminal=True, file=io.StringIO(), highlight=False, legacy_windows=False
+    )
+
+
+def shown(listener: ConsoleListener) -> str:
+    """The live table as text."""
+    paper = Console(record=True, width=listener.console.width, file=io.StringIO(), highlight=False)
+    paper.print(listener.render())
+    return paper.export_text()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_live_table(width: int) -> None:
+    listener = ConsoleListener(terminal(width))
+    play([listener])
+    text = shown(listener)
+    listener.close()
+    rows = {line.split()[0]: line for line in text.splitlines() if line.split()}
+    assert "20/20" in rows["formal"]
+    assert "1.310 ▲" in rows["formal"], "a validation loss that turned is marked"
+    assert "done" in rows["formal"]
+    assert "12/12" in rows["terse"]
+    assert "1.050 ▼" in rows["terse"], "the best so far"
+    assert "1.23 k" in rows["terse"]
+    assert "3.210" in rows["base"]
+    assert "…" not in rows["adapter"] + rows["formal"] + rows["terse"], "nothing is cut"
+    assert "memory" in text
+    assert "checkpoint written" in text
+    assert max(map(len, text.splitlines())) <= width
+    written = listener.console.export_text()
+    assert "! formal: validation loss is rising" in written, "a warning stays above the table"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_summary_before(width: int) -> None:
+    listener = ConsoleListener(terminal(width))
+    listener.on_start(plan())
+    listener.close()
+    text = listener.console.export_text()
+    assert "org/Tiny-135M, 135 M parameters, fp32 on cpu" in text
+    line = next(line for line in text.splitlines() if line.strip().startswith("terse"))
+    for part in ("16", "4.88 M", "3.6 %", "1,600", "12", "5.37e-4"):
+        assert part in line
+    assert "learning rate 5.37e-4: 10 × the full fine-tuning rate" in text
+    assert "…" not in text
+
+
+def test_a_bar_during_an_evaluation() -> None:
+    listener = ConsoleListener(terminal(100))
+    listener.on_start(plan())
+    listener.on_busy("evaluating formal", 3, 10)
+    assert "evaluating formal" in shown(listener)
+    assert "3/10" in shown(listener)
+    listener.on_busy("evaluating formal", 10, 10)
+    assert "evaluating" not in shown(listener)
+    listener.close()
+
+
+def test_the_result(tmp_path: Path) -> None:
+    listener = ConsoleListener(terminal(100))
+    play([listener])
+    listener.on_end(result(tmp_path / "out"))
+    text = listener.console.export_text()
+    assert "finished after 5m 45s" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
+    assert rows["base"][1:3] == ["3.210", "4.2"]
+    assert rows["terse"][1:3] == ["1.050", "30.1"]
+    flat = text.replace("\n", "")
+    out = tmp_path / "out"
+    serve = f"vllm serve org/Tiny-135M --enable-lora --max-lora-rank 16 --lora-modules formal={out}/formal terse={out}/terse"
+    assert serve in flat
+    assert f"lorabank chat {out} --adapters formal,terse,base" in flat
+
+
+@pytest.mark.parametrize(
+    "setting", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}, {"r": 1024}]
+)
+def test_an_export_is_named_where_vllm_would_compute_something_else(setting: dict[str, object], tmp_path: Path) -> None:
+    listener = ConsoleListener(terminal(100))
+    listener.on_start(plan())
+    listener.on_end(result(tmp_path, **setting))
+    text = listener.console.export_text()
+    assert "vllm serve" not in text
+    assert "needs an export" in text
+    assert "terse: " in text
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    listener = ConsoleListener(terminal(100))
+    listener.on_start(plan())
+    end = replace(result(tmp_path), interrupted=True, resume_command="lorabank train out/e2e --resume")
+    listener.on_end(end)
+    text = listener.console.export_text()
+    assert "interrupted after" in text
+    assert "lorabank train out/e2e --resume" in text
+    assert "vllm" not in text
+
+
+def test_without_a_terminal_there_are_plain_lines() -> None:
+    out = io.StringIO()
+    listener = ConsoleListener(Console(file=out, width=80), plain_every=3600)
+    play([listener])
+    lines = out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue()
+    assert sum("tokens/s" in line for line in lines) == 1, "one line an interval, the first step at once"
+    assert any("evaluation of formal after step 15: loss 1.310, bleu 30.1 (rising)" in line for line in lines)
+    assert any(line == "! formal: validation loss is rising" for line in lines)
+    every = ConsoleListener(Console(file=io.StringIO(), width=80), plain_every=0)
+    play([every])
+
+
+def test_markup_in_names_and_texts_is_shown_as_it_is() -> None:
+    listener = ConsoleListener(terminal(100))
+    listener.on_start(plan())
+    listener.on_notice(Notice(text="row [/bold] of data[0] was dropped", level="warning"))
+    listener.on_step(step("formal", 1))
+    listener.on_eval(evaluation("formal", 1, float("nan"), best=False))
+    assert "nan" in shown(listener)
+    listener.close()
+    assert "row [/bold] of data[0] was dropped" in listener.console.export_text()

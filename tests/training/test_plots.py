@@ -1,0 +1,51 @@
+"""loss.png: drawn from metrics.jsonl, without pyplot's global state."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.train.events_for_tests import evaluation, play, step
+
+from lorabank.errors import DataError
+from lorabank.training.metrics_file import MetricsFile
+from lorabank.training.plots import loss_plot, smoothed
+
+
+def test_a_picture_with_both_adapters_colours(tmp_path: Path) -> None:
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    play([file])
+    path = loss_plot(file.path, tmp_path / "loss.png")
+    pixels = imread(path)
+    assert pixels.shape[:2] == (690, 1200)
+    for colour in ("#0072B2", "#D55E00", "#555555"):
+        near = abs(pixels[:, :, :3] - to_rgb(colour)).max(axis=2) < 0.02
+        assert near.sum() > 100, colour
+
+
+def test_a_run_that_went_nan_or_has_no_evaluation_is_drawn(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.on_step(step("formal", 1))
+    file.on_eval(evaluation("formal", 1, float("nan"), best=False))
+    assert loss_plot(file.path, tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("")
+    with pytest.raises(DataError, match="no training step"):
+        loss_plot(tmp_path / "m.jsonl", tmp_path / "loss.png")
+
+
+def test_smoothing() -> None:
+    assert smoothed([2.0] * 5, 3) == pytest.approx([2.0] * 5)
+    assert smoothed([0.0, 1.0], 2)[1] == pytest.approx(1 / 1.5)
+
+
+def test_pyplot_is_not_imported() -> None:
+    code = "import sys, lorabank.training.plots as p, matplotlib.figure; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
