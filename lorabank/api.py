@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabank.config.parse import load_config, to_dict
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
-from lorabank.errors import AdapterNameError, ConfigError, DataError, closest
+from lorabank.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorabank.bank.bank import AdapterBank
-    from lorabank.data.render import TokenRow
+    from lorabank.config.adapter import AdapterConfig
     from lorabank.training.events import Listener, RunResult
+    from lorabank.training.loaded import LoadedRun
+    from lorabank.training.run_folder import RunFolder
+    from lorabank.training.setup import DataSets, RowObjects
+    from lorabank.training.trainer import Trainer
 
 BASE_NAME = "base"
 
@@ -24,68 +27,88 @@ BASE_NAME = "base"
 def train(
     config: TrainConfig | str | Path | None = None,
     *,
-    model: PreTrainedModel | None = None,
+    model: PreTrainedModel | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: Any = None,
-    adapters: Mapping[str, AdapterRun | Mapping[str, Any]] | None = None,
+    adapters: Mapping[str, AdapterRun | AdapterConfig | Mapping[str, Any]] | None = None,
     resume: bool | str = False,
     dry_run: bool = False,
     listeners: Sequence[Listener] = (),
     **settings: Any,
 ) -> RunResult:
-    """Train one or many adapters in one pass over a frozen base.
+    """Train one or many adapters in one pass over a frozen base; returns their scores and, in `trained`, the adapters.
 
     From names and paths: `train(TrainConfig(...))` or `train("run.yaml")`. From objects: `train(model=model, tokenizer=tok,
-    data=rows_or_dataset, adapters={"formal": {"rank": 16}}, output="out/x", epochs=1, …)`; further keywords are the settings of
-    a configuration file. Without `output` nothing is written and the adapters stay in `model`'s bank… which is detached at the
-    end, so give one. `resume`: True for the newest checkpoint, or a checkpoint's name. Raises LorabankError before the first
-    step for anything that is wrong with the settings, the data or the output folder.
+    data=rows, adapters={"formal": {"rank": 16}}, output="out/x", epochs=1, …)`; further keywords are the settings of a
+    configuration file, and hold for every adapter that doesn't say otherwise.
+
+    `data`: rows (a `datasets.Dataset` or a list of dicts), a path, splits (`{"train": …, "validation": …}`, a `DatasetDict`), or
+    adapter names to rows; or the settings of a file's section `data`. `adapters`: names to settings, `AdapterRun`, `AdapterConfig` or `peft.LoraConfig`. Without `output`
+    nothing is written. A model given as an object is afterwards as it was before, to the bit; `bank.load(name,
+    result.trained[name])` puts an adapter onto it. `resume`: True for the newest checkpoint in `output`, or a checkpoint's name.
+    Raises LorabankError, before the first step and with nothing written, for anything wrong with settings, data or folder.
     """
     import torch
 
-    from lorabank.models.load import load_base
-    from lorabank.training.metrics_file import MetricsFile
-    from lorabank.training.run import run_training
-    from lorabank.training.run_folder import RunFolder
-    from lorabank.training.setup import build_trainer, load_data
-    from lorabank.training.trackers import make_trackers
+    from lorabank.training.objects import check_complete, data_section, resolve_config, resolve_rows
 
-    config = _resolve(config, adapters, settings, has_model=model is not None, has_data=data is not None)
+    if isinstance(model, str):
+        settings, model = {**settings, "model": model}, None
+    section = data_section(data, adapters)
+    if section is not None:
+        settings, data = {**settings, "data": section}, None
+    config, notes = resolve_config(config, adapters, settings)
     if (model is None) != (tokenizer is None):
-        raise ConfigError("train: model and tokenizer go together; give both objects, or a model name in the configuration")
+        raise ConfigError("train: model and tokenizer go together; give both objects, or a model's name")
+    rows, config = resolve_rows(data, config)
+    check_complete(config, rows, has_model=model is not None)
+    _check_early(config, resume=bool(resume), dry_run=dry_run)
+    threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = RunFolder(config.output) if config.output and not dry_run else None
-    if folder is not None and not resume:
-        folder.refuse_existing()
-    notes: list[str] = []
-    if model is None or tokenizer is None:
-        base = load_base(
-            config.model,
-            dtype=config.base_dtype,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-            say=_tell(listeners),
-        )
-        model, tokenizer, name = base.model, base.tokenizer, _public_name(base.name, base.folder)
-        notes += base.notes
-    else:
-        name = str(getattr(model.config, "_name_or_path", "") or config.model)
-    sets = load_data(config, tokenizer, rows=data, progress=_busy(listeners, "reading data"))
-    everyone: list[Listener] = list(listeners)
-    if folder is not None:
-        if not resume:
-            folder.create(config)
-        folder.write_reports(sets.reports)
-        everyone += [MetricsFile(folder.metrics), *make_trackers(config.report_to, folder.path, to_dict(config))]
-    trainer = build_trainer(config, model, tokenizer, sets, folder=folder, listeners=everyone)
     try:
-        for note in notes:
-            trainer.notice(note)
+        return _train(config, model, tokenizer, rows, notes, resume=resume, dry_run=dry_run, listeners=listeners)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    config: TrainConfig,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: RowObjects,
+    notes: Sequence[str],
+    *,
+    resume: bool | str,
+    dry_run: bool,
+    listeners: Sequence[Listener],
+) -> RunResult:
+    from lorabank.training.run import command_for, resume_run, run_training
+    from lorabank.training.run_folder import RunFolder
+    from lorabank.training.setup import build_trainer, load_data
+
+    folder = RunFolder(config.output) if config.output and not dry_run else None
+    from_objects = model is not None or rows.train is not None or bool(rows.by_adapter)
+    model, tokenizer, name, more = _base(config, model, tokenizer, listeners)
+    sets = load_data(config, tokenizer, rows=rows, progress=_busy(listeners, "reading data"))
+    everyone: list[Listener] = list(listeners)
+    trainer, notices = build_trainer(config, model, tokenizer, sets, folder=folder, listeners=everyone)
+    try:
+        resumed_from = None
+        if folder is not None:
+            resumed_from = resume_run(trainer, folder, resume) if resume else None
+            everyone += _open_folder(folder, config, trainer, sets, fresh=not resume)
+        for text in (*notes, *more):
+            trainer.notice(text)
+        for notice in notices:
+            trainer.notice(notice.text, notice.adapter, notice.level)
         _tell_about_data(trainer, sets)
+        if resume and folder is not None and resumed_from is None:
+            trainer.notice("the run was ended before its first checkpoint: it starts from the beginning")
         if dry_run:
             return _dry(trainer, name)
-        return run_training(trainer, model_name=name, resume=resume)
+        command = command_for(config, from_objects=from_objects)
+        return run_training(trainer, model_name=name, resumed_from=resumed_from, resume_command=command)
     finally:
         trainer.bank.detach()
 
@@ -110,47 +133,17 @@ def preview(config: TrainConfig, *, count: int = 3) -> None:
             console.print(prepared.report)
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """A base model with trained adapters in a bank, ready to be talked to."""
-
-    bank: AdapterBank
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    names: list[str]
-    """Adapters in the bank."""
-    config: TrainConfig | None
-    """Of the run that they came from, when there is one."""
-
-
-def load_run(source: str, adapters: Sequence[str] | None = None, *, device: str = "auto", dtype: str = "auto") -> LoadedRun:
+def load_run(
+    source: str | Path, adapters: Sequence[str] | None = None, *, device: str = "auto", dtype: str = "auto"
+) -> LoadedRun:
     """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading."""
-    from lorabank.bank.attach import attach
-    from lorabank.formats.adapter import Adapter
-    from lorabank.models.load import load_base
+    from lorabank.training.loaded import load_run as load
 
-    path = Path(source)
-    config = load_config(path)[0] if (path / "config.yaml").is_file() else None
-    folders = _adapter_folders(path)
-    wanted = [name for name in adapters or folders if name != BASE_NAME]
-    for name in wanted:
-        if name not in folders:
-            raise AdapterNameError(
-                f"{source}: no adapter {name!r}{closest(name, folders)}. It has: {', '.join(folders) or 'none'}."
-            )
-    loaded = {name: Adapter.load(folders[name]) for name in wanted}
-    base_name = config.model if config else next((a.base_model for a in loaded.values() if a.base_model), None)
-    if folders and not base_name:
-        raise ConfigError(f"{source}: neither the run nor its adapters say which base model they belong to")
-    base = load_base(base_name or source, dtype=dtype, device=device)
-    bank = attach(base.model)
-    for name, adapter in loaded.items():
-        bank.load(name, adapter)
-    return LoadedRun(bank, base.model, base.tokenizer, list(loaded), config)
+    return load(source, adapters, device=device, dtype=dtype)
 
 
 def evaluate(
-    source: str,
+    source: str | Path,
     adapters: Sequence[str] | None,
     data: DataConfig,
     *,
@@ -165,16 +158,17 @@ def evaluate(
     from lorabank.engine.step import Engine
     from lorabank.training.busy import BusyBar
     from lorabank.training.evaluate import full_scores
-    from lorabank.training.scorers import split_metrics
+    from lorabank.training.loaded import held_out_rows
+    from lorabank.training.scorers import check_metrics
 
-    split_metrics(metrics)
+    check_metrics(metrics)
     run = load_run(source, adapters, device=device, dtype=dtype)
     names = list(dict.fromkeys(adapters)) if adapters else [*run.names, BASE_NAME]
-    rows = _held_out(run, names, data)
+    rows = held_out_rows(run, names, data)
+    config = EvalConfig(
+        metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
     with BusyBar() as busy:
-        config = EvalConfig(
-            metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
         return full_scores(Engine(run.bank), run.tokenizer, rows, config=config, busy=busy)
 
 
@@ -186,7 +180,10 @@ def generate_stream(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[list[str | None]]:
-    """Answers to (adapter or `base`, messages) rows, all in one batch, as lists of new text; None once a row has ended."""
+    """Answers to (adapter or `base`, messages) rows, all in one batch, as lists of new text; None once a row has ended.
+
+    The messages are taken as they are: put the run's `data.system` before them where it has one.
+    """
     from lorabank.data.prompt import chat_prompt_ids
     from lorabank.engine.generate import stream
     from lorabank.engine.sampling import SamplingConfig
@@ -223,66 +220,86 @@ def generate_stream(
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve(
-    config: TrainConfig | str | Path | None,
-    adapters: Mapping[str, AdapterRun | Mapping[str, Any]] | None,
-    settings: Mapping[str, Any],
-    *,
-    has_model: bool,
-    has_data: bool,
-) -> TrainConfig:
-    from lorabank.config.parse import config_from_dict
+def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
+    """What can be known to be wrong before the model is loaded."""
+    from lorabank.training.run_folder import RunFolder
+    from lorabank.training.scorers import check_metrics
+    from lorabank.training.trackers import check_trackers
 
-    if config is not None and (settings or adapters):
-        raise ConfigError(
-            "train: give a configuration, or settings as keywords, not both. dataclasses.replace(config, …) changes one."
-        )
-    if isinstance(config, str | Path):
-        config = load_config(config)[0]
-    if config is None:
-        tree: dict[str, Any] = dict(settings)
-        if adapters:
-            tree["adapters"] = {
-                name: a if isinstance(a, Mapping) else to_dict(TrainConfig(adapters={"x": a}))["adapters"]["x"]
-                for name, a in adapters.items()
-            }
-        config = config_from_dict(tree)[0]
-    if not config.model and not has_model:
-        raise ConfigError("model: missing. Give a hub id, a folder, or a model object.")
-    if not has_data and config.data.train is None and not (config.adapters and all(run.data for run in config.adapters.values())):
-        raise ConfigError("data: missing. Give data.train, a data file for each adapter, or the rows as an object.")
-    return config
+    check_metrics(config.eval.metrics)
+    check_trackers(config.report_to)
+    if resume and not config.output:
+        raise ConfigError("resume: needs the run's folder as output")
+    if not config.output or dry_run:
+        return
+    folder = RunFolder(config.output)
+    if resume:
+        folder.check_resumable()
+    else:
+        folder.refuse_existing()
 
 
-def _public_name(name: str, folder: Path) -> str:
-    """What other tools can load below the adapter: an alias of ours means nothing to them."""
-    return name if "/" in name or Path(name).exists() else str(folder)
+def _base(
+    config: TrainConfig, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, listeners: Sequence[Listener]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, Sequence[str]]:
+    """Model, tokenizer, a name for them that other tools can load ('' without one), and notes."""
+    from lorabank.models.load import load_base, pick_device, pick_dtype
+
+    if model is not None and tokenizer is not None:
+        here = model.device
+        if config.device != "auto" and pick_device(config.device).type != here.type:
+            raise ConfigError(
+                f"device: {config.device!r} asked for, and the model given is on {here}. Move it with model.to(…) first."
+            )
+        if config.base_dtype != "auto" and pick_dtype(config.base_dtype, here) != model.dtype:
+            raise ConfigError(
+                f"base_dtype: {config.base_dtype!r} asked for, and the model given is {model.dtype}. Convert it first."
+            )
+        given = str(getattr(model.config, "_name_or_path", "") or config.model)
+        return model, tokenizer, _public_name(given, None) if given else "", ()
+    base = load_base(
+        config.model,
+        dtype=config.base_dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        say=_tell(listeners),
+    )
+    return base.model, base.tokenizer, _public_name(base.name, base.folder), base.notes
 
 
-def _adapter_folders(path: Path) -> dict[str, Path]:
-    """Adapter name to folder, of a run folder or a single adapter's."""
-    if (path / "adapter_config.json").is_file():
-        return {path.resolve().name: path}
-    if not path.is_dir():
-        return {}
-    return {p.name: p for p in sorted(path.iterdir()) if (p / "adapter_config.json").is_file()}
+def _public_name(name: str, folder: Path | None) -> str:
+    """What other tools can load below the adapter: a hub id stays, a folder is named in full; our alias and a GGUF mean
+    nothing to them, so these become the folder of the converted weights."""
+    from lorabank.models.names import alias
+
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if folder is not None and (path.is_file() or alias(name)):
+        return str(folder.resolve())
+    return name
 
 
-def _held_out(run: LoadedRun, names: Sequence[str], data: DataConfig) -> dict[str, Sequence[TokenRow]]:
-    from lorabank.data.prepare import prepare
-    from lorabank.training.setup import load_data
+def _open_folder(folder: RunFolder, config: TrainConfig, trainer: Trainer, sets: DataSets, *, fresh: bool) -> list[Listener]:
+    """Make the run's folder and everything that writes into it; on an error a fresh folder is as it was, empty or absent."""
+    from lorabank.config.parse import to_dict
+    from lorabank.training.metrics_file import MetricsFile
+    from lorabank.training.trackers import make_trackers
 
-    if data.test or (data.train is None and (run.config is None or run.config.data != data)):
-        source = data.test or data.val
-        if source is None:
-            raise DataError("evaluation: no rows. Give data.test.")
-        own = prepare(replace(data, train=source, val=None, test=None, val_split=0, test_split=0), run.tokenizer, seed=0).train
-        return dict.fromkeys(names, own)
-    config = run.config if run.config is not None and run.config.data == data else TrainConfig(data=data)
-    sets = load_data(config, run.tokenizer).by_adapter
-    held = {name: prepared.test or prepared.val for name, prepared in sets.items()}
-    first = next(iter(held.values()))
-    return {name: held.get(name, first) for name in names}
+    existed = folder.path.is_dir()
+    try:
+        if fresh:
+            folder.create(config)
+        folder.write_reports(sets.reports)
+        trackers = make_trackers(config.report_to, folder.path, to_dict(config))
+    except BaseException:
+        if fresh:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            if existed:
+                with contextlib.suppress(OSError):
+                    folder.path.mkdir()
+        raise
+    return [MetricsFile(folder.metrics, lambda text: trainer.notice(text, level="warning")), *trackers]
 
 
 def _tell(listeners: Sequence[Listener]) -> Any:
@@ -303,19 +320,20 @@ def _busy(listeners: Sequence[Listener], activity: str) -> Any:
     return busy
 
 
-def _tell_about_data(trainer: Any, sets: Any) -> None:
+def _tell_about_data(trainer: Trainer, sets: DataSets) -> None:
     for name, prepared in {sets.names[n]: p for n, p in sets.by_adapter.items()}.items():
         for line in prepared.report.lines():
             trainer.notice(f"{Path(name).name}: {line}")
 
 
-def _dry(trainer: Any, model_name: str) -> RunResult:
-    """Everything but the training: the plan is told, the first pass is built."""
+def _dry(trainer: Trainer, model_name: str) -> RunResult:
+    """Everything but the training: the plan is told, and a row of each adapter goes through the model."""
     from lorabank.training.events import AdapterResult, RunResult
     from lorabank.training.setup import run_plan
 
     for listener in trainer.listeners:
         listener.on_start(run_plan(trainer, model_name=model_name, resumed_from=None))
+    trainer.rehearse()
     results = {
         name: AdapterResult(
             name=name, folder="", steps=0, status="not trained (dry run)", best_step=None, best_metrics={}, final_metrics={}

@@ -13,10 +13,43 @@ def attach(model: nn.Module) -> AdapterBank:
     """Freeze `model` and return a bank of adapters over it. No layer changes until an adapter needs it.
 
     Any `nn.Module` will do. Raises LorabankError when the model already has a bank with adapters.
+
+    A layer that maps 4 features to 3 has 3 × 4 = 12 weights. LoRA of rank 1 leaves them frozen and trains a column B (3 × 1)
+    and a row A (1 × 4), 7 numbers, whose product is the change of the weight:
+
+    >>> import torch
+    >>> import lorabank as lb
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False))
+    >>> bank = lb.attach(model)
+    >>> bank.add("tiny", lb.AdapterConfig(rank=1, alpha=1))
+    >>> sum(p.numel() for p in bank.parameters("tiny")), model[0].weight.numel()
+    (7, 12)
+    >>> bank.adapter("tiny").layers["0"].delta().shape
+    torch.Size([3, 4])
+
+    B starts at zero, so the model's answers are still the base's. One step of any optimizer changes them, and not the base:
+
+    >>> x = torch.ones(2, 4)
+    >>> with bank.route(["tiny", lb.BASE]):
+    ...     bool(torch.equal(model(x)[0], model(x)[1]))
+    True
+    >>> optimizer = torch.optim.SGD(bank.parameters("tiny"), lr=0.1)
+    >>> model(x).sum().backward()
+    >>> optimizer.step()
+    >>> with bank.route(["tiny", lb.BASE]):
+    ...     bool(torch.equal(model(x)[0], model(x)[1]))
+    False
+    >>> bank.detach() is model and torch.nn.Linear is type(model[0])
+    True
     """
     if not isinstance(model, nn.Module):
-        raise LorabankError(f"attach: expected a torch.nn.Module, got {type(model).__name__}. Load the model first; lorabank adapts PyTorch models only.")
+        raise LorabankError(
+            f"attach: expected a torch.nn.Module, got {type(model).__name__}. Load the model first; lorabank adapts PyTorch "
+            "models only."
+        )
     taken = next((path for path, module in model.named_modules() if isinstance(module, LoRALayer)), None)
     if taken is not None:
-        raise LorabankError(f"attach: the model already has a bank (layer {taken!r} is wrapped). Use that bank, or detach it first.")
+        raise LorabankError(
+            f"attach: the model already has a bank (layer {taken!r} is wrapped). Use that bank, or detach it first."
+        )
     return AdapterBank(model)

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.configs import as_adapter_config
+from lorabank.bank.fit import check_fits, task_type, warn_ranks
 from lorabank.bank.init import initial_A
 from lorabank.bank.layers import LoRALayer
+from lorabank.bank.naming import check_new_name
+from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.reach import ReachCheck
-from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, check_route, per_row
+from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
-from lorabank.bank.targets import linear_layers, output_head_paths, pattern_value, resolve_targets, unsupported_linear_maps
-from lorabank.bank.configs import as_adapter_config
+from lorabank.bank.targets import linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
 from lorabank.config.adapter import AdapterConfig
-from lorabank.errors import AdapterFileError, AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
+from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
+from lorabank.formats.patterns import pattern_value
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
-_RESERVED_NAMES = ("base", "BASE", "last", "checkpoints")
+_CAPTURE = (
+    "Pass context_fn=bank.checkpoint_context to the checkpointing function (with use_reentrant=False), or choose the route "
+    "with bank.use(name)."
+)
+
+_Start = Callable[[str, LoRALayer], tuple[Tensor, Tensor | None]]
+"""(path, layer) → A (rank, in) and B (out, rank) to begin with; None for a B of zeros."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class AdapterBank:
         self._layers: dict[str, LoRALayer] = {}
         self._sticky: Routing | None = None
         self._only: Routing | None = None
-        self._explicit = False
+        self._seen: dict[str, int] = {}
         self._warned_dropout: set[str] = set()
         self._current: ContextVar[Routing | None] = ContextVar("lorabank_routing", default=None)
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -90,14 +98,15 @@ class AdapterBank:
         and the shape alone. Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
         """
         self._check_alive()
-        self._check_new_name(name)
+        check_new_name(name, self._slots)
         config = as_adapter_config(config)
         chosen = resolve_targets(self.model, config)
-        shapes = {}
+        shapes: dict[str, tuple[int, float]] = {}
         for path in chosen:
             rank = pattern_value(config.rank_pattern, path, config.rank)
             shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, path, config.alpha)))
         slot = _Slot(config=config, seed=seed, paths=tuple(chosen))
+        warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 
         def start(path: str, layer: LoRALayer) -> tuple[Tensor, Tensor | None]:
             return initial_A(config.init, shapes[path][0], layer.store.in_features, seed, path), None
@@ -107,11 +116,11 @@ class AdapterBank:
     def load(self, name: str, adapter: Adapter, *, force: bool = False, seed: int = 0) -> None:
         """Put a trained adapter into the bank under `name`.
 
-        Refuses (FingerprintError) an adapter of another base, unless `force`. Raises AdapterFileError, naming every layer that the
+        Refuses (FingerprintError) an adapter of another base, unless `force`. Raises AdapterFileError, naming layers that the
         model lacks or whose shape differs; the bank is unchanged then.
         """
         self._check_alive()
-        self._check_new_name(name)
+        check_new_name(name, self._slots)
         difference = None if adapter.fingerprint is None else adapter.fingerprint.compare(self.fingerprint)
         if difference is not None and not force:
             of = f" ({adapter.base_model})" if adapter.base_model else ""
@@ -119,8 +128,9 @@ class AdapterBank:
                 f"adapter {name!r} was trained on another base model{of}: {difference}. "
                 "Load the base that it was trained on, or pass force=True to use it all the same."
             )
-        self._check_fits(name, adapter)
-        shapes = {path: (layer.rank, layer.scaling) for path, layer in adapter.layers.items()}
+        check_fits(self.model, name, adapter)
+        in_order = [path for path in linear_layers(self.model) if path in adapter.layers]  # as `add` has them, not as the file
+        shapes = {path: (adapter.layers[path].rank, adapter.layers[path].scaling) for path in in_order}
         slot = _Slot(adapter.config, seed, tuple(shapes), adapter.base_model, adapter.task_type)
         self._install(name, slot, shapes, lambda path, _: (adapter.layers[path].A, adapter.layers[path].B))
 
@@ -134,7 +144,11 @@ class AdapterBank:
             layers[path] = AdapterLayer(a.to("cpu", copy=True), b.t().to("cpu", copy=True).contiguous(), part.scaling)
         base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
         return Adapter(
-            config=slot.config, layers=layers, fingerprint=self.fingerprint, base_model=base_model, task_type=slot.task_type or _task_type(self.model)
+            config=slot.config,
+            layers=layers,
+            fingerprint=self.fingerprint,
+            base_model=base_model,
+            task_type=slot.task_type or task_type(self.model),
         )
 
     def remove(self, name: str) -> None:
@@ -169,9 +183,10 @@ class AdapterBank:
     def summary(self) -> BankSummary:
         """What is adapted, what is not, and each adapter's parameters. Print it."""
         heads = output_head_paths(self.model)
+        base = {id(p): p.numel() for name, p in self.model.named_parameters() if name in self._required_grad}
         adapted = {path for slot in self._slots.values() for path in slot.paths}
         return BankSummary(
-            base_parameters=sum({id(p): p.numel() for n, p in self.model.named_parameters() if n in self._required_grad}.values()),
+            base_parameters=sum(base.values()),
             adapters={
                 name: AdapterSummary(
                     rank=slot.config.rank,
@@ -197,23 +212,12 @@ class AdapterBank:
         repeat: Repeat | None = None,
         dropout: DropoutState | None = None,
     ) -> Routing:
-        """Build a Routing: `rows` is one route for all rows or a list with one a row; `tokens` a list with one a packed token."""
+        """Build a Routing: `rows` is one route for all rows or a list with one a row; `tokens` a list with one a packed token.
+
+        `repeat` says how a library multiplies the rows: ("interleave", k) for beams, ("tile", k) for guidance.
+        """
         self._check_alive()
-        if (rows is None) == (tokens is None):
-            raise RoutingError("route: give either rows (one entry a row, or one name for all) or tokens (one entry a packed token)")
-        each = tokens if tokens is not None else rows
-        if isinstance(each, Sequence) and not isinstance(each, str):
-            for row in dict.fromkeys(r for r in each if isinstance(r, str)):
-                check_route(row, self.names)
-            for row in each:
-                if not isinstance(row, str):
-                    check_route(row, self.names)
-            per = "row" if tokens is None else "token"
-            return per_row(each, device=self.device, repeat=repeat, dropout=dropout, per=per)
-        if each is None:
-            raise RoutingError("route: expected adapter names, got None")
-        check_route(each, self.names)
-        return all_rows(each, self.device)
+        return build_routing(rows, known=self.names, device=self.device, tokens=tokens, repeat=repeat, dropout=dropout)
 
     @contextlib.contextmanager
     def route(
@@ -224,8 +228,13 @@ class AdapterBank:
         repeat: Repeat | None = None,
     ) -> Iterator[Routing]:
         """Put a route in force inside the `with`. Backward uses it too, wherever it is called."""
-        routing = rows if isinstance(rows, Routing) else self.routing(rows, tokens=tokens, repeat=repeat)
-        self._explicit = True
+        self._check_alive()
+        given = isinstance(rows, Routing)
+        if given and (tokens is not None or repeat is not None):
+            raise RoutingError("route: a Routing is complete; give tokens= and repeat= to bank.routing(...) when building it")
+        routing = rows if given else self.routing(rows, tokens=tokens, repeat=repeat)
+        if _in_backward():
+            routing = replace(routing, set_in_backward=True)
         previous = self._current.set(routing)
         try:
             yield routing
@@ -233,37 +242,54 @@ class AdapterBank:
             self._current.reset(previous)
 
     def use(self, route: RowRoute | None) -> None:
-        """A route for all rows that stays in force, in every thread, until changed; None takes it back. `with route(...)` goes first."""
+        """A route for all rows that stays in force, in every thread, until changed; None takes it back.
+
+        `with route(...)` goes first. Removing an adapter that it names takes it back, too.
+        """
+        self._check_alive()
+        if route is not None and isinstance(route, Sequence) and not isinstance(route, str):
+            raise RoutingError(f"use: one route for all rows, got {route!r}. One entry a row: `with bank.route([...])`.")
         self._sticky = None if route is None else self.routing(route)
 
     def route_in_force(self, layer: str = "") -> Routing | None:
         """The routing for this call, or None when the bank has no adapter. Raises RoutingError when it can't be known."""
-        routing = self._current.get() or self._sticky
+        routing = self._chosen()
+        recomputing = _in_backward()
         if routing is None:
             if not self._slots:
                 return None
-            if self._only is None:
+            if recomputing:
                 raise RoutingError(
-                    f"layer {layer!r}: the bank has {len(self._slots)} adapters ({', '.join(self._slots)}) and no route is in force. "
-                    "Call the model inside `with bank.route(...)`, or choose one with bank.use(name)."
+                    f"layer {layer!r} is being recomputed in backward and no route was captured for it. {_CAPTURE}"
                 )
-            if self._explicit and torch._C._current_graph_task_id() != -1:
-                raise RoutingError(
-                    f"layer {layer!r} is being recomputed in backward and no route was captured for it. Pass context_fn=bank.checkpoint_context "
-                    "to the checkpointing function, keep backward() inside `with bank.route(...)`, or use bank.use(name)."
-                )
-            routing = self._only
+            raise RoutingError(
+                f"layer {layer!r}: the bank has {len(self._slots)} adapters ({', '.join(self._slots)}) and no route is in force. "
+                "Call the model inside `with bank.route(...)`, or choose one with bank.use(name)."
+            )
         if not routing.names <= self._slots.keys():
             gone = ", ".join(sorted(routing.names - self._slots.keys()))
             raise RoutingError(f"the route in force names {gone}, which was removed from the bank. Build a new route.")
+        if not recomputing:
+            self._seen[layer] = routing.id
+        elif not routing.set_in_backward and self._seen.get(layer) != routing.id:
+            # reentrant checkpointing keeps nothing of its forward, so another route would give wrong gradients in silence
+            raise RoutingError(
+                f"layer {layer!r} is being recomputed in backward under another route than its forward saw. {_CAPTURE}"
+            )
         if routing.dropout is None and torch.is_grad_enabled():
             self._warn_dropout(routing)
         return routing
 
     def checkpoint_context(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
         """`context_fn` for `torch.utils.checkpoint.checkpoint(use_reentrant=False)`: recomputation gets the forward's route."""
-        routing = self._current.get()
-        return contextlib.nullcontext(), contextlib.nullcontext() if routing is None else self.route(routing)
+        routing = self._chosen()
+        if routing is None:
+            return contextlib.nullcontext(), contextlib.nullcontext()
+        return contextlib.nullcontext(), self.route(routing)
+
+    def _chosen(self) -> Routing | None:
+        """The routing in force, if any: of the innermost `with`, else `use`, else of the only adapter."""
+        return self._current.get() or self._sticky or self._only
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -276,12 +302,15 @@ class AdapterBank:
         self._reach.close()
 
     def detach(self) -> nn.Module:
-        """Take every wrapper out: the untouched base model again, with its `requires_grad` as before. Ends the bank."""
+        """Take every wrapper out: the untouched base model again, with its `requires_grad` as before. Ends the bank.
+
+        Hooks that were registered on a wrapped layer while it was wrapped go with the wrapper.
+        """
         self._check_alive()
-        for path, layer in self._layers.items():
-            parent, _, child = path.rpartition(".")
+        for layer in self._layers.values():
             layer.base.train(layer.training)
-            setattr(self.model.get_submodule(parent), child, layer.base)
+            for parent, attribute in places_of(self.model, layer):
+                setattr(parent, attribute, layer.base)
         self._reach.close()
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
@@ -295,38 +324,15 @@ class AdapterBank:
     def _slot(self, name: str) -> _Slot:
         self._check_alive()
         if name not in self._slots:
-            raise AdapterNameError(f"no adapter {name!r} in the bank; it has: {', '.join(self._slots) or 'none'}{closest(name, self._slots)}")
+            have = ", ".join(self._slots) or "none"
+            raise AdapterNameError(f"no adapter {name!r} in the bank; it has: {have}{closest(name, self._slots)}")
         return self._slots[name]
 
     def _check_alive(self) -> None:
         if self._detached:
             raise LorabankError("this bank was detached from its model; call lorabank.attach(model) for a new one")
 
-    def _check_new_name(self, name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("."):
-            raise AdapterNameError(f"adapter name {name!r}: expected letters, digits, '_', '-' or '.', since it becomes a folder's name")
-        if name in _RESERVED_NAMES:
-            raise AdapterNameError(f"adapter name {name!r} is taken by lorabank itself; choose another")
-        if name in self._slots:
-            raise AdapterNameError(f"the bank already has an adapter {name!r}. Choose another name, or bank.remove({name!r}) first.")
-
-    def _check_fits(self, name: str, adapter: Adapter) -> None:
-        layers = linear_layers(self.model)
-        wrong = []
-        for path, part in adapter.layers.items():
-            if path not in layers:
-                wrong.append(f"{path}: the model has no such linear layer{closest(path, layers)}")
-                continue
-            fan_in, fan_out = _features(layers[path])
-            if part.A.shape[1] != fan_in or part.B.shape[0] != fan_out:
-                wrong.append(f"{path}: made for {part.A.shape[1]} → {part.B.shape[0]} features, the model's layer has {fan_in} → {fan_out}")
-        if wrong:
-            more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise AdapterFileError(f"adapter {name!r} doesn't fit this model; nothing was loaded. {'; '.join(wrong[:3])}{more}")
-
-    def _install(
-        self, name: str, slot: _Slot, shapes: dict[str, tuple[int, float]], start: Callable[[str, LoRALayer], tuple[Tensor, Tensor | None]]
-    ) -> None:
+    def _install(self, name: str, slot: _Slot, shapes: dict[str, tuple[int, float]], start: _Start) -> None:
         """Reserve and fill the slot in every layer; on any failure the bank is as before."""
         done: list[str] = []
         try:
@@ -342,20 +348,22 @@ class AdapterBank:
             for path in done:
                 self._layers[path].remove_slot(name)
             raise
-        self._warn_ranks(name, shapes)
         self._slots[name] = slot
         self._changed()
 
     def _wrap(self, path: str) -> LoRALayer:
         if path not in self._layers:
-            parent, _, child = path.rpartition(".")
             if not path:
-                raise TargetError("the model itself is one linear layer, so there is no place to wrap it: put it into an nn.Sequential or a module of yours")
+                raise TargetError(
+                    "the model itself is one linear layer, so there is no place to wrap it: put it into an nn.Sequential "
+                    "or a module of yours"
+                )
             present = self.model.get_submodule(path)
             if isinstance(present, LoRALayer):
                 raise LorabankError(f"layer {path!r} is wrapped by another bank; detach that one first")
-            layer = LoRALayer(present, path, self)
-            setattr(self.model.get_submodule(parent), child, layer)
+            layer = LoRALayer(present, path, self, rows_lost(self.model, path))
+            for parent, attribute in places_of(self.model, present):
+                setattr(parent, attribute, layer)
             self._layers[path] = layer
             self._reach.watch(layer)
         return self._layers[path]
@@ -366,51 +374,21 @@ class AdapterBank:
         if self._sticky is not None and not self._sticky.names <= self._slots.keys():
             self._sticky = None
 
-    def _warn_ranks(self, name: str, shapes: dict[str, tuple[int, float]]) -> None:
-        for path, (rank, _) in shapes.items():
-            store = self._layers[path].store
-            if rank > min(store.in_features, store.out_features):
-                warnings.warn(
-                    f"adapter {name!r}: rank {rank} is above what layer {path!r} ({store.in_features} → {store.out_features}) can use; "
-                    "it costs memory and adds nothing",
-                    stacklevel=4,
-                )
-                return
-
     def _warn_dropout(self, routing: Routing) -> None:
         for name in routing.names - self._warned_dropout:
             self._warned_dropout.add(name)
-            if self._slots[name].config.dropout > 0:
+            dropout = self._slots[name].config.dropout
+            if dropout > 0:
                 warnings.warn(
-                    f"adapter {name!r} has dropout {self._slots[name].config.dropout:g}, which is drawn only inside lorabank's own training step: "
+                    f"adapter {name!r} has dropout {dropout:g}, which is drawn only inside lorabank's own training step: "
                     "this forward pass with gradients runs without it",
                     stacklevel=2,
                 )
 
 
-def _features(layer: nn.Module) -> tuple[int, int]:
-    from lorabank.bank.layers import layer_kind
-
-    kind = layer_kind(layer)
-    if kind is None:
-        raise TargetError(f"{type(layer).__name__} can't be adapted")
-    return kind.features(layer)
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's task type by the model class's name, as transformers names its heads."""
-    name = type(model).__name__
-    for suffix, task in (
-        ("ForCausalLM", "CAUSAL_LM"),
-        ("LMHeadModel", "CAUSAL_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
-        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    ):
-        if name.endswith(suffix):
-            return task
-    return None
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: a layer called now is being recomputed."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def all_layers(bank: AdapterBank) -> Iterable[LoRALayer]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorabank.config.adapter import AdapterConfig
+from lorabank.config.from_peft import adapter_config_from_dict, adapter_config_from_peft
 from lorabank.errors import ConfigError
 
 
@@ -14,11 +15,7 @@ def as_adapter_config(value: Any) -> AdapterConfig:
     if isinstance(value, AdapterConfig):
         return value
     if isinstance(value, Mapping):
-        from lorabank.config.parse import adapter_config_from_dict
-
         return adapter_config_from_dict(value)
     if any(cls.__module__.startswith("peft.") for cls in type(value).__mro__):
-        from lorabank.config.parse import adapter_config_from_peft
-
         return adapter_config_from_peft(value)
     raise ConfigError(f"adapter config: expected lorabank.AdapterConfig, a dict or peft.LoraConfig, got {type(value).__name__}")

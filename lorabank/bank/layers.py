@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore, SlotTensors
+from lorabank.errors import LorabankError, RoutingError
 from lorabank.kernels import ops
 from lorabank.kernels.base import BASE_PRODUCTS, BaseProduct
 from lorabank.kernels.segments import DropoutDraw, Segment
@@ -34,8 +36,8 @@ class LayerKind:
 
 
 def _linear_features(layer: nn.Module) -> tuple[int, int]:
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features
+    n_out, n_in = layer.get_parameter("weight").shape
+    return n_in, n_out
 
 
 def _conv1d_features(layer: nn.Module) -> tuple[int, int]:
@@ -52,7 +54,8 @@ LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
 def layer_kind(layer: nn.Module) -> LayerKind | None:
     """How `layer` is adapted, or None. A subclass with a forward of its own is not its base class."""
     for known, kind in LAYER_KINDS.items():
-        if isinstance(layer, known) and type(layer).forward is known.forward and layer._parameters.get("weight") is not None:
+        weight = layer._parameters.get("weight")
+        if isinstance(layer, known) and type(layer).forward is known.forward and weight is not None and not is_lazy(weight):
             return kind
     return None
 
@@ -107,19 +110,26 @@ class SlotParameters(nn.Module):
 class LoRALayer(nn.Module):
     """A base layer with the bank's slots beside it."""
 
-    def __init__(self, base: nn.Module, path: str, router: Router) -> None:
+    def __init__(self, base: nn.Module, path: str, router: Router, rows_lost: str | None = None) -> None:
+        """`rows_lost`: why this layer's input doesn't have the batch's rows first, None when it does."""
         super().__init__()
         kind = layer_kind(base)
         if kind is None:
             raise TypeError(f"layer {path!r}: {type(base).__name__} can't be adapted")
         fan_in, fan_out = kind.features(base)
         weight = base.get_parameter("weight")
+        if weight.is_meta:
+            raise LorabankError(
+                f"layer {path!r}: its weight is on the meta device: not loaded yet, or offloaded to CPU or disk. Load the model "
+                "onto a device first; offloaded layers can't be adapted yet."
+            )
         own = self.__dict__
         own["base"], own["path"], own["kind"] = base, path, kind
         own["store"] = RankStore(fan_in, fan_out, weight.device)
         own["slots"] = {}
         own["reached"] = False
         own["router"] = router
+        own["rows_lost"] = rows_lost
         own["_path_seed"] = zlib.crc32(path.encode())
         own["_parameters"], own["_buffers"] = base._parameters, base._buffers
         own["_modules"] = {"lora": SlotParameters(own["store"]), **base._modules}
@@ -134,6 +144,7 @@ class LoRALayer(nn.Module):
     slots: dict[str, LayerSlot]
     router: Router
     reached: bool
+    rows_lost: str | None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -145,7 +156,7 @@ class LoRALayer(nn.Module):
         return copy.deepcopy(self.base, memo)  # a copy of an attached model is the plain base: routes belong to the original
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.base.__reduce_ex__(protocol)  # and so is a pickled one
+        return object.__new__, (type(self.base),), self.base.__getstate__()  # and so is a pickled one
 
     def extra_repr(self) -> str:
         return f"{self.base!r}, slots={list(self.slots)}"
@@ -178,14 +189,24 @@ class LoRALayer(nn.Module):
         """Whether the base layer's own call does more than the plain product, so that it must be called itself."""
         base = self.base
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return bool(hooked) or "forward" in base.__dict__ or any(p.requires_grad for p in base._parameters.values() if p is not None)
+        if hooked or "forward" in base.__dict__:
+            return True
+        return any(p.requires_grad for p in base._parameters.values() if p is not None)
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
+        """The base layer's output and the changes of the adapters that each row is routed to."""
+        return self._eager(x)
+
+    def _adapted(self, x: Tensor) -> Tensor:
         self.__dict__["reached"] = True
         routing = self.router.route_in_force(self.path)
         if routing is None or x.numel() == 0:
             return self.base(x)
+        if self.rows_lost is not None and routing.per != "all":
+            raise RoutingError(
+                f"layer {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), "
+                "or bank.route(name)), or leave this layer out of targets."
+            )
         units = routing.units_of(x, self.path)
         used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
         if not used:
@@ -202,6 +223,9 @@ class LoRALayer(nn.Module):
         if self._called_as_is():
             return ops.add_lora(self.base(x), x, plan)
         return ops.lora_linear(x, self.base.get_parameter("weight"), self.base._parameters["bias"], self.kind.product, plan)
+
+    # routing is Python's work: under torch.compile each layer is a graph break, and right
+    _eager: Any = torch.compiler.disable(_adapted)
 
     def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing) -> Segment:
         draw = None
@@ -222,5 +246,8 @@ class LoRALayer(nn.Module):
         )
 
 
-def _no_change(module: nn.Module, args: Any, output: Any) -> None:
+def _nothing(module: nn.Module, args: Any, output: Any) -> None:
     return None
+
+
+_no_change: Any = torch.compiler.disable(_nothing)

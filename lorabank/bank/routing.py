@@ -7,6 +7,7 @@ sticky `bank.use(...)`, then the bank's only adapter. Backward and recomputation
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -69,6 +70,8 @@ class Routing:
     names: frozenset[str]
     """Adapters that take part."""
     dropout: DropoutState | None = None
+    set_in_backward: bool = False
+    """Put in force during a backward pass: by `checkpoint_context` for a recomputation, or on purpose."""
     id: int = field(default_factory=lambda: next(_ROUTE_IDS))
     token: Tensor = field(init=False)
     """`id` as a tensor, saved with the activations."""
@@ -85,13 +88,15 @@ class Routing:
             return units
         expected = " or ".join(str(n) for n in sorted(self.plans))
         way_out = (
-            'If a library multiplies the rows (beam search, num_return_sequences, guidance), say how: route(rows, repeat=("interleave", k)) '
-            'or ("tile", k). A layer that folds rows and tokens into one dimension needs route(tokens=...).'
+            "If a library multiplies the rows (beam search, num_return_sequences, guidance), say how: "
+            'route(rows, repeat=("interleave", k)) or ("tile", k). A layer that folds rows and tokens into one dimension '
+            "needs route(tokens=...)."
             if self.per == "row"
             else "Give one entry a token."
         )
         raise RoutingError(
-            f"layer {layer!r}: the route names {expected} {self.per}s, but the layer's input has {units} (shape {tuple(x.shape)}). {way_out}"
+            f"layer {layer!r}: the route names {expected} {self.per}s, but the layer's input has {units} "
+            f"(shape {tuple(x.shape)}). {way_out}"
         )
 
 
@@ -104,6 +109,7 @@ def all_rows(route: RowRoute, device: torch.device) -> Routing:
     rows = tuple(
         SlotRows(slot=name, rows=slice(0, 1), weights_U=None if weight == 1 else torch.tensor([float(weight)], device=device))
         for name, weight in route.items()
+        if weight != 0  # a product with zero would still carry a NaN over
     )
     return Routing(per="all", plans={1: rows}, names=frozenset(route))
 
@@ -125,19 +131,24 @@ def per_row(
         if dropout is not None:
             raise RoutingError("route: rows that a library multiplies can't draw dropout; leave out repeat= in training.")
         plans[len(multiplied)] = _slot_rows(multiplied, device, None)
-    names = frozenset(slot.slot for slot in plans[len(rows)])
+    names = frozenset(name for row in rows if not isinstance(row, _Base) for name in ([row] if isinstance(row, str) else row))
     return Routing(per=per, plans=plans, names=names, dropout=dropout)
 
 
 def _multiply(rows: Sequence[RowRoute], repeat: Repeat) -> list[RowRoute]:
+    if not isinstance(repeat, tuple | list) or len(repeat) != 2:
+        raise RoutingError(f'route: repeat={repeat!r}; expected ("interleave" | "tile", copies), such as ("interleave", 4)')
     how, times = repeat
-    if not isinstance(times, int) or times < 1:
+    if not isinstance(times, int) or isinstance(times, bool) or times < 1:
         raise RoutingError(f"route: repeat=({how!r}, {times!r}) needs a whole number of copies ≥ 1")
     if how == "interleave":
         return [row for row in rows for _ in range(times)]
     if how == "tile":
         return [row for _ in range(times) for row in rows]
-    raise RoutingError(f"route: repeat={how!r} is unknown; use 'interleave' (beams) or 'tile' (guidance){closest(how, ['interleave', 'tile'])}")
+    raise RoutingError(
+        f"route: repeat={how!r} is unknown; use 'interleave' (beams) or 'tile' (guidance)"
+        f"{closest(str(how), ['interleave', 'tile'])}"
+    )
 
 
 def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutState | None) -> tuple[SlotRows, ...]:
@@ -147,6 +158,8 @@ def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutS
         if isinstance(row, _Base):
             continue
         for name, weight in ({row: 1.0} if isinstance(row, str) else row).items():
+            if weight == 0:  # a product with zero would still carry a NaN over
+                continue
             indices.setdefault(name, []).append(i)
             weights.setdefault(name, []).append(float(weight))
     slots = []
@@ -163,6 +176,39 @@ def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutS
     return tuple(slots)
 
 
+def build_routing(
+    rows: RowRoute | Sequence[RowRoute] | None,
+    *,
+    known: Sequence[str],
+    device: torch.device,
+    tokens: Sequence[RowRoute] | None = None,
+    repeat: Repeat | None = None,
+    dropout: DropoutState | None = None,
+) -> Routing:
+    """The Routing for `rows` (one route for all, or a list with one a row) or `tokens` (a list with one a packed token).
+
+    Raises AdapterNameError for a name that isn't in `known`, RoutingError for anything else that is no route.
+    """
+    if (rows is None) == (tokens is None):
+        raise RoutingError("route: give either rows (one entry a row, or one name for all) or tokens (one entry a packed token)")
+    each = tokens if tokens is not None else rows
+    if isinstance(each, Sequence) and not isinstance(each, str):
+        names = dict.fromkeys(row for row in each if isinstance(row, str))
+        for row in [*names, *(row for row in each if not isinstance(row, str))]:
+            check_route(row, known)
+        if dropout is not None and len(dropout.examples) != len(each):
+            raise RoutingError(f"route: dropout names {len(dropout.examples)} examples for {len(each)} rows; give one a row")
+        return per_row(each, device=device, repeat=repeat, dropout=dropout, per="row" if tokens is None else "token")
+    if each is None or dropout is not None or repeat is not None:
+        raise RoutingError("route: dropout and repeat need a list with one entry a row")
+    check_route(each, known)
+    return all_rows(each, device)
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_route(route: RowRoute, known: Sequence[str]) -> None:
     """Raise unless `route` names only adapters in `known`, or is BASE."""
     if isinstance(route, _Base):
@@ -171,9 +217,11 @@ def check_route(route: RowRoute, known: Sequence[str]) -> None:
         names: Sequence[str] = [route]
     elif isinstance(route, Mapping):
         names = list(route)
-        bad = {name: weight for name, weight in route.items() if isinstance(weight, bool) or not isinstance(weight, int | float)}
+        bad = [weight for weight in route.values() if not _is_weight(weight)]
         if not names or bad:
-            raise RoutingError(f"route: a mixture is {{adapter name: weight}}, such as {{'formal': 0.7, 'terse': 0.3}}; got {route!r}")
+            raise RoutingError(
+                f"route: a mixture is {{adapter name: finite weight}}, such as {{'formal': 0.7, 'terse': 0.3}}; got {route!r}"
+            )
     else:
         raise RoutingError(f"route: expected an adapter's name, BASE or {{name: weight}}, got {route!r}")
     for name in names:

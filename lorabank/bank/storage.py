@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorabank.errors import LorabankError
+
 GRANULE = 16
 """Capacity grows in steps of at least this many ranks."""
 
@@ -32,7 +34,6 @@ class RankStore:
     def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
         self.in_features, self.out_features, self.device = in_features, out_features, device
         self.slots: dict[str, SlotTensors] = {}
-        self._dtype = torch.float32
         self._A_RI = torch.zeros(0, in_features, device=device)
         self._B_RO = torch.zeros(0, out_features, device=device)
 
@@ -68,8 +69,19 @@ class RankStore:
     def to(self, device: torch.device) -> None:
         """Move the buffers and re-point the leaves. Adapters keep their dtype: it doesn't follow the base's."""
         if device != self.device:
+            self._check_move(device)
             self._replace(self._A_RI.to(device), self._B_RO.to(device))
             self.device = device
+
+    def _check_move(self, device: torch.device) -> None:
+        """Leaves keep their identity, and torch allows that between ordinary devices only."""
+        try:
+            nn.Parameter(torch.empty(0, device=self.device)).data = torch.empty(0, device=device)
+        except RuntimeError as error:
+            raise LorabankError(
+                f"adapters can't be moved from {self.device} to {device}. Save them (bank.adapter(name).save(...)) and detach "
+                "the bank before such a move."
+            ) from error
 
     def _find(self, rank: int) -> int:
         """First gap of at least `rank` rows (after the last slot there is always one)."""

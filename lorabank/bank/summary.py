@@ -32,11 +32,12 @@ class BankSummary:
     """Linear maps that can't be adapted yet, by path, with the reason."""
 
     def __str__(self) -> str:
-        lines = [f"base model: {self.base_parameters:,} frozen parameters, {self.adapted_layers} layers wrapped"]
+        lines = [f"base model: {self.base_parameters:,} frozen parameters, {_layers(self.adapted_layers)} wrapped"]
         for name, a in self.adapters.items():
             share = 100 * a.parameters / max(1, self.base_parameters)
             kinds = ", ".join(f"{kind} × {count}" for kind, count in a.kinds.items())
-            lines.append(f"  {name}: rank {a.rank}, alpha {a.alpha:g}, {a.parameters:,} parameters ({share:.2f} % of the base) in {a.layers} layers: {kinds}")
+            size = f"{a.parameters:,} parameters ({share:.2f} % of the base) in {_layers(a.layers)}"
+            lines.append(f"  {name}: rank {a.rank}, alpha {a.alpha:g}, {size}: {kinds}")
         if not self.adapters:
             lines.append("  no adapters yet")
         if self.unadapted:
@@ -46,6 +47,10 @@ class BankSummary:
         if len(self.unsupported) > 5:
             lines.append(f"  … and {len(self.unsupported) - 5} more that can't be adapted")
         return "\n".join(lines)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def count_kinds(paths: list[str]) -> dict[str, int]:

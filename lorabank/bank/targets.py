@@ -13,15 +13,14 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
-
-T = TypeVar("T")
+from lorabank.formats.patterns import pattern_value
 
 ALL_LINEAR = "all-linear"
 
@@ -77,7 +76,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that can be adapted, by path, the output head included. Wrapped ones count as their base."""
     bypassed = _fused_away(model)
-    return {path: _unwrapped(m) for path, m in _own_modules(model) if layer_kind(_unwrapped(m)) is not None and path not in bypassed}
+    own = {path: _unwrapped(module) for path, module in _own_modules(model) if path not in bypassed}
+    return {path: module for path, module in own.items() if layer_kind(module) is not None}
 
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -105,14 +105,18 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
             continue
         if isinstance(module, nn.MultiheadAttention):
             found[path] = "nn.MultiheadAttention's fused q, k, v projection is not supported yet"
+        elif isinstance(module, nn.LazyLinear):
+            found[path] = "LazyLinear has no weight before its first forward pass; run one first"
         elif isinstance(module, nn.Linear):
             found[path] = f"{type(module).__name__} has a forward or weight of its own"
+        elif isinstance(module, nn.RNNBase):
+            found[path] = f"{type(module).__name__} is recurrent, not supported yet"
         elif isinstance(module, nn.Bilinear):
             found[path] = "bilinear maps are not supported"
         elif _looks_linear(module):
             found[path] = f"{type(module).__name__} is not supported yet"
-        elif _stacked_weights(module):
-            found[path] = f"{type(module).__name__} holds stacked expert weights ({', '.join(_stacked_weights(module))}), not supported yet"
+        elif stacked := _stacked_weights(module):
+            found[path] = f"{type(module).__name__} holds stacked expert weights ({', '.join(stacked)}), not supported yet"
     return found
 
 
@@ -126,7 +130,8 @@ def _stacked_weights(module: nn.Module) -> list[str]:
     """Names of 3-D weights with one matrix an expert. Convolutions and position tables aren't."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return []
-    return [name for name, p in module._parameters.items() if p is not None and p.ndim == 3 and min(p.shape) > 1 and p.is_floating_point()]
+    present = {name: p for name, p in module._parameters.items() if p is not None and not is_lazy(p)}
+    return [name for name, p in present.items() if p.ndim == 3 and min(p.shape) > 1 and p.is_floating_point()]
 
 
 def as_list(value: str | Sequence[str]) -> list[str]:
@@ -145,14 +150,6 @@ def matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
-    """The value of the first of PEFT's patterns (regular expressions on the path's end) that matches."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
 def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The layers that `config` adapts, by path, in the model's order. Raises TargetError when any part matches nothing."""
     layers = linear_layers(model)
@@ -163,12 +160,12 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mod
             _refuse_partial(model, config)
             found = {path for path in layers if path not in heads}
         else:
-            found = {path for path in layers if _part_matches(part, path)}
+            found = {path for path in layers if _part_matches(part, path, "targets")}
         if not found:
             raise TargetError(_no_match("targets", part, layers, model))
         chosen |= found
     for part in as_list(config.exclude):
-        found = {path for path in [*layers, *unsupported_linear_maps(model)] if _part_matches(part, path)}
+        found = {path for path in [*layers, *unsupported_linear_maps(model)] if _part_matches(part, path, "exclude")}
         if not found:
             raise TargetError(_no_match("exclude", part, layers, model))
         chosen -= found
@@ -176,23 +173,33 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mod
         chosen = _in_layers(chosen, config.layers)
     if not chosen:
         raise TargetError(f"targets {as_list(config.targets)!r} less exclude {as_list(config.exclude)!r} leave no layer to adapt")
-    for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in patterns:
-            if not any(re.match(rf"(.*\.)?({key})$", path) for path in chosen):
-                raise TargetError(f"{name}[{key!r}] matches none of the {len(chosen)} adapted layers{closest(key, {_leaf(p) for p in chosen})}")
+    _check_patterns("rank_pattern", config.rank_pattern, chosen)
+    _check_patterns("alpha_pattern", config.alpha_pattern, chosen)
     return {path: layer for path, layer in layers.items() if path in chosen}
 
 
-def _part_matches(part: str, path: str) -> bool:
+def _part_matches(part: str, path: str, setting: str) -> bool:
     try:
         return matches(part, path)
     except re.error as error:
-        raise TargetError(f"targets: {part!r} is no regular expression: {error}") from error
+        raise TargetError(f"{setting}: {part!r} is no regular expression: {error}") from error
+
+
+def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: set[str]) -> None:
+    for key, value in patterns.items():
+        try:
+            used = any(pattern_value({key: value}, path, 0) for path in chosen)
+        except re.error as error:
+            raise TargetError(f"{setting}: {key!r} is no regular expression: {error}") from error
+        if not used:
+            hint = closest(key, {_leaf(path) for path in chosen})
+            raise TargetError(f"{setting}[{key!r}] matches none of the {len(chosen)} adapted layers{hint}")
 
 
 def _refuse_partial(model: nn.Module, config: AdapterConfig) -> None:
     unsupported = unsupported_linear_maps(model)
-    left = {p: why for p, why in unsupported.items() if not any(matches(e, p) for e in as_list(config.exclude))}
+    excluded = as_list(config.exclude)
+    left = {p: why for p, why in unsupported.items() if not any(_part_matches(part, p, "exclude") for part in excluded)}
     if left:
         shown = "; ".join(f"{path} ({why})" for path, why in list(left.items())[:3])
         more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
@@ -221,7 +228,9 @@ def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: n
     modules = {path: module for path, module in model.named_modules() if path and part not in ROLES and matches(part, path)}
     if modules:
         path, module = next(iter(modules.items()))
-        return f"{setting}: {part!r} names {path}, a {type(module).__name__}, which can't be adapted yet; linear layers can"
+        inside = any(name.startswith(f"{path}.") for name in layers)
+        way_out = f"name the linear layers inside it, such as '{part}.*'" if inside else "linear layers can"
+        return f"{setting}: {part!r} names {path}, a {type(module).__name__}, which can't be adapted yet; {way_out}"
     names = sorted({_leaf(path) for path in layers})
     hint = closest(part, [*names, *ROLES, ALL_LINEAR])
     fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""

@@ -17,14 +17,17 @@ class Batch:
     """What one forward pass sees."""
 
     input_ids_NL: Tensor
+    """int64 token ids, padded on the right."""
     attention_mask_NL: Tensor
     """1 for a real token. Made from lengths, never from a token id: a pad token may also be the end token."""
     weights_NL: Tensor
     """fp32 weight of each token as a target, predicted from the tokens before it; 0: not trained. Column 0 is never a target."""
     routes: tuple[RowRoute, ...]
+    """One a row."""
     examples_N: Tensor
     """int64 identity of each row within its adapter's optimizer step: what its dropout is drawn from."""
     lengths: tuple[int, ...]
+    """Real tokens of each row."""
     references: tuple[int | None, ...] | None = None
     """For each row, the row of the same tokens on BASE whose log-probabilities are its reference; None without."""
 
@@ -35,12 +38,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("input_ids_NL", "attention_mask_NL", "weights_NL")}
-        return replace(self, **moved)
+        return replace(
+            self,
+            input_ids_NL=self.input_ids_NL.to(device, non_blocking=True),
+            attention_mask_NL=self.attention_mask_NL.to(device, non_blocking=True),
+            weights_NL=self.weights_NL.to(device, non_blocking=True),
+        )
 
     def select(self, rows: Sequence[int]) -> Batch:
-        """Some of the rows, cut to the longest of them."""
-        index = torch.tensor(list(rows))
+        """Some of the rows, cut to the longest of them. Parts of a batch give, added up, the gradients of the whole.
+
+        A row's reference must be among `rows` too, else DataError.
+        """
+        if not rows:
+            raise DataError("Batch.select: no rows")
+        index = torch.tensor(list(rows), device=self.input_ids_NL.device)
         lengths = tuple(self.lengths[i] for i in rows)
         longest = max(lengths)
         return replace(
@@ -49,14 +61,29 @@ class Batch:
             attention_mask_NL=self.attention_mask_NL[index, :longest],
             weights_NL=self.weights_NL[index, :longest],
             routes=tuple(self.routes[i] for i in rows),
-            examples_N=self.examples_N[index],
+            examples_N=self.examples_N[index.to(self.examples_N.device)],
             lengths=lengths,
-            references=None,
+            references=None if self.references is None else _moved_references(self.references, rows),
         )
+
+
+def _moved_references(references: Sequence[int | None], rows: Sequence[int]) -> tuple[int | None, ...]:
+    places = {old: new for new, old in reversed(list(enumerate(rows)))}
+    moved: list[int | None] = []
+    for row in rows:
+        reference = references[row]
+        if reference is not None and reference not in places:
+            raise DataError(
+                f"Batch.select: row {row} has row {reference} as its reference, which isn't selected. Keep the two together."
+            )
+        moved.append(None if reference is None else places[reference])
+    return tuple(moved)
 
 
 def with_base_references(batch: Batch) -> Batch:
     """The batch and, behind it, each row once more on BASE as its reference: one pass gives both."""
+    if batch.references is not None:
+        raise DataError("with_base_references: the batch has references already")
     n = batch.rows
     double = batch.select([*range(n), *range(n)])
     return replace(double, routes=(*batch.routes, *[BASE] * n), references=(*range(n, 2 * n), *[None] * n))
@@ -69,23 +96,39 @@ def make_batch(
     examples: Sequence[int] | None = None,
     pad_id: int = 0,
 ) -> Batch:
-    """Pad (token ids, weights) rows on the right. `routes`: one for all, or one a row."""
+    """Pad (token ids, weights) rows on the right. `routes`: one for all, or one a row.
+
+    `examples`: each row's identity within its adapter's optimizer step, from which dropout is drawn; without it the row's place.
+    Raises DataError for rows that are empty or whose weights don't fit or aren't finite.
+    """
     if not rows:
         raise DataError("make_batch: no rows")
     each = tuple(routes) if isinstance(routes, Sequence) and not isinstance(routes, str) else (routes,) * len(rows)
-    if len(each) != len(rows):
-        raise DataError(f"make_batch: {len(rows)} rows but {len(each)} routes")
+    numbers = list(range(len(rows)) if examples is None else examples)
+    if len(each) != len(rows) or len(numbers) != len(rows):
+        raise DataError(f"make_batch: {len(rows)} rows but {len(each)} routes and {len(numbers)} example numbers")
     lengths = tuple(len(ids) for ids, _ in rows)
     longest = max(lengths)
     ids_NL = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     mask_NL = torch.zeros(len(rows), longest, dtype=torch.int64)
     weights_NL = torch.zeros(len(rows), longest)
     for i, (ids, weights) in enumerate(rows):
-        if len(ids) != len(weights):
-            raise DataError(f"make_batch: row {i} has {len(ids)} tokens but {len(weights)} weights")
+        if not ids or len(ids) != len(weights):
+            raise DataError(
+                f"make_batch: row {i} has {len(ids)} tokens and {len(weights)} weights; expected at least one, and as many"
+            )
         ids_NL[i, : len(ids)] = torch.as_tensor(ids)
         mask_NL[i, : len(ids)] = 1
         weights_NL[i, : len(ids)] = torch.as_tensor(weights, dtype=torch.float32)
     weights_NL[:, 0] = 0.0
-    numbers = torch.as_tensor(list(range(len(rows))) if examples is None else list(examples))
-    return Batch(input_ids_NL=ids_NL, attention_mask_NL=mask_NL, weights_NL=weights_NL, routes=each, examples_N=numbers, lengths=lengths)
+    if not bool(weights_NL.isfinite().all()):
+        bad = int((~weights_NL.isfinite()).any(1).nonzero()[0])
+        raise DataError(f"make_batch: row {bad} has a token weight that is NaN or infinite")
+    return Batch(
+        input_ids_NL=ids_NL,
+        attention_mask_NL=mask_NL,
+        weights_NL=weights_NL,
+        routes=each,
+        examples_N=torch.as_tensor(numbers),
+        lengths=lengths,
+    )

@@ -1,11 +1,13 @@
 """Where a causal language model's body ends and its output head begins, so that the loss can go through the head in chunks.
 
-The split is believed only after a probe: body and head apart must give the model's own logits. A model that does more between
-them (scaled or capped logits) fails the probe and takes the plain path, which holds all logits.
+The split is believed only after a probe: body and head apart must give the model's own logits, bit for bit. A model that does
+more between them (scaled or capped logits) fails the probe and takes the plain path, which holds all logits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,11 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import BASE
 from lorabank.engine.modes import evaluation_mode
+from lorabank.errors import ConfigError, DataError
+
+PROBE_TOKENS = 4
+PLAIN_OUTPUTS = {"return_dict": True, "output_router_logits": False}
+"""Asked of every model that knows them: a mixture of experts computes an auxiliary loss only from its router's logits."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +37,67 @@ class SplitHead:
         return self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True).last_hidden_state
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits, as the model itself names it, or None."""
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
 def split_head(bank: AdapterBank) -> SplitHead | None:
     """The split, checked on a probe of four tokens, or None when the model's logits are not simply head(body(x))."""
-    model = bank.model
-    if not isinstance(model, PreTrainedModel):
-        return None
-    head, body = model.get_output_embeddings(), model.base_model
+    model, head = bank.model, output_head(bank.model)
     # an adapted head must be called, and a body that is the whole model has no head to take apart
-    if isinstance(head, LoRALayer) or not isinstance(head, nn.Linear) or body is model:
+    if not isinstance(model, PreTrainedModel) or isinstance(head, LoRALayer) or not isinstance(head, nn.Linear):
         return None
-    split = SplitHead(body, head)
-    ids = torch.arange(4, device=head.weight.device)[None] % max(1, head.out_features)
-    with torch.no_grad(), evaluation_mode(model), bank.route(BASE):
-        mask = torch.ones_like(ids)
-        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found = head(split.hidden(ids, mask).to(head.weight.dtype))
-    return split if torch.equal(expected, found) or torch.allclose(expected, found, rtol=1e-5, atol=1e-6) else None
+    body = model.base_model
+    if body is model or not isinstance(body, nn.Module) or not {"input_ids", "attention_mask"} <= accepted(body):
+        return None
+    ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % max(1, head.out_features)
+    mask = torch.ones_like(ids)
+    with torch.no_grad(), evaluation_mode(model.modules()), bank.route(BASE):
+        expected = logits_of(model, ids, mask)
+        out = body(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True)
+        if "last_hidden_state" not in out or out["last_hidden_state"].shape[-1] != head.in_features:
+            return None
+        found = head(out["last_hidden_state"].to(head.weight.dtype))
+    # equal to the last bit: where logits are small, a cap is a difference of few bits, which grows with the logits in training
+    return SplitHead(body, head) if torch.equal(expected, found.to(expected.dtype)) else None
+
+
+def logits_of(model: nn.Module, input_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:
+    """The model's own logits (N, L, V). A model of one's own returns them, or a mapping that has them as `logits`."""
+    takes = accepted(model)
+    inputs = {"input_ids": input_ids_NL, "attention_mask": attention_mask_NL, "use_cache": False, **PLAIN_OUTPUTS}
+    if "input_ids" not in takes:
+        raise ConfigError(
+            f"{type(model).__name__}.forward takes {', '.join(sorted(takes)) or 'nothing'}; the engine gives it `input_ids` and, "
+            "where taken, `attention_mask`. Name its argument so, or call the model inside bank.route(...) in a loop of your own."
+        )
+    out = model(**{name: value for name, value in inputs.items() if name in takes})
+    return out if isinstance(out, Tensor) else out["logits"]
+
+
+def accepted(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments of the model's forward."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raise ConfigError for a model that reads one text and writes another: its two inputs aren't supported yet."""
+    if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder-decoder model, which lorabank's engine can't train or sample from yet. "
+            "Use a causal language model, or train the bank's adapters in a loop of your own."
+        )
+
+
+def check_vocabulary(model: nn.Module, largest_id: int) -> None:
+    """Raise DataError when a token id lies outside the model's table of embeddings."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    with contextlib.suppress(NotImplementedError):  # a model without such a table
+        table = model.get_input_embeddings()
+        if isinstance(table, nn.Embedding) and largest_id >= table.num_embeddings:
+            raise DataError(
+                f"token id {largest_id} is outside the vocabulary of {type(model).__name__} ({table.num_embeddings} entries). "
+                "Tokenizer and model don't belong together."
+            )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorabank.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
@@ -20,9 +22,11 @@ class LossInputs:
     logprobs_T: Tensor
     """log p(token), fp32, differentiable."""
     weights_T: Tensor
+    """fp32 weight of each token."""
     rows_T: Tensor
-    """Row of each token."""
+    """int64 row of each token in the batch."""
     rows: int
+    """N: rows of the batch, those without trained tokens included."""
     reference_logprobs_T: Tensor | None = None
     """The same tokens' log-probabilities under a reference: given, or read off `BASE` rows of the same batch."""
 
@@ -32,7 +36,7 @@ class LossInputs:
 
 
 Loss = Callable[[LossInputs], Tensor]
-"""LossInputs → (N,) sums."""
+"""LossInputs → (N,) sums. A row's number must depend on that row alone, or adapters in one batch would disturb one another."""
 
 
 def nll(inputs: LossInputs) -> Tensor:
@@ -41,9 +45,15 @@ def nll(inputs: LossInputs) -> Tensor:
 
 
 def reverse_kl(inputs: LossInputs) -> Tensor:
-    """Weighted estimate of KL(p ‖ reference) on the given tokens: Σ w (q/p − 1 − log q/p) with q the reference, never negative."""
+    """Weighted estimate of KL(p ‖ q), nats, q the reference: Σ w (q/p − 1 − log q/p), never negative.
+
+    Unbiased on tokens drawn from p (the estimator k3 of http://joschu.net/blog/kl-approx.html). Raises ConfigError without a
+    reference.
+    """
     if inputs.reference_logprobs_T is None:
-        raise ValueError("reverse_kl needs reference log-probabilities")
+        raise ConfigError(
+            "loss 'reverse_kl' needs reference log-probabilities: pass with_base_references(batch), or reference_logprobs_NL=..."
+        )
     log_ratio = inputs.reference_logprobs_T.detach() - inputs.logprobs_T
     return inputs.per_row(inputs.weights_T * (torch.expm1(log_ratio) - log_ratio))
 

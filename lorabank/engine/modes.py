@@ -1,67 +1,131 @@
-"""The base model's mode in a training step, and what it was before (trap: its own dropout would break joint training).
+"""The base model's mode in a step, and back again: deterministic, with activation checkpointing as asked.
 
-Inside `step_mode` the base is deterministic: dropout off, normalisation on running statistics. Activation checkpointing of
-transformers' models is switched on through its public call, with the route carried into recomputation.
+The base's own dropout would give a row other numbers in a joint batch than alone. transformers, however, checkpoints a block only
+while the block itself is in training mode, and some blocks (BART's, OPT's) draw their dropout right there. So only the blocks are
+put into training mode, with their own dropout probabilities at zero; everything below them evaluates.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorabank.bank.bank import AdapterBank
-from lorabank.engine.checkpointing import disable_checkpointing, enable_checkpointing, is_checkpointing
 from lorabank.errors import ConfigError
+
+_ABSENT = object()
+
+
+class _Attributes:
+    """Instance attributes of modules, set for a while. They go past `train()`, whose overrides may do more than set a flag."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def set(self, module: nn.Module, name: str, value: object) -> None:
+        own = vars(module)
+        self._before.append((own, name, own.get(name, _ABSENT)))
+        own[name] = value
+
+    def restore(self) -> None:
+        for own, name, value in reversed(self._before):
+            if value is _ABSENT:
+                own.pop(name, None)
+            else:
+                own[name] = value
+        self._before.clear()
 
 
 @contextlib.contextmanager
 def step_mode(bank: AdapterBank, *, gradient_checkpointing: bool, base_dropout: bool) -> Iterator[None]:
-    """Evaluation mode (or training mode with `base_dropout`) for the base, checkpointing as asked; all restored afterwards."""
-    model = bank.model
-    was_training = {module: module.training for module in model.modules()}
-    was_checkpointing = isinstance(model, PreTrainedModel) and is_checkpointing(model)
-    model.train(base_dropout)
-    _set_checkpointing(bank, gradient_checkpointing)
+    """Evaluation mode (training mode with `base_dropout`) for the base, checkpointing as asked; all restored afterwards.
+
+    Normalisation always uses its running statistics, which belong to the frozen base. Raises ConfigError where that is
+    impossible, and where checkpointing can't be switched on.
+    """
+    modules = list(bank.model.modules())
+    attributes = _Attributes()
     try:
+        for module in modules:
+            normalises = isinstance(module, _NormBase)
+            if isinstance(module, _BatchNorm) and module.running_mean is None and not base_dropout:
+                _refuse_batch_statistics(bank.model, module)
+            if module.training != (base_dropout and not normalises):
+                attributes.set(module, "training", not module.training)
+        blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        if gradient_checkpointing:
+            _checkpoint(blocks, bank, attributes, base_dropout)
+        else:
+            for block in blocks:
+                if block.gradient_checkpointing:
+                    attributes.set(block, "gradient_checkpointing", False)
         yield
     finally:
-        if gradient_checkpointing != was_checkpointing:
-            _set_checkpointing(bank, was_checkpointing)
-        for module, training in was_training.items():
-            module.training = training
+        attributes.restore()
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, restored afterwards."""
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
+def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode for `modules` (`model.modules()`), restored afterwards."""
+    attributes = _Attributes()
     try:
+        for module in modules:
+            if module.training:
+                attributes.set(module, "training", False)
         yield
     finally:
-        for module, training in was_training.items():
-            module.training = training
+        attributes.restore()
 
 
-def _set_checkpointing(bank: AdapterBank, on: bool) -> None:
-    model = bank.model
-    if not isinstance(model, PreTrainedModel):
-        if on:
-            raise ConfigError(
-                f"gradient_checkpointing: {type(model).__name__} is no transformers model, so lorabank can't switch it on. "
-                "Use torch.utils.checkpoint in its forward, with context_fn=bank.checkpoint_context."
-            )
-        return
-    if on:
-        if not model.supports_gradient_checkpointing:
-            raise ConfigError(f"gradient_checkpointing: {type(model).__name__} doesn't support it; leave it out")
-        enable_checkpointing(model, bank.checkpoint_context)
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # the flag alone: transformers checkpoints only layers in training mode
-    elif is_checkpointing(model):
-        disable_checkpointing(model)
+@contextlib.contextmanager
+def no_random_draws(device: torch.device, hint: str) -> Iterator[None]:
+    """Raise ConfigError when the code inside draws from torch's global generators: a base that does isn't deterministic."""
+    before = _generator_states(device)
+    yield
+    if not all(torch.equal(a, b) for a, b in zip(before, _generator_states(device), strict=True)):
+        raise ConfigError(
+            f"the base model draws random numbers in its forward pass although it isn't in training mode{hint}, so an adapter "
+            "trained jointly would differ from the same one trained alone. Set that dropout (or noise) to 0 in the model's "
+            "configuration, or allow it with base_dropout=True."
+        )
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _checkpoint(blocks: list[GradientCheckpointingLayer], bank: AdapterBank, attributes: _Attributes, base_dropout: bool) -> None:
+    if not blocks:
+        raise ConfigError(
+            f"gradient_checkpointing: {type(bank.model).__name__} has no blocks that transformers can recompute. Leave it out, "
+            "or use torch.utils.checkpoint in the model's own forward, with context_fn=bank.checkpoint_context."
+        )
+    recompute: Callable[..., Any] = partial(
+        checkpoint, use_reentrant=False, context_fn=bank.checkpoint_context, preserve_rng_state=base_dropout
+    )
+    for block in blocks:
+        attributes.set(block, "_gradient_checkpointing_func", recompute)
+        attributes.set(block, "gradient_checkpointing", True)
+        attributes.set(block, "training", True)
+        if not base_dropout:
+            for name in [key for key, value in vars(block).items() if "drop" in key and isinstance(value, float)]:
+                attributes.set(block, name, 0.0)
+
+
+def _refuse_batch_statistics(model: nn.Module, layer: nn.Module) -> None:
+    path = next(name for name, module in model.named_modules() if module is layer)
+    raise ConfigError(
+        f"layer {path!r} ({type(layer).__name__}) keeps no running statistics, so each row's output depends on the other rows of "
+        "its batch and adapters trained jointly would disturb one another. Allow it with base_dropout=True."
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorabank.config.checks import check_non_negative, check_positive_int
+from lorabank.config.checks import check_non_negative, check_non_negative_int, check_positive_int
 from lorabank.errors import ConfigError
 
 
@@ -19,44 +20,44 @@ class SamplingConfig:
     temperature: float = 0.0
     """0: the likeliest token."""
     top_p: float = 1.0
-    """Smallest share of probability that the candidates make up (nucleus sampling)."""
+    """Share of probability that the fewest candidates make up (nucleus sampling, arXiv:1904.09751); after `top_k`."""
     top_k: int = 0
-    """Number of candidates; 0: all."""
+    """Number of likeliest candidates; 0: all."""
 
     def __post_init__(self) -> None:
         check_positive_int("max_new_tokens", self.max_new_tokens)
         check_non_negative("temperature", self.temperature)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k: expected a whole number ≥ 0, got {self.top_k!r}")
+        check_non_negative_int("top_k", self.top_k)
 
 
 class RowSamplers:
     """A generator for each row, so that a row draws the same alone and in a batch."""
 
-    def __init__(self, config: SamplingConfig, seeds: list[int]) -> None:
+    def __init__(self, config: SamplingConfig, seeds: Sequence[int]) -> None:
         self._config = config
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def choose(self, logits_NV: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def choose(self, logits_NV: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Next tokens and their log-probabilities under the model (temperature 1), each (N,), for the rows still running."""
         logprobs = logits_NV.float().log_softmax(-1)
         if self._config.temperature == 0:
             tokens = logprobs.argmax(-1)
         else:
-            draws = torch.stack([torch.rand((), generator=self._generators[row]) for row in rows])
+            draws = torch.stack([torch.rand((), generator=self._generators[row], dtype=torch.float64) for row in rows])
             tokens = self._draw(logits_NV.float() / self._config.temperature, draws.to(logits_NV.device))
         return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
     def _draw(self, scores_NV: Tensor, draws_N: Tensor) -> Tensor:
-        probabilities, order = scores_NV.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        keep = before < self._config.top_p
+        """One token a row: its place on the cumulative scale of the candidates, likeliest first, that the row's draw falls on."""
+        scores, order = scores_NV.sort(dim=-1, descending=True, stable=True)
         if self._config.top_k:
-            keep[:, self._config.top_k :] = False
-        kept = (probabilities * keep).double()
-        cumulative = kept.cumsum(-1)
-        place = torch.searchsorted(cumulative, (draws_N.double() * cumulative[:, -1])[:, None], right=True)
-        place = place.clamp(max=keep.sum(-1, keepdim=True) - 1)
-        return order.gather(1, place).squeeze(1)
+            scores = scores[:, : self._config.top_k]
+        probabilities = scores.double().softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        kept = (cumulative - probabilities < self._config.top_p).sum(-1, keepdim=True).clamp(min=1)
+        total = cumulative.gather(1, kept - 1)
+        place = torch.searchsorted(cumulative, draws_N[:, None] * total, right=True)
+        # a row whose scores are NaN, a broken adapter's, has no candidates and takes place 0: the other rows go on
+        return order.gather(1, place.minimum(kept - 1)).squeeze(1)

@@ -1,6 +1,7 @@
 """`save_state` and `load_state`: everything about the adapters that a resumed run needs, as tensors and plain values.
 
-No files here: a checkpoint writes them, a remote API could send them.
+No files here: a checkpoint writes them, a remote API could send them. Dropout needs nothing of its own: its masks are functions
+of the adapter's step count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.errors import CheckpointError
 from lorabank.optim.slot_optimizer import SlotOptimizer
 
+KINDS = ("param", "grad", "optim")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineState:
@@ -24,7 +27,7 @@ class EngineState:
     tensors: Mapping[str, Tensor]
     """`<adapter>/param/<leaf>`, `<adapter>/optim/<leaf>.<state>`, `<adapter>/grad/<leaf>` (of a step under way)."""
     values: Mapping[str, Any]
-    """Adapter to {"steps": optimizer steps}; JSON-able."""
+    """Adapter to {"steps": optimizer steps, "rule": its optimizer}; JSON-able."""
 
 
 def save_state(bank: AdapterBank, optimizer: SlotOptimizer) -> EngineState:
@@ -33,7 +36,7 @@ def save_state(bank: AdapterBank, optimizer: SlotOptimizer) -> EngineState:
     values: dict[str, Any] = {}
     for name in optimizer.names:
         step, state = optimizer.state(name)
-        values[name] = {"steps": step}
+        values[name] = {"steps": step, "rule": optimizer.config(name).rule}
         for key, leaf in bank.named_parameters(name):
             tensors[f"{name}/param/{key}"] = leaf.detach().to("cpu", copy=True)
             if leaf.grad is not None:
@@ -47,19 +50,34 @@ def load_state(bank: AdapterBank, optimizer: SlotOptimizer, state: EngineState) 
     """Put a snapshot back into a bank and optimizer with the same adapters. Raises CheckpointError before changing anything."""
     if set(state.values) != set(optimizer.names):
         raise CheckpointError(f"the checkpoint has adapters {sorted(state.values)}, this run has {sorted(optimizer.names)}")
-    for name in optimizer.names:
-        for key, leaf in bank.named_parameters(name):
-            saved = state.tensors.get(f"{name}/param/{key}")
-            if saved is None or saved.shape != leaf.shape:
-                got = "none" if saved is None else str(tuple(saved.shape))
-                raise CheckpointError(f"checkpoint: adapter {name!r}, {key}: expected shape {tuple(leaf.shape)}, got {got}")
-    for name in optimizer.names:
-        part = {kind: _under(state.tensors, f"{name}/{kind}/") for kind in ("param", "grad", "optim")}
+    parts = {name: {kind: _under(state.tensors, f"{name}/{kind}/") for kind in KINDS} for name in optimizer.names}
+    for name, part in parts.items():
+        rule = state.values[name].get("rule")
+        if rule != optimizer.config(name).rule:
+            raise CheckpointError(
+                f"checkpoint: adapter {name!r} was trained with {rule}, this run has {optimizer.config(name).rule}"
+            )
+        _check_leaves(bank, name, part)
+        optimizer.check_state(name, int(state.values[name]["steps"]), part["optim"])
+    for name, part in parts.items():
         with torch.no_grad():
             for key, leaf in bank.named_parameters(name):
                 leaf.copy_(part["param"][key])
                 leaf.grad = part["grad"][key].to(leaf.device, copy=True) if key in part["grad"] else None
         optimizer.load_state(name, int(state.values[name]["steps"]), part["optim"])
+
+
+def _check_leaves(bank: AdapterBank, name: str, part: Mapping[str, Mapping[str, Tensor]]) -> None:
+    shapes = {key: leaf.shape for key, leaf in bank.named_parameters(name)}
+    for kind in ("param", "grad"):
+        saved = part[kind]
+        missing = shapes.keys() - saved.keys() if kind == "param" else set()
+        wrong = sorted(missing | (saved.keys() - shapes.keys())) or sorted(k for k in saved if saved[k].shape != shapes[k])
+        if wrong:
+            key = wrong[0]
+            expected = tuple(shapes[key]) if key in shapes else "none"
+            got = tuple(saved[key].shape) if key in saved else "none"
+            raise CheckpointError(f"checkpoint: adapter {name!r}, {kind} {key}: expected shape {expected}, got {got}")
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,20 +6,23 @@ pile up in the leaves until `optim_step` divides them by the adapter's own token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.routing import DropoutState
+from lorabank.bank.routing import Routing
 from lorabank.config.checks import check_choice
 from lorabank.engine.batch import Batch
-from lorabank.engine.head import SplitHead, split_head
+from lorabank.engine.head import SplitHead, check_decoder, check_vocabulary, logits_of, output_head, split_head
 from lorabank.engine.losses import LOSSES, Loss, LossInputs, nll
-from lorabank.engine.modes import evaluation_mode, step_mode
-from lorabank.errors import RoutingError
+from lorabank.engine.modes import evaluation_mode, no_random_draws, step_mode
+from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
+from lorabank.errors import ConfigError, DataError, RoutingError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
@@ -33,6 +36,7 @@ class SlotLoss:
     tokens: float
     """Σ of its token weights."""
     finite: bool
+    """Whether `loss_sum` is neither NaN nor infinite."""
     row_losses: Mapping[int, float]
     """Row of the batch to its loss sum."""
 
@@ -44,19 +48,27 @@ class SlotLoss:
 
 @dataclass
 class Engine:
-    """What the verbs keep between passes: the bank and the split of its model's head, found once."""
+    """What the verbs keep between passes: the bank, and what was found out about its model."""
 
     bank: AdapterBank
     loss: str | Loss = "nll"
+    """A name in `LOSSES`, or a function of your own."""
     gradient_checkpointing: bool = False
+    """Recompute each block's activations in backward: less memory, about a third more time."""
     base_dropout: bool = False
     """Keep the base's own dropout in training; joint training then no longer equals training alone."""
-    split: SplitHead | None = field(init=False, default=None)
-    _split_known: bool = field(init=False, default=False)
+    _split: SplitHead | None = field(init=False, default=None, repr=False)
+    _probed_head: nn.Module | None = field(init=False, default=None, repr=False)
+    _probed: bool = field(init=False, default=False, repr=False)
+    _folded: tuple[int, bool] | None = field(init=False, default=None, repr=False)
+    """The bank's structure count, and whether the model folds rows and tokens."""
+    _deterministic: set[bool] = field(init=False, default_factory=set, repr=False)
+    """Values of `gradient_checkpointing` under which the base was seen to draw no random numbers."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, str):
             check_choice("loss", self.loss, LOSSES)
+        check_decoder(self.bank.model)
 
     @property
     def loss_function(self) -> Loss:
@@ -64,10 +76,27 @@ class Engine:
         return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
 
     def head(self) -> SplitHead | None:
-        """The checked split of body and head, or None."""
-        if not self._split_known:
-            self.split, self._split_known = split_head(self.bank), True
-        return self.split
+        """The checked split of body and head, or None; looked for again when the head was wrapped by an adapter since."""
+        head = output_head(self.bank.model)
+        if not self._probed or head is not self._probed_head:
+            self._split, self._probed_head, self._probed = split_head(self.bank), head, True
+        return self._split
+
+    def folded(self) -> bool:
+        """Whether the model folds rows and tokens into one dimension before an adapted layer."""
+        if self._folded is None or self._folded[0] != self.bank.structure:
+            self._folded = (self.bank.structure, folds_tokens(self.bank))
+        return self._folded[1]
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around a forward pass: a check, until it has passed once, that the base draws no random numbers."""
+        if self.base_dropout or self.gradient_checkpointing in self._deterministic:
+            yield
+            return
+        with no_random_draws(self.bank.device, " (with gradient_checkpointing)" if self.gradient_checkpointing else ""):
+            yield
+        self._deterministic.add(self.gradient_checkpointing)
 
 
 def forward_backward(
@@ -81,22 +110,24 @@ def forward_backward(
 
     `steps`: adapter to its optimizer step, which dropout is drawn from; None switches dropout off. `reference_logprobs_NL`:
     log-probabilities of the tokens under a reference, for losses that need them. Rows routed to BASE get no gradient.
+    Raises before any gradient changes: RoutingError, DataError or ConfigError.
     """
     bank = engine.bank
     names = _single_slots(batch)
+    _check_batch(bank.model, batch, reference_logprobs_NL)
+    weights = batch.weights_NL.sum(1).tolist()
     batch = batch.to(bank.device)
-    dropout = None if steps is None else DropoutState(steps=dict(steps), examples=batch.examples_N)
-    routing = bank.routing(list(batch.routes), dropout=dropout)
-    with step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout), bank.route(routing):
-        total, row_losses = _row_losses(engine, batch, reference_logprobs_NL)
+    routing = _routing(engine, batch, names, steps)
+    mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)
+    with mode, bank.route(routing), torch.enable_grad():
+        with engine.watched():
+            total, row_losses = _row_losses(engine, batch, reference_logprobs_NL)
         if total.requires_grad:
             total.backward()
-    return _by_slot(names, row_losses, batch)
+    return _by_slot(names, row_losses.tolist(), weights)
 
 
-def optim_step(
-    optimizer: SlotOptimizer, learning_rates: Mapping[str, float], tokens: Mapping[str, float]
-) -> dict[str, SlotStep]:
+def optim_step(optimizer: SlotOptimizer, learning_rates: Mapping[str, float], tokens: Mapping[str, float]) -> dict[str, SlotStep]:
     """One optimizer step of the named adapters; every other adapter and its state stay byte-identical.
 
     `tokens`: each adapter's token weights since its last step. An adapter with a gradient that isn't finite is left unstepped.
@@ -105,10 +136,12 @@ def optim_step(
 
 
 def logprobs(engine: Engine, batch: Batch) -> Tensor:
-    """log p of every token with weight > 0, fp32 (N, L), zero elsewhere; no gradient, for evaluation and references."""
+    """log p of every token with weight ≠ 0, fp32 (N, L), zero elsewhere; no gradient, for evaluation and references."""
+    _check_batch(engine.bank.model, batch, None)
     batch = batch.to(engine.bank.device)
     out = torch.zeros_like(batch.weights_NL)
-    with torch.no_grad(), evaluation_mode(engine.bank.model), engine.bank.route(list(batch.routes)):
+    routing = row_routing(engine.bank, batch.routes, batch.input_ids_NL.shape[1])
+    with torch.no_grad(), evaluation_mode(engine.bank.model.modules()), engine.bank.route(routing):
         rows, columns = _trained(batch)
         out[rows, columns] = _token_logprobs(engine, batch, rows, columns)
     return out
@@ -118,9 +151,32 @@ def _single_slots(batch: Batch) -> list[str | None]:
     names: list[str | None] = []
     for route in batch.routes:
         if isinstance(route, Mapping):
-            raise RoutingError(f"joint training takes one adapter a row, got the mixture {dict(route)!r}. Mixtures are for inference.")
+            raise RoutingError(
+                f"joint training takes one adapter a row, got the mixture {dict(route)!r}. Mixtures are for inference: give the "
+                "row to one adapter, or call the model inside bank.route(...) in a loop of your own."
+            )
         names.append(route if isinstance(route, str) else None)
     return names
+
+
+def _routing(engine: Engine, batch: Batch, names: list[str | None], steps: Mapping[str, int] | None) -> Routing:
+    bank, length = engine.bank, batch.input_ids_NL.shape[1]
+    used = [name for name in dict.fromkeys(names) if name is not None]
+    if steps is None or not any(bank.config(name).dropout for name in used):
+        return row_routing(bank, batch.routes, length)
+    missing = [name for name in used if name not in steps]
+    if missing:
+        raise ConfigError(f"forward_backward: steps has no entry for adapter {missing[0]!r}, whose dropout is drawn from it")
+    return dropout_routing(bank, batch.routes, length, steps, batch.examples_N, folded=engine.folded())
+
+
+def _check_batch(model: nn.Module, batch: Batch, reference_NL: Tensor | None) -> None:
+    if reference_NL is not None and (batch.references is not None or reference_NL.shape != batch.weights_NL.shape):
+        raise DataError(
+            f"reference_logprobs_NL: expected {tuple(batch.weights_NL.shape)} for a batch without references of its own, "
+            f"got {tuple(reference_NL.shape)}{' and a batch with references' if batch.references is not None else ''}"
+        )
+    check_vocabulary(model, int(batch.input_ids_NL.max()))
 
 
 def _trained(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -138,19 +194,25 @@ def _row_losses(engine: Engine, batch: Batch, reference_NL: Tensor | None) -> tu
         hidden = split.hidden(batch.input_ids_NL, batch.attention_mask_NL)[rows, columns - 1]
         targets = batch.input_ids_NL[rows, columns]
         total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, weights, split.head.bias)
-        return total, LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=rows, rows=batch.rows).per_row(-weights * logprobs_T)
+        return total, nll(LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=rows, rows=batch.rows))
     logprobs_T = _token_logprobs(engine, batch, rows, columns)
     if batch.references is not None:
         reference_NL = _base_references(batch, logprobs_T.detach(), rows, columns)
-        weights = torch.where(torch.tensor([r is not None for r in batch.references], device=rows.device)[rows], weights, 0.0)
+        serving = torch.tensor([row in batch.references for row in range(batch.rows)], device=rows.device)
+        weights = weights.masked_fill(serving[rows], 0.0)  # a row that is another's reference isn't trained on
     reference = None if reference_NL is None else reference_NL.to(logprobs_T.device)[rows, columns]
     inputs = LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=rows, rows=batch.rows, reference_logprobs_T=reference)
     row_losses = engine.loss_function(inputs)
+    if not isinstance(row_losses, Tensor) or row_losses.shape != (batch.rows,):
+        got = tuple(row_losses.shape) if isinstance(row_losses, Tensor) else type(row_losses).__name__
+        raise ConfigError(
+            f"loss: expected one sum a row, a tensor of shape ({batch.rows},), got {got}. inputs.per_row(...) makes it."
+        )
     return row_losses.sum(), row_losses.detach()
 
 
 def _base_references(batch: Batch, logprobs_T: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Each row's reference log-probabilities (N, L), read off its BASE copy in the batch."""
+    """Each row's reference log-probabilities (N, L), read off its BASE copy in the batch; its own where it has none."""
     known = torch.zeros_like(batch.weights_NL)
     known[rows, columns] = logprobs_T
     own = [i if r is None else r for i, r in enumerate(batch.references or ())]
@@ -163,13 +225,11 @@ def _token_logprobs(engine: Engine, batch: Batch, rows: Tensor, columns: Tensor)
     if split is not None:
         hidden = split.hidden(batch.input_ids_NL, batch.attention_mask_NL)[rows, columns - 1]
         return token_logprobs(hidden, split.head.weight, targets, split.head.bias)
-    logits = engine.bank.model(input_ids=batch.input_ids_NL, attention_mask=batch.attention_mask_NL).logits
+    logits = logits_of(engine.bank.model, batch.input_ids_NL, batch.attention_mask_NL)
     return logits[rows, columns - 1].float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
-def _by_slot(names: list[str | None], row_losses: Tensor, batch: Batch) -> dict[str, SlotLoss]:
-    losses = row_losses.tolist()
-    weights = batch.weights_NL.sum(1).tolist()
+def _by_slot(names: list[str | None], losses: list[float], weights: list[float]) -> dict[str, SlotLoss]:
     found: dict[str, SlotLoss] = {}
     for name in dict.fromkeys(n for n in names if n is not None):
         mine = [i for i, n in enumerate(names) if n == name]
@@ -177,7 +237,7 @@ def _by_slot(names: list[str | None], row_losses: Tensor, batch: Batch) -> dict[
         found[name] = SlotLoss(
             loss_sum=loss_sum,
             tokens=sum(weights[i] for i in mine),
-            finite=loss_sum == loss_sum and abs(loss_sum) != float("inf"),
+            finite=math.isfinite(loss_sum),
             row_losses={i: losses[i] for i in mine},
         )
     return found

@@ -31,9 +31,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """log p(target), differentiable in the hidden states; backward computes each chunk's logits again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None, numbers: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None, numbers: int) -> Tensor:
         out = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
         norm = torch.empty_like(out)
         for rows in _chunks(targets_T, weight_VH, numbers):
@@ -46,7 +44,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_T,) = grad_outputs
         hidden, weight, targets, bias, norm = ctx.saved_tensors
         dh = torch.empty_like(hidden)
@@ -85,7 +83,7 @@ class _WeightedNLL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dh,) = ctx.saved_tensors
         return dh * grad_outputs[0].to(dh.dtype), None, None, None, None, None
 

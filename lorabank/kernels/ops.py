@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lorabank.errors import RoutingError
 from lorabank.kernels.base import BaseProduct
+from lorabank.kernels.even import even_runs, expand_run, run_gradients
 from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_units
 
 
@@ -76,8 +77,12 @@ def _add_product(
 def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> list[Tensor]:
     """Adds every segment's change to y in place; returns each segment's xA, (N, R)."""
     y_UTO, x_UTI = y.view(plan.units, -1, y.shape[-1]), as_units(x, plan.units)
-    shrunk = []
-    for segment in plan.segments:
+    shrunk: list[Tensor] = []
+    for start, stop in even_runs(plan.segments, x, y):
+        if stop - start > 1:
+            shrunk += expand_run(y_UTO, x_UTI, plan.segments[start:stop])
+            continue
+        segment = plan.segments[start]
         rows, _ = _input_rows(x_UTI, segment)
         xa = _weigh(rows @ segment.A_RI.t(), segment)
         _add_product(y_UTO, segment, xa, segment.B_RO, segment.scaling)
@@ -92,16 +97,28 @@ def _adapter_gradients(
     dy_UTO, x_UTI = as_units(dy, plan.units), as_units(x, plan.units)
     dx_UTI = None if dx is None else dx.view(plan.units, -1, dx.shape[-1])
     gradients: list[Tensor | None] = []
-    for i, (segment, xa) in enumerate(zip(plan.segments, shrunk, strict=True)):
-        dy_rows = take_units(dy_UTO, segment.rows).to(segment.A_RI.dtype)
-        dy_NO = dy_rows.reshape(-1, dy_rows.shape[-1])
-        dxa = _weigh((dy_NO @ segment.B_RO.t()).mul_(segment.scaling), segment)
-        rows, mask = _input_rows(x_UTI, segment) if needs[2 * i] or segment.dropout is not None else (None, None)
-        gradients.append(dxa.t() @ rows if needs[2 * i] and rows is not None else None)
-        gradients.append((xa.t() @ dy_NO).mul_(segment.scaling) if needs[2 * i + 1] else None)
-        if dx_UTI is not None:
-            _add_product(dx_UTI, segment, dxa, segment.A_RI, 1.0, mask)
+    for start, stop in even_runs(plan.segments, x, dy):
+        part = needs[2 * start : 2 * stop]
+        if stop - start > 1:
+            gradients += run_gradients(dx_UTI, dy_UTO, x_UTI, plan.segments[start:stop], shrunk[start:stop], part)
+        else:
+            gradients += _segment_gradients(dx_UTI, dy_UTO, x_UTI, plan.segments[start], shrunk[start], part)
     return gradients
+
+
+def _segment_gradients(
+    dx_UTI: Tensor | None, dy_UTO: Tensor, x_UTI: Tensor, segment: Segment, xa: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    dy_rows = take_units(dy_UTO, segment.rows).to(segment.A_RI.dtype)
+    dy_NO = dy_rows.reshape(-1, dy_rows.shape[-1])
+    dxa = _weigh((dy_NO @ segment.B_RO.t()).mul_(segment.scaling), segment)
+    rows, mask = _input_rows(x_UTI, segment) if needs[0] or segment.dropout is not None else (None, None)
+    if dx_UTI is not None:
+        _add_product(dx_UTI, segment, dxa, segment.A_RI, 1.0, mask)
+    return [
+        dxa.t() @ rows if needs[0] and rows is not None else None,
+        (xa.t() @ dy_NO).mul_(segment.scaling) if needs[1] else None,
+    ]
 
 
 def _restored(plan: Plan, saved: Sequence[Tensor]) -> tuple[Plan, Sequence[Tensor]]:
@@ -144,7 +161,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grad_outputs
         x, weight, *saved = ctx.saved_tensors
         plan, shrunk = _restored(ctx.plan, saved)
@@ -170,7 +187,7 @@ class _AddLoRA(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grad_outputs
         x, *saved = ctx.saved_tensors
         plan, shrunk = _restored(ctx.plan, saved)

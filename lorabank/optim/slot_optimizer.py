@@ -1,17 +1,25 @@
-"""`SlotOptimizer`: one optimizer for all adapters of a bank, each with its own rule, numbers, step count and state."""
+"""`SlotOptimizer`: one optimizer for all adapters of a bank, each with its own rule, numbers, step count and state.
+
+A slot's gradients are gathered into one vector, in which its state lives too: a step then costs a handful of operations and one
+addition a leaf, however many leaves there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lorabank.bank.bank import AdapterBank
-from lorabank.config.checks import check_choice
-from lorabank.errors import LorabankError, closest
-from lorabank.optim.rules import OPTIMIZERS, TensorStep
+from lorabank.config.checks import check_choice, check_fraction, check_non_negative, check_positive
+from lorabank.errors import CheckpointError, ConfigError, LorabankError, closest
+from lorabank.optim.rules import OPTIMIZERS, Rule, RuleNumbers
+
+CPU_PIECE = 2**18
+"""Elements that a rule works on at once on a CPU: its few vectors stay in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +27,26 @@ class OptimizerConfig:
     """How one adapter is optimised."""
 
     rule: str = "adamw"
+    """A name in `OPTIMIZERS`."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the averages, each in [0, 1); SGD's momentum is the first."""
     eps: float = 1e-8
+    """Added to AdamW's denominator."""
     weight_decay: float = 0.0
+    """Decoupled: parameters shrink by learning rate × this in each step."""
     loraplus_ratio: float = 1.0
-    """Step size of B over that of A."""
+    """Step size of B over that of A (LoRA+, arXiv:2402.12354)."""
     max_grad_norm: float = 1.0
-    """0: no clipping."""
+    """L2 norm of the mean gradient above which it is scaled down to it; 0: no clipping."""
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.rule, OPTIMIZERS)
+        for beta in self.betas:
+            check_fraction("betas", beta)
+        check_positive("eps", self.eps)
+        check_positive("loraplus_ratio", self.loraplus_ratio)
+        check_non_negative("weight_decay", self.weight_decay)
+        check_non_negative("max_grad_norm", self.max_grad_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +62,18 @@ class SlotStep:
 
 
 @dataclass
-class _SlotState:
+class _Slot:
     config: OptimizerConfig
+    leaves: Mapping[str, nn.Parameter]
+    structure: int
+    """The bank's structure count for which `leaves` were looked up."""
     step: int = 0
-    tensors: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """Leaf name to its state tensors; made at the first step."""
+    state: tuple[Tensor, ...] = ()
+    """One vector over all leaves, in their order, for each of the rule's `state_names`; made at the first step."""
+
+    @property
+    def rule(self) -> Rule:
+        return OPTIMIZERS[self.config.rule]
 
 
 class SlotOptimizer:
@@ -56,7 +81,7 @@ class SlotOptimizer:
 
     def __init__(self, bank: AdapterBank) -> None:
         self._bank = bank
-        self._slots: dict[str, _SlotState] = {}
+        self._slots: dict[str, _Slot] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,98 +89,155 @@ class SlotOptimizer:
         return tuple(self._slots)
 
     def add(self, name: str, config: OptimizerConfig | None = None) -> None:
-        """Start optimising an adapter of the bank."""
-        self._bank.config(name)
-        self._slots[name] = _SlotState(config or OptimizerConfig())
+        """Start optimising an adapter of the bank, from step 0."""
+        leaves = dict(self._bank.named_parameters(name))
+        self._slots[name] = _Slot(config or OptimizerConfig(), leaves, self._bank.structure)
 
     def remove(self, name: str) -> None:
         """Forget an adapter and its state."""
-        self._state(name)
+        self._known(name)
         del self._slots[name]
+
+    def config(self, name: str) -> OptimizerConfig:
+        """How an adapter is optimised."""
+        return self._known(name).config
 
     def steps(self, name: str) -> int:
         """Optimizer steps that an adapter has made."""
-        return self._state(name).step
+        return self._known(name).step
 
     def step(self, learning_rates: Mapping[str, float], tokens: Mapping[str, float]) -> dict[str, SlotStep]:
         """One step of the adapters in `learning_rates`; others are left alone.
 
-        Gradients are sums over tokens: they are divided by the adapter's own `tokens`, clipped by its own norm, and cleared.
-        An adapter whose gradient isn't finite is not stepped.
+        Gradients are sums over tokens: they are divided by the adapter's own `tokens` (Σ of token weights since its last step),
+        clipped by its own norm, and cleared. A leaf that no row reached counts as gradient zero. An adapter whose gradient isn't
+        finite is not stepped. Raises before anything changes: LorabankError for an adapter without any gradient, ConfigError for
+        token weights that don't sum to a number above zero.
         """
-        results: dict[str, SlotStep] = {}
-        by_rule: dict[str, list[TensorStep]] = {}
+        slots = {name: self._slot(name) for name in learning_rates}
+        for name, slot in slots.items():
+            _check_ready(name, slot, tokens)
         with torch.no_grad():
-            for name, learning_rate in learning_rates.items():
-                state = self._state(name)
-                named = {key: p for key, p in self._bank.named_parameters(name) if p.grad is not None}
-                gradients = {key: p.grad for key, p in named.items() if p.grad is not None}
-                norm = self._norm(gradients.values()) / max(tokens[name], 1e-12)
-                finite = bool(torch.isfinite(torch.tensor(norm)))
-                if finite:
-                    state.step += 1
-                    clip = state.config.max_grad_norm
-                    scale = (min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / max(tokens[name], 1e-12)
-                    torch._foreach_mul_(list(gradients.values()), scale)
-                    by_rule.setdefault(state.config.rule, []).extend(
-                        self._tensor_step(state, key, p, gradients[key], learning_rate) for key, p in named.items()
-                    )
-                results[name] = SlotStep(grad_norm=norm, finite=finite, step=state.step)
-            for rule, steps in by_rule.items():
-                if steps:
-                    OPTIMIZERS[rule].update(steps)
-        for name in learning_rates:
-            self.zero_grad(name)
-        return results
+            return {name: _step(slot, float(learning_rates[name]), float(tokens[name])) for name, slot in slots.items()}
 
     def zero_grad(self, name: str) -> None:
         """Drop an adapter's gradients."""
-        for p in self._bank.parameters(name):
-            p.grad = None
+        _clear(self._slot(name))
 
     def state(self, name: str) -> tuple[int, dict[str, Tensor]]:
-        """(steps, `<leaf>.<state name>` → tensor): all that a resumed run needs. The tensors are the live ones."""
-        slot = self._state(name)
-        names = OPTIMIZERS[slot.config.rule].state_names
-        return slot.step, {f"{key}.{what}": t for key, tensors in slot.tensors.items() for what, t in zip(names, tensors, strict=True)}
+        """(steps, `<leaf>.<state name>` → tensor of the leaf's shape): all that a resumed run needs. Tensors are live views."""
+        slot = self._slot(name)
+        found: dict[str, Tensor] = {}
+        for what, vector in zip(slot.rule.state_names, slot.state, strict=False):
+            for (key, leaf), part in zip(slot.leaves.items(), _parts(vector, slot), strict=True):
+                found[f"{key}.{what}"] = part.view_as(leaf)
+        return slot.step, found
+
+    def check_state(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError unless `tensors` is a state of this adapter under its rule."""
+        slot = self._slot(name)
+        names = slot.rule.state_names if step else ()
+        shapes = {f"{key}.{what}": leaf.shape for key, leaf in slot.leaves.items() for what in names}
+        wrong = sorted(shapes.keys() ^ tensors.keys()) or [key for key, shape in shapes.items() if tensors[key].shape != shape]
+        if wrong:
+            got = tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "none"
+            expected = tuple(shapes[wrong[0]]) if wrong[0] in shapes else "none"
+            raise CheckpointError(
+                f"optimizer state of {name!r} ({slot.config.rule}, step {step}) doesn't belong to this adapter: "
+                f"{wrong[0]}: expected {expected}, got {got}"
+            )
 
     def load_state(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
-        slot = self._state(name)
-        names = OPTIMIZERS[slot.config.rule].state_names
-        leaves = dict(self._bank.named_parameters(name))
-        keys = {key.rpartition(".")[0] for key in tensors}
-        unknown = sorted(keys - leaves.keys())
-        if unknown or len(tensors) != len(keys) * len(names):
-            raise LorabankError(f"optimizer state of {name!r} doesn't belong to this adapter and rule{f': {unknown[0]!r}' if unknown else ''}")
-        slot.step = step
-        slot.tensors = {
-            key: tuple(tensors[f"{key}.{what}"].to(leaf.device, leaf.dtype, copy=True) for what in names)
-            for key, leaf in leaves.items()
-            if key in keys
-        }
+        """Put back what `state` gave. Raises CheckpointError before anything changes."""
+        self.check_state(name, step, tensors)
+        slot = self._slot(name)
+        slot.step, slot.state = step, ()
+        if step:
+            like = _one_device(name, slot)
+            slot.state = tuple(
+                torch.cat([tensors[f"{key}.{what}"].to(like.device, like.dtype).reshape(-1) for key in slot.leaves])
+                for what in slot.rule.state_names
+            )
 
-    def _state(self, name: str) -> _SlotState:
+    def _known(self, name: str) -> _Slot:
         if name not in self._slots:
-            raise LorabankError(f"adapter {name!r} is not in this optimizer{closest(name, self._slots)}; call optimizer.add({name!r}) first")
+            raise LorabankError(
+                f"adapter {name!r} is not in this optimizer{closest(name, self._slots)}; call optimizer.add({name!r}) first"
+            )
         return self._slots[name]
 
-    def _norm(self, gradients: Iterable[Tensor]) -> float:
-        norms = torch._foreach_norm(list(gradients))
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    def _slot(self, name: str) -> _Slot:
+        """The slot, its leaves checked to be the bank's present ones."""
+        slot = self._known(name)
+        if slot.structure != self._bank.structure:
+            leaves = dict(self._bank.named_parameters(name))
+            if [id(p) for p in leaves.values()] != [id(p) for p in slot.leaves.values()]:
+                raise LorabankError(
+                    f"adapter {name!r} was removed from the bank and added again, so this optimizer's state isn't its own. "
+                    f"Call optimizer.add({name!r}) to start it afresh."
+                )
+            slot.structure = self._bank.structure
+        return slot
 
-    def _tensor_step(self, slot: _SlotState, key: str, leaf: nn.Parameter, gradient: Tensor, learning_rate: float) -> TensorStep:
-        config = slot.config
-        if key not in slot.tensors:
-            slot.tensors[key] = tuple(torch.zeros_like(leaf) for _ in OPTIMIZERS[config.rule].state_names)
-        return TensorStep(
-            parameter=leaf,
-            gradient=gradient,
-            state=slot.tensors[key],
-            step=slot.step,
-            learning_rate=learning_rate * (config.loraplus_ratio if key.endswith(".B") else 1.0),
-            beta1=config.betas[0],
-            beta2=config.betas[1],
-            eps=config.eps,
-            weight_decay=config.weight_decay,
+
+def _check_ready(name: str, slot: _Slot, tokens: Mapping[str, float]) -> None:
+    given = tokens.get(name)
+    if given is None or not math.isfinite(given) or given <= 0:
+        raise ConfigError(
+            f"optim_step: tokens[{name!r}]: expected Σ of its token weights since its last step, a number > 0, got {given!r}"
         )
+    if all(leaf.grad is None for leaf in slot.leaves.values()):
+        raise LorabankError(f"optim_step: adapter {name!r} has no gradient. Call forward_backward with rows routed to it first.")
+    _one_device(name, slot)
+
+
+def _one_device(name: str, slot: _Slot) -> nn.Parameter:
+    first = next(iter(slot.leaves.values()))
+    other = next((key for key, leaf in slot.leaves.items() if leaf.device != first.device), None)
+    if other is not None:
+        raise LorabankError(
+            f"adapter {name!r} lies on several devices ({first.device}, and {slot.leaves[other].device} for {other}), which the "
+            "optimizer can't step yet. Load the base on one device."
+        )
+    return first
+
+
+def _step(slot: _Slot, learning_rate: float, tokens: float) -> SlotStep:
+    gradient_n = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in slot.leaves.values()])
+    _clear(slot)
+    norm = float(torch.linalg.vector_norm(gradient_n)) / tokens
+    if not math.isfinite(norm):
+        return SlotStep(grad_norm=norm, finite=False, step=slot.step)
+    slot.step += 1
+    config = slot.config
+    clip = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
+    gradient_n.mul_(clip / tokens)
+    _directions(slot, gradient_n)
+    for (key, leaf), direction in zip(slot.leaves.items(), _parts(gradient_n, slot), strict=True):
+        rate = learning_rate * (config.loraplus_ratio if key.endswith(".B") else 1.0)
+        if config.weight_decay:
+            leaf.mul_(1.0 - rate * config.weight_decay)
+        leaf.add_(direction.view_as(leaf), alpha=-rate)
+    return SlotStep(grad_norm=norm, finite=True, step=slot.step)
+
+
+def _directions(slot: _Slot, gradient_n: Tensor) -> None:
+    """Update the slot's state and write its direction over the gradient."""
+    if slot.state and slot.state[0].device != gradient_n.device:
+        slot.state = tuple(vector.to(gradient_n.device) for vector in slot.state)
+    if not slot.state:
+        slot.state = tuple(torch.zeros_like(gradient_n) for _ in slot.rule.state_names)
+    betas, step = slot.config.betas, slot.step
+    numbers = RuleNumbers(beta1=betas[0], beta2=betas[1], eps=slot.config.eps, step=step)
+    size = CPU_PIECE if gradient_n.device.type == "cpu" else max(1, gradient_n.numel())
+    for piece, *state in zip(*(vector.split(size) for vector in (gradient_n, *slot.state)), strict=True):
+        slot.rule.direction(piece, state, numbers)
+
+
+def _parts(vector_n: Tensor, slot: _Slot) -> Sequence[Tensor]:
+    return vector_n.split([leaf.numel() for leaf in slot.leaves.values()])
+
+
+def _clear(slot: _Slot) -> None:
+    for leaf in slot.leaves.values():
+        leaf.grad = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+REFERENCE_HIDDEN = 2000
 FULL_RATE_AT_2000 = 5e-5
 """Full fine-tuning rate of a model with 2,000 hidden features (tinker-cookbook's fit)."""
 EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
@@ -22,17 +23,18 @@ class LearningRateAdvice:
     reason: str
 
 
-def advise_learning_rate(model_type: str, hidden_size: int, total_steps: int) -> LearningRateAdvice:
-    """Step size for LoRA on a model of this family and width, for a run of `total_steps` optimizer steps.
+def advise_learning_rate(model_type: str, hidden_size: int | None, total_steps: int) -> LearningRateAdvice:
+    """Step size for LoRA on a model of this family and width, for a run of `total_steps` optimizer steps, to two digits.
 
-    Families without a published fit get Llama's, and the reason says that it is a guess.
+    Families without a published fit get Llama's, and a model without a known width 2,000 features: the reason says that it is a
+    guess then.
     """
     family = next((name for name in EXPONENTS if model_type.lower().startswith(name)), None)
-    exponent = EXPONENTS[family or "llama"]
-    full = FULL_RATE_AT_2000 * (2000 / hidden_size) ** exponent
+    full = FULL_RATE_AT_2000 * (REFERENCE_HIDDEN / (hidden_size or REFERENCE_HIDDEN)) ** EXPONENTS[family or "llama"]
     short = total_steps <= SHORT_RUN_STEPS
     factor = SHORT_RUN_FACTOR if short else LORA_FACTOR
-    value = float(f"{full * factor:.2g}")
-    run = f"a short run of {total_steps} steps" if short else f"{total_steps} steps"
+    width = f"hidden size {hidden_size}" if hidden_size else f"hidden size unknown, {REFERENCE_HIDDEN} taken, a guess"
     fit = f"{family.capitalize()}'s fit" if family else f"Llama's fit, a guess for {model_type or 'this family'}"
-    return LearningRateAdvice(value, f"{factor:g} × the full fine-tuning rate {full:.1e} (hidden size {hidden_size}, {fit}) for {run}")
+    run = f"a short run of {total_steps} steps" if short else f"{total_steps} steps"
+    reason = f"{factor:g} × the full fine-tuning rate {full:.1e} ({width}, {fit}) for {run}"
+    return LearningRateAdvice(float(f"{full * factor:.2g}"), reason)

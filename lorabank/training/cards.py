@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorabank.config.train import AdapterRun
+from lorabank.formats.files import write_files
 from lorabank.training import human
 from lorabank.training.serving import obstacle, vllm_line
 
@@ -17,6 +18,7 @@ class CardFacts:
 
     name: str
     base_model: str
+    """Name or folder that other tools can load; '' when the base came as an object without a name."""
     run: AdapterRun
     learning_rate: float
     """As it was resolved."""
@@ -44,7 +46,8 @@ def model_card(facts: CardFacts) -> str:
     """The text of the card: YAML front matter that model hubs read, then Markdown."""
     import yaml
 
-    front: dict[str, object] = {"base_model": facts.base_model, "library_name": "peft", "pipeline_tag": "text-generation"}
+    front: dict[str, object] = {"base_model": facts.base_model} if facts.base_model else {}
+    front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     front["tags"] = ["lora", "lorabank"]
     if facts.license:
         front["license"] = facts.license
@@ -57,16 +60,16 @@ def model_card(facts: CardFacts) -> str:
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> Path:
-    """Write the card into an adapter folder; returns its path."""
-    path = Path(folder) / "README.md"
-    path.write_text(model_card(facts), encoding="utf-8")
-    return path
+    """Write the card into an adapter folder; returns its path. Raises OutputError."""
+    write_files(Path(folder), {"README.md": model_card(facts).encode()})
+    return Path(folder) / "README.md"
 
 
 def _what(facts: CardFacts) -> str:
+    base = f"`{facts.base_model}`" if facts.base_model else "a base model that wasn't named"
     made = f" {facts.version}" if facts.version else ""
     return (
-        f"A LoRA adapter for `{facts.base_model}`, trained with lorabank{made}: "
+        f"A LoRA adapter for {base}, trained with lorabank{made}: "
         f"{human.count(facts.parameters)} parameters in {facts.layers} layers "
         f"({human.share(facts.parameters, facts.base_parameters)} of the base)."
     )
@@ -113,10 +116,14 @@ def _use(facts: CardFacts) -> str:
     blocks = [
         f"```python\n# lorabank: beside other adapters in one pass\nimport lorabank as lb\n\nbank = lb.attach(model)\n"
         f'bank.load("{name}", lb.Adapter.load("path/to/{name}"))\nbank.use("{name}")\n```',
+    ]
+    if not facts.base_model:
+        return blocks[0]
+    blocks.append(
         f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{facts.base_model}")\n'
-        f'model = PeftModel.from_pretrained(model, "path/to/{name}")\n```',
-    ]
+        f'model = PeftModel.from_pretrained(model, "path/to/{name}")\n```'
+    )
     rank = max([run.rank, *run.rank_pattern.values()])
     config = {"rank_pattern": run.rank_pattern, "alpha_pattern": run.alpha_pattern, "use_rslora": run.use_rslora}
     reason = obstacle(config, rank)

@@ -126,10 +126,12 @@ class ConsoleListener:
     # before -------------------------------------------------------------------------------------------------------
 
     def _print_plan(self, plan: RunPlan) -> None:
+        model = plan.model or "a model without a name"
         self.console.print(
-            f"[bold]{plan.model}[/], {human.count(plan.base_parameters)} parameters, {plan.base_dtype} on {plan.device}"
+            f"[bold]{model}[/], {human.count(plan.base_parameters)} parameters, {plan.base_dtype} on {plan.device}"
         )
-        self.console.print(f"run folder {plan.output}" + (f", resumed from {plan.resumed_from}" if plan.resumed_from else ""))
+        where = f"run folder {plan.output}" if plan.output else "nothing is written"
+        self.console.print(where + (f", resumed from {plan.resumed_from}" if plan.resumed_from else ""))
         self.console.print(plan_table(plan, wide=self.console.width >= 100))
         reasons: dict[str, list[str]] = {}
         for item in plan.adapters:
@@ -227,18 +229,20 @@ class ConsoleListener:
         head = "interrupted" if result.interrupted else "finished"
         self.console.print(f"[bold]{head}[/] after {human.duration(result.seconds)}. Held-out rows:")
         self.console.print(metrics_table(scores, extra))
-        for item in result.adapters.values():
-            self._print_command(item.folder)
+        names = [name for name, item in result.adapters.items() if item.folder and Path(item.folder).is_dir()]
+        for name in names:
+            self._print_command(result.adapters[name].folder)
         if result.resume_command:
             self.console.print("\nto go on:", style="bold")
             self._print_command(result.resume_command)
         if self._plan is None or result.interrupted:
             return
-        names = [name for name, item in result.adapters.items() if Path(item.folder).is_dir()]
         if not names:
             return
         self.console.print("\ntalk to them side by side:", style="bold")
         self._print_command(chat_line(result.output, [*names, BASE]))
+        if not self._plan.model:
+            return
         title, lines = serve_lines(self._plan.model, {name: result.adapters[name].folder for name in names})
         self.console.print(f"\n{title}", style="bold")
         for line in lines:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lorabank.formats.adapter import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,8 @@ class Notice:
     adapter: str | None = None
     level: str = "info"
     """`info` or `warning`."""
+    pass_index: int | None = None
+    """Forward passes done when it was said; None before the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ class AdapterResult:
     folder: str
     steps: int
     status: str
-    """`finished`, `stopped early`, `stopped: not finite`, `interrupted`."""
+    """`finished`, `stopped early`, `stopped: not finite`, `interrupted`, `not trained (dry run)`."""
     best_step: int | None
     best_metrics: Mapping[str, float]
     final_metrics: Mapping[str, float]
@@ -108,6 +113,9 @@ class RunResult:
     base_metrics: Mapping[str, float] = field(default_factory=dict)
     interrupted: bool = False
     resume_command: str | None = None
+    """What goes on with an interrupted run: a line for the shell, or the call of `lorabank.train`."""
+    trained: Mapping[str, Adapter] = field(default_factory=dict, repr=False, compare=False)
+    """Name to the adapter as a value on the CPU: its best step, as in the run folder; interrupted, its present step."""
 
 
 class Listener(Protocol):

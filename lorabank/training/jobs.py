@@ -71,7 +71,7 @@ def make_job(
     total = run.max_steps or max(1, math.ceil(micro_batches / run.gradient_accumulation))
     if run.learning_rate == "auto":
         hidden = model_config.get("hidden_size")
-        advice = advise_learning_rate(str(model_config.get("model_type", "")), hidden if isinstance(hidden, int) else 2000, total)
+        advice = advise_learning_rate(str(model_config.get("model_type", "")), hidden if isinstance(hidden, int) else None, total)
         rate, reason = advice.value, f"auto: {advice.reason}"
     else:
         rate, reason = float(run.learning_rate), "as given"

@@ -7,11 +7,12 @@ but for what `CLOCK_KEYS` names, which hold wall-clock measurements and stand in
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,16 @@ CLOCK_KEYS = ("tokens_per_second", "seconds_left", "seconds")
 
 
 class MetricsFile:
-    """A `Listener` that appends to `metrics.jsonl`, each line written through at once. A resumed run goes on in the same file."""
+    """A `Listener` that appends to `metrics.jsonl`, each line written through at once. A resumed run goes on in the same file.
 
-    def __init__(self, path: str | Path) -> None:
+    A disk that is full doesn't end the training: lines wait in memory, `on_full` is told once, and they are written when there
+    is room. What is still waiting at the end is an OutputError.
+    """
+
+    def __init__(self, path: str | Path, on_full: Callable[[str], None] | None = None) -> None:
         self.path = Path(path)
+        self._on_full = on_full
+        self._waiting: list[str] = []
         self._pass = 0
         self._early: list[Notice] | None = []  # before the start, which says whether the file goes on
 
@@ -57,26 +64,53 @@ class MetricsFile:
         if self._early is not None:
             self._early.append(notice)
             return
-        self._write("notice", asdict(notice), {})
+        if notice.pass_index is not None:
+            self._pass = notice.pass_index
+        values = asdict(notice)
+        del values["pass_index"]
+        self._write("notice", values, {})
 
     def on_busy(self, activity: str, done: int, total: int) -> None:
         """Progress isn't recorded."""
 
     def on_end(self, result: RunResult) -> None:
-        """An `end` line."""
-        values = asdict(result)
-        self._write("end", values, {"seconds": values.pop("seconds")})
+        """An `end` line. Raises OutputError when lines couldn't be written."""
+        values = asdict(replace(result, trained={}))  # numbers and names only
+        del values["trained"]
+        self._write("end", values, {"seconds": values.pop("seconds")}, last=True)
 
-    def _write(self, event: str, values: Mapping[str, Any], clock: Mapping[str, float]) -> None:
+    def _write(self, event: str, values: Mapping[str, Any], clock: Mapping[str, float], *, last: bool = False) -> None:
         line = {"event": event, "pass_index": self._pass, **values}
         if clock:
             line["clock"] = dict(clock)
+        self._waiting.append(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False) + "\n")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:  # opened for each line: a run that dies leaves nothing unwritten
-                file.write(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False) + "\n")
+            self._append("".join(self._waiting).encode())
         except OSError as error:
-            raise OutputError(f"{self.path}: can't be written: {error.strerror or error}") from error
+            self._told(error, last=last)
+        else:
+            self._waiting = []
+
+    def _append(self, text: bytes) -> None:
+        """All of it or nothing. The file is opened each time: a run that dies leaves nothing unwritten."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            done = 0
+            try:
+                while done < len(text):
+                    done += file.write(text[done:]) or 0
+            except OSError:
+                file.truncate(before)
+                raise
+
+    def _told(self, error: OSError, *, last: bool) -> None:
+        message = f"{self.path}: can't be written: {error.strerror or error}"
+        waits = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if self._on_full is None or last or not waits:
+            raise OutputError(message) from error
+        if len(self._waiting) == 1:
+            self._on_full(f"{message}. Training goes on, and the lines are written when there is room.")
 
 
 def _finite(value: Any) -> Any:
@@ -101,23 +135,29 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_back(path: str | Path, pass_index: int) -> None:
-    """Drop every line after a checkpoint's `pass_index`, and an `end`, so that a resumed run writes them again. Atomic.
+def count_lines(path: str | Path) -> int:
+    """Whole lines of the file; 0 where there is none."""
+    file = Path(path)
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
 
-    Nothing happens where there is no file.
+
+def cut_back(path: str | Path, lines: int) -> None:
+    """Keep the first `lines` lines, as many as there were when a checkpoint was made; a resumed run writes the others again.
+
+    Atomic. Nothing happens where there is no file. By number and not by pass: an evaluation may come before a checkpoint of its
+    pass or after it.
     """
     file = Path(path)
-    if not file.exists():
+    if not file.is_file():
         return
-    kept = []
-    for row, text in zip(read_metrics(file), file.read_bytes().splitlines(keepends=True), strict=False):
-        if row["pass_index"] > pass_index:
-            break
-        if row["event"] != "end":
-            kept.append(text)
+    kept = file.read_bytes().splitlines(keepends=True)[:lines]
     scratch = file.with_name(file.name + ".new")
-    with scratch.open("wb") as out:
-        out.write(b"".join(kept))
-        out.flush()
-        os.fsync(out.fileno())
-    scratch.replace(file)
+    try:
+        with scratch.open("wb") as out:
+            out.write(b"".join(text for text in kept if text.endswith(b"\n")))
+            out.flush()
+            os.fsync(out.fileno())
+        scratch.replace(file)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OutputError(f"{file}: can't be cut back to the checkpoint: {error.strerror or error}") from error

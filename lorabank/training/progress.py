@@ -34,6 +34,8 @@ class AdapterProgress:
     last_metrics: dict[str, float] = field(default_factory=dict)
     without_gain: int = 0
     """Evaluations since the best."""
+    turned: bool = False
+    """Whether it was said that validation loss has turned since the best."""
     row_losses: dict[str, float] = field(default_factory=dict)
     """Row index (as text) to its last mean loss a token."""
 
@@ -43,9 +45,6 @@ class RunProgress:
     """The whole run."""
 
     pass_index: int = 0
-    evaluated_pass: int = -1
-    """Last pass after which the evaluation was done."""
-    saved_pass: int = -1
     base_metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     """Wall-clock seconds of training so far, over all resumptions."""

@@ -1,77 +1,125 @@
-"""`run_training`: a Trainer from first event to finished folder."""
+"""`run_training`: a Trainer from first event to finished folder; `resume_run` puts it back to where it was."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from lorabank import __version__
-from lorabank.errors import OutputError
+from lorabank.config.adapter import AdapterConfig
+from lorabank.config.parse import to_dict
+from lorabank.config.train import AdapterRun, TrainConfig
+from lorabank.data.render import TokenRow
+from lorabank.errors import CheckpointError, OutputError
+from lorabank.formats.adapter import Adapter
 from lorabank.training.cards import CardFacts, write_card
-from lorabank.training.checkpoint import newest_checkpoint, read_checkpoint
-from lorabank.training.evaluate import BASE_NAME, Generated, generate_answers, unique_prompts
+from lorabank.training.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, remove_newer
+from lorabank.training.evaluate import BASE_NAME, Generated, full_scores, generate_answers, unique_prompts
 from lorabank.training.events import AdapterResult, RunResult
-from lorabank.training.interrupt import StopRequested
+from lorabank.training.interrupt import InterruptFlag, StopRequested, interruptible
 from lorabank.training.metrics_file import cut_back
 from lorabank.training.plots import loss_plot
 from lorabank.training.progress import INTERRUPTED, RUNNING
-from lorabank.training.run_folder import RunFolder
+from lorabank.training.run_folder import RunFolder, resume_line
 from lorabank.training.setup import run_plan
 from lorabank.training.trainer import Trainer
 
 HARDEST_ROWS = 20
+FREE_SETTINGS = ("output", "save", "report_to", "device", "threads", "metrics", "samples", "max_prompts", "max_new_tokens")
+"""What a resumed run may have otherwise."""
 
 
-def run_training(trainer: Trainer, *, model_name: str, resume: bool | str = False) -> RunResult:
-    """Train, score, save. Interrupted, it saves a checkpoint and says how to go on."""
-    folder = trainer.folder
-    resumed_from = _resume(trainer, folder, resume) if resume and folder else None
-    for listener in trainer.listeners:
-        listener.on_start(run_plan(trainer, model_name=model_name, resumed_from=resumed_from))
-    began = time.monotonic() - trainer.progress.seconds
-    finished = trainer.run()
-    if folder is not None and finished:
-        trainer.save_checkpoint()
-    scores: Mapping[str, Mapping[str, float]] = {}
-    if finished:
-        scores = _finish(trainer, folder, model_name)
-    result = _result(trainer, scores, seconds=time.monotonic() - began, interrupted=not finished)
-    for listener in trainer.listeners:
-        listener.on_end(result)
-    if folder is not None:
-        _plot(folder)
-    return result
+def resume_run(trainer: Trainer, folder: RunFolder, resume: bool | str) -> str | None:
+    """Put the newest checkpoint's state (or that of the one called `resume`) back and cut the metrics to it.
 
-
-def _resume(trainer: Trainer, folder: RunFolder, resume: bool | str) -> str:
-    path = Path(resume) if isinstance(resume, str) else newest_checkpoint(folder.checkpoints)
-    if isinstance(resume, str) and not path.exists():
-        path = folder.checkpoints / resume
-    trainer.resume(read_checkpoint(path))
-    if folder.metrics.exists():
-        cut_back(folder.metrics, trainer.progress.pass_index)
+    Returns its path; None where a run was ended before its first checkpoint, which starts again then. Raises CheckpointError,
+    with nothing changed, when there is no run to resume or it had other settings or data.
+    """
+    before = folder.check_resumable()
+    path = find_checkpoint(folder.checkpoints, resume) if isinstance(resume, str) else newest_checkpoint(folder.checkpoints)
+    if path is None:
+        _check_same(before, trainer.config)
+        folder.metrics.unlink(missing_ok=True)
+        return None
+    checkpoint = read_checkpoint(path)
+    trainer.resume(checkpoint)
+    if isinstance(resume, str):
+        remove_newer(path)
+    cut_back(folder.metrics, checkpoint.values["metrics_lines"])
     return str(path)
 
 
-def _finish(trainer: Trainer, folder: RunFolder | None, model_name: str) -> dict[str, dict[str, float]]:
+def _check_same(before: TrainConfig, now: TrainConfig) -> None:
+    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not set(key.split(".")) & set(FREE_SETTINGS):
+            raise CheckpointError(
+                f"{before.output}: the run there has other settings: {key}: was {old.get(key)!r}, is {new.get(key)!r}. "
+                "Nothing was changed. Resume with the same settings, or start afresh in another output folder."
+            )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def run_training(trainer: Trainer, *, model_name: str, resumed_from: str | None = None, resume_command: str = "") -> RunResult:
+    """Train, save, score. Interrupted, it saves a checkpoint and says how to go on (`resume_command`)."""
+    folder = trainer.folder
+    for listener in trainer.listeners:
+        listener.on_start(run_plan(trainer, model_name=model_name, resumed_from=resumed_from))
+    began = time.monotonic() - trainer.progress.seconds
+    scores: Mapping[str, Mapping[str, float]] = {}
+    with interruptible() as flag:
+        finished = trainer.run(flag)
+        if finished:
+            try:
+                scores = _finish(trainer, model_name, flag)
+            except StopRequested:
+                finished = False
+            except OutputError as error:
+                raise OutputError(f"{error} The training itself is in its last checkpoint: {resume_command} saves it.") from error
+        result = _result(
+            trainer,
+            scores,
+            model_name,
+            seconds=time.monotonic() - began,
+            interrupted=not finished,
+            resume_command=resume_command if not finished and folder is not None else None,
+        )
+        for listener in trainer.listeners:
+            listener.on_end(result)
+        if folder is not None:
+            _plot(trainer, folder)
+    return result
+
+
+def _finish(trainer: Trainer, model_name: str, flag: InterruptFlag) -> dict[str, dict[str, float]]:
     """Save first, then score: what takes long or can fail comes after the adapters are on the disk."""
-    names = list(trainer.jobs)
-    for name in names:
+    folder = trainer.folder
+    for name in trainer.jobs:
         if folder is not None:
-            folder.save_adapter(name, _named(trainer, name, model_name), trainer.tokenizer, last=True)
-        trainer.use_best(name)
+            folder.save_adapter(f"{name}/last", named_adapter(trainer, name, model_name), None)
+        trainer.validation.use_best(name)
         if folder is not None:
-            folder.save_adapter(name, _named(trainer, name, model_name), trainer.tokenizer)
+            folder.save_adapter(name, named_adapter(trainer, name, model_name), trainer.tokenizer)
     scores: dict[str, dict[str, float]] = {}
     try:
-        scores = trainer.final_scores(names)
+        scores = final_scores(trainer, flag)
         if folder is not None:
-            _samples(trainer, folder, names)
-    except StopRequested:
+            _samples(trainer, folder, flag)
+    except (StopRequested, OutputError):
+        raise
+    except Exception as error:  # noqa: BLE001  (a user's own metric may raise anything; the adapters are saved)
         trainer.notice(
-            "interrupted while scoring; the adapters are trained and saved. Score them with: lorabank eval <output>",
+            f"the final scores couldn't be computed ({type(error).__name__}: {error}). The adapters are saved; "
+            "`lorabank eval` scores them.",
             level="warning",
         )
     if folder is not None:
@@ -79,35 +127,39 @@ def _finish(trainer: Trainer, folder: RunFolder | None, model_name: str) -> dict
     return scores
 
 
-def _named(trainer: Trainer, name: str, model_name: str) -> Any:
-    from dataclasses import replace
+def final_scores(trainer: Trainer, flag: InterruptFlag) -> dict[str, dict[str, float]]:
+    """Every metric of the run's configuration, for the base and the adapters as they stand in the bank now."""
+    sets = {id(job.val): job.val for job in trainer.jobs.values()}
+    rows: dict[str, Sequence[TokenRow]] = {BASE_NAME: [row for own in sets.values() for row in own]}
+    rows |= {name: rows[BASE_NAME] if len(sets) == 1 else job.val for name, job in trainer.jobs.items()}
+    rows = {name: own for name, own in rows.items() if own}
+    if not rows:
+        return {}
+    return full_scores(trainer.engine, trainer.tokenizer, rows, config=trainer.config.eval, busy=trainer.busy(flag))
 
-    return replace(trainer.bank.adapter(name), base_model=model_name)
+
+def named_adapter(trainer: Trainer, name: str, model_name: str) -> Adapter:
+    """The adapter as it stands in the bank, with a name of its base that other tools can load."""
+    adapter = trainer.bank.adapter(name)
+    return replace(adapter, base_model=model_name or adapter.base_model)
 
 
-def _samples(trainer: Trainer, folder: RunFolder, names: Sequence[str]) -> None:
-    count = trainer.config.eval.samples
-    prompts = unique_prompts(trainer.base_rows(), count) if count else []
+def _samples(trainer: Trainer, folder: RunFolder, flag: InterruptFlag) -> None:
+    limits = trainer.config.eval
+    prompts = unique_prompts(trainer.validation.base_rows(), limits.samples) if limits.samples else []
     if not prompts:
         return
-
-    def busy(activity: str, done: int, total: int) -> None:
-        for listener in trainer.listeners:
-            listener.on_busy("samples", done, total)
-
-    names = [BASE_NAME, *names]
-    limits = trainer.config.eval
     generate_answers(
         trainer.engine,
         trainer.tokenizer,
         prompts,
-        names,
+        [BASE_NAME, *trainer.jobs],
         max_new_tokens=limits.max_new_tokens,
         batch_size=limits.batch_size,
-        busy=busy,
+        busy=trainer.busy(flag, "samples"),
     )
     samples: list[Generated] = [generated for _, generated in prompts]
-    folder.write_samples(trainer.progress.pass_index, samples)
+    folder.write_samples(samples)
 
 
 def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: Mapping[str, Mapping[str, float]]) -> None:
@@ -118,7 +170,7 @@ def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: M
         facts = CardFacts(
             name=name,
             base_model=model_name,
-            run=job.run,
+            run=_as_it_is(job.run, trainer.bank.config(name)),
             learning_rate=job.learning_rate,
             parameters=summary.adapters[name].parameters,
             base_parameters=summary.base_parameters,
@@ -137,17 +189,30 @@ def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: M
     folder.write_hardest({name: hardest_rows(trainer, name) for name in trainer.jobs})
 
 
+def _as_it_is(run: AdapterRun, config: AdapterConfig) -> AdapterRun:
+    """The run with what the adapter really is: `init_from` brings its own ranks."""
+    return replace(run, **{item.name: getattr(config, item.name) for item in fields(config)})
+
+
 def hardest_rows(trainer: Trainer, name: str) -> list[dict[str, Any]]:
     """The adapter's training rows with the highest loss when they were last seen: where wrong labels and odd rows gather."""
     rows = trainer.jobs[name].stream.rows
-    worst = sorted(trainer.progress.adapters[name].row_losses.items(), key=lambda item: -item[1])[:HARDEST_ROWS]
+    worst = sorted(trainer.progress.adapters[name].row_losses.items(), key=lambda item: (-item[1], int(item[0])))[:HARDEST_ROWS]
     return [
         {"origin": rows[int(i)].origin, "loss": loss, "prompt": rows[int(i)].prompt_text, "answer": rows[int(i)].reference}
         for i, loss in worst
     ]
 
 
-def _result(trainer: Trainer, scores: Mapping[str, Mapping[str, float]], *, seconds: float, interrupted: bool) -> RunResult:
+def _result(
+    trainer: Trainer,
+    scores: Mapping[str, Mapping[str, float]],
+    model_name: str,
+    *,
+    seconds: float,
+    interrupted: bool,
+    resume_command: str | None,
+) -> RunResult:
     output = str(trainer.folder.path) if trainer.folder else ""
     adapters = {}
     for name, p in trainer.progress.adapters.items():
@@ -168,14 +233,22 @@ def _result(trainer: Trainer, scores: Mapping[str, Mapping[str, float]], *, seco
         adapters=adapters,
         base_metrics=scores.get(BASE_NAME, trainer.progress.base_metrics),
         interrupted=interrupted,
-        resume_command=f"lorabank train {output} --resume" if interrupted and output else None,
+        resume_command=resume_command,
+        trained={name: named_adapter(trainer, name, model_name) for name in trainer.jobs},
     )
 
 
-def _plot(folder: RunFolder) -> None:
-    if not folder.metrics.exists():
-        return
+def _plot(trainer: Trainer, folder: RunFolder) -> None:
+    if not any(p.step for p in trainer.progress.adapters.values()):
+        return  # stopped before the first step: nothing to draw
     try:
         loss_plot(folder.metrics, folder.path / "loss.png")
     except OSError as error:
         raise OutputError(f"{folder.path}/loss.png couldn't be written: {error}. The adapters are saved.") from error
+
+
+def command_for(config: TrainConfig, *, from_objects: bool) -> str:
+    """What goes on with this run: a line for the shell, or a call where rows or model were objects."""
+    if from_objects:
+        return f"lorabank.train(…, output={config.output!r}, resume=True)"
+    return resume_line(Path(config.output))

@@ -7,18 +7,41 @@ out/support/checkpoints/step-200/   config.yaml   metrics.jsonl   loss.png   sam
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorabank.config.parse import dump_yaml
+from lorabank.config.parse import dump_yaml, load_config
 from lorabank.config.train import TrainConfig
-from lorabank.errors import OutputError
+from lorabank.errors import AdapterNameError, CheckpointError, OutputError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.training.evaluate import Generated
+from lorabank.training.metrics_file import count_lines
+
+OWN_NAMES = (
+    "checkpoints",
+    "config.yaml",
+    "data_report.json",
+    "hardest_rows.json",
+    "loss.png",
+    "metrics.jsonl",
+    "samples.md",
+    "tensorboard",
+    "wandb",
+)
+"""What a run folder holds beside its adapters."""
+
+
+def check_folder_name(name: str) -> None:
+    """Raise AdapterNameError where an adapter's folder would stand in the way of another file of the run."""
+    if name.lower() in OWN_NAMES:
+        raise AdapterNameError(
+            f"adapter {name!r}: a run folder has a file of that name. Choose another, such as {name.split('.')[0]}_1."
+        )
 
 
 class RunFolder:
@@ -37,13 +60,27 @@ class RunFolder:
         """The events of the run."""
         return self.path / "metrics.jsonl"
 
+    def metrics_lines(self) -> int:
+        """Lines that the metrics file has now."""
+        return count_lines(self.metrics)
+
     def refuse_existing(self) -> None:
         """Raise OutputError, with the line that resumes it, when something is there already."""
-        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
-            raise OutputError(
-                f"{self.path}: the output folder exists. To go on with that run: lorabank train {self.path} --resume. "
-                "Otherwise choose another output."
-            )
+        if self.path.is_file():
+            raise OutputError(f"{self.path}: expected a folder for the run, got a file. Choose another output.")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        way = "It isn't a run of lorabank"
+        if (self.path / "config.yaml").is_file():
+            way = f"To go on with that run: {resume_line(self.path)}"
+        raise OutputError(f"{self.path}: the output folder exists and isn't empty. {way}. Or choose another output.")
+
+    def check_resumable(self) -> TrainConfig:
+        """The configuration of the run that is in the folder. Raises CheckpointError when there is none."""
+        if not (self.path / "config.yaml").is_file():
+            what = "it holds no run (no config.yaml)" if self.path.is_dir() else "there is no such folder"
+            raise CheckpointError(f"{self.path}: nothing to resume: {what}. Leave resume out to start the run.")
+        return load_config(self.path)[0]
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`. Raises OutputError when something is there already."""
@@ -54,31 +91,35 @@ class RunFolder:
         """`data_report.json`, one entry a data set."""
         write_files(self.path, {"data_report.json": (json.dumps(reports, indent=2, ensure_ascii=False) + "\n").encode()})
 
-    def save_adapter(self, name: str, adapter: Adapter, tokenizer: PreTrainedTokenizerBase, *, last: bool = False) -> Path:
-        """The adapter in PEFT's form, with the tokenizer and its chat template beside it."""
-        folder = self.path / name / "last" if last else self.path / name
+    def save_adapter(self, name: str, adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> Path:
+        """The adapter in PEFT's form, with the tokenizer and its chat template beside it. `name` may be `formal/last`."""
+        folder = self.path / name
         adapter.save(folder)
-        if not last:
+        if tokenizer is not None:
             try:
                 tokenizer.save_pretrained(str(folder))
-            except OSError as error:
-                raise OutputError(f"{folder}: the adapter is saved, its tokenizer couldn't be: {error}") from error
+            except Exception as error:  # the tokenizers library raises a bare Exception for a full disk
+                raise OutputError(f"{folder}: the adapter is saved, its tokenizer couldn't be: {error}.") from error
         return folder
 
-    def write_samples(self, pass_index: int, prompts: Sequence[Generated]) -> None:
-        """Append held-out prompts with every model's answer to `samples.md`."""
-        lines = [f"## After pass {pass_index}", ""]
+    def write_samples(self, prompts: Sequence[Generated]) -> None:
+        """`samples.md`: held-out prompts with every model's answer."""
+        lines = ["# Answers to held-out prompts", ""]
         for sample in prompts:
             lines += [f"**Prompt** `{_one_line(sample.prompt)}`", "", "| | |", "|---|---|"]
             lines += [f"| reference | {_cell(text)} |" for text in sample.references[:2]]
             lines += [f"| {name} | {_cell(text)} |" for name, text in sample.answers.items()]
             lines.append("")
-        with open(self.path / "samples.md", "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        write_files(self.path, {"samples.md": ("\n".join(lines) + "\n").encode()})
 
     def write_hardest(self, hardest: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """`hardest_rows.json`: the training rows with the highest loss, by adapter."""
         write_files(self.path, {"hardest_rows.json": (json.dumps(hardest, indent=2, ensure_ascii=False) + "\n").encode()})
+
+
+def resume_line(path: Path) -> str:
+    """The command that goes on with the run in `path`."""
+    return shlex.join(["lorabank", "train", str(path), "--resume"])
 
 
 def _one_line(text: str) -> str:

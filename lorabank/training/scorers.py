@@ -87,6 +87,14 @@ def split_metrics(names: Sequence[str]) -> tuple[list[str], dict[str, Scorer]]:
     return from_loss, {name: resolve_scorer(name) for name in names if name not in LOSS_METRICS}
 
 
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown metric, MissingExtraError for one of ours whose library isn't there: before training."""
+    _, scorers = split_metrics(names)
+    for name, scorer in scorers.items():
+        if name in SCORERS:
+            scorer(["a"], [["a"]])
+
+
 def score(scorers: Mapping[str, Scorer], predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Every scorer's result under flat names: `bleu`, `rougeL`, and `name_part` for the parts of a user's own.
 

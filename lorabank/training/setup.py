@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,22 +11,33 @@ from transformers import PreTrainedTokenizerBase
 
 from lorabank.bank.attach import attach
 from lorabank.bank.bank import AdapterBank
-from lorabank.config.parse import to_dict
 from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.data.prepare import PreparedData, Progress, prepare
 from lorabank.data.read import Source
-from lorabank.data.render import TokenRow
 from lorabank.engine.step import Engine
-from lorabank.formats.adapter import Adapter
+from lorabank.errors import ConfigError, DataError
 from lorabank.optim.slot_optimizer import SlotOptimizer
-from lorabank.training.events import AdapterPlan, Listener, RunPlan
+from lorabank.training.evaluate import unique_prompts
+from lorabank.training.events import AdapterPlan, Listener, Notice, RunPlan
+from lorabank.training.identity import run_identity
 from lorabank.training.jobs import AdapterJob, make_job
-from lorabank.training.run_folder import RunFolder
+from lorabank.training.run_folder import RunFolder, check_folder_name
 from lorabank.training.scorers import split_metrics
+from lorabank.training.start import add_adapter
 from lorabank.training.trainer import Trainer, fresh_progress
+from lorabank.training.validation import Validation
 
 DEFAULT_ADAPTER = "default"
 SHARED_DATA = "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowObjects:
+    """Rows given as objects: for all adapters, or by adapter."""
+
+    train: Source | None = None
+    val: Source | None = None
+    by_adapter: Mapping[str, Source] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,28 +61,25 @@ def adapter_runs(config: TrainConfig) -> dict[str, AdapterRun]:
 
 
 def load_data(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, rows: Source | None = None, progress: Progress | None = None
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, rows: RowObjects | None = None, progress: Progress | None = None
 ) -> DataSets:
-    """Read and tokenise every data set of the run once. `rows`: an object in place of `config.data.train`."""
+    """Read and tokenise every data set of the run once. `rows`: objects in place of `config.data`'s files."""
+    rows = rows or RowObjects()
     prepared: dict[tuple[object, object], PreparedData] = {}
     by_adapter: dict[str, PreparedData] = {}
     names: dict[str, str] = {}
-    reports: dict[str, Mapping[str, Any]] = {}
     for name, run in adapter_runs(config).items():
-        key = (run.data, run.val_data)
+        own = name in rows.by_adapter
+        key = (name, run.val_data) if own else (run.data, run.val_data)
         if key not in prepared:
-            own = config.data if run.data is None else replace(config.data, val=run.val_data)
-            prepared[key] = prepare(
-                own,
-                tokenizer,
-                seed=config.seed,
-                train=rows if run.data is None else run.data,
-                val=run.val_data,
-                progress=progress,
-            )
+            train = rows.by_adapter[name] if own else rows.train if run.data is None else run.data
+            val = run.val_data if run.val_data is not None else rows.val
+            prepared[key] = prepare(config.data, tokenizer, seed=config.seed, train=train, val=val, progress=progress)
         by_adapter[name] = prepared[key]
-        names[name] = run.data or config.data.train or SHARED_DATA
-        reports[names[name]] = prepared[key].report.to_dict()
+        names[name] = name if own else run.data or config.data.train or SHARED_DATA
+        if any(names[other] == names[name] and by_adapter[other] is not prepared[key] for other in by_adapter):
+            names[name] += f" (validated on {run.val_data})"  # the same rows, held against others
+    reports = {names[name]: part.report.to_dict() for name, part in by_adapter.items()}
     return DataSets(by_adapter, reports, names)
 
 
@@ -82,11 +89,13 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: DataSets,
     *,
-    folder: RunFolder | None,
     listeners: Sequence[Listener],
-) -> Trainer:
-    """Attach a bank, add every adapter, resolve every job."""
-    split_metrics(config.eval.metrics)  # a misspelt metric must not cost a finished training
+    folder: RunFolder | None = None,
+) -> tuple[Trainer, list[Notice]]:
+    """Attach a bank, add every adapter, resolve every job; on an error the model is as it was.
+
+    Returns the trainer and what the user should know of choices made. Raises ConfigError, DataError and what `bank.add` raises.
+    """
     runs = adapter_runs(config)
     model_config = getattr(model, "config", None)
     known = {key: getattr(model_config, key, None) for key in ("model_type", "hidden_size")}
@@ -102,48 +111,57 @@ def build_trainer(
         )
         for name, run in runs.items()
     }
-    bank = attach(model)
-    optimizer = SlotOptimizer(bank)
     for name, job in jobs.items():
-        add_adapter(bank, name, job)
-        optimizer.add(name, job.optimizer_config())
-    return Trainer(
-        engine=Engine(bank, gradient_checkpointing=config.gradient_checkpointing),
-        tokenizer=tokenizer,
-        jobs=jobs,
-        config=config,
-        folder=folder,
-        listeners=listeners,
-        progress=fresh_progress(jobs),
-        optimizer=optimizer,
-        best={},
-        identity=run_identity(config, jobs),
-    )
+        check_job(name, job, config)
+    notices = _unvalidated(jobs)
+    bank = attach(model)
+    try:
+        optimizer = SlotOptimizer(bank)
+        for name, job in jobs.items():
+            told = add_adapter(bank, name, job)
+            notices += [Notice(text=told, adapter=name)] if told else []
+            optimizer.add(name, job.optimizer_config())
+        engine = Engine(bank, gradient_checkpointing=config.gradient_checkpointing)
+        trainer = Trainer(
+            engine=engine,
+            tokenizer=tokenizer,
+            jobs=jobs,
+            config=config,
+            folder=folder,
+            listeners=listeners,
+            progress=fresh_progress(jobs),
+            optimizer=optimizer,
+            validation=Validation(engine=engine, jobs=jobs, config=config.eval),
+            identity=run_identity(config, jobs, bank),
+        )
+    except BaseException:
+        bank.detach()
+        raise
+    return trainer, notices
 
 
-def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
-    """A new adapter, or one that starts from another's weights (`init_from`)."""
-    if job.run.init_from is None:
-        bank.add(name, job.run.adapter_config(), seed=job.seed)
-        return
-    start = Adapter.load(job.run.init_from)
-    bank.load(name, replace(start, config=replace(start.config, dropout=job.run.dropout)), seed=job.seed)
+def check_job(name: str, job: AdapterJob, config: TrainConfig) -> None:
+    """Raise for what could only fail after the training, or in silence: settings that need rows which aren't there."""
+    check_folder_name(name)
+    stops = job.run.early_stopping is not None
+    if stops and not job.val:
+        raise ConfigError(
+            f"adapters.{name}.early_stopping: needs validation rows, and {job.data} has none held out. "
+            "Set data.val or data.val_split, or leave early_stopping out."
+        )
+    if stops and not config.eval.every:
+        raise ConfigError(f"adapters.{name}.early_stopping: needs evaluations during training. Set eval.every above 0.")
+    _, scorers = split_metrics(config.eval.metrics)
+    if scorers and job.val and not unique_prompts(job.val):
+        raise DataError(
+            f"eval.metrics: {', '.join(scorers)} compare generated answers, and no validation row of {job.data} has a prompt and "
+            "an answer. Use the metrics loss and perplexity."
+        )
 
 
-def run_identity(config: TrainConfig, jobs: Mapping[str, AdapterJob]) -> dict[str, object]:
-    """What a resumed run must have in common with its checkpoint: the settings that change results, and the rows."""
-    settings = to_dict(config)
-    free = ("output", "eval", "save", "report_to", "device", "threads")
-    found: dict[str, object] = {key: repr(value) for key, value in settings.items() if key not in free}
-    found |= {f"rows of {name}": _checksum(job.stream.rows) for name, job in jobs.items()}
-    return found
-
-
-def _checksum(rows: Sequence[TokenRow]) -> int:
-    total = 0
-    for row in rows:
-        total = zlib.crc32(repr((row.input_ids, row.weights)).encode(), total)
-    return total
+def _unvalidated(jobs: Mapping[str, AdapterJob]) -> list[Notice]:
+    text = "no validation rows: the last step is kept, since the best can't be known. data.val_split holds rows out."
+    return [Notice(text=text, adapter=name, level="warning") for name, job in jobs.items() if not job.val]
 
 
 def run_plan(trainer: Trainer, *, model_name: str, resumed_from: str | None) -> RunPlan:

@@ -22,8 +22,8 @@ class TextStream:
         return self._take(text)
 
     def end(self) -> str:
-        """What is left."""
-        return self._take(self._text())
+        """What is left. A character that the answer's length cut in two is left out."""
+        return self._take(self._text().rstrip("\ufffd"))
 
     def _text(self) -> str:
         return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from lorabank.errors import ConfigError, MissingExtraError, closest
+from lorabank.errors import ConfigError, LorabankError, MissingExtraError, closest
 from lorabank.training.events import EvalRecord, Listener, Notice, RunPlan, RunResult, StepRecord
 from lorabank.training.metrics_file import MetricsFile, cut_back
 
@@ -163,13 +165,29 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Sink]] = {
 """Name to a sink's constructor: run folder, and the configuration as plain data."""
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown name, MissingExtraError with the pip line for a library that isn't there."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"report_to: expected one of {', '.join(TRACKERS)}, got {name!r}{closest(name, TRACKERS)}")
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise MissingExtraError(f"report_to: {name} is not installed. Install it with: pip install {name}")
+
+
 def make_trackers(names: Sequence[str], run_folder: str | Path, config: Mapping[str, Any]) -> list[Listener]:
     """A listener for each name. Raises ConfigError for an unknown name, MissingExtraError with the pip line."""
     listeners: list[Listener] = []
     for name in names:
         if name not in TRACKERS:
             raise ConfigError(f"report_to: expected one of {', '.join(TRACKERS)}, got {name!r}{closest(name, TRACKERS)}")
-        listeners.append(Tracker(TRACKERS[name](Path(run_folder), config), name))
+        try:
+            listeners.append(Tracker(TRACKERS[name](Path(run_folder), config), name))
+        except LorabankError:
+            raise
+        except Exception as error:  # each library has its own errors for a missing login or server
+            raise ConfigError(
+                f"report_to: {name} couldn't be started ({type(error).__name__}: {error}). Leave it out, or set it up."
+            ) from error
     return listeners
 
 

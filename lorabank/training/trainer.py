@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorabank.bank.bank import AdapterBank
@@ -15,19 +14,19 @@ from lorabank.config.train import TrainConfig
 from lorabank.data.render import TokenRow
 from lorabank.engine.batch import make_batch
 from lorabank.engine.state import EngineState, load_state, save_state
-from lorabank.engine.step import Engine, SlotLoss, forward_backward, optim_step
-from lorabank.errors import CheckpointError, OutputError
+from lorabank.engine.step import Engine, SlotLoss, forward_backward, logprobs, optim_step
+from lorabank.errors import OutputError
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 from lorabank.training.checkpoint import Checkpoint, write_checkpoint
-from lorabank.training.evaluate import BASE_NAME, full_scores, spread, validation_losses
+from lorabank.training.evaluate import Busy
 from lorabank.training.events import EvalRecord, Listener, Notice, StepRecord
-from lorabank.training.interrupt import InterruptFlag, StopRequested, interruptible
+from lorabank.training.identity import check_identity
+from lorabank.training.interrupt import InterruptFlag, StopRequested
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.progress import FINISHED, NOT_FINITE, RUNNING, STOPPED_EARLY, AdapterProgress, RunProgress
+from lorabank.training.progress import FINISHED, NOT_FINITE, RUNNING, AdapterProgress, RunProgress
 from lorabank.training.run_folder import RunFolder
-
-TURN_SHARE = 1.05
-"""Validation loss this far above its best is called turning."""
+from lorabank.training.start import adapter_is_finite, restart_adapter
+from lorabank.training.validation import Validation
 
 
 @dataclass(kw_only=True)
@@ -38,39 +37,45 @@ class Trainer:
     tokenizer: PreTrainedTokenizerBase
     jobs: Mapping[str, AdapterJob]
     config: TrainConfig
-    folder: RunFolder | None
-    """None: nothing is written."""
     listeners: Sequence[Listener]
     progress: RunProgress
     optimizer: SlotOptimizer
-    best: dict[str, dict[str, Tensor]]
-    """Adapter to its leaves' values at the best validation loss."""
-    identity: Mapping[str, object]
-    """What a checkpoint must agree with: configuration and data."""
+    validation: Validation
+    identity: Mapping[str, Any]
+    """What a checkpoint must agree with."""
+    folder: RunFolder | None = None
+    """None: nothing is written."""
+    _started: float = field(init=False, default_factory=time.monotonic)
+    _unsaved: bool = field(init=False, default=True)
+    """Whether anything has happened since the last checkpoint."""
+    _tried: int = field(init=False, default=-1)
+    """Pass of the last attempt at a checkpoint: on a full disk there is one attempt a pass."""
 
     @property
     def bank(self) -> AdapterBank:
         """The adapters."""
         return self.engine.bank
 
-    def run(self) -> bool:
-        """Train until every adapter is done. False when interrupted: a checkpoint is written then."""
-        with interruptible() as flag:
-            self._started = time.monotonic() - self.progress.seconds
-            while True:
-                try:
-                    if self._evaluation_due():
-                        self._evaluate(flag)
-                except StopRequested:
-                    pass
-                if self._save_due() or flag.set:
-                    self.save_checkpoint()
-                if flag.set:
-                    return False
-                running = [name for name, p in self.progress.adapters.items() if p.status == RUNNING]
-                if not running:
-                    return True
-                self._pass(running)
+    def run(self, flag: InterruptFlag) -> bool:
+        """Train until every adapter is done. False when interrupted. A checkpoint is written at the end in both cases."""
+        self._started = time.monotonic() - self.progress.seconds
+        while True:
+            self._validate(flag)
+            if self._save_due() or flag.set:
+                self.save_checkpoint()
+            if flag.set:
+                return False
+            running = [name for name, p in self.progress.adapters.items() if p.status == RUNNING]
+            if not running:
+                self._check_the_ends()
+                self.save_checkpoint()
+                return True
+            self._pass(running)
+
+    def rehearse(self) -> None:
+        """A forward pass of each adapter's first row, so that what would fail in the first step fails here."""
+        rows = [(name, job.stream.rows[job.stream.batch(0)[0]]) for name, job in self.jobs.items()]
+        logprobs(self.engine, make_batch([(row.input_ids, row.weights) for _, row in rows], [name for name, _ in rows]))
 
     # ---- one pass ---------------------------------------------------------------------------------------------------
 
@@ -88,21 +93,25 @@ class Trainer:
             examples += [p.pending * job.stream.batch_size + i for i in range(len(taken[name]))]
         batch = make_batch([(row.input_ids, row.weights) for row in rows], routes, examples=examples)
         steps = {name: self.progress.adapters[name].step for name in running}
+        self._unsaved = True
         losses = forward_backward(self.engine, batch, steps=steps)
         self.progress.pass_index += 1
+        weights = batch.weights_NL.sum(1).tolist()
         for name in running:
-            self._account(name, losses[name], taken[name], batch.weights_NL.sum(1).tolist())
-        due = [name for name in running if self.progress.adapters[name].pending == self.jobs[name].run.gradient_accumulation]
-        due = [name for name in due if self.progress.adapters[name].status == RUNNING]
+            self._account(name, losses[name], taken[name], weights)
+        due = [name for name in running if self._step_is_due(name)]
         rates = {name: self.jobs[name].learning_rate_at(self.progress.adapters[name].step) for name in due}
-        done = (
-            optim_step(self.optimizer, rates, {name: self.progress.adapters[name].pending_tokens for name in due}) if due else {}
-        )
+        tokens = {name: self.progress.adapters[name].pending_tokens for name in due}
+        done = optim_step(self.optimizer, rates, tokens) if due else {}
         seconds = max(time.monotonic() - began, 1e-9)
         for name in due:
-            tokens = sum(len(self.jobs[name].stream.rows[i].input_ids) for i in taken[name])
-            self._finish_step(name, done[name], rates[name], tokens / seconds)
+            read = sum(len(self.jobs[name].stream.rows[i].input_ids) for i in taken[name])
+            self._finish_step(name, done[name], rates[name], read / seconds)
         self.progress.seconds = time.monotonic() - self._started
+
+    def _step_is_due(self, name: str) -> bool:
+        p = self.progress.adapters[name]
+        return p.status == RUNNING and p.pending == self.jobs[name].run.gradient_accumulation
 
     def _account(self, name: str, loss: SlotLoss, taken: Sequence[int], weights: Sequence[float]) -> None:
         p = self.progress.adapters[name]
@@ -147,159 +156,97 @@ class Trainer:
 
     def _stop_not_finite(self, name: str, why: str) -> None:
         p = self.progress.adapters[name]
-        p.status, p.pending = NOT_FINITE, 0
+        p.status, p.pending, p.pending_loss, p.pending_tokens = NOT_FINITE, 0, 0.0, 0.0
         self.optimizer.zero_grad(name)
+        kept = f"those of step {p.step}"
+        if not adapter_is_finite(self.bank, name):
+            if name in self.validation.best:
+                self.validation.use_best(name)
+                kept = f"set back to those of step {p.best_step}, its best, since the last step made them infinite"
+            else:
+                restart_adapter(self.bank, name, self.jobs[name])
+                kept = "set back to its start, since its steps made them infinite"
         self.notice(
-            f"{name} stopped at step {p.step + 1}: {why}. Its weights are those of step {p.step}; the other adapters go on. "
+            f"stopped after step {p.step}: {why}. Its weights are {kept}; the other adapters go on. "
             "Try a lower learning rate, or look at the rows of its last batch.",
             name,
             "warning",
         )
 
+    def _check_the_ends(self) -> None:
+        """The last step of an adapter has no pass after it that would notice what it did."""
+        for name, p in self.progress.adapters.items():
+            if p.status != NOT_FINITE and not adapter_is_finite(self.bank, name):
+                self._unsaved = True
+                self._stop_not_finite(name, "its last step made its weights infinite")
+
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluation_due(self) -> bool:
-        now, every = self.progress.pass_index, self.config.eval.every
-        if self.progress.evaluated_pass == now:
-            return False
-        ended = any(p.status == FINISHED and not self._evaluated(name) for name, p in self.progress.adapters.items())
-        return now == 0 or ended or bool(every and now % every == 0)
-
-    def _evaluated(self, name: str) -> bool:
-        p = self.progress.adapters[name]
-        return p.last_metrics.get("step") == p.step
-
-    def _evaluate(self, flag: InterruptFlag) -> None:
-        now = self.progress.pass_index
-        names = [n for n, p in self.progress.adapters.items() if p.status in (RUNNING, FINISHED) and not self._evaluated(n)]
-        rows = {name: self._val_rows(name) for name in names if self.jobs[name].val}
-        if now == 0:
-            rows = {BASE_NAME: self.base_rows()} if self.base_rows() else {}
-        if rows:
-            losses = validation_losses(self.engine, rows, batch_size=self.config.eval.batch_size, busy=self._busy(flag))
-            self.progress.evaluated_pass = now
-            for name, loss in losses.items():
-                self._base_evaluated(loss) if name == BASE_NAME else self._adapter_evaluated(name, loss)
-        self.progress.evaluated_pass = now
-
-    def _val_rows(self, name: str) -> Sequence[TokenRow]:
-        return spread(self.jobs[name].val, self.config.eval.max_rows)
-
-    def base_rows(self) -> list[TokenRow]:
-        """Held-out rows of all adapters, each data set once: what the base is scored on."""
-        sets = {id(job.val): self._val_rows(name) for name, job in self.jobs.items()}
-        return [row for rows in sets.values() for row in rows]
-
-    def _base_evaluated(self, loss: float) -> None:
-        self.progress.base_metrics = {"loss": loss}
-        self._emit_eval(
-            EvalRecord(adapter=BASE_NAME, step=0, pass_index=self.progress.pass_index, metrics={"loss": loss}, best=False)
-        )
-
-    def _adapter_evaluated(self, name: str, loss: float) -> None:
-        p = self.progress.adapters[name]
-        best = loss == loss and (p.best_loss is None or loss < p.best_loss)
-        turned = p.best_loss is not None and loss > TURN_SHARE * p.best_loss
-        p.last_metrics = {"loss": loss, "step": p.step}
-        if best:
-            p.best_loss, p.best_step, p.best_metrics, p.without_gain = loss, p.step, {"loss": loss}, 0
-            self.best[name] = {key: leaf.detach().clone() for key, leaf in self.bank.named_parameters(name)}
-        else:
-            p.without_gain += 1
-        self._emit_eval(
-            EvalRecord(
-                adapter=name, step=p.step, pass_index=self.progress.pass_index, metrics={"loss": loss}, best=best, turned=turned
-            )
-        )
-        patience = self.jobs[name].run.early_stopping
-        if patience is not None and p.without_gain >= patience and p.status == RUNNING:
-            p.status = STOPPED_EARLY
-            self.notice(
-                f"{name} stopped at step {p.step}: {patience} evaluations without a better validation loss "
-                f"(best {p.best_loss:.4f} at step {p.best_step})",
-                name,
-            )
-        elif turned and p.without_gain == 1:
-            self.notice(
-                f"{name}: validation loss has turned ({loss:.4f} after {p.best_loss:.4f} at step {p.best_step}); "
-                "it may be overfitting",
-                name,
-                "warning",
-            )
-
-    def final_scores(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Every metric of the run's configuration for base and adapters as they stand in the bank now."""
-        whole = {id(job.val): job.val for job in self.jobs.values()}
-        rows: dict[str, Sequence[TokenRow]] = {BASE_NAME: [row for own in whole.values() for row in own]}
-        rows |= {name: rows[BASE_NAME] if len(whole) == 1 else self.jobs[name].val for name in names}
-        rows = {name: own for name, own in rows.items() if own}
-        if not rows:
-            return {}
-        with interruptible() as flag:
-            return full_scores(self.engine, self.tokenizer, rows, config=self.config.eval, busy=self._busy(flag))
-
-    def use_best(self, name: str) -> None:
-        """Put the adapter's best values into the bank."""
-        if name in self.best:
-            with torch.no_grad():
-                for key, leaf in self.bank.named_parameters(name):
-                    leaf.copy_(self.best[name][key])
+    def _validate(self, flag: InterruptFlag) -> None:
+        try:
+            told = self.validation.run(self.progress, self.busy(flag))
+        except StopRequested:
+            return
+        self._unsaved = self._unsaved or bool(told)
+        for item in told:
+            for listener in self.listeners:
+                listener.on_eval(item) if isinstance(item, EvalRecord) else listener.on_notice(item)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save_due(self) -> bool:
         now, every = self.progress.pass_index, self.config.save.every
-        return self.folder is not None and bool(every and now and now % every == 0 and self.progress.saved_pass != now)
+        return bool(every and now and now % every == 0 and self._tried != now)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint of this moment. A full disk costs a notice, not the run."""
-        if self.folder is None:
+        """Write a checkpoint of this moment, unless there is one. A full disk costs a notice, not the run."""
+        if self.folder is None or not self._unsaved:
             return
-        self.progress.saved_pass = self.progress.pass_index
+        self._tried = self.progress.pass_index
         state = save_state(self.bank, self.optimizer)
-        best = {f"{name}/best/{key}": tensor.cpu() for name, leaves in self.best.items() for key, tensor in leaves.items()}
-        values = {"engine": dict(state.values), "progress": self.progress.to_dict(), "identity": dict(self.identity)}
+        best = {f"{name}/best/{key}": leaf.cpu() for name, leaves in self.validation.best.items() for key, leaf in leaves.items()}
+        values = {
+            "engine": dict(state.values),
+            "progress": self.progress.to_dict(),
+            "identity": dict(self.identity),
+            "metrics_lines": self.folder.metrics_lines(),
+        }
         checkpoint = Checkpoint(tensors={**state.tensors, **best}, values=values)
         try:
             write_checkpoint(self.folder.checkpoints, self.progress.pass_index, checkpoint, keep=self.config.save.keep)
         except OutputError as error:
             self.notice(
-                f"no checkpoint at pass {self.progress.pass_index}: {error}. Training goes on; older checkpoints are untouched.",
+                f"no checkpoint at pass {self.progress.pass_index}: {error} Training goes on; older checkpoints are untouched.",
                 level="warning",
             )
+        else:
+            self._unsaved = False
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint's state back. Raises CheckpointError when it belongs to another configuration or other data."""
-        saved = checkpoint.values["identity"]
-        differing = [key for key in self.identity if saved.get(key) != self.identity[key]]
-        if differing:
-            shown = "; ".join(f"{key}: was {saved.get(key)!r}, is {self.identity[key]!r}" for key in differing[:3])
-            raise CheckpointError(
-                f"the checkpoint belongs to another run: {shown}. "
-                "Resume with the same settings, or start afresh in another output folder."
-            )
+        """Put a checkpoint's state back. Raises CheckpointError, before anything changes, when it belongs to another run."""
+        check_identity(checkpoint.values["identity"], self.identity)
         load_state(self.bank, self.optimizer, EngineState(tensors=checkpoint.tensors, values=checkpoint.values["engine"]))
         self.progress = RunProgress.from_dict(checkpoint.values["progress"])
         for key, tensor in checkpoint.tensors.items():
             name, kind, leaf = key.split("/", 2)
             if kind == "best":
-                self.best.setdefault(name, {})[leaf] = tensor.to(self.bank.device)
+                self.validation.best.setdefault(name, {})[leaf] = tensor.to(self.bank.device)
+        self._unsaved = False
 
     # ---- telling ----------------------------------------------------------------------------------------------------
 
     def notice(self, text: str, adapter: str | None = None, level: str = "info") -> None:
         """Tell the user a sentence."""
+        notice = Notice(text=text, adapter=adapter, level=level, pass_index=self.progress.pass_index)
         for listener in self.listeners:
-            listener.on_notice(Notice(text=text, adapter=adapter, level=level))
+            listener.on_notice(notice)
 
-    def _emit_eval(self, record: EvalRecord) -> None:
-        for listener in self.listeners:
-            listener.on_eval(record)
+    def busy(self, flag: InterruptFlag, activity: str | None = None) -> Busy:
+        """Hands progress to the listeners (under the name `activity`, if given), and gives up when the flag is set."""
 
-    def _busy(self, flag: InterruptFlag):
-        def busy(activity: str, done: int, total: int) -> None:
+        def busy(what: str, done: int, total: int) -> None:
             for listener in self.listeners:
-                listener.on_busy(activity, done, total)
+                listener.on_busy(activity or what, done, total)
             flag.check()
 
         return busy

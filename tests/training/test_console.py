@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tests.train.events_for_tests import evaluation, plan, play, result, step
+from tests.training.events_for_tests import evaluation, plan, play, result, step
 
 from lorabank.training.console import ConsoleListener
 from lorabank.training.events import Notice

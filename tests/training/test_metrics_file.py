@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.train.events_for_tests import evaluation, plan, play, result, step
+from tests.training.events_for_tests import evaluation, plan, play, result, step
 
 from lorabank.errors import OutputError
 from lorabank.training.events import Notice

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.train.events_for_tests import evaluation, play, step
+from tests.training.events_for_tests import evaluation, play, step
 
 from lorabank.errors import DataError
 from lorabank.training.metrics_file import MetricsFile

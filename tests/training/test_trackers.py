@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tests.train.events_for_tests import play, result
+from tests.training.events_for_tests import play, result
 
 from lorabank.config.parse import to_dict
 from lorabank.config.train import TrainConfig

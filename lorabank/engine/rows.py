@@ -1,0 +1,55 @@
+"""A batch's route in the form that the model's layers see: some models (OPT) fold rows and tokens into one dimension.
+
+N rows × L tokens. A folded layer's input has N·L rows, each row's tokens in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorabank.bank.bank import AdapterBank
+from lorabank.bank.layers import LoRALayer
+from lorabank.bank.routing import BASE, DropoutState, Routing, RowRoute
+from lorabank.engine.head import logits_of
+from lorabank.engine.modes import evaluation_mode
+
+PROBE_TOKENS = 3
+
+
+def row_routing(bank: AdapterBank, routes: Sequence[RowRoute], length: int) -> Routing:
+    """Routing for N rows of `length` tokens, whether a layer folds them or not; no dropout."""
+    return bank.routing(list(routes), repeat=("interleave", length) if length > 1 else None)
+
+
+def dropout_routing(
+    bank: AdapterBank, routes: Sequence[RowRoute], length: int, steps: Mapping[str, int], examples_N: Tensor, *, folded: bool
+) -> Routing:
+    """Routing with dropout drawn from each adapter's step, the row's example and the token's place in it."""
+    if not folded:
+        return bank.routing(list(routes), dropout=DropoutState(steps=steps, examples=examples_N))
+    # every token is its own example then: the same place of the same example gives the same mask, however long the padding
+    examples = (examples_N[:, None] * 0x9E3779B1 + torch.arange(length, device=examples_N.device)).reshape(-1)
+    tokens = [route for route in routes for _ in range(length)]
+    return bank.routing(tokens=tokens, dropout=DropoutState(steps=steps, examples=examples))
+
+
+def folds_tokens(bank: AdapterBank) -> bool:
+    """Whether an adapted layer gets rows and tokens in one dimension, seen on a probe of one row of three tokens."""
+    seen: list[int] = []
+
+    def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0].shape[0])
+
+    handles = [m.register_forward_pre_hook(see) for m in bank.model.modules() if isinstance(m, LoRALayer)]
+    ids = torch.arange(PROBE_TOKENS, device=bank.device)[None]
+    try:
+        with torch.no_grad(), evaluation_mode(bank.model.modules()), bank.route(BASE):
+            logits_of(bank.model, ids, torch.ones_like(ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return PROBE_TOKENS in seen

@@ -1,0 +1,152 @@
+"""`load_run`: a base model with trained adapters, from a run folder, an adapter's folder or a model's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorabank.bank.attach import attach
+from lorabank.bank.bank import AdapterBank
+from lorabank.config.checks import check_adapter_name
+from lorabank.config.parse import load_config
+from lorabank.config.train import DataConfig, TrainConfig
+from lorabank.data.prepare import prepare
+from lorabank.data.render import TokenRow
+from lorabank.errors import AdapterNameError, CheckpointError, ConfigError, DataError, ModelError, closest
+from lorabank.formats.adapter import Adapter
+from lorabank.models.load import load_base
+from lorabank.models.names import alias
+from lorabank.models.quiet import quiet_transformers
+from lorabank.training.evaluate import BASE_NAME
+from lorabank.training.run_folder import resume_line
+from lorabank.training.setup import adapter_runs, load_data
+
+UNNAMED = "adapter"
+"""What an adapter is called whose folder's name can't be one."""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A base model with trained adapters in a bank, ready to be talked to."""
+
+    bank: AdapterBank
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    names: list[str]
+    """Adapters in the bank."""
+    config: TrainConfig | None
+    """Of the run that they came from, when there is one."""
+
+
+def load_run(
+    source: str | Path, adapters: Sequence[str] | None = None, *, device: str = "auto", dtype: str = "auto"
+) -> LoadedRun:
+    """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
+
+    The tokenizer is the one that was saved beside the adapters, chat template included; else the base's. Raises
+    AdapterNameError for a name that the run doesn't have, CheckpointError for a run that hasn't ended, ModelError for its base.
+    """
+    path = Path(source)
+    config = _config_of(path)
+    folders = adapter_folders(path, config)
+    wanted = list(dict.fromkeys(name for name in (folders if adapters is None else adapters) if name != BASE_NAME))
+    for name in wanted:
+        if name not in folders:
+            raise AdapterNameError(
+                f"{source}: no adapter {name!r}{closest(name, folders)}. It has: {', '.join(folders) or 'none'}."
+            )
+    if config is not None and not folders and adapters is None:
+        raise CheckpointError(f"{source}: the run has no adapter yet, since it didn't end. To go on with it: {resume_line(path)}")
+    loaded = {name: Adapter.load(folders[name]) for name in wanted}
+    base = load_base(_base_name(path, config, folders, loaded), dtype=dtype, device=device)
+    bank = attach(base.model)
+    for name, adapter in loaded.items():
+        bank.load(name, adapter)
+    tokenizer = _saved_tokenizer([folders[name] for name in wanted]) or base.tokenizer
+    return LoadedRun(bank, base.model, tokenizer, list(loaded), config)
+
+
+def adapter_folders(path: Path, config: TrainConfig | None = None) -> dict[str, Path]:
+    """Adapter name to folder, of a run folder (in the run's order) or a single adapter's."""
+    if (path / "adapter_config.json").is_file():
+        return {_name_of(path.resolve()): path}
+    if not path.is_dir():
+        return {}
+    found = {p.name: p for p in sorted(path.iterdir()) if (p / "adapter_config.json").is_file()}
+    order = list(adapter_runs(config)) if config is not None else []
+    return {name: found[name] for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order))}
+
+
+def _name_of(folder: Path) -> str:
+    """A name for an adapter by its folder; `formal/last` is formal's."""
+    name = folder.parent.name if folder.name == "last" else folder.name
+    try:
+        check_adapter_name(name)
+    except AdapterNameError:
+        return UNNAMED
+    return name
+
+
+def _config_of(path: Path) -> TrainConfig | None:
+    """Of the run whose folder this is, or that this adapter's folder lies in."""
+    inside = (path / "adapter_config.json").is_file()
+    for folder in (path, *path.resolve().parents[:2]) if inside else (path,):
+        if (folder / "config.yaml").is_file():
+            return load_config(folder)[0]
+    return None
+
+
+def _base_name(path: Path, config: TrainConfig | None, folders: Mapping[str, Path], loaded: Mapping[str, Adapter]) -> str:
+    """The base that the adapters name, or the run: whichever is on this machine, since both may be paths."""
+    if not folders and config is None:
+        return str(path)
+    if not loaded:
+        loaded = {name: Adapter.load(folder) for name, folder in list(folders.items())[:1]}
+    names = [config.model] if config is not None else []
+    names = [name for name in (*names, *(adapter.base_model for adapter in loaded.values())) if name]
+    if not names:
+        raise ConfigError(
+            f"{path}: neither the run nor its adapters say which base model they belong to. Load the model yourself and use "
+            "lorabank.attach(model) and bank.load(name, lorabank.Adapter.load(folder))."
+        )
+    return next((name for name in names if alias(name) or Path(name).expanduser().exists()), names[0])
+
+
+def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the adapters, which has the chat template that they were trained with; None without one."""
+    folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+    if folder is None:
+        return None
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # a damaged or exotic tokenizer surfaces as almost any class
+        raise ModelError(
+            f"{folder}: the tokenizer beside the adapter can't be read ({error}). Delete it to use the base's."
+        ) from error
+
+
+def held_out_rows(run: LoadedRun, names: Sequence[str], data: DataConfig) -> dict[str, Sequence[TokenRow]]:
+    """The rows that each name is scored on: `data.test` if there is one, else the run's own held-out rows.
+
+    The base gets the rows of every adapter among `names`.
+    """
+    own = run.config is not None and run.config.data == data and data.test is None
+    if own and run.config is not None:
+        if data.train is None and not all(r.data for r in adapter_runs(run.config).values()):
+            raise DataError(
+                "evaluation: the run was trained on rows given as objects, which it can't read again. Give data.test (--data)."
+            )
+        sets = load_data(run.config, run.tokenizer).by_adapter
+        held = {name: sets[name].test or sets[name].val for name in sets}
+        distinct = {id(rows): rows for name, rows in held.items() if name in names or not set(names) & set(held)}
+        base = next(iter(distinct.values())) if len(distinct) == 1 else [row for rows in distinct.values() for row in rows]
+        return {name: held.get(name, base) for name in names}
+    source = data.test or data.val or data.train
+    if source is None:
+        raise DataError("evaluation: no rows. Give data.test (--data).")
+    rows = prepare(replace(data, train=source, val=None, test=None, val_split=0, test_split=0), run.tokenizer, seed=0).train
+    return dict.fromkeys(names, rows)

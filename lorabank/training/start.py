@@ -1,0 +1,65 @@
+"""Where an adapter's weights start: random A and zero B, or another adapter's (`init_from`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lorabank.bank.bank import AdapterBank
+from lorabank.bank.init import initial_A
+from lorabank.config.adapter import AdapterConfig
+from lorabank.errors import FingerprintError
+from lorabank.formats.adapter import Adapter
+from lorabank.training.jobs import AdapterJob
+
+
+def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> str | None:
+    """Add the adapter of a job to the bank. Returns a sentence for the user where its settings gave way to a file's."""
+    wanted = job.run.adapter_config()
+    if job.run.init_from is None:
+        bank.add(name, wanted, seed=job.seed)
+        return None
+    start = Adapter.load(job.run.init_from)
+    difference = None if start.fingerprint is None else start.fingerprint.compare(bank.fingerprint)
+    if difference is not None:
+        of = f" ({start.base_model})" if start.base_model else ""
+        raise FingerprintError(
+            f"adapters.{name}.init_from: {job.run.init_from} was trained on another base model{of}: {difference}. "
+            "Start from an adapter of this base, or leave init_from out."
+        )
+    bank.load(name, replace(start, config=replace(start.config, dropout=wanted.dropout)), seed=job.seed)
+    return f"starts from {job.run.init_from}: {_shape(start.config)}, as in that file{_gave_way(wanted, start.config)}"
+
+
+def _shape(config: AdapterConfig) -> str:
+    targets = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
+    return f"rank {config.rank}, alpha {config.alpha:g}, targets {targets}"
+
+
+def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
+    plain = AdapterConfig()
+    asked = [
+        name for name in ("rank", "alpha", "targets") if getattr(wanted, name) not in (getattr(plain, name), getattr(found, name))
+    ]
+    return f" (the settings {', '.join(asked)} of this run give way to it)" if asked else ""
+
+
+def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
+    """Set an adapter's values back to where they started."""
+    start = None if job.run.init_from is None else Adapter.load(job.run.init_from)
+    with torch.no_grad():
+        for key, leaf in bank.named_parameters(name):
+            path, _, role = key.rpartition(".")
+            if start is not None:
+                layer = start.layers[path]
+                leaf.copy_(layer.A if role == "A" else layer.B.t())
+            elif role == "A":
+                leaf.copy_(initial_A(bank.config(name).init, leaf.shape[0], leaf.shape[1], job.seed, path))
+            else:
+                leaf.zero_()
+
+
+def adapter_is_finite(bank: AdapterBank, name: str) -> bool:
+    """Whether every value of the adapter is a number."""
+    return all(bool(leaf.isfinite().all()) for leaf in bank.parameters(name))

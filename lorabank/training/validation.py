@@ -1,0 +1,106 @@
+"""`Validation`: when held-out rows are scored during training, and what follows: the best step, early stopping, a warning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorabank.config.train import EvalConfig
+from lorabank.data.render import TokenRow
+from lorabank.engine.step import Engine
+from lorabank.training.evaluate import BASE_NAME, Busy, spread, validation_losses
+from lorabank.training.events import EvalRecord, Notice
+from lorabank.training.jobs import AdapterJob
+from lorabank.training.progress import FINISHED, RUNNING, STOPPED_EARLY, AdapterProgress, RunProgress
+
+TURN_SHARE = 1.05
+"""Validation loss this far above its best is called turning."""
+
+
+@dataclass(kw_only=True)
+class Validation:
+    """The held-out rows of a run, and each adapter's best values on them."""
+
+    engine: Engine
+    jobs: Mapping[str, AdapterJob]
+    config: EvalConfig
+    best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Adapter to its leaves' values at its best validation loss."""
+
+    def due(self, progress: RunProgress) -> list[str]:
+        """Who is scored now: the base before the first pass, adapters every so many passes and once they have ended.
+
+        An adapter that ends has no say in when the others are scored: that would make them depend on each other.
+        """
+        now, every = progress.pass_index, self.config.every
+        if now == 0:
+            starts = [name for name, job in self.jobs.items() if job.run.init_from is not None and job.val]
+            return [BASE_NAME, *starts] if not progress.base_metrics and self.base_rows() else []
+        wanted = (RUNNING, FINISHED) if every and now % every == 0 else (FINISHED,)
+        adapters = progress.adapters.items()
+        return [
+            name for name, p in adapters if p.status in wanted and self.jobs[name].val and p.last_metrics.get("step") != p.step
+        ]
+
+    def run(self, progress: RunProgress, busy: Busy) -> list[EvalRecord | Notice]:
+        """Score whoever is due and note it in `progress`, all or, when `busy` raises, none. Returns what to tell."""
+        names = self.due(progress)
+        if not names:
+            return []
+        rows = {name: self.base_rows() if name == BASE_NAME else self.val_rows(name) for name in names}
+        losses = validation_losses(self.engine, rows, batch_size=self.config.batch_size, busy=busy)
+        told: list[EvalRecord | Notice] = []
+        for name, loss in losses.items():
+            if name == BASE_NAME:
+                progress.base_metrics = {"loss": loss}
+                told.append(EvalRecord(adapter=name, step=0, pass_index=progress.pass_index, metrics={"loss": loss}, best=False))
+            else:
+                told += self._scored(name, progress.adapters[name], loss, progress.pass_index)
+        return told
+
+    def val_rows(self, name: str) -> Sequence[TokenRow]:
+        """The rows that this adapter is scored on while it trains."""
+        return spread(self.jobs[name].val, self.config.max_rows)
+
+    def base_rows(self) -> list[TokenRow]:
+        """Held-out rows of all adapters, each data set once: what the base is scored on."""
+        sets = {id(job.val): self.val_rows(name) for name, job in self.jobs.items()}
+        return [row for rows in sets.values() for row in rows]
+
+    def use_best(self, name: str) -> None:
+        """Put the adapter's best values into the bank; without any the present ones stay."""
+        with torch.no_grad():
+            for key, leaf in self.engine.bank.named_parameters(name) if name in self.best else ():
+                leaf.copy_(self.best[name][key])
+
+    def _scored(self, name: str, p: AdapterProgress, loss: float, now: int) -> list[EvalRecord | Notice]:
+        best = math.isfinite(loss) and (p.best_loss is None or loss < p.best_loss)
+        turned = p.best_loss is not None and not loss <= TURN_SHARE * p.best_loss
+        p.last_metrics = {"loss": loss, "step": p.step}
+        if best:
+            p.best_loss, p.best_step, p.best_metrics, p.without_gain, p.turned = loss, p.step, {"loss": loss}, 0, False
+            self.best[name] = {key: leaf.detach().clone() for key, leaf in self.engine.bank.named_parameters(name)}
+        else:
+            p.without_gain += 1
+        record = EvalRecord(adapter=name, step=p.step, pass_index=now, metrics={"loss": loss}, best=best, turned=turned)
+        notice = self._stopped(name, p) or self._turned(p, loss, turned)
+        return [record] if notice is None else [record, Notice(text=notice[0], adapter=name, level=notice[1], pass_index=now)]
+
+    def _stopped(self, name: str, p: AdapterProgress) -> tuple[str, str] | None:
+        patience = self.jobs[name].run.early_stopping
+        if patience is None or p.without_gain < patience or p.status != RUNNING:
+            return None
+        p.status = STOPPED_EARLY
+        best = "no evaluation gave a number" if p.best_loss is None else f"best {p.best_loss:.4f} at step {p.best_step}"
+        return f"stopped at step {p.step}: {patience} evaluations without a better validation loss ({best})", "info"
+
+    def _turned(self, p: AdapterProgress, loss: float, turned: bool) -> tuple[str, str] | None:
+        if not turned or p.turned:
+            return None
+        p.turned = True
+        best = f"after {p.best_loss:.4f} at step {p.best_step}"
+        return f"validation loss has turned ({loss:.4f} {best}); it may be overfitting. The best step is kept.", "warning"

@@ -1,0 +1,186 @@
+"""Tiny random models of every kind that the bank meets, and a way to make adapters that do something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lorabank import AdapterConfig, attach
+from lorabank.bank.bank import AdapterBank
+
+VOCABULARY = 48
+
+
+class Handwritten(nn.Module):
+    """A module of nobody's library: an embedding, a gated block, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16, bias=False)) for _ in range(2))
+        self.head = nn.Linear(16, VOCABULARY)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(h)
+
+
+class TorchEncoder(nn.Module):
+    """torch's own encoder layers, whose fast path reads weights without calling the layers."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, VOCABULARY)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(input_ids)))
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=64, **(sizes | changes))
+    )
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+
+
+def bert() -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=8
+    )
+    return BertForSequenceClassification(config)
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def bart() -> BartForConditionalGeneration:
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=VOCABULARY, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64, **sizes)
+    )
+
+
+def mixtral() -> MixtralForCausalLM:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=3,
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "bert": bert,
+    "t5": t5,
+    "bart": bart,
+    "handwritten": Handwritten,
+    "torch encoder": TorchEncoder,
+}
+TARGETS: dict[str, Any] = {"torch encoder": ["linear1", "linear2", "head"]}
+"""What the tests adapt, where it isn't `all-linear`."""
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    """A model in evaluation mode with fixed random weights."""
+    torch.manual_seed(seed)
+    return MODELS[name]().eval()
+
+
+def ids(rows: int, tokens: int = 6, seed: int = 0) -> Tensor:
+    return torch.randint(4, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """The model's answer, rows first, whatever kind it is."""
+    if isinstance(model, T5ForConditionalGeneration | BartForConditionalGeneration):
+        return model(input_ids=input_ids, decoder_input_ids=input_ids.flip(1), use_cache=False).logits
+    if isinstance(model, Handwritten | TorchEncoder):
+        return model(input_ids)
+    return model(input_ids=input_ids).logits
+
+
+def fill(bank: AdapterBank, name: str, size: float = 0.3) -> None:
+    """Give B random values: a fresh adapter changes nothing."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    with torch.no_grad():
+        for key, p in bank.named_parameters(name):
+            if key.endswith(".B"):
+                p.copy_(torch.randn(p.shape, generator=generator) * size / p.shape[0] ** 0.5)
+
+
+def add(bank: AdapterBank, name: str, size: float = 0.3, **config: Any) -> None:
+    """An adapter that changes the output."""
+    bank.add(name, AdapterConfig(**{"rank": 3, "alpha": 6, **config}), seed=len(bank.names))
+    fill(bank, name, size)
+
+
+def two(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, AdapterBank]:
+    """A model with a bank of two different adapters, `a` and `b`."""
+    model = make(name, seed).to(dtype)
+    bank = attach(model)
+    targets = TARGETS.get(name, "all-linear")
+    add(bank, "a", targets=targets)
+    add(bank, "b", targets=targets, rank=5, alpha=2, use_rslora=True)
+    return model, bank
+
+
+def gradients(bank: AdapterBank) -> dict[str, Tensor]:
+    """Copies of all gradients; zeros where there is none."""
+    return {key: torch.zeros_like(p) if p.grad is None else p.grad.clone() for key, p in bank.named_parameters()}
+
+
+def clear(bank: AdapterBank) -> None:
+    for p in bank.parameters():
+        p.grad = None
+
+
+def state_bytes(model: nn.Module) -> dict[str, bytes]:
+    return {
+        key: value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for key, value in model.state_dict().items()
+    }
