@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lorabank as lb
 from lorabank.engine.batch import Batch, make_batch
+from lorabank.engine.compiling import compile_blocks
 from lorabank.engine.step import Engine, forward_backward, optim_step
 from lorabank.models.load import locate
 from lorabank.optim.slot_optimizer import SlotOptimizer
@@ -54,10 +55,12 @@ def as_batch(ids: torch.Tensor, names: list[str]) -> Batch:
     return make_batch([(row.tolist(), [1.0] * length) for row in ids], [names[i * len(names) // count] for i in range(count)])
 
 
-def peft_step(model: PreTrainedModel, ids: torch.Tensor) -> Step:
+def peft_step(model: PreTrainedModel, ids: torch.Tensor, *, compiled: bool = False) -> Step:
     """PEFT's usual loop."""
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model.train(), config)
+    if compiled:
+        wrapped.compile()  # the whole model, as PEFT's users do
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=RATE)
 
     def step() -> None:
@@ -68,8 +71,10 @@ def peft_step(model: PreTrainedModel, ids: torch.Tensor) -> Step:
     return step
 
 
-def bank_step(model: PreTrainedModel, ids: torch.Tensor, adapters: int) -> Step:
+def bank_step(model: PreTrainedModel, ids: torch.Tensor, adapters: int, *, compiled: bool) -> Step:
     """lorabank with `adapters` slots sharing the rows."""
+    if compiled:
+        compile_blocks(model)
     bank = lb.attach(model)
     names = [f"adapter{i}" for i in range(adapters)]
     engine, optimizer = Engine(bank), SlotOptimizer(bank)
@@ -118,34 +123,30 @@ def check_equal(folder: Path, layers: int | None) -> dict[str, float]:
     return {"loss_difference": difference, "largest_gradient_difference": worst}
 
 
-def alternate(systems: dict[str, tuple[Step, int]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each system's work in each round; a system's step is run as often as its work needs."""
-    times: dict[str, list[float]] = {name: [] for name in systems}
-    for step, _ in systems.values():
-        step()
+def compare(name: str, mine: Step, other: Step, repeats: int, rounds: int) -> dict[str, object]:
+    """One line of the table: a step of ours beside `repeats` steps of the other, in turn, after two of each to warm up."""
+    for _ in range(2):
+        mine()
+        other()
+    times: list[tuple[float, float]] = []
     for _ in range(rounds):
-        for name, (step, repeats) in systems.items():
-            began = time.perf_counter()
-            for _ in range(repeats):
-                step()
-            times[name].append(time.perf_counter() - began)
-    return times
-
-
-def compare(name: str, systems: dict[str, tuple[Step, int]], ours: str, peer: str, rounds: int) -> dict[str, object]:
-    """One line of the table."""
-    times = alternate(systems, rounds)
-    ratios = [a / b for a, b in zip(times[ours], times[peer], strict=True)]
-    result = {
+        began = time.perf_counter()
+        mine()
+        between = time.perf_counter()
+        for _ in range(repeats):
+            other()
+        times.append((between - began, time.perf_counter() - between))
+    ratios = [a / b for a, b in times]
+    result: dict[str, object] = {
         "work": name,
-        "ours_s": round(statistics.median(times[ours]), 3),
-        "peer_s": round(statistics.median(times[peer]), 3),
+        "ours_s": round(statistics.median(a for a, _ in times), 3),
+        "other_s": round(statistics.median(b for _, b in times), 3),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
     }
     spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"{name:58s} {result['ours_s']:8.2f} s {result['peer_s']:8.2f} s   {result['ratio']:.2f} × {spread}", flush=True)
+    print(f"{name:58s} {result['ours_s']:8.2f} s {result['other_s']:8.2f} s   {result['ratio']:.2f} × {spread}", flush=True)
     gc.collect()
     return result
 
@@ -160,7 +161,7 @@ def peak_memory(folder: Path, layers: int | None, system: str) -> float:
 def run_for_memory(folder: Path, layers: int | None, system: str) -> None:
     """Three steps, then this process's own peak."""
     model, ids = load(folder, layers), token_rows(4, 128)
-    step = peft_step(model, ids) if system == "peft" else bank_step(model, ids, 1)
+    step = peft_step(model, ids) if system == "peft" else bank_step(model, ids, 1, compiled=False)
     for _ in range(3):
         step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -184,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--layers", type=int, help="use only the first blocks")
+    parser.add_argument("--compile", action="store_true", help="compiled steps too (needs a C++ compiler)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
@@ -200,29 +202,35 @@ def main() -> None:
     print(f"{'':58s} {'lorabank':>10s} {'other':>10s}   lorabank / other")
     four, one, eight = token_rows(4, 128), token_rows(1, 128), token_rows(8, 128)
 
-    def fresh() -> PreTrainedModel:
-        return load(folder, args.layers)
+    def ours(ids: torch.Tensor, adapters: int, compiled: bool = False) -> Step:
+        return bank_step(load(folder, args.layers), ids, adapters, compiled=compiled)
+
+    def theirs(ids: torch.Tensor, compiled: bool = False) -> Step:
+        return peft_step(load(folder, args.layers), ids, compiled=compiled)
+
+    def line(name: str, mine: Step, other: Step, repeats: int = 1) -> dict[str, object]:
+        return compare(name, mine, other, repeats, args.rounds)
 
     rows = [
-        compare(
-            "one adapter, 4 × 128 tokens (PEFT)",
-            {"ours": (bank_step(fresh(), four, 1), 1), "peft": (peft_step(fresh(), four), 1)}, "ours", "peft", args.rounds,
-        ),
-        compare(
-            "eight adapters, 1 × 128 each, one pass (eight PEFT steps)",
-            {"ours": (bank_step(fresh(), eight, 8), 1), "peft": (peft_step(fresh(), one), 8)}, "ours", "peft", args.rounds,
-        ),
-        compare(
-            "eight slots, 8 × 128 tokens (one slot, the same tokens)",
-            {"ours": (bank_step(fresh(), eight, 8), 1), "one": (bank_step(fresh(), eight, 1), 1)}, "ours", "one", args.rounds,
-        ),
-    ]  # fmt: skip
+        line("one adapter, 4 × 128 tokens (PEFT)", ours(four, 1), theirs(four)),
+        line("eight adapters, 1 × 128 each (eight PEFT steps)", ours(eight, 8), theirs(one), 8),
+        line("eight slots, 8 × 128 tokens (one slot)", ours(eight, 8), ours(eight, 1)),
+    ]
+    if args.compile:
+        rows += [
+            line("one adapter, 4 × 128, compiled (PEFT)", ours(four, 1, True), theirs(four)),
+            line("one adapter, 4 × 128, compiled (PEFT compiled)", ours(four, 1, True), theirs(four, True)),
+            line("eight adapters, 1 × 128 each, compiled (eight PEFT steps)", ours(eight, 8, True), theirs(one), 8),
+            line("eight adapters, compiled (eight steps of PEFT compiled)", ours(eight, 8, True), theirs(one, True), 8),
+            line("eight slots, compiled (one slot, compiled)", ours(eight, 8, True), ours(eight, 1, True)),
+        ]
     memory = {name: round(peak_memory(folder, args.layers, name), 2) for name in ("lorabank", "peft")}
     print(f"peak memory of the process, 4 × 128: lorabank {memory['lorabank']:.2f} GiB, PEFT {memory['peft']:.2f} GiB")
     record = {
         "date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_name(), "threads": args.threads,
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__, "model": args.model,
-        "layers": args.layers, "rounds": args.rounds, "check": check, "rows": rows, "peak_gib": memory,
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "peft": peft.__version__, "model": args.model, "layers": args.layers, "rounds": args.rounds,
+        "check": check, "rows": rows, "peak_gib": memory,
     }  # fmt: skip
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,8 @@ def _train(
     from lorabank.training.run_folder import RunFolder
     from lorabank.training.setup import build_trainer, load_data
 
+    for text in notes:
+        _tell(listeners)(text)
     folder = RunFolder(config.output) if config.output and not dry_run else None
     from_objects = model is not None or rows.train is not None or bool(rows.by_adapter)
     model, tokenizer, name, more = _base(config, model, tokenizer, listeners)
@@ -98,13 +100,14 @@ def _train(
         if folder is not None:
             resumed_from = resume_run(trainer, folder, resume) if resume else None
             everyone += _open_folder(folder, config, trainer, sets, fresh=not resume)
-        for text in (*notes, *more):
+        for text in more:
             trainer.notice(text)
         for notice in notices:
             trainer.notice(notice.text, notice.adapter, notice.level)
         _tell_about_data(trainer, sets)
         if resume and folder is not None and resumed_from is None:
-            trainer.notice("the run was ended before its first checkpoint: it starts from the beginning")
+            # not for the metrics: they are those of a run that wasn't ended
+            _tell(listeners)("the run was ended before its first checkpoint: it starts from the beginning")
         if dry_run:
             return _dry(trainer, name)
         command = command_for(config, from_objects=from_objects)

@@ -243,6 +243,8 @@ class TrainConfig:
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the model's repeated blocks: a slower start, then faster steps. On a CPU it needs a C++ compiler."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU if there is one."""
     threads: int | None = None
@@ -256,6 +258,8 @@ class TrainConfig:
         if self.base_dtype in LATER_BASE_DTYPES:
             raise ConfigError(f"base_dtype: {self.base_dtype} is not supported yet. Use bf16 or fp32.")
         check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
+        if self.compile and self.gradient_checkpointing:
+            raise ConfigError("compile: can't be combined with gradient_checkpointing yet. Leave one of them out.")
         check_choice("task", self.task, ("text-generation",))
         for tracker in self.report_to:
             check_choice("report_to", tracker, TRACKERS)

@@ -43,9 +43,11 @@ def resume_run(trainer: Trainer, folder: RunFolder, resume: bool | str) -> str |
     if path is None:
         _check_same(before, trainer.config)
         folder.metrics.unlink(missing_ok=True)
+        folder.tidy()
         return None
     checkpoint = read_checkpoint(path)
     trainer.resume(checkpoint)
+    folder.tidy()
     if isinstance(resume, str):
         remove_newer(path)
     cut_back(folder.metrics, checkpoint.values["metrics_lines"])

@@ -7,6 +7,7 @@ out/support/checkpoints/step-200/   config.yaml   metrics.jsonl   loss.png   sam
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from lorabank.formats.files import write_files
 from lorabank.training.evaluate import Generated
 from lorabank.training.metrics_file import count_lines
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""What `write_files` writes to before it renames."""
 OWN_NAMES = (
     "checkpoints",
     "config.yaml",
@@ -68,7 +71,7 @@ class RunFolder:
         """Raise OutputError, with the line that resumes it, when something is there already."""
         if self.path.is_file():
             raise OutputError(f"{self.path}: expected a folder for the run, got a file. Choose another output.")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if not self.path.is_dir() or all(_TEMPORARY.fullmatch(path.name) for path in self.path.iterdir()):
             return
         way = "It isn't a run of lorabank"
         if (self.path / "config.yaml").is_file():
@@ -82,9 +85,16 @@ class RunFolder:
             raise CheckpointError(f"{self.path}: nothing to resume: {what}. Leave resume out to start the run.")
         return load_config(self.path)[0]
 
+    def tidy(self) -> None:
+        """Remove half-written files that a kill left behind."""
+        for path in list(self.path.rglob(".*.tmp")):
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write `config.yaml`. Raises OutputError when something is there already."""
         self.refuse_existing()
+        self.tidy()
         write_files(self.path, {"config.yaml": dump_yaml(config).encode()})
 
     def write_reports(self, reports: Mapping[str, Mapping[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def load_data(
         by_adapter[name] = prepared[key]
         names[name] = name if own else run.data or config.data.train or SHARED_DATA
         if any(names[other] == names[name] and by_adapter[other] is not prepared[key] for other in by_adapter):
-            names[name] += f" (validated on {run.val_data})"  # the same rows, held against others
+            names[name] += f" (validated on {Path(run.val_data or 'others').name})"  # the same rows, held against others
     reports = {names[name]: part.report.to_dict() for name, part in by_adapter.items()}
     return DataSets(by_adapter, reports, names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -216,6 +217,14 @@ def test_trap3_base_rows_alone_save_nothing_and_a_later_route_is_still_an_error(
             loss = _loss(model, ids(4))
         with pytest.raises((RoutingError, CheckpointError)):
             loss.backward()
+
+
+def test_trap3_a_context_fn_that_brings_another_route_is_an_error() -> None:
+    model, bank = _bank(use_reentrant=False, context_fn=lambda: (nullcontext(), bank.route([BASE, BASE, "a", "a"])))
+    with bank.route(["a", "a", BASE, BASE]):
+        loss = _loss(model, ids(4))
+    with pytest.raises(RoutingError, match=r"recomputed this layer under another route than its forward saw"):
+        loss.backward()
 
 
 def test_trap3_backward_needs_no_route_without_checkpointing() -> None:

@@ -52,6 +52,11 @@ def test_trap1_growth_keeps_leaf_identity_optimizer_state_and_gradient() -> None
     for i in range(4):
         bank.add(f"more{i}", AdapterConfig(rank=8))
     assert all(layer.store.buffers[0].data_ptr() != old for layer, old in zip(all_layers(bank), before, strict=True))
+    for layer in all_layers(bank):
+        slot, (a_buffer, b_buffer) = layer.store.slots["a"], layer.store.buffers
+        assert (slot.A_RI.data_ptr(), slot.B_RO.data_ptr()) == (a_buffer.data_ptr(), b_buffer.data_ptr()), (
+            "the old buffer is held"
+        )
     assert all(p is q for p, q in zip(bank.parameters("a"), leaves, strict=True))
     assert all(torch.equal(p, v) for p, v in zip(leaves, values, strict=True))
     assert all(p.grad is g for p, g in zip(leaves, grads, strict=True))

@@ -89,7 +89,7 @@ def test_law3_over_a_bf16_base() -> None:
     """bf16 rounds activations to 8 bits, so products of another shape may round otherwise, which Lion's sign enlarges."""
 
     def base() -> torch.nn.Module:
-        return make_model(spread=1.0).to(torch.bfloat16)
+        return make_model(spread=1.0).bfloat16()
 
     joint = train(base, JOBS)
     alone = {name: leaves for job in JOBS for name, leaves in train(base, [job]).items()}

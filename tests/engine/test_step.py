@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorabank import BASE, AdapterConfig, attach
 from lorabank.engine.batch import make_batch
+from lorabank.engine.rows import dropout_routing
 from lorabank.engine.step import Engine, SlotLoss, forward_backward, logprobs
 from lorabank.errors import ConfigError, DataError, RoutingError
 from tests.engine.tiny import (
@@ -87,14 +88,15 @@ def test_the_mean_loss_is_transformers_own_loss(family: str) -> None:
 
 
 def test_an_auxiliary_loss_of_experts_is_not_trained_on() -> None:
-    bank = make_bank("mixtral")
-    assert bank.model.config.output_router_logits
+    model = make_model("mixtral")
+    bank = make_bank("mixtral", model=model)
+    assert model.config.output_router_logits
     (ids,) = tokens([11])
     text = torch.tensor([ids])
     with torch.no_grad(), bank.route("a"):
         out = bank.model(input_ids=text, labels=text.clone())
     found = forward_backward(Engine(bank), make_batch([(ids, [1.0] * 11)], "a"))["a"].mean
-    auxiliary = bank.model.config.router_aux_loss_coef * out.aux_loss
+    auxiliary = model.config.router_aux_loss_coef * out.aux_loss
     assert float(auxiliary) > 1e-4
     assert found == pytest.approx(float(out.loss - auxiliary), rel=1e-5)
 
@@ -142,20 +144,19 @@ def test_dropout_is_drawn_from_the_step_and_the_example_alone(family: str) -> No
     assert difference(other["b"], first["b"]) < TOLERANCE * 5
 
 
-def test_dropout_differs_from_token_to_token_where_a_model_folds_them() -> None:
+def test_every_token_draws_its_own_dropout_where_a_model_folds_them() -> None:
     bank = make_bank("opt", names=("a",), dropout=0.5)
-    engine = Engine(bank)
-    assert engine.folded()
+    assert Engine(bank).folded()
     assert not Engine(make_bank("llama")).folded()
-    batch = make_batch([([20] * 8, [0.0] + [1.0] * 7)], "a")
-    _, one = backward(bank, batch, engine, steps={"a": 0})
-    _, two = backward(bank, make_batch([([20] * 8, [0.0] * 7 + [1.0])], "a"), engine, steps={"a": 0})
-    assert difference(two["a"], one["a"]) > 0.05
+    drawn = [dropout_routing(bank, ["a"] * 3, n, {"a": 0}, torch.tensor([0, 1, 7]), folded=True).dropout for n in (5, 8)]
+    short, padded = (d.examples.view(3, -1) for d in drawn if d is not None)
+    assert torch.equal(short, padded[:, :5])
+    assert len(padded.unique()) == len(torch.unique(padded & 0xFFFFFFFF)) == 24
 
 
 def test_bf16_base_keeps_fp32_gradients_close() -> None:
     _, expected = backward(make_bank(model=make_model(spread=1.0)), batch_of(LENGTHS, ROUTES))
-    bank = make_bank(model=make_model(spread=1.0).to(torch.bfloat16))
+    bank = make_bank(model=make_model(spread=1.0).bfloat16())
     losses, found = backward(bank, batch_of(LENGTHS, ROUTES))
     assert all(g.dtype == torch.float32 for g in found["a"].values())
     # bf16 keeps 8 bits: activations and their gradients are rounded on the way

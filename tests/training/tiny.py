@@ -75,10 +75,13 @@ def lines_without_clock(path: Path) -> list[dict[str, Any]]:
 def assert_same_run(one: Path, other: Path) -> None:
     """All that two runs of one configuration left is the same, but for checkpoints, the clock and the picture (drawn from it)."""
     first, second = (files_of(path, leave_out=("checkpoints", "metrics.jsonl", "loss.png")) for path in (one, other))
-    assert first.keys() == second.keys()
+    assert sorted(first) == sorted(second)
     for name, content in first.items():
         assert content == second[name], name
-    assert lines_without_clock(one / "metrics.jsonl") == lines_without_clock(other / "metrics.jsonl")
+    lines, wanted = lines_without_clock(one / "metrics.jsonl"), lines_without_clock(other / "metrics.jsonl")
+    for index, (line, expected) in enumerate(zip(lines, wanted, strict=False)):
+        assert line == expected, f"metrics.jsonl:{index + 1}"
+    assert len(lines) == len(wanted)
 
 
 def delta_weights(adapter: Any) -> Mapping[str, torch.Tensor]:

@@ -1,0 +1,45 @@
+"""Regional compilation: each of a model's repeated blocks through torch.compile, so that element-wise work is fused.
+
+Blocks of one class share their compiled code, which keeps the start short. The LoRA products stay the eager ones (see
+kernels/ops.py), so adding adapters or changing the route compiles nothing again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from torch import nn
+
+from lorabank.errors import ConfigError
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules that stand in a list with others of their class: a transformer's layers."""
+    found: list[nn.Module] = []
+    for module in model.children():
+        blocks = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+        if len(blocks) > 1 and len({type(block) for block in blocks}) == 1:
+            found += blocks
+        else:
+            found += repeated_blocks(module)
+    return found
+
+
+def compile_blocks(model: nn.Module) -> int:
+    """Compile the repeated blocks in place; returns how many. They stay compiled: results don't change beyond rounding.
+
+    Raises ConfigError when there is nothing to compile, or no C++ compiler on a CPU.
+    """
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise ConfigError(f"compile: {type(model).__name__} has no repeated blocks to compile. Leave compile out.")
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if on_cpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise ConfigError(
+            "compile: on a CPU it needs a C++ compiler (g++ or clang++) and none was found. Install one, or leave compile out."
+        )
+    for block in blocks:
+        block.compile()
+
+    return len(blocks)

@@ -1,0 +1,187 @@
+"""Laws 3 and 4 for whole runs: adapters trained together end as each would alone, and one that goes NaN stops alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.children import Quiet
+from tests.training.tiny import delta_weights, tiny_model, tiny_rows, write_rows
+from transformers import PreTrainedTokenizerFast
+
+import lorabank as lb
+from lorabank.errors import ConfigError, DataError
+from lorabank.training.events import EvalRecord, Notice, RunResult, StepRecord
+
+
+class Recorder(Quiet):
+    """Keeps what a run tells."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+        self.evals: list[EvalRecord] = []
+        self.notices: list[Notice] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def on_eval(self, record: EvalRecord) -> None:
+        self.evals.append(record)
+
+    def on_notice(self, notice: Notice) -> None:
+        self.notices.append(notice)
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """One adapter's steps and evaluations, without the clock."""
+        rows = [dataclasses.asdict(r) for r in [*self.steps, *self.evals] if r.adapter == name]
+        return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "seconds_left")} for row in rows]
+
+
+def run(tokenizer: PreTrainedTokenizerFast, adapters: dict[str, Any], **settings: Any) -> tuple[RunResult, Recorder]:
+    told = Recorder()
+    common = {"batch_size": 4, "learning_rate": 5e-3, "seed": 3, "eval": {"every": 4, "samples": 0}}
+    data = settings.pop("data", tiny_rows())
+    result = lb.train(
+        model=tiny_model(), tokenizer=tokenizer, data=data, adapters=adapters, listeners=[told], **{**common, **settings}
+    )
+    return result, told
+
+
+def assert_same_adapter(name: str, one: RunResult, other: RunResult) -> None:
+    first, second = delta_weights(one.trained[name]), delta_weights(other.trained[name])
+    assert first.keys() == second.keys()
+    for path, delta in first.items():
+        torch.testing.assert_close(delta, second[path], rtol=1e-3, atol=1e-5, msg=path)
+
+
+def assert_same_records(name: str, one: Recorder, other: Recorder) -> None:
+    first, second = one.of(name), other.of(name)
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        for key, value in a.items():
+            if key == "metrics":
+                assert value["loss"] == pytest.approx(b[key]["loss"], rel=1e-4)
+            elif isinstance(value, float):
+                assert value == pytest.approx(b[key], rel=1e-3), key
+            else:
+                assert value == b[key], key
+
+
+def test_together_as_alone(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    own = write_rows(tmp_path / "own.jsonl", tiny_rows(24, "thing"))
+    adapters: dict[str, Any] = {
+        "formal": {"rank": 4, "dropout": 0.2, "max_steps": 13},
+        "terse": {"rank": 16, "loraplus_ratio": 8, "gradient_accumulation": 3, "batch_size": 2, "max_steps": 3},
+        "other": {"rank": 2, "data": str(own), "epochs": 2, "optimizer": "sgd", "weight_decay": 0.1, "learning_rate": 0.5},
+    }
+    together, told = run(tokenizer, adapters)
+    assert {name: item.steps for name, item in together.adapters.items()} == {"formal": 13, "terse": 3, "other": 12}
+    for name, settings in adapters.items():
+        alone, only = run(tokenizer, {name: settings})
+        assert_same_records(name, told, only)
+        assert_same_adapter(name, together, alone)
+        assert together.adapters[name].best_step == alone.adapters[name].best_step
+    assert [r.step for r in told.evals if r.adapter == "formal"] == [4, 8, 12, 13], "the end of the others doesn't count"
+
+
+def test_an_adapter_that_goes_nan_stops_alone(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    calm = {"rank": 4, "max_steps": 8}
+    wild = {"rank": 4, "max_steps": 8, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
+    both, told = run(tokenizer, {"wild": wild, "calm": calm}, output=str(tmp_path / "out"))
+    alone, _ = run(tokenizer, {"calm": calm})
+    assert both.adapters["wild"].status == "stopped: not finite"
+    assert both.adapters["wild"].steps < 8
+    assert both.adapters["calm"].status == "finished"
+    assert_same_adapter("calm", both, alone)
+    warning = next(notice for notice in told.notices if notice.adapter == "wild" and notice.level == "warning")
+    assert "NaN or infinite" in warning.text
+    assert "lower learning rate" in warning.text
+    for folder in ("wild", "wild/last"):  # load refuses what isn't finite
+        assert lb.Adapter.load(tmp_path / "out" / folder).layers
+
+
+def test_weights_that_become_infinite_go_back_to_the_last_good_ones(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    wild = {"rank": 4, "max_steps": 2, "learning_rate": 1e39, "warmup_steps": 0}
+    result, told = run(tokenizer, {"wild": wild}, output=str(tmp_path / "out"))
+    assert result.adapters["wild"].status == "stopped: not finite"
+    assert any("set back to its start" in notice.text for notice in told.notices)
+    assert all(bool((layer.B == 0).all()) for layer in result.trained["wild"].layers.values())
+    last_step, told = run(tokenizer, {"wild": {**wild, "max_steps": 1}})
+    assert last_step.adapters["wild"].status == "stopped: not finite", "no pass comes after the last step to notice it"
+    assert (tmp_path / "out" / "samples.md").exists() is False
+    assert (tmp_path / "out" / "wild" / "README.md").is_file()
+
+
+def test_the_best_step_is_kept_and_the_last_beside_it(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    unlike = write_rows(tmp_path / "odd.jsonl", [{"prompt": "??", "completion": "QWXYZ" + "JKV" * i} for i in range(4)])
+    adapters = {
+        "hasty": {"rank": 4, "early_stopping": 2, "val_data": str(unlike), "learning_rate": 0.05},
+        "steady": {"rank": 4},
+    }
+    out = tmp_path / "out"
+    result, told = run(tokenizer, adapters, output=str(out), epochs=3, eval={"every": 2, "samples": 2, "max_new_tokens": 4})
+    hasty = result.adapters["hasty"]
+    assert hasty.status == "stopped early"
+    evals = [record for record in told.evals if record.adapter == "hasty"]
+    best = min(evals, key=lambda record: record.metrics["loss"])
+    assert hasty.best_step == best.step == evals[-3].step, "two evaluations without gain"
+    assert hasty.best_metrics["loss"] == pytest.approx(best.metrics["loss"], rel=1e-5), "scored again at the end"
+    assert sum("turned" in notice.text for notice in told.notices if notice.adapter == "hasty") == 1
+    kept, last = lb.Adapter.load(out / "hasty"), lb.Adapter.load(out / "hasty" / "last")
+    assert any(not torch.equal(kept.layers[path].B, last.layers[path].B) for path in kept.layers)
+    assert all(torch.equal(kept.layers[path].B, result.trained["hasty"].layers[path].B) for path in kept.layers)
+    assert result.adapters["steady"].status == "finished"
+
+
+def test_without_evaluations_or_validation_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    settings = {"eval": {"every": 0, "metrics": ["loss", "bleu"]}, "save": {"every": 0}, "max_steps": 3}
+    result, told = run(tokenizer, {"a": {}}, output=str(tmp_path / "held"), **settings)
+    assert [(r.adapter, r.step) for r in told.evals] == [("base", 0), ("a", 3)]
+    assert {"loss", "bleu"} <= result.adapters["a"].best_metrics.keys()
+    assert [path.name for path in (tmp_path / "held" / "checkpoints").iterdir()] == ["step-3"]
+    result, told = run(tokenizer, {"a": {}}, output=str(tmp_path / "none"), **{**settings, "data.val_split": 0})
+    assert told.evals == []
+    assert any("the last step is kept" in notice.text for notice in told.notices)
+    assert result.adapters["a"].best_step is None
+    one, two = (lb.Adapter.load(tmp_path / "none" / name) for name in ("a", "a/last"))
+    assert all(torch.equal(one.layers[path].B, two.layers[path].B) for path in one.layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"early_stopping": 2, "data.val_split": 0}, ConfigError, "needs validation rows"),
+        ({"early_stopping": 2, "eval": {"every": 0}}, ConfigError, "Set eval.every above 0"),
+        ({"eval": {"metrics": ["bleau"]}}, ConfigError, "did you mean 'bleu'"),
+        ({"eval": {"metrics": ["no_such_module:score"]}}, ConfigError, "no module 'no_such_module'"),
+        ({"eval": {"metrics": ["bleu"]}, "data": [{"text": f"row {i}"} for i in range(20)]}, DataError, "no validation row"),
+        ({"data": []}, DataError, "empty data set"),
+        ({"targets": "q_prj"}, lb.LorabankError, "q_prj"),
+        ({"report_to": ["wand"]}, ConfigError, "wandb"),
+    ],
+)
+def test_refused_before_anything_is_written(
+    settings: dict[str, Any], kind: type[Exception], message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=message):
+        run(tokenizer, {"a": {}}, output=str(tmp_path / "out"), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_of_ones_own_that_fails_costs_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def good(predictions, references):\n    return {'mean': 1.5}\n\n"
+        "def bad(predictions, references):\n    raise RuntimeError('judge is away')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    good, _ = run(tokenizer, {"a": {}}, max_steps=2, eval={"metrics": ["mine.py:good"], "max_new_tokens": 4})
+    assert good.adapters["a"].best_metrics["good_mean"] == 1.5
+    bad, told = run(tokenizer, {"a": {}}, max_steps=2, output="out", eval={"metrics": ["mine.py:bad"], "max_new_tokens": 4})
+    assert any("judge is away" in notice.text for notice in told.notices)
+    assert bad.adapters["a"].best_metrics.keys() == {"loss"}
+    assert (tmp_path / "out" / "a" / "README.md").is_file()
