@@ -42,10 +42,11 @@ def train(
     data=rows, adapters={"formal": {"rank": 16}}, output="out/x", epochs=1, …)`; further keywords are the settings of a
     configuration file, and hold for every adapter that doesn't say otherwise.
 
-    `data`: rows (a `datasets.Dataset` or a list of dicts), a path, splits (`{"train": …, "validation": …}`, a `DatasetDict`), or
-    adapter names to rows; or the settings of a file's section `data`. `adapters`: names to settings, `AdapterRun`, `AdapterConfig` or `peft.LoraConfig`. Without `output`
-    nothing is written. A model given as an object is afterwards as it was before, to the bit; `bank.load(name,
-    result.trained[name])` puts an adapter onto it. `resume`: True for the newest checkpoint in `output`, or a checkpoint's name.
+    `data`: rows (a `datasets.Dataset` or a list of dicts), a path, splits (`{"train": …, "validation": …}`, a `DatasetDict`),
+    adapter names to rows, or the settings of a file's section `data`. `adapters`: names to settings, `AdapterRun`,
+    `AdapterConfig` or `peft.LoraConfig`; what such a value leaves at its default follows the run's own settings. Without
+    `output` nothing is written. A model given as an object is afterwards as it was before, to the bit: put an adapter onto it
+    with `bank.load(name, result.trained[name])`. `resume`: True for the newest checkpoint in `output`, or a checkpoint's name.
     Raises LorabankError, before the first step and with nothing written, for anything wrong with settings, data or folder.
     """
     import torch

@@ -15,6 +15,7 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.data.prepare import PreparedData, Progress, prepare
 from lorabank.data.read import Source
+from lorabank.engine.compiling import compile_blocks
 from lorabank.engine.step import Engine
 from lorabank.errors import ConfigError, DataError
 from lorabank.optim.slot_optimizer import SlotOptimizer
@@ -115,6 +116,8 @@ def build_trainer(
     for name, job in jobs.items():
         check_job(name, job, config)
     notices = _unvalidated(jobs)
+    if config.compile:
+        compile_blocks(model)
     bank = attach(model)
     try:
         optimizer = SlotOptimizer(bank)

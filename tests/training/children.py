@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.backends.backend_agg  # noqa: F401  (preloaded for the children)
+import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import torch
 

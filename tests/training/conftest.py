@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.training.tiny import tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
 
 @pytest.fixture(autouse=True)

@@ -72,3 +72,10 @@ def test_no_vllm_line_where_vllm_would_be_wrong(run: AdapterRun) -> None:
     card = model_card(replace(FACTS, run=run))
     assert "vllm serve" not in card
     assert "vLLM can't read this adapter" in card
+
+
+def test_a_base_without_a_name() -> None:
+    card = model_card(replace(FACTS, base_model=""))
+    assert "base_model" not in front_matter(card)
+    assert "vllm serve" not in card
+    assert "a base model that wasn't named" in card

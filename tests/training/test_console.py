@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tests.training.events_for_tests import evaluation, plan, play, result, step
 
 from lorabank.training.console import ConsoleListener
 from lorabank.training.events import Notice
+from tests.training.events_for_tests import evaluation, plan, play, result, step
 
 
 def terminal(width: int) -> Console:

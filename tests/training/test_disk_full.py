@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.test_joint import Recorder
-from tests.training.tiny import assert_same_run, lines_without_clock, tiny_model, tiny_rows
 from transformers import PreTrainedTokenizerFast
 
 import lorabank as lb
 from lorabank.errors import OutputError
 from lorabank.training.events import StepRecord
 from lorabank.training.metrics_file import MetricsFile
+from tests.training.test_joint import Recorder
+from tests.training.tiny import assert_same_run, lines_without_clock, tiny_model, tiny_rows
 
 
 class FullBetween(Recorder):

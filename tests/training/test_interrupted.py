@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.training.children import start_command, train_in_child
 from tests.training.tiny import assert_same_run, lines_without_clock, write_rows
 

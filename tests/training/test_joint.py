@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.children import Quiet
-from tests.training.tiny import delta_weights, tiny_model, tiny_rows, write_rows
 from transformers import PreTrainedTokenizerFast
 
 import lorabank as lb
 from lorabank.errors import ConfigError, DataError
 from lorabank.training.events import EvalRecord, Notice, RunResult, StepRecord
+from tests.training.children import Quiet
+from tests.training.tiny import delta_weights, tiny_model, tiny_rows, write_rows
 
 
 class Recorder(Quiet):
@@ -104,7 +104,7 @@ def test_an_adapter_that_goes_nan_stops_alone(tokenizer: PreTrainedTokenizerFast
 
 
 def test_weights_that_become_infinite_go_back_to_the_last_good_ones(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    wild = {"rank": 4, "max_steps": 2, "learning_rate": 1e39, "warmup_steps": 0}
+    wild = {"rank": 4, "max_steps": 2, "learning_rate": 1e37, "weight_decay": 100, "warmup_steps": 0}
     result, told = run(tokenizer, {"wild": wild}, output=str(tmp_path / "out"))
     assert result.adapters["wild"].status == "stopped: not finite"
     assert any("set back to its start" in notice.text for notice in told.notices)
@@ -118,7 +118,7 @@ def test_weights_that_become_infinite_go_back_to_the_last_good_ones(tokenizer: P
 def test_the_best_step_is_kept_and_the_last_beside_it(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     unlike = write_rows(tmp_path / "odd.jsonl", [{"prompt": "??", "completion": "QWXYZ" + "JKV" * i} for i in range(4)])
     adapters = {
-        "hasty": {"rank": 4, "early_stopping": 2, "val_data": str(unlike), "learning_rate": 0.05},
+        "hasty": {"rank": 4, "early_stopping": 2, "val_data": str(unlike), "learning_rate": 0.3},
         "steady": {"rank": 4},
     }
     out = tmp_path / "out"
@@ -129,11 +129,28 @@ def test_the_best_step_is_kept_and_the_last_beside_it(tokenizer: PreTrainedToken
     best = min(evals, key=lambda record: record.metrics["loss"])
     assert hasty.best_step == best.step == evals[-3].step, "two evaluations without gain"
     assert hasty.best_metrics["loss"] == pytest.approx(best.metrics["loss"], rel=1e-5), "scored again at the end"
-    assert sum("turned" in notice.text for notice in told.notices if notice.adapter == "hasty") == 1
     kept, last = lb.Adapter.load(out / "hasty"), lb.Adapter.load(out / "hasty" / "last")
     assert any(not torch.equal(kept.layers[path].B, last.layers[path].B) for path in kept.layers)
     assert all(torch.equal(kept.layers[path].B, result.trained["hasty"].layers[path].B) for path in kept.layers)
     assert result.adapters["steady"].status == "finished"
+
+
+def test_turning_is_told_once_after_each_best(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an evaluation that gives no number is never the best."""
+    losses = iter([3.0, 2.0, 2.02, 2.2, 2.5, 1.9, float("nan"), 1.95])
+
+    def given(engine: object, rows: dict[str, object], **more: object) -> dict[str, float]:
+        return {name: next(losses) for name in rows}
+
+    monkeypatch.setattr("lorabank.training.validation.validation_losses", given)
+    monkeypatch.setattr("lorabank.training.run.final_scores", lambda trainer, flag: {})
+    result, told = run(tokenizer, {"a": {}}, max_steps=7, eval={"every": 1, "samples": 0})
+    assert [notice.text[:43] for notice in told.notices if notice.adapter == "a"] == [
+        "validation loss has turned (2.2000 after 2.",
+        "validation loss has turned (nan after 1.900",
+    ]
+    assert [record.turned for record in told.evals[1:]] == [False, False, True, True, False, True, False]
+    assert (result.adapters["a"].best_step, result.adapters["a"].best_metrics) == (5, {"loss": 1.9})
 
 
 def test_without_evaluations_or_validation_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -142,7 +159,7 @@ def test_without_evaluations_or_validation_rows(tokenizer: PreTrainedTokenizerFa
     assert [(r.adapter, r.step) for r in told.evals] == [("base", 0), ("a", 3)]
     assert {"loss", "bleu"} <= result.adapters["a"].best_metrics.keys()
     assert [path.name for path in (tmp_path / "held" / "checkpoints").iterdir()] == ["step-3"]
-    result, told = run(tokenizer, {"a": {}}, output=str(tmp_path / "none"), **{**settings, "data.val_split": 0})
+    result, told = run(tokenizer, {"a": {}}, output=str(tmp_path / "none"), **{**settings, "val_split": 0})
     assert told.evals == []
     assert any("the last step is kept" in notice.text for notice in told.notices)
     assert result.adapters["a"].best_step is None
@@ -153,7 +170,7 @@ def test_without_evaluations_or_validation_rows(tokenizer: PreTrainedTokenizerFa
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"early_stopping": 2, "data.val_split": 0}, ConfigError, "needs validation rows"),
+        ({"early_stopping": 2, "val_split": 0}, ConfigError, "needs validation rows"),
         ({"early_stopping": 2, "eval": {"every": 0}}, ConfigError, "Set eval.every above 0"),
         ({"eval": {"metrics": ["bleau"]}}, ConfigError, "did you mean 'bleu'"),
         ({"eval": {"metrics": ["no_such_module:score"]}}, ConfigError, "no module 'no_such_module'"),

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.training.events_for_tests import evaluation, plan, play, result, step
 
 from lorabank.errors import OutputError
 from lorabank.training.events import Notice
-from lorabank.training.metrics_file import CLOCK_KEYS, MetricsFile, cut_back, read_metrics
+from lorabank.training.metrics_file import CLOCK_KEYS, MetricsFile, count_lines, cut_back, read_metrics
+from tests.training.events_for_tests import evaluation, plan, play, result, step
 
 
 def test_one_object_a_line(tmp_path: Path) -> None:
@@ -41,10 +41,14 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
     play([whole])
     whole.on_end(result(tmp_path))
     cut = MetricsFile(tmp_path / "cut.jsonl")
-    play([cut], last=14)  # killed after pass 14, the checkpoint is of pass 11
+    play([cut], last=11)
+    lines = count_lines(cut.path)  # as the checkpoint of pass 11 has it
+    for index in (12, 13, 14):
+        cut.on_step(step("formal", index))
     with cut.path.open("a") as file:
         file.write('{"event": "step", "pass_in')  # in the middle of a line
-    cut_back(cut.path, 11)
+    assert count_lines(cut.path) == lines + 3
+    cut_back(cut.path, lines)
     assert max(row["pass_index"] for row in read_metrics(cut.path)) == 11
     again = MetricsFile(cut.path)
     play([again], first=12, resumed_from="checkpoints/step-11")
@@ -56,7 +60,7 @@ def test_a_finished_run_that_goes_on_has_one_end(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.jsonl")
     play([file])
     file.on_end(result(tmp_path))
-    cut_back(file.path, 20)
+    cut_back(file.path, count_lines(file.path) - 1)
     assert [row["event"] for row in read_metrics(file.path)].count("end") == 0
     cut_back(tmp_path / "absent.jsonl", 3)
     assert not (tmp_path / "absent.jsonl").exists()
@@ -71,6 +75,25 @@ def test_notices_before_the_start_are_written_once(tmp_path: Path) -> None:
     rows = read_metrics(tmp_path / "m.jsonl")
     assert [row["event"] for row in rows] == ["start", "notice", "notice", "notice"]
     assert [row["text"] for row in rows[1:]] == ["kept 1600 rows", "goes on from None", "goes on from checkpoints/step-20"]
+
+
+def test_the_weights_stay_out(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.on_end(replace(result(tmp_path), trained={"formal": object()}))  # type: ignore[dict-item]
+    assert "trained" not in read_metrics(file.path)[0]
+
+
+def test_a_notice_belongs_to_its_pass(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.on_start(plan())
+    file.on_notice(Notice(text="stopped", adapter="formal", pass_index=7))
+    assert read_metrics(file.path)[-1] == {
+        "event": "notice",
+        "pass_index": 7,
+        "text": "stopped",
+        "adapter": "formal",
+        "level": "info",
+    }
 
 
 def test_numbers_that_json_lacks(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.training.events_for_tests import evaluation, play, step
 
 from lorabank.errors import DataError
 from lorabank.training.metrics_file import MetricsFile
 from lorabank.training.plots import loss_plot, smoothed
+from tests.training.events_for_tests import evaluation, play, step
 
 
 def test_a_picture_with_both_adapters_colours(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tests.training.events_for_tests import play, result
 
 from lorabank.config.parse import to_dict
 from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError, MissingExtraError
 from lorabank.training.trackers import TRACKERS, Tracker, make_trackers
+from tests.training.events_for_tests import play, result
 
 
 class Recorder:

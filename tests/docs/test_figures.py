@@ -1,0 +1,125 @@
+"""Messages and figures that the pages quote are those that the code gives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lorabank as lb
+from lorabank.bank.bank import AdapterBank
+from lorabank.config.parse import config_from_dict
+from lorabank.data.prepare import prepare
+from lorabank.formats.files import refuse_pickle
+from lorabank.models.names import check_not_closed
+from lorabank.planner.learning_rate import LORA_FACTOR, SHORT_RUN_FACTOR, SHORT_RUN_STEPS
+from lorabank.training.run_folder import RunFolder
+from tests.docs.pages import ROOT, cells, code
+from tests.training.tiny import tiny_model, tiny_tokenizer
+
+
+def _two() -> tuple[nn.Module, AdapterBank]:
+    model = tiny_model()
+    bank = lb.attach(model)
+    for name in ("formal", "terse"):
+        bank.add(name, lb.AdapterConfig(rank=2, targets=["q"]))
+    return model, bank
+
+
+IDS = torch.ones(8, 3, dtype=torch.int64)
+
+
+def _no_route(folder: Path) -> None:
+    _two()[0](input_ids=IDS)
+
+
+def _rows_multiplied(folder: Path) -> None:
+    model, bank = _two()
+    with bank.route(["formal", "terse"]):
+        model(input_ids=IDS)
+
+
+def _misspelt_target(folder: Path) -> None:
+    lb.attach(tiny_model()).add("formal", lb.AdapterConfig(targets=["q_porj"]))
+
+
+def _experts(folder: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    lb.attach(MixtralForCausalLM(MixtralConfig(vocab_size=16, num_local_experts=2, **sizes))).add("formal", lb.AdapterConfig())
+
+
+def _other_base(folder: Path) -> None:
+    bank = lb.attach(tiny_model(seed=1))
+    bank.load("formal", _two()[1].adapter("formal"))
+
+
+def _existing_folder(folder: Path) -> None:
+    (folder / "kept.txt").write_text("mine")
+    RunFolder(folder).refuse_existing()
+
+
+def _unknown_columns(folder: Path) -> None:
+    prepare(lb.DataConfig(), tiny_tokenizer(), seed=0, train=[{"question": "1?", "answer": "yes"}])
+
+
+def _pickle(folder: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, folder / "adapter_model.bin")
+    refuse_pickle(folder / "adapter_model.bin")
+
+
+TEN: list[Callable[[Path], object]] = [
+    lambda folder: config_from_dict({"defaults": {"rnak": 8}}),
+    _misspelt_target,
+    _experts,
+    _no_route,
+    _rows_multiplied,
+    _other_base,
+    _existing_folder,
+    _unknown_columns,
+    _pickle,
+    lambda folder: check_not_closed("GPT-3"),
+]
+"""What provokes each message of the page's table, in its order."""
+
+_ROWS = [row for row in cells(ROOT / "docs" / "errors.md") if len(row) == 2]
+MESSAGES = [code(row[0])[0] for row in _ROWS[_ROWS.index(["message", "the way out"]) + 2 :]]
+
+
+@pytest.mark.parametrize(("message", "provoke"), list(zip(MESSAGES, TEN, strict=True)))
+def test_messages_are_those_of_the_code(message: str, provoke: Callable[[Path], object], tmp_path: Path) -> None:
+    pattern = ".*".join(re.escape(part) for part in message.split("…"))
+    with pytest.raises(lb.LorabankError) as caught:
+        provoke(tmp_path)
+    assert re.fullmatch(pattern, str(caught.value), re.DOTALL), str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:merge.*lost to rounding")
+@pytest.mark.parametrize(("change", "lost"), [(0.0007, 0.90), (0.007, 0.25), (0.05, 0.04)])
+def test_what_a_merge_into_bf16_loses(change: float, lost: float) -> None:
+    torch.manual_seed(0)
+    shares = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = nn.Sequential(nn.Linear(512, 512, bias=False)).to(dtype)
+        bank = lb.attach(model)
+        bank.add("x", lb.AdapterConfig(rank=8))
+        adapter = bank.adapter("x")
+        bank.detach()
+        A, B = adapter.layers["0"].A, torch.randn(512, 8)
+        B *= change * model[0].weight.float().norm() / (B @ A).norm()
+        shares[dtype] = lb.merge(model, replace(adapter, layers={"0": lb.AdapterLayer(A, B, 1.0)})).report.lost_share
+    assert shares[torch.bfloat16] == pytest.approx(lost, rel=0.15)
+    assert shares[torch.float32] < 0.001
+    assert f"| {change:g} | about {100 * lost:.0f} % | under 0.1 % |" in (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+
+
+def test_how_the_automatic_learning_rate_is_described() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert f"{LORA_FACTOR:g} × a published fit" in text
+    assert f"({SHORT_RUN_FACTOR:g} × up to {SHORT_RUN_STEPS} steps)" in text

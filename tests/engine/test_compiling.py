@@ -1,0 +1,54 @@
+"""Compiled blocks compute what eager ones do."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from lorabank.engine.compiling import compile_blocks, repeated_blocks
+from lorabank.errors import ConfigError
+from tests.engine.tiny import FAMILIES
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt"])
+def test_the_repeated_blocks_are_the_layers(family: str) -> None:
+    model = FAMILIES[family]()
+    blocks = repeated_blocks(model)
+    assert len(blocks) == model.config.num_hidden_layers
+    assert len({type(block) for block in blocks}) == 1
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no repeated blocks"):
+        compile_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_blocks_give_the_same_gradients() -> None:
+    from lorabank import AdapterConfig, attach
+    from lorabank.engine.batch import make_batch
+    from lorabank.engine.step import Engine, forward_backward
+
+    def gradients(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = FAMILIES["llama"]()
+        if compiled:
+            assert compile_blocks(model) == 2
+        bank = attach(model)
+        for name in ("a", "b"):
+            bank.add(name, AdapterConfig(rank=4))
+        for i, p in enumerate(bank.parameters()):
+            p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+        for length in (5, 9):  # a second length must not change the result either
+            rows = [(list(range(1, length + 1)), [0.0] + [1.0] * (length - 1))] * 2
+            forward_backward(Engine(bank), make_batch(rows, ["a", "b"]))
+        return [p.grad for p in bank.parameters() if p.grad is not None]
+
+    eager, fused = gradients(False), gradients(True)
+    assert len(eager) == len(fused) > 0
+    for mine, other in zip(fused, eager, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
