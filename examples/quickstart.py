@@ -13,6 +13,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lorabank.api import train
 from lorabank.bank.attach import attach
@@ -74,9 +75,9 @@ def print_samples(console: Console, folder: Path) -> None:
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("**Prompt**"):
             table.add_section()
-            table.add_row("meaning", line.split("user", 1)[-1].split("<|im_end|>")[0].strip(" `"), style="bold")
+            table.add_row("meaning", Text(line.split("user", 1)[-1].split("<|im_end|>")[0].strip(" `")), style="bold")
         elif line.startswith("| ") and len(cells) == 2 and cells[0].strip() and set(cells[0]) != {"-"}:
-            table.add_row(cells[0].strip("| "), cells[1].strip("| "))
+            table.add_row(cells[0].strip("| "), Text(cells[1].strip("| ")))
     console.print(table)
 
 

@@ -54,7 +54,25 @@ if TYPE_CHECKING:
     from lorabank.merging.merge import merge as merge
     from lorabank.training.hf import SaveAdapterCallback as SaveAdapterCallback
 
-__all__ = sorted(_WHERE)
+__all__ = [
+    "Adapter",
+    "AdapterBank",
+    "AdapterConfig",
+    "AdapterLayer",
+    "AdapterRun",
+    "BASE",
+    "DataConfig",
+    "EvalConfig",
+    "LorabankError",
+    "Routing",
+    "SaveAdapterCallback",
+    "SaveConfig",
+    "TrainConfig",
+    "attach",
+    "combine",
+    "merge",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,19 +10,21 @@ from typing import Any
 
 from lorabank.errors import AdapterNameError, ConfigError, closest
 
-RESERVED_NAMES = ("base", "checkpoints")
-"""`base` routes to no adapter, `checkpoints` is a folder of the run."""
+RESERVED_NAMES = ("base", "checkpoints", "last")
+"""`base` routes to no adapter, `checkpoints` and `last` are folders of a run."""
+MAX_NAME_LENGTH = 100
 
 
 def check_adapter_name(name: str) -> None:
     """Raise AdapterNameError unless `name` can be a folder's name and isn't reserved."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+    fits = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) and not name.endswith(".")
+    if not fits or len(name) > MAX_NAME_LENGTH:
         raise AdapterNameError(
-            f"adapter name {name!r}: expected letters, digits, '_', '-' and '.', beginning with a letter or digit, "
-            "since it becomes a folder's name"
+            f"adapter name {name!r}: expected up to {MAX_NAME_LENGTH} letters, digits, '_', '-' or '.', the first no '-' or '.', "
+            "the last no '.', since it becomes a folder's name"
         )
     if name.lower() in RESERVED_NAMES:
-        raise AdapterNameError(f"adapter name {name!r}: is reserved. Choose another.")
+        raise AdapterNameError(f"adapter name {name!r} is taken by lorabank itself; choose another")
 
 
 def freeze_sequences(value: Any) -> None:

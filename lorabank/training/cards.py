@@ -9,7 +9,7 @@ from pathlib import Path
 from lorabank.config.train import AdapterRun
 from lorabank.formats.files import write_files
 from lorabank.training import human
-from lorabank.training.serving import obstacle, vllm_line
+from lorabank.training.serving import has_patterns, obstacle, vllm_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,11 @@ def _use(facts: CardFacts) -> str:
         f'model = PeftModel.from_pretrained(model, "path/to/{name}")\n```'
     )
     rank = max([run.rank, *run.rank_pattern.values()])
-    config = {"rank_pattern": run.rank_pattern, "alpha_pattern": run.alpha_pattern, "use_rslora": run.use_rslora}
-    reason = obstacle(config, rank)
+    reason = obstacle(rank)
     if reason is None:
-        blocks.append(f"```sh\n# vLLM\n{vllm_line(facts.base_model, {name: f'path/to/{name}'}, rank)}\n```")
+        patterns = {"rank_pattern": run.rank_pattern, "alpha_pattern": run.alpha_pattern}
+        version = " (0.32 or newer: rank and alpha differ between layers)" if has_patterns(patterns) else ""
+        blocks.append(f"```sh\n# vLLM{version}\n{vllm_line(facts.base_model, {name: f'path/to/{name}'}, rank)}\n```")
     else:
         blocks.append(f"vLLM can't read this adapter rightly as it is: {reason}.")
     return "\n\n".join(blocks)

@@ -24,29 +24,26 @@ def vllm_line(model: str, folders: Mapping[str, str], largest_rank: int) -> str:
 
 
 def serve_lines(model: str, folders: Mapping[str, str]) -> tuple[str, list[str]]:
-    """A title and the lines below it: the command where vLLM reads every adapter rightly, else what stands in the way.
-
-    vLLM reads one rank and one alpha for all layers, and no rank above its largest.
-    """
-    obstacles, largest = [], 1
+    """A title and the lines below it: the command where vLLM reads every adapter rightly, else what stands in the way."""
+    obstacles, largest, patterns = [], 1, False
     for name, folder in folders.items():
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-        largest = max(largest, rank)
-        reason = obstacle(config, rank)
+        largest, patterns = max(largest, rank), patterns or has_patterns(config)
+        reason = obstacle(rank)
         if reason:
             obstacles.append(f"{name}: {reason}")
     if obstacles:
         return "vLLM needs an export of these adapters first (lorabank export, not available yet):", obstacles
-    return "serve them in one process:", [vllm_line(model, folders, largest)]
+    needs = " (rank and alpha differ between layers: vLLM 0.32 reads that, older ones may not)" if patterns else ""
+    return f"serve them in one process{needs}:", [vllm_line(model, folders, largest)]
 
 
-def obstacle(config: Mapping[str, object], rank: int) -> str | None:
-    """Why vLLM would compute something else from this adapter's files; None when it doesn't."""
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        return "rank and alpha differ between layers (rank_pattern, alpha_pattern), which vLLM doesn't read"
-    if config.get("use_rslora"):
-        return "rsLoRA scales by alpha/√rank, an export folds that into the weights"
-    if rank > VLLM_RANKS[-1]:
-        return f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}"
-    return None
+def has_patterns(config: Mapping[str, object]) -> bool:
+    """Whether rank or alpha differ between layers."""
+    return bool(config.get("rank_pattern") or config.get("alpha_pattern"))
+
+
+def obstacle(rank: int) -> str | None:
+    """Why vLLM refuses an adapter of this rank; None when it doesn't."""
+    return f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}" if rank > VLLM_RANKS[-1] else None

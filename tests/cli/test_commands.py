@@ -291,9 +291,8 @@ def test_inspect_looks_at_a_broken_adapter(adapter_folder: Path, capsys: pytest.
 
 
 def test_inspect_a_run(run_folder: Path, adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.training.events_for_tests import play
-
     from lorabank.training.metrics_file import MetricsFile
+    from tests.training.events_for_tests import play
 
     adapter_folder.rename(run_folder / "formal")
     (run_folder / "checkpoints" / "step-20").mkdir(parents=True)

@@ -67,11 +67,18 @@ def test_what_is_not_known_is_left_out() -> None:
     assert "| trained tokens | 12,345 |" in known
 
 
-@pytest.mark.parametrize("run", [AdapterRun(use_rslora=True), AdapterRun(rank_pattern={"q": 4})])
-def test_no_vllm_line_where_vllm_would_be_wrong(run: AdapterRun) -> None:
-    card = model_card(replace(FACTS, run=run))
+def test_no_vllm_line_for_a_rank_that_vllm_refuses() -> None:
+    card = model_card(replace(FACTS, run=AdapterRun(rank=1024)))
     assert "vllm serve" not in card
     assert "vLLM can't read this adapter" in card
+
+
+@pytest.mark.parametrize("run", [AdapterRun(rank_pattern={"q": 4}), AdapterRun(alpha_pattern={"q": 4})])
+def test_ranks_that_differ_between_layers_need_a_new_vllm(run: AdapterRun) -> None:
+    card = model_card(replace(FACTS, run=run))
+    assert "vllm serve" in card
+    assert "0.32 or newer" in card
+    assert "0.32" not in model_card(replace(FACTS, run=AdapterRun(use_rslora=True)))
 
 
 def test_a_base_without_a_name() -> None:

@@ -89,17 +89,24 @@ def test_the_result(tmp_path: Path) -> None:
     assert f"lorabank chat {out} --adapters formal,terse,base" in flat
 
 
-@pytest.mark.parametrize(
-    "setting", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}, {"r": 1024}]
-)
-def test_an_export_is_named_where_vllm_would_compute_something_else(setting: dict[str, object], tmp_path: Path) -> None:
+def test_an_export_is_named_where_vllm_refuses_the_rank(tmp_path: Path) -> None:
     listener = ConsoleListener(terminal(100))
     listener.on_start(plan())
-    listener.on_end(result(tmp_path, **setting))
+    listener.on_end(result(tmp_path, r=1024))
     text = listener.console.export_text()
     assert "vllm serve" not in text
     assert "needs an export" in text
     assert "terse: " in text
+
+
+@pytest.mark.parametrize("setting", [{"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}])
+def test_ranks_that_differ_between_layers_need_a_new_vllm(setting: dict[str, object], tmp_path: Path) -> None:
+    listener = ConsoleListener(terminal(100))
+    listener.on_start(plan())
+    listener.on_end(result(tmp_path, **setting))
+    text = listener.console.export_text()
+    assert "vllm serve" in text
+    assert "vLLM 0.32" in text
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
