@@ -163,7 +163,7 @@ def test_rows_as_objects(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
         ({"data": "./rows.jsnl"}, DataError, "no file or folder"),
         ({"adapters": {}}, ConfigError, "dict of name to settings"),
         ({"adapters": {"a/b": {}}}, AdapterNameError, "a/b"),
-        ({"adapters": {"Base": {}}}, AdapterNameError, "reserved"),
+        ({"adapters": {"Base": {}}}, AdapterNameError, "taken by lorabank"),
         ({"adapters": {"metrics.jsonl": {}}}, AdapterNameError, "has a file of that name"),
         ({"adapters": {"a": {"rnak": 3}}}, ConfigError, "did you mean 'rank'"),
         ({"base_dtype": "bf16"}, ConfigError, "the model given is torch.float32"),
