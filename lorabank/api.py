@@ -231,6 +231,10 @@ def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
     from lorabank.training.trackers import check_trackers
 
     check_metrics(config.eval.metrics)
+    if config.report_to and not config.output:
+        raise ConfigError(
+            f"report_to: {', '.join(config.report_to)} needs output, the run's folder. Set output, or leave it out."
+        )
     check_trackers(config.report_to)
     if resume and not config.output:
         raise ConfigError("resume: needs the run's folder as output")

@@ -169,6 +169,7 @@ def test_rows_as_objects(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
         ({"base_dtype": "bf16"}, ConfigError, "the model given is torch.float32"),
         ({"learning_rat": 1}, ConfigError, "did you mean 'learning_rate'"),
         ({"resume": True}, ConfigError, "needs the run's folder"),
+        ({"report_to": ["mlflow"]}, ConfigError, "mlflow needs output, the run's folder"),
     ],
 )
 def test_bad_arguments(
@@ -359,6 +360,20 @@ def test_evaluate(run_folder: Path, tmp_path: Path) -> None:
     assert other.keys() == {"formal"}
     with pytest.raises(ConfigError, match="did you mean 'rouge'"):
         api.evaluate(run_folder, None, config.data, metrics=["rogue"])
+
+
+def test_evaluate_scores_the_base_on_each_adapters_rows(base: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", tiny_rows(16, name * 3))
+    adapters = {name: {"data": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")}
+    result = lb.train(model=str(base), adapters=adapters, output=str(tmp_path / "o"), **SHORT)
+    config, _ = load_config(tmp_path / "o" / "config.yaml")
+    scores = api.evaluate(tmp_path / "o", None, config.data)
+    assert scores.keys() == {"a", "b", "base (a's rows)", "base (b's rows)"}
+    for name in ("a", "b"):
+        assert scores[f"base ({name}'s rows)"]["loss"] == pytest.approx(result.base_metrics_of[name]["loss"], rel=1e-5)
+    one = api.evaluate(tmp_path / "o", ["b", "base"], config.data)
+    assert one["base"]["loss"] == pytest.approx(result.base_metrics_of["b"]["loss"], rel=1e-5)
 
 
 def test_an_answer_as_it_comes(run_folder: Path) -> None:

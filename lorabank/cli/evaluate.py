@@ -37,7 +37,9 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         "--data", metavar="ROWS", help="file, folder or datasets id (default: the run's test rows, else validation rows)"
     )
     rows.add_argument("--metrics", type=names, metavar="NAMES", help="commas between (default: the run's, else loss)")
-    rows.add_argument("--max-rows", type=positive, metavar="N", help="score only the first rows")
+    rows.add_argument(
+        "--max-rows", type=positive, metavar="N", help="score at most N rows, and answers to N prompts, spread evenly"
+    )
     rows.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the run's, else 128)")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows a pass (default: %(default)s)")
     rows.add_argument("--json", metavar="FILE", help="write the scores there too")
@@ -52,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     data = config.data if config else DataConfig()
     if args.data:
         data = replace(data, train=None, val=None, test=args.data, val_split=0, test_split=0)
+        from lorabank.data.read import check_source
+
+        check_source(args.data, place="--data")  # before the model is loaded
     metrics = args.metrics or list(config.eval.metrics if config else ("loss",))
     from lorabank import api
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabank.cli.loading import BASE_NAME
 from lorabank.cli.parser import CommandParser
 from lorabank.errors import AdapterFileError, closest
 
@@ -90,8 +91,17 @@ def best_scores(path: Path) -> dict[str, Mapping[str, float]]:
     best: dict[str, Mapping[str, float]] = {}
     for row in read_metrics(path) if path.is_file() else []:
         if row["event"] == "eval" and (row["best"] or row["adapter"] not in best):
-            best[row["adapter"]] = {key: float(value) for key, value in row["metrics"].items()}
+            best[row["adapter"]] = _numbers(row["metrics"])
+        elif row["event"] == "end":  # scored once more, with the metrics that take generation
+            ends = {name: adapter["best_metrics"] for name, adapter in row["adapters"].items()}
+            for name, metrics in (ends | {BASE_NAME: row["base_metrics"]}).items():
+                if metrics:
+                    best[name] = {**best.get(name, {}), **_numbers(metrics)}
     return best
+
+
+def _numbers(metrics: Mapping[str, float | str]) -> dict[str, float]:
+    return {key: float(value) for key, value in metrics.items()}  # NaN is a text in the file
 
 
 def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:

@@ -19,10 +19,11 @@ PROMPT_COLUMNS = ("prompt", "instruction", "question", "input", "text")
 def read_prompts(source: str, limit: int | None = None) -> list[Row]:
     """Rows of a file that training reads too, or of a .txt file with a prompt a line. Raises DataError naming file and line."""
     from lorabank.data.files import read_text
-    from lorabank.data.read import read_rows
+    from lorabank.data.read import check_source, read_rows
     from lorabank.data.row import Row
 
     if Path(source).suffix != ".txt" or not Path(source).is_file():
+        check_source(source, place="--data")
         return read_rows(source, limit=limit, role="test")[:limit]
     lines = enumerate(read_text(Path(source)).splitlines(), 1)
     rows = [Row({"prompt": line}, f"{source}:{number}") for number, line in lines if line.strip()]

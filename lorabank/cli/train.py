@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorabank.cli.parser import CommandParser
 from lorabank.config.flags import TrainArguments, parse_train_arguments
+from lorabank.config.paths import with_absolute_paths
 from lorabank.errors import OutputError
 
 EXAMPLES = """\
@@ -91,9 +92,11 @@ def run(args: argparse.Namespace) -> int:
     from lorabank import api
     from lorabank.training.console import ConsoleListener
 
+    in_place = parsed.resume and parsed.source and Path(parsed.source).is_dir()
+    config = parsed.config if in_place else with_absolute_paths(parsed.config)  # a resumed run keeps what it wrote
     console = ConsoleListener()
     try:
-        result = api.train(parsed.config, resume=parsed.resume, dry_run=parsed.dry_run, listeners=[console])
+        result = api.train(config, resume=parsed.resume, dry_run=parsed.dry_run, listeners=[console])
     finally:
         console.close()  # an error must not leave a live table behind
     if parsed.dry_run:

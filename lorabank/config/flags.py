@@ -41,6 +41,8 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     """
     tokens = _tokens(argv)
     settings = translate(read_tree(tokens.source)) if tokens.source else Settings()
+    if tokens.resume and tokens.source and Path(tokens.source).is_dir():
+        settings.values["run"]["output"] = tokens.source  # a copied or moved run goes on where it is, not where it was
     _overlay(settings, tokens)
     _shortcuts(settings)
     config, notes = build(settings)
@@ -142,7 +144,11 @@ def _adapter_flag(text: str, adapters: dict[str, dict[Any, object]]) -> None:
     """`formal,data=f.jsonl,targets=q,v,rank=16`; a part without `=` belongs to the value before it."""
     parts = re.split(r",(?![^\[{]*[\]}])", text)
     name = "default" if "=" in parts[0] else parts.pop(0)
-    entry = adapters.setdefault(name, {})
+    if name in adapters:
+        raise ConfigError(
+            f"--adapter {text}: there is an adapter {name!r} already. Give each a name of its own, all its settings in one flag."
+        )
+    entry = adapters[name] = {}
     key = None
     for part in parts:
         head, equals, value = part.partition("=")

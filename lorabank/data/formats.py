@@ -293,6 +293,11 @@ def _fill(template: str, values: Values, *, what: str) -> str:
     return text
 
 
+_NOTHING = frozenset(("NaN", "nan", "NAN", "null", "NULL", "None", "<NA>"))
+"""How a missing value looks once a tool has written it as text."""
+_MAYBE_MISSING = "the whole text of a column is NaN, null or None, which is trained as that word"
+
+
 class Normaliser:
     """Turns rows into Examples. It fails at once where the first row shows that no row can fit; later misfits are RowErrors."""
 
@@ -302,6 +307,9 @@ class Normaliser:
         self._checked = False
         self.forms_seen: dict[str, int] = {}
         """Form to number of rows."""
+        self.notes: dict[str, list[str]] = {}
+        """Sentence for the user to the origins of the rows it is about."""
+        self._columns: list[str] = []  # of the templates
 
     def __call__(self, row: Row) -> Example:
         """The row's Example. Raises RowError (drop this row) or DataError/ConfigError (give up)."""
@@ -314,6 +322,9 @@ class Normaliser:
         except RowError as error:
             raise error.at(row.origin) from error
         self.forms_seen[name] = self.forms_seen.get(name, 0) + 1
+        texts = [row.values[c] for c in self._columns] or [example.prompt, example.completion, example.text]
+        if any(isinstance(text, str) and text.strip() in _NOTHING for text in texts):
+            self.notes.setdefault(_MAYBE_MISSING, []).append(row.origin)
         return replace(example, origin=row.origin, group=group)
 
     def _parse(self, row: Row) -> tuple[str, Example]:
@@ -338,6 +349,7 @@ class Normaliser:
         named = {"group_by": [self.config.group_by] if self.config.group_by else []}
         for name, template in (("prompt", self.config.prompt), ("completion", self.config.completion)):
             named[name] = template_columns(name, template) if template is not None else []
+        self._columns = named["prompt"] + named["completion"]
         for setting, columns in named.items():
             for column in columns:
                 if column not in row.values:

@@ -66,6 +66,7 @@ def prepare(
     total, done = sum(map(len, raw.values())), 0
     errors: list[RowError] = []
     forms: dict[str, int] = {}
+    notes: dict[str, list[str]] = {}
     parts: dict[str, _Part] = {}
     for role, rows in raw.items():
         normalise = Normaliser(config)
@@ -91,9 +92,11 @@ def prepare(
             raise _nothing_left(role, len(rows), errors[before:])
         for name, count in normalise.forms_seen.items():
             forms[name] = forms.get(name, 0) + count
+        for note, origins in normalise.notes.items():
+            notes.setdefault(note, []).extend(origins)
         parts[role] = part
     splits, split_notes = _split(config, parts, seed)
-    report = build_report(read=total, errors=errors, forms=forms, notes={**renderer.notes, **split_notes}, splits=splits)
+    report = build_report(read=total, errors=errors, forms=forms, notes={**renderer.notes, **notes, **split_notes}, splits=splits)
     return PreparedData(splits["train"], splits["val"], splits["test"], report)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -39,18 +41,58 @@ def _from_name(name: str, limit: int | None, role: str) -> Iterator[Row]:
         yield from _from_folder(path, limit, role)
     elif path.exists():
         yield from _from_file(path, limit)
-    elif _looks_like_a_path(name):
-        raise DataError(f"data.{role}: no file or folder {name!r}{_closest_file(path)}. {_ACCEPTED}")
     else:
+        check_source(name, place=f"data.{role}")
         yield from _from_hub(name, limit, role)
+
+
+def check_source(name: str, *, place: str) -> None:
+    """Raise DataError, in the name of `place`, where `name` is no file or folder here and can't be meant as a data set id."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return
+    if _looks_like_a_path(name):
+        raise DataError(f"{place}: no file or folder {name!r}{_closest_file(path)}. {_ACCEPTED}")
+    near = _near_sibling(path)
+    if near:
+        raise DataError(
+            f"{place}: no file or folder {name!r} (did you mean {near!r}?). For the data set of that id write '{name}::'. "
+            f"{_ACCEPTED}"
+        )
 
 
 _ACCEPTED = "Expected a file (" + " ".join(READERS) + "), a folder of them, or a data set id (name or name:config:split)."
 
 
+_OTHER_FILES = (
+    ".txt .md .xls .xlsx .ods .xml .html .yaml .yml .toml .arrow .feather .pkl .pickle .npy .npz .h5 .hdf5 .db .sqlite "
+    ".zip .gz .tgz .bz2 .xz .zst .tar .pdf .docx .log"
+).split()
+"""Suffixes of files that we don't read, and that no data set's id ends in."""
+_NEAR = 0.8
+"""Likeness from which a name is a slip for a file here; below it an id may well resemble one."""
+
+
 def _looks_like_a_path(name: str) -> bool:
-    path = Path(name)
-    return path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.endswith("/") or len(path.parts) > 2
+    if name.startswith((".", "/", "~")) or name.endswith("/"):
+        return True
+    path = Path(name.partition(":")[0])
+    suffix = path.suffix.lower()
+    if len(path.parts) > 2 or suffix in READERS or suffix in _OTHER_FILES:
+        return True
+    lettered = re.fullmatch(r"\.[a-z]{2,}\d?", suffix) is not None  # ids end in versions, such as .0 or .v2
+    return lettered and (len(path.parts) == 1 or path.parent.is_dir() or bool(closest(suffix, READERS)))
+
+
+def _near_sibling(path: Path) -> str | None:
+    """The file or folder beside it whose name, or stem, is almost the same."""
+    if ":" in path.name or not path.parent.is_dir():
+        return None
+    names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    spelt = {Path(name).stem.lower(): name for name in names if Path(name).suffix.lower() in READERS}
+    spelt |= {name.lower(): name for name in names}
+    hits = difflib.get_close_matches(path.name.lower(), list(spelt), n=1, cutoff=_NEAR)
+    return spelt[hits[0]] if hits else None
 
 
 def _closest_file(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ class CardFacts:
     base_metrics: Mapping[str, float] = field(default_factory=dict)
     license: str | None = None
     """Licence identifier of the adapter; None: not said."""
+    warning: str = ""
+    """A sentence above everything else: what is wrong with the adapter."""
     tokens_seen: int | None = None
     """Trained tokens."""
     version: str = ""
@@ -52,7 +55,14 @@ def model_card(facts: CardFacts) -> str:
     if facts.license:
         front["license"] = facts.license
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{head}---", f"# {facts.name}", _what(facts), "## Training", _training(facts)]
+    parts = [
+        f"---\n{head}---",
+        f"# {facts.name}",
+        *([f"**{facts.warning}**"] if facts.warning else []),
+        _what(facts),
+        "## Training",
+        _training(facts),
+    ]
     if facts.metrics:
         parts += ["## Evaluation", _scores(facts)]
     parts += ["## Use", _use(facts)]
@@ -105,10 +115,13 @@ def _scores(facts: CardFacts) -> str:
     else:
         lines += ["| metric | adapter |", "|---|---:|"]
     for name, value in facts.metrics.items():
-        before = facts.base_metrics.get(name)
-        cell = f" {human.score(name, before) if before is not None else '–'} |" if facts.base_metrics else ""
-        lines.append(f"| {name} |{cell} {human.score(name, value)} |")
+        cell = f" {_score(name, facts.base_metrics.get(name))} |" if facts.base_metrics else ""
+        lines.append(f"| {name} |{cell} {_score(name, value)} |")
     return "\n".join(lines)
+
+
+def _score(name: str, value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else human.score(name, value)
 
 
 def _use(facts: CardFacts) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabank.training import human
+from lorabank.training.base_rows import BASE_NAME, base_table
 from lorabank.training.events import AdapterPlan, EvalRecord, Notice, RunPlan, RunResult, StepRecord
 from lorabank.training.memory import memory_line
+from lorabank.training.progress import NOT_FINITE
 from lorabank.training.serving import chat_line, serve_lines
 from lorabank.training.tables import metrics_table, new_table, plan_table
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
-BASE = "base"
 NOTICES_SHOWN = 4
 
 
@@ -53,7 +54,7 @@ class ConsoleListener:
         self.refresh_per_second = refresh_per_second
         self._plan: RunPlan | None = None
         self._adapters: dict[str, _Progress] = {}
-        self._base: dict[str, float] = {}
+        self._base: dict[str, dict[str, float]] = {}
         self._notices: deque[Notice] = deque(maxlen=NOTICES_SHOWN)
         self._busy: tuple[str, int, int] | None = None
         self._display: Live | None = None
@@ -88,8 +89,8 @@ class ConsoleListener:
 
     def on_eval(self, record: EvalRecord) -> None:
         """Remember the validation loss; a line each without a terminal."""
-        if record.adapter == BASE or record.adapter not in self._adapters:
-            self._base = dict(record.metrics)
+        if record.adapter == BASE_NAME or record.adapter not in self._adapters:
+            self._base[record.adapter] = dict(record.metrics)
         else:
             progress = self._adapters[record.adapter]
             progress.val = record.metrics.get("loss", progress.val)
@@ -166,8 +167,9 @@ class ConsoleListener:
             table.add_column(name, justify="right", no_wrap=True)
         for name, progress in self._adapters.items():
             table.add_row(name, *self._cells(progress))
-        if "loss" in self._base:
-            table.add_row(f"[dim]{BASE}[/]", "", "", f"[dim]{self._base['loss']:.3f}  [/]", "", "", "")
+        for name, metrics in self._base.items():
+            if "loss" in metrics:
+                table.add_row(f"[dim]{name}[/]", "", "", f"[dim]{metrics['loss']:.3f}  [/]", "", "", "")
         return table
 
     def _cells(self, progress: _Progress) -> list[str]:
@@ -220,7 +222,7 @@ class ConsoleListener:
     # after --------------------------------------------------------------------------------------------------------
 
     def _print_result(self, result: RunResult) -> None:
-        scores = {BASE: dict(result.base_metrics)} if result.base_metrics else {}
+        scores = base_table(result.base_metrics, result.base_metrics_of)
         scores |= {name: dict(item.best_metrics or item.final_metrics) for name, item in result.adapters.items()}
         extra = {}
         for name, item in result.adapters.items():
@@ -237,10 +239,11 @@ class ConsoleListener:
             self._print_command(result.resume_command)
         if self._plan is None or result.interrupted:
             return
+        names = [name for name in names if result.adapters[name].status != NOT_FINITE]
         if not names:
             return
         self.console.print("\ntalk to them side by side:", style="bold")
-        self._print_command(chat_line(result.output, [*names, BASE]))
+        self._print_command(chat_line(result.output, [*names, BASE_NAME]))
         if not self._plan.model:
             return
         title, lines = serve_lines(self._plan.model, {name: result.adapters[name].folder for name in names})

@@ -16,11 +16,11 @@ from lorabank.engine.generate import sample
 from lorabank.engine.sampling import SamplingConfig
 from lorabank.engine.step import Engine, logprobs
 from lorabank.errors import DataError
+from lorabank.training.base_rows import is_base
 from lorabank.training.scorers import LOSS_METRICS, score, split_metrics
 
 Busy = Callable[[str, int, int], None]
 """(activity, done, total): progress, and the place where an impatient caller may raise."""
-BASE_NAME = "base"
 T = TypeVar("T")
 
 
@@ -35,8 +35,8 @@ class Generated:
 
 
 def route_of(name: str) -> RowRoute:
-    """The route of an adapter's name; `base` is BASE."""
-    return BASE if name == BASE_NAME else name
+    """The route of an adapter's name; `base`, on whosever rows, is BASE."""
+    return BASE if is_base(name) else name
 
 
 def validation_losses(engine: Engine, rows: Mapping[str, Sequence[TokenRow]], *, batch_size: int, busy: Busy) -> dict[str, float]:

@@ -64,7 +64,7 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord:
-    """One evaluation of one adapter (or of the base, under the name `base`)."""
+    """One evaluation of one adapter (or of the base, as `base`, or as `base (NAME's rows)` where rows differ)."""
 
     adapter: str
     step: int
@@ -111,6 +111,9 @@ class RunResult:
     seconds: float
     adapters: Mapping[str, AdapterResult]
     base_metrics: Mapping[str, float] = field(default_factory=dict)
+    """The base's scores on the held-out rows; empty where adapters have different ones (see `base_metrics_of`)."""
+    base_metrics_of: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Adapter to the base's scores on that adapter's held-out rows."""
     interrupted: bool = False
     resume_command: str | None = None
     """What goes on with an interrupted run: a line for the shell, or the call of `lorabank.train`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lorabank.config.train import AdapterRun
 from lorabank.data.render import TokenRow
-from lorabank.errors import DataError
+from lorabank.errors import ConfigError, DataError
 from lorabank.optim.schedules import learning_rate_factor
 from lorabank.optim.slot_optimizer import OptimizerConfig
 from lorabank.planner.learning_rate import advise_learning_rate
@@ -69,6 +69,11 @@ def make_job(
     stream = RowStream(train, run.batch_size, seed)
     micro_batches = math.ceil(run.epochs * stream.batches_per_epoch)
     total = run.max_steps or max(1, math.ceil(micro_batches / run.gradient_accumulation))
+    if run.learning_rate == "auto" and run.optimizer != "adamw":
+        raise ConfigError(
+            f"adapters.{name}.learning_rate: 'auto' follows fits made with AdamW, which say nothing of {run.optimizer}. "
+            "Give a number, or use the optimizer adamw."
+        )
     if run.learning_rate == "auto":
         hidden = model_config.get("hidden_size")
         advice = advise_learning_rate(str(model_config.get("model_type", "")), hidden if isinstance(hidden, int) else None, total)

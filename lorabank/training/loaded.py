@@ -20,7 +20,7 @@ from lorabank.formats.adapter import Adapter
 from lorabank.models.load import load_base
 from lorabank.models.names import alias
 from lorabank.models.quiet import quiet_transformers
-from lorabank.training.evaluate import BASE_NAME
+from lorabank.training.base_rows import BASE_NAME, base_rows
 from lorabank.training.run_folder import resume_line
 from lorabank.training.setup import adapter_runs, load_data
 
@@ -132,7 +132,7 @@ def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
 def held_out_rows(run: LoadedRun, names: Sequence[str], data: DataConfig) -> dict[str, Sequence[TokenRow]]:
     """The rows that each name is scored on: `data.test` if there is one, else the run's own held-out rows.
 
-    The base gets the rows of every adapter among `names`.
+    `base` becomes one name for each distinct set of rows of the adapters among `names` (of all, if none is).
     """
     own = run.config is not None and run.config.data == data and data.test is None
     if own and run.config is not None:
@@ -142,9 +142,11 @@ def held_out_rows(run: LoadedRun, names: Sequence[str], data: DataConfig) -> dic
             )
         sets = load_data(run.config, run.tokenizer).by_adapter
         held = {name: sets[name].test or sets[name].val for name in sets}
-        distinct = {id(rows): rows for name, rows in held.items() if name in names or not set(names) & set(held)}
-        base = next(iter(distinct.values())) if len(distinct) == 1 else [row for rows in distinct.values() for row in rows]
-        return {name: held.get(name, base) for name in names}
+        sets_of_rows = list(base_rows(held).values())
+        every = sets_of_rows[0] if len(sets_of_rows) == 1 else [row for rows in sets_of_rows for row in rows]
+        scored = {name: held.get(name, every) for name in names if name != BASE_NAME}
+        base = base_rows(scored or held) or {BASE_NAME: every}
+        return {**scored, **(base if BASE_NAME in names else {})}
     source = data.test or data.val or data.train
     if source is None:
         raise DataError("evaluation: no rows. Give data.test (--data).")

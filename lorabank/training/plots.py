@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabank.errors import DataError
+from lorabank.training.base_rows import is_base
 from lorabank.training.metrics_file import read_metrics
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def loss_plot(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
 
     rows = read_metrics(metrics_jsonl)
     steps, evals = _by_adapter(rows, "step"), _by_adapter(rows, "eval")
-    base = next((row["metrics"]["loss"] for row in evals.pop("base", []) if "loss" in row["metrics"]), None)
+    base = {name: float(row["metrics"]["loss"]) for name, own in evals.items() if is_base(name) for row in own[:1]}
     if not steps:
         raise DataError(f"{metrics_jsonl}: holds no training step, so there is nothing to draw")
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
@@ -38,7 +39,7 @@ def loss_plot(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
     drawn: list[float] = []
     for index, (name, records) in enumerate(steps.items()):
         drawn += _draw_adapter(axes, name, COLOURS[index % len(COLOURS)], records, evals.get(name, []))
-    _finish(figure, axes, drawn, float(base) if base is not None else None)
+    _finish(figure, axes, drawn, base)
     figure.savefig(out_png)
     return Path(out_png)
 
@@ -83,15 +84,17 @@ def smoothed(values: Sequence[float], window: float) -> list[float]:
     return result
 
 
-def _finish(figure: Figure, axes: Axes, drawn: list[float], base: float | None) -> None:
+def _finish(figure: Figure, axes: Axes, drawn: list[float], base: Mapping[str, float]) -> None:
     axes.set_xlabel("optimizer step of the adapter")
     axes.set_ylabel("loss (nats a token)")
     axes.set_xlim(left=0)
-    if base is not None and math.isfinite(base):
-        axes.axhline(base, color=GREY, linewidth=1.2, linestyle=":")
+    for name, loss in base.items():
+        if not math.isfinite(loss):
+            continue
+        axes.axhline(loss, color=GREY, linewidth=1.2, linestyle=":")
         axes.annotate(
-            f"base {base:.3f}",
-            (1, base),
+            f"{name} {loss:.3f}",
+            (1, loss),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
@@ -99,7 +102,7 @@ def _finish(figure: Figure, axes: Axes, drawn: list[float], base: float | None) 
             fontsize=8.5,
             color=GREY,
         )
-        drawn = [*drawn, base]
+        drawn = [*drawn, loss]
     if drawn:
         room = 0.07 * (max(drawn) - min(drawn) or 1)
         axes.set_ylim(min(drawn) - 2 * room, max(drawn) + 1.4 * room)

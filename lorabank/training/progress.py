@@ -45,7 +45,8 @@ class RunProgress:
     """The whole run."""
 
     pass_index: int = 0
-    base_metrics: dict[str, float] = field(default_factory=dict)
+    base_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`base`, or `base (NAME's rows)` where adapters have different held-out rows, to its scores there."""
     seconds: float = 0.0
     """Wall-clock seconds of training so far, over all resumptions."""
     adapters: dict[str, AdapterProgress] = field(default_factory=dict)

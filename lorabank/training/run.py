@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ from lorabank import __version__
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.parse import to_dict
 from lorabank.config.train import AdapterRun, TrainConfig
-from lorabank.data.render import TokenRow
 from lorabank.errors import CheckpointError, OutputError
 from lorabank.formats.adapter import Adapter
+from lorabank.training.base_rows import BASE_NAME, base_labels, base_rows, is_base
 from lorabank.training.cards import CardFacts, write_card
 from lorabank.training.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, remove_newer
-from lorabank.training.evaluate import BASE_NAME, Generated, full_scores, generate_answers, unique_prompts
+from lorabank.training.evaluate import Generated, full_scores, generate_answers, unique_prompts
 from lorabank.training.events import AdapterResult, RunResult
 from lorabank.training.interrupt import InterruptFlag, StopRequested, interruptible
 from lorabank.training.metrics_file import cut_back
 from lorabank.training.plots import loss_plot
-from lorabank.training.progress import INTERRUPTED, RUNNING
+from lorabank.training.progress import INTERRUPTED, NOT_FINITE, RUNNING, AdapterProgress
 from lorabank.training.run_folder import RunFolder, resume_line
 from lorabank.training.setup import run_plan
 from lorabank.training.trainer import Trainer
@@ -131,10 +131,9 @@ def _finish(trainer: Trainer, model_name: str, flag: InterruptFlag) -> dict[str,
 
 def final_scores(trainer: Trainer, flag: InterruptFlag) -> dict[str, dict[str, float]]:
     """Every metric of the run's configuration, for the base and the adapters as they stand in the bank now."""
-    sets = {id(job.val): job.val for job in trainer.jobs.values()}
-    rows: dict[str, Sequence[TokenRow]] = {BASE_NAME: [row for own in sets.values() for row in own]}
-    rows |= {name: rows[BASE_NAME] if len(sets) == 1 else job.val for name, job in trainer.jobs.items()}
-    rows = {name: own for name, own in rows.items() if own}
+    held = {name: job.val for name, job in trainer.jobs.items() if job.val}
+    labels, sets = base_labels(held), base_rows(held)
+    rows = {**sets, **{name: sets[labels[name]] for name in held}}
     if not rows:
         return {}
     return full_scores(trainer.engine, trainer.tokenizer, rows, config=trainer.config.eval, busy=trainer.busy(flag))
@@ -148,7 +147,8 @@ def named_adapter(trainer: Trainer, name: str, model_name: str) -> Adapter:
 
 def _samples(trainer: Trainer, folder: RunFolder, flag: InterruptFlag) -> None:
     limits = trainer.config.eval
-    prompts = unique_prompts(trainer.validation.base_rows(), limits.samples) if limits.samples else []
+    rows = [row for own in trainer.validation.base_rows().values() for row in own]
+    prompts = unique_prompts(rows, limits.samples) if limits.samples else []
     if not prompts:
         return
     generate_answers(
@@ -166,7 +166,7 @@ def _samples(trainer: Trainer, folder: RunFolder, flag: InterruptFlag) -> None:
 
 def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: Mapping[str, Mapping[str, float]]) -> None:
     """Model cards, and the rows with the highest loss."""
-    summary = trainer.bank.summary()
+    summary, base = trainer.bank.summary(), _base_metrics_of(trainer, scores)
     for name, job in trainer.jobs.items():
         p = trainer.progress.adapters[name]
         facts = CardFacts(
@@ -183,12 +183,33 @@ def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: M
             val_rows=len(job.val),
             data=Path(job.data).name,
             metrics=scores.get(name, p.best_metrics),
-            base_metrics=scores.get(BASE_NAME, trainer.progress.base_metrics),
+            base_metrics=base.get(name, {}),
+            warning=_not_finite(p),
             tokens_seen=int(p.tokens_seen),
             version=__version__,
         )
         write_card(folder.path / name, facts)
     folder.write_hardest({name: hardest_rows(trainer, name) for name in trainer.jobs})
+
+
+def _base_scores(trainer: Trainer, scores: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+    """The base's names to its scores: the final ones, else those before the first step."""
+    return {name: row for name, row in scores.items() if is_base(name)} or trainer.progress.base_metrics
+
+
+def _base_metrics_of(trainer: Trainer, scores: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Adapter to the base's scores on that adapter's held-out rows."""
+    found = _base_scores(trainer, scores)
+    labels = base_labels({name: job.val for name, job in trainer.jobs.items()})
+    return {name: found[label] for name, label in labels.items() if label in found}
+
+
+def _not_finite(p: AdapterProgress) -> str:
+    """What the card of an adapter says whose loss, gradient or weights became NaN or infinite; '' of any other."""
+    if p.status != NOT_FINITE:
+        return ""
+    kept = "of its start: they are untrained" if p.best_step is None else f"of step {p.best_step}, its best"
+    return f"Training stopped after step {p.step}, since numbers became NaN or infinite. The weights here are those {kept}."
 
 
 def _as_it_is(run: AdapterRun, config: AdapterConfig) -> AdapterRun:
@@ -216,6 +237,7 @@ def _result(
     resume_command: str | None,
 ) -> RunResult:
     output = str(trainer.folder.path) if trainer.folder else ""
+    found = _base_scores(trainer, scores)
     adapters = {}
     for name, p in trainer.progress.adapters.items():
         status = INTERRUPTED if interrupted and p.status == RUNNING else p.status
@@ -233,7 +255,8 @@ def _result(
         output=output,
         seconds=seconds,
         adapters=adapters,
-        base_metrics=scores.get(BASE_NAME, trainer.progress.base_metrics),
+        base_metrics=found.get(BASE_NAME, {}),
+        base_metrics_of=_base_metrics_of(trainer, scores),
         interrupted=interrupted,
         resume_command=resume_command,
         trained={name: named_adapter(trainer, name, model_name) for name in trainer.jobs},

@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-from lorabank.errors import ConfigError, DataError, MissingExtraError, closest
+from lorabank.errors import ConfigError, DataError, LorabankError, MissingExtraError, closest
 
 Scorer = Callable[[list[str], list[list[str]]], float | dict[str, float]]
 """(predictions, references) to a number or several named ones; `references[i]` holds the texts that suit `predictions[i]`."""
@@ -98,7 +99,7 @@ def check_metrics(names: Sequence[str]) -> None:
 def score(scorers: Mapping[str, Scorer], predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Every scorer's result under flat names: `bleu`, `rougeL`, and `name_part` for the parts of a user's own.
 
-    Raises DataError when there is nothing to score, ConfigError when a scorer returns something other than numbers.
+    Raises DataError when there is nothing to score, ConfigError when a user's own scorer fails or returns no number.
     """
     texts, targets = list(predictions), [list(row) for row in references]
     if len(texts) != len(targets):
@@ -110,8 +111,27 @@ def score(scorers: Mapping[str, Scorer], predictions: Sequence[str], references:
         raise DataError(f"scoring: row {bare} has no reference to compare with")
     result: dict[str, float] = {}
     for name, scorer in scorers.items():
-        result |= _flat(name, scorer(texts, targets))
+        result |= _flat(name, _run(name, scorer, texts, targets))
     return result
+
+
+def _run(name: str, scorer: Scorer, texts: list[str], targets: list[list[str]]) -> float | Mapping[str, float]:
+    if name in SCORERS:
+        return scorer(texts, targets)
+    try:
+        return scorer(texts, targets)
+    except LorabankError:
+        raise
+    except Exception as error:  # a user's own function may raise anything
+        raise ConfigError(f"metric {name!r} failed: {_what_and_where(error)}") from error
+
+
+def _what_and_where(error: Exception) -> str:
+    """`KeyError: 'x' (mym.py:2)`: the innermost line in the user's file."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _flat(name: str, value: float | Mapping[str, float]) -> dict[str, float]:
@@ -121,7 +141,7 @@ def _flat(name: str, value: float | Mapping[str, float]) -> dict[str, float]:
     for key, number in parts.items():
         try:
             flat[key if str(key).startswith(label) else f"{label}_{key}"] = float(number)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # a tensor of several numbers is a RuntimeError
             raise ConfigError(f"metric {name!r}: expected a number or a dict of numbers, got {number!r} for {key!r}") from error
     return flat
 
@@ -154,6 +174,8 @@ def _module(where: str, name: str) -> ModuleType:
                 raise ConfigError(f"metric {name!r}: {where} needs {error.name!r}, which isn't installed") from error
         except ValueError as error:
             raise ConfigError(f"metric {name!r}: {where!r} is no module's name. Write module:function") from error
+        except Exception as error:  # what a user's module does when it is imported
+            raise ConfigError(f"metric {name!r}: {where} can't be imported: {type(error).__name__}: {error}") from error
     if not path.is_file():
         folder = str(Path.cwd())
         raise ConfigError(f"metric {name!r}: no module {where!r}, neither installed nor as {str(path)!r} in {folder!r}")
@@ -162,5 +184,9 @@ def _module(where: str, name: str) -> ModuleType:
         raise ConfigError(f"metric {name!r}: {str(path)!r} can't be loaded as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in the file look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        raise ConfigError(f"metric {name!r}: {str(path)!r} can't be imported: {type(error).__name__}: {error}") from error
     return module

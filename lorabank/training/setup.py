@@ -122,8 +122,7 @@ def build_trainer(
     try:
         optimizer = SlotOptimizer(bank)
         for name, job in jobs.items():
-            told = add_adapter(bank, name, job)
-            notices += [Notice(text=told, adapter=name)] if told else []
+            notices += add_adapter(bank, name, job)
             optimizer.add(name, job.optimizer_config())
         engine = Engine(bank, gradient_checkpointing=config.gradient_checkpointing)
         trainer = Trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -11,11 +12,26 @@ from lorabank.bank.init import initial_A
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError
 from lorabank.formats.adapter import Adapter
+from lorabank.training.events import Notice
 from lorabank.training.jobs import AdapterJob
 
 
-def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> str | None:
-    """Add the adapter of a job to the bank. Returns a sentence for the user where its settings gave way to a file's."""
+def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> list[Notice]:
+    """Add the adapter of a job to the bank. Returns what the user should know: the bank's warnings, settings that gave way."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        told = _add(bank, name, job)
+    notices = []
+    for item in caught:
+        if issubclass(item.category, UserWarning):
+            text = str(item.message).removeprefix(f"adapter {name!r}: ")
+            notices.append(Notice(text=text, adapter=name, level="warning"))
+        else:
+            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+    return [*notices, Notice(text=told, adapter=name)] if told else notices
+
+
+def _add(bank: AdapterBank, name: str, job: AdapterJob) -> str | None:
     wanted = job.run.adapter_config()
     if job.run.init_from is None:
         bank.add(name, wanted, seed=job.seed)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lorabank.training import human
+from lorabank.training.base_rows import is_base
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +52,7 @@ def plan_table(plan: RunPlan, *, wide: bool = True) -> Table:
 
 
 def metrics_table(scores: Mapping[str, Mapping[str, float]], extra: Mapping[str, Mapping[str, str]] | None = None) -> Table:
-    """A row a model, a column a metric; the best of a column is bold. `extra` adds columns of text by model."""
+    """A row a model, a column a metric; the best of a column is bold, unless rows differ. `extra`: columns of text by model."""
     table = new_table()
     table.add_column("", style="cyan", no_wrap=True)
     metrics = list(dict.fromkeys(name for row in scores.values() for name in row))
@@ -60,13 +61,15 @@ def metrics_table(scores: Mapping[str, Mapping[str, float]], extra: Mapping[str,
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for name in texts:
         table.add_column(name)
-    best = {name: _best(name, scores) for name in metrics}
+    # what was scored on different rows can't be compared
+    comparable = len(scores) > 1 and sum(map(is_base, scores)) < 2
+    best = {name: _best(name, scores) if comparable else None for name in metrics}
     for model, row in scores.items():
         cells = []
         for name in metrics:
             value = row.get(name)
             text = "–" if value is None else human.score(name, value)
-            cells.append(f"[bold green]{text}[/]" if value is not None and value == best[name] and len(scores) > 1 else text)
+            cells.append(f"[bold green]{text}[/]" if value is not None and value == best[name] else text)
         table.add_row(model, *cells, *((extra or {}).get(model, {}).get(name, "") for name in texts))
     return table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -62,9 +63,8 @@ class Tracker:
     def on_eval(self, record: EvalRecord) -> None:
         """Every metric."""
         self._pass = record.pass_index
-        self._send(
-            self.sink.scalars, {f"eval/{key}/{record.adapter}": float(value) for key, value in record.metrics.items()}, self._pass
-        )
+        who = re.sub(r" \((.*)'s rows\)$", r" on \1", record.adapter)  # MLflow takes no brackets in a name
+        self._send(self.sink.scalars, {f"eval/{key}/{who}": float(value) for key, value in record.metrics.items()}, self._pass)
 
     def on_notice(self, notice: Notice) -> None:
         """Warnings as text."""

@@ -158,14 +158,13 @@ class Trainer:
         p = self.progress.adapters[name]
         p.status, p.pending, p.pending_loss, p.pending_tokens = NOT_FINITE, 0, 0.0, 0.0
         self.optimizer.zero_grad(name)
-        kept = f"those of step {p.step}"
-        if not adapter_is_finite(self.bank, name):
-            if name in self.validation.best:
-                self.validation.use_best(name)
-                kept = f"set back to those of step {p.best_step}, its best, since the last step made them infinite"
-            else:
-                restart_adapter(self.bank, name, self.jobs[name])
-                kept = "set back to its start, since its steps made them infinite"
+        # weights that lead to a loss or gradient without a number may be finite and useless all the same
+        if name in self.validation.best:
+            self.validation.use_best(name)
+            kept = f"set back to those of step {p.best_step}, its best by validation"
+        else:
+            restart_adapter(self.bank, name, self.jobs[name])
+            kept = "set back to its start, since no validation had found a good step yet"
         self.notice(
             f"stopped after step {p.step}: {why}. Its weights are {kept}; the other adapters go on. "
             "Try a lower learning rate, or look at the rows of its last batch.",

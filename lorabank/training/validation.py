@@ -12,7 +12,8 @@ from torch import Tensor
 from lorabank.config.train import EvalConfig
 from lorabank.data.render import TokenRow
 from lorabank.engine.step import Engine
-from lorabank.training.evaluate import BASE_NAME, Busy, spread, validation_losses
+from lorabank.training.base_rows import base_rows, is_base
+from lorabank.training.evaluate import Busy, spread, validation_losses
 from lorabank.training.events import EvalRecord, Notice
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.progress import FINISHED, RUNNING, STOPPED_EARLY, AdapterProgress, RunProgress
@@ -39,7 +40,7 @@ class Validation:
         now, every = progress.pass_index, self.config.every
         if now == 0:
             starts = [name for name, job in self.jobs.items() if job.run.init_from is not None and job.val]
-            return [BASE_NAME, *starts] if not progress.base_metrics and self.base_rows() else []
+            return [] if progress.base_metrics else [*self.base_rows(), *starts]
         wanted = (RUNNING, FINISHED) if every and now % every == 0 else (FINISHED,)
         adapters = progress.adapters.items()
         return [
@@ -51,12 +52,13 @@ class Validation:
         names = self.due(progress)
         if not names:
             return []
-        rows = {name: self.base_rows() if name == BASE_NAME else self.val_rows(name) for name in names}
+        base = self.base_rows()
+        rows = {name: base[name] if is_base(name) else self.val_rows(name) for name in names}
         losses = validation_losses(self.engine, rows, batch_size=self.config.batch_size, busy=busy)
         told: list[EvalRecord | Notice] = []
         for name, loss in losses.items():
-            if name == BASE_NAME:
-                progress.base_metrics = {"loss": loss}
+            if is_base(name):
+                progress.base_metrics[name] = {"loss": loss}
                 told.append(EvalRecord(adapter=name, step=0, pass_index=progress.pass_index, metrics={"loss": loss}, best=False))
             else:
                 told += self._scored(name, progress.adapters[name], loss, progress.pass_index)
@@ -66,10 +68,10 @@ class Validation:
         """The rows that this adapter is scored on while it trains."""
         return spread(self.jobs[name].val, self.config.max_rows)
 
-    def base_rows(self) -> list[TokenRow]:
-        """Held-out rows of all adapters, each data set once: what the base is scored on."""
-        sets = {id(job.val): self.val_rows(name) for name, job in self.jobs.items()}
-        return [row for rows in sets.values() for row in rows]
+    def base_rows(self) -> dict[str, Sequence[TokenRow]]:
+        """What the base is scored on while the adapters train: each distinct set of held-out rows, under its own name."""
+        sets = base_rows({name: job.val for name, job in self.jobs.items()})
+        return {label: spread(rows, self.config.max_rows) for label, rows in sets.items()}
 
     def use_best(self, name: str) -> None:
         """Put the adapter's best values into the bank; without any the present ones stay."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,23 @@ def test_an_existing_run_is_refused_with_the_line_that_resumes_it(
     assert "isn't a run of lorabank" in capsys.readouterr().err
 
 
+def test_train_names_what_exists_by_absolute_paths(api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", "M", "--data", "f.jsonl", "--output", "new"]) == 0
+    (_, (config, *_)) = api.calls[0]
+    assert (config.model, config.data.train, config.output) == ("M", str(tmp_path / "f.jsonl"), "new")
+
+
+def test_a_copied_run_is_resumed_where_it_is(api: Any, run_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "backup"
+    copy.mkdir()
+    (copy / "config.yaml").write_text((run_folder / "config.yaml").read_text())
+    assert main(["train", str(copy), "--resume", "step-8"]) == 0
+    (_, (config, resume, *_)) = api.calls[0]
+    assert (config.output, resume) == (str(copy), "step-8")
+
+
 def test_preview(api: Any) -> None:
     assert main(["preview", "--model", "M", "--data", "f.jsonl", "--count", "5"]) == 0
     (_, (config, count)) = api.calls[0]
@@ -98,11 +116,23 @@ def test_eval_takes_the_runs_settings(api: Any, run_folder: Path, tmp_path: Path
     assert json.loads((tmp_path / "s.json").read_text())["formal"]["bleu"] == 30.0
 
 
+def test_eval_names_missing_rows_by_the_flag_before_anything_is_loaded(
+    api: Any, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(run_folder), "--data", "nope.jsonl"]) == 2
+    assert "--data: no file or folder 'nope.jsonl'" in capsys.readouterr().err
+    assert api.calls == []
+    assert main(["predict", str(run_folder), "--data", "nope.jsonl", "--output", str(run_folder / "o.jsonl")]) == 2
+    assert "--data: no file or folder 'nope.jsonl'" in capsys.readouterr().err
+
+
 def test_eval_on_other_rows(api: Any, run_folder: Path) -> None:
-    assert main(["eval", str(run_folder), "--adapters", "formal,base", "--data", "new.jsonl", "--metrics", "chrf"]) == 0
+    new = str(run_folder / "new.jsonl")
+    Path(new).write_text("{}")
+    assert main(["eval", str(run_folder), "--adapters", "formal,base", "--data", new, "--metrics", "chrf"]) == 0
     (_, (_, adapters, data, options)) = api.calls[0]
     assert adapters == ["formal", "base"]
-    assert (data.train, data.val, data.test, data.val_split) == (None, None, "new.jsonl", 0)
+    assert (data.train, data.val, data.test, data.val_split) == (None, None, new, 0)
     assert data.prompt == "Describe: {mr}", "the run's templates stay"
     assert options["metrics"] == ["chrf"]
 
@@ -303,3 +333,22 @@ def test_inspect_a_run(run_folder: Path, adapter_folder: Path, capsys: pytest.Ca
     lines = [line.split() for line in text.splitlines() if line.strip()]
     assert ["formal", "1.250", "30.1"] in lines
     assert "terse: not written yet" in text
+
+
+def test_inspect_shows_the_scores_of_the_end(tmp_path: Path) -> None:
+    """Generation metrics are computed once, at the end; evaluations while training have the loss alone."""
+    from lorabank.cli.inspect import best_scores
+
+    end = {
+        "event": "end",
+        "adapters": {"a": {"best_metrics": {"loss": 1.0, "bleu": 20.5}}, "b": {"best_metrics": {}}},
+        "base_metrics": {"loss": 3.0, "bleu": "nan"},
+    }
+    evals = [{"event": "eval", "adapter": name, "best": True, "metrics": {"loss": 1.1}} for name in ("base", "a", "b")]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (*evals, end)))
+    found = best_scores(file)
+    assert found["a"] == {"loss": 1.0, "bleu": 20.5}
+    assert found["b"] == {"loss": 1.1}
+    assert found["base"]["loss"] == 3.0
+    assert math.isnan(found["base"]["bleu"])

@@ -93,7 +93,16 @@ def test_resume_before_the_file(run_yaml: Path) -> None:
 
 def test_a_run_folder_is_its_configuration(run_yaml: Path) -> None:
     run_yaml.rename(run_yaml.with_name("config.yaml"))
-    assert parse(f"{run_yaml.parent} --resume").config.output == "out/x"
+    assert parse(str(run_yaml.parent)).config.output == "out/x"
+
+
+def test_a_resumed_run_folder_is_its_own_output(run_yaml: Path) -> None:
+    """A copy says `output: out/x`, the original's folder, which must be left alone."""
+    run_yaml.rename(run_yaml.with_name("config.yaml"))
+    for line in (f"{run_yaml.parent} --resume", f"--resume step-8 {run_yaml.parent}"):
+        assert parse(line).config.output == str(run_yaml.parent)
+    assert parse(f"{run_yaml.parent} --resume --output out/y").config.output == "out/y"
+    assert parse(f"{run_yaml.parent / 'config.yaml'} --resume").config.output == "out/x"
 
 
 def test_what_flags_made_reloads() -> None:
@@ -120,6 +129,8 @@ def test_what_flags_made_reloads() -> None:
         ("--data f", "model: missing"),
         ("a.yaml b.yaml", "'b.yaml': one configuration file is enough"),
         ("--model M --data f --adapter a,oops", "expected key=value after the name, got 'oops'"),
+        ("--model M --data f --adapter a,rank=4 --adapter a,rank=8", "there is an adapter 'a' already"),
+        ("--model M --adapter data=f --adapter data=g", "there is an adapter 'default' already"),
         ("--model M --data f --every 8", "--every: unknown here; there is `eval.every` and `save.every`"),
         ("--model M --data f --lora_r 8 --rank 8x", "both set defaults.rank"),
     ],

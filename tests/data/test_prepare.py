@@ -132,3 +132,13 @@ def test_thousands_of_rows_a_second(chatml: PreTrainedTokenizerFast) -> None:
     start = time.process_time()
     run(chatml, train=rows)
     assert len(rows) / (time.process_time() - start) > 500, "measured about 3,000 rows a second of CPU time"
+
+
+def test_a_missing_value_that_became_text_is_trained_and_noted(tmp_path: Path, chatml: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("mr,ref\n" + "".join(f"{row['mr']},{row['ref']}\n" for row in pairs(NAMES)) + "x,NaN\nnull,y\nno,the nan\n")
+    report = prepare(DataConfig(train=str(path), prompt="Say {mr}", completion="{ref}"), chatml, seed=1).report
+    assert (report.kept, report.dropped) == (15, {})
+    ((note, rows),) = report.notes.items()
+    assert "NaN, null or None" in note
+    assert (rows.count, rows.origins) == (2, (f"{path}:14", f"{path}:15"))

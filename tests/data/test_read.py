@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorabank.data.files import READERS
-from lorabank.data.read import read_rows
+from lorabank.data.read import check_source, read_rows
 from lorabank.errors import DataError
 
 ROWS = [{"mr": "name[The Eagle]", "ref": "The Eagle — a place,\nby the river."}, {"mr": "b", "ref": 'She said "yes"'}]
@@ -170,7 +170,33 @@ def test_an_id_that_can_not_be_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", load)
     (tmp_path / "chats").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"'chat' is no file here \(did you mean 'chats'\?\).*no network"):
+    with pytest.raises(DataError, match=r"no file or folder 'chat' \(did you mean 'chats'\?\). For .* write 'chat::'"):
         read_rows("chat")
+    assert seen == [], "a slip is told at once, without the hub"
+    with pytest.raises(DataError, match=r"'chat::' is no file here.*no network"):
+        read_rows("chat::")
     assert read_rows("org/chat:en:train")[0].origin == "row 1 of org/chat:en:train"
     assert seen[1] == (("org/chat", "en"), {"split": "train"})
+
+
+@pytest.mark.parametrize("name", ["rows.jsnl", "rows", "rows.txt", "table.xlsx", "other.abc", "folder/rows.jsonlines"])
+def test_what_looks_like_a_file_is_refused_without_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(*args: object, **kwargs: object) -> object:
+        raise AssertionError(args)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=rf"^data.val: no file or folder '{name}'") as caught:
+        read_rows(name, role="val")
+    assert ("did you mean 'rows.jsonl'" in str(caught.value)) == (name in ("rows", "rows.jsnl"))
+
+
+@pytest.mark.parametrize("name", ["squad", "org/rows", "org/rows-v1.5", "org/common_11.0", "org/chat.v2", "org/wiki:20231101.en"])
+def test_ids_aren_t_taken_for_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("rows.jsonl", "squad_runs", "org.txt"):
+        (tmp_path / file).write_text("{}")
+    check_source(name, place="--data")

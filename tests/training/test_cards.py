@@ -56,6 +56,13 @@ def test_what_a_card_says(tmp_path: Path) -> None:
         assert line in card
 
 
+def test_no_nan_in_a_card_and_a_warning_above_all() -> None:
+    card = model_card(replace(FACTS, metrics={"loss": float("nan"), "bleu": 3.0}, warning="Training stopped."))
+    assert "nan" not in card.lower()
+    assert "| loss | 3.210 | – |" in card
+    assert "# terse\n\n**Training stopped.**\n" in card
+
+
 def test_what_is_not_known_is_left_out() -> None:
     card = model_card(replace(FACTS, metrics={}, base_metrics={}))
     assert "Evaluation" not in card

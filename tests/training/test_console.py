@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,26 @@ def test_the_result(tmp_path: Path) -> None:
     serve = f"vllm serve org/Tiny-135M --enable-lora --max-lora-rank 16 --lora-modules formal={out}/formal terse={out}/terse"
     assert serve in flat
     assert f"lorabank chat {out} --adapters formal,terse,base" in flat
+
+
+def test_an_adapter_that_went_nan_is_not_offered(tmp_path: Path) -> None:
+    listener = ConsoleListener(terminal(120))
+    play([listener])
+    ended = result(tmp_path)
+    adapters = {**ended.adapters, "terse": replace(ended.adapters["terse"], status="stopped: not finite")}
+    listener.on_end(replace(ended, adapters=adapters))
+    text = listener.console.export_text()
+    assert "--adapters formal,base" in text
+    assert "terse=" not in text
+
+
+def test_a_row_of_the_base_for_each_set_of_rows(tmp_path: Path) -> None:
+    listener = ConsoleListener(terminal(120))
+    own = {"formal": {"loss": 3.21}, "terse": {"loss": 4.5}}
+    listener.on_end(replace(result(tmp_path), base_metrics={}, base_metrics_of=own))
+    lines = listener.console.export_text().splitlines()
+    assert any(line.strip().startswith("base (formal's rows)") and "3.210" in line for line in lines)
+    assert any(line.strip().startswith("base (terse's rows)") and "4.500" in line for line in lines)
 
 
 def test_an_export_is_named_where_vllm_refuses_the_rank(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import lorabank as lb
+import lorabank.training.trainer
 from lorabank.errors import ConfigError, DataError
 from lorabank.training.events import EvalRecord, Notice, RunResult, StepRecord
 from tests.training.children import Quiet
@@ -99,8 +100,10 @@ def test_an_adapter_that_goes_nan_stops_alone(tokenizer: PreTrainedTokenizerFast
     warning = next(notice for notice in told.notices if notice.adapter == "wild" and notice.level == "warning")
     assert "NaN or infinite" in warning.text
     assert "lower learning rate" in warning.text
+    assert "set back to its start" in warning.text
     for folder in ("wild", "wild/last"):  # load refuses what isn't finite
-        assert lb.Adapter.load(tmp_path / "out" / folder).layers
+        assert all(bool((layer.B == 0).all()) for layer in lb.Adapter.load(tmp_path / "out" / folder).layers.values())
+    assert "they are untrained" in (tmp_path / "out" / "wild" / "README.md").read_text(encoding="utf-8")
 
 
 def test_weights_that_become_infinite_go_back_to_the_last_good_ones(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -133,6 +136,48 @@ def test_the_best_step_is_kept_and_the_last_beside_it(tokenizer: PreTrainedToken
     assert any(not torch.equal(kept.layers[path].B, last.layers[path].B) for path in kept.layers)
     assert all(torch.equal(kept.layers[path].B, result.trained["hasty"].layers[path].B) for path in kept.layers)
     assert result.adapters["steady"].status == "finished"
+
+
+def test_a_loss_that_is_nan_goes_back_to_the_best_step(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = lorabank.training.trainer.forward_backward
+
+    def given(engine: Any, batch: Any, *, steps: dict[str, int]) -> Any:
+        found = real(engine, batch, steps=steps)
+        return {n: dataclasses.replace(loss, finite=False) if steps[n] == 5 else loss for n, loss in found.items()}
+
+    monkeypatch.setattr("lorabank.training.trainer.forward_backward", given)
+    result, told = run(tokenizer, {"a": {"max_steps": 8}}, output=str(tmp_path / "out"))
+    assert (result.adapters["a"].status, result.adapters["a"].steps) == ("stopped: not finite", 5)
+    assert any("set back to those of step 4, its best" in notice.text for notice in told.notices)
+    best = next(record for record in told.evals if record.best)
+    assert result.adapters["a"].best_metrics["loss"] == pytest.approx(best.metrics["loss"], rel=1e-5)
+    assert "those of step 4, its best" in (tmp_path / "out" / "a" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_base_is_scored_on_each_adapters_own_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    write_rows(tmp_path / "own.jsonl", tiny_rows(24, "thing"))
+    adapters: dict[str, Any] = {"a": {}, "b": {"data": str(tmp_path / "own.jsonl")}, "c": {}}
+    settings = {"max_steps": 1, "eval": {"every": 1, "metrics": ["loss", "chrf"], "max_new_tokens": 3}}
+    both, told = run(tokenizer, adapters, output=str(tmp_path / "out"), **settings)
+    assert [r.adapter for r in told.evals if r.step == 0] == ["base (a and c's rows)", "base (b's rows)"]
+    assert both.base_metrics == {}
+    assert both.base_metrics_of["a"] == both.base_metrics_of["c"]
+    for name in ("a", "b"):
+        alone, only = run(tokenizer, {name: adapters[name]}, **settings)
+        assert [r.adapter for r in only.evals if r.step == 0] == ["base"]
+        assert both.base_metrics_of[name] == pytest.approx(alone.base_metrics)
+        assert alone.base_metrics_of == {name: alone.base_metrics}
+        card = (tmp_path / "out" / name / "README.md").read_text(encoding="utf-8")
+        assert f"| loss | {alone.base_metrics['loss']:.3f} | {alone.adapters[name].best_metrics['loss']:.3f} |" in card
+    assert both.base_metrics_of["a"]["loss"] != pytest.approx(both.base_metrics_of["b"]["loss"], rel=1e-3)
+
+
+def test_a_warning_of_the_bank_becomes_a_notice(tokenizer: PreTrainedTokenizerFast, recwarn: pytest.WarningsRecorder) -> None:
+    _, told = run(tokenizer, {"a": {"rank": 100}}, max_steps=1)
+    assert [n.text[:23] for n in told.notices if (n.adapter, n.level) == ("a", "warning")] == ["rank 100 is above what "]
+    assert not [item for item in recwarn if "rank 100" in str(item.message)]
 
 
 def test_turning_is_told_once_after_each_best(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +221,8 @@ def test_without_evaluations_or_validation_rows(tokenizer: PreTrainedTokenizerFa
         ({"eval": {"metrics": ["no_such_module:score"]}}, ConfigError, "no module 'no_such_module'"),
         ({"eval": {"metrics": ["bleu"]}, "data": [{"text": f"row {i}"} for i in range(20)]}, DataError, "no validation row"),
         ({"data": []}, DataError, "empty data set"),
+        ({"learning_rate": "auto", "optimizer": "lion"}, ConfigError, "Give a number, or use the optimizer adamw"),
+        ({"learning_rate": "auto", "optimizer": "sgd"}, ConfigError, "say nothing of sgd"),
         ({"targets": "q_prj"}, lb.LorabankError, "q_prj"),
         ({"report_to": ["wand"]}, ConfigError, "wandb"),
     ],

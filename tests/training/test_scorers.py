@@ -131,3 +131,14 @@ def test_importing_the_scorers_loads_no_scoring_library() -> None:
     heavy = ("torch", "sacrebleu", "rouge_score", "nltk")
     code = f"import sys, lorabank.training.scorers; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_an_own_function_that_fails_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_metric.py").write_text("def bad(predictions, references):\n    return {}['x']\n")
+    (tmp_path / "broken_metric.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    name = "failing_metric:bad"
+    with pytest.raises(ConfigError, match=r"metric 'failing_metric:bad' failed: KeyError: 'x' \(failing_metric.py:2\)"):
+        score({name: resolve_scorer(name)}, ["a"], [["a"]])
+    with pytest.raises(ConfigError, match=r"metric 'broken_metric:f': 'broken_metric.py' can't be imported: ZeroDivisionError"):
+        resolve_scorer("broken_metric:f")
