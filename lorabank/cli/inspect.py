@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabank.cli.loading import BASE_NAME
 from lorabank.cli.parser import CommandParser
 from lorabank.errors import AdapterFileError, closest
 
@@ -86,6 +85,7 @@ def print_run(console: Console, folder: Path) -> int:
 
 def best_scores(path: Path) -> dict[str, Mapping[str, float]]:
     """The metrics of the best evaluation of every adapter (and of the base), from a run's metrics file."""
+    from lorabank.training.base_rows import base_table
     from lorabank.training.metrics_file import read_metrics
 
     best: dict[str, Mapping[str, float]] = {}
@@ -94,7 +94,8 @@ def best_scores(path: Path) -> dict[str, Mapping[str, float]]:
             best[row["adapter"]] = _numbers(row["metrics"])
         elif row["event"] == "end":  # scored once more, with the metrics that take generation
             ends = {name: adapter["best_metrics"] for name, adapter in row["adapters"].items()}
-            for name, metrics in (ends | {BASE_NAME: row["base_metrics"]}).items():
+            ends |= base_table(row["base_metrics"], row.get("base_metrics_of", {}))
+            for name, metrics in ends.items():
                 if metrics:
                     best[name] = {**best.get(name, {}), **_numbers(metrics)}
     return best
