@@ -68,7 +68,8 @@ def find_checkpoint(folder: Path, wanted: str) -> Path:
         if (path / "state.json").is_file():
             if path.resolve().parent != folder.resolve():  # going on from it removes what is newer beside it
                 raise CheckpointError(
-                    f"{path}: the checkpoint lies in another run's folder than {folder.parent}. Resume that run, or copy its folder first."
+                    f"{path}: the checkpoint lies in another run's folder than {folder.parent}. "
+                    "Resume that run, or copy its folder first."
                 )
             return path
     names = [path.name for _, path in _found(folder)]
