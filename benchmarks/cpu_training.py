@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--layers", type=int, help="use only the first blocks")
     parser.add_argument("--compile", action="store_true", help="compiled steps too (needs a C++ compiler)")
+    parser.add_argument("--only", default="", help="only the lines whose name holds this text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
@@ -209,22 +210,21 @@ def main() -> None:
     def theirs(ids: torch.Tensor, compiled: bool = False) -> Step:
         return peft_step(load(folder, args.layers), ids, compiled=compiled)
 
-    def line(name: str, mine: Step, other: Step, repeats: int = 1) -> dict[str, object]:
-        return compare(name, mine, other, repeats, args.rounds)
+    rows: list[dict[str, object]] = []
 
-    rows = [
-        line("one adapter, 4 × 128 tokens (PEFT)", ours(four, 1), theirs(four)),
-        line("eight adapters, 1 × 128 each (eight PEFT steps)", ours(eight, 8), theirs(one), 8),
-        line("eight slots, 8 × 128 tokens (one slot)", ours(eight, 8), ours(eight, 1)),
-    ]
+    def line(name: str, mine: Callable[[], Step], other: Callable[[], Step], repeats: int = 1) -> None:
+        if args.only in name:
+            rows.append(compare(name, mine(), other(), repeats, args.rounds))
+
+    line("one adapter, 4 × 128 tokens (PEFT)", lambda: ours(four, 1), lambda: theirs(four))
+    line("eight adapters, 1 × 128 each (eight PEFT steps)", lambda: ours(eight, 8), lambda: theirs(one), 8)
+    line("eight slots, 8 × 128 tokens (one slot)", lambda: ours(eight, 8), lambda: ours(eight, 1))
     if args.compile:
-        rows += [
-            line("one adapter, 4 × 128, compiled (PEFT)", ours(four, 1, True), theirs(four)),
-            line("one adapter, 4 × 128, compiled (PEFT compiled)", ours(four, 1, True), theirs(four, True)),
-            line("eight adapters, 1 × 128 each, compiled (eight PEFT steps)", ours(eight, 8, True), theirs(one), 8),
-            line("eight adapters, compiled (eight steps of PEFT compiled)", ours(eight, 8, True), theirs(one, True), 8),
-            line("eight slots, compiled (one slot, compiled)", ours(eight, 8, True), ours(eight, 1, True)),
-        ]
+        line("one adapter, 4 × 128, compiled (PEFT)", lambda: ours(four, 1, True), lambda: theirs(four))
+        line("one adapter, 4 × 128, compiled (PEFT compiled)", lambda: ours(four, 1, True), lambda: theirs(four, True))
+        line("eight adapters, 1 × 128 each, compiled (eight PEFT steps)", lambda: ours(eight, 8, True), lambda: theirs(one), 8)
+        line("eight adapters, compiled (eight steps, PEFT compiled)", lambda: ours(eight, 8, True), lambda: theirs(one, True), 8)
+        line("eight slots, compiled (one slot, compiled)", lambda: ours(eight, 8, True), lambda: ours(eight, 1, True))
     memory = {name: round(peak_memory(folder, args.layers, name), 2) for name in ("lorabank", "peft")}
     print(f"peak memory of the process, 4 × 128: lorabank {memory['lorabank']:.2f} GiB, PEFT {memory['peft']:.2f} GiB")
     record = {
