@@ -6,13 +6,14 @@ from torch import nn
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
+from lorabank.bank.reach import is_attached
 from lorabank.errors import LorabankError
 
 
 def attach(model: nn.Module) -> AdapterBank:
     """Freeze `model` and return a bank of adapters over it. No layer changes until an adapter needs it.
 
-    Any `nn.Module` will do. Raises LorabankError when the model already has a bank with adapters.
+    Any `nn.Module` will do. Raises LorabankError when the model already has a bank.
 
     A layer that maps 4 features to 3 has 3 × 4 = 12 weights. LoRA of rank 1 leaves them frozen and trains a column B (3 × 1)
     and a row A (1 × 4), 7 numbers, whose product is the change of the weight:
@@ -47,9 +48,11 @@ def attach(model: nn.Module) -> AdapterBank:
             f"attach: expected a torch.nn.Module, got {type(model).__name__}. Load the model first; lorabank adapts PyTorch "
             "models only."
         )
-    taken = next((path for path, module in model.named_modules() if isinstance(module, LoRALayer)), None)
+    if is_attached(model):
+        raise LorabankError("attach: this model already has a bank. Use that bank, or detach it first (bank.detach()).")
+    taken = next((path for path, module in model.named_modules() if isinstance(module, LoRALayer) or is_attached(module)), None)
     if taken is not None:
         raise LorabankError(
-            f"attach: the model already has a bank (layer {taken!r} is wrapped). Use that bank, or detach it first."
+            f"attach: a part of this model, {taken!r}, belongs to a bank already. Use that bank, or detach it first."
         )
     return AdapterBank(model)

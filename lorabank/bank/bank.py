@@ -211,13 +211,16 @@ class AdapterBank:
         tokens: Sequence[RowRoute] | None = None,
         repeat: Repeat | None = None,
         dropout: DropoutState | None = None,
+        exact: bool = True,
     ) -> Routing:
         """Build a Routing: `rows` is one route for all rows or a list with one a row; `tokens` a list with one a packed token.
 
-        `repeat` says how a library multiplies the rows: ("interleave", k) for beams, ("tile", k) for guidance.
+        `repeat` says how a library multiplies the rows: ("interleave", k) for beams, ("tile", k) for guidance. `exact=False`: the
+        base's products may round otherwise than the base alone, where that is faster (the engine's own passes do so).
         """
         self._check_alive()
-        return build_routing(rows, known=self.names, device=self.device, tokens=tokens, repeat=repeat, dropout=dropout)
+        known, device = self.names, self.device
+        return build_routing(rows, known=known, device=device, tokens=tokens, repeat=repeat, dropout=dropout, exact=exact)
 
     @contextlib.contextmanager
     def route(
@@ -299,7 +302,7 @@ class AdapterBank:
 
     def skip_reach_check(self) -> None:
         """Don't require that the first forward pass reaches every wrapped layer: some inputs use only a part of the model."""
-        self._reach.close()
+        self._reach.skip()
 
     def detach(self) -> nn.Module:
         """Take every wrapper out: the untouched base model again, with its `requires_grad` as before. Ends the bank.

@@ -22,7 +22,7 @@ from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.errors import LorabankError, RoutingError
 from lorabank.kernels import ops
-from lorabank.kernels.base import BASE_PRODUCTS, BaseProduct
+from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS, BaseProduct
 from lorabank.kernels.segments import DropoutDraw, Segment
 
 
@@ -31,6 +31,9 @@ class LayerKind:
     """How a class of base layer is adapted."""
 
     product: BaseProduct
+    """Bit for bit the layer's own."""
+    fast: BaseProduct
+    """The same to rounding."""
     features: Callable[[nn.Module], tuple[int, int]]
     """(in, out) of a layer of this class."""
 
@@ -46,8 +49,8 @@ def _conv1d_features(layer: nn.Module) -> tuple[int, int]:
 
 
 LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(BASE_PRODUCTS["linear"], _linear_features),
-    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], _conv1d_features),
+    nn.Linear: LayerKind(BASE_PRODUCTS["linear"], FAST_PRODUCTS["linear"], _linear_features),
+    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], FAST_PRODUCTS["conv1d"], _conv1d_features),
 }
 
 
@@ -222,7 +225,8 @@ class LoRALayer(nn.Module):
         )
         if self._called_as_is():
             return ops.add_lora(self.base(x), x, plan)
-        return ops.lora_linear(x, self.base.get_parameter("weight"), self.base._parameters["bias"], self.kind.product, plan)
+        product = self.kind.product if routing.exact else self.kind.fast
+        return ops.lora_linear(x, self.base.get_parameter("weight"), self.base._parameters["bias"], product, plan)
 
     # routing is Python's work: under torch.compile each layer is a graph break, and right
     _eager: Any = torch.compiler.disable(_adapted)

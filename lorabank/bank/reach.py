@@ -11,24 +11,21 @@ from lorabank.errors import UnreachedLayerError
 
 
 class ReachCheck:
-    """Watches newly wrapped layers through one forward pass of the whole model, then costs nothing."""
+    """Watches newly wrapped layers through one forward pass of the whole model. Its hook also marks the model as attached."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._pending: list[LoRALayer] = []
-        self._hook: Any = None
+        self._hook = model.register_forward_hook(_AfterForward(self))
 
     def watch(self, layer: LoRALayer) -> None:
         """Expect `layer` to be called by the end of the model's next forward pass."""
         self._pending.append(layer)
-        if self._hook is None:
-            self._hook = self._model.register_forward_hook(_AfterForward(self))
 
     def check(self) -> None:
         """Raise UnreachedLayerError for watched layers that hold an adapter and were not called; they stay watched."""
         missed = [layer for layer in self._pending if layer.slots and not layer.reached]
         if not missed:
-            self.close()
+            self.skip()
             return
         shown = ", ".join(f"{layer.path!r} ({type(layer.base).__name__})" for layer in missed[:5])
         more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
@@ -38,12 +35,19 @@ class ReachCheck:
             "bank.skip_reach_check() if later inputs use them."
         )
 
-    def close(self) -> None:
-        """Stop watching."""
+    def skip(self) -> None:
+        """Stop watching the layers of now."""
         self._pending = []
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._pending = []
+        self._hook.remove()
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether a bank stands over `model` already, with or without adapters."""
+    return any(isinstance(hook, _AfterForward) for hook in model._forward_hooks.values())
 
 
 class _AfterForward:

@@ -70,6 +70,8 @@ class Routing:
     names: frozenset[str]
     """Adapters that take part."""
     dropout: DropoutState | None = None
+    exact: bool = True
+    """Whether a base row in a mixed batch must be the base's to the last bit; else base products may round otherwise, faster."""
     set_in_backward: bool = False
     """Put in force during a backward pass: by `checkpoint_context` for a recomputation, or on purpose."""
     id: int = field(default_factory=lambda: next(_ROUTE_IDS))
@@ -121,6 +123,7 @@ def per_row(
     repeat: Repeat | None = None,
     dropout: DropoutState | None = None,
     per: Literal["row", "token"] = "row",
+    exact: bool = True,
 ) -> Routing:
     """One route a row (or a token). With `repeat` the rows may also arrive multiplied."""
     if not rows:
@@ -132,7 +135,7 @@ def per_row(
             raise RoutingError("route: rows that a library multiplies can't draw dropout; leave out repeat= in training.")
         plans[len(multiplied)] = _slot_rows(multiplied, device, None)
     names = frozenset(name for row in rows if not isinstance(row, _Base) for name in ([row] if isinstance(row, str) else row))
-    return Routing(per=per, plans=plans, names=names, dropout=dropout)
+    return Routing(per=per, plans=plans, names=names, dropout=dropout, exact=exact)
 
 
 def _multiply(rows: Sequence[RowRoute], repeat: Repeat) -> list[RowRoute]:
@@ -184,6 +187,7 @@ def build_routing(
     tokens: Sequence[RowRoute] | None = None,
     repeat: Repeat | None = None,
     dropout: DropoutState | None = None,
+    exact: bool = True,
 ) -> Routing:
     """The Routing for `rows` (one route for all, or a list with one a row) or `tokens` (a list with one a packed token).
 
@@ -198,7 +202,7 @@ def build_routing(
             check_route(row, known)
         if dropout is not None and len(dropout.examples) != len(each):
             raise RoutingError(f"route: dropout names {len(dropout.examples)} examples for {len(each)} rows; give one a row")
-        return per_row(each, device=device, repeat=repeat, dropout=dropout, per="row" if tokens is None else "token")
+        return per_row(each, device=device, repeat=repeat, dropout=dropout, per="row" if tokens is None else "token", exact=exact)
     if each is None or dropout is not None or repeat is not None:
         raise RoutingError("route: dropout and repeat need a list with one entry a row")
     check_route(each, known)

@@ -20,21 +20,21 @@ from lorabank.engine.modes import evaluation_mode
 PROBE_TOKENS = 3
 
 
-def row_routing(bank: AdapterBank, routes: Sequence[RowRoute], length: int) -> Routing:
+def row_routing(bank: AdapterBank, routes: Sequence[RowRoute], length: int, *, exact: bool = True) -> Routing:
     """Routing for N rows of `length` tokens, whether a layer folds them or not; no dropout."""
-    return bank.routing(list(routes), repeat=("interleave", length) if length > 1 else None)
+    return bank.routing(list(routes), repeat=("interleave", length) if length > 1 else None, exact=exact)
 
 
 def dropout_routing(
     bank: AdapterBank, routes: Sequence[RowRoute], length: int, steps: Mapping[str, int], examples_N: Tensor, *, folded: bool
 ) -> Routing:
-    """Routing with dropout drawn from each adapter's step, the row's example and the token's place in it."""
+    """Routing of a training pass, dropout drawn from each adapter's step, the row's example and the token's place in it."""
     if not folded:
-        return bank.routing(list(routes), dropout=DropoutState(steps=steps, examples=examples_N))
+        return bank.routing(list(routes), dropout=DropoutState(steps=steps, examples=examples_N), exact=False)
     # every token is its own example then: the same place of the same example gives the same mask, however long the padding
     examples = (examples_N[:, None] * 0x9E3779B1 + torch.arange(length, device=examples_N.device)).reshape(-1)
     tokens = [route for route in routes for _ in range(length)]
-    return bank.routing(tokens=tokens, dropout=DropoutState(steps=steps, examples=examples))
+    return bank.routing(tokens=tokens, dropout=DropoutState(steps=steps, examples=examples), exact=False)
 
 
 def folds_tokens(bank: AdapterBank) -> bool:

@@ -140,7 +140,7 @@ def logprobs(engine: Engine, batch: Batch) -> Tensor:
     _check_batch(engine.bank.model, batch, None)
     batch = batch.to(engine.bank.device)
     out = torch.zeros_like(batch.weights_NL)
-    routing = row_routing(engine.bank, batch.routes, batch.input_ids_NL.shape[1])
+    routing = row_routing(engine.bank, batch.routes, batch.input_ids_NL.shape[1], exact=False)
     with torch.no_grad(), evaluation_mode(engine.bank.model.modules()), engine.bank.route(routing):
         rows, columns = _trained(batch)
         out[rows, columns] = _token_logprobs(engine, batch, rows, columns)
@@ -163,7 +163,7 @@ def _routing(engine: Engine, batch: Batch, names: list[str | None], steps: Mappi
     bank, length = engine.bank, batch.input_ids_NL.shape[1]
     used = [name for name in dict.fromkeys(names) if name is not None]
     if steps is None or not any(bank.config(name).dropout for name in used):
-        return row_routing(bank, batch.routes, length)
+        return row_routing(bank, batch.routes, length, exact=False)
     missing = [name for name in used if name not in steps]
     if missing:
         raise ConfigError(f"forward_backward: steps has no entry for adapter {missing[0]!r}, whose dropout is drawn from it")

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lorabank.kernels import onednn
 
 CHUNK_NUMBERS = 2**24
 """Logits held at once: 64 MiB in fp32."""
@@ -23,8 +24,21 @@ def _chunks(targets_T: Tensor, weight_VH: Tensor, numbers: int) -> list[slice]:
 
 
 def _logits(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """fp32 logits of one chunk; the product runs in the weight's dtype, like the model's own head."""
-    return F.linear(hidden_TH.to(weight_VH.dtype), weight_VH, bias_V).float()
+    """fp32 logits of one chunk, a tensor of their own; the product runs in the weight's dtype, like the model's own head."""
+    return onednn.linear(hidden_TH.to(weight_VH.dtype), weight_VH, bias_V).float()
+
+
+def _softmax_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Turn logits into probabilities in place; returns log p(target) (T,).
+
+    The normaliser is read off the largest probability, which is at least 1/V, so no second tensor of the logits' size is made and
+    a target whose probability underflows still has its logarithm.
+    """
+    top_T1, where_T1 = logits_TV.max(-1, keepdim=True)
+    target_T = logits_TV.gather(1, targets_T[:, None]).squeeze(1)
+    torch.softmax(logits_TV, -1, out=logits_TV)
+    norm_T = (top_T1 - logits_TV.gather(1, where_T1).log()).squeeze(1)
+    return target_T - norm_T
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -33,24 +47,22 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None, numbers: int) -> Tensor:
         out = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
-        norm = torch.empty_like(out)
         for rows in _chunks(targets_T, weight_VH, numbers):
-            logits = _logits(hidden_TH[rows], weight_VH, bias_V)
-            norm[rows] = logits.logsumexp(-1)
-            out[rows] = logits.gather(1, targets_T[rows, None]).squeeze(1) - norm[rows]
+            out[rows] = _softmax_(_logits(hidden_TH[rows], weight_VH, bias_V), targets_T[rows])
         ctx.numbers = numbers
-        ctx.save_for_backward(hidden_TH, weight_VH, targets_T, bias_V, norm)
+        ctx.save_for_backward(hidden_TH, weight_VH, targets_T, bias_V)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_T,) = grad_outputs
-        hidden, weight, targets, bias, norm = ctx.saved_tensors
+        hidden, weight, targets, bias = ctx.saved_tensors
         dh = torch.empty_like(hidden)
         for rows in _chunks(targets, weight, ctx.numbers):
-            dlogits = _logits(hidden[rows], weight, bias).sub_(norm[rows, None]).exp_()
-            dh[rows] = _hidden_gradient(dlogits, targets[rows], -grad_T[rows], weight)
+            probabilities = _logits(hidden[rows], weight, bias)
+            _softmax_(probabilities, targets[rows])
+            dh[rows] = _hidden_gradient(probabilities, targets[rows], -grad_T[rows], weight)
         return dh, None, None, None, None
 
 
@@ -70,11 +82,9 @@ class _WeightedNLL(torch.autograd.Function):
         logprobs = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
         dh = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
         for rows in _chunks(targets_T, weight_VH, numbers):
-            logits = _logits(hidden_TH[rows], weight_VH, bias_V)
-            norm = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(1, targets_T[rows, None]).squeeze(1) - norm
+            probabilities = _logits(hidden_TH[rows], weight_VH, bias_V)
+            logprobs[rows] = _softmax_(probabilities, targets_T[rows])
             if dh is not None:
-                probabilities = logits.sub_(norm[:, None]).exp_()
                 dh[rows] = _hidden_gradient(probabilities, targets_T[rows], weights_T[rows], weight_VH)
         if dh is not None:
             ctx.save_for_backward(dh)
@@ -91,7 +101,8 @@ class _WeightedNLL(torch.autograd.Function):
 def _hidden_gradient(probabilities_TV: Tensor, targets_T: Tensor, scale_T: Tensor, weight_VH: Tensor) -> Tensor:
     """scale · (p − onehot(target)) @ W, writing over the probabilities."""
     probabilities_TV.scatter_add_(1, targets_T[:, None], torch.full_like(targets_T[:, None], -1, dtype=probabilities_TV.dtype))
-    return probabilities_TV.mul_(scale_T[:, None].to(probabilities_TV.dtype)).to(weight_VH.dtype) @ weight_VH
+    # the scale goes onto the short side of the product: H numbers a token, not V
+    return onednn.input_grad(probabilities_TV.to(weight_VH.dtype), weight_VH) * scale_T[:, None].to(weight_VH.dtype)
 
 
 def token_logprobs(

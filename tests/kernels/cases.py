@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorabank.kernels import ops, reference
-from lorabank.kernels.base import BASE_PRODUCTS
+from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS
 from lorabank.kernels.segments import DropoutDraw, Rows, Segment
 
 
@@ -95,7 +95,8 @@ class Outcome:
 
 
 def run(case: Case, how: str, dy: Tensor | None = None, x_grad: bool = True, frozen: frozenset[str] = frozenset()) -> Outcome:
-    """`how`: `reference`, `fused` (lora_linear) or `added` (add_lora behind the base's own product). `frozen`: no gradient."""
+    """`how`: `reference`, `fused` (lora_linear), `fast` (the same, with base products that may round) or `added` (add_lora behind
+    the base's own product). `frozen`: no gradient."""
     x = case.x.detach().requires_grad_(x_grad)
     leaves: dict[str, Tensor] = {}
     segments = []
@@ -104,11 +105,11 @@ def run(case: Case, how: str, dy: Tensor | None = None, x_grad: bool = True, fro
         b = segment.B_RO.detach().clone().requires_grad_(f"B{i}" not in frozen)
         leaves |= {f"A{i}": a, f"B{i}": b}
         segments.append(replace(segment, A_RI=a, B_RO=b))
-    product = BASE_PRODUCTS[case.layout]
+    product = (FAST_PRODUCTS if how == "fast" else BASE_PRODUCTS)[case.layout]
     stored = case.weight_OI if case.layout == "linear" else case.weight_OI.t().contiguous()
     if how == "reference":
         y = reference.lora_linear(x, case.weight_OI, case.bias_O, segments, case.units)
-    elif how == "fused":
+    elif how in ("fused", "fast"):
         y = ops.lora_linear(x, stored, case.bias_O, product, make_plan(segments, case.units))
     else:
         y = ops.add_lora(product.forward(x, stored, case.bias_O), x, make_plan(segments, case.units))

@@ -58,14 +58,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-@pytest.mark.parametrize("how", ["fused", "added"])
+@pytest.mark.parametrize("how", ["fused", "fast", "added"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_fast_path_is_the_definition(name: str, how: str, layout: str) -> None:
     case = make_case(**CASES[name], layout=layout)
     assert_same(run(case, how), run(case, "reference"))
 
 
-@pytest.mark.parametrize("how", ["fused", "added"])
+@pytest.mark.parametrize("how", ["fused", "fast", "added"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_base_takes_fp32_adapters(dtype: torch.dtype, how: str) -> None:
     case = make_case(rows=[slice(0, 3), INDEX([0, 4])], ranks=[2, 3], dtype=dtype, weighted=True)
@@ -85,7 +85,7 @@ def test_the_sum_is_rounded_once_into_the_bases_dtype() -> None:
     assert torch.equal(run(case, "fused").y, exact.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("how", ["fused", "added"])
+@pytest.mark.parametrize("how", ["fused", "fast", "added"])
 def test_any_layout_of_dy_will_do(how: str) -> None:
     case = make_case(rows=[slice(0, 2), INDEX([2, 4])], ranks=[2, 3])
     expanded = torch.randn(6).expand(5, 3, 6)
@@ -94,7 +94,7 @@ def test_any_layout_of_dy_will_do(how: str) -> None:
         assert_same(run(case, how, dy), run(case, "reference", dy))
 
 
-@pytest.mark.parametrize("how", ["fused", "added"])
+@pytest.mark.parametrize("how", ["fused", "fast", "added"])
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_any_layout_of_x_will_do(layout: str, how: str) -> None:
     for x in (torch.randn(3, 5, 8).transpose(0, 1), torch.randn(3, 8).expand(5, 3, 8), torch.randn(5, 3, 16)[..., ::2]):
@@ -102,7 +102,7 @@ def test_any_layout_of_x_will_do(layout: str, how: str) -> None:
         assert_same(run(case, how), run(case, "reference"))
 
 
-@pytest.mark.parametrize("how", ["fused", "added"])
+@pytest.mark.parametrize("how", ["fused", "fast", "added"])
 def test_an_input_without_gradient_and_frozen_tensors(how: str) -> None:
     case = make_case(rows=[slice(0, 3), INDEX([0, 4])], ranks=[2, 3], dropout=0.3)
     for frozen in (frozenset[str](), frozenset({"A0"}), frozenset({"B0", "B1"}), frozenset({"A0", "A1", "B0"})):
@@ -139,7 +139,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(case=cases(), how=st.sampled_from(["fused", "added"]))
+@given(case=cases(), how=st.sampled_from(["fused", "fast", "added"]))
 def test_random_shapes_and_routes(case: Case, how: str) -> None:
     assert_same(run(case, how), run(case, "reference"))
 
