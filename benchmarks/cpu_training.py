@@ -3,21 +3,21 @@
     python benchmarks/cpu_training.py                     # SmolLM2-135M-Instruct, r=16 on all seven linear layers, fp32
     python benchmarks/cpu_training.py --layers 4 --rounds 2   # a quick look
 
-Machines drift, so steps of the systems alternate and ratios are taken round by round; the median ratio is the result. Before any
-time is printed, losses and gradients of both systems are compared: a speed-up over a wrong result is refused.
+Machines drift, so each system works in a process of its own, in turns, and ratios are taken turn by turn; the median ratio is the
+result. Before any time is printed, losses and gradients of both systems are compared: a speed-up over a wrong result is refused.
+Ours runs as `lorabank train` does (it keeps freed memory); `--peft-keeps-memory` gives PEFT's process the same setting.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import peft
@@ -31,10 +31,28 @@ from lorabank.engine.compiling import compile_blocks
 from lorabank.engine.step import Engine, forward_backward, optim_step
 from lorabank.models.load import locate
 from lorabank.optim.slot_optimizer import SlotOptimizer
+from lorabank.training.allocation import keep_freed_memory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from turns import Worker, ratios, serve
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, RATE = 16, 32, 1e-4
 Step = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one worker does."""
+
+    system: str
+    """`lorabank` or `peft`."""
+    rows: int
+    tokens: int = 128
+    adapters: int = 1
+    compiled: bool = False
+    keeps_memory: bool = False
+    """Whether the process reuses freed memory."""
 
 
 def load(folder: Path, layers: int | None) -> PreTrainedModel:
@@ -122,50 +140,46 @@ def check_equal(folder: Path, layers: int | None) -> dict[str, float]:
     return {"loss_difference": difference, "largest_gradient_difference": worst}
 
 
-def compare(name: str, mine: Step, other: Step, repeats: int, rounds: int) -> dict[str, object]:
-    """One line of the table: a step of ours beside `repeats` steps of the other, in turn, after two of each to warm up."""
-    for _ in range(2):
-        mine()
-        other()
-    times: list[tuple[float, float]] = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        mine()
-        between = time.perf_counter()
-        for _ in range(repeats):
-            other()
-        times.append((between - began, time.perf_counter() - between))
-    ratios = [a / b for a, b in times]
-    result: dict[str, object] = {
-        "work": name,
-        "ours_s": round(statistics.median(a for a, _ in times), 3),
-        "other_s": round(statistics.median(b for _, b in times), 3),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-    }
-    spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"{name:58s} {result['ours_s']:8.2f} s {result['other_s']:8.2f} s   {result['ratio']:.2f} × {spread}", flush=True)
-    gc.collect()
+def run_worker(work: Work, folder: Path, layers: int | None) -> None:
+    """The worker's process."""
+    if work.keeps_memory:
+        keep_freed_memory()
+    model, ids = load(folder, layers), token_rows(work.rows, work.tokens)
+    if work.system == "peft":
+        serve(peft_step(model, ids, compiled=work.compiled))
+    else:
+        serve(bank_step(model, ids, work.adapters, compiled=work.compiled))
+
+
+def compare(name: str, mine: Work, other: Work, repeats: int, args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """One line of the table: a step of ours beside `repeats` steps of the other, in turn."""
+    workers = [Worker(_command(work, args, folder)) for work in (mine, other)]
+    found = ratios(*workers, repeats=repeats, rounds=args.rounds)
+    peaks = [round(worker.peak_gib(), 2) for worker in workers]
+    for worker in workers:
+        worker.end()
+    result = {"work": name, **found.record(), "peak_gib": peaks}
+    spread = f"({min(found.each):.2f} to {max(found.each):.2f})"
+    print(
+        f"{name:58s} {result['ours_s']:8.2f} s {result['other_s']:8.2f} s   {result['ratio']:.2f} × {spread}   "
+        f"{peaks[0]:.2f} | {peaks[1]:.2f} GiB",
+        flush=True,
+    )
     return result
 
 
-def peak_memory(folder: Path, layers: int | None, system: str) -> float:
-    """GiB: the largest resident set of a fresh process that makes three steps of 4 × 128."""
-    line = [sys.executable, __file__, "--model", str(folder), "--memory-of", system]
-    out = subprocess.run(line + (["--layers", str(layers)] if layers else []), capture_output=True, text=True, check=True).stdout
-    return float(out.strip().splitlines()[-1])
-
-
-def run_for_memory(folder: Path, layers: int | None, system: str) -> None:
-    """Three steps, then this process's own peak."""
-    model, ids = load(folder, layers), token_rows(4, 128)
-    step = peft_step(model, ids) if system == "peft" else bank_step(model, ids, 1, compiled=False)
-    for _ in range(3):
-        step()
-    # not getrusage: a child inherits its parent's peak there
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(int(peak.split()[1]) / 2**20)
+def _command(work: Work, args: argparse.Namespace, folder: Path) -> list[str]:
+    line = [
+        sys.executable,
+        __file__,
+        "--model",
+        str(folder),
+        "--threads",
+        str(args.threads),
+        "--worker",
+        json.dumps(asdict(work)),
+    ]
+    return line + (["--layers", str(args.layers)] if args.layers else [])
 
 
 def commit() -> str:
@@ -191,47 +205,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--memory-of", choices=["peft", "lorabank"], help=argparse.SUPPRESS)
+    parser.add_argument("--peft-keeps-memory", action="store_true", help="PEFT's process reuses freed memory too")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = locate(args.model)
-    if args.memory_of:
-        run_for_memory(folder, args.layers, args.memory_of)
+    if args.worker:
+        run_worker(Work(**json.loads(args.worker)), folder, args.layers)
         return
     check = check_equal(folder, args.layers)
     loss, gradient = check["loss_difference"], check["largest_gradient_difference"]
     print(f"same loss (to {loss:.1e}) and gradients (to {gradient:.1e} of their norm) as PEFT")
-    print(f"{'':58s} {'lorabank':>10s} {'other':>10s}   lorabank / other")
-    four, one, eight = token_rows(4, 128), token_rows(1, 128), token_rows(8, 128)
-
-    def ours(ids: torch.Tensor, adapters: int, compiled: bool = False) -> Step:
-        return bank_step(load(folder, args.layers), ids, adapters, compiled=compiled)
-
-    def theirs(ids: torch.Tensor, compiled: bool = False) -> Step:
-        return peft_step(load(folder, args.layers), ids, compiled=compiled)
-
+    print(f"{'':58s} {'lorabank':>10s} {'other':>10s}   lorabank / other          peak memory")
     rows: list[dict[str, object]] = []
 
-    def line(name: str, mine: Callable[[], Step], other: Callable[[], Step], repeats: int = 1) -> None:
-        if args.only in name:
-            rows.append(compare(name, mine(), other(), repeats, args.rounds))
+    def ours(rows: int, adapters: int, compiled: bool = False) -> Work:
+        return Work(system="lorabank", rows=rows, adapters=adapters, compiled=compiled, keeps_memory=True)
 
-    line("one adapter, 4 × 128 tokens (PEFT)", lambda: ours(four, 1), lambda: theirs(four))
-    line("eight adapters, 1 × 128 each (eight PEFT steps)", lambda: ours(eight, 8), lambda: theirs(one), 8)
-    line("eight slots, 8 × 128 tokens (one slot)", lambda: ours(eight, 8), lambda: ours(eight, 1))
+    def theirs(rows: int, compiled: bool = False) -> Work:
+        return Work(system="peft", rows=rows, compiled=compiled, keeps_memory=args.peft_keeps_memory)
+
+    def line(name: str, mine: Work, other: Work, repeats: int = 1) -> None:
+        if args.only in name:
+            rows.append(compare(name, mine, other, repeats, args, folder))
+
+    line("one adapter, 4 × 128 tokens (PEFT)", ours(4, 1), theirs(4))
+    line("eight adapters, 1 × 128 each (eight PEFT steps)", ours(8, 8), theirs(1), 8)
+    line("eight slots, 8 × 128 tokens (one slot)", ours(8, 8), ours(8, 1))
     if args.compile:
-        line("one adapter, 4 × 128, compiled (PEFT)", lambda: ours(four, 1, True), lambda: theirs(four))
-        line("one adapter, 4 × 128, compiled (PEFT compiled)", lambda: ours(four, 1, True), lambda: theirs(four, True))
-        line("eight adapters, 1 × 128 each, compiled (eight PEFT steps)", lambda: ours(eight, 8, True), lambda: theirs(one), 8)
-        line("eight adapters, compiled (eight steps, PEFT compiled)", lambda: ours(eight, 8, True), lambda: theirs(one, True), 8)
-        line("eight slots, compiled (one slot, compiled)", lambda: ours(eight, 8, True), lambda: ours(eight, 1, True))
-    memory = {name: round(peak_memory(folder, args.layers, name), 2) for name in ("lorabank", "peft")}
-    print(f"peak memory of the process, 4 × 128: lorabank {memory['lorabank']:.2f} GiB, PEFT {memory['peft']:.2f} GiB")
+        line("one adapter, 4 × 128, compiled (PEFT)", ours(4, 1, True), theirs(4))
+        line("one adapter, 4 × 128, compiled (PEFT compiled)", ours(4, 1, True), theirs(4, True))
+        line("eight adapters, 1 × 128 each, compiled (eight PEFT steps)", ours(8, 8, True), theirs(1), 8)
+        line("eight adapters, compiled (eight steps, PEFT compiled)", ours(8, 8, True), theirs(1, True), 8)
+        line("eight slots, compiled (one slot, compiled)", ours(8, 8, True), ours(8, 1, True))
     record = {
         "date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_name(), "threads": args.threads,
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "peft": peft.__version__, "model": args.model, "layers": args.layers, "rounds": args.rounds,
-        "check": check, "rows": rows, "peak_gib": memory,
+        "peft_keeps_memory": args.peft_keeps_memory, "check": check, "rows": rows,
     }  # fmt: skip
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

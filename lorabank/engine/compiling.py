@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -26,8 +27,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_blocks(model: nn.Module) -> int:
-    """Compile the repeated blocks in place; returns how many. They stay compiled: results don't change beyond rounding.
+def compile_blocks(model: nn.Module) -> list[nn.Module]:
+    """Compile the repeated blocks in place; returns those that weren't compiled before. Results don't change beyond rounding.
 
     Raises ConfigError when there is nothing to compile, or no C++ compiler on a CPU.
     """
@@ -39,7 +40,13 @@ def compile_blocks(model: nn.Module) -> int:
         raise ConfigError(
             "compile: on a CPU it needs a C++ compiler (g++ or clang++) and none was found. Install one, or leave compile out."
         )
-    for block in blocks:
+    fresh = [block for block in blocks if block._compiled_call_impl is None]
+    for block in fresh:
         block.compile()
+    return fresh
 
-    return len(blocks)
+
+def uncompile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Run what `compile_blocks` returned as plain modules again."""
+    for block in blocks:
+        block._compiled_call_impl = None

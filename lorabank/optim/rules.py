@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -27,12 +28,32 @@ Direction = Callable[[Tensor, Sequence[Tensor], RuleNumbers], None]
 """(gradient (n,), state tensors (n,), numbers): updates the state in place and writes the direction over the gradient."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeafStep:
+    """What a fused step works on: a slot's leaves with one learning rate, each with its gradient and its state."""
+
+    leaves: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    state: Sequence[Sequence[Tensor]]
+    """For each of the rule's `state_names` a tensor a leaf."""
+    learning_rate: float
+    weight_decay: float
+    divisor: float
+    """By which gradients are divided first."""
+
+
+Fused = Callable[[LeafStep, RuleNumbers], None]
+"""The whole step of some leaves in place, in one pass over them; gradients may be written over."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """An optimizer: the names of its state tensors, which start at zero, and its direction."""
 
     state_names: tuple[str, ...]
     direction: Direction
+    fused: Fused | None = None
+    """The same step in one pass over fp32 leaves, where there is something faster."""
 
 
 def adamw(gradient_n: Tensor, state: Sequence[Tensor], numbers: RuleNumbers) -> None:
@@ -42,6 +63,18 @@ def adamw(gradient_n: Tensor, state: Sequence[Tensor], numbers: RuleNumbers) -> 
     second_n.mul_(numbers.beta2).addcmul_(gradient_n, gradient_n, value=1.0 - numbers.beta2)
     denominator_n = second_n.sqrt().div_((1.0 - numbers.beta2**numbers.step) ** 0.5).add_(numbers.eps)
     gradient_n.copy_(first_n).div_(denominator_n).div_(1.0 - numbers.beta1**numbers.step)
+
+
+def fused_adamw(step: LeafStep, numbers: RuleNumbers) -> None:
+    """`adamw` through the kernel behind torch.optim.AdamW(fused=True)."""
+    device = step.leaves[0].device
+    first, second = step.state
+    torch.ops.aten._fused_adamw_(
+        list(step.leaves), list(step.gradients), list(first), list(second), [],
+        [torch.tensor(float(numbers.step), device=device)] * len(step.leaves),
+        lr=step.learning_rate, beta1=numbers.beta1, beta2=numbers.beta2, weight_decay=step.weight_decay, eps=numbers.eps,
+        amsgrad=False, maximize=False, grad_scale=torch.tensor(step.divisor, device=device), found_inf=None,
+    )  # fmt: skip
 
 
 def sgd(gradient_n: Tensor, state: Sequence[Tensor], numbers: RuleNumbers) -> None:
@@ -59,7 +92,7 @@ def lion(gradient_n: Tensor, state: Sequence[Tensor], numbers: RuleNumbers) -> N
 
 
 OPTIMIZERS: Mapping[str, Rule] = {
-    "adamw": Rule(("exp_avg", "exp_avg_sq"), adamw),
+    "adamw": Rule(("exp_avg", "exp_avg_sq"), adamw, fused_adamw),
     "sgd": Rule(("momentum",), sgd),
     "lion": Rule(("momentum",), lion),
 }

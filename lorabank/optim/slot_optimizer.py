@@ -1,7 +1,7 @@
 """`SlotOptimizer`: one optimizer for all adapters of a bank, each with its own rule, numbers, step count and state.
 
-A slot's gradients are gathered into one vector, in which its state lives too: a step then costs a handful of operations and one
-addition a leaf, however many leaves there are.
+A slot's state is one vector over its leaves for each name. A rule that has a fused step makes it in one pass over leaves,
+gradients and state; otherwise the gradients are gathered into a vector too, and the rule's direction works on that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.checks import check_choice, check_fraction, check_non_negative, check_positive
 from lorabank.errors import CheckpointError, ConfigError, LorabankError, closest
-from lorabank.optim.rules import OPTIMIZERS, Rule, RuleNumbers
+from lorabank.optim.rules import OPTIMIZERS, Fused, LeafStep, Rule, RuleNumbers
 
 CPU_PIECE = 2**18
 """Elements that a rule works on at once on a CPU: its few vectors stay in the cache."""
@@ -203,35 +203,63 @@ def _one_device(name: str, slot: _Slot) -> nn.Parameter:
 
 
 def _step(slot: _Slot, learning_rate: float, tokens: float) -> SlotStep:
-    gradient_n = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in slot.leaves.values()])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in slot.leaves.values()]
     _clear(slot)
-    norm = float(torch.linalg.vector_norm(gradient_n)) / tokens
+    norm = float(torch.nn.utils.get_total_norm(gradients)) / tokens
     if not math.isfinite(norm):
         return SlotStep(grad_norm=norm, finite=False, step=slot.step)
     slot.step += 1
     config = slot.config
     clip = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
-    gradient_n.mul_(clip / tokens)
-    _directions(slot, gradient_n)
-    for (key, leaf), direction in zip(slot.leaves.items(), _parts(gradient_n, slot), strict=True):
-        rate = learning_rate * (config.loraplus_ratio if key.endswith(".B") else 1.0)
-        if config.weight_decay:
-            leaf.mul_(1.0 - rate * config.weight_decay)
-        leaf.add_(direction.view_as(leaf), alpha=-rate)
+    _ready_state(slot)
+    if slot.rule.fused is not None and all(p.dtype == torch.float32 for p in slot.leaves.values()):
+        _fused_step(slot, slot.rule.fused, gradients, learning_rate, tokens / clip)
+    else:
+        _plain_step(slot, gradients, learning_rate, tokens / clip)
     return SlotStep(grad_norm=norm, finite=True, step=slot.step)
 
 
-def _directions(slot: _Slot, gradient_n: Tensor) -> None:
-    """Update the slot's state and write its direction over the gradient."""
-    if slot.state and slot.state[0].device != gradient_n.device:
-        slot.state = tuple(vector.to(gradient_n.device) for vector in slot.state)
-    if not slot.state:
-        slot.state = tuple(torch.zeros_like(gradient_n) for _ in slot.rule.state_names)
-    betas, step = slot.config.betas, slot.step
-    numbers = RuleNumbers(beta1=betas[0], beta2=betas[1], eps=slot.config.eps, step=step)
+def _plain_step(slot: _Slot, gradients: Sequence[Tensor], learning_rate: float, divisor: float) -> None:
+    gradient_n = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(divisor)
     size = CPU_PIECE if gradient_n.device.type == "cpu" else max(1, gradient_n.numel())
     for piece, *state in zip(*(vector.split(size) for vector in (gradient_n, *slot.state)), strict=True):
-        slot.rule.direction(piece, state, numbers)
+        slot.rule.direction(piece, state, _numbers(slot))
+    for (key, leaf), direction in zip(slot.leaves.items(), _parts(gradient_n, slot), strict=True):
+        rate = learning_rate * (slot.config.loraplus_ratio if key.endswith(".B") else 1.0)
+        if slot.config.weight_decay:
+            leaf.mul_(1.0 - rate * slot.config.weight_decay)
+        leaf.add_(direction.view_as(leaf), alpha=-rate)
+
+
+def _fused_step(slot: _Slot, fused: Fused, gradients: Sequence[Tensor], learning_rate: float, divisor: float) -> None:
+    state = [_parts(vector, slot) for vector in slot.state]
+    leaves = list(slot.leaves.items())
+    for role, ratio in ((".A", 1.0), (".B", slot.config.loraplus_ratio)):
+        mine = [i for i, (key, _) in enumerate(leaves) if key.endswith(role)]
+        part = LeafStep(
+            leaves=[leaves[i][1] for i in mine],
+            gradients=[gradients[i] for i in mine],
+            state=[[parts[i].view_as(leaves[i][1]) for i in mine] for parts in state],
+            learning_rate=learning_rate * ratio,
+            weight_decay=slot.config.weight_decay,
+            divisor=divisor,
+        )
+        fused(part, _numbers(slot))
+
+
+def _numbers(slot: _Slot) -> RuleNumbers:
+    betas = slot.config.betas
+    return RuleNumbers(beta1=betas[0], beta2=betas[1], eps=slot.config.eps, step=slot.step)
+
+
+def _ready_state(slot: _Slot) -> None:
+    """Make the state at the first step, and let it follow the leaves to another device."""
+    device, dtype = (first := next(iter(slot.leaves.values()))).device, first.dtype
+    if not slot.state:
+        count = sum(leaf.numel() for leaf in slot.leaves.values())
+        slot.state = tuple(torch.zeros(count, device=device, dtype=dtype) for _ in slot.rule.state_names)
+    elif slot.state[0].device != device:
+        slot.state = tuple(vector.to(device) for vector in slot.state)
 
 
 def _parts(vector_n: Tensor, slot: _Slot) -> Sequence[Tensor]:

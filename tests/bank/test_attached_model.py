@@ -181,13 +181,11 @@ def test_trap12_a_wrapped_layer_that_the_forward_doesnt_reach_is_an_error_until_
         bank.check_reached()
 
 
-def test_the_reach_check_leaves_the_model_without_a_hook() -> None:
+def test_a_detached_model_has_no_hook() -> None:
     model, bank = two("handwritten")
     assert model._forward_hooks
     with bank.route("a"):
         outputs(model, ids(1))
-    assert not model._forward_hooks
-    add(bank, "c", targets=["0"])
     bank.detach()
     assert not model._forward_hooks
 
@@ -276,8 +274,17 @@ def test_a_detached_bank_says_so() -> None:
 
 def test_attach_refuses_what_it_cant_take() -> None:
     model, _ = two("handwritten")
-    with pytest.raises(LorabankError, match=r"already has a bank \(layer 'blocks.0.0' is wrapped\)"):
+    with pytest.raises(LorabankError, match=r"this model already has a bank"):
         attach(model)
+    with pytest.raises(LorabankError, match=r"a part of this model, '0', belongs to a bank"):
+        attach(nn.Sequential(model))
+    empty = nn.Sequential(nn.Linear(4, 4))
+    first = attach(empty)  # no adapter yet
+    with pytest.raises(LorabankError, match=r"already has a bank"):
+        attach(empty)
+    assert attach(copy.deepcopy(empty)).names == ()  # a copy is a plain model
+    first.detach()
+    attach(empty)
     with pytest.raises(LorabankError, match=r"expected a torch.nn.Module, got str"):
         attach("gpt2")  # type: ignore[arg-type]
     bank = attach(nn.Linear(4, 4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorabank.engine.compiling import compile_blocks, repeated_blocks
+from lorabank.engine.compiling import compile_blocks, repeated_blocks, uncompile_blocks
 from lorabank.errors import ConfigError
 from tests.engine.tiny import FAMILIES
 
@@ -26,6 +26,21 @@ def test_a_model_without_blocks_is_refused() -> None:
         compile_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
 
 
+def test_what_was_compiled_is_undone_and_nothing_else() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile on a CPU needs a C++ compiler")
+    model = FAMILIES["llama"]()
+    first, second = repeated_blocks(model)
+    first.compile()  # the user's own
+    before = first._compiled_call_impl
+    compiled = compile_blocks(model)
+    assert compiled == [second]
+    assert second._compiled_call_impl is not None
+    uncompile_blocks(compiled)
+    assert second._compiled_call_impl is None
+    assert first._compiled_call_impl is before
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look at its inputs
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
@@ -38,7 +53,7 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
         torch.manual_seed(0)
         model = FAMILIES["llama"]()
         if compiled:
-            assert compile_blocks(model) == 2
+            assert len(compile_blocks(model)) == 2
         bank = attach(model)
         for name in ("a", "b"):
             bank.add(name, AdapterConfig(rank=4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,11 +89,37 @@ def test_every_rule_equals_its_twin_over_many_steps(rule: str, decay: float, rat
         assert torch.allclose(p, q, rtol=2e-5, atol=2e-6)
 
 
+PLAIN = {name: replace(rule, fused=None) for name, rule in OPTIMIZERS.items()}
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+@pytest.mark.parametrize("rule", [name for name, rule in OPTIMIZERS.items() if rule.fused])
+def test_a_fused_step_is_the_plain_one(rule: str, limit: float, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters and state, over steps with clipping, decay, LoRA+ and a leaf that no row reached."""
+    config = OptimizerConfig(rule=rule, weight_decay=0.1, loraplus_ratio=ratio, max_grad_norm=limit)
+    results: list[dict[str, Tensor]] = []
+    for table in (OPTIMIZERS, PLAIN):
+        monkeypatch.setattr(slot_optimizer, "OPTIMIZERS", table)
+        bank = make_bank()
+        optimizer = SlotOptimizer(bank)
+        optimizer.add("a", config)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(5):
+            for i, p in enumerate(bank.parameters()):
+                p.grad = None if i == step == 2 else torch.randn(p.shape, generator=generator)
+            optimizer.step({"a": RATE}, {"a": 3.0})
+        results.append({**dict(bank.named_parameters("a")), **optimizer.state("a")[1]})
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("rule", OPTIMIZERS)
 def test_pieces_give_the_whole(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU a rule works on pieces: how large they are changes at most the last bit, where vector code ends."""
     results: list[Tensor] = []
     for size in (2**18, 13):
+        monkeypatch.setattr(slot_optimizer, "OPTIMIZERS", PLAIN)
         monkeypatch.setattr(slot_optimizer, "CPU_PIECE", size)
         bank = make_bank()
         optimizer = SlotOptimizer(bank)
