@@ -24,6 +24,7 @@ from lorabank.engine.step import Engine, forward_backward, optim_step
 from lorabank.errors import LorabankError
 from lorabank.models.load import load_base
 from lorabank.optim.slot_optimizer import SlotOptimizer
+from lorabank.training.allocation import keep_freed_memory
 from lorabank.training.console import ConsoleListener
 from lorabank.training.setup import adapter_runs, load_data
 from lorabank.training.streams import RowStream
@@ -83,6 +84,7 @@ def print_samples(console: Console, folder: Path) -> None:
 
 def main() -> int:
     """Train, print, compare the times."""
+    keep_freed_memory()
     console = Console(highlight=False)
     config, _ = load_config(CONFIG)
     config = replace(config, output=free_output(config.output))

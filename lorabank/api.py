@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabank.config.paths import with_absolute_paths
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
 from lorabank.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorabank.config.adapter import AdapterConfig
@@ -62,6 +64,7 @@ def train(
     if (model is None) != (tokenizer is None):
         raise ConfigError("train: model and tokenizer go together; give both objects, or a model's name")
     rows, config = resolve_rows(data, config)
+    config = with_absolute_paths(config)  # its folder may be used from another working folder
     check_complete(config, rows, has_model=model is not None)
     _check_early(config, resume=bool(resume), dry_run=dry_run)
     threads = torch.get_num_threads()
@@ -84,6 +87,7 @@ def _train(
     dry_run: bool,
     listeners: Sequence[Listener],
 ) -> RunResult:
+    from lorabank.engine.compiling import compile_blocks, uncompile_blocks
     from lorabank.training.run import command_for, resume_run, run_training
     from lorabank.training.run_folder import RunFolder
     from lorabank.training.setup import build_trainer, load_data
@@ -96,7 +100,9 @@ def _train(
     sets = load_data(config, tokenizer, rows=rows, progress=_busy(listeners, "reading data"))
     everyone: list[Listener] = list(listeners)
     trainer, notices = build_trainer(config, model, tokenizer, sets, folder=folder, listeners=everyone)
+    compiled: list[nn.Module] = []
     try:
+        compiled = compile_blocks(model) if config.compile else []
         resumed_from = None
         if folder is not None:
             resumed_from = resume_run(trainer, folder, resume) if resume else None
@@ -115,6 +121,7 @@ def _train(
         return run_training(trainer, model_name=name, resumed_from=resumed_from, resume_command=command)
     finally:
         trainer.bank.detach()
+        uncompile_blocks(compiled)
 
 
 def preview(config: TrainConfig, *, count: int = 3) -> None:
@@ -230,7 +237,10 @@ def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
     from lorabank.training.scorers import check_metrics
     from lorabank.training.trackers import check_trackers
 
-    check_metrics(config.eval.metrics)
+    try:
+        check_metrics(config.eval.metrics)
+    except ConfigError as error:
+        raise ConfigError(f"eval.metrics: {error}") from error
     if config.report_to and not config.output:
         raise ConfigError(
             f"report_to: {', '.join(config.report_to)} needs output, the run's folder. Set output, or leave it out."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_a_model_object_is_afterwards_as_it_was(model: LlamaForCausalLM, tokeniz
     bank.detach()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look at its inputs
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_model_that_was_compiled_for_the_run_is_plain_afterwards(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    result = lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), compile=True, **SHORT)
+    plain = lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), **SHORT)
+    assert all(block._compiled_call_impl is None for block in model.model.layers)
+    for path, layer in result.trained["default"].layers.items():
+        torch.testing.assert_close(layer.B, plain.trained["default"].layers[path].B, rtol=1e-3, atol=1e-4)
+
+
 def test_nothing_is_written_without_an_output(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +173,9 @@ def test_rows_as_objects(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
         ({"data": None}, ConfigError, "data: missing"),
         ({"data": {"frmal": [], "formal": []}}, AdapterNameError, "did you mean 'formal'"),
         ({"data": {"rows": [1]}}, DataError, "splits with 'train'"),
-        ({"data": [{"prompt": float("nan"), "completion": "x"}] * 3}, DataError, "none of the 3 rows"),
+        ({"data": [{"prompt": float("nan"), "completion": "x"}] * 3}, DataError, "NaN, a missing value, in 3 of 3 rows"),
+        ({"data": [{"prompt": float("nan"), "completion": "x"}] * 3, "nan_rows": "drop"}, DataError, "none of the 3 rows"),
+        ({"nan_rows": "skip"}, ConfigError, "data.nan_rows: expected one of stop, drop, got 'skip'"),
         ({"data": "./rows.jsnl"}, DataError, "no file or folder"),
         ({"adapters": {}}, ConfigError, "dict of name to settings"),
         ({"adapters": {"a/b": {}}}, AdapterNameError, "a/b"),

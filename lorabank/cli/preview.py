@@ -7,6 +7,7 @@ import argparse
 from lorabank.cli.parser import CommandParser
 from lorabank.cli.train import add_run_options, print_notes
 from lorabank.config.flags import parse_train_arguments
+from lorabank.config.typed import named_as_typed
 from lorabank.errors import ConfigError
 
 EXAMPLES = """\
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     print_notes([note for note in parsed.notes if not note.startswith("output:")])
     from lorabank import api
 
-    api.preview(parsed.config, count=count)
+    with named_as_typed(parsed.flags):
+        api.preview(parsed.config, count=count)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorabank.cli.parser import CommandParser
 from lorabank.config.flags import TrainArguments, parse_train_arguments
-from lorabank.config.paths import with_absolute_paths
+from lorabank.config.typed import named_as_typed
 from lorabank.errors import OutputError
 
 EXAMPLES = """\
@@ -89,14 +89,17 @@ def run(args: argparse.Namespace) -> int:
     print_notes(parsed.notes)
     if not parsed.resume and not parsed.dry_run:
         refuse_existing(parsed)
+    if not parsed.dry_run:
+        from lorabank.training.allocation import keep_freed_memory
+
+        keep_freed_memory()
     from lorabank import api
     from lorabank.training.console import ConsoleListener
 
-    in_place = parsed.resume and parsed.source and Path(parsed.source).is_dir()
-    config = parsed.config if in_place else with_absolute_paths(parsed.config)  # a resumed run keeps what it wrote
     console = ConsoleListener()
     try:
-        result = api.train(config, resume=parsed.resume, dry_run=parsed.dry_run, listeners=[console])
+        with named_as_typed(parsed.flags):
+            result = api.train(parsed.config, resume=parsed.resume, dry_run=parsed.dry_run, listeners=[console])
     finally:
         console.close()  # an error must not leave a live table behind
     if parsed.dry_run:

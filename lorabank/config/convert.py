@@ -5,6 +5,7 @@ A converter that raises says only the reason: the caller puts the place in front
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,10 +42,12 @@ def number(value: object) -> float:
     """A number, also from text such as `1e-4`."""
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
-            pass  # the message below names it
-    raise ConfigError(f"expected a number, got {value!r}")
+            found = float(value)
+        except (ValueError, OverflowError):
+            found = math.nan  # the message below names it
+        if math.isfinite(found):
+            return found
+    raise ConfigError(f"expected a finite number, got {value!r}")
 
 
 def _names(value: object) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lorabank.config.coerce import field_types, is_switch
 from lorabank.config.parse import build, read_tree
 from lorabank.config.train import TrainConfig
 from lorabank.config.translate import PLACES, SECTIONS, SHORTHANDS, Settings, translate
+from lorabank.config.typed import named_as_typed
 from lorabank.errors import ConfigError, closest
 
 COMMAND_FLAGS = ("adapter", "resume", "dry_run", "help", "debug")
@@ -32,35 +33,43 @@ class TrainArguments:
     dry_run: bool = False
     source: str | None = None
     """The configuration file, as it was given."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """Place of each setting that a flag gave (`defaults.rank`) to that flag as it was typed, for `named_as_typed`."""
 
 
 def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     """`[FILE] [--flag value …]` as a configuration: flags win over the file, an adapter's own flag over a general one.
 
-    Raises ConfigError for anything unknown, of the wrong type, or missing (model, data).
+    Raises ConfigError for anything unknown, of the wrong type, or missing (model, data), in the flag's name where it was one.
     """
     tokens = _tokens(argv)
     settings = translate(read_tree(tokens.source)) if tokens.source else Settings()
     if tokens.resume and tokens.source and Path(tokens.source).is_dir():
         settings.values["run"]["output"] = tokens.source  # a copied or moved run goes on where it is, not where it was
-    _overlay(settings, tokens)
+    with named_as_typed(tokens.typed):
+        places = _overlay(settings, tokens)
     _shortcuts(settings)
-    config, notes = build(settings)
+    with named_as_typed(places):
+        config, notes = build(settings)
     _check_complete(config)
-    return TrainArguments(config=config, notes=tuple(notes), resume=tokens.resume, dry_run=tokens.dry_run, source=tokens.source)
+    return TrainArguments(
+        config=config, notes=tuple(notes), resume=tokens.resume, dry_run=tokens.dry_run, source=tokens.source, flags=places
+    )
 
 
 @dataclass
 class _Tokens:
     tree: dict[Any, object]
     adapters: dict[str, dict[Any, object]]
+    typed: dict[str, str]
+    """`--` and the path of each flag to the flag as it was typed."""
     source: str | None = None
     resume: bool | str = False
     dry_run: bool = False
 
 
 def _tokens(argv: Sequence[str]) -> _Tokens:
-    found = _Tokens(tree={}, adapters={})
+    found = _Tokens(tree={}, adapters={}, typed={})
     rest = list(argv)
     while rest:
         token = rest.pop(0)
@@ -86,13 +95,15 @@ def _tokens(argv: Sequence[str]) -> _Tokens:
         elif path == ["dry_run"]:
             found.dry_run = True
         elif path == ["adapter"]:
-            _adapter_flag(value if has_value else _required(rest, token), found.adapters)
+            _adapter_flag(value if has_value else _required(rest, token), found)
         else:
-            _assign(path, value if has_value else None, rest, found.tree, token)
+            path = _assign(path, value if has_value else None, rest, found.tree, token)
+            found.typed["--" + ".".join(path)] = f"--{flag}"
     return found
 
 
-def _assign(path: list[str], value: str | None, rest: list[str], tree: dict[Any, object], token: str) -> None:
+def _assign(path: list[str], value: str | None, rest: list[str], tree: dict[Any, object], token: str) -> list[str]:
+    """Put a flag's value into the tree; returns the path of the setting that it is."""
     name = path[-1]
     if value is None and name.startswith("no_") and name[3:] in SWITCHES and name not in ALIASES:
         path, value = [*path[:-1], name[3:]], "false"
@@ -111,9 +122,15 @@ def _assign(path: list[str], value: str | None, rest: list[str], tree: dict[Any,
         if not isinstance(branch, dict):
             raise ConfigError(f"{token}: --{part} was given a value of its own ({branch!r})")
         tree = branch
-    if path == ["data"] and isinstance(tree.get("data"), dict):
-        tree, path = tree["data"], ["train"]  # type: ignore[assignment]
+    if path == ["data"]:
+        branch = tree.get("data")
+        if isinstance(branch, dict):
+            branch["train"] = value
+        else:
+            tree["data"] = value
+        return ["data", "train"]
     tree[path[-1]] = value
+    return path
 
 
 def _check_known(path: list[str], token: str) -> None:
@@ -140,15 +157,16 @@ def _required(rest: list[str], token: str) -> str:
     return rest.pop(0)
 
 
-def _adapter_flag(text: str, adapters: dict[str, dict[Any, object]]) -> None:
+def _adapter_flag(text: str, found: _Tokens) -> None:
     """`formal,data=f.jsonl,targets=q,v,rank=16`; a part without `=` belongs to the value before it."""
     parts = re.split(r",(?![^\[{]*[\]}])", text)
+    start = "--adapter " if "=" in parts[0] else f"--adapter {parts[0]},"
     name = "default" if "=" in parts[0] else parts.pop(0)
-    if name in adapters:
+    if name in found.adapters:
         raise ConfigError(
             f"--adapter {text}: there is an adapter {name!r} already. Give each a name of its own, all its settings in one flag."
         )
-    entry = adapters[name] = {}
+    entry = found.adapters[name] = {}
     key = None
     for part in parts:
         head, equals, value = part.partition("=")
@@ -159,10 +177,12 @@ def _adapter_flag(text: str, adapters: dict[str, dict[Any, object]]) -> None:
             raise ConfigError(f"--adapter {text}: expected key=value after the name, got {part!r}")
         else:
             entry[key] = f"{entry[key]},{part}"
+        typed = f"--adapters.{name}.{key}"
+        found.typed[typed] = start + part if equals else f"{found.typed[typed]},{part}"
 
 
-def _overlay(settings: Settings, tokens: _Tokens) -> None:
-    """Put the flags over the file's settings."""
+def _overlay(settings: Settings, tokens: _Tokens) -> dict[str, str]:
+    """Put the flags over the file's settings; returns the place of each setting that they gave to the flag as it was typed."""
     flags = translate(tokens.tree, prefix="--", quiet=True)
     own = translate({"adapters": tokens.adapters}, prefix="--") if tokens.adapters else Settings()
     for section, values in flags.values.items():
@@ -173,7 +193,9 @@ def _overlay(settings: Settings, tokens: _Tokens) -> None:
             continue
         for adapter, entry in settings.adapters.items():
             if name in entry:
-                settings.notes.append(f"{flag} replaces adapters.{adapter}.{name} ({entry.pop(name)}) of the file")
+                settings.notes.append(
+                    f"{tokens.typed.get(flag, flag)} replaces adapters.{adapter}.{name} ({entry.pop(name)}) of the file"
+                )
     if "train" in flags.values["data"] and settings.adapters and all("data" in entry for entry in settings.adapters.values()):
         first = next(iter(settings.adapters))
         raise ConfigError(
@@ -187,6 +209,26 @@ def _overlay(settings: Settings, tokens: _Tokens) -> None:
                 hint = closest(adapter, settings.adapters)
                 raise ConfigError(f"--adapters.{adapter}: the file has no such adapter{hint}. `--adapter {adapter},…` adds one.")
             settings.adapters.setdefault(adapter, {}).update(entry)
+    return _places(settings, [flags, own], tokens.typed)
+
+
+def _places(settings: Settings, sources: Sequence[Settings], typed: Mapping[str, str]) -> dict[str, str]:
+    """Where messages may find what the flags of `sources` gave, also through what adapters take over from the defaults."""
+    places: dict[str, str] = {}
+    for source in sources:
+        found: dict[str, str] = {}
+        for (home, name), key in source.origins.items():
+            section = PLACES[home] if home in PLACES else home.removeprefix("--")
+            place = section + ("betas" if name in ("beta1", "beta2") else name)
+            found[place] = f"{found[place]} and {typed.get(key, key)}" if place in found else typed.get(key, key)
+        places |= found
+    if "eval.early_stopping" in places and "early_stopping" not in settings.values["adapter"]:
+        places["defaults.early_stopping"] = places["eval.early_stopping"]
+    general = {place.partition(".")[2]: flag for place, flag in places.items() if place.startswith(PLACES["adapter"])}
+    for adapter, entry in (settings.adapters or {"default": {}}).items():
+        inherited = {f"adapters.{adapter}.{name}": flag for name, flag in general.items() if name not in entry}
+        places = {**inherited, **places}
+    return places
 
 
 def _shortcuts(settings: Settings) -> None:

@@ -22,6 +22,7 @@ LATER_BASE_DTYPES = ("fp8", "nf4", "int8")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "sgd", "lion")
 TRAIN_ON = ("assistant", "completion", "all")
+NAN_ROWS = ("stop", "drop")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -57,6 +58,8 @@ class DataConfig:
     """Render prompt/completion rows through the chat template. None: when the tokenizer has one."""
     limit: int | None = None
     """Use only the first rows of each file."""
+    nan_rows: str = "stop"
+    """What follows where a column that is used holds NaN: `stop` with an error that names the rows, or `drop` and count them."""
 
     def __post_init__(self) -> None:
         freeze_sequences(self)
@@ -65,6 +68,7 @@ class DataConfig:
             check_non_negative(f"data.{name}", getattr(self, name))
         if self.train_on is not None:
             check_choice("data.train_on", self.train_on, TRAIN_ON)
+        check_choice("data.nan_rows", self.nan_rows, NAN_ROWS)
         if self.limit is not None:
             check_positive_int("data.limit", self.limit)
         if self.packing:
@@ -149,6 +153,8 @@ class AdapterRun:
         check_positive("epochs", self.epochs)
         check_non_negative("weight_decay", self.weight_decay)
         check_positive("eps", self.eps)
+        if self.seed is not None:
+            check_non_negative_int("seed", self.seed)
         check_non_negative("max_grad_norm", self.max_grad_norm)
         if len(self.betas) != 2:
             raise ConfigError(f"betas: expected two numbers, got {list(self.betas)!r}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any, Literal
 
 from lorabank.config.train import DataConfig
-from lorabank.data.row import Row, RowError
+from lorabank.data.row import NanError, Row, RowError
 from lorabank.errors import ConfigError, DataError, closest
 
 Message = dict[str, Any]
@@ -63,10 +64,17 @@ class Form:
 
 
 def text_of(values: Values, column: str, *, may_be_empty: bool = False) -> str:
-    """A column's text. Numbers become text; missing, NaN, empty and nested values are RowErrors."""
+    """A column's text. Numbers become text; missing, empty and nested values are RowErrors, NaN a NanError."""
     if column not in values or values[column] is None:
         raise RowError(f"column {column!r} is missing")
+    refuse_nan(values[column], column)
     return _check_text(values[column], f"column {column!r}", may_be_empty=may_be_empty)
+
+
+def refuse_nan(value: object, column: str) -> None:
+    """Raise NanError for the number NaN, which is how tables hold a missing value. The text "NaN" is text."""
+    if not isinstance(value, str) and isinstance(value, numbers.Real) and math.isnan(value):
+        raise NanError(column)
 
 
 def _check_text(value: object, what: str, *, may_be_empty: bool = False) -> str:
@@ -96,6 +104,7 @@ def _parse_json(value: object, what: str) -> object:
 def _list_of(values: Values, column: str) -> list[Any]:
     if column not in values or values[column] is None:
         raise RowError(f"column {column!r} is missing")
+    refuse_nan(values[column], column)
     value = _parse_json(values[column], f"column {column!r}")
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise RowError(f"column {column!r}: expected a list, got {type(value).__name__}")
@@ -104,14 +113,16 @@ def _list_of(values: Values, column: str) -> list[Any]:
     return list(value)
 
 
-def _content_text(content: object, what: str) -> str:
+def _content_text(content: object, column: str) -> str:
     """A turn's text; a list of text parts is joined, a part that is no text is refused."""
+    what = f"column {column!r}: the content of a turn"
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         parts = []
         for part in content:
             kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
             if not isinstance(part, Mapping) or kind != "text":
                 raise RowError(f"{what} holds a part of type {kind!r}; only text can be trained on")
+            refuse_nan(part.get("text"), column)
             parts.append(_check_text(part.get("text"), what, may_be_empty=True))
         return "".join(parts)
     return _check_text(content, what, may_be_empty=True)
@@ -124,6 +135,8 @@ def _messages(items: list[Any], column: str) -> tuple[Message, ...]:
             raise RowError(f"column {column!r}: expected turns with role and content, got {type(item).__name__}")
         # Arrow fills absent keys with None; a chat template must not print them.
         message = {key: value for key, value in item.items() if value is not None}
+        for key in ("role", "content", "tool_calls"):
+            refuse_nan(message.get(key), column)
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise RowError(f"column {column!r}: a turn has no role")
@@ -131,7 +144,7 @@ def _messages(items: list[Any], column: str) -> tuple[Message, ...]:
         if calls is not None and not isinstance(calls, Sequence):
             raise RowError(f"column {column!r}: tool_calls: expected a list, got {type(calls).__name__}")
         if "content" in message:
-            message["content"] = _content_text(message["content"], f"column {column!r}: the content of a turn")
+            message["content"] = _content_text(message["content"], column)
         if not calls and "content" not in message:
             raise RowError(f"column {column!r}: the {role} turn has no content")
         if not calls and role in ("user", "assistant") and not message["content"].strip():
@@ -146,6 +159,7 @@ def _extras(values: Values) -> dict[str, Any]:
     if values.get("tools") not in (None, "", [], "[]"):
         extras["tools"] = tuple(_list_of(values, "tools"))
     kwargs = values.get("chat_template_kwargs")
+    refuse_nan(kwargs, "chat_template_kwargs")
     if kwargs:
         parsed = _parse_json(kwargs, "column 'chat_template_kwargs'")
         if not isinstance(parsed, Mapping):
@@ -165,6 +179,8 @@ def _is_list(value: object) -> bool:
 
 
 def _parse_prompt_completion(values: Values) -> Example:
+    for column in ("prompt", "completion"):
+        refuse_nan(values.get(column), column)
     conversational = _is_list(values.get("prompt")), _is_list(values.get("completion"))
     if conversational[0] != conversational[1]:
         raise RowError("one of 'prompt' and 'completion' is a list of turns and the other is text; expected both alike")
@@ -200,6 +216,7 @@ def _parse_sharegpt(values: Values) -> Example:
             turns.append(item)  # role/content turns under ShareGPT's column name
             continue
         speaker = item["from"]
+        refuse_nan(speaker, "conversations")
         role = _SHAREGPT_ROLES.get(str(speaker).lower())
         if role is None:
             raise RowError(f"column 'conversations': unknown speaker {speaker!r}; known: {', '.join(_SHAREGPT_ROLES)}")
@@ -209,6 +226,7 @@ def _parse_sharegpt(values: Values) -> Example:
 
 
 def _with_system(messages: tuple[Message, ...], system: object) -> tuple[Message, ...]:
+    refuse_nan(system, "system")
     if not isinstance(system, str) or not system.strip() or any(m["role"] == "system" for m in messages):
         return messages
     return ({"role": "system", "content": system}, *messages)

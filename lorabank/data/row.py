@@ -1,4 +1,4 @@
-"""`Row`: one raw row with where it came from, and `RowError`: why one row can't be used."""
+"""`Row`: one raw row with where it came from; `RowError` and `NanError`: why one row can't be used."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ class RowError(DataError):
     def at(self, origin: str) -> RowError:
         """The same fault with the row's origin filled in."""
         return self if self.origin else RowError(self.reason, origin)
+
+
+class NanError(RowError):
+    """A column that is used is NaN in this row: mostly a slip of the tool that wrote it. `data.nan_rows` says what follows."""
+
+    def __init__(self, column: str, origin: str = "") -> None:
+        self.column = column
+        super().__init__(f"column {column!r} holds NaN", origin)
+
+    def at(self, origin: str) -> NanError:
+        """The same with the row's origin filled in."""
+        return self if self.origin else NanError(self.column, origin)

@@ -11,6 +11,7 @@ from typing import Any
 from lorabank import __version__
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.parse import to_dict
+from lorabank.config.paths import with_absolute_paths
 from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.errors import CheckpointError, OutputError
 from lorabank.formats.adapter import Adapter
@@ -55,11 +56,11 @@ def resume_run(trainer: Trainer, folder: RunFolder, resume: bool | str) -> str |
 
 
 def _check_same(before: TrainConfig, now: TrainConfig) -> None:
-    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    old, new = (_flat(to_dict(with_absolute_paths(config))) for config in (before, now))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not set(key.split(".")) & set(FREE_SETTINGS):
             raise CheckpointError(
-                f"{before.output}: the run there has other settings: {key}: was {old.get(key)!r}, is {new.get(key)!r}. "
+                f"{now.output}: the run there has other settings: {key}: was {old.get(key)!r}, is {new.get(key)!r}. "
                 "Nothing was changed. Resume with the same settings, or start afresh in another output folder."
             )
 

@@ -14,8 +14,7 @@ from lorabank.bank.attach import attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.data.prepare import PreparedData, Progress, prepare
-from lorabank.data.read import Source
-from lorabank.engine.compiling import compile_blocks
+from lorabank.data.read import Source, check_source
 from lorabank.engine.step import Engine
 from lorabank.errors import ConfigError, DataError
 from lorabank.optim.slot_optimizer import SlotOptimizer
@@ -74,6 +73,9 @@ def load_data(
         own = name in rows.by_adapter
         key = (name, run.val_data) if own else (run.data, run.val_data)
         if key not in prepared:
+            for setting, source in (("data", None if own else run.data), ("val_data", run.val_data)):
+                if source is not None:
+                    check_source(source, place=f"adapters.{name}.{setting}")
             train = rows.by_adapter[name] if own else rows.train if run.data is None else run.data
             val = run.val_data if run.val_data is not None else rows.val
             prepared[key] = prepare(config.data, tokenizer, seed=config.seed, train=train, val=val, progress=progress)
@@ -116,8 +118,6 @@ def build_trainer(
     for name, job in jobs.items():
         check_job(name, job, config)
     notices = _unvalidated(jobs)
-    if config.compile:
-        compile_blocks(model)
     bank = attach(model)
     try:
         optimizer = SlotOptimizer(bank)

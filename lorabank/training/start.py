@@ -10,10 +10,13 @@ import torch
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.init import initial_A
 from lorabank.config.adapter import AdapterConfig
-from lorabank.errors import FingerprintError
+from lorabank.errors import FingerprintError, TargetError
 from lorabank.formats.adapter import Adapter
 from lorabank.training.events import Notice
 from lorabank.training.jobs import AdapterJob
+
+_ABOUT_LAYERS = ("targets", "exclude", "layers:", "rank_pattern", "alpha_pattern")
+"""How the bank's messages begin that are about a setting."""
 
 
 def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> list[Notice]:
@@ -34,7 +37,11 @@ def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> list[Notice]:
 def _add(bank: AdapterBank, name: str, job: AdapterJob) -> str | None:
     wanted = job.run.adapter_config()
     if job.run.init_from is None:
-        bank.add(name, wanted, seed=job.seed)
+        try:
+            bank.add(name, wanted, seed=job.seed)
+        except TargetError as error:  # the bank knows the setting, not where it stands
+            place = f"adapters.{name}." if str(error).startswith(_ABOUT_LAYERS) else f"adapter {name!r}: "
+            raise TargetError(f"{place}{error}") from error
         return None
     start = Adapter.load(job.run.init_from)
     difference = None if start.fingerprint is None else start.fingerprint.compare(bank.fingerprint)

@@ -58,6 +58,14 @@ class FakeApi(types.ModuleType):
         super().__init__("lorabank.api")
         self.calls: list[tuple[str, Any]] = []
         self.names = ["formal", "terse"]
+        self.kept: list[int] = []
+        """Calls made before the process was told to keep freed memory. The test's own process is left alone."""
+        self.fails: Exception | None = None
+        """What training and preview raise."""
+
+    def keep_freed_memory(self) -> bool:
+        self.kept.append(len(self.calls))
+        return True
 
     def load_run(self, folder: str, adapters: list[str] | None, *, device: str, dtype: str) -> Any:
         self.calls.append(("load_run", (folder, adapters, device, dtype)))
@@ -77,11 +85,15 @@ class FakeApi(types.ModuleType):
 
     def preview(self, config: Any, *, count: int = 3) -> None:
         self.calls.append(("preview", (config, count)))
+        if self.fails:
+            raise self.fails
 
     def train(self, config: Any, *, resume: bool | str, dry_run: bool, listeners: Sequence[Any]) -> Any:
         from lorabank.training.events import RunResult
 
         self.calls.append(("train", (config, resume, dry_run, listeners)))
+        if self.fails:
+            raise self.fails
         return RunResult(output=config.output, seconds=1.0, adapters={}, interrupted=config.seed == 130)
 
 
@@ -90,4 +102,5 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     fake = FakeApi()
     monkeypatch.setitem(sys.modules, "lorabank.api", fake)
     monkeypatch.setattr(lorabank, "api", fake, raising=False)
+    monkeypatch.setattr("lorabank.training.allocation.keep_freed_memory", fake.keep_freed_memory)
     return fake

@@ -16,6 +16,7 @@ from lorabank.cli import main
 from lorabank.cli.chat import answer_table
 from lorabank.config.parse import dump_yaml
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
+from lorabank.errors import TargetError
 from lorabank.formats.adapter import Adapter
 
 
@@ -64,12 +65,28 @@ def test_an_existing_run_is_refused_with_the_line_that_resumes_it(
     assert "isn't a run of lorabank" in capsys.readouterr().err
 
 
-def test_train_names_what_exists_by_absolute_paths(api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "f.jsonl").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", "--model", "M", "--data", "f.jsonl", "--output", "new"]) == 0
-    (_, (config, *_)) = api.calls[0]
-    assert (config.model, config.data.train, config.output) == ("M", str(tmp_path / "f.jsonl"), "new")
+def test_training_keeps_freed_memory(api: Any, tmp_path: Path) -> None:
+    """Once, before the model is loaded; whoever only looks keeps the process as it is."""
+    line = ["--model", "M", "--data", "f.jsonl", "--output", str(tmp_path / "new")]
+    for words in (["train", *line, "--dry-run"], ["train", "--help"], ["train", "--list-settings"], ["preview", *line]):
+        assert main(words) == 0
+    assert main(["train", *line, "--rank", "0"]) == 2
+    assert api.kept == []
+    api.calls.clear()
+    assert main(["train", *line]) == 0
+    assert api.kept == [0]
+
+
+def test_errors_of_a_run_name_the_flag(api: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is found out only while a run is set up is named as it was typed, too."""
+    api.fails = TargetError("adapters.a.targets: 'q_porj' matches no linear layer; data.val_split: 3")
+    line = ["--model", "M", "--adapter", "a,data=f.jsonl,targets=q_porj", "--output", str(tmp_path / "new")]
+    for command in ("train", "preview"):
+        assert main([command, *line]) == 2
+        text = capsys.readouterr().err
+        assert "lorabank: --adapter a,targets=q_porj: 'q_porj' matches no linear layer; data.val_split: 3\n" in text
+    with pytest.raises(TargetError, match=r"^--adapter a,targets"):
+        main(["train", *line, "--debug"])
 
 
 def test_a_copied_run_is_resumed_where_it_is(api: Any, run_folder: Path, tmp_path: Path) -> None:
@@ -184,6 +201,10 @@ def test_forms_of_prompts(name: str, text: str, asked: str, api: Any, tmp_path: 
         ('{"a": 1}\n', [], "in.jsonl:1: expected a column messages"),
         ('{"a": 1}\n', ["--prompt", "{b}"], "--prompt asks for column 'b'"),
         ('{"a": 1}\n', ["--prompt", "{a"], "A literal brace is written twice"),
+        ('{"prompt": NaN}\n', [], "in.jsonl:1: column 'prompt' holds NaN. Correct or delete that row"),
+        ('{"a": "x"}\n{"a": NaN}\n', ["--prompt", "{a}"], "in.jsonl:2: column 'a' holds NaN"),
+        ('{"messages": [{"role": "user", "content": NaN}]}\n', [], "in.jsonl:1: column 'messages' holds NaN"),
+        ('{"conversations": [{"from": "gpt", "value": NaN}]}\n', [], "in.jsonl:1: column 'conversations' holds NaN"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', [], "no turn before the answer"),
         ('{"prompt": "x"}\n{oops\n', [], "in.jsonl:2"),
         ("", [], "at least one row"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorabank.config.coerce import field_types
 from lorabank.config.parse import config_from_dict, dump_yaml, load_config, to_dict
-from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
+from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.errors import AdapterNameError, ConfigError
 
 DESIGN = """\
@@ -128,6 +132,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"defaults": 3}, "defaults: expected settings, got 3"),
     ({"report_to": ["wandbb"]}, "(did you mean 'wandb'?)"),
     ({"defaults": {"betas": [0.9]}}, "defaults.betas: expected two numbers"),
+    ({"defaults": {"learning_rate": math.nan}}, "defaults.learning_rate: expected a finite number, got nan"),
+    ({"defaults": {"learning_rate": "nan"}}, "defaults.learning_rate: expected a finite number, got nan"),
+    ({"adapters": {"a": {"alpha": math.inf}}}, "adapters.a.alpha: expected a finite number, got inf"),
+    ({"defaults": {"alpha_pattern": {"q": math.nan}}}, "defaults.alpha_pattern['q']: expected a finite number, got nan"),
+    ({"data": {"val_split": math.nan}}, "data.val_split: expected a finite number, got nan"),
+    ({"data": {"nan_rows": math.nan}}, "data.nan_rows: expected text, got nan"),
+    ({"eval_steps": math.nan}, "eval_steps: expected a finite number, got nan"),
+    ({"save_steps": "inf"}, "save_steps: expected a finite number, got 'inf'"),
+    ({"adapters": {"a": {"seed": -1}}}, "adapters.a.seed: expected a whole number ≥ 0, got -1"),
     ({3: 4}, "expected the name of a setting, got 3"),
 ]
 
@@ -137,6 +150,20 @@ def test_what_is_wrong_is_named_with_its_place(tree: dict[Any, Any], message: st
     with pytest.raises(ConfigError) as caught:
         config_from_dict(tree)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, DataConfig, AdapterRun, EvalConfig, SaveConfig])
+def test_no_number_may_be_nan(kind: type) -> None:
+    """Every setting that is a number, in a file as in Python."""
+    place = {DataConfig: "data", AdapterRun: "defaults", EvalConfig: "eval", SaveConfig: "save"}.get(kind)
+    scalars = {name: hint for name, hint in field_types(kind).items() if typing.get_origin(hint) in (None, types.UnionType)}
+    numbers = [name for name, hint in scalars.items() if {int, float} & set(typing.get_args(hint) or (hint,))]
+    assert numbers
+    for name in numbers:
+        with pytest.raises(ConfigError, match=rf"{name}: expected .*, got nan"):
+            config_from_dict({place: {name: math.nan}} if place else {name: math.nan})
+        with pytest.raises(ConfigError, match=rf"{name}: expected .*, got nan"):
+            kind(**{name: math.nan})
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "base", "checkpoints", "a b", "-x"])

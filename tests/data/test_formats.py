@@ -6,11 +6,12 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lorabank.config.train import DataConfig
 from lorabank.data.formats import FORMATS, Example, Normaliser, detect_format
-from lorabank.data.row import Row, RowError
+from lorabank.data.row import NanError, Row, RowError
 from lorabank.errors import ConfigError, DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fine"}
@@ -101,7 +102,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "empty turn": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "the assistant turn is empty"),
     "content of another type": ({"messages": [{"role": "user", "content": {"a": 1}}]}, "expected text, got dict"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
-    "NaN": ({"prompt": "a", "completion": math.nan}, "column 'completion' is nan, expected text"),
+    "infinity": ({"prompt": "a", "completion": math.inf}, "column 'completion' is inf, expected text"),
     "None": ({"prompt": "a", "completion": None}, "column 'completion' is missing"),
     "empty": ({"prompt": "a", "completion": "  "}, "column 'completion' is empty"),
     "one list, one text": ({"prompt": [USER], "completion": "Fine"}, "expected both alike"),
@@ -118,6 +119,30 @@ def test_bad_rows_name_their_line(name: str) -> None:
         normalise(values)
     assert expected in caught.value.reason
     assert str(caught.value).startswith("a.jsonl:3: ")
+
+
+NAN: dict[str, tuple[str, dict[str, Any]]] = {
+    "a text": ("completion", {"prompt": "a", "completion": math.nan}),
+    "NumPy's": ("text", {"text": np.float32("nan")}),
+    "the other is a list of turns": ("prompt", {"prompt": math.nan, "completion": [ASSISTANT]}),
+    "in place of turns": ("messages", {"messages": math.nan}),
+    "a role": ("messages", {"messages": [{"role": math.nan, "content": "Hello"}, ASSISTANT]}),
+    "a content": ("messages", {"messages": [{"role": "user", "content": math.nan}, ASSISTANT]}),
+    "a text part": ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": math.nan}]}, ASSISTANT]}),
+    "tools": ("tools", {"messages": [USER, ASSISTANT], "tools": math.nan}),
+    "template arguments": ("chat_template_kwargs", {"messages": [USER, ASSISTANT], "chat_template_kwargs": math.nan}),
+    "a speaker": ("conversations", {"conversations": [{"from": math.nan, "value": "Hello"}]}),
+    "a system turn": ("system", {"instruction": "Add", "output": "3", "system": math.nan}),
+    "an input": ("input", {"instruction": "Add", "input": math.nan, "output": "3"}),
+}
+
+
+@pytest.mark.parametrize("name", NAN)
+def test_nan_names_its_column(name: str) -> None:
+    column, values = NAN[name]
+    with pytest.raises(NanError) as caught:
+        normalise(values)
+    assert str(caught.value) == f"a.jsonl:3: column {column!r} holds NaN"
 
 
 def test_no_known_form_lists_columns_and_forms() -> None:
@@ -170,7 +195,7 @@ def test_bad_templates(config: dict[str, str], error: type[Exception], expected:
 
 
 @pytest.mark.parametrize(
-    ("ref", "expected"), [("", "completion is empty"), (None, "missing"), (math.nan, "is nan"), ([], "got list")]
+    ("ref", "expected"), [("", "completion is empty"), (None, "missing"), (math.nan, "column 'ref' holds NaN"), ([], "got list")]
 )
 def test_bad_values_in_templates(ref: object, expected: str) -> None:
     with pytest.raises(RowError, match=expected):

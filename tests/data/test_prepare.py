@@ -59,11 +59,80 @@ def test_dropped_rows_are_counted_with_their_lines(tmp_path: Path, chatml: PreTr
     path = tmp_path / "a.jsonl"
     rows: list[dict[str, Any]] = [*pairs(NAMES), *({"mr": "x", "ref": ""} for _ in range(7)), {"mr": "x", "ref": float("nan")}]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    report = run(chatml, train=path).report
+    report = run(chatml, train=path, nan_rows="drop").report
     assert (report.read, report.kept) == (20, 12)
     empty = report.dropped["the completion is empty: column 'ref' holds nothing"]
     assert empty.count == 7 and empty.origins == tuple(f"{path}:{n}" for n in range(13, 18))
-    assert report.dropped["column 'ref' is nan, expected text"].origins == (f"{path}:20",)
+    assert report.dropped["column 'ref' holds NaN"].origins == (f"{path}:20",)
+    assert any("dropped 1: column 'ref' holds NaN" in line for line in report.lines())
+
+
+def nan_files(folder: Path) -> dict[str, tuple[Any, list[str]]]:
+    """Sources with NaN in `ref` of rows 3 and 9, and in `mr` of row 5: name to source and the origins of those rows."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = pairs(NAMES)
+    rows[2]["ref"] = rows[8]["ref"] = rows[4]["mr"] = float("nan")
+    jsonl, parquet = folder / "a.jsonl", folder / "a.parquet"
+    jsonl.write_text("\n".join(json.dumps(row) for row in rows))
+    # Arrow's columns have one type, so a NaN beside texts can't be: whole files of numbers have it
+    numbers = [{"mr": float("nan") if n == 4 else float(n), "ref": float("nan") if n in (2, 8) else float(n)} for n in range(12)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(numbers), parquet)
+    return {
+        "JSON lines": (str(jsonl), [f"{jsonl}:{n}" for n in (3, 9, 5)]),
+        "Parquet": (str(parquet), [f"row {n} of {parquet}" for n in (3, 9, 5)]),
+        "datasets": (datasets.Dataset.from_list(numbers), [f"row {n} of the train rows given" for n in (3, 9, 5)]),
+        "dicts": (rows, [f"row {n} of the train rows given" for n in (3, 9, 5)]),
+    }
+
+
+@pytest.mark.parametrize("kind", ["JSON lines", "Parquet", "datasets", "dicts"])
+def test_nan_stops_with_the_rows_and_the_columns(kind: str, tmp_path: Path, chatml: PreTrainedTokenizerFast) -> None:
+    source, (third, ninth, fifth) = nan_files(tmp_path)[kind]
+    with pytest.raises(DataError) as caught:
+        run(chatml, train=source)
+    message = str(caught.value)
+    assert "NaN, a missing value, in 3 of 12 rows" in message
+    assert f"column 'ref': 2 × ({third}, {ninth})\n" in message
+    assert f"column 'mr': 1 × ({fifth})\n" in message
+    assert "data.nan_rows: drop" in message and "--data.nan-rows drop" in message
+    report = run(chatml, train=source, nan_rows="drop").report
+    assert report.kept == 9
+    assert {reason: rows.origins for reason, rows in report.dropped.items()} == {
+        "column 'ref' holds NaN": (third, ninth),
+        "column 'mr' holds NaN": (fifth,),
+    }
+
+
+def test_nan_is_counted_over_all_rows_and_sources(chatml: PreTrainedTokenizerFast) -> None:
+    train = pairs(NAMES, copies=200)
+    for row in (*train[3:9], train[-1]):  # the last lies in another chunk
+        row["ref"] = float("nan")
+    val = [*pairs(["Hello"]), {"mr": "a", "ref": float("nan")}]
+    with pytest.raises(DataError, match=r"in 8 of 1,203 rows.*\n.*8 × \(row 4 of the train rows given, .*row 8 of .*, …\)"):
+        run(chatml, train=train, val=val)
+    with pytest.raises(DataError, match=r"in 1 of 15 rows.*\n.*\(row 3 of the val rows given\)"):
+        run(chatml, train=pairs(NAMES), val=val)
+
+
+def test_rows_are_not_tokenised_once_there_is_nan(chatml: PreTrainedTokenizerFast) -> None:
+    calls: list[int] = []
+    rows = pairs(NAMES, copies=300)
+    rows[600]["ref"] = float("nan")
+    with pytest.raises(DataError, match="NaN"):
+        prepare(
+            DataConfig(prompt="{mr}", completion="{ref}"), chatml, seed=1, train=rows, progress=lambda done, _: calls.append(done)
+        )
+    assert calls == [512], "the chunks before it, and no more"
+
+
+def test_nan_in_a_column_that_is_not_used_is_no_matter(chatml: PreTrainedTokenizerFast) -> None:
+    rows = [{**row, "score": float("nan")} for row in pairs(NAMES)]
+    assert run(chatml, train=rows).report.kept == 12
+    with pytest.raises(DataError, match="column 'score': 12 ×"):
+        run(chatml, train=rows, group_by="score")
 
 
 def test_nothing_left_is_an_error_with_the_reasons(chatml: PreTrainedTokenizerFast) -> None:

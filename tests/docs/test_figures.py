@@ -69,12 +69,16 @@ def _unknown_columns(folder: Path) -> None:
     prepare(lb.DataConfig(), tiny_tokenizer(), seed=0, train=[{"question": "1?", "answer": "yes"}])
 
 
+def _nan(folder: Path) -> None:
+    prepare(lb.DataConfig(), tiny_tokenizer(), seed=0, train=[{"text": "one"}, {"text": float("nan")}])
+
+
 def _pickle(folder: Path) -> None:
     torch.save({"a": torch.zeros(1)}, folder / "adapter_model.bin")
     refuse_pickle(folder / "adapter_model.bin")
 
 
-TEN: list[Callable[[Path], object]] = [
+PROVOKE: list[Callable[[Path], object]] = [
     lambda folder: config_from_dict({"defaults": {"rnak": 8}}),
     _misspelt_target,
     _experts,
@@ -82,6 +86,7 @@ TEN: list[Callable[[Path], object]] = [
     _rows_multiplied,
     _other_base,
     _existing_folder,
+    _nan,
     _unknown_columns,
     _pickle,
     lambda folder: check_not_closed("GPT-3"),
@@ -92,7 +97,7 @@ _ROWS = [row for row in cells(ROOT / "docs" / "errors.md") if len(row) == 2]
 MESSAGES = [code(row[0])[0] for row in _ROWS[_ROWS.index(["message", "the way out"]) + 2 :]]
 
 
-@pytest.mark.parametrize(("message", "provoke"), list(zip(MESSAGES, TEN, strict=True)))
+@pytest.mark.parametrize(("message", "provoke"), list(zip(MESSAGES, PROVOKE, strict=True)))
 def test_messages_are_those_of_the_code(message: str, provoke: Callable[[Path], object], tmp_path: Path) -> None:
     pattern = ".*".join(re.escape(part) for part in message.split("…"))
     with pytest.raises(lb.LorabankError) as caught:
