@@ -78,6 +78,7 @@ def _uses_onednn(work: Callable[[], object]) -> bool:
 
 
 @needs_onednn
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.12's profiler, of itself
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_engine_takes_them_and_a_plain_forward_keeps_the_base_bit_for_bit(family: str) -> None:
     bank = make_bank(family)
