@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from rich import box
 from rich.console import Console
@@ -31,7 +32,7 @@ from lorabank.training.streams import RowStream
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "quickstart.yaml"
-TIMED_PASSES = 3
+TIMED_PASSES = 5
 
 
 def free_output(wanted: str) -> str:
@@ -42,24 +43,28 @@ def free_output(wanted: str) -> str:
     return str(path)
 
 
-def seconds_a_pass(config: TrainConfig, names: list[str]) -> float:
-    """Median seconds of one training pass that holds a micro-batch of each adapter in `names`."""
+def seconds_a_pass(config: TrainConfig, groups: list[list[str]]) -> list[float]:
+    """Median seconds of a training pass that holds a micro-batch of each adapter of a group, group by group in turn.
+
+    In turn, since a machine's speed drifts: all groups see the same minutes.
+    """
     base = load_base(config.model, dtype=config.base_dtype, device=config.device)
     rows = load_data(config, base.tokenizer).by_adapter
     bank = attach(base.model)
     engine, optimizer = Engine(bank), SlotOptimizer(bank)
     runs = adapter_runs(config)
-    for name in names:
-        bank.add(name, runs[name].adapter_config())
+    for name, run in runs.items():
+        bank.add(name, run.adapter_config())
         optimizer.add(name)
-    times = []
+    times: list[list[float]] = [[] for _ in groups]
     for position in range(TIMED_PASSES + 1):
-        batch = _batch({name: RowStream(rows[name].train, runs[name].batch_size, config.seed) for name in names}, position)
-        began = time.perf_counter()
-        losses = forward_backward(engine, batch, steps=dict.fromkeys(names, 0))
-        optim_step(optimizer, dict.fromkeys(names, 1e-4), {name: loss.tokens for name, loss in losses.items()})
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[TIMED_PASSES // 2]  # the first one warms up
+        for names, seconds in zip(groups, times, strict=True):
+            batch = _batch({name: RowStream(rows[name].train, runs[name].batch_size, config.seed) for name in names}, position)
+            began = time.perf_counter()
+            losses = forward_backward(engine, batch, steps=dict.fromkeys(names, 0))
+            optim_step(optimizer, dict.fromkeys(names, 1e-4), {name: loss.tokens for name, loss in losses.items()})
+            seconds.append(time.perf_counter() - began)
+    return [median(seconds[1:]) for seconds in times]  # the first ones warm up
 
 
 def _batch(streams: dict[str, RowStream], position: int) -> Batch:
@@ -102,11 +107,11 @@ def main() -> int:
     if result.interrupted:
         return 130
     print_samples(console, Path(result.output))
-    console.print(f"measuring a pass of both adapters, and of each alone ({TIMED_PASSES} passes each) …", style="dim")
+    console.print(f"measuring a pass of both adapters, and of each alone ({TIMED_PASSES} passes each, in turn) …", style="dim")
     names = list(adapter_runs(config))
-    together = seconds_a_pass(config, names)
-    alone = {name: seconds_a_pass(config, [name]) for name in names}
-    one_by_one = sum(alone.values())
+    together, *each_alone = seconds_a_pass(config, [names, *([name] for name in names)])
+    alone = dict(zip(names, each_alone, strict=True))
+    one_by_one = sum(each_alone)
     each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in alone.items())
     console.print(
         f"one pass, both adapters: {together:.2f} s. One after the other: {one_by_one:.2f} s ({each}), "
