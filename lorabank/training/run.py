@@ -42,7 +42,7 @@ def resume_run(trainer: Trainer, folder: RunFolder, resume: bool | str) -> str |
     before = folder.check_resumable()
     path = find_checkpoint(folder.checkpoints, resume) if isinstance(resume, str) else newest_checkpoint(folder.checkpoints)
     if path is None:
-        _check_same(before, trainer.config)
+        check_same(before, trainer.config)
         folder.metrics.unlink(missing_ok=True)
         folder.tidy()
         return None
@@ -55,20 +55,22 @@ def resume_run(trainer: Trainer, folder: RunFolder, resume: bool | str) -> str |
     return str(path)
 
 
-def _check_same(before: TrainConfig, now: TrainConfig) -> None:
+def check_same(before: TrainConfig, now: TrainConfig) -> None:
+    """Raise CheckpointError, naming both values, where two runs differ in a setting that isn't free to."""
     old, new = (_flat(to_dict(with_absolute_paths(config))) for config in (before, now))
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not set(key.split(".")) & set(FREE_SETTINGS):
+        own = key[2:] if key[0] == "adapters" else key  # an adapter may be called `save`
+        if old.get(key) != new.get(key) and not set(own) & set(FREE_SETTINGS):
             raise CheckpointError(
-                f"{now.output}: the run there has other settings: {key}: was {old.get(key)!r}, is {new.get(key)!r}. "
+                f"{now.output}: the run there has other settings: {'.'.join(key)}: was {old.get(key)!r}, is {new.get(key)!r}. "
                 "Nothing was changed. Resume with the same settings, or start afresh in another output folder."
             )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(tree: Mapping[str, Any], place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= _flat(value, (*place, key)) if isinstance(value, Mapping) else {(*place, key): value}
     return flat
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 
 import lorabank as lb
 from lorabank.config.parse import load_config
+from lorabank.errors import CheckpointError
+from lorabank.training.run import check_same
 from tests.training.children import start_command, train_in_child
 from tests.training.tiny import files_of, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
@@ -131,3 +134,11 @@ def test_its_configuration_names_files_in_full(base_folder: Path, tmp_path: Path
         found = (config.model, config.data.val, a.data, b.data, b.val_data)
         assert found == tuple(str(tmp_path / name) for name in ("base", "val.jsonl", "a.jsonl", "b.jsonl", "val.jsonl"))
         assert (a.val_data, config.output) == (None, output)
+
+
+@pytest.mark.parametrize("name", ["save", "device", "a.samples"])
+def test_an_adapter_that_is_called_like_a_free_setting_is_compared(name: str) -> None:
+    before = lb.TrainConfig(model="base", output="out", adapters={name: lb.AdapterRun(rank=4)})
+    check_same(before, replace(before, threads=3, save=lb.SaveConfig(every=9)))  # free to differ
+    with pytest.raises(CheckpointError, match=rf"adapters\.{re.escape(name)}\.rank: was 4, is 8"):
+        check_same(before, replace(before, adapters={name: lb.AdapterRun(rank=8)}))
