@@ -65,7 +65,7 @@ class AdapterBank:
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._fingerprint: Fingerprint | None = None
         self._detached = False
-        self._reach = ReachCheck(model)
+        self._reach = ReachCheck(model, self)
         model.requires_grad_(False)
 
     # ---- adapters -------------------------------------------------------------------------------------------------

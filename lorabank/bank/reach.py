@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -13,9 +14,10 @@ from lorabank.errors import UnreachedLayerError
 class ReachCheck:
     """Watches newly wrapped layers through one forward pass of the whole model. Its hook also marks the model as attached."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, owner: object) -> None:
+        """`owner`: the bank. The mark ends with it: a bank that nobody holds any more and that has no adapter is no bank."""
         self._pending: list[LoRALayer] = []
-        self._hook = model.register_forward_hook(_AfterForward(self))
+        self._hook = model.register_forward_hook(_AfterForward(self, owner))
 
     def watch(self, layer: LoRALayer) -> None:
         """Expect `layer` to be called by the end of the model's next forward pass."""
@@ -47,14 +49,14 @@ class ReachCheck:
 
 def is_attached(model: nn.Module) -> bool:
     """Whether a bank stands over `model` already, with or without adapters."""
-    return any(isinstance(hook, _AfterForward) for hook in model._forward_hooks.values())
+    return any(isinstance(hook, _AfterForward) and hook.owner() is not None for hook in model._forward_hooks.values())
 
 
 class _AfterForward:
     """The hook on the model. A copied or pickled model is the plain base, so its hook does nothing."""
 
-    def __init__(self, check: ReachCheck) -> None:
-        self._check = check
+    def __init__(self, check: ReachCheck, owner: object) -> None:
+        self._check, self.owner = check, weakref.ref(owner)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self._check.check()

@@ -22,6 +22,9 @@ examples:
 The merged folder loads in plain transformers. Merging into bf16 rounds a part of the change away: how much is printed.
 """
 
+PROBE = "The merged model is asked to read this sentence, and so is the base with the adapter beside it: 3 + 4 = 7, naïve café."
+"""Text on which logits are compared; any will do."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
     """Arguments of `merge`."""
@@ -54,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
         raise ModelError(f"{args.adapter}: the adapter doesn't name its base model. Name it with --model.")
     print(f"loading {name} …", file=sys.stderr, flush=True)
     base = load_base(name, dtype=args.dtype, device=args.device)
-    handle = merge(base.model, adapter, strength=args.strength, force=args.force)
+    inputs = {"input_ids": base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(base.model.device)}
+    handle = merge(base.model, adapter, strength=args.strength, force=args.force, inputs=inputs, say=None)
     print_report(handle.report)
+    print(f"on a sentence: {handle.logits}")
     with quiet_transformers(), whole_folder(folder) as scratch:
         base.model.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)

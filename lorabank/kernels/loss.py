@@ -37,8 +37,8 @@ def _softmax_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     top_T1, where_T1 = logits_TV.max(-1, keepdim=True)
     target_T = logits_TV.gather(1, targets_T[:, None]).squeeze(1)
     torch.softmax(logits_TV, -1, out=logits_TV)
-    norm_T = (top_T1 - logits_TV.gather(1, where_T1).log()).squeeze(1)
-    return target_T - norm_T
+    # in this order a common offset of all logits cancels before anything is rounded
+    return target_T - top_T1.squeeze(1) + logits_TV.gather(1, where_T1).squeeze(1).log()
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -36,6 +36,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """x Wᵀ + b: through oneDNN where it suits, else torch's default. Not differentiable: autograd functions call it."""
     if not suits(x, weight_OI):
         return F.linear(x, weight_OI, bias_O)
+    # it reads x and the weight through their strides, but a bias as if it were contiguous
+    bias_O = None if bias_O is None else bias_O.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
 
 

@@ -2,99 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
-from lorabank.errors import MergeError
-from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.adapter import Adapter
 from lorabank.merging.merge import merge
-from lorabank.merging.report import MergeReport
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitsCheck:
-    """Merged against unmerged outputs of a whole model."""
-
-    difference: float
-    """Largest absolute difference of an output."""
-    change: float
-    """Largest absolute change that the adapter makes to an output, for scale."""
-    agreement: float
-    """Share of positions whose largest output (the greedy token) is the same."""
-    report: MergeReport
-    """What merging lost in the weights."""
-
-    def __str__(self) -> str:
-        return (
-            f"merged and unmerged outputs differ by at most {self.difference:.3g} "
-            f"(the adapter's change is up to {self.change:.3g}); the same greedy choice at {self.agreement:.1%} of the positions"
-        )
+from lorabank.merging.outputs import Inputs, LogitsCheck
 
 
 def check_merged(
-    model: nn.Module, adapter: Adapter, inputs: Tensor | Mapping[str, Any], *, strength: float = 1.0, force: bool = False
+    model: nn.Module, adapter: Adapter, inputs: Inputs, *, strength: float = 1.0, force: bool = False
 ) -> LogitsCheck:
     """Run `model` on `inputs` plain, with `adapter` beside it, and merged; the model is afterwards as it was, bit for bit.
 
     inputs: a batch of the model, as a dict (called as `model(**inputs)`) or one tensor. Route an attached model to `BASE`.
     Raises what `merge` raises.
     """
-    was_training = model.training
-    model.eval()  # the base's own dropout would drown the comparison
-    try:
-        with torch.no_grad():
-            plain = _outputs(model, inputs)
-            with adapter_beside(model, adapter, strength=strength):
-                beside = _outputs(model, inputs)
-            handle = merge(model, adapter, strength=strength, force=force)
-            try:
-                merged = _outputs(model, inputs)
-            finally:
-                handle.unmerge()
-    finally:
-        model.train(was_training)
-    if not merged.isfinite().all():
-        raise MergeError("check_merged: the merged model's outputs are not finite")
-    return LogitsCheck(
-        difference=float((merged - beside).abs().max()),
-        change=float((beside - plain).abs().max()),
-        agreement=float((merged.argmax(-1) == beside.argmax(-1)).float().mean()),
-        report=handle.report,
-    )
-
-
-@contextmanager
-def adapter_beside(model: nn.Module, adapter: Adapter, *, strength: float = 1.0) -> Iterator[None]:
-    """While open, every layer of `adapter` adds its change to the layer's output, through forward hooks: the plain definition."""
-    hooks = []
-    try:
-        for path, layer in adapter.layers.items():
-            hooks.append(model.get_submodule(path).register_forward_hook(_adding(layer, strength)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _adding(layer: AdapterLayer, strength: float) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        wide = torch.promote_types(args[0].dtype, layer.A.dtype)
-        x, A, B = args[0].to(wide), layer.A.to(args[0].device, wide), layer.B.to(args[0].device, wide)
-        return output + (strength * layer.scaling * ((x @ A.t()) @ B.t())).to(output.dtype)
-
-    return hook
-
-
-def _outputs(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
-    out = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
-    if isinstance(out, Tensor):
-        return out.float()
-    if isinstance(out, Mapping) and "logits" in out:
-        return out["logits"].float()
-    first = out[0] if isinstance(out, tuple) else next(iter(out.values()))
-    return first.float()
+    handle = merge(model, adapter, strength=strength, force=force, inputs=inputs, say=None)
+    handle.unmerge()
+    assert handle.logits is not None  # inputs were given
+    return handle.logits

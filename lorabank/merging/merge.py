@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from lorabank.bank.targets import linear_layers
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
+from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
 from lorabank.merging.report import LayerLoss, MergeReport
 
 MERGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,6 +47,8 @@ class MergeHandle:
         self._originals: dict[str, _Original] | None = dict(originals)
         self.report = report
         """What was changed and what rounding lost."""
+        self.logits: LogitsCheck | None = None
+        """Merged against unmerged outputs, where `merge` was given inputs."""
 
     def unmerge(self) -> None:
         """Restore the base weights bit for bit. Raises MergeError if they were restored before, or written to since the merge."""
@@ -68,10 +71,22 @@ class MergeHandle:
         self._originals = None
 
 
-def merge(model: nn.Module, adapter: Adapter, *, check: bool = True, strength: float = 1.0, force: bool = False) -> MergeHandle:
+def merge(
+    model: nn.Module,
+    adapter: Adapter,
+    *,
+    check: bool = True,
+    strength: float = 1.0,
+    force: bool = False,
+    inputs: Inputs | None = None,
+    say: Callable[[str], object] | None = print,
+) -> MergeHandle:
     """Add `strength` · ΔW of every layer of `adapter` to the weights of `model` (plain or attached), in place.
 
     check: compare each merged layer with base plus adapter on random inputs, within the dtype's rounding.
+    inputs: a batch of the model (a dict or one tensor); its outputs (logits) merged are then compared with those unmerged, as
+    `handle.logits`. An attached model must be routed to `BASE`.
+    say: gets one line of what rounding lost, and one of the outputs compared; None for silence.
     force: merge even where the adapter's fingerprint says that it belongs to another base.
     An attached model keeps its adapters: route to `BASE` to see the merged weights alone.
     Raises FingerprintError, or MergeError naming the layer; the model is then as it was. Warns when rounding loses most of Δ.
@@ -82,6 +97,8 @@ def merge(model: nn.Module, adapter: Adapter, *, check: bool = True, strength: f
         check_fingerprint(model, adapter)
     layers = _fitting_layers(model, adapter)
     _refuse_tied(model, layers)
+    beside = None if inputs is None else outputs_beside(model, adapter, inputs, strength=strength)
+    logits = None
     originals: dict[str, _Original] = {}
     losses: dict[str, LayerLoss] = {}
     try:
@@ -91,20 +108,27 @@ def merge(model: nn.Module, adapter: Adapter, *, check: bool = True, strength: f
             originals[path] = _Original(weight, copy, merged_hash=0)
             losses[path] = _merge_layer(path, base, adapter.layers[path], strength, check)
             originals[path] = replace(originals[path], merged_hash=_hash(weight))
+        dtypes = sorted({str(original.copy.dtype).removeprefix("torch.") for original in originals.values()})
+        report = MergeReport(layers=losses, dtypes=tuple(dtypes))
+        if beside is not None and inputs is not None:
+            logits = compare(*beside, merged_outputs(model, inputs), report)
     except BaseException:  # an interrupt too: a base that is half merged is nobody's model
         with torch.no_grad():
             for original in originals.values():
                 original.weight.copy_(original.copy)
         raise
-    dtypes = sorted({str(original.copy.dtype).removeprefix("torch.") for original in originals.values()})
-    report = MergeReport(layers=losses, dtypes=tuple(dtypes))
     if report.lost_share > WARN_ABOVE:
         warnings.warn(
             f"merge: {report.lost_share:.0%} of the adapter's change was lost to rounding in {', '.join(dtypes)}: it is small "
             "beside the weights. Merge into a float32 copy of the base, or serve the adapter unmerged.",
             stacklevel=2,
         )
-    return MergeHandle(originals, report)
+    handle = MergeHandle(originals, report)
+    handle.logits = logits
+    if say is not None:
+        for line in [report, *([logits] if logits is not None else [])]:
+            say(str(line))
+    return handle
 
 
 def check_fingerprint(model: nn.Module, adapter: Adapter) -> None:

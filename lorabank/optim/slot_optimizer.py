@@ -203,7 +203,8 @@ def _one_device(name: str, slot: _Slot) -> nn.Parameter:
 
 
 def _step(slot: _Slot, learning_rate: float, tokens: float) -> SlotStep:
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in slot.leaves.values()]
+    # contiguous, since a fused kernel goes through memory in order; autograd's own gradients are
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in slot.leaves.values()]
     _clear(slot)
     norm = float(torch.nn.utils.get_total_norm(gradients)) / tokens
     if not math.isfinite(norm):

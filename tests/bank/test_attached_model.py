@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import shutil
@@ -284,7 +285,14 @@ def test_attach_refuses_what_it_cant_take() -> None:
         attach(empty)
     assert attach(copy.deepcopy(empty)).names == ()  # a copy is a plain model
     first.detach()
-    attach(empty)
+    attach(empty)  # nobody holds this one, and it has no adapter: it is gone
+    gc.collect()
+    again = attach(empty)
+    add(again, "a")
+    del again  # an adapter keeps its bank
+    gc.collect()
+    with pytest.raises(LorabankError, match=r"already has a bank"):
+        attach(empty)
     with pytest.raises(LorabankError, match=r"expected a torch.nn.Module, got str"):
         attach("gpt2")  # type: ignore[arg-type]
     bank = attach(nn.Linear(4, 4))

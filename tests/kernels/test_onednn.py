@@ -30,12 +30,20 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 5)])
+BIASES: dict[str, Callable[[], torch.Tensor | None]] = {
+    "none": lambda: None,
+    "contiguous": lambda: torch.randn(5),
+    "strided": lambda: torch.randn(5, 3)[:, 1],
+    "expanded": lambda: torch.randn(1).expand(5),
+}
+
+
+@pytest.mark.parametrize("biased", BIASES)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("rows", INPUTS)
-def test_products_in_any_layout(rows: str, weight: str, bias: torch.Tensor | None) -> None:
+def test_products_in_any_layout(rows: str, weight: str, biased: str) -> None:
     torch.manual_seed(0)
-    x, w = INPUTS[rows](torch.randn(4, 7, 8)), WEIGHTS[weight]()
+    x, w, bias = INPUTS[rows](torch.randn(4, 7, 8)), WEIGHTS[weight](), BIASES[biased]()
     torch.testing.assert_close(onednn.linear(x, w, bias), F.linear(x, w, bias))
     dy = torch.randn(*x.shape[:-1], 5)
     torch.testing.assert_close(onednn.input_grad(dy, w), dy @ w)

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 
 from lorabank.errors import FingerprintError, MergeError
 from lorabank.formats.adapter import Adapter, AdapterLayer
-from lorabank.merging.check import adapter_beside
 from lorabank.merging.combine import COMBINERS, LATER_METHODS, combine
+from lorabank.merging.outputs import adapter_beside
 
 MakeAdapter = Callable[..., Adapter]
 MakeLlama = Callable[..., LlamaForCausalLM]

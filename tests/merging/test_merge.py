@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.merging import merge as merge_module
-from lorabank.merging.check import adapter_beside, check_merged
+from lorabank.merging.check import check_merged
 from lorabank.merging.merge import merge
+from lorabank.merging.outputs import adapter_beside
 
 MakeAdapter = Callable[..., Adapter]
 MakeLlama = Callable[..., LlamaForCausalLM]
@@ -299,3 +300,23 @@ def test_a_plain_module_with_a_tensor_output(make_adapter: MakeAdapter) -> None:
     copied = copy.deepcopy(model)
     merge(copied, adapter).unmerge()
     assert same_bits(state(copied), state(model))
+
+
+def test_a_merge_says_what_rounding_lost_and_compares_the_models_own_outputs(
+    make_llama: MakeLlama, make_adapter: MakeAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_llama()
+    adapter = make_adapter(model)
+    inputs = {"input_ids": torch.arange(6)[None]}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    handle = merge(model, adapter, inputs=inputs)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == str(handle.report) and "lost to rounding" in first
+    assert second == str(handle.logits) and "merged and unmerged outputs differ by at most" in second
+    assert handle.logits is not None
+    assert handle.logits.difference < 1e-3 * handle.logits.change
+    handle.unmerge()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    silent: list[str] = []
+    merge(model, adapter, say=silent.append)
+    assert len(silent) == 1 and not capsys.readouterr().out

@@ -107,7 +107,8 @@ def test_a_fused_step_is_the_plain_one(rule: str, limit: float, ratio: float, mo
         generator = torch.Generator().manual_seed(1)
         for step in range(5):
             for i, p in enumerate(bank.parameters()):
-                p.grad = None if i == step == 2 else torch.randn(p.shape, generator=generator)
+                gradient = torch.randn(p.shape[::-1], generator=generator).t()  # set by hand, in another order of memory
+                p.grad = None if i == step == 2 else gradient
             optimizer.step({"a": RATE}, {"a": 3.0})
         results.append({**dict(bank.named_parameters("a")), **optimizer.state("a")[1]})
     for key, value in results[0].items():

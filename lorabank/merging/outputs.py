@@ -1,0 +1,108 @@
+"""A model's outputs with an adapter beside it and merged into it, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorabank.errors import MergeError
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.merging.report import MergeReport
+
+Inputs = Tensor | Mapping[str, Any]
+"""A batch of a model: a dict (called as `model(**inputs)`) or one tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsCheck:
+    """Merged against unmerged outputs of a whole model."""
+
+    difference: float
+    """Largest absolute difference of an output."""
+    change: float
+    """Largest absolute change that the adapter makes to an output, for scale."""
+    agreement: float
+    """Share of positions whose largest output (the greedy token) is the same."""
+    report: MergeReport
+    """What merging lost in the weights."""
+
+    def __str__(self) -> str:
+        return (
+            f"merged and unmerged outputs differ by at most {self.difference:.3g} "
+            f"(the adapter's change is up to {self.change:.3g}); the same greedy choice at {self.agreement:.1%} of the positions"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients: the base's own dropout would drown a comparison."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def outputs_beside(model: nn.Module, adapter: Adapter, inputs: Inputs, *, strength: float) -> tuple[Tensor, Tensor]:
+    """(outputs of the plain model, outputs with `adapter` beside it), fp32."""
+    with _evaluating(model):
+        plain = _outputs(model, inputs)
+        with adapter_beside(model, adapter, strength=strength):
+            return plain, _outputs(model, inputs)
+
+
+def merged_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Outputs of the model as it is now, fp32."""
+    with _evaluating(model):
+        return _outputs(model, inputs)
+
+
+def compare(plain: Tensor, beside: Tensor, merged: Tensor, report: MergeReport) -> LogitsCheck:
+    """Merged outputs against unmerged ones. Raises MergeError when the merged ones aren't finite and the unmerged ones are."""
+    if beside.isfinite().all() and not merged.isfinite().all():
+        raise MergeError("merge: the merged model's outputs are not finite, those of base and adapter apart are")
+    return LogitsCheck(
+        difference=float((merged - beside).abs().max()),
+        change=float((beside - plain).abs().max()),
+        agreement=float((merged.argmax(-1) == beside.argmax(-1)).float().mean()),
+        report=report,
+    )
+
+
+@contextmanager
+def adapter_beside(model: nn.Module, adapter: Adapter, *, strength: float = 1.0) -> Iterator[None]:
+    """While open, every layer of `adapter` adds its change to the layer's output, through forward hooks: the plain definition."""
+    hooks = []
+    try:
+        for path, layer in adapter.layers.items():
+            hooks.append(model.get_submodule(path).register_forward_hook(_adding(layer, strength)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adding(layer: AdapterLayer, strength: float) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        wide = torch.promote_types(args[0].dtype, layer.A.dtype)
+        x, A, B = args[0].to(wide), layer.A.to(args[0].device, wide), layer.B.to(args[0].device, wide)
+        return output + (strength * layer.scaling * ((x @ A.t()) @ B.t())).to(output.dtype)
+
+    return hook
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+    out = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    if isinstance(out, Tensor):
+        return out.float()
+    if isinstance(out, Mapping) and "logits" in out:
+        return out["logits"].float()
+    first = out[0] if isinstance(out, tuple) else next(iter(out.values()))
+    return first.float()
