@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabank.config.paths import with_absolute_paths
+from lorabank.config.paths import expanded, with_absolute_paths
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
 from lorabank.errors import ConfigError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorabank.config.adapter import AdapterConfig
+    from lorabank.data.formats import Example
     from lorabank.training.events import Listener, RunResult
     from lorabank.training.loaded import LoadedRun
     from lorabank.training.run_folder import RunFolder
@@ -164,8 +165,12 @@ def evaluate(
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, float]]:
-    """Score adapters and `base` on held-out rows: `data.test` if given, else the run's test or validation rows."""
+    """Score adapters and `base` on held-out rows: `data.test` if given, else the run's test or validation rows.
+
+    `say` gets the lines of the report over rows that aren't the run's own: how many were read, kept, dropped and why, or cut.
+    """
     from lorabank.engine.step import Engine
     from lorabank.training.busy import BusyBar
     from lorabank.training.evaluate import full_scores
@@ -175,7 +180,7 @@ def evaluate(
     check_metrics(metrics)
     run = load_run(source, adapters, device=device, dtype=dtype)
     names = list(dict.fromkeys(adapters)) if adapters else [*run.names, BASE_NAME]
-    rows = held_out_rows(run, names, data)
+    rows = held_out_rows(run, names, data, say)
     config = EvalConfig(
         metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
@@ -185,15 +190,16 @@ def evaluate(
 
 def generate_stream(
     run: LoadedRun,
-    rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+    rows: Sequence[tuple[str, Example | Sequence[Mapping[str, Any]]]],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[list[str | None]]:
-    """Answers to (adapter or `base`, messages) rows, all in one batch, as lists of new text; None once a row has ended.
+    """Answers to (adapter or `base`, prompt) rows, all in one batch, as lists of new text; None once a row has ended.
 
-    The messages are taken as they are: put the run's `data.system` before them where it has one.
+    A prompt is messages, or a row of data in its normal form, whose answer may be missing. It is rendered as in training, by the
+    run's `data.chat`. Messages are taken as they are: put the run's `data.system` before them where it has one.
     """
     from lorabank.data.prompt import chat_prompt_ids
     from lorabank.engine.generate import stream
@@ -202,7 +208,8 @@ def generate_stream(
     from lorabank.training.evaluate import end_tokens, pad_token, route_of
     from lorabank.training.streaming import TextStream
 
-    prompts = [chat_prompt_ids(run.tokenizer, messages) for _, messages in rows]
+    chat = run.config.data.chat if run.config is not None else None
+    prompts = [chat_prompt_ids(run.tokenizer, prompt, chat=chat) for _, prompt in rows]
     texts = [TextStream(run.tokenizer) for _ in rows]
     ended = [False] * len(rows)
     deltas: list[str | None] = [""] * len(rows)
@@ -290,7 +297,7 @@ def _public_name(name: str, folder: Path | None) -> str:
     nothing to them, so these become the folder of the converted weights."""
     from lorabank.models.names import alias
 
-    path = Path(name).expanduser()
+    path = expanded(name, place="model")
     if path.is_dir():
         return str(path.resolve())
     if folder is not None and (path.is_file() or alias(name)):

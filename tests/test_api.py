@@ -372,8 +372,13 @@ def test_evaluate(run_folder: Path, tmp_path: Path) -> None:
         assert scores[name]["loss"] == pytest.approx(end["adapters"][name]["best_metrics"]["loss"], rel=1e-5)
         assert scores[name]["rougeL"] == pytest.approx(end["adapters"][name]["best_metrics"]["rougeL"])
     rows = write_rows(tmp_path / "test.jsonl", tiny_rows(6, "new"))
-    other = api.evaluate(run_folder, ["formal"], lb.DataConfig(test=str(rows)), max_rows=3)
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**tiny_rows(1)[0], "prompt": ""}) + "\n")
+    said: list[str] = []
+    other = api.evaluate(run_folder, ["formal"], lb.DataConfig(test=str(rows)), max_rows=3, say=said.append)
     assert other.keys() == {"formal"}
+    assert said[0].startswith("7 rows read (") and said[0].endswith("6 kept: 6 test")
+    assert said[1].startswith("dropped 1: ") and f"{rows}:7" in said[1]
     with pytest.raises(ConfigError, match="did you mean 'rouge'"):
         api.evaluate(run_folder, None, config.data, metrics=["rogue"])
 

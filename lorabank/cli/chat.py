@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
 def _lines(console: Console, *, interactive: bool) -> Iterator[str]:
     if interactive:
         import readline  # noqa: F401  (line editing and history for input())
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what isn't in the terminal's encoding becomes U+FFFD, which tokenizers take
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             yield input("> " if interactive else "").strip()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from lorabank.cli.loading import add_source, run_config
 from lorabank.cli.parser import CommandParser, names, positive
+from lorabank.config.paths import expanded
 from lorabank.config.train import DataConfig
-from lorabank.errors import ConfigError
+from lorabank.errors import ConfigError, OutputError
 
 EXAMPLES = """\
 examples:
@@ -53,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--data: missing. {args.run_folder} holds no run whose held-out rows could be used.")
     data = config.data if config else DataConfig()
     if args.data:
-        data = replace(data, train=None, val=None, test=args.data, val_split=0, test_split=0)
+        data = replace(data, train=None, val=None, test=args.data, val_split=0, test_split=0, limit=None)
         from lorabank.data.read import check_source
 
         check_source(args.data, place="--data")  # before the model is loaded
     metrics = args.metrics or list(config.eval.metrics if config else ("loss",))
+    json_file = _writable(args.json) if args.json else None
     from lorabank import api
 
     scores = api.evaluate(
@@ -70,11 +73,25 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         device=args.device,
         dtype=args.dtype,
+        say=lambda line: print(line, file=sys.stderr),
     )
     print_scores(scores)
-    if args.json:
-        Path(args.json).write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"--json {args.json}: can't be written ({error.strerror}). The scores are in the table.") from error
     return 0
+
+
+def _writable(name: str) -> Path:
+    """The file for the scores; raises OutputError, before anything is scored, where it can't be made."""
+    path = expanded(name, place="--json")
+    if path.is_dir():
+        raise OutputError(f"--json {name}: expected a file, got a folder. Add a name, such as {path / 'scores.json'}.")
+    if not path.parent.is_dir():
+        raise OutputError(f"--json {name}: there is no folder {str(path.parent)!r}. Make it first, or choose another file.")
+    return path
 
 
 def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config
 from lorabank.cli.parser import CommandParser, positive
-from lorabank.cli.rows import messages_of, read_prompts, template_columns
+from lorabank.cli.rows import prompt_of, read_prompts, template_columns
+from lorabank.config.paths import expanded
+from lorabank.config.typed import named_as_typed
+from lorabank.data import formats
 from lorabank.errors import OutputError
 
 EXAMPLES = """\
@@ -45,35 +50,69 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
 def run(args: argparse.Namespace) -> int:
     """Read, generate, write row by row: an interrupted file keeps what was answered."""
     check_sampling(args)
-    output = Path(args.output)
-    if output.exists():
-        raise OutputError(f"{output}: exists already. Choose another --output.")
+    output = _new_file(args.output)
+    if args.prompt is not None:
+        with named_as_typed({"data.prompt": "--prompt"}):
+            formats.template_columns("prompt", args.prompt)
     config = run_config(args.run_folder)
+    expanded(args.data, place="--data")
     rows = read_prompts(args.data, args.max_rows)
     template = args.prompt or _template_of_run(config.data.prompt if config else None, rows[0].values)
     system = args.system or (config.data.system if config else None)
-    prompts = [messages_of(row, template=template, system=system) for row in rows]
+    completion = config.data.completion if config and template == config.data.prompt else None
+    prompts = [prompt_of(row, template=template, completion=completion, system=system) for row in rows]
     loaded = load(args)
     names = chosen(args.adapters, loaded.names)
     from rich.progress import track
 
     from lorabank import api
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     size = max(1, args.batch_size // len(names))
-    with output.open("x", encoding="utf-8") as file:
-        for start in track(range(0, len(rows), size), description="answering"):
-            jobs = [(name, prompt) for prompt in prompts[start : start + size] for name in names]
-            answers = [""] * len(jobs)
-            for deltas in api.generate_stream(loaded, jobs, args.max_new_tokens, args.temperature, args.top_p, args.seed + start):
-                for index, delta in enumerate(deltas):
-                    answers[index] += delta or ""
-            for index, row in enumerate(rows[start : start + size]):
-                own = dict(zip(names, answers[index * len(names) : (index + 1) * len(names)], strict=True))
-                file.write(json.dumps({**row.values, **own}, ensure_ascii=False, default=str) + "\n")
-            file.flush()
+    _append(output, [], 0, len(rows))
+    for start in track(range(0, len(rows), size), description="answering"):
+        jobs = [(name, prompt) for prompt in prompts[start : start + size] for name in names]
+        answers = [""] * len(jobs)
+        for deltas in api.generate_stream(loaded, jobs, args.max_new_tokens, args.temperature, args.top_p, args.seed + start):
+            for index, delta in enumerate(deltas):
+                answers[index] += delta or ""
+        lines = []
+        for index, row in enumerate(rows[start : start + size]):
+            own = dict(zip(names, answers[index * len(names) : (index + 1) * len(names)], strict=True))
+            lines.append(json.dumps({**row.values, **own}, ensure_ascii=False, default=str) + "\n")
+        _append(output, lines, start, len(rows))
     print(f"{len(rows)} rows answered by {', '.join(names)}: {output}")
     return 0
+
+
+def _new_file(name: str) -> Path:
+    """The path of a file that can be made. Raises OutputError for one that exists, or that no folder can hold."""
+    path = expanded(name, place="--output")
+    if path.exists():
+        raise OutputError(f"{path}: exists already. Choose another --output.")
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise OutputError(f"{path}: {str(above)!r} is a file, not a folder. Choose another --output.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: nothing may be written in {str(above)!r}. Choose another --output.")
+    return path
+
+
+def _append(path: Path, lines: Sequence[str], done: int, total: int) -> None:
+    """Add whole lines, or none: where the disk fills up, the file keeps the `done` rows before them. Raises OutputError."""
+    size = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab" if lines else "xb") as file:
+            size = file.tell()
+            file.write("".join(lines).encode())
+    except OSError as error:
+        if lines:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+        raise OutputError(
+            f"{path}: {error.strerror}. {done} of {total} rows are complete in it. Free some space, and choose another --output "
+            "or delete the file."
+        ) from error
 
 
 def _template_of_run(template: str | None, values: Mapping[str, object]) -> str | None:

@@ -1,17 +1,17 @@
-"""Prompts for `predict`: each row of a file as the messages before the answer."""
+"""Prompts for `predict`: each row of a file in the normal form that training gives it, whether it has an answer or not."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lorabank.data.formats import FORMATS, detect_format, refuse_nan
+from lorabank.config.train import DataConfig
+from lorabank.data.formats import FORMATS, Example, Normaliser, is_list, text_of
+from lorabank.data.prompt import turns_of
 from lorabank.data.row import Row, RowError
 from lorabank.errors import DataError, closest
 
-Message = dict[str, str]
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input", "text")
 
 
@@ -30,19 +30,21 @@ def read_prompts(source: str, limit: int | None = None) -> list[Row]:
     return rows[:limit]
 
 
-def messages_of(row: Row, *, template: str | None, system: str | None) -> list[Message]:
-    """The messages before the answer. `template` fills `{column}`; else `messages`, or the first prompt column there is."""
+def prompt_of(row: Row, *, template: str | None, completion: str | None = None, system: str | None = None) -> Example:
+    """The row in the normal form that training gives it, with or without an answer; turns that end with the user's have none.
+
+    `template` fills `{column}`, and `completion` is the run's other template; without one the row's form decides, or the first
+    prompt column there is. `system` goes before turns that have none. Raises DataError naming the row.
+    """
     try:
-        messages = _from_template(row, template) if template is not None else _from_columns(row)
+        example = _trained(row, template, completion)
+        if example is None:
+            example = _from_template(row, template) if template is not None else _from_columns(row)
     except RowError as error:
         raise DataError(f"{error.at(row.origin)}. Correct or delete that row.") from error
-    while messages and messages[-1]["role"] == "assistant":  # the answer that we are asked for
-        messages.pop()
-    if not messages:
+    if not turns_of(example):
         raise DataError(f"{row.origin}: there is no turn before the answer")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+    return replace(_with_system(example, system), origin=row.origin)
 
 
 def template_columns(template: str) -> list[str]:
@@ -53,41 +55,58 @@ def template_columns(template: str) -> list[str]:
         raise DataError(f"--prompt {template!r}: {error}. A literal brace is written twice: {{{{ or }}}}") from None
 
 
-def _from_template(row: Row, template: str) -> list[Message]:
+def _trained(row: Row, template: str | None, completion: str | None) -> Example | None:
+    """The row as training reads it; None for one without an answer, or whose text is no prompt."""
+    if template is not None and completion is None:
+        return None
+    turns = template is None and ("messages" in row.values or "conversations" in row.values)
+    try:
+        example = Normaliser(DataConfig(prompt=template, completion=completion))(row)
+    except DataError:
+        if turns:  # these need no answer
+            raise
+        return None  # what is wrong with the prompt itself is found again, and told, without the answer
+    return None if example.kind == "text" else example
+
+
+def _from_template(row: Row, template: str) -> Example:
+    texts = {}
     for name in template_columns(template):
         if name not in row.values:
             raise DataError(
                 f"{row.origin}: --prompt asks for column {name!r}{closest(name, row.values)}; there are {', '.join(row.values)}"
             )
-        refuse_nan(row.values[name], name)
-    return [{"role": "user", "content": template.format_map(dict(row.values))}]
+        texts[name] = text_of(row.values, name, may_be_empty=True)  # as training writes it
+    return Example(kind="completion", prompt=template.format_map(texts))
 
 
-def _from_columns(row: Row) -> list[Message]:
+def _from_columns(row: Row) -> Example:
+    """A row without an answer: its form's own parser, with a word for the answer that is taken out again."""
     values = row.values
-    if "messages" in values:
-        return _turns(values["messages"], row.origin, "messages")
-    if "conversations" in values:
-        return _turns(list(FORMATS[detect_format(values)].parse(values).messages), row.origin, "conversations")
     column = next((name for name in PROMPT_COLUMNS if values.get(name)), None)
     if column is None:
         raise DataError(
             f"{row.origin}: expected a column messages, {', '.join(PROMPT_COLUMNS)}; got {', '.join(values)}. "
             "Name it with --prompt '{column}'."
         )
-    if isinstance(values[column], list):
-        return _turns(values[column], row.origin, column)
-    refuse_nan(values[column], column)
-    text = str(values[column])
-    if column == "instruction" and values.get("input"):  # Alpaca keeps the material apart from the question
-        refuse_nan(values["input"], "input")
-        text += f"\n\n{values['input']}"
-    return [{"role": "user", "content": text}]
+    if isinstance(values[column], list) or (column == "prompt" and is_list(values[column])):
+        return FORMATS["messages"].parse({**values, "messages": values[column]})
+    if column == "prompt":
+        return replace(FORMATS["prompt-completion"].parse({**values, "completion": "-"}), completion="")
+    if column == "instruction":
+        example = FORMATS["alpaca"].parse({**values, "output": "-"})
+        return replace(example, completion="", messages=example.messages[:-1])
+    return Example(kind="completion", prompt=text_of(values, column))
 
 
-def _turns(value: Any, origin: str, column: str) -> list[Message]:
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in value):
-        raise DataError(f"{origin}: expected messages as a list of {{role, content}}, got {str(value)[:80]!r}")
-    for turn in value:
-        refuse_nan(turn["content"], column)
-    return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in value]
+def _with_system(example: Example, system: str | None) -> Example:
+    """`system` before turns that have none, as training puts it."""
+    if not system or any(turn["role"] in ("system", "developer") for turn in example.messages):
+        return example
+    first = {"role": "system", "content": system}
+    if example.kind == "messages":
+        border = None if example.prompt_turns is None else example.prompt_turns + 1
+        return replace(example, messages=(first, *example.messages), prompt_turns=border)
+    answer = ({"role": "assistant", "content": example.completion},) if example.completion else ()
+    turns = (first, *turns_of(example), *answer)
+    return replace(example, kind="messages", messages=turns, prompt_turns=2, prompt="", plain_prompt=None, completion="")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorabank.cli.parser import CommandParser
-from lorabank.config.flags import TrainArguments, parse_train_arguments
+from lorabank.config.flags import parse_train_arguments
+from lorabank.config.paths import with_absolute_paths
 from lorabank.config.typed import named_as_typed
 from lorabank.errors import OutputError
 
@@ -87,8 +88,10 @@ def run(args: argparse.Namespace) -> int:
         return print_settings()
     parsed = parse_train_arguments(args.arguments)
     print_notes(parsed.notes)
+    with named_as_typed(parsed.flags):
+        output = with_absolute_paths(parsed.config).output
     if not parsed.resume and not parsed.dry_run:
-        refuse_existing(parsed)
+        refuse_existing(output)
     if not parsed.dry_run:
         from lorabank.training.allocation import keep_freed_memory
 
@@ -117,11 +120,11 @@ def print_notes(notes: Sequence[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def refuse_existing(parsed: TrainArguments) -> None:
+def refuse_existing(output: str) -> None:
     """Raise OutputError for a folder that holds something, with the line that resumes it."""
     import shlex
 
-    folder = Path(parsed.config.output)
+    folder = Path(output)
     if folder.is_file():
         raise OutputError(f"{folder}: expected a folder for the run, got a file. Choose another --output.")
     if not folder.is_dir() or not any(folder.iterdir()):

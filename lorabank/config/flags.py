@@ -85,7 +85,8 @@ def _tokens(argv: Sequence[str]) -> _Tokens:
         flag, has_value, value = token[2:].partition("=")
         path = flag.replace("-", "_").split(".")
         if flag.startswith("adapters."):  # an adapter's name keeps its dashes
-            path = [path[0], flag.split(".")[1], *path[2:]]
+            name, _, setting = flag.removeprefix("adapters.").rpartition(".")  # and its dots
+            path = ["adapters", name, path[-1]] if name else ["adapters", setting]
         if path == ["resume"]:
             found.resume = (
                 value

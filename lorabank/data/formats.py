@@ -172,7 +172,8 @@ def _parse_messages(values: Values) -> Example:
     return Example(kind="messages", messages=_messages(_list_of(values, "messages"), "messages"), **_extras(values))
 
 
-def _is_list(value: object) -> bool:
+def is_list(value: object) -> bool:
+    """Whether a column holds turns: a list, or its JSON text."""
     if isinstance(value, str):
         return value.startswith("[{")  # JSON text, as a CSV file holds it
     return isinstance(value, Sequence) and not isinstance(value, bytes)
@@ -181,7 +182,7 @@ def _is_list(value: object) -> bool:
 def _parse_prompt_completion(values: Values) -> Example:
     for column in ("prompt", "completion"):
         refuse_nan(values.get(column), column)
-    conversational = _is_list(values.get("prompt")), _is_list(values.get("completion"))
+    conversational = is_list(values.get("prompt")), is_list(values.get("completion"))
     if conversational[0] != conversational[1]:
         raise RowError("one of 'prompt' and 'completion' is a list of turns and the other is text; expected both alike")
     if conversational[0]:

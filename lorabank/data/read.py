@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
 from lorabank.data.row import Row
 from lorabank.errors import DataError, MissingExtraError, closest
@@ -36,7 +37,7 @@ def read_rows(source: Source, *, limit: int | None = None, role: str = "train") 
 
 
 def _from_name(name: str, limit: int | None, role: str) -> Iterator[Row]:
-    path = Path(name).expanduser()
+    path = expanded(name, place=f"data.{role}", kind=DataError)
     if path.is_dir():
         yield from _from_folder(path, limit, role)
     elif path.exists():
@@ -48,7 +49,7 @@ def _from_name(name: str, limit: int | None, role: str) -> Iterator[Row]:
 
 def check_source(name: str, *, place: str) -> None:
     """Raise DataError, in the name of `place`, where `name` is no file or folder here and can't be meant as a data set id."""
-    path = Path(name).expanduser()
+    path = expanded(name, place=place, kind=DataError)
     if path.exists():
         return
     if _looks_like_a_path(name):
@@ -151,7 +152,7 @@ def _from_hub(name: str, limit: int | None, role: str) -> Iterator[Row]:
         loaded = datasets.load_dataset(dataset_id, config or None, split=split or None)
     except Exception as error:  # network, hub, builder: the library raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = _closest_file(Path(name).expanduser())
+        hint = _closest_file(expanded(name, place=f"data.{role}", kind=DataError))
         failed = f"{name!r} is no file here{hint}, and no data set that can be loaded: {reason}"
         raise DataError(f"data.{role}: {failed}. {_ACCEPTED}") from error
     yield from islice(_from_object(loaded, role, name=name), limit)

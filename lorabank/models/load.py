@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lorabank.config.paths import expanded
 from lorabank.errors import ConfigError, ModelError, closest
 from lorabank.models import hub
 from lorabank.models.cache import Say, default_cache
@@ -111,7 +112,7 @@ def locate(name: str, *, cache: Path | None = None, trust_remote_code: bool = Fa
     """The local folder for a model's name; downloads or converts where needed. Raises ModelError."""
     if not name.strip():
         raise ModelError("model: no name given. Use a hub id, a folder, a GGUF file, or 'smollm2-135m-instruct'.")
-    path = Path(name).expanduser()
+    path = expanded(name, place="model", kind=ModelError)
     if path.is_dir():
         return path
     if path.is_file():

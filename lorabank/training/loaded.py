@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from lorabank.bank.attach import attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.checks import check_adapter_name
 from lorabank.config.parse import load_config
+from lorabank.config.paths import expanded
 from lorabank.config.train import DataConfig, TrainConfig
 from lorabank.data.prepare import prepare
 from lorabank.data.render import TokenRow
@@ -112,7 +113,7 @@ def _base_name(path: Path, config: TrainConfig | None, folders: Mapping[str, Pat
             f"{path}: neither the run nor its adapters say which base model they belong to. Load the model yourself and use "
             "lorabank.attach(model) and bank.load(name, lorabank.Adapter.load(folder))."
         )
-    return next((name for name in names if alias(name) or Path(name).expanduser().exists()), names[0])
+    return next((name for name in names if alias(name) or expanded(name, place="model").exists()), names[0])
 
 
 def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
@@ -129,10 +130,13 @@ def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
         ) from error
 
 
-def held_out_rows(run: LoadedRun, names: Sequence[str], data: DataConfig) -> dict[str, Sequence[TokenRow]]:
+def held_out_rows(
+    run: LoadedRun, names: Sequence[str], data: DataConfig, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Sequence[TokenRow]]:
     """The rows that each name is scored on: `data.test` if there is one, else the run's own held-out rows.
 
     `base` becomes one name for each distinct set of rows of the adapters among `names` (of all, if none is).
+    `say` gets the lines of the report over `data.test`; the run's own rows were reported when it was trained.
     """
     own = run.config is not None and run.config.data == data and data.test is None
     if own and run.config is not None:
@@ -150,5 +154,7 @@ def held_out_rows(run: LoadedRun, names: Sequence[str], data: DataConfig) -> dic
     source = data.test or data.val or data.train
     if source is None:
         raise DataError("evaluation: no rows. Give data.test (--data).")
-    rows = prepare(replace(data, train=source, val=None, test=None, val_split=0, test_split=0), run.tokenizer, seed=0).train
-    return dict.fromkeys(names, rows)
+    whole = prepare(replace(data, train=source, val=None, test=None, val_split=0, test_split=0), run.tokenizer, seed=0)
+    for line in replace(whole.report, splits={"test": whole.report.kept}).lines():
+        say(line)
+    return dict.fromkeys(names, whole.train)

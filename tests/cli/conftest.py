@@ -13,6 +13,8 @@ import torch
 
 import lorabank
 from lorabank.config.adapter import AdapterConfig
+from lorabank.data.formats import Example
+from lorabank.data.prompt import turns_of
 from lorabank.formats.adapter import Adapter, AdapterLayer
 
 
@@ -74,6 +76,7 @@ class FakeApi(types.ModuleType):
     def generate_stream(
         self, run: Any, rows: Sequence[Any], max_new_tokens: int, temperature: float, top_p: float, seed: int
     ) -> Iterator[list[str | None]]:
+        rows = [(name, turns_of(prompt) if isinstance(prompt, Example) else prompt) for name, prompt in rows]
         self.calls.append(("generate_stream", (list(rows), max_new_tokens, temperature, top_p, seed)))
         answers = [f"{name} says {messages[-1]['content']}".split(" ") for name, messages in rows]
         for index in range(max(map(len, answers))):
@@ -81,6 +84,7 @@ class FakeApi(types.ModuleType):
 
     def evaluate(self, model: str, adapters: list[str] | None, data: Any, **options: Any) -> dict[str, dict[str, float]]:
         self.calls.append(("evaluate", (model, adapters, data, options)))
+        options["say"]("2 rows read")
         return {"base": {"loss": 3.2, "bleu": 4.0}, "formal": {"loss": 1.1, "bleu": 30.0}}
 
     def preview(self, config: Any, *, count: int = 3) -> None:

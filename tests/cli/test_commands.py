@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def run_folder(tmp_path: Path) -> Path:
     config = TrainConfig(
         model="M",
         output=str(folder),
-        data=DataConfig(train="t.jsonl", prompt="Describe: {mr}", completion="{ref}", system="Be kind."),
+        data=DataConfig(train="t.jsonl", limit=20, prompt="Describe: {mr}", completion="{ref}", system="Be kind."),
         adapters={"formal": AdapterRun(), "terse": AdapterRun()},
         eval=EvalConfig(metrics=["loss", "bleu"], max_new_tokens=33),
     )
@@ -63,6 +64,25 @@ def test_an_existing_run_is_refused_with_the_line_that_resumes_it(
     (other / "thesis.tex").write_text("x")
     assert main(["train", "--model", "M", "--data", "f", "--output", str(other)]) == 2
     assert "isn't a run of lorabank" in capsys.readouterr().err
+
+
+def test_an_output_below_home(
+    api: Any, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(run_folder.parent))
+    assert main(["train", "--model", "M", "--data", "f.jsonl", f"--output=~/{run_folder.name}"]) == 2
+    assert f"\n  lorabank train {run_folder} --resume\n" in capsys.readouterr().err
+    assert api.calls == []
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x.jsonl", "a" * 300])
+@pytest.mark.parametrize("flag", ["--model", "--data", "--output"])
+def test_names_that_no_file_can_have_are_named_by_the_flag(
+    flag: str, name: str, api: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--model", "M", "--data", "f.jsonl", flag, name]) == 2
+    assert f"lorabank: {flag}: '{name[:9]}" in capsys.readouterr().err
+    assert api.calls == []
 
 
 def test_training_keeps_freed_memory(api: Any, tmp_path: Path) -> None:
@@ -127,7 +147,9 @@ def test_eval_takes_the_runs_settings(api: Any, run_folder: Path, tmp_path: Path
     assert (model, adapters, data.train) == (str(run_folder), None, "t.jsonl")
     assert options["metrics"] == ["loss", "bleu"]
     assert options["max_new_tokens"] == 33
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    out, err = capsys.readouterr()
+    assert "2 rows read\n" in err
+    lines = [line.split() for line in out.splitlines() if line.strip()]
     assert ["base", "3.200", "4.0"] in lines
     assert ["formal", "1.100", "30.0"] in lines
     assert json.loads((tmp_path / "s.json").read_text())["formal"]["bleu"] == 30.0
@@ -143,6 +165,13 @@ def test_eval_names_missing_rows_by_the_flag_before_anything_is_loaded(
     assert "--data: no file or folder 'nope.jsonl'" in capsys.readouterr().err
 
 
+def test_eval_looks_first_where_the_scores_go(api: Any, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, message in ((run_folder / "no" / "x.json", "there is no folder"), (run_folder, "expected a file, got a folder")):
+        assert main(["eval", str(run_folder), "--json", str(name)]) == 2
+        assert f"lorabank: --json {name}: {message}" in capsys.readouterr().err
+    assert api.calls == []
+
+
 def test_eval_on_other_rows(api: Any, run_folder: Path) -> None:
     new = str(run_folder / "new.jsonl")
     Path(new).write_text("{}")
@@ -151,6 +180,7 @@ def test_eval_on_other_rows(api: Any, run_folder: Path) -> None:
     assert adapters == ["formal", "base"]
     assert (data.train, data.val, data.test, data.val_split) == (None, None, new, 0)
     assert data.prompt == "Describe: {mr}", "the run's templates stay"
+    assert data.limit is None, "the limit was of its training rows"
     assert options["metrics"] == ["chrf"]
 
 
@@ -200,7 +230,10 @@ def test_forms_of_prompts(name: str, text: str, asked: str, api: Any, tmp_path: 
     [
         ('{"a": 1}\n', [], "in.jsonl:1: expected a column messages"),
         ('{"a": 1}\n', ["--prompt", "{b}"], "--prompt asks for column 'b'"),
-        ('{"a": 1}\n', ["--prompt", "{a"], "A literal brace is written twice"),
+        ('{"a": 1}\n', ["--prompt", "{a"], "--prompt: '{a' is no template"),
+        ('{"a": 1}\n', ["--prompt", "Say {}"], "--prompt: 'Say {}': expected plain column names"),
+        ('{"a": 1}\n', ["--prompt", "{a:d}"], "--prompt: '{a:d}': expected plain column names"),
+        ('{"a": 1}\n', ["--prompt", "{a!z}"], "--prompt: '{a!z}': expected plain column names"),
         ('{"prompt": NaN}\n', [], "in.jsonl:1: column 'prompt' holds NaN. Correct or delete that row"),
         ('{"a": "x"}\n{"a": NaN}\n', ["--prompt", "{a}"], "in.jsonl:2: column 'a' holds NaN"),
         ('{"messages": [{"role": "user", "content": NaN}]}\n', [], "in.jsonl:1: column 'messages' holds NaN"),
@@ -227,6 +260,25 @@ def test_predict_overwrites_nothing(api: Any, tmp_path: Path, capsys: pytest.Cap
     assert main(["predict", "M", "--data", "x.jsonl", "--output", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert out.read_text() == "mine"
+    (tmp_path / "x.jsonl").write_text('{"prompt": "Hi"}\n')
+    line = ["predict", "M", "--data", str(tmp_path / "x.jsonl"), "--output"]
+    assert main([*line, str(out / "deep" / "answers.jsonl")]) == 2
+    assert f"{str(out)!r} is a file, not a folder" in capsys.readouterr().err
+    assert api.calls == [], "no model is loaded for a file that can't be made"
+
+
+def test_predict_onto_a_full_disk(api: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.txt").write_text("One\nTwo\n" + "x" * 2000 + "\nFour\n")
+    out = tmp_path / "answers.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        words = ["--data", str(tmp_path / "in.txt"), "--output", str(out), "--batch-size", "1", "--adapters", "base"]
+        assert main(["predict", "M", *words]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{out}: File too large. 2 of 4 rows are complete in it." in capsys.readouterr().err
+    assert [row["base"] for row in rows_of(out)] == ["base says One", "base says Two"], "no line is cut"
 
 
 # chat -----------------------------------------------------------------------------------------------------------------
@@ -260,6 +312,13 @@ def test_chat_keeps_a_history_for_each_adapter(
     assert [len(messages) for _, messages in turns[2]] == [6, 2], "terse remembers, base is new"
     assert [len(messages) for _, messages in turns[3]] == [2, 2]
     assert turns[4][0][1] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Fifth"}]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_chat_takes_bytes_of_another_encoding(errors: str, api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors))
+    assert main(["chat", "out/x", "--adapters", "base"]) == 0
+    assert api.calls[-1][1][0] == [("base", [{"role": "user", "content": "caf\ufffd"}])]
 
 
 def test_chat_takes_every_adapter_and_the_base(

@@ -50,6 +50,9 @@ def test_adapters_from_flags() -> None:
     bracket = parse("--model M --data d --adapter 'a,targets=[q,v],rank=2,rank_pattern={q_proj:4,v_proj:8}'").config.adapters["a"]
     assert (bracket.targets, bracket.rank, bracket.rank_pattern) == (("q", "v"), 2, {"q_proj": 4, "v_proj": 8})
     assert parse("--model M --adapter data=f,rank=2").config.adapters["default"].rank == 2
+    dotted = parse("--model M --adapter v1.2-a,data=f --adapters.v1.2-a.learning-rate 1e-3 --adapters.v1.2-a.rank=3")
+    assert dotted.config.adapters.keys() == {"v1.2-a"}
+    assert (dotted.config.adapters["v1.2-a"].learning_rate, dotted.config.adapters["v1.2-a"].rank) == (1e-3, 3)
 
 
 def test_nested_settings_by_dotted_name() -> None:
@@ -128,6 +131,9 @@ def test_what_flags_made_reloads() -> None:
         ("--model M --data f --defaults.rank 0", "--defaults.rank: expected a whole number ≥ 1, got 0"),
         ("--model M --data f --lora_r 0", "--lora_r: expected a whole number ≥ 1, got 0"),
         ("--model M --adapter a,data=f,rank=0", "--adapter a,rank=0: expected a whole number ≥ 1, got 0"),
+        ("--model M --adapter v1.2,data=f --adapters.v1.2.rank 0", "--adapters.v1.2.rank: expected a whole number ≥ 1, got 0"),
+        ("--model M --adapter v1.2,data=f --adapters.v1.2.rnak 1", "--adapters.v1.2.rnak: unknown setting"),
+        ("--model M --data f --adapters.a 1", "--adapters.a: expected settings, got '1'"),
         ("--model M --adapter data=f,rank=0", "--adapter rank=0: expected a whole number ≥ 1, got 0"),
         ("--model M --data f --learning-rate nan", "--learning-rate: expected a finite number, got nan"),
         ("--model M --data f --warmup-ratio 1", "--warmup-ratio: expected a number in [0, 1), got 1.0"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorabank.config.parse import config_from_dict
-from lorabank.config.paths import with_absolute_paths
+from lorabank.config.paths import expanded, with_absolute_paths
+from lorabank.errors import ConfigError, DataError
 
 
 def test_existing_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,23 @@ def test_existing_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     assert (a.init_from, a.val_data) == (str(tmp_path / "old"), str(tmp_path / "v.jsonl"))
     assert (a.data, b.data) == (None, "nowhere.jsonl")
     assert with_absolute_paths(found) == found
+
+
+def test_the_output_begins_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, _ = config_from_dict({"model": "m", "output": "~/runs/x"})
+    assert with_absolute_paths(config).output == str(tmp_path / "runs" / "x")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300])
+def test_names_that_no_file_can_have(name: str) -> None:
+    trees = {
+        "model": {"model": name},
+        "data.train": {"model": "m", "data": {"train": name}},
+        "adapters.a.data": {"model": "m", "adapters": {"a": {"data": name}}},
+    }
+    for place, tree in trees.items():
+        with pytest.raises(ConfigError, match=rf"^{place}: '[~a].* can't be a path here \(\w"):
+            with_absolute_paths(config_from_dict(tree)[0])
+    with pytest.raises(DataError, match=r"^--data: "):
+        expanded(name, place="--data", kind=DataError)

@@ -151,6 +151,14 @@ def test_missing_files_name_the_closest(tmp_path: Path) -> None:
         read_rows(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("name", ["~nosuchuser/x.jsonl", "a" * 300])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(DataError, match=r"^data.val: .* can't be a path here"):
+        read_rows(name, role="val")
+    with pytest.raises(DataError, match=r"^--data: .* can't be a path here"):
+        check_source(name, place="--data")
+
+
 def test_an_id_with_too_many_parts() -> None:
     with pytest.raises(DataError, match="name:config:split"):
         read_rows("org/name:config:split:more")

@@ -129,5 +129,8 @@ def test_the_loss_is_as_exact_as_log_softmax_on_its_own_logits() -> None:
     weight = torch.randint(-3, 4, (V, H)).float()
     bias, targets = torch.full((V,), 1e5), torch.randint(V, (7,))
     exact = torch.nn.functional.linear(hidden, weight, bias).double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    for logprobs in (token_logprobs(hidden, weight, targets, bias), weighted_nll(hidden, weight, targets, torch.ones(7), bias)[1]):
+    for logprobs in (
+        token_logprobs(hidden, weight, targets, bias),
+        weighted_nll(hidden, weight, targets, torch.ones(7), bias)[1],
+    ):
         torch.testing.assert_close(logprobs.double(), exact, rtol=1e-6, atol=1e-6)

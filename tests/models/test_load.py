@@ -33,6 +33,12 @@ def test_a_folder_loads_with_the_weights_it_holds(tiny: Path, capfd: pytest.Capt
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(ModelError, match=r"^model: .* can't be a path here"):
+        load_base(name)
+
+
 def test_bf16_and_fp32(tiny: Path) -> None:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         base = load_base(str(tiny), dtype=name, device="cpu")
