@@ -39,7 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     rows = parser.add_argument_group("rows")
     rows.add_argument("--data", metavar="FILE", required=True, help="rows to answer")
     rows.add_argument("--output", metavar="FILE", required=True, help="JSONL file to write; must not exist")
-    rows.add_argument("--prompt", metavar="TEXT", help="template from columns, such as 'Describe: {mr}' (default: the run's)")
+    rows.add_argument(
+        "--prompt", metavar="TEXT", help="template from columns of text, such as 'Describe: {mr}' (default: the run's)"
+    )
     rows.add_argument("--system", metavar="TEXT", help="system turn (default: the run's)")
     rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")

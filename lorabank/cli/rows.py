@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorabank.config.train import DataConfig
-from lorabank.data.formats import FORMATS, Example, Normaliser, is_list, text_of
+from lorabank.data.formats import FORMATS, Example, Normaliser, is_list, text_of, turns_in
 from lorabank.data.prompt import turns_of
 from lorabank.data.row import Row, RowError
 from lorabank.errors import DataError, closest
@@ -90,7 +90,7 @@ def _from_columns(row: Row) -> Example:
             "Name it with --prompt '{column}'."
         )
     if isinstance(values[column], list) or (column == "prompt" and is_list(values[column])):
-        return FORMATS["messages"].parse({**values, "messages": values[column]})
+        return turns_in(values, column)
     if column == "prompt":
         return replace(FORMATS["prompt-completion"].parse({**values, "completion": "-"}), completion="")
     if column == "instruction":

@@ -85,8 +85,7 @@ def _tokens(argv: Sequence[str]) -> _Tokens:
         flag, has_value, value = token[2:].partition("=")
         path = flag.replace("-", "_").split(".")
         if flag.startswith("adapters."):  # an adapter's name keeps its dashes
-            name, _, setting = flag.removeprefix("adapters.").rpartition(".")  # and its dots
-            path = ["adapters", name, path[-1]] if name else ["adapters", setting]
+            path = ["adapters", *_adapter_path(flag.split(".")[1:])]
         if path == ["resume"]:
             found.resume = (
                 value
@@ -101,6 +100,15 @@ def _tokens(argv: Sequence[str]) -> _Tokens:
             path = _assign(path, value if has_value else None, rest, found.tree, token)
             found.typed["--" + ".".join(path)] = f"--{flag}"
     return found
+
+
+def _adapter_path(parts: list[str]) -> list[str]:
+    """An adapter's name, which may hold dots, and the setting behind it: the last part, or a pattern and its layer."""
+    plain = [part.replace("-", "_") for part in parts]
+    cut = next((i for i in range(1, len(plain) - 1) if plain[i] in ("rank_pattern", "alpha_pattern")), len(plain) - 1)
+    if cut == 0:
+        return parts
+    return [".".join(parts[:cut]), plain[cut], *([".".join(parts[cut + 1 :])] if parts[cut + 1 :] else [])]
 
 
 def _assign(path: list[str], value: str | None, rest: list[str], tree: dict[Any, object], token: str) -> list[str]:

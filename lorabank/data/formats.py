@@ -168,14 +168,20 @@ def _extras(values: Values) -> dict[str, Any]:
     return extras
 
 
+def turns_in(values: Values, column: str) -> Example:
+    """A column of turns, a list or its JSON text, as an Example. Raises RowError naming the column."""
+    return Example(kind="messages", messages=_messages(_list_of(values, column), column), **_extras(values))
+
+
 def _parse_messages(values: Values) -> Example:
-    return Example(kind="messages", messages=_messages(_list_of(values, "messages"), "messages"), **_extras(values))
+    return turns_in(values, "messages")
 
 
 def is_list(value: object) -> bool:
     """Whether a column holds turns: a list, or its JSON text."""
     if isinstance(value, str):
-        return value.startswith("[{")  # JSON text, as a CSV file holds it
+        # JSON text, as a CSV file holds it; other text may begin with a list of objects too, but those have no role
+        return value.startswith("[{") and '"role"' in value
     return isinstance(value, Sequence) and not isinstance(value, bytes)
 
 

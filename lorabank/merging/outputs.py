@@ -41,13 +41,14 @@ class LogitsCheck:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients: the base's own dropout would drown a comparison."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def outputs_beside(model: nn.Module, adapter: Adapter, inputs: Inputs, *, strength: float) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,9 @@ def merged_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def compare(plain: Tensor, beside: Tensor, merged: Tensor, report: MergeReport) -> LogitsCheck:
-    """Merged outputs against unmerged ones. Raises MergeError when the merged ones aren't finite and the unmerged ones are."""
+    """Merged outputs against unmerged ones. Raises MergeError when the merged ones alone aren't finite, and without rows."""
+    if not beside.numel():
+        raise MergeError("merge: inputs hold no row, so there are no outputs to compare. Give a batch with at least one row.")
     if beside.isfinite().all() and not merged.isfinite().all():
         raise MergeError("merge: the merged model's outputs are not finite, those of base and adapter apart are")
     return LogitsCheck(

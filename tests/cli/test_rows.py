@@ -46,6 +46,7 @@ def tokenizer_with(template: str | None) -> PreTrainedTokenizerBase:
         (None, {"prompt": "name 0", "completion": " value"}, {}, "completion"),
         (CHATML, {"prompt": [HI], "completion": [FINE]}, {"system": "Be kind."}, "completion"),
         (CHATML, {"prompt": json.dumps([HI]), "completion": json.dumps([FINE])}, {}, "completion"),
+        (CHATML, {"prompt": '[{"sku": 1}] describe', "completion": "value"}, {}, "completion"),
         (CHATML, {"instruction": "say 0", "input": "n 0", "output": "0"}, {}, "output"),
         (CHATML, {"instruction": "say 0", "input": "n 0", "output": "0"}, PLAIN, "output"),
         (None, {"instruction": "say 0", "input": "n 0", "output": "0"}, {}, "output"),

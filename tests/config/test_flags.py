@@ -171,3 +171,9 @@ def test_wrong_lines_over_a_file(run_yaml: Path) -> None:
     run_yaml.write_text("model: M\nadapters: {a: {data: f.jsonl}}\n")
     with pytest.raises(ConfigError, match="every adapter of the file has data of its own"):
         parse(f"{run_yaml} --data other.jsonl")
+
+
+@pytest.mark.parametrize("flag", ["--adapters.v1.2.rank_pattern.q_proj", "--adapters.v1.2.rank-pattern.q_proj"])
+def test_a_pattern_of_an_adapter_whose_name_has_dots(flag: str) -> None:
+    config = parse_train_arguments(["--model", "m", "--data", "d.jsonl", "--output", "o", flag, "4"]).config
+    assert config.adapters["v1.2"].rank_pattern == {"q_proj": 4}

@@ -320,3 +320,15 @@ def test_a_merge_says_what_rounding_lost_and_compares_the_models_own_outputs(
     silent: list[str] = []
     merge(model, adapter, say=silent.append)
     assert len(silent) == 1 and not capsys.readouterr().out
+
+
+def test_comparing_outputs_leaves_every_modules_mode_and_an_empty_batch_is_refused(make_adapter: MakeAdapter) -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 4)).train()
+    model[1].eval()
+    adapter = make_adapter(model, ("0", "2"))
+    before = state(model)
+    merge(model, adapter, inputs=torch.randn(3, 16), say=None).unmerge()
+    assert [module.training for module in model] == [True, False, True]
+    with pytest.raises(MergeError, match="hold no row"):
+        merge(model, adapter, inputs=torch.randn(0, 16), say=None)
+    assert same_bits(state(model), before)
