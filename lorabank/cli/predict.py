@@ -11,10 +11,10 @@ from pathlib import Path
 
 from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config
 from lorabank.cli.parser import CommandParser, positive
-from lorabank.cli.rows import prompt_of, read_prompts, template_columns
+from lorabank.cli.rows import prompt_of, read_prompts
 from lorabank.config.paths import expanded
 from lorabank.config.typed import named_as_typed
-from lorabank.data import formats
+from lorabank.data.formats import template_columns
 from lorabank.errors import OutputError
 
 EXAMPLES = """\
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     output = _new_file(args.output)
     if args.prompt is not None:
         with named_as_typed({"data.prompt": "--prompt"}):
-            formats.template_columns("prompt", args.prompt)
+            template_columns("prompt", args.prompt)
     config = run_config(args.run_folder)
     expanded(args.data, place="--data")
     rows = read_prompts(args.data, args.max_rows)
@@ -119,4 +119,4 @@ def _append(path: Path, lines: Sequence[str], done: int, total: int) -> None:
 
 def _template_of_run(template: str | None, values: Mapping[str, object]) -> str | None:
     """The template that the run was trained with, where the rows have its columns."""
-    return template if template is not None and all(name in values for name in template_columns(template)) else None
+    return template if template is not None and all(name in values for name in template_columns("prompt", template)) else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import string
 from dataclasses import replace
 from pathlib import Path
 
 from lorabank.config.train import DataConfig
-from lorabank.data.formats import FORMATS, Example, Normaliser, is_list, text_of, turns_in
+from lorabank.data.formats import FORMATS, Example, Normaliser, is_list, template_columns, text_of, turns_in
 from lorabank.data.prompt import turns_of
 from lorabank.data.row import Row, RowError
 from lorabank.errors import DataError, closest
@@ -47,14 +46,6 @@ def prompt_of(row: Row, *, template: str | None, completion: str | None = None, 
     return replace(_with_system(example, system), origin=row.origin)
 
 
-def template_columns(template: str) -> list[str]:
-    """Names in braces. Raises DataError for braces that don't close."""
-    try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    except ValueError as error:
-        raise DataError(f"--prompt {template!r}: {error}. A literal brace is written twice: {{{{ or }}}}") from None
-
-
 def _trained(row: Row, template: str | None, completion: str | None) -> Example | None:
     """The row as training reads it; None for one without an answer, or whose text is no prompt."""
     if template is not None and completion is None:
@@ -71,7 +62,7 @@ def _trained(row: Row, template: str | None, completion: str | None) -> Example 
 
 def _from_template(row: Row, template: str) -> Example:
     texts = {}
-    for name in template_columns(template):
+    for name in template_columns("prompt", template):
         if name not in row.values:
             raise DataError(
                 f"{row.origin}: --prompt asks for column {name!r}{closest(name, row.values)}; there are {', '.join(row.values)}"
