@@ -7,6 +7,8 @@ Shapes: x (…, I), weight (O, I) in any strides, y (…, O).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +19,12 @@ _OP = "mkldnn::_linear_pointwise"
 
 def available() -> bool:
     """Whether this build of torch has oneDNN and the user hasn't switched it off (`torch.backends.mkldnn.flags`)."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and has(_OP, "CPU")
+    return _built_in() and torch._C._get_mkldnn_enabled()
+
+
+@functools.cache
+def _built_in() -> bool:
+    return torch.backends.mkldnn.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(_OP, "CPU")
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorabank.errors import RoutingError
+from lorabank.kernels import native
 from lorabank.kernels.base import BaseProduct
 from lorabank.kernels.even import even_runs, expand_run, run_gradients
 from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_units
@@ -74,8 +75,14 @@ def _add_product(
         out_UTO.index_copy_(0, segment.rows, total)
 
 
-def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> list[Tensor]:
-    """Adds every segment's change to y in place; returns each segment's xA, (N, R)."""
+def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> tuple[list[Tensor], native.Places | None]:
+    """Adds every segment's change to y in place; returns each segment's xA, (N, R).
+
+    Where native.c serves, xA is one vector of them all instead, with the places of the segments in it.
+    """
+    if native.suits(x, y, plan.segments):
+        places = native.Places.of(plan.units, plan.segments, x)
+        return [native.expand_into(y, x, places, plan.segments)], places
     y_UTO, x_UTI = y.view(plan.units, -1, y.shape[-1]), as_units(x, plan.units)
     shrunk: list[Tensor] = []
     for start, stop in even_runs(plan.segments, x, y):
@@ -87,13 +94,27 @@ def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> list[Tensor]:
         xa = _weigh(rows @ segment.A_RI.t(), segment)
         _add_product(y_UTO, segment, xa, segment.B_RO, segment.scaling)
         shrunk.append(xa)
-    return shrunk
+    return shrunk, None
 
 
 def _adapter_gradients(
-    dx: Tensor | None, dy: Tensor, x: Tensor, plan: Plan, shrunk: Sequence[Tensor], needs: Sequence[bool]
+    dx: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    plan: Plan,
+    places: native.Places | None,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Adds the adapters' part to dx in place; returns dA and dB of every segment, in the order A₁ B₁ A₂ B₂ …"""
+    """Adds the adapters' part to dx in place; returns dA and dB of every segment, in the order A₁ B₁ A₂ B₂ …
+
+    `saved`: what `_expand_into` gave (xA, and the places), then A and B of every segment.
+    """
+    count = len(saved) - 2 * len(plan.segments)
+    shrunk, tensors = saved[:count], saved[count:]
+    if places is not None:
+        return native.gradients(dx, dy, x, places, tensors[::2], tensors[1::2], shrunk[0], needs)
+    plan = replace(plan, segments=_restored(plan.segments, tensors))
     dy_UTO, x_UTI = as_units(dy, plan.units), as_units(x, plan.units)
     dx_UTI = None if dx is None else dx.view(plan.units, -1, dx.shape[-1])
     gradients: list[Tensor | None] = []
@@ -121,9 +142,8 @@ def _segment_gradients(
     ]
 
 
-def _restored(plan: Plan, saved: Sequence[Tensor]) -> tuple[Plan, Sequence[Tensor]]:
-    """The plan with the saved A and B back in it, and each segment's xA. Raises RoutingError when the route changed."""
-    route, *rest = saved
+def _check(plan: Plan, route: Tensor) -> None:
+    """Raise RoutingError when the route or the bank changed since the forward pass."""
     if int(route) != plan.route_id:
         raise RoutingError(
             f"layer {plan.layer!r}: activation checkpointing recomputed this layer under another route than its forward saw. "
@@ -134,10 +154,11 @@ def _restored(plan: Plan, saved: Sequence[Tensor]) -> tuple[Plan, Sequence[Tenso
             f"layer {plan.layer!r}: adapters were added or removed between this forward pass and its backward. "
             "Finish backward() first, then change the bank."
         )
-    n = len(plan.segments)
-    shrunk, tensors = rest[:n], rest[n:]
-    segments = tuple(replace(s, A_RI=tensors[2 * i], B_RO=tensors[2 * i + 1]) for i, s in enumerate(plan.segments))
-    return replace(plan, segments=segments), shrunk
+
+
+def _restored(segments: Sequence[Segment], tensors: Sequence[Tensor]) -> tuple[Segment, ...]:
+    """The segments with the saved A and B in them."""
+    return tuple(replace(s, A_RI=tensors[2 * i], B_RO=tensors[2 * i + 1]) for i, s in enumerate(segments))
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -154,7 +175,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         y = product.forward(x, weight, bias)
         with _without_autocast(x):
-            shrunk = _expand_into(y, x, plan)
+            shrunk, ctx.places = _expand_into(y, x, plan)
         ctx.plan, ctx.product, ctx.x_dtype = plan, product, x.dtype
         ctx.save_for_backward(x, weight, plan.route, *shrunk, *tensors)
         return y
@@ -163,13 +184,13 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grad_outputs
-        x, weight, *saved = ctx.saved_tensors
-        plan, shrunk = _restored(ctx.plan, saved)
+        x, weight, route, *saved = ctx.saved_tensors
+        _check(ctx.plan, route)
         dx = None
         with _without_autocast(x):
             if ctx.needs_input_grad[0]:
                 dx = ctx.product.input_grad(dy, weight.to(dy.dtype)).to(ctx.x_dtype).contiguous()
-            gradients = _adapter_gradients(dx, dy, x, plan, shrunk, ctx.needs_input_grad[5:])
+            gradients = _adapter_gradients(dx, dy, x, ctx.plan, ctx.places, saved, ctx.needs_input_grad[5:])
         return dx, None, None, None, None, *gradients
 
 
@@ -180,7 +201,7 @@ class _AddLoRA(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, plan: Plan, *tensors: Tensor) -> Tensor:
         out = y.clone(memory_format=torch.contiguous_format)
         with _without_autocast(x):
-            shrunk = _expand_into(out, x, plan)
+            shrunk, ctx.places = _expand_into(out, x, plan)
         ctx.plan = plan
         ctx.save_for_backward(x, plan.route, *shrunk, *tensors)
         return out
@@ -189,11 +210,11 @@ class _AddLoRA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grad_outputs
-        x, *saved = ctx.saved_tensors
-        plan, shrunk = _restored(ctx.plan, saved)
+        x, route, *saved = ctx.saved_tensors
+        _check(ctx.plan, route)
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         with _without_autocast(x):
-            gradients = _adapter_gradients(dx, dy, x, plan, shrunk, ctx.needs_input_grad[3:])
+            gradients = _adapter_gradients(dx, dy, x, ctx.plan, ctx.places, saved, ctx.needs_input_grad[3:])
         return dy, dx, None, *gradients
 
 

@@ -70,6 +70,15 @@ class _Slot:
     step: int = 0
     state: tuple[Tensor, ...] = ()
     """One vector over all leaves, in their order, for each of the rule's `state_names`; made at the first step."""
+    _views: tuple[tuple[Tensor, ...], list[list[Tensor]]] = ((), [])
+
+    @property
+    def state_views(self) -> list[list[Tensor]]:
+        """For each state vector its part of every leaf, in the leaf's shape."""
+        if self._views[0] is not self.state:
+            views = [[part.view_as(p) for part, p in zip(_parts(v, self), self.leaves.values(), strict=True)] for v in self.state]
+            self._views = (self.state, views)
+        return self._views[1]
 
     @property
     def rule(self) -> Rule:
@@ -128,9 +137,8 @@ class SlotOptimizer:
         """(steps, `<leaf>.<state name>` → tensor of the leaf's shape): all that a resumed run needs. Tensors are live views."""
         slot = self._slot(name)
         found: dict[str, Tensor] = {}
-        for what, vector in zip(slot.rule.state_names, slot.state, strict=False):
-            for (key, leaf), part in zip(slot.leaves.items(), _parts(vector, slot), strict=True):
-                found[f"{key}.{what}"] = part.view_as(leaf)
+        for what, views in zip(slot.rule.state_names, slot.state_views, strict=False):
+            found |= {f"{key}.{what}": view for key, view in zip(slot.leaves, views, strict=True)}
         return slot.step, found
 
     def check_state(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -233,14 +241,13 @@ def _plain_step(slot: _Slot, gradients: Sequence[Tensor], learning_rate: float, 
 
 
 def _fused_step(slot: _Slot, fused: Fused, gradients: Sequence[Tensor], learning_rate: float, divisor: float) -> None:
-    state = [_parts(vector, slot) for vector in slot.state]
     leaves = list(slot.leaves.items())
     for role, ratio in ((".A", 1.0), (".B", slot.config.loraplus_ratio)):
         mine = [i for i, (key, _) in enumerate(leaves) if key.endswith(role)]
         part = LeafStep(
             leaves=[leaves[i][1] for i in mine],
             gradients=[gradients[i] for i in mine],
-            state=[[parts[i].view_as(leaves[i][1]) for i in mine] for parts in state],
+            state=[[views[i] for i in mine] for views in slot.state_views],
             learning_rate=learning_rate * ratio,
             weight_decay=slot.config.weight_decay,
             divisor=divisor,

@@ -1,4 +1,4 @@
-"""Tiny models run fastest on one thread, and add up in one order there."""
+"""Tiny models run fastest on one thread, and add up in one order there; the C products and torch's take turns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lorabank.kernels import native
+
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
@@ -14,3 +16,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["C", "torch"])
+def products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which path the module's LoRA products take where both would do."""
+    if request.param == "C" and native.library() is None:
+        pytest.skip("no C compiler here, or no OpenMP runtime that torch loads")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(native, "library", lambda: None)
+        yield request.param

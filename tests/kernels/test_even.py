@@ -12,6 +12,7 @@ from lorabank.kernels.base import BASE_PRODUCTS
 from lorabank.kernels.even import even_runs, stacked
 from lorabank.kernels.segments import Segment
 
+pytestmark = pytest.mark.usefixtures("products")
 UNITS, TOKENS, FAN_IN, FAN_OUT = 9, 3, 5, 7
 
 

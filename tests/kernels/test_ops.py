@@ -18,6 +18,7 @@ from lorabank.kernels import ops, reference
 from lorabank.kernels.base import BASE_PRODUCTS
 from tests.kernels.cases import Case, assert_same, make_case, make_plan, run
 
+pytestmark = pytest.mark.usefixtures("products")
 INDEX = torch.tensor
 CASES: dict[str, dict[str, Any]] = {
     "one segment, all rows": {"rows": [slice(0, 5)], "ranks": [3]},

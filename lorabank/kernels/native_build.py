@@ -1,0 +1,96 @@
+"""Compiles native.c for this processor with the machine's own C compiler, once, into the user's cache.
+
+Where there is no compiler, no OpenMP runtime to share with torch or no Linux, there is no library, and the plain path serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
+SWITCH = "LORABANK_NATIVE"
+"""Environment variable: 0 keeps lorabank from compiling and loading native.c."""
+_SECONDS = 60
+
+
+def compiler() -> str | None:
+    """Path of the C compiler: `$CC`, else gcc, clang or cc."""
+    names = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def openmp_runtime() -> str | None:
+    """Path of the OpenMP runtime that torch has loaded. Sharing it keeps two pools of threads from fighting over the cores."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    loaded = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if "/" in line)
+    runtimes = [path for path in loaded if Path(path).name.startswith(("libgomp", "libomp", "libiomp5"))]
+    return next((path for path in runtimes if "/torch" in path), runtimes[0] if runtimes else None)
+
+
+def library_path(cache: Path | None = None, flags: Sequence[str] = FLAGS) -> Path | None:
+    """The compiled library, made now where it isn't in the cache (half a second), or None where it can't be had.
+
+    `cache`: its folder (default `~/.cache/lorabank/kernels`). A compiler that fails is warned about; its absence is not.
+    """
+    tool, runtime = compiler(), openmp_runtime()
+    if os.environ.get(SWITCH) == "0" or not sys.platform.startswith("linux") or tool is None or runtime is None:
+        return None
+    try:
+        folder = cache or Path.home() / ".cache" / "lorabank" / "kernels"
+        target = folder / f"lora-{_identity(tool, runtime, flags)}.so"
+        if target.exists():
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            _compile(tool, runtime, flags, Path(work)).replace(target)  # in one move: another process may be at it too
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        warnings.warn(
+            f"lorabank's C products weren't compiled by {tool}, so the slower plain ones serve: "
+            f"{(said.strip() or 'no reason given').splitlines()[0]}. {SWITCH}=0 silences this.",
+            stacklevel=2,
+        )
+        return None
+    return target
+
+
+def _compile(tool: str, runtime: str, flags: Sequence[str], work: Path) -> Path:
+    built, library = work / "native.o", work / "native.so"
+    # linked by the runtime's own path: -fopenmp at this point would name the system's
+    for command in (
+        [tool, *flags, "-c", str(SOURCE), "-o", str(built)],
+        [tool, "-shared", str(built), runtime, "-o", str(library)],
+    ):
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+    return library
+
+
+def _identity(tool: str, runtime: str, flags: Sequence[str]) -> str:
+    """What a compiled library depends on: source, compiler, runtime, flags, and the processor that `native` meant."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    for part in (tool, runtime, *flags, *_stamp(tool), *_stamp(runtime), platform.machine(), _processor()):
+        digest.update(str(part).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    found = os.stat(path)  # noqa: PTH116
+    return found.st_size, found.st_mtime_ns
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
