@@ -22,14 +22,40 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that a message speaks of, kept apart from its words: a command line names the flag in its stead."""
+
+    place: str
+    """Where it stands in a configuration, such as `defaults.rank`; `--learning_rate` for what a flag gave."""
+
+    def __str__(self) -> str:
+        return self.place
 
 
 class LorabankError(Exception):
     """Base of every error that lorabank raises on purpose."""
 
+    def __init__(self, *parts: str | Setting) -> None:
+        self.parts = parts
+        """The message is these one after the other: words, and the settings between them."""
+        super().__init__("".join(map(str, parts)))
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The settings that the message names; empty where it is words alone."""
+        return tuple(part for part in self.parts if isinstance(part, Setting))
+
 
 class ConfigError(LorabankError, ValueError):
     """A setting is unknown, has the wrong type or is out of range."""
+
+    def under(self, place: str) -> ConfigError:
+        """The same error about the settings at `place`: what raised it knew their names, not whose they are."""
+        return ConfigError(*(Setting(f"{place}{part}") if isinstance(part, Setting) else part for part in self.parts))
 
 
 class TargetError(LorabankError, ValueError):

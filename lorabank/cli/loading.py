@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabank.cli.parser import CommandParser, names, positive
+from lorabank.config.paths import expanded
 from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError
 
@@ -71,9 +72,13 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 
 def run_config(source: str) -> TrainConfig | None:
-    """The configuration of the run that `source` (its folder, or an adapter's in it) belongs to; None when there is none."""
+    """The configuration of the run that `source` (its folder, or an adapter's in it) belongs to; None when there is none.
+
+    Raises ConfigError for a name that no folder can have.
+    """
     from lorabank.config.parse import load_config
 
+    expanded(source, place="RUN")
     path = Path(source)
     inside = (path / "adapter_config.json").is_file()  # RUN/formal, or RUN/formal/last
     for folder in (path, *path.resolve().parents[:2]) if inside else (path,):

@@ -13,7 +13,6 @@ from lorabank.cli.loading import add_sampling, add_source, check_sampling, chose
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.cli.rows import prompt_of, read_prompts
 from lorabank.config.paths import expanded
-from lorabank.config.typed import named_as_typed
 from lorabank.data.formats import template_columns
 from lorabank.errors import OutputError
 
@@ -54,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     check_sampling(args)
     output = _new_file(args.output)
     if args.prompt is not None:
-        with named_as_typed({"data.prompt": "--prompt"}):
-            template_columns("prompt", args.prompt)
+        template_columns(args.prompt, place="--prompt")
     config = run_config(args.run_folder)
     expanded(args.data, place="--data")
     rows = read_prompts(args.data, args.max_rows)
@@ -119,4 +117,6 @@ def _append(path: Path, lines: Sequence[str], done: int, total: int) -> None:
 
 def _template_of_run(template: str | None, values: Mapping[str, object]) -> str | None:
     """The template that the run was trained with, where the rows have its columns."""
-    return template if template is not None and all(name in values for name in template_columns("prompt", template)) else None
+    if template is None or any(name not in values for name in template_columns(template, place="data.prompt")):
+        return None
+    return template

@@ -8,6 +8,7 @@ from pathlib import Path
 from lorabank.config.train import DataConfig
 from lorabank.data.formats import FORMATS, Example, Normaliser, is_list, template_columns, text_of, turns_in
 from lorabank.data.prompt import turns_of
+from lorabank.data.render import with_system
 from lorabank.data.row import Row, RowError
 from lorabank.errors import DataError, closest
 
@@ -62,7 +63,7 @@ def _trained(row: Row, template: str | None, completion: str | None) -> Example 
 
 def _from_template(row: Row, template: str) -> Example:
     texts = {}
-    for name in template_columns("prompt", template):
+    for name in template_columns(template, place="data.prompt"):
         if name not in row.values:
             raise DataError(
                 f"{row.origin}: --prompt asks for column {name!r}{closest(name, row.values)}; there are {', '.join(row.values)}"
@@ -91,13 +92,12 @@ def _from_columns(row: Row) -> Example:
 
 
 def _with_system(example: Example, system: str | None) -> Example:
-    """`system` before turns that have none, as training puts it."""
-    if not system or any(turn["role"] in ("system", "developer") for turn in example.messages):
+    """`system` before turns that have none, as training puts it; a completion becomes turns for it."""
+    if not system:
         return example
-    first = {"role": "system", "content": system}
     if example.kind == "messages":
-        border = None if example.prompt_turns is None else example.prompt_turns + 1
-        return replace(example, messages=(first, *example.messages), prompt_turns=border)
+        turns, border = with_system(example.messages, example.prompt_turns, system)
+        return replace(example, messages=turns, prompt_turns=border)
     answer = ({"role": "assistant", "content": example.completion},) if example.completion else ()
-    turns = (first, *turns_of(example), *answer)
-    return replace(example, kind="messages", messages=turns, prompt_turns=2, prompt="", plain_prompt=None, completion="")
+    turns, border = with_system((*turns_of(example), *answer), 1, system)
+    return replace(example, kind="messages", messages=turns, prompt_turns=border, prompt="", plain_prompt=None, completion="")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorabank.config.checks import check_choice, check_fraction, check_positive, check_positive_int, freeze_sequences
-from lorabank.errors import ConfigError
+from lorabank.errors import ConfigError, Setting
 
 Targets = str | Sequence[str]
 
@@ -53,22 +53,25 @@ class AdapterConfig:
         check_fraction("dropout", self.dropout)
         check_choice("init", self.init, INIT_NAMES)
         for pattern, rank in self.rank_pattern.items():
-            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
+            check_positive_int("rank_pattern", rank, part=f"[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
-            check_positive(f"alpha_pattern[{pattern!r}]", alpha)
+            check_positive("alpha_pattern", alpha, part=f"[{pattern!r}]")
         for name in ("targets", "exclude"):
             _check_targets(name, getattr(self, name), may_be_empty=name == "exclude")
         if self.layers is not None and any(not isinstance(i, int) or i < 0 for i in self.layers):
-            raise ConfigError(f"layers: expected block indices ≥ 0, got {list(self.layers)!r}")
+            raise ConfigError(Setting("layers"), f": expected block indices ≥ 0, got {list(self.layers)!r}")
         if self.use_dora:
-            raise ConfigError("use_dora: DoRA adapters are not supported yet. Leave use_dora out to train plain LoRA.")
+            raise ConfigError(
+                Setting("use_dora"), ": DoRA adapters are not supported yet. Leave use_dora out to train plain LoRA."
+            )
         if self.modules_to_save:
             raise ConfigError(
-                f"modules_to_save: modules trained in full ({list(self.modules_to_save)!r}) are not supported yet. "
-                "Leave them out, or target those layers with the adapter itself."
+                Setting("modules_to_save"),
+                f": modules trained in full ({list(self.modules_to_save)!r}) are not supported yet. "
+                "Leave them out, or target those layers with the adapter itself.",
             )
         if self.bias not in BIAS_MODES:
-            raise ConfigError(f"bias: expected 'none', got {self.bias!r}. Trained biases are not supported yet.")
+            raise ConfigError(Setting("bias"), f": expected 'none', got {self.bias!r}. Trained biases are not supported yet.")
 
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor on B·A for one layer's rank and alpha."""
@@ -78,6 +81,8 @@ class AdapterConfig:
 def _check_targets(name: str, value: object, *, may_be_empty: bool) -> None:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Sequence) or any(not isinstance(item, str) or not item for item in items):
-        raise ConfigError(f"{name}: expected a name or a list of names, got {value!r}")
+        raise ConfigError(Setting(name), f": expected a name or a list of names, got {value!r}")
     if not items and not may_be_empty:
-        raise ConfigError(f"{name}: empty, so nothing would be adapted. Use 'all-linear', roles (q, v, mlp) or module names.")
+        raise ConfigError(
+            Setting(name), ": empty, so nothing would be adapted. Use 'all-linear', roles (q, v, mlp) or module names."
+        )

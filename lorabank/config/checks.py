@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from lorabank.errors import AdapterNameError, ConfigError, closest
+from lorabank.errors import AdapterNameError, ConfigError, Setting, closest
 
 RESERVED_NAMES = ("base", "checkpoints", "last")
 """`base` routes to no adapter, `checkpoints` and `last` are folders of a run."""
@@ -35,47 +35,51 @@ def freeze_sequences(value: Any) -> None:
             object.__setattr__(value, item.name, tuple(current))
 
 
-def _number(name: str, value: object) -> float:
+def _wrong(name: str, expected: str, value: object, *, part: str = "", hint: str = "") -> ConfigError:
+    """`part`: where in the setting the value stands, such as `['q_proj']`."""
+    return ConfigError(Setting(name), f"{part}: expected {expected}, got {value!r}{hint}")
+
+
+def _number(name: str, value: object, part: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}: expected a number, got {value!r}")
+        raise _wrong(name, "a number", value, part=part)
     if not math.isfinite(value):
-        raise ConfigError(f"{name}: expected a finite number, got {value!r}")
+        raise _wrong(name, "a finite number", value, part=part)
     return float(value)
 
 
-def check_positive_int(name: str, value: object, *, hint: str = "") -> None:
-    """Raise ConfigError unless `value` is an int ≥ 1."""
+def check_positive_int(name: str, value: object, *, part: str = "", hint: str = "") -> None:
+    """Raise ConfigError unless `value` is an int ≥ 1. `part`: where in the setting it stands, such as `['q_proj']`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: expected a whole number ≥ 1, got {value!r}" + (f"; {hint}" if hint else ""))
+        raise _wrong(name, "a whole number ≥ 1", value, part=part, hint=f"; {hint}" if hint else "")
 
 
 def check_non_negative_int(name: str, value: object) -> None:
     """Raise ConfigError unless `value` is an int ≥ 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{name}: expected a whole number ≥ 0, got {value!r}")
+        raise _wrong(name, "a whole number ≥ 0", value)
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raise ConfigError unless `value` is a finite number > 0."""
-    if _number(name, value) <= 0:
-        raise ConfigError(f"{name}: expected a number > 0, got {value!r}")
+def check_positive(name: str, value: object, *, part: str = "") -> None:
+    """Raise ConfigError unless `value` is a finite number > 0. `part`: where in the setting it stands."""
+    if _number(name, value, part) <= 0:
+        raise _wrong(name, "a number > 0", value, part=part)
 
 
 def check_non_negative(name: str, value: object) -> None:
     """Raise ConfigError unless `value` is a finite number ≥ 0."""
     if _number(name, value) < 0:
-        raise ConfigError(f"{name}: expected a number ≥ 0, got {value!r}")
+        raise _wrong(name, "a number ≥ 0", value)
 
 
 def check_fraction(name: str, value: object) -> None:
     """Raise ConfigError unless 0 ≤ `value` < 1."""
     if not 0 <= _number(name, value) < 1:
-        raise ConfigError(f"{name}: expected a number in [0, 1), got {value!r}")
+        raise _wrong(name, "a number in [0, 1)", value)
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     options = list(choices)
     if value not in options:
-        hint = closest(str(value), options)
-        raise ConfigError(f"{name}: expected one of {', '.join(options)}, got {value!r}{hint}")
+        raise _wrong(name, f"one of {', '.join(options)}", value, hint=closest(str(value), options))

@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import cache
 
 from lorabank.config.convert import truth
-from lorabank.errors import ConfigError
+from lorabank.errors import ConfigError, Setting
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 _LISTS = {int: "a list of whole numbers", float: "a list of numbers", str: "a list of names"}
@@ -29,26 +29,38 @@ def is_switch(annotation: object) -> bool:
     return bool in _options(annotation)
 
 
-def coerce(value: object, annotation: object, place: str) -> object:
-    """`value` as `annotation` (scalars, unions of them, sequences and mappings of scalars). Raises ConfigError at `place`."""
+def is_mapping(annotation: object) -> bool:
+    """Whether the field holds names with values, so that its flag may end in one of the names."""
+    return any(typing.get_origin(option) is collections.abc.Mapping for option in _options(annotation))
+
+
+def coerce(value: object, annotation: object, place: str, part: str = "") -> object:
+    """`value` as `annotation` (scalars, unions of them, sequences and mappings of scalars). Raises ConfigError at `place`.
+
+    `part`: where in that setting the value stands, such as `[0]`.
+    """
     options = _options(annotation)
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
         if type(None) in options:
             return None
         if value is None or str not in options:
-            raise ConfigError(f"{place}: expected {_describe(annotation)}, got nothing")
+            raise _wrong(place, part, _describe(annotation), "nothing")
     sequence = next((option for option in options if typing.get_origin(option) is collections.abc.Sequence), None)
     if sequence is not None and (str not in options or _is_list(value)):
-        return _sequence(value, typing.get_args(sequence)[0], annotation, place)
+        return _sequence(value, typing.get_args(sequence)[0], annotation, place, part)
     mapping = next((option for option in options if typing.get_origin(option) is collections.abc.Mapping), None)
     if mapping is not None:
-        return _mapping(value, typing.get_args(mapping)[1], place)
+        return _mapping(value, typing.get_args(mapping)[1], place, part)
     for kind in (bool, int, float, str):  # the narrowest first: '8' is a number before it is text
         if kind in options:
             result = _scalar(value, kind)
             if result is not None:
                 return result
-    raise ConfigError(f"{place}: expected {_describe(annotation)}, got {value!r}")
+    raise _wrong(place, part, _describe(annotation), repr(value))
+
+
+def _wrong(place: str, part: str, expected: str, got: str) -> ConfigError:
+    return ConfigError(Setting(place), f"{part}: expected {expected}, got {got}")
 
 
 def _options(annotation: object) -> tuple[object, ...]:
@@ -87,25 +99,25 @@ def _is_list(value: object) -> bool:
     return not isinstance(value, str) or ("," in value and not value.startswith("re:")) or value.startswith("[")
 
 
-def _sequence(value: object, item: object, annotation: object, place: str) -> tuple[object, ...]:
+def _sequence(value: object, item: object, annotation: object, place: str, part: str) -> tuple[object, ...]:
     if isinstance(value, str):
-        value = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
+        value = [word.strip() for word in value.strip("[]() ").split(",") if word.strip()]
     elif isinstance(value, int | float) and not isinstance(value, bool) and str not in _options(annotation):
         value = [value]
     if not isinstance(value, Sequence):
-        raise ConfigError(f"{place}: expected {_describe(annotation)}, got {value!r}")
-    return tuple(coerce(part, item, f"{place}[{index}]") for index, part in enumerate(value))
+        raise _wrong(place, part, _describe(annotation), repr(value))
+    return tuple(coerce(entry, item, place, f"{part}[{index}]") for index, entry in enumerate(value))
 
 
-def _mapping(value: object, item: object, place: str) -> dict[str, object]:
+def _mapping(value: object, item: object, place: str, part: str) -> dict[str, object]:
     if isinstance(value, str):  # on the command line: q_proj:8,v_proj:16
-        pairs = [part.rpartition(":") for part in value.strip("{} ").split(",") if part.strip()]
+        pairs = [pair.rpartition(":") for pair in value.strip("{} ").split(",") if pair.strip()]
         if any(not key for key, _, _ in pairs):
-            raise ConfigError(f"{place}: expected name:value pairs, got {value!r}")
-        value = {key.strip(): part.strip() for key, _, part in pairs}
+            raise _wrong(place, part, "name:value pairs", repr(value))
+        value = {key.strip(): entry.strip() for key, _, entry in pairs}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{place}: expected names with values, got {value!r}")
-    return {str(key): coerce(part, item, f"{place}.{key}") for key, part in value.items()}
+        raise _wrong(place, part, "names with values", repr(value))
+    return {str(key): coerce(entry, item, place, f"{part}.{key}") for key, entry in value.items()}
 
 
 def _describe(annotation: object) -> str:

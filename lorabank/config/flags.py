@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from lorabank.config.aliases import ALIASES
-from lorabank.config.coerce import field_types, is_switch
+from lorabank.config.coerce import field_types, is_mapping, is_switch
 from lorabank.config.parse import build, read_tree
-from lorabank.config.train import TrainConfig
+from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.config.translate import PLACES, SECTIONS, SHORTHANDS, Settings, translate
 from lorabank.config.typed import named_as_typed
 from lorabank.errors import ConfigError, closest
 
 COMMAND_FLAGS = ("adapter", "resume", "dry_run", "help", "debug")
 SWITCHES = frozenset(name for kind in SECTIONS.values() for name, hint in field_types(kind).items() if is_switch(hint))
+PATTERNS = frozenset(name for name, hint in field_types(AdapterRun).items() if is_mapping(hint))
+"""Settings of an adapter that hold names with values, such as `rank_pattern`."""
 _BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off")
 
 
@@ -105,7 +107,7 @@ def _tokens(argv: Sequence[str]) -> _Tokens:
 def _adapter_path(parts: list[str]) -> list[str]:
     """An adapter's name, which may hold dots, and the setting behind it: the last part, or a pattern and its layer."""
     plain = [part.replace("-", "_") for part in parts]
-    cut = next((i for i in range(1, len(plain) - 1) if plain[i] in ("rank_pattern", "alpha_pattern")), len(plain) - 1)
+    cut = next((i for i in range(1, len(plain) - 1) if plain[i] in PATTERNS), len(plain) - 1)
     if cut == 0:
         return parts
     return [".".join(parts[:cut]), plain[cut], *([".".join(parts[cut + 1 :])] if parts[cut + 1 :] else [])]

@@ -10,42 +10,14 @@ from typing import Any, Protocol
 from lorabank.config import aliases
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.coerce import coerce, field_types
+from lorabank.config.peft_fields import Role, with_role
 from lorabank.config.translate import translate
-from lorabank.errors import ConfigError
+from lorabank.errors import ConfigError, Setting
 
-SILENT = frozenset(
-    # fields of a LoraConfig that say where it comes from, or tune a feature that is named (and refused) by another field
-    [
-        "peft_type",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
-        "fan_in_fan_out",
-        "megatron_core",
-        "qalora_group_size",
-        "runtime_config",
-        "task_type",
-    ]
-)
-PASSED = frozenset(
-    [
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "bias",
-        "use_rslora",
-        "use_dora",
-        "modules_to_save",
-        "init_lora_weights",
-        "layers_to_transform",
-        "rank_pattern",
-        "alpha_pattern",
-    ]
-)
+SILENT = with_role(Role.ABOUT, Role.NOTE)
+"""Fields of a LoraConfig that say where it comes from, or tune a feature that is named (and refused) by another field."""
+PASSED = with_role(Role.SETTING) | (with_role(Role.REFUSED) & set(field_types(AdapterConfig)))
+"""Fields that are translated; `AdapterConfig` itself refuses those that aren't supported and have its name."""
 
 
 class HasToDict(Protocol):
@@ -90,16 +62,19 @@ def adapter_config_from_dict(tree: Mapping[str, Any]) -> AdapterConfig:
 def _build(tree: Mapping[Any, object], place: str) -> AdapterConfig:
     try:
         settings = translate({"defaults": tree}).values["adapter"]
-    except ConfigError as error:
-        raise ConfigError(place + str(error).replace("defaults.", "")) from None
+    except ConfigError as error:  # there is no section here
+        parts = (Setting(part.place.removeprefix("defaults.")) if isinstance(part, Setting) else part for part in error.parts)
+        raise ConfigError(*parts).under(place) from None
     types = field_types(AdapterConfig)
     foreign = sorted(settings.keys() - {item.name for item in fields(AdapterConfig)})
     if foreign:
-        raise ConfigError(f"{place}{foreign[0]}: says how an adapter is trained, not what it is. It belongs into a TrainConfig.")
+        raise ConfigError(
+            Setting(place + foreign[0]), ": says how an adapter is trained, not what it is. It belongs into a TrainConfig."
+        )
     try:
         return AdapterConfig(**{name: coerce(value, types[name], name) for name, value in settings.items()})  # type: ignore[arg-type]
     except ConfigError as error:
-        raise ConfigError(f"{place}{error}") from None
+        raise error.under(place) from None
 
 
 def _placed(name: str, value: object) -> None:

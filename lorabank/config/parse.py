@@ -13,7 +13,7 @@ from lorabank.config.coerce import coerce, field_types
 from lorabank.config.convert import OptimizerSteps
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.config.translate import Settings, translate
-from lorabank.errors import ConfigError, closest
+from lorabank.errors import ConfigError, Setting, closest
 
 FOREIGN_RANKS = {"network_dim": ("kohya", 1), "r": ("PEFT", 8), "lora_r": ("PEFT", 8)}
 """Keys for a rank whose tool has another default for alpha than ours."""
@@ -124,7 +124,7 @@ def _adapter(raw: Mapping[str, object], place: str) -> AdapterRun:
     try:
         return AdapterRun(**typed)
     except ConfigError as error:  # the dataclass knows its field, not whose it is
-        raise ConfigError(f"{place}{error}") from None
+        raise error.under(place) from None
 
 
 def _join_betas(raw: Mapping[str, object]) -> dict[str, object]:
@@ -145,8 +145,9 @@ def _passes(raw: Mapping[str, object], place: str, accumulations: Mapping[str, i
     counts = set(accumulations.values())
     if len(counts) > 1:
         raise ConfigError(
-            f"{place}every: in optimizer steps, and they differ between adapters: gradient_accumulation {dict(accumulations)}. "
-            f"Use `{place}every`, which counts forward passes."
+            Setting(f"{place}every"),
+            f": in optimizer steps, and they differ between adapters: gradient_accumulation {dict(accumulations)}. "
+            f"Use `{place}every`, which counts forward passes.",
         )
     passes = every.steps * counts.pop()
     notes.append(f"{place}every: {every.steps} optimizer steps are {passes} forward passes")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorabank.config.train import AdapterRun, TrainConfig
-from lorabank.errors import ConfigError, LorabankError
+from lorabank.errors import ConfigError, LorabankError, Setting
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -40,7 +40,7 @@ def expanded(name: str | Path, *, place: str, kind: type[LorabankError] = Config
     except (RuntimeError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         shown = str(name) if len(str(name)) <= _SHOWN else f"{str(name)[:_SHOWN]}…"
-        raise kind(f"{place}: {shown!r} can't be a path here ({reason}). Check the name.") from error
+        raise kind(Setting(place), f": {shown!r} can't be a path here ({reason}). Check the name.") from error
     return path
 
 

@@ -15,7 +15,7 @@ from lorabank.config.checks import (
     check_positive_int,
     freeze_sequences,
 )
-from lorabank.errors import ConfigError
+from lorabank.errors import ConfigError, Setting
 
 BASE_DTYPES = ("auto", "fp32", "bf16")
 LATER_BASE_DTYPES = ("fp8", "nf4", "int8")
@@ -73,11 +73,15 @@ class DataConfig:
             check_positive_int("data.limit", self.limit)
         if self.packing:
             raise ConfigError(
-                "data.packing: packed sequences are not supported yet; batches are bucketed by length instead. Leave it out."
+                Setting("data.packing"),
+                ": packed sequences are not supported yet; batches are bucketed by length instead. Leave it out.",
             )
         if (self.prompt is None) != (self.completion is None):
             raise ConfigError(
-                "data.prompt and data.completion go together: give both templates, such as prompt='{mr}' completion='{ref}'"
+                Setting("data.prompt"),
+                " and ",
+                Setting("data.completion"),
+                " go together: give both templates, such as prompt='{mr}' completion='{ref}'",
             )
 
 
@@ -137,7 +141,7 @@ class AdapterRun:
         self.adapter_config()
         if self.learning_rate != "auto":
             if isinstance(self.learning_rate, str):
-                raise ConfigError(f"learning_rate: expected a number or 'auto', got {self.learning_rate!r}")
+                raise ConfigError(Setting("learning_rate"), f": expected a number or 'auto', got {self.learning_rate!r}")
             check_positive("learning_rate", self.learning_rate)
         check_positive("loraplus_ratio", self.loraplus_ratio)
         check_choice("lr_scheduler", self.lr_scheduler, SCHEDULES)
@@ -157,7 +161,7 @@ class AdapterRun:
             check_non_negative_int("seed", self.seed)
         check_non_negative("max_grad_norm", self.max_grad_norm)
         if len(self.betas) != 2:
-            raise ConfigError(f"betas: expected two numbers, got {list(self.betas)!r}")
+            raise ConfigError(Setting("betas"), f": expected two numbers, got {list(self.betas)!r}")
         for beta in self.betas:
             check_fraction("betas", beta)
 
@@ -262,10 +266,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         freeze_sequences(self)
         if self.base_dtype in LATER_BASE_DTYPES:
-            raise ConfigError(f"base_dtype: {self.base_dtype} is not supported yet. Use bf16 or fp32.")
+            raise ConfigError(Setting("base_dtype"), f": {self.base_dtype} is not supported yet. Use bf16 or fp32.")
         check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
         if self.compile and self.gradient_checkpointing:
-            raise ConfigError("compile: can't be combined with gradient_checkpointing yet. Leave one of them out.")
+            raise ConfigError(Setting("compile"), ": can't be combined with gradient_checkpointing yet. Leave one of them out.")
         check_choice("task", self.task, ("text-generation",))
         for tracker in self.report_to:
             check_choice("report_to", tracker, TRACKERS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from lorabank.config import aliases
 from lorabank.config.convert import OptimizerSteps
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
-from lorabank.errors import ConfigError, closest
+from lorabank.errors import ConfigError, Setting, closest
 
 SECTIONS: dict[str, type] = {
     "run": TrainConfig,
@@ -78,7 +78,7 @@ def _adapters(value: object, settings: Settings, prefix: str) -> None:
         value, f"{prefix}adapters", "names with settings, such as {formal: {data: formal.jsonl}}"
     ).items():
         if not isinstance(name, str):
-            raise ConfigError(f"{prefix}adapters: expected names, got {name!r}. Put it in quotes if it is one.")
+            raise ConfigError(Setting(f"{prefix}adapters"), f": expected names, got {name!r}. Put it in quotes if it is one.")
         own: dict[str, dict[str, object]] = {section: {} for section in SECTIONS}
         place = f"{prefix}adapters.{name}"
         _section(_mapping(entry, place), "adapter", f"{place}.", settings, own)
@@ -98,13 +98,18 @@ def _section(
         for path, value in found.items():
             home, _, name = path.partition(".")
             if section not in ("run", home):
-                raise ConfigError(f"{place}{key}: belongs to `{PLACES[home]}{name}`, not here")
+                raise ConfigError(Setting(place + key), f": belongs to `{PLACES[home]}{name}`, not here")
             slot = (home if home != "adapter" or section == "run" else place, name)
             if home == "adapter" and place.endswith("defaults."):
                 slot = ("adapter", name)
             if slot in settings.origins and target[home].get(name) != value:
                 raise ConfigError(
-                    f"{place}{key} and {settings.origins[slot]} both set {_ours(path, section, place)}. Keep one of them."
+                    Setting(place + key),
+                    " and ",
+                    Setting(settings.origins[slot]),
+                    " both set ",
+                    Setting(_ours(path, section, place)),
+                    ". Keep one of them.",
                 )
             settings.origins[slot] = place + key
             target[home][name] = value
@@ -134,9 +139,9 @@ def _section(
             else:
                 raise ConfigError(_unknown(name, section))
         except ConfigError as error:
-            if str(error).startswith((f"{place}{name}: ", f"{place}{name} and ")):  # it has its place already
+            if error.settings:  # it has its place already
                 raise
-            raise ConfigError(f"{place}{name}: {error}") from None
+            raise ConfigError(Setting(place + name), ": ", *error.parts) from None
 
 
 def _alias(
@@ -182,11 +187,11 @@ def _mapping(value: object, place: str, expected: str = "settings") -> Mapping[o
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{place}: expected {expected}, got {value!r}")
+        raise ConfigError(Setting(place), f": expected {expected}, got {value!r}")
     return value
 
 
 def _normal(key: object, place: str) -> str:
     if not isinstance(key, str):
-        raise ConfigError(f"{place or 'configuration'}: expected the name of a setting, got {key!r}")
+        raise ConfigError(Setting(place) if place else "configuration", f": expected the name of a setting, got {key!r}")
     return key.replace("-", "_")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from lorabank.errors import LorabankError
+from lorabank.errors import LorabankError, Setting
 
 
 @contextmanager
@@ -14,20 +14,28 @@ def named_as_typed(flags: Mapping[str, str]) -> Iterator[None]:
     """Within it a LorabankError names the settings of `flags` as they were typed.
 
     `flags`: a setting's place in messages (`defaults.rank`, `seed`, `--learning_rate`) to its flag as the user wrote it.
+    An error that carries its settings is told by them; only one that is words alone has its words searched.
     """
     try:
         yield
     except LorabankError as error:
-        text = as_typed(str(error), flags)
-        if text == str(error):
+        parts = _parts_as_typed(error, flags)
+        if parts == error.parts:
             raise
         # of the tree's own classes: those of other modules may be made from other things than a message
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ == LorabankError.__module__)
-        raise kind(text) from error
+        raise kind(*parts) from error
+
+
+def _parts_as_typed(error: LorabankError, flags: Mapping[str, str]) -> tuple[str | Setting, ...]:
+    if not error.settings:
+        text = as_typed(str(error), flags)
+        return error.parts if text == str(error) else (text,)
+    return tuple(Setting(flags.get(part.place, part.place)) if isinstance(part, Setting) else part for part in error.parts)
 
 
 def as_typed(text: str, flags: Mapping[str, str]) -> str:
-    """A message with every place that `flags` has replaced by its flag."""
+    """A message with every place that `flags` has replaced by its flag. For errors of packages that don't carry Settings yet."""
     if not flags:
         return text
     places = "|".join(_pattern(place) for place in sorted(flags, key=len, reverse=True))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lorabank.config.train import DataConfig
 from lorabank.data.row import NanError, Row, RowError
-from lorabank.errors import ConfigError, DataError, closest
+from lorabank.errors import ConfigError, DataError, Setting, closest
 
 Message = dict[str, Any]
 Values = Mapping[str, Any]
@@ -287,21 +287,25 @@ def detect_format(values: Values) -> str:
     )
 
 
-def template_columns(name: str, template: str) -> list[str]:
-    """Columns that a template names in braces. Raises ConfigError for a malformed template or one without a column."""
+def template_columns(template: str, *, place: str) -> list[str]:
+    """Columns that a template names in braces. Raises ConfigError, in the name of `place`, for a malformed one or one without."""
     try:
         pieces = list(Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(f"data.{name}: {template!r} is no template: {error}. For literal braces write {{{{ }}}}") from error
+        raise ConfigError(
+            Setting(place), f": {template!r} is no template: {error}. For literal braces write {{{{ }}}}"
+        ) from error
     columns = []
     for _, column, spec, conversion in pieces:
         if column is None:
             continue
         if not column or spec or conversion:
-            raise ConfigError(f"data.{name}: {template!r}: expected plain column names in braces, such as {{question}}")
+            raise ConfigError(Setting(place), f": {template!r}: expected plain column names in braces, such as {{question}}")
         columns.append(column)
     if not columns:
-        raise ConfigError(f"data.{name}: {template!r} names no column, so every row would get the same text. Use {{column}}.")
+        raise ConfigError(
+            Setting(place), f": {template!r} names no column, so every row would get the same text. Use {{column}}."
+        )
     return columns
 
 
@@ -373,14 +377,16 @@ class Normaliser:
         """Settings and the first row: a misspelt column is everyone's fault, not one row's."""
         named = {"group_by": [self.config.group_by] if self.config.group_by else []}
         for name, template in (("prompt", self.config.prompt), ("completion", self.config.completion)):
-            named[name] = template_columns(name, template) if template is not None else []
+            named[name] = template_columns(template, place=f"data.{name}") if template is not None else []
         self._columns = named["prompt"] + named["completion"]
         for setting, columns in named.items():
             for column in columns:
                 if column not in row.values:
                     found = ", ".join(map(repr, row.values))
                     hint = closest(column, row.values)
-                    raise DataError(f"data.{setting}: no column {column!r} in {row.origin}{hint}; its columns: {found}")
+                    raise DataError(
+                        Setting(f"data.{setting}"), f": no column {column!r} in {row.origin}{hint}; its columns: {found}"
+                    )
         if self.config.prompt is None:
             try:
                 detect_format(row.values)

@@ -13,7 +13,7 @@ from typing import Any
 from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
 from lorabank.data.row import Row
-from lorabank.errors import DataError, MissingExtraError, closest
+from lorabank.errors import DataError, MissingExtraError, Setting, closest
 
 Source = Any
 """A path, a `datasets` id (`name` or `name:config:split`), a `datasets.Dataset`, or an iterable of dicts."""
@@ -53,12 +53,12 @@ def check_source(name: str, *, place: str) -> None:
     if path.exists():
         return
     if _looks_like_a_path(name):
-        raise DataError(f"{place}: no file or folder {name!r}{_closest_file(path)}. {_ACCEPTED}")
+        raise DataError(Setting(place), f": no file or folder {name!r}{_closest_file(path)}. {_ACCEPTED}")
     near = _near_sibling(path)
     if near:
         raise DataError(
-            f"{place}: no file or folder {name!r} (did you mean {near!r}?). For the data set of that id write '{name}::'. "
-            f"{_ACCEPTED}"
+            Setting(place),
+            f": no file or folder {name!r} (did you mean {near!r}?). For the data set of that id write '{name}::'. {_ACCEPTED}",
         )
 
 
@@ -145,7 +145,7 @@ def _import_datasets(wanted: str) -> Any:
 def _from_hub(name: str, limit: int | None, role: str) -> Iterator[Row]:
     parts = name.split(":")
     if len(parts) > 3 or not parts[0]:
-        raise DataError(f"data.{role}: expected `name` or `name:config:split`, got {name!r}")
+        raise DataError(Setting(f"data.{role}"), f": expected `name` or `name:config:split`, got {name!r}")
     dataset_id, config, split = parts[0], *[*parts[1:], "", ""][:2]
     datasets = _import_datasets(name)
     try:
@@ -154,7 +154,7 @@ def _from_hub(name: str, limit: int | None, role: str) -> Iterator[Row]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = _closest_file(expanded(name, place=f"data.{role}", kind=DataError))
         failed = f"{name!r} is no file here{hint}, and no data set that can be loaded: {reason}"
-        raise DataError(f"data.{role}: {failed}. {_ACCEPTED}") from error
+        raise DataError(Setting(f"data.{role}"), f": {failed}. {_ACCEPTED}") from error
     yield from islice(_from_object(loaded, role, name=name), limit)
 
 

@@ -12,7 +12,7 @@ from lorabank.config.train import DataConfig
 from lorabank.data.chat import ChatSpans, Turn
 from lorabank.data.formats import Example, Message
 from lorabank.data.row import RowError
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import ConfigError, DataError, Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +75,10 @@ class Renderer:
         self._has_template = bool(tokenizer.chat_template)
         if config.chat and not self._has_template:
             raise DataError(
-                "data.chat is true, but the tokenizer has no chat template. Use an instruct model, or leave data.chat out: "
-                "prompt and completion are then joined as they are"
+                Setting("data.chat"),
+                " is true, but the tokenizer has no chat template. Use an instruct model, or leave ",
+                Setting("data.chat"),
+                " out: prompt and completion are then joined as they are",
             )
 
     def render(self, examples: Sequence[Example]) -> list[TokenRow | RowError]:
@@ -119,7 +121,9 @@ class Renderer:
             turns = ({"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion})
             return self._draft_chat(example, turns, 1)
         if self.config.system is not None:
-            raise ConfigError("data.system needs a chat template: leave it out, or use a model whose tokenizer has one")
+            raise ConfigError(
+                Setting("data.system"), " needs a chat template: leave it out, or use a model whose tokenizer has one"
+            )
         prompt = example.prompt if example.plain_prompt is None else example.plain_prompt
         text = prompt + example.completion
         answer = (len(prompt), len(text))
@@ -129,8 +133,9 @@ class Renderer:
     def _draft_text(self, example: Example) -> _Draft:
         if self.config.train_on not in (None, "all"):
             raise ConfigError(
-                f"data.train_on: {self.config.train_on!r} needs rows with turns or a completion, but {example.origin or 'a row'} "
-                "is plain text. Leave train_on out, or name the columns with data.prompt and data.completion"
+                Setting("data.train_on"),
+                f": {self.config.train_on!r} needs rows with turns or a completion, but {example.origin or 'a row'} "
+                "is plain text. Leave train_on out, or name the columns with data.prompt and data.completion",
             )
         span = (0, len(example.text))
         return _Draft(example, example.text, (span,), None, example.text, plain=True)
@@ -142,9 +147,7 @@ class Renderer:
                 f"{example.origin or 'a row'}: a conversation can't be rendered, since {why}. Use an instruct model, set "
                 "tokenizer.chat_template, or give rows of prompt and completion texts"
             )
-        if self.config.system is not None and all(message["role"] not in ("system", "developer") for message in messages):
-            messages = ({"role": "system", "content": self.config.system}, *messages)
-            prompt_turns = None if prompt_turns is None else prompt_turns + 1
+        messages, prompt_turns = with_system(messages, prompt_turns, self.config.system)
         rendered = self.spans(messages, tools=example.tools, kwargs=example.template_kwargs)
         mode = self.config.train_on or ("assistant" if prompt_turns is None else "completion")
         trained = rendered.turns
@@ -266,6 +269,13 @@ class Renderer:
             group=draft.example.group,
             truncated=len(ids) > limit,
         )
+
+
+def with_system(turns: Sequence[Message], prompt_turns: int | None, system: str | None) -> tuple[tuple[Message, ...], int | None]:
+    """`turns`, and how many of them are the prompt's, with a system turn before those that have none. None: as they are."""
+    if system is None or any(turn["role"] in ("system", "developer") for turn in turns):
+        return tuple(turns), prompt_turns
+    return ({"role": "system", "content": system}, *turns), None if prompt_turns is None else prompt_turns + 1
 
 
 class _StraddleError(Exception):

@@ -11,64 +11,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lorabank.config.adapter import AdapterConfig
+from lorabank.config.peft_fields import PEFT_FIELDS, Role, with_role
 from lorabank.errors import AdapterFileError, ConfigError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.patterns import pattern_value, to_patterns
 
-READ = frozenset(
-    {
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "init_lora_weights",
-        "layers_to_transform",
-        "bias",
-    }
-)
+READ = with_role(Role.SETTING, Role.ABOUT)
 """Keys that become fields of our values."""
-KEPT = frozenset(
-    {
-        "auto_mapping",
-        "peft_version",
-        "revision",
-        "inference_mode",
-        "fan_in_fan_out",
-        "layers_pattern",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "velora_config",
-        "qalora_group_size",
-        "runtime_config",
-        "ensure_weight_tying",
-    }
-)
-"""Keys that don't change ΔW once an adapter is trained; they are kept in the metadata without a word."""
-REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA (weight-decomposed adaptation)",
-    "lora_bias": "a bias on lora_B",
-    "modules_to_save": "modules trained in full",
-    "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "adapters on parameters (stacked experts)",
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "megatron_config": "Megatron's parallel layers",
-}
+REFUSED = {name: field.feature for name, field in PEFT_FIELDS.items() if field.role is Role.REFUSED}
 """Keys that change what the adapter computes, with the name of what isn't supported yet."""
 HARMLESS_INITS = ("False", "eva", "orthogonal", "mica")  # other starting values for A and B, the base untouched
 METADATA_PREFIX = "peft."
@@ -151,7 +101,7 @@ def read_settings(where: str, raw: object) -> PeftSettings:
     if raw.get("peft_type", "LORA") != "LORA":
         raise AdapterFileError(f"{where}: peft_type is {raw['peft_type']!r}; only 'LORA' adapters can be read")
     _refuse_unsupported(where, raw)
-    unknown = [key for key, value in raw.items() if key not in READ | KEPT | REFUSED.keys() and not _empty(value)]
+    unknown = [key for key, value in raw.items() if key not in PEFT_FIELDS and not _empty(value)]
     if unknown:
         warnings.warn(
             f"{where}: unknown settings {', '.join(sorted(unknown))} are kept in the adapter's metadata and change nothing here. "

@@ -172,6 +172,16 @@ def test_eval_looks_first_where_the_scores_go(api: Any, run_folder: Path, capsys
     assert api.calls == []
 
 
+@pytest.mark.parametrize("command", ["eval", "predict", "chat"])
+def test_a_run_that_no_folder_can_be_called(command: str, api: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"predict": ["--data", "f.jsonl", "--output", str(tmp_path / "o.jsonl")]}
+    assert main([command, "a" * 300, *flags.get(command, [])]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"lorabank: RUN: '{'a' * 60}…' can't be a path here (")
+    assert text.count("\n") == 1
+    assert api.calls == []
+
+
 def test_eval_on_other_rows(api: Any, run_folder: Path) -> None:
     new = str(run_folder / "new.jsonl")
     Path(new).write_text("{}")

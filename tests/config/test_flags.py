@@ -173,7 +173,9 @@ def test_wrong_lines_over_a_file(run_yaml: Path) -> None:
         parse(f"{run_yaml} --data other.jsonl")
 
 
-@pytest.mark.parametrize("flag", ["--adapters.v1.2.rank_pattern.q_proj", "--adapters.v1.2.rank-pattern.q_proj"])
-def test_a_pattern_of_an_adapter_whose_name_has_dots(flag: str) -> None:
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("dash", ["_", "-"])
+def test_a_pattern_of_an_adapter_whose_name_has_dots(name: str, dash: str) -> None:
+    flag = f"--adapters.v1.2.{name.replace('_', dash)}.q_proj"
     config = parse_train_arguments(["--model", "m", "--data", "d.jsonl", "--output", "o", flag, "4"]).config
-    assert config.adapters["v1.2"].rank_pattern == {"q_proj": 4}
+    assert getattr(config.adapters["v1.2"], name) == {"q_proj": 4}

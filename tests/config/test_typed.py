@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import shlex
 from pathlib import Path
 
 import pytest
 
 from lorabank.config.flags import parse_train_arguments
+from lorabank.config.parse import config_from_dict
 from lorabank.config.typed import as_typed, named_as_typed
 from lorabank.data.row import NanError
-from lorabank.errors import ConfigError, DataError, LorabankError, OutputError
+from lorabank.errors import ConfigError, DataError, LorabankError, OutputError, Setting
 
 FLAGS = {
     "defaults.rank": "--rank",
@@ -64,6 +66,54 @@ def test_the_kind_of_error_stays(error: LorabankError) -> None:
     with pytest.raises(kind, match=r"^--seed: wrong") as caught, named_as_typed(FLAGS):
         raise error
     assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_are_named_and_words_are_not_searched(kind: type[LorabankError]) -> None:
+    error = kind(Setting("data.val"), "[0] and ", Setting("data.limit"), ": no 'x'; seed: data.train")
+    assert str(error) == "data.val[0] and data.limit: no 'x'; seed: data.train"
+    with pytest.raises(kind) as caught, named_as_typed(FLAGS):
+        raise error
+    assert type(caught.value) is kind
+    assert str(caught.value) == "--val[0] and data.limit: no 'x'; seed: data.train"
+    assert caught.value.settings == (Setting("--val"), Setting("data.limit"))
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.parts) == (str(error), error.parts)
+
+
+@pytest.mark.parametrize(
+    ("tree", "place"),
+    [
+        ({"defaults": {"rank": 0}}, "defaults.rank"),
+        ({"defaults": {"rank": "x"}}, "defaults.rank"),
+        ({"adapters": {"v1.data": {"alpha": -1}}}, "adapters.v1.data.alpha"),
+        ({"adapters": {"a": {"rank_pattern": {"q.x": 0}}}}, "adapters.a.rank_pattern"),
+        ({"adapters": {"a": {"alpha_pattern": {"q": "x"}}}}, "adapters.a.alpha_pattern"),
+        ({"defaults": {"betas": [0.9, 2]}}, "defaults.betas"),
+        ({"defaults": {"betas": [0.9, "x"]}}, "defaults.betas"),
+        ({"defaults": {"targets": []}}, "defaults.targets"),
+        ({"defaults": {"init_lora_weights": "olora"}}, "defaults.init_lora_weights"),
+        ({"data": {"max_length": 0}}, "data.max_length"),
+        ({"data": {"max_lenght": 1}}, "data.max_lenght"),
+        ({"eval": {"every": -1}}, "eval.every"),
+        ({"seed": -1}, "seed"),
+        ({"fp16": True}, "fp16"),
+    ],
+)
+def test_errors_of_a_configuration_carry_their_setting(tree: dict[str, object], place: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict({"model": "M", **tree})
+    assert caught.value.settings == (Setting(place),)
+    assert str(caught.value).startswith(place)
+
+
+def test_an_adapter_called_like_a_setting_of_another() -> None:
+    """`adapters.v1.data` is a flag's place, and the beginning of another adapter's settings."""
+    with (
+        pytest.raises(ConfigError, match=r"^adapters\.v1\.data\.rank: expected a whole number ≥ 1, got 0"),
+        named_as_typed({"adapters.v1.data": "--adapter v1,data=f"}),
+    ):
+        config_from_dict({"model": "M", "adapters": {"v1.data": {"rank": 0}}})
 
 
 def test_an_error_about_something_else_is_the_same_object() -> None:
