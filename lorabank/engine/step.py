@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import Routing
 from lorabank.config.checks import check_choice
+from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch
 from lorabank.engine.head import SplitHead, check_decoder, check_vocabulary, logits_of, output_head, split_head
 from lorabank.engine.losses import LOSSES, Loss, LossInputs, nll
@@ -119,7 +120,7 @@ def forward_backward(
     batch = batch.to(bank.device)
     routing = _routing(engine, batch, names, steps)
     mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)
-    with mode, bank.route(routing), torch.enable_grad():
+    with mode, own_attention(bank.model.modules()), bank.route(routing), torch.enable_grad():
         with engine.watched():
             total, row_losses = _row_losses(engine, batch, reference_logprobs_NL)
         if total.requires_grad:
@@ -141,7 +142,8 @@ def logprobs(engine: Engine, batch: Batch) -> Tensor:
     batch = batch.to(engine.bank.device)
     out = torch.zeros_like(batch.weights_NL)
     routing = row_routing(engine.bank, batch.routes, batch.input_ids_NL.shape[1], exact=False)
-    with torch.no_grad(), evaluation_mode(engine.bank.model.modules()), engine.bank.route(routing):
+    model = engine.bank.model
+    with torch.no_grad(), evaluation_mode(model.modules()), own_attention(model.modules()), engine.bank.route(routing):
         rows, columns = _trained(batch)
         out[rows, columns] = _token_logprobs(engine, batch, rows, columns)
     return out

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorabank.errors import RoutingError
-from lorabank.kernels import native
 from lorabank.kernels.base import BaseProduct
 from lorabank.kernels.even import even_runs, expand_run, run_gradients
+from lorabank.kernels.native import lora as native
 from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_units
 
 
@@ -78,7 +78,7 @@ def _add_product(
 def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> tuple[list[Tensor], native.Places | None]:
     """Adds every segment's change to y in place; returns each segment's xA, (N, R).
 
-    Where native.c serves, xA is one vector of them all instead, with the places of the segments in it.
+    Where lora.c serves, xA is one vector of them all instead, with the places of the segments in it.
     """
     if native.suits(x, y, plan.segments):
         places = native.Places.of(plan.units, plan.segments, x)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lorabank.kernels import native
+from lorabank.kernels.native import library
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -21,9 +21,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module", params=["C", "torch"])
 def products(request: pytest.FixtureRequest) -> Iterator[str]:
     """Which path the module's LoRA products take where both would do."""
-    if request.param == "C" and native.library() is None:
+    if request.param == "C" and library.loaded() is None:
         pytest.skip("no C compiler here, or no OpenMP runtime that torch loads")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr(native, "library", lambda: None)
+            patch.setattr(library, "loaded", lambda: None)
         yield request.param

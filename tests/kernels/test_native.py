@@ -1,4 +1,4 @@
-"""native.c against the definition, in every width of vector, and what happens where it can't be had."""
+"""lora.c against the definition, in every width of vector, and what happens where it can't be had."""
 
 from __future__ import annotations
 
@@ -12,39 +12,30 @@ from hypothesis import strategies as st
 
 from lorabank.engine.batch import make_batch
 from lorabank.engine.step import Engine, forward_backward
-from lorabank.kernels import native, native_build, ops
+from lorabank.kernels import ops
 from lorabank.kernels.base import BASE_PRODUCTS
+from lorabank.kernels.native import build as native_build
+from lorabank.kernels.native import library as native_library
+from lorabank.kernels.native import lora as native
 from lorabank.kernels.segments import DropoutDraw, Segment
 from tests.engine.tiny import make_bank
 from tests.kernels.cases import Case, assert_same, make_case, make_plan, run
+from tests.kernels.vectors import VECTORS, compiled_for
 
-no_library = native.library() is None
+no_library = native_library.loaded() is None
 pytestmark = pytest.mark.skipif(no_library, reason="no C compiler here, or no OpenMP runtime that torch loads")
-
-VECTORS = {"native": native_build.FLAGS, "256 bits": ("-mavx2", "-mfma"), "128 bits": ()}
-"""What the compiler may use of the processor."""
-
-
-def flags_of(vectors: str) -> tuple[str, ...]:
-    if vectors == "native":
-        return native_build.FLAGS
-    if vectors == "256 bits" and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX2")
-    return ("-O3", "-fPIC", "-fopenmp", *VECTORS[vectors])
 
 
 @pytest.fixture(scope="module", params=VECTORS)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The library compiled for vectors of some width."""
-    path = native_build.library_path(tmp_path_factory.mktemp("kernels"), flags_of(request.param))
-    assert path is not None
-    return native.load(path)
+    return compiled_for(request.param, tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture
 def library(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The same, in force for a test."""
-    monkeypatch.setattr(native, "library", lambda: compiled)
+    monkeypatch.setattr(native_library, "loaded", lambda: compiled)
     return compiled
 
 
@@ -183,13 +174,13 @@ def test_a_library_that_cant_be_loaded_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "lora.so"
     broken.write_bytes(b"not a library")
     with pytest.warns(UserWarning, match="can't be loaded"):
-        assert native.load_or_warn(broken) is None
+        assert native_library.load_or_warn(broken) is None
 
 
 def test_both_paths_leave_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(shape=(8, 6, 48), outputs=32, rows=[slice(0, 4), slice(4, 8)], ranks=[4, 8])
     compiled = run(case, "fused")
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native_library, "loaded", lambda: None)
     plain = run(case, "fused")
     assert_same(compiled, plain, rtol=1e-4, atol=1e-4)
     y = ops.lora_linear(case.x, case.weight_OI, case.bias_O, BASE_PRODUCTS["linear"], make_plan(case.segments, case.units))

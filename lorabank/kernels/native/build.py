@@ -1,4 +1,4 @@
-"""Compiles native.c for this processor with the machine's own C compiler, once, into the user's cache.
+"""Compiles the C files beside it for this processor with the machine's own C compiler, once, into the user's cache.
 
 Where there is no compiler, no OpenMP runtime to share with torch or no Linux, there is no library, and the plain path serves.
 """
@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("lora.c", "attention.c"))
+HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
 SWITCH = "LORABANK_NATIVE"
-"""Environment variable: 0 keeps lorabank from compiling and loading native.c."""
+"""Environment variable: 0 keeps lorabank from compiling and loading them."""
 _SECONDS = 60
 
 
@@ -41,7 +42,7 @@ def openmp_runtime() -> str | None:
 
 
 def library_path(cache: Path | None = None, flags: Sequence[str] = FLAGS) -> Path | None:
-    """The compiled library, made now where it isn't in the cache (half a second), or None where it can't be had.
+    """The compiled library, made now where it isn't in the cache (a second or two), or None where it can't be had.
 
     `cache`: its folder (default `~/.cache/lorabank/kernels`). A compiler that fails is warned about; its absence is not.
     """
@@ -59,7 +60,7 @@ def library_path(cache: Path | None = None, flags: Sequence[str] = FLAGS) -> Pat
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         warnings.warn(
-            f"lorabank's C products weren't compiled by {tool}, so the slower plain ones serve: "
+            f"lorabank's C functions weren't compiled by {tool}, so the slower plain ones serve: "
             f"{(said.strip() or 'no reason given').splitlines()[0]}. {SWITCH}=0 silences this.",
             stacklevel=2,
         )
@@ -68,19 +69,18 @@ def library_path(cache: Path | None = None, flags: Sequence[str] = FLAGS) -> Pat
 
 
 def _compile(tool: str, runtime: str, flags: Sequence[str], work: Path) -> Path:
-    built, library = work / "native.o", work / "native.so"
+    library = work / "lora.so"
+    objects = [str(work / f"{source.stem}.o") for source in SOURCES]
+    commands = [[tool, *flags, "-c", str(source), "-o", built] for source, built in zip(SOURCES, objects, strict=True)]
     # linked by the runtime's own path: -fopenmp at this point would name the system's
-    for command in (
-        [tool, *flags, "-c", str(SOURCE), "-o", str(built)],
-        [tool, "-shared", str(built), runtime, "-o", str(library)],
-    ):
+    for command in [*commands, [tool, "-shared", *objects, runtime, "-lm", "-o", str(library)]]:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
     return library
 
 
 def _identity(tool: str, runtime: str, flags: Sequence[str]) -> str:
     """What a compiled library depends on: source, compiler, runtime, flags, and the processor that `native` meant."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in (*SOURCES, HEADER)))
     for part in (tool, runtime, *flags, *_stamp(tool), *_stamp(runtime), platform.machine(), _processor()):
         digest.update(str(part).encode() + b"\0")
     return digest.hexdigest()[:16]

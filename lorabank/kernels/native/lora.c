@@ -10,22 +10,13 @@
 
 #include <stdlib.h>
 
-#ifdef __AVX512F__
-#define W 16 /* floats in a vector, and ranks that `through` takes at once */
-#define OUTER_RANKS 8
-#define OUTER_VECTORS 3
-#else
-#define W 8
-#define OUTER_RANKS 4
-#define OUTER_VECTORS 2
-#endif
-#define ROWS 8    /* rows whose sums are held in registers */
+#include "vectors.h"
+
 #define BLOCK 16  /* rows of a task */
 #define CHUNK 192 /* columns of a task */
 #define SMALL 100000L /* multiplications below which one thread is faster */
-
-typedef float vec __attribute__((vector_size(W * 4), aligned(4), may_alias));
-#define INLINE static inline __attribute__((always_inline))
+#define OUTER_RANKS (W / 2)
+#define OUTER_VECTORS (W == 16 ? 3 : 2)
 
 typedef struct {
     const float *in, *P, *Q;
@@ -40,9 +31,6 @@ typedef struct {
     long rows, ranks, columns;
     float scale, unused;
 } Outer;
-
-INLINE long parts(long count, long size) { return (count + size - 1) / size; }
-INLINE long smaller(long a, long b) { return a < b ? a : b; }
 
 /* P[r, i] → packed[group of W ranks][i][rank in the group], with zeros beyond the last rank; inputs [start, stop) of it. */
 static void pack(const Through *t, float *packed, long start, long stop) {

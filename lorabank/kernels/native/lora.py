@@ -1,23 +1,19 @@
-"""The products of native.c on torch tensors. The plain twin is even.py's and ops.py's; ops.py chooses.
+"""LoRA's products in lora.c on torch tensors. The plain twin is in ops.py and even.py; ops.py chooses.
 
 Shapes: S segments, each of N tokens (its units × T) × I inputs, O outputs, R ranks of its own.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import itertools
 import struct
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lorabank.kernels.native_build import SWITCH, library_path
+from lorabank.kernels.native import library
 from lorabank.kernels.segments import Segment
 
 _THROUGH = struct.Struct("@5P4l2f")
@@ -25,36 +21,8 @@ _OUTER = struct.Struct("@3P3l2f")
 _FLOAT = 4
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled products of this process, or None where they can't be had."""
-    path = library_path()
-    return None if path is None else load_or_warn(path)
-
-
-def load_or_warn(path: Path) -> ctypes.CDLL | None:
-    """`load`, or a warning and None where it can't be loaded."""
-    try:
-        return load(path)
-    except OSError as error:  # a cache folder whose files may not be executed, say
-        warnings.warn(
-            f"lorabank's C products can't be loaded, so the slower plain ones serve: {error}. {SWITCH}=0 silences this.",
-            stacklevel=2,
-        )
-        return None
-
-
-def load(path: Path) -> ctypes.CDLL:
-    """A compiled library with its functions' types. Raises OSError where it can't be loaded."""
-    loaded = ctypes.CDLL(str(path))
-    for function in (loaded.lora_through, loaded.lora_outer):
-        function.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]
-    loaded.lora_through.restype, loaded.lora_outer.restype = ctypes.c_int, None
-    return loaded
-
-
 def suits(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> bool:
-    """Whether these products go through native.c: fp32 on a CPU, rows in slices that don't overlap, no weights, no dropout."""
+    """Whether these products go through lora.c: fp32 on a CPU, rows in slices that don't overlap, no weights, no dropout."""
     if not (_plain(x) and _plain(y) and y.is_contiguous() and segments):
         return False
     end = 0
@@ -65,7 +33,7 @@ def suits(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> bool:
         if not (_plain(segment.A_RI) and segment.A_RI.is_contiguous() and segment.B_RO.is_contiguous()):
             return False
         end = rows.stop
-    return library() is not None
+    return library.loaded() is not None
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -155,9 +123,9 @@ def _through(
             places.first, places.tokens, places.ranks, places.begin, P, Q, mid_scales or ones, out_scales or ones, strict=True
         )
     )  # fmt: skip
-    loaded = library()
-    assert loaded is not None  # `suits` asked for it
-    if loaded.lora_through(calls, count, torch.get_num_threads()):
+    functions = library.loaded()
+    assert functions is not None  # `suits` asked for it
+    if functions.lora_through(calls, count, torch.get_num_threads()):
         raise MemoryError("no memory for the packed copy of a LoRA layer's A and B")
 
 
@@ -181,7 +149,7 @@ def _outer(
                 )
             )  # fmt: skip
             row += rank
-    loaded = library()
-    assert loaded is not None
-    loaded.lora_outer(b"".join(calls), len(calls), torch.get_num_threads())
+    functions = library.loaded()
+    assert functions is not None
+    functions.lora_outer(b"".join(calls), len(calls), torch.get_num_threads())
     return [part if need else None for part, need in zip(joint.split(ranks), needs, strict=True)]

@@ -1,0 +1,91 @@
+"""Our attention in a transformers model while a step runs, through transformers' own attention interface.
+
+A model that would use torch's scaled_dot_product_attention asks for `lorabank` instead: attention.c where it suits (fp32 on a
+CPU, no mask, no dropout), torch's otherwise. Masks are built as for torch's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lorabank.kernels.native import attention, library
+
+NAME = "lorabank"
+_KEY = "_attn_implementation_internal"
+"""Where a configuration keeps the name; its public setter would pass it on to sub-configurations too."""
+_PLAIN = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "sliding_window"})
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls: q (B, H, T, D), k and v (B, G, T, D) → (B, T, H, D), and no attention weights."""
+    plain = attention_mask is None and not dropout and all(value is None or name in _PLAIN for name, value in kwargs.items())
+    if plain and not torch.is_autocast_enabled("cpu") and attention.suits(query, key, value):
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention.attention(query, key, value, scale=scale, causal=causal), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextlib.contextmanager
+def own_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Our attention for `modules` (`model.modules()`) on a CPU, the model's own afterwards."""
+    changed: list[dict[str, Any]] = []
+    try:
+        if library.loaded() is not None:
+            for config in _configurations(modules):
+                if config._attn_implementation == "sdpa":
+                    vars(config)[_KEY] = NAME
+                    changed.append(vars(config))
+        yield
+    finally:
+        for settings in changed:
+            settings[_KEY] = "sdpa"
+
+
+def _configurations(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
+    """The configurations that the modules read, none if one of them treats torch's attention as a special case."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in modules:
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            if _names_sdpa(type(module).__module__):
+                return []
+            found[id(config)] = config
+    return list(found.values())
+
+
+@functools.cache
+def _names_sdpa(module_name: str) -> bool:
+    """Whether a module's code asks whether the attention is `sdpa` (and would do something else for another name)."""
+    file = vars(sys.modules[module_name]).get("__file__") if module_name in sys.modules else None
+    if file is None or not Path(file).is_file():
+        return True
+    text = Path(file).read_text(encoding="utf-8")
+    return '"sdpa"' in text or "'sdpa'" in text
