@@ -151,8 +151,8 @@ def test_trap2_cost_follows_the_ranks_in_use() -> None:
         bank.route(["small", BASE]),
     ):
         model(torch.ones(2, 5, 32))
-    assert torch.Size([5, 2]) in kept, "xA of the small slot's one row"
+    assert any(shape.numel() == 5 * 2 for shape in kept), "xA of the small slot's one row"
+    assert not any(shape.numel() == 5 * 32 for shape in kept)
     assert all(32 not in shape[:-1] or shape == torch.Size([32, 32]) for shape in kept), (
         "only the base weight is as large as that"
     )
-    assert not any(shape == torch.Size([5, 32]) for shape in kept)

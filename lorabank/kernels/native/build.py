@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("lora.c", "attention.c"))
 HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
@@ -38,7 +40,8 @@ def openmp_runtime() -> str | None:
         return None
     loaded = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if "/" in line)
     runtimes = [path for path in loaded if Path(path).name.startswith(("libgomp", "libomp", "libiomp5"))]
-    return next((path for path in runtimes if "/torch" in path), runtimes[0] if runtimes else None)
+    torchs = str(Path(torch.__file__).parent)  # its own folder, and torch.libs beside it
+    return next((path for path in runtimes if path.startswith(torchs)), runtimes[0] if runtimes else None)
 
 
 def library_path(cache: Path | None = None, flags: Sequence[str] = FLAGS) -> Path | None:
