@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lorabank.config.paths import expanded
 from lorabank.errors import OutputError
 
 
 def refuse_existing(output: str) -> Path:
     """The folder, which is new or empty. Raises OutputError otherwise."""
-    folder = Path(output)
+    folder = expanded(output, place="--output", kind=OutputError)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise OutputError(f"{folder}: exists already and isn't empty. Choose another --output.")
     return folder

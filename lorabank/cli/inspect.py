@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabank.cli.parser import CommandParser
+from lorabank.config.paths import expanded
 from lorabank.errors import AdapterFileError, closest
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    folder = Path(args.folder)
+    folder = expanded(args.folder, place="FOLDER", kind=AdapterFileError)
     if not folder.exists():
         beside = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise AdapterFileError(f"{folder}: no such file or folder{closest(folder.name, beside)}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorabank.config.paths import expanded
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import PICKLE_SUFFIXES, Header, read_header, refuse_pickle
@@ -61,7 +62,7 @@ FORMATS: Mapping[str, Format] = {
 
 def load_adapter(path: str | Path) -> Adapter:
     """Read the adapter in a folder or a file. Raises AdapterFileError that says what was found instead, and the way out."""
-    path = Path(path)
+    path = expanded(path, place="adapter", kind=AdapterFileError)
     if not path.exists():
         raise AdapterFileError(f"{path}: no such file or folder{_closest_path(path)}")
     return _load_folder(path) if path.is_dir() else _load_file(path)

@@ -182,6 +182,16 @@ def test_a_run_that_no_folder_can_be_called(command: str, api: Any, tmp_path: Pa
     assert api.calls == []
 
 
+@pytest.mark.parametrize(
+    "words", [["inspect", "{}"], ["merge", "{}", "--output", "new"], ["combine", "{}:0.5", "{}:0.5", "--output", "new"]]
+)
+def test_adapters_that_no_file_can_be(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word.format("a" * 300) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert "can't be a path here" in said
+    assert "fault in lorabank" not in said
+
+
 def test_eval_on_other_rows(api: Any, run_folder: Path) -> None:
     new = str(run_folder / "new.jsonl")
     Path(new).write_text("{}")
