@@ -24,7 +24,10 @@ from lorabank.kernels.native import attention, library
 NAME = "lorabank"
 _KEY = "_attn_implementation_internal"
 """Where a configuration keeps the name; its public setter would pass it on to sub-configurations too."""
-_PLAIN = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "sliding_window"})
+_PLAIN = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "sliding_window"}
+)
+"""Arguments that reach the attention function and say nothing about a call without a mask."""
 
 
 def attention_forward(
@@ -39,7 +42,8 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: q (B, H, T, D), k and v (B, G, T, D) → (B, T, H, D), and no attention weights."""
-    plain = attention_mask is None and not dropout and all(value is None or name in _PLAIN for name, value in kwargs.items())
+    asked = [name for name, value in kwargs.items() if value is not None and value is not False and name not in _PLAIN]
+    plain = attention_mask is None and not dropout and not asked
     if plain and not torch.is_autocast_enabled("cpu") and attention.suits(query, key, value):
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -66,7 +70,8 @@ def own_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for settings in changed:
-            settings[_KEY] = "sdpa"
+            if settings[_KEY] == NAME:  # unless somebody chose another meanwhile
+                settings[_KEY] = "sdpa"
 
 
 def _configurations(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
@@ -75,10 +80,18 @@ def _configurations(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
     for module in modules:
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig):
-            if _names_sdpa(type(module).__module__):
+            if any(_names_sdpa(kind.__module__) for kind in type(module).__mro__ if _is_modeling(kind.__module__)):
                 return []
             found[id(config)] = config
     return list(found.values())
+
+
+def _is_modeling(module_name: str) -> bool:
+    """Whether a class from there is some model's own, not torch's or the base of all of transformers' models."""
+    top = module_name.partition(".")[0]
+    return top not in ("torch", "builtins", "abc", "typing") and (
+        top != "transformers" or module_name.startswith("transformers.models.")
+    )
 
 
 @functools.cache

@@ -105,6 +105,28 @@ def test_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         assert model.config._attn_implementation == "eager"  # what the user chose stays
 
 
+def test_a_choice_made_meanwhile_stays() -> None:
+    model = llama()
+    with own_attention(model.modules()):
+        model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_mixture_of_experts_takes_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks pass more arguments on to the attention than others."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=61, hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    bank = make_bank(model=MixtralForCausalLM(config).eval(), targets=["q_proj", "v_proj"])
+    calls = counted(monkeypatch)
+    mine = logprobs(Engine(bank), even_batch())
+    assert calls
+    monkeypatch.setattr(library, "loaded", lambda: None)
+    torch.testing.assert_close(mine, logprobs(Engine(bank), even_batch()), rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_that_asks_for_torchs_by_name_keeps_it() -> None:
     from transformers import FalconConfig, FalconForCausalLM
 

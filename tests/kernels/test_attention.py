@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -126,6 +127,16 @@ def test_a_row_that_isnt_finite_stays_alone(functions: ctypes.CDLL) -> None:
         assert found[0, 11].isnan().all()
 
 
+@pytest.mark.parametrize("form", [lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2), lambda t: t.double()])
+def test_what_was_saved_may_come_back_in_another_form(form: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    inputs, dout = [heads(2, n, 20, 32) for n in (4, 2, 2)], heads(2, 4, 20, 32)
+    expected = results(inputs, dout, ours=True, causal=True, scale=0.2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, form):
+        found = results(inputs, dout, ours=True, causal=True, scale=0.2)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_what_it_takes() -> None:
     def suits(q: Any, k: Any = None, v: Any = None) -> bool:
         return attention.suits(q, q if k is None else k, q if v is None else v)
@@ -142,6 +153,7 @@ def test_what_it_takes() -> None:
     assert not suits(x.double())
     assert not suits(x.to("meta"))
     assert not suits(x[:0])
+    assert not suits(torch._neg_view(x))
 
 
 def test_a_second_derivative_is_refused() -> None:

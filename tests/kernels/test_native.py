@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,44 @@ def test_a_library_that_cant_be_loaded_is_named(tmp_path: Path) -> None:
     broken.write_bytes(b"not a library")
     with pytest.warns(UserWarning, match="can't be loaded"):
         assert native_library.load_or_warn(broken) is None
+    with pytest.warns(UserWarning, match="can't be loaded.*lora_through"):
+        assert native_library.load_or_warn(Path(native_build.openmp_runtime() or "")) is None
+
+
+def test_a_damaged_library_is_made_anew(tmp_path: Path) -> None:
+    """Loading half a library would end the process with a bus error."""
+    whole = native_build.library_path(tmp_path)
+    assert whole is not None
+    content = whole.read_bytes()
+    for part in (len(content) // 2, 0):
+        whole.write_bytes(content[:part])
+        again = native_build.library_path(tmp_path)
+        assert again is not None
+        assert [again] == list(tmp_path.iterdir())
+        assert again.stat().st_size >= len(content) // 2
+        whole = again
+
+
+def test_a_compiler_may_come_with_flags_and_say_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "my gcc"
+    tool.write_bytes(b"#!/bin/sh\nprintf '\\377 hm' >&2\nexec gcc \"$@\"\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{tool}' -g0")
+    assert native_build.compiler() == (str(tool), "-g0")
+    assert native_build.library_path(tmp_path / "cache") is not None
+    monkeypatch.setenv("CC", "nosuchcompiler")
+    assert native_build.compiler() is not None
+
+
+@pytest.mark.parametrize(
+    "form", [lambda t: t.t().contiguous().t() if t.dim() == 2 else t, lambda t: t.double()], ids=["columns", "fp64"]
+)
+def test_what_was_saved_may_come_back_in_another_form(form: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    case = make_case(shape=(8, 6, 48), outputs=32, rows=[slice(0, 4), slice(4, 8)], ranks=[4, 8])
+    expected = run(case, "fused")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: form(t) if t.is_floating_point() else t):
+        found = run(case, "fused")
+    assert_same(found, expected)
 
 
 def test_both_paths_leave_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

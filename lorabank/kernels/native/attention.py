@@ -23,7 +23,7 @@ def suits(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> bool:
     """Whether attention.c takes these: fp32 on a CPU, as many keys as queries, D a multiple of 32 and the same for all three."""
     q, k, v = q_BHTD, k_BGTD, v_BGTD
     return (
-        all(type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == 4 for x in (q, k, v))
+        all(_takes(x) for x in (q, k, v))
         and k.shape == v.shape == (q.shape[0], k.shape[1], q.shape[2], q.shape[3])
         and q.shape[1] % max(1, k.shape[1]) == 0
         and q.shape[3] % FEATURES == 0
@@ -31,6 +31,17 @@ def suits(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> bool:
         and k.numel() > 0
         and library.loaded() is not None
     )
+
+
+def _takes(x: Tensor) -> bool:
+    ordinary = type(x) is Tensor and x.dim() == 4 and x.layout == torch.strided
+    return ordinary and x.dtype == torch.float32 and x.device.type == "cpu" and not x.is_neg()
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same numbers in fp32, the features side by side: itself where it is so already."""
+    x = x.to(torch.float32).resolve_neg()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, scale: float, causal: bool) -> Tensor:
@@ -41,7 +52,7 @@ def attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, scale: float, c
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = map(_strided, (q, k, v))
         rows, heads, tokens, features = q.shape
         out_BTHD, lse_BHT = q.new_empty(rows, tokens, heads, features), q.new_empty(rows, heads, tokens)
         functions = library.loaded()
@@ -58,8 +69,10 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dout_BTHD,) = grad_outputs
-        q, k, v, out_BTHD, lse_BHT = ctx.saved_tensors
-        dout_BTHD = dout_BTHD if dout_BTHD.stride(3) == 1 else dout_BTHD.contiguous()
+        # what was saved may come back in another form, from saved_tensors_hooks
+        *saved, lse_BHT = ctx.saved_tensors
+        q, k, v, out_BTHD = map(_strided, saved)
+        lse_BHT, dout_BTHD = lse_BHT.to(torch.float32).contiguous(), _strided(dout_BTHD)
         rows, heads, tokens, features = q.shape
         dq = q.new_empty(rows, tokens, heads, features).transpose(1, 2)
         dk, dv = (q.new_zeros(rows, tokens, k.shape[1], features).transpose(1, 2) for _ in range(2))

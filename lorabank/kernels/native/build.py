@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,15 @@ SWITCH = "LORABANK_NATIVE"
 _SECONDS = 60
 
 
-def compiler() -> str | None:
-    """Path of the C compiler: `$CC`, else gcc, clang or cc."""
-    names = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+def compiler() -> tuple[str, ...] | None:
+    """The C compiler's command: `$CC` (words after the first are its flags), else gcc or cc.
+
+    clang would need an OpenMP runtime of its own, which isn't the one that torch loads; with $CC it can still be asked for.
+    """
+    for command in (shlex.split(os.environ.get("CC", "")), ["gcc"], ["cc"]):
+        if command and (found := shutil.which(command[0])):
+            return found, *command[1:]
+    return None
 
 
 def openmp_runtime() -> str | None:
@@ -54,39 +60,56 @@ def library_path(cache: Path | None = None, flags: Sequence[str] = FLAGS) -> Pat
         return None
     try:
         folder = cache or Path.home() / ".cache" / "lorabank" / "kernels"
-        target = folder / f"lora-{_identity(tool, runtime, flags)}.so"
-        if target.exists():
-            return target
+        name = f"lora-{_identity(tool, runtime, flags)}"
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            _compile(tool, runtime, flags, Path(work)).replace(target)  # in one move: another process may be at it too
+        return _whole(folder, name) or _made(folder, name, tool, runtime, flags)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         warnings.warn(
-            f"lorabank's C functions weren't compiled by {tool}, so the slower plain ones serve: "
+            f"lorabank's C functions weren't compiled by {shlex.join(tool)}, so the slower plain ones serve: "
             f"{(said.strip() or 'no reason given').splitlines()[0]}. {SWITCH}=0 silences this.",
             stacklevel=2,
         )
         return None
-    return target
 
 
-def _compile(tool: str, runtime: str, flags: Sequence[str], work: Path) -> Path:
+def _whole(folder: Path, name: str) -> Path | None:
+    """The cached library whose content is what its name says. Loading a damaged one would end the process."""
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_content(path)}":
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _made(folder: Path, name: str, tool: Sequence[str], runtime: str, flags: Sequence[str]) -> Path:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        library = _compile(tool, runtime, flags, Path(work))
+        # in one move: another process may be at it too
+        return library.replace(folder / f"{name}-{_content(library)}.so")
+
+
+def _compile(tool: Sequence[str], runtime: str, flags: Sequence[str], work: Path) -> Path:
     library = work / "lora.so"
     objects = [str(work / f"{source.stem}.o") for source in SOURCES]
-    commands = [[tool, *flags, "-c", str(source), "-o", built] for source, built in zip(SOURCES, objects, strict=True)]
+    commands = [[*tool, *flags, "-c", str(source), "-o", built] for source, built in zip(SOURCES, objects, strict=True)]
     # linked by the runtime's own path: -fopenmp at this point would name the system's
-    for command in [*commands, [tool, "-shared", *objects, runtime, "-lm", "-o", str(library)]]:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+    link = [*tool, "-shared", *objects, runtime, "-lm", "-Wl,--no-undefined", "-o", str(library)]
+    for command in [*commands, link]:
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
     return library
 
 
-def _identity(tool: str, runtime: str, flags: Sequence[str]) -> str:
-    """What a compiled library depends on: source, compiler, runtime, flags, and the processor that `native` meant."""
+def _identity(tool: Sequence[str], runtime: str, flags: Sequence[str]) -> str:
+    """What a compiled library depends on: sources, compiler, runtime, flags, and the processor that `native` meant."""
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in (*SOURCES, HEADER)))
-    for part in (tool, runtime, *flags, *_stamp(tool), *_stamp(runtime), platform.machine(), _processor()):
+    for part in (*tool, runtime, *flags, *_stamp(tool[0]), *_stamp(runtime), platform.machine(), _processor()):
         digest.update(str(part).encode() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _stamp(path: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ def load_or_warn(path: Path) -> ctypes.CDLL | None:
     """`load`, or a warning and None where it can't be loaded."""
     try:
         return load(path)
-    except OSError as error:  # a cache folder whose files may not be executed, say
+    except (OSError, AttributeError) as error:  # a folder whose files may not be executed, say; not our library
         warnings.warn(
             f"lorabank's C functions can't be loaded, so the slower plain ones serve: {error}. {SWITCH}=0 silences this.",
             stacklevel=2,
@@ -30,7 +30,7 @@ def load_or_warn(path: Path) -> ctypes.CDLL | None:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """A compiled library with its functions' types. Raises OSError where it can't be loaded."""
+    """A compiled library with its functions' types. Raises OSError where it can't be loaded, AttributeError for another one."""
     functions = ctypes.CDLL(str(path))
     for function in (functions.lora_through, functions.lora_outer):
         function.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]

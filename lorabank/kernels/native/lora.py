@@ -23,22 +23,27 @@ _FLOAT = 4
 
 def suits(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> bool:
     """Whether these products go through lora.c: fp32 on a CPU, rows in slices that don't overlap, no weights, no dropout."""
-    if not (_plain(x) and _plain(y) and y.is_contiguous() and segments):
+    if not (_takes(x) and _takes(y) and y.is_contiguous() and segments):
         return False
     end = 0
     for segment in segments:
         rows = segment.rows
         if not isinstance(rows, slice) or rows.start < end or segment.weights_U is not None or segment.dropout is not None:
             return False
-        if not (_plain(segment.A_RI) and segment.A_RI.is_contiguous() and segment.B_RO.is_contiguous()):
+        if not (_takes(segment.A_RI) and segment.A_RI.is_contiguous() and segment.B_RO.is_contiguous()):
             return False
         end = rows.stop
     return library.loaded() is not None
 
 
-def _plain(tensor: Tensor) -> bool:
+def _takes(tensor: Tensor) -> bool:
     ordinary = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter  # not one that only stands for numbers
-    return ordinary and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return ordinary and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and not tensor.is_neg()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same numbers in fp32, in order and as they lie in memory: itself where it is so already."""
+    return tensor.to(torch.float32).resolve_neg().contiguous()
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,9 @@ def gradients(
 
     `shrunk`: what `expand_into` gave. `needs`: which of the gradients are wanted, in that order.
     """
-    x, dy = x.contiguous(), dy.contiguous()
+    # what was saved may come back in another form, from saved_tensors_hooks
+    x, dy, shrunk = plain(x), plain(dy), plain(shrunk)
+    A, B = [plain(a) for a in A], [plain(b) for b in B]
     dxa = torch.empty(places.numbers, dtype=torch.float32)
     _through(places, dy, B, A, dxa, dx, mid_scales=places.scalings)
     dA = _outer(places, dxa, x, needs[::2], None)
