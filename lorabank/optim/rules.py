@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorabank.kernels.native import optimizer
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuleNumbers:
@@ -66,9 +68,15 @@ def adamw(gradient_n: Tensor, state: Sequence[Tensor], numbers: RuleNumbers) -> 
 
 
 def fused_adamw(step: LeafStep, numbers: RuleNumbers) -> None:
-    """`adamw` through the kernel behind torch.optim.AdamW(fused=True)."""
+    """`adamw` in one pass: in C on a CPU where it was compiled, else the kernel behind torch.optim.AdamW(fused=True)."""
     device = step.leaves[0].device
     first, second = step.state
+    if optimizer.suits(step.leaves, step.gradients, first, second):
+        optimizer.adamw(
+            step.leaves, step.gradients, first, second, divisor=step.divisor, learning_rate=step.learning_rate,
+            weight_decay=step.weight_decay, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps, step=numbers.step,
+        )  # fmt: skip
+        return
     torch.ops.aten._fused_adamw_(
         list(step.leaves), list(step.gradients), list(first), list(second), [],
         [torch.tensor(float(numbers.step), device=device)] * len(step.leaves),

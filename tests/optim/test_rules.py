@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from lorabank import AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import OPTIMIZERS as CONFIGURABLE
+from lorabank.kernels.native import library
+from lorabank.kernels.native import optimizer as optimizer_c
 from lorabank.optim import slot_optimizer
 from lorabank.optim.rules import OPTIMIZERS
 from lorabank.optim.slot_optimizer import OptimizerConfig, SlotOptimizer
@@ -92,11 +95,18 @@ def test_every_rule_equals_its_twin_over_many_steps(rule: str, decay: float, rat
 PLAIN = {name: replace(rule, fused=None) for name, rule in OPTIMIZERS.items()}
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["C", "torch"])
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 @pytest.mark.parametrize("limit", [0.0, 0.5])
 @pytest.mark.parametrize("rule", [name for name, rule in OPTIMIZERS.items() if rule.fused])
-def test_a_fused_step_is_the_plain_one(rule: str, limit: float, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_step_is_the_plain_one(
+    rule: str, limit: float, ratio: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parameters and state, over steps with clipping, decay, LoRA+ and a leaf that no row reached."""
+    if compiled and library.loaded() is None:
+        pytest.skip("no C compiler here, or no OpenMP runtime that torch loads")
+    if not compiled:
+        monkeypatch.setattr(library, "loaded", lambda: None)
     config = OptimizerConfig(rule=rule, weight_decay=0.1, loraplus_ratio=ratio, max_grad_norm=limit)
     results: list[dict[str, Tensor]] = []
     for table in (OPTIMIZERS, PLAIN):
@@ -113,6 +123,34 @@ def test_a_fused_step_is_the_plain_one(rule: str, limit: float, ratio: float, mo
         results.append({**dict(bank.named_parameters("a")), **optimizer.state("a")[1]})
     for key, value in results[0].items():
         torch.testing.assert_close(value, results[1][key], rtol=1e-5, atol=1e-7)
+
+
+needs_compiler = pytest.mark.skipif(library.loaded() is None, reason="no C compiler here, or no OpenMP runtime that torch loads")
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
+def test_the_compiled_norm_is_torchs(scale: float) -> None:
+    tensors = [torch.randn(n) * scale for n in (1, 15, 16, 4097, 0)]
+    assert optimizer_c.suits(tensors)
+    expected = torch.cat(tensors).double().norm()
+    assert optimizer_c.norm(tensors) == pytest.approx(float(expected), rel=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_the_compiled_norm_tells_what_isnt_finite(bad: float) -> None:
+    tensors = [torch.randn(40), torch.randn(33)]
+    tensors[1][32] = bad
+    assert not math.isfinite(optimizer_c.norm(tensors))
+
+
+@needs_compiler
+def test_other_tensors_take_torchs() -> None:
+    x = torch.zeros(4, 4)
+    assert optimizer_c.suits([x], [x])
+    for other in (x.bfloat16(), x[:, ::2], x.to("meta"), torch._neg_view(x)):
+        assert not optimizer_c.suits([x], [other])
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)

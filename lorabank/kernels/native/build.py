@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("lora.c", "attention.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("lora.c", "attention.c", "adamw.c"))
 HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
 SWITCH = "LORABANK_NATIVE"

@@ -36,5 +36,8 @@ def load(path: Path) -> ctypes.CDLL:
         function.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]
     for function in (functions.attention_forward, functions.attention_backward):
         function.argtypes = [ctypes.c_char_p, ctypes.c_int]
-    functions.lora_outer.restype = None  # the others return whether memory ran out, an int
+    functions.squares.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_int]
+    functions.adamw.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_char_p, ctypes.c_int]
+    for function in (functions.lora_outer, functions.squares, functions.adamw):
+        function.restype = None  # the others return whether memory ran out, an int
     return functions
