@@ -232,6 +232,6 @@ def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: n
         way_out = f"name the linear layers inside it, such as '{part}.*'" if inside else "linear layers can"
         return f"{setting}: {part!r} names {path}, a {type(module).__name__}, which can't be adapted yet; {way_out}"
     names = sorted({_leaf(path) for path in layers})
-    hint = closest(part, [*names, *ROLES, ALL_LINEAR])
+    hint = closest(part, [name for name in (*names, *ROLES, ALL_LINEAR) if name != part])
     fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""
     return f"{setting}: {part!r} matches no linear layer of the model{hint}{fused}. It has: {', '.join(names) or 'none'}"

@@ -100,4 +100,5 @@ def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
 
     from lorabank.training.tables import metrics_table
 
-    Console().print(metrics_table(scores))
+    console = Console()
+    console.print(metrics_table(scores, width=console.width))

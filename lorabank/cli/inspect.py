@@ -74,7 +74,7 @@ def print_run(console: Console, folder: Path) -> int:
     scores = best_scores(folder / "metrics.jsonl")
     if scores:
         console.print("best scores on held-out rows:")
-        console.print(metrics_table(scores))
+        console.print(metrics_table(scores, width=console.width))
     healthy = True
     for name in config.adapters or ("default",):
         if (folder / name / "adapter_config.json").is_file():

@@ -78,6 +78,12 @@ def check_fraction(name: str, value: object) -> None:
         raise _wrong(name, "a number in [0, 1)", value)
 
 
+def check_share_or_count(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a share below 1, or a whole number."""
+    if _number(name, value) < 0 or (_number(name, value) >= 1 and not isinstance(value, int)):
+        raise _wrong(name, "a share in [0, 1) or a whole number of rows", value)
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     options = list(choices)

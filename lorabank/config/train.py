@@ -13,6 +13,7 @@ from lorabank.config.checks import (
     check_non_negative_int,
     check_positive,
     check_positive_int,
+    check_share_or_count,
     freeze_sequences,
 )
 from lorabank.errors import ConfigError, Setting
@@ -65,7 +66,7 @@ class DataConfig:
         freeze_sequences(self)
         check_positive_int("data.max_length", self.max_length)
         for name in ("val_split", "test_split"):
-            check_non_negative(f"data.{name}", getattr(self, name))
+            check_share_or_count(f"data.{name}", getattr(self, name))
         if self.train_on is not None:
             check_choice("data.train_on", self.train_on, TRAIN_ON)
         check_choice("data.nan_rows", self.nan_rows, NAN_ROWS)

@@ -53,7 +53,8 @@ def attention_forward(
     )
 
 
-AttentionInterface.register(NAME, attention_forward)
+# pointers in a struct are nothing to trace: under torch.compile each of our attentions is a graph break, and right
+AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 

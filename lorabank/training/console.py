@@ -230,7 +230,7 @@ class ConsoleListener:
             extra[name] = {"kept": best, "end": item.status}
         head = "interrupted" if result.interrupted else "finished"
         self.console.print(f"[bold]{head}[/] after {human.duration(result.seconds)}. Held-out rows:")
-        self.console.print(metrics_table(scores, extra))
+        self.console.print(metrics_table(scores, extra, width=self.console.width))
         names = [name for name, item in result.adapters.items() if item.folder and Path(item.folder).is_dir()]
         for name in names:
             self._print_command(result.adapters[name].folder)

@@ -12,6 +12,7 @@ from lorabank.bank.init import initial_A
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, TargetError
 from lorabank.formats.adapter import Adapter
+from lorabank.kernels.native import library
 from lorabank.training.events import Notice
 from lorabank.training.jobs import AdapterJob
 
@@ -23,6 +24,7 @@ def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> list[Notice]:
     """Add the adapter of a job to the bank. Returns what the user should know: the bank's warnings, settings that gave way."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
+        library.loaded()  # compiled now, if ever: a warning in the middle of training would tear the progress display
         told = _add(bank, name, job)
     notices = []
     for item in caught:

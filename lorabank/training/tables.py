@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lorabank.training import human
@@ -51,27 +51,54 @@ def plan_table(plan: RunPlan, *, wide: bool = True) -> Table:
     return table
 
 
-def metrics_table(scores: Mapping[str, Mapping[str, float]], extra: Mapping[str, Mapping[str, str]] | None = None) -> Table:
-    """A row a model, a column a metric; the best of a column is bold, unless rows differ. `extra`: columns of text by model."""
-    table = new_table()
-    table.add_column("", style="cyan", no_wrap=True)
+def metrics_table(
+    scores: Mapping[str, Mapping[str, float]], extra: Mapping[str, Mapping[str, str]] | None = None, *, width: int | None = None
+) -> Table:
+    """A row a model, a column a metric; the best of a column is bold, unless rows differ. `extra`: columns of text by model.
+
+    Where that is wider than `width` characters, a column a model and a row a metric, so that no number is cut off.
+    """
+    from rich.cells import cell_len
+    from rich.markup import render
+
     metrics = list(dict.fromkeys(name for row in scores.values() for name in row))
     texts = list(dict.fromkeys(name for row in (extra or {}).values() for name in row))
-    for name in metrics:
-        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
-    for name in texts:
-        table.add_column(name)
+    heads = [*(name.replace("_", " ") for name in metrics), *texts]
+    rows = {model: _cells(model, scores, metrics, texts, extra or {}) for model in scores}
+    columns = list(zip(heads, *rows.values(), strict=True))  # each metric's head and texts
+    needed = max(map(len, rows), default=0) + sum(max(cell_len(render(text).plain) for text in column) + 2 for column in columns)
+    table = new_table()
+    table.add_column("", style="cyan", no_wrap=True)
+    if width is not None and needed > width:
+        for model in rows:
+            table.add_column(model, justify="right", overflow="fold")
+        for column in columns:
+            table.add_row(*column)
+        return table
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i < len(metrics) else "left", no_wrap=i < len(metrics))
+    for model, cells in rows.items():
+        table.add_row(model, *cells)
+    return table
+
+
+def _cells(
+    model: str,
+    scores: Mapping[str, Mapping[str, float]],
+    metrics: Sequence[str],
+    texts: Sequence[str],
+    extra: Mapping[str, Mapping[str, str]],
+) -> list[str]:
+    """One model's metrics and texts."""
     # what was scored on different rows can't be compared
     comparable = len(scores) > 1 and sum(map(is_base, scores)) < 2
     best = {name: _best(name, scores) if comparable else None for name in metrics}
-    for model, row in scores.items():
-        cells = []
-        for name in metrics:
-            value = row.get(name)
-            text = "–" if value is None else human.score(name, value)
-            cells.append(f"[bold green]{text}[/]" if value is not None and value == best[name] else text)
-        table.add_row(model, *cells, *((extra or {}).get(model, {}).get(name, "") for name in texts))
-    return table
+    cells = []
+    for name in metrics:
+        value = scores[model].get(name)
+        text = "–" if value is None else human.score(name, value)
+        cells.append(f"[bold green]{text}[/]" if value is not None and value == best[name] else text)
+    return [*cells, *(extra.get(model, {}).get(name, "") for name in texts)]
 
 
 def _best(name: str, scores: Mapping[str, Mapping[str, float]]) -> float | None:

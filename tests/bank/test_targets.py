@@ -124,7 +124,10 @@ def test_dims_that_differ_by_layer_train() -> None:
         ({"targets": "mpl"}, r"did you mean 'mlp'"),
         ({"targets": "embed_tokens"}, r"names model.embed_tokens, a Embedding, which can't be adapted yet"),
         ({"targets": "self_attn"}, r"names model.layers.0.self_attn, a LlamaAttention.*inside it, such as 'self_attn\.\*'"),
-        ({"targets": "cross-attention"}, r"'cross-attention' matches no linear layer"),
+        (
+            {"targets": "cross-attention"},
+            r"'cross-attention' matches no linear layer of the model(?! \(did you mean 'cross-attention')",
+        ),
         ({"targets": "re:q_proj"}, r"'re:q_proj' matches no linear layer"),
         ({"targets": "re:(q"}, r"targets: 're:\(q' is no regular expression"),
         ({"exclude": "re:(q"}, r"exclude: 're:\(q' is no regular expression"),

@@ -137,6 +137,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"adapters": {"a": {"alpha": math.inf}}}, "adapters.a.alpha: expected a finite number, got inf"),
     ({"defaults": {"alpha_pattern": {"q": math.nan}}}, "defaults.alpha_pattern['q']: expected a finite number, got nan"),
     ({"data": {"val_split": math.nan}}, "data.val_split: expected a finite number, got nan"),
+    ({"data": {"val_split": 2.5}}, "data.val_split: expected a share in [0, 1) or a whole number of rows, got 2.5"),
     ({"data": {"nan_rows": math.nan}}, "data.nan_rows: expected text, got nan"),
     ({"eval_steps": math.nan}, "eval_steps: expected a finite number, got nan"),
     ({"save_steps": "inf"}, "save_steps: expected a finite number, got 'inf'"),

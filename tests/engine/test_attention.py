@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorabank.engine import attention as engine_attention
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch, make_batch
+from lorabank.engine.compiling import compile_blocks, uncompile_blocks
 from lorabank.engine.step import Engine, forward_backward, logprobs
 from lorabank.kernels.native import attention, library
 from tests.engine.tiny import FAMILIES, make_bank, make_model
@@ -64,6 +67,27 @@ def test_a_step_has_the_same_gradients(checkpointing: bool, monkeypatch: pytest.
     for a, b in zip(mine, torchs, strict=True):
         # against float64, torch's gradients here are off by 5e-5 and ours by 1e-4: strong adapters on a random model
         assert (a - b).norm() < 5e-4 * b.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look at its inputs
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_blocks_take_it_without_a_word(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A trace into it would compile anew for every call, since pointers differ, and say so."""
+    calls = counted(monkeypatch)
+    bank = make_bank(model=llama())
+    compiled = compile_blocks(bank.model)
+    engine = Engine(bank)
+    for _ in range(3):
+        for p in bank.parameters():
+            p.grad = None
+        forward_backward(engine, even_batch())
+    uncompile_blocks(compiled)
+    assert calls
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    for p, expected in zip(bank.parameters(), gradients(even_batch()), strict=True):
+        assert p.grad is not None
+        assert (p.grad - expected).norm() < 5e-4 * expected.norm()
 
 
 def test_padded_rows_take_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lorabank.training.console import ConsoleListener
 from lorabank.training.events import Notice
+from lorabank.training.tables import metrics_table
 from tests.training.events_for_tests import evaluation, plan, play, result, step
 
 
@@ -165,3 +166,23 @@ def test_markup_in_names_and_texts_is_shown_as_it_is() -> None:
     assert "nan" in shown(listener)
     listener.close()
     assert "row [/bold] of data[0] was dropped" in listener.console.export_text()
+
+
+def test_scores_are_never_cut_off() -> None:
+    """More metrics than fit side by side: a row each."""
+    numbers = {
+        "loss": 1.234,
+        "perplexity": 12.34,
+        "bleu": 53.2,
+        "chrf": 70.1,
+        "rouge1": 0.71,
+        "rouge2": 0.43,
+        "exact_match": 0.25,
+    }
+    scores = {"base": numbers, "loraplus": {name: value / 2 for name, value in numbers.items()}}
+    for width in (40, 60, 80, 120):
+        console = Console(width=width, file=io.StringIO(), record=True)
+        console.print(metrics_table(scores, width=width))
+        text = console.export_text()
+        assert "…" not in text
+        assert all(part in text for part in ("loraplus", "perplexity", "exact match", "1.234", "0.617", "53.2", "26.6"))
