@@ -59,11 +59,11 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextlib.contextmanager
-def own_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Our attention for `modules` (`model.modules()`) on a CPU, the model's own afterwards."""
+def own_attention(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Our attention for `modules` (`model.modules()`) of a model on a CPU, its own afterwards; elsewhere its own throughout."""
     changed: list[dict[str, Any]] = []
     try:
-        if library.loaded() is not None:
+        if device.type == "cpu" and library.loaded() is not None:
             for config in _configurations(modules):
                 if config._attn_implementation == "sdpa":
                     vars(config)[_KEY] = NAME

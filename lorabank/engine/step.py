@@ -120,7 +120,7 @@ def forward_backward(
     batch = batch.to(bank.device)
     routing = _routing(engine, batch, names, steps)
     mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)
-    with mode, own_attention(bank.model.modules()), bank.route(routing), torch.enable_grad():
+    with mode, own_attention(bank.model.modules(), bank.device), bank.route(routing), torch.enable_grad():
         with engine.watched():
             total, row_losses = _row_losses(engine, batch, reference_logprobs_NL)
         if total.requires_grad:
@@ -143,7 +143,12 @@ def logprobs(engine: Engine, batch: Batch) -> Tensor:
     out = torch.zeros_like(batch.weights_NL)
     routing = row_routing(engine.bank, batch.routes, batch.input_ids_NL.shape[1], exact=False)
     model = engine.bank.model
-    with torch.no_grad(), evaluation_mode(model.modules()), own_attention(model.modules()), engine.bank.route(routing):
+    with (
+        torch.no_grad(),
+        evaluation_mode(model.modules()),
+        own_attention(model.modules(), engine.bank.device),
+        engine.bank.route(routing),
+    ):
         rows, columns = _trained(batch)
         out[rows, columns] = _token_logprobs(engine, batch, rows, columns)
     return out

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabank.kernels.native import optimizer
+from lorabank.kernels.native import adamw as native_adamw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ def fused_adamw(step: LeafStep, numbers: RuleNumbers) -> None:
     """`adamw` in one pass: in C on a CPU where it was compiled, else the kernel behind torch.optim.AdamW(fused=True)."""
     device = step.leaves[0].device
     first, second = step.state
-    if optimizer.suits(step.leaves, step.gradients, first, second):
-        optimizer.adamw(
+    if native_adamw.suits(step.leaves, step.gradients, first, second):
+        native_adamw.adamw(
             step.leaves, step.gradients, first, second, divisor=step.divisor, learning_rate=step.learning_rate,
             weight_decay=step.weight_decay, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps, step=numbers.step,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.checks import check_choice, check_fraction, check_non_negative, check_positive
 from lorabank.errors import CheckpointError, ConfigError, LorabankError, closest
-from lorabank.kernels.native import optimizer
+from lorabank.kernels.native import adamw as native_adamw
 from lorabank.optim.rules import OPTIMIZERS, Fused, LeafStep, Rule, RuleNumbers
 
 CPU_PIECE = 2**18
@@ -215,7 +215,7 @@ def _step(slot: _Slot, learning_rate: float, tokens: float) -> SlotStep:
     # contiguous, since a fused kernel goes through memory in order; autograd's own gradients are
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in slot.leaves.values()]
     _clear(slot)
-    whole = optimizer.norm(gradients) if optimizer.suits(gradients) else float(torch.nn.utils.get_total_norm(gradients))
+    whole = native_adamw.norm(gradients) if native_adamw.suits(gradients) else float(torch.nn.utils.get_total_norm(gradients))
     norm = whole / tokens
     if not math.isfinite(norm):
         return SlotStep(grad_norm=norm, finite=False, step=slot.step)

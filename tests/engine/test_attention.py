@@ -19,6 +19,9 @@ from tests.engine.tiny import FAMILIES, make_bank, make_model
 pytestmark = pytest.mark.skipif(library.loaded() is None, reason="no C compiler here, or no OpenMP runtime that torch loads")
 
 
+CPU = torch.device("cpu")
+
+
 def even_batch() -> Batch:
     """Rows of one length, so that no mask is made."""
     generator = torch.Generator().manual_seed(0)
@@ -120,18 +123,25 @@ def test_every_family_computes_the_same(family: str, monkeypatch: pytest.MonkeyP
 
 def test_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
-    with pytest.raises(ZeroDivisionError), own_attention(model.modules()):
+    with pytest.raises(ZeroDivisionError), own_attention(model.modules(), CPU):
         assert model.config._attn_implementation == engine_attention.NAME
         raise ZeroDivisionError
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
-    with own_attention(model.modules()):
+    with own_attention(model.modules(), CPU):
         assert model.config._attn_implementation == "eager"  # what the user chose stays
+
+
+def test_a_model_elsewhere_keeps_its_own() -> None:
+    """Under torch.compile our attention is a graph break, which a GPU would pay for nothing."""
+    model = llama()
+    with own_attention(model.modules(), torch.device("cuda")):
+        assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_choice_made_meanwhile_stays() -> None:
     model = llama()
-    with own_attention(model.modules()):
+    with own_attention(model.modules(), CPU):
         model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
 
@@ -156,7 +166,7 @@ def test_a_model_that_asks_for_torchs_by_name_keeps_it() -> None:
 
     config = FalconConfig(vocab_size=61, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
     model = FalconForCausalLM(config)
-    with own_attention(model.modules()):
+    with own_attention(model.modules(), CPU):
         assert model.config._attn_implementation != engine_attention.NAME
-    with own_attention(make_model("llama").modules()):
+    with own_attention(make_model("llama").modules(), CPU):
         pass

@@ -13,23 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorabank.kernels.native import attention, library
-from tests.kernels.vectors import VECTORS, compiled_for
+from lorabank.kernels.native import attention
+from lorabank.kernels.native import library as native_library
 
-pytestmark = pytest.mark.skipif(library.loaded() is None, reason="no C compiler here, or no OpenMP runtime that torch loads")
+pytestmark = pytest.mark.skipif(
+    native_library.loaded() is None, reason="no C compiler here, or no OpenMP runtime that torch loads"
+)
 LAYOUTS = ("heads outside", "heads inside", "a slice of a wider tensor", "expanded")
-
-
-@pytest.fixture(scope="module", params=VECTORS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled_for(request.param, tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture
-def functions(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """The library compiled for vectors of some width, in force for a test."""
-    monkeypatch.setattr(library, "loaded", lambda: compiled)
-    return compiled
 
 
 def heads(rows: int, count: int, tokens: int, features: int, layout: str = "heads inside") -> Tensor:
@@ -68,7 +58,7 @@ def results(inputs: list[Tensor], dout_BHTD: Tensor, *, ours: bool, causal: bool
     seed=st.integers(0, 1000),
 )
 def test_it_is_torchs_attention(
-    functions: ctypes.CDLL,
+    library: ctypes.CDLL,
     rows: int,
     groups: int,
     shared: int,
@@ -89,7 +79,7 @@ def test_it_is_torchs_attention(
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
 
 
-def test_large_scores_and_a_key_far_below_the_rest(functions: ctypes.CDLL) -> None:
+def test_large_scores_and_a_key_far_below_the_rest(library: ctypes.CDLL) -> None:
     torch.manual_seed(0)
     q, k, v = (heads(1, 2, 20, 32) for _ in range(3))
     q, k = q * 30, k.clone()
@@ -102,7 +92,7 @@ def test_large_scores_and_a_key_far_below_the_rest(functions: ctypes.CDLL) -> No
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_threads_change_nothing(functions: ctypes.CDLL, causal: bool) -> None:
+def test_threads_change_nothing(library: ctypes.CDLL, causal: bool) -> None:
     torch.manual_seed(0)
     inputs, dout = [heads(2, n, 70, 64) for n in (4, 2, 2)], heads(2, 4, 70, 64)
     one = results(inputs, dout, ours=True, causal=causal, scale=0.125)
@@ -114,7 +104,7 @@ def test_threads_change_nothing(functions: ctypes.CDLL, causal: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_a_row_that_isnt_finite_stays_alone(functions: ctypes.CDLL) -> None:
+def test_a_row_that_isnt_finite_stays_alone(library: ctypes.CDLL) -> None:
     torch.manual_seed(0)
     q, k, v = (heads(2, 2, 20, 32) for _ in range(3))
     clean = attention.attention(q, k, v, scale=1.0, causal=True)

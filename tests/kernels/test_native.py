@@ -23,23 +23,9 @@ from lorabank.kernels.native import lora as native
 from lorabank.kernels.segments import DropoutDraw, Segment
 from tests.engine.tiny import make_bank
 from tests.kernels.cases import Case, assert_same, make_case, make_plan, run
-from tests.kernels.vectors import VECTORS, compiled_for
 
 no_library = native_library.loaded() is None
 pytestmark = pytest.mark.skipif(no_library, reason="no C compiler here, or no OpenMP runtime that torch loads")
-
-
-@pytest.fixture(scope="module", params=VECTORS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The library compiled for vectors of some width."""
-    return compiled_for(request.param, tmp_path_factory.mktemp("kernels"))
-
-
-@pytest.fixture
-def library(compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """The same, in force for a test."""
-    monkeypatch.setattr(native_library, "loaded", lambda: compiled)
-    return compiled
 
 
 @st.composite

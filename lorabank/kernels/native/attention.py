@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorabank.kernels.native import library
+from lorabank.kernels.native.tensors import takes
 
 _CALL = struct.Struct("@" + "P3l" * 8 + "P5lfi")
 FEATURES = 32
@@ -23,7 +24,7 @@ def suits(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> bool:
     """Whether attention.c takes these: fp32 on a CPU, as many keys as queries, D a multiple of 32 and the same for all three."""
     q, k, v = q_BHTD, k_BGTD, v_BGTD
     return (
-        all(_takes(x) for x in (q, k, v))
+        all(takes(x) and x.dim() == 4 for x in (q, k, v))
         and k.shape == v.shape == (q.shape[0], k.shape[1], q.shape[2], q.shape[3])
         and q.shape[1] % max(1, k.shape[1]) == 0
         and q.shape[3] % FEATURES == 0
@@ -31,11 +32,6 @@ def suits(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> bool:
         and k.numel() > 0
         and library.loaded() is not None
     )
-
-
-def _takes(x: Tensor) -> bool:
-    ordinary = type(x) is Tensor and x.dim() == 4 and x.layout == torch.strided
-    return ordinary and x.dtype == torch.float32 and x.device.type == "cpu" and not x.is_neg()
 
 
 def _strided(x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def _content(path: Path) -> str:
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    found = os.stat(path)  # noqa: PTH116
+    found = Path(path).stat()
     return found.st_size, found.st_mtime_ns
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorabank.kernels.native import library
+from lorabank.kernels.native.tensors import plain, takes
 from lorabank.kernels.segments import Segment
 
 _THROUGH = struct.Struct("@5P4l2f")
@@ -23,27 +24,17 @@ _FLOAT = 4
 
 def suits(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> bool:
     """Whether these products go through lora.c: fp32 on a CPU, rows in slices that don't overlap, no weights, no dropout."""
-    if not (_takes(x) and _takes(y) and y.is_contiguous() and segments):
+    if not (takes(x) and takes(y) and y.is_contiguous() and segments):
         return False
     end = 0
     for segment in segments:
         rows = segment.rows
         if not isinstance(rows, slice) or rows.start < end or segment.weights_U is not None or segment.dropout is not None:
             return False
-        if not (_takes(segment.A_RI) and segment.A_RI.is_contiguous() and segment.B_RO.is_contiguous()):
+        if not all(takes(leaf) and leaf.is_contiguous() for leaf in (segment.A_RI, segment.B_RO)):
             return False
         end = rows.stop
     return library.loaded() is not None
-
-
-def _takes(tensor: Tensor) -> bool:
-    ordinary = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter  # not one that only stands for numbers
-    return ordinary and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and not tensor.is_neg()
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The same numbers in fp32, in order and as they lie in memory: itself where it is so already."""
-    return tensor.to(torch.float32).resolve_neg().contiguous()
 
 
 @dataclass(frozen=True)

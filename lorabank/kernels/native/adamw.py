@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorabank.kernels.native import library
+from lorabank.kernels.native.tensors import takes
 
 _LEAF = struct.Struct("@4Pl")
 _NUMBERS = struct.Struct("@8d")
@@ -17,10 +18,7 @@ _NUMBERS = struct.Struct("@8d")
 
 def suits(*lists: Sequence[Tensor]) -> bool:
     """Whether adamw.c takes these leaves, gradients or moments: contiguous fp32 on a CPU."""
-    plain = all(
-        x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() and not x.is_neg() for xs in lists for x in xs
-    )
-    return plain and library.loaded() is not None
+    return all(takes(x) and x.is_contiguous() for xs in lists for x in xs) and library.loaded() is not None
 
 
 def norm(gradients: Sequence[Tensor]) -> float:
