@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,6 +57,7 @@ class AdapterBank:
         self.structure = 0
         self._slots: dict[str, _Slot] = {}
         self._layers: dict[str, LoRALayer] = {}
+        self._numbers: dict[str, int] = {}
         self._sticky: Routing | None = None
         self._only: Routing | None = None
         self._seen: dict[str, int] = {}
@@ -74,6 +75,11 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         """The adapters in the bank, in the order in which they were added."""
         return tuple(self._slots)
+
+    @property
+    def slot_numbers(self) -> Mapping[str, int]:
+        """Each adapter's number in tables on the device. It keeps it while it is in the bank."""
+        return self._numbers
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +162,7 @@ class AdapterBank:
         slot = self._slot(name)
         for path in slot.paths:
             self._layers[path].remove_slot(name)
-        del self._slots[name]
+        del self._slots[name], self._numbers[name]
         self._changed()
 
     def parameters(self, name: str | None = None) -> list[nn.Parameter]:
@@ -319,6 +325,7 @@ class AdapterBank:
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         self._layers.clear()
         self._slots.clear()
+        self._numbers.clear()
         self._detached = True
         return self.model
 
@@ -352,6 +359,7 @@ class AdapterBank:
                 self._layers[path].remove_slot(name)
             raise
         self._slots[name] = slot
+        self._numbers[name] = next(i for i in range(len(self._slots)) if i not in self._numbers.values())
         self._changed()
 
     def _wrap(self, path: str) -> LoRALayer:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
+from lorabank.bank.fused import LayerCall, LayerTables, table_width
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.errors import LorabankError, RoutingError
 from lorabank.kernels import ops
 from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS, BaseProduct
 from lorabank.kernels.segments import DropoutDraw, Segment
+from lorabank.kernels.tables import RouteTables
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class LayerKind:
     """The same to rounding."""
     features: Callable[[nn.Module], tuple[int, int]]
     """(in, out) of a layer of this class."""
+    storage: str
+    """The name of its product in kernels/gpu/storage.py."""
 
 
 def _linear_features(layer: nn.Module) -> tuple[int, int]:
@@ -49,8 +53,8 @@ def _conv1d_features(layer: nn.Module) -> tuple[int, int]:
 
 
 LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(BASE_PRODUCTS["linear"], FAST_PRODUCTS["linear"], _linear_features),
-    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], FAST_PRODUCTS["conv1d"], _conv1d_features),
+    nn.Linear: LayerKind(BASE_PRODUCTS["linear"], FAST_PRODUCTS["linear"], _linear_features, "linear"),
+    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], FAST_PRODUCTS["conv1d"], _conv1d_features, "conv1d"),
 }
 
 
@@ -131,6 +135,7 @@ class LoRALayer(nn.Module):
         own["store"] = RankStore(fan_in, fan_out, weight.device)
         own["slots"] = {}
         own["reached"] = False
+        own["call"] = None
         own["router"] = router
         own["rows_lost"] = rows_lost
         own["_path_seed"] = zlib.crc32(path.encode())
@@ -148,6 +153,8 @@ class LoRALayer(nn.Module):
     router: Router
     reached: bool
     rows_lost: str | None
+    call: LayerCall | None
+    """Set by a compiled block around its call, for this layer's part in it."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -171,6 +178,15 @@ class LoRALayer(nn.Module):
         self._slot_parameters.refresh()
         return tensors
 
+    def slot_tables(self, numbers: Mapping[str, int], slots: int) -> LayerTables:
+        """Where each of the bank's slots is in this layer. `numbers`: adapter to its slot number, below `slots`."""
+        ranks, scaling = torch.zeros(slots, 2, dtype=torch.int32), torch.zeros(slots)
+        for name, slot in self.slots.items():
+            ranks[numbers[name], 0], ranks[numbers[name], 1] = slot.tensors.start, slot.rank
+            scaling[numbers[name]] = slot.scaling
+        device = self.store.device
+        return LayerTables(ranks.to(device), scaling.to(device), table_width(max(slot.rank for slot in self.slots.values())))
+
     def remove_slot(self, name: str) -> None:
         """Give the adapter's room back."""
         del self.slots[name]
@@ -188,6 +204,15 @@ class LoRALayer(nn.Module):
         self.store.to(self.base.get_parameter("weight").device)
         return self
 
+    def call_for(self, A: Tensor, B: Tensor, tables: LayerTables, batch: RouteTables, rows_U: Tensor) -> LayerCall:
+        """This layer's part in a call of a compiled block."""
+        return LayerCall(A, B, tables, batch, rows_U, self.kind.storage)
+
+    @property
+    def fusable(self) -> bool:
+        """Whether a compiled block may compute this layer's product itself."""
+        return bool(self.slots) and self.rows_lost is None and not self._called_as_is()
+
     def _called_as_is(self) -> bool:
         """Whether the base layer's own call does more than the plain product, so that it must be called itself."""
         base = self.base
@@ -198,6 +223,12 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's output and the changes of the adapters that each row is routed to."""
+        call = self.call
+        if call is not None:
+            weight = self._parameters["weight"]
+            assert weight is not None
+            if call.suits(x, weight):
+                return call.run(x, weight, self._parameters["bias"])
         return self._eager(x)
 
     def _adapted(self, x: Tensor) -> Tensor:
@@ -205,6 +236,8 @@ class LoRALayer(nn.Module):
         routing = self.router.route_in_force(self.path)
         if routing is None or x.numel() == 0:
             return self.base(x)
+        if routing.tensors_only:
+            raise RoutingError(f"layer {self.path!r} takes its plain path, which a captured pass can't follow from batch to batch")
         if self.rows_lost is not None and routing.per != "all":
             raise RoutingError(
                 f"layer {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), "
@@ -254,4 +287,4 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> None:
     return None
 
 
-_no_change: Any = torch.compiler.disable(_nothing)
+_no_change: Any = _nothing

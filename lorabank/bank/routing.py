@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from lorabank.errors import AdapterNameError, RoutingError, closest
 from lorabank.kernels.segments import Rows
+from lorabank.kernels.tables import RouteTables, route_tables
 
 
 class _Base:
@@ -58,6 +59,8 @@ class SlotRows:
     rows: Rows
     weights_U: Tensor | None = None
     examples_U: Tensor | None = None
+    units: tuple[int, ...] = (0,)
+    """`rows` as numbers on the host."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,9 +80,35 @@ class Routing:
     id: int = field(default_factory=lambda: next(_ROUTE_IDS))
     token: Tensor = field(init=False)
     """`id` as a tensor, saved with the activations."""
+    tensors_only: bool = False
+    """The pass is being captured as a graph, so a layer that reads more of this route than its tables must refuse."""
+    _tables: dict[tuple[Any, ...], RouteTables | None] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token", torch.tensor(self.id))
+
+    def tables(
+        self, units: int, tokens: int, numbers: Mapping[str, int], slots: int, device: torch.device
+    ) -> RouteTables | None:
+        """The route for `units` × `tokens` tokens as tensors on `device`; None where a row has several slots, or weights.
+
+        `numbers`: adapter to its slot number, below `slots`.
+        """
+        key = (units, tokens, slots, device)
+        if key not in self._tables:
+            rows: dict[int, Sequence[int]] = {}
+            for part in self.plans[units]:
+                rows[numbers[part.slot]] = part.units
+            used = [unit for mine in rows.values() for unit in mine]
+            plain = len(used) == len(set(used)) and all(part.weights_U is None for part in self.plans[units])
+            self._tables[key] = route_tables(rows, units, tokens, slots).to(device) if plain else None
+        return self._tables[key]
+
+    def captured(self, units: int, tokens: int, slots: int, device: torch.device, tables: RouteTables) -> Routing:
+        """The same route, read off `tables` alone."""
+        made = replace(self, tensors_only=True)
+        made._tables[(units, tokens, slots, device)] = tables
+        return made
 
     def units_of(self, x: Tensor, layer: str) -> int:
         """How many units the input x of `layer` has under this routing. Raises RoutingError when it doesn't fit."""
@@ -174,6 +203,7 @@ def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutS
                 rows=slice(where[0], where[-1] + 1) if contiguous else torch.tensor(where, device=device),
                 weights_U=None if all(w == 1 for w in weights[name]) else torch.tensor(weights[name], device=device),
                 examples_U=None if dropout is None else dropout.examples[torch.tensor(where)].to(device),
+                units=tuple(where),
             )
         )
     return tuple(slots)

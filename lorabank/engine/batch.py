@@ -12,6 +12,13 @@ from lorabank.bank.routing import BASE, RowRoute
 from lorabank.errors import DataError
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for a GPU's queue."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """What one forward pass sees."""
@@ -36,13 +43,18 @@ class Batch:
         """Number of rows."""
         return len(self.routes)
 
+    @property
+    def mask(self) -> Tensor | None:
+        """The attention mask, or None where every token is a real one: models then take their fast paths without looking."""
+        return None if min(self.lengths) == self.input_ids_NL.shape[1] else self.attention_mask_NL
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return replace(
             self,
-            input_ids_NL=self.input_ids_NL.to(device, non_blocking=True),
-            attention_mask_NL=self.attention_mask_NL.to(device, non_blocking=True),
-            weights_NL=self.weights_NL.to(device, non_blocking=True),
+            input_ids_NL=send(self.input_ids_NL, device),
+            attention_mask_NL=send(self.attention_mask_NL, device),
+            weights_NL=send(self.weights_NL, device),
         )
 
     def select(self, rows: Sequence[int]) -> Batch:

@@ -1,7 +1,8 @@
 """Regional compilation: each of a model's repeated blocks through torch.compile, so that element-wise work is fused.
 
-Blocks of one class share their compiled code, which keeps the start short. The LoRA products stay the eager ones (see
-kernels/ops.py), so adding adapters or changing the route compiles nothing again.
+Blocks of one class share their compiled code, which keeps the start short. On a GPU with Triton the LoRA products are part of it (see
+`FusedBlock`); elsewhere they stay the eager ones (kernels/ops.py). Either way adding adapters or changing the route compiles nothing
+again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lorabank.engine.fused_block import FusedBlock
 from lorabank.errors import ConfigError
+from lorabank.kernels.gpu import runtime
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -42,7 +45,11 @@ def compile_blocks(model: nn.Module) -> list[nn.Module]:
         )
     fresh = [block for block in blocks if block._compiled_call_impl is None]
     for block in fresh:
-        block.compile()
+        device = next((p.device for p in block.parameters()), None)
+        if device is not None and device.type == "cuda" and runtime.available(device):
+            block._compiled_call_impl = FusedBlock(block)
+        else:
+            block.compile()
     return fresh
 
 

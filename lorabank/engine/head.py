@@ -32,7 +32,7 @@ class SplitHead:
     body: nn.Module
     head: nn.Linear
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Last hidden states (N, L, H)."""
         return self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True).last_hidden_state
 

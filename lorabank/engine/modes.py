@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorabank.bank.bank import AdapterBank
+from lorabank.engine.fused_block import FusedBlock
 from lorabank.errors import ConfigError
 
 _ABSENT = object()
@@ -30,7 +31,7 @@ class _Attributes:
     def __init__(self) -> None:
         self._before: list[tuple[dict[str, Any], str, Any]] = []
 
-    def set(self, module: nn.Module, name: str, value: object) -> None:
+    def set(self, module: object, name: str, value: object) -> None:
         own = vars(module)
         self._before.append((own, name, own.get(name, _ABSENT)))
         own[name] = value
@@ -115,6 +116,10 @@ def _checkpoint(blocks: list[GradientCheckpointingLayer], bank: AdapterBank, att
         checkpoint, use_reentrant=False, context_fn=bank.checkpoint_context, preserve_rng_state=base_dropout
     )
     for block in blocks:
+        if isinstance(block._compiled_call_impl, FusedBlock):
+            # around the compiled code, which would otherwise have to see through the checkpoint
+            attributes.set(block._compiled_call_impl, "recompute", True)
+            continue
         attributes.set(block, "_gradient_checkpointing_func", recompute)
         attributes.set(block, "gradient_checkpointing", True)
         attributes.set(block, "training", True)

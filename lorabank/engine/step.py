@@ -7,9 +7,8 @@ pile up in the leaves until `optim_step` divides them by the adapter's own token
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,33 +17,22 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import Routing
 from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
-from lorabank.engine.batch import Batch
+from lorabank.engine.batch import Batch, send
+from lorabank.engine.fused_block import all_fused, slot_count
+from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.head import SplitHead, check_decoder, check_vocabulary, logits_of, output_head, split_head
 from lorabank.engine.losses import LOSSES, Loss, LossInputs, nll
 from lorabank.engine.modes import evaluation_mode, no_random_draws, step_mode
+from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
+from lorabank.kernels.tables import RouteTables
 from lorabank.kernels.loss import token_logprobs, weighted_nll
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlotLoss:
-    """One adapter's part of a pass."""
-
-    loss_sum: float
-    """Σ over its rows of the loss (for `nll`: nats)."""
-    tokens: float
-    """Σ of its token weights."""
-    finite: bool
-    """Whether `loss_sum` is neither NaN nor infinite."""
-    row_losses: Mapping[int, float]
-    """Row of the batch to its loss sum."""
-
-    @property
-    def mean(self) -> float:
-        """Loss a token."""
-        return self.loss_sum / max(self.tokens, 1e-12)
+TRAINED_GRANULE = 256
+"""Trained tokens of a captured pass are filled up to a multiple of this."""
 
 
 @dataclass
@@ -58,6 +46,9 @@ class Engine:
     """Recompute each block's activations in backward: less memory, about a third more time."""
     base_dropout: bool = False
     """Keep the base's own dropout in training; joint training then no longer equals training alone."""
+    cuda_graphs: bool = True
+    """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU: small steps need it."""
+    graphs: PassGraphs = field(init=False, default_factory=PassGraphs, repr=False)
     _split: SplitHead | None = field(init=False, default=None, repr=False)
     _probed_head: nn.Module | None = field(init=False, default=None, repr=False)
     _probed: bool = field(init=False, default=False, repr=False)
@@ -117,15 +108,60 @@ def forward_backward(
     names = _single_slots(batch)
     _check_batch(bank.model, batch, reference_logprobs_NL)
     weights = batch.weights_NL.sum(1).tolist()
+    trained = _trained(batch)
     batch = batch.to(bank.device)
     routing = _routing(engine, batch, names, steps)
     mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)
     with mode, own_attention(bank.model.modules(), bank.device), bank.route(routing), torch.enable_grad():
-        with engine.watched():
-            total, row_losses = _row_losses(engine, batch, reference_logprobs_NL)
-        if total.requires_grad:
-            total.backward()
-    return _by_slot(names, row_losses.tolist(), weights)
+        if _graphed(engine, batch, routing, reference_logprobs_NL):
+            row_losses = _replayed(engine, batch, trained, routing)
+        else:
+            row_losses = _passed(engine, batch, trained, reference_logprobs_NL)
+    return by_slot(names, row_losses, weights)
+
+
+def _passed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], reference_NL: Tensor | None) -> Tensor:
+    """Forward and backward; each row's loss (N,)."""
+    with engine.watched():
+        total, row_losses = _row_losses(engine, batch, trained, reference_NL)
+    if total.requires_grad:
+        total.backward()
+    return row_losses
+
+
+def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tensor | None) -> bool:
+    """Whether this pass can be one of those that are captured: all of it runs on one GPU, without a look at what is on it."""
+    if not engine.cuda_graphs or engine.bank.device.type != "cuda" or engine.base_dropout or engine.loss_function is not nll:
+        return False
+    plain = reference_NL is None and batch.references is None and engine.head() is not None
+    return plain and all_fused(engine.bank, routing) and engine.gradient_checkpointing in engine._deterministic
+
+
+def _replayed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], routing: Routing) -> Tensor:
+    """The same as `_passed`, from a graph where one was captured."""
+    bank = engine.bank
+    rows, columns = (send(_lengthened(index), bank.device) for index in trained)
+    (rows_N, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
+    tables = routing.tables(rows_N, length, bank.slot_numbers, slots, device)
+    if tables is None:
+        return _passed(engine, batch, (rows, columns), None)
+    mask = batch.mask
+    tensors = [batch.input_ids_NL, batch.weights_NL, rows, columns, *tables.tensors, *([] if mask is None else [mask])]
+
+    def compute(given: Sequence[Tensor]) -> Tensor:
+        ids, weights, rows, columns, order, tiles, chunks, spans, *rest = given
+        full = replace(batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=rest[0] if rest else batch.attention_mask_NL)
+        with bank.route(routing.captured(rows_N, length, slots, device, RouteTables(order, tiles, chunks, spans))):
+            return _passed(engine, full, (rows, columns), None)
+
+    key = (bank.structure, routing.names, engine.gradient_checkpointing, mask is None)
+    leaves = [leaf for name in sorted(routing.names) for leaf in bank.parameters(name)]
+    return engine.graphs.run(key, tensors, leaves, compute)
+
+
+def _lengthened(index_T: Tensor) -> Tensor:
+    """Filled up to one of few lengths with token 0 of row 0, which never has a weight."""
+    return torch.nn.functional.pad(index_T, (0, -len(index_T) % TRAINED_GRANULE))
 
 
 def optim_step(optimizer: SlotOptimizer, learning_rates: Mapping[str, float], tokens: Mapping[str, float]) -> dict[str, SlotStep]:
@@ -139,7 +175,9 @@ def optim_step(optimizer: SlotOptimizer, learning_rates: Mapping[str, float], to
 def logprobs(engine: Engine, batch: Batch) -> Tensor:
     """log p of every token with weight ≠ 0, fp32 (N, L), zero elsewhere; no gradient, for evaluation and references."""
     _check_batch(engine.bank.model, batch, None)
+    rows, columns = _trained(batch)
     batch = batch.to(engine.bank.device)
+    rows, columns = send(rows, engine.bank.device), send(columns, engine.bank.device)
     out = torch.zeros_like(batch.weights_NL)
     routing = row_routing(engine.bank, batch.routes, batch.input_ids_NL.shape[1], exact=False)
     model = engine.bank.model
@@ -149,7 +187,6 @@ def logprobs(engine: Engine, batch: Batch) -> Tensor:
         own_attention(model.modules(), engine.bank.device),
         engine.bank.route(routing),
     ):
-        rows, columns = _trained(batch)
         out[rows, columns] = _token_logprobs(engine, batch, rows, columns)
     return out
 
@@ -187,18 +224,20 @@ def _check_batch(model: nn.Module, batch: Batch, reference_NL: Tensor | None) ->
 
 
 def _trained(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the target tokens, in order."""
+    """Rows and columns of the target tokens, in order. Asked for before the batch goes to a GPU, which would have to be waited for."""
     where = batch.weights_NL.nonzero()
     return where[:, 0], where[:, 1]
 
 
-def _row_losses(engine: Engine, batch: Batch, reference_NL: Tensor | None) -> tuple[Tensor, Tensor]:
+def _row_losses(
+    engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], reference_NL: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(the sum to differentiate, each row's loss (N,))."""
-    rows, columns = _trained(batch)
+    rows, columns = (send(index, engine.bank.device) for index in trained)
     weights = batch.weights_NL[rows, columns]
     split = engine.head()
     if split is not None and engine.loss_function is nll:
-        hidden = split.hidden(batch.input_ids_NL, batch.attention_mask_NL)[rows, columns - 1]
+        hidden = split.hidden(batch.input_ids_NL, batch.mask)[rows, columns - 1]
         targets = batch.input_ids_NL[rows, columns]
         total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, weights, split.head.bias)
         return total, nll(LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=rows, rows=batch.rows))
@@ -230,21 +269,7 @@ def _token_logprobs(engine: Engine, batch: Batch, rows: Tensor, columns: Tensor)
     targets = batch.input_ids_NL[rows, columns]
     split = engine.head()
     if split is not None:
-        hidden = split.hidden(batch.input_ids_NL, batch.attention_mask_NL)[rows, columns - 1]
+        hidden = split.hidden(batch.input_ids_NL, batch.mask)[rows, columns - 1]
         return token_logprobs(hidden, split.head.weight, targets, split.head.bias)
     logits = logits_of(engine.bank.model, batch.input_ids_NL, batch.attention_mask_NL)
     return logits[rows, columns - 1].float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-
-
-def _by_slot(names: list[str | None], losses: list[float], weights: list[float]) -> dict[str, SlotLoss]:
-    found: dict[str, SlotLoss] = {}
-    for name in dict.fromkeys(n for n in names if n is not None):
-        mine = [i for i, n in enumerate(names) if n == name]
-        loss_sum = sum(losses[i] for i in mine)
-        found[name] = SlotLoss(
-            loss_sum=loss_sum,
-            tokens=sum(weights[i] for i in mine),
-            finite=math.isfinite(loss_sum),
-            row_losses={i: losses[i] for i in mine},
-        )
-    return found

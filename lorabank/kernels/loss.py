@@ -1,26 +1,42 @@
 """Token log-probabilities of a language-model head, in chunks, so that the logits of a whole batch are never held.
 
+What is done with one chunk is a `Path`: plain torch, or on a GPU the kernel in gpu/loss.py.
+
 Shapes: T tokens, H hidden features, V vocabulary entries. The head's weight is frozen: no gradient is made for it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorabank.kernels import onednn
+from lorabank.kernels.gpu import runtime
 
 CHUNK_NUMBERS = 2**24
-"""Logits held at once: 64 MiB in fp32."""
+"""Logits held at once by the plain path: 64 MiB in fp32."""
 
 
-def _chunks(targets_T: Tensor, weight_VH: Tensor, numbers: int) -> list[slice]:
-    """Slices of the tokens, each with at most `numbers` logits (and at least one token)."""
-    step = max(1, numbers // max(1, weight_VH.shape[0]))
-    return [slice(i, i + step) for i in range(0, len(targets_T), step)]
+class Path(NamedTuple):
+    """A way to work through one chunk, and the size of chunk that suits it."""
+
+    chunk: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
+    """(hidden_TH, weight_VH, targets_T, bias_V, scale_T) → (log p, scale · (p − onehot(target)) @ W; None without a scale)."""
+    numbers: int
+    """Logits held at once."""
+    multiple: int
+    """A chunk has a multiple of this many tokens, if it may have as many."""
+
+
+def _chunks(tokens: int, vocabulary: int, path: Path) -> list[slice]:
+    """Slices of the tokens, each with at most `path.numbers` logits (and at least one token)."""
+    step = max(1, path.numbers // max(1, vocabulary))
+    step -= step % path.multiple if step > path.multiple else 0
+    return [slice(i, i + step) for i in range(0, tokens, step)]
 
 
 def _logits(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -41,15 +57,47 @@ def _softmax_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return target_T - top_T + logits_TV.amax(-1).log()
 
 
+def _hidden_gradient(probabilities_TV: Tensor, targets_T: Tensor, scale_T: Tensor, weight_VH: Tensor) -> Tensor:
+    """scale · (p − onehot(target)) @ W, writing over the probabilities."""
+    probabilities_TV.scatter_add_(1, targets_T[:, None], torch.full_like(targets_T[:, None], -1, dtype=probabilities_TV.dtype))
+    # the scale goes onto the short side of the product: H numbers a token, not V
+    return onednn.input_grad(probabilities_TV.to(weight_VH.dtype), weight_VH) * scale_T[:, None].to(weight_VH.dtype)
+
+
+def plain_chunk(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None, scale_T: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One chunk in torch, with its logits in fp32."""
+    probabilities = _logits(hidden_TH, weight_VH, bias_V)
+    logprobs = _softmax_(probabilities, targets_T)
+    return logprobs, None if scale_T is None else _hidden_gradient(probabilities, targets_T, scale_T, weight_VH)
+
+
+PLAIN = Path(plain_chunk, numbers=CHUNK_NUMBERS, multiple=1)
+
+
+def triton_path() -> Path:
+    """The path through the Triton kernel, where `runtime.available`. Triton is imported here and not before."""
+    from lorabank.kernels.gpu import loss as gpu
+
+    return Path(gpu.chunk, numbers=gpu.CHUNK_NUMBERS, multiple=gpu.CHUNK_MULTIPLE)
+
+
+def best_path(hidden_TH: Tensor, weight_VH: Tensor) -> Path:
+    """The fastest path for these; on a CPU the plain one, also where Triton's interpreter could run the other."""
+    suits = hidden_TH.is_cuda and weight_VH.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return triton_path() if suits and runtime.available(hidden_TH.device) else PLAIN
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """log p(target), differentiable in the hidden states; backward computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None, numbers: int) -> Tensor:
+    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None, path: Path) -> Tensor:
         out = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
-        for rows in _chunks(targets_T, weight_VH, numbers):
-            out[rows] = _softmax_(_logits(hidden_TH[rows], weight_VH, bias_V), targets_T[rows])
-        ctx.numbers = numbers
+        for rows in _chunks(len(targets_T), len(weight_VH), path):
+            out[rows], _ = path.chunk(hidden_TH[rows], weight_VH, targets_T[rows], bias_V, None)
+        ctx.path = path
         ctx.save_for_backward(hidden_TH, weight_VH, targets_T, bias_V)
         return out
 
@@ -59,10 +107,8 @@ class _TokenLogprobs(torch.autograd.Function):
         (grad_T,) = grad_outputs
         hidden, weight, targets, bias = ctx.saved_tensors
         dh = torch.empty_like(hidden)
-        for rows in _chunks(targets, weight, ctx.numbers):
-            probabilities = _logits(hidden[rows], weight, bias)
-            _softmax_(probabilities, targets[rows])
-            dh[rows] = _hidden_gradient(probabilities, targets[rows], -grad_T[rows], weight)
+        for rows in _chunks(len(targets), len(weight), ctx.path):
+            _, dh[rows] = ctx.path.chunk(hidden[rows], weight, targets[rows], bias, -grad_T[rows])
         return dh, None, None, None, None
 
 
@@ -77,15 +123,15 @@ class _WeightedNLL(torch.autograd.Function):
         targets_T: Tensor,
         weights_T: Tensor,
         bias_V: Tensor | None,
-        numbers: int,
+        path: Path,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TH.device)
         dh = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(targets_T, weight_VH, numbers):
-            probabilities = _logits(hidden_TH[rows], weight_VH, bias_V)
-            logprobs[rows] = _softmax_(probabilities, targets_T[rows])
-            if dh is not None:
-                dh[rows] = _hidden_gradient(probabilities, targets_T[rows], weights_T[rows], weight_VH)
+        for rows in _chunks(len(targets_T), len(weight_VH), path):
+            scale = None if dh is None else weights_T[rows]
+            logprobs[rows], dh_rows = path.chunk(hidden_TH[rows], weight_VH, targets_T[rows], bias_V, scale)
+            if dh is not None and dh_rows is not None:
+                dh[rows] = dh_rows
         if dh is not None:
             ctx.save_for_backward(dh)
         ctx.mark_non_differentiable(logprobs)
@@ -98,26 +144,21 @@ class _WeightedNLL(torch.autograd.Function):
         return dh * grad_outputs[0].to(dh.dtype), None, None, None, None, None
 
 
-def _hidden_gradient(probabilities_TV: Tensor, targets_T: Tensor, scale_T: Tensor, weight_VH: Tensor) -> Tensor:
-    """scale · (p − onehot(target)) @ W, writing over the probabilities."""
-    probabilities_TV.scatter_add_(1, targets_T[:, None], torch.full_like(targets_T[:, None], -1, dtype=probabilities_TV.dtype))
-    # the scale goes onto the short side of the product: H numbers a token, not V
-    return onednn.input_grad(probabilities_TV.to(weight_VH.dtype), weight_VH) * scale_T[:, None].to(weight_VH.dtype)
-
-
 def token_logprobs(
     hidden_TH: Tensor,
     weight_VH: Tensor,
     targets_T: Tensor,
     bias_V: Tensor | None = None,
     *,
-    chunk_numbers: int = CHUNK_NUMBERS,
+    chunk_numbers: int | None = None,
+    path: Path | None = None,
 ) -> Tensor:
     """log p(target | hidden), fp32 (T,), differentiable in `hidden_TH`. Supervised, preference and RL losses stand on it.
 
-    `chunk_numbers`: logits held at once; it changes memory and speed only.
+    `chunk_numbers`: logits held at once, None for what suits the path; it changes memory and speed only.
+    `path`: how a chunk is done; None for the fastest that runs here.
     """
-    return _TokenLogprobs.apply(hidden_TH, weight_VH, targets_T, bias_V, chunk_numbers)
+    return _TokenLogprobs.apply(hidden_TH, weight_VH, targets_T, bias_V, _sized(path, chunk_numbers, hidden_TH, weight_VH))
 
 
 def weighted_nll(
@@ -127,7 +168,14 @@ def weighted_nll(
     weights_T: Tensor,
     bias_V: Tensor | None = None,
     *,
-    chunk_numbers: int = CHUNK_NUMBERS,
+    chunk_numbers: int | None = None,
+    path: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(Σ weight · −log p, log p (T,)): the fast path of `token_logprobs` for the usual loss. Only the sum is differentiable."""
-    return _WeightedNLL.apply(hidden_TH, weight_VH, targets_T, weights_T, bias_V, chunk_numbers)
+    path = _sized(path, chunk_numbers, hidden_TH, weight_VH)
+    return _WeightedNLL.apply(hidden_TH, weight_VH, targets_T, weights_T, bias_V, path)
+
+
+def _sized(path: Path | None, numbers: int | None, hidden_TH: Tensor, weight_VH: Tensor) -> Path:
+    path = path or best_path(hidden_TH, weight_VH)
+    return path if numbers is None else path._replace(numbers=numbers)

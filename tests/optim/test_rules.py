@@ -16,8 +16,8 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import OPTIMIZERS as CONFIGURABLE
 from lorabank.kernels.native import adamw as native_adamw
 from lorabank.kernels.native import library
-from lorabank.optim import slot_optimizer
-from lorabank.optim.rules import OPTIMIZERS
+from lorabank.optim import plain, slots
+from lorabank.optim.rules import OPTIMIZERS, RuleNumbers
 from lorabank.optim.slot_optimizer import OptimizerConfig, SlotOptimizer
 
 RATE, STEPS = 1e-2, 50
@@ -110,7 +110,7 @@ def test_a_fused_step_is_the_plain_one(
     config = OptimizerConfig(rule=rule, weight_decay=0.1, loraplus_ratio=ratio, max_grad_norm=limit)
     results: list[dict[str, Tensor]] = []
     for table in (OPTIMIZERS, PLAIN):
-        monkeypatch.setattr(slot_optimizer, "OPTIMIZERS", table)
+        monkeypatch.setattr(slots, "OPTIMIZERS", table)
         bank = make_bank()
         optimizer = SlotOptimizer(bank)
         optimizer.add("a", config)
@@ -158,8 +158,8 @@ def test_pieces_give_the_whole(rule: str, monkeypatch: pytest.MonkeyPatch) -> No
     """On a CPU a rule works on pieces: how large they are changes at most the last bit, where vector code ends."""
     results: list[Tensor] = []
     for size in (2**18, 13):
-        monkeypatch.setattr(slot_optimizer, "OPTIMIZERS", PLAIN)
-        monkeypatch.setattr(slot_optimizer, "CPU_PIECE", size)
+        monkeypatch.setattr(slots, "OPTIMIZERS", PLAIN)
+        monkeypatch.setattr(plain, "CPU_PIECE", size)
         bank = make_bank()
         optimizer = SlotOptimizer(bank)
         optimizer.add("a", OptimizerConfig(rule=rule))
@@ -181,6 +181,6 @@ def test_a_rule_names_its_state(name: str) -> None:
     rule = OPTIMIZERS[name]
     state = [torch.zeros(4) for _ in rule.state_names]
     gradient = torch.tensor([1.0, -2.0, 0.0, 3.0])
-    rule.direction(gradient, state, slot_optimizer.RuleNumbers(beta1=0.9, beta2=0.99, eps=1e-8, step=1))
+    rule.direction(gradient, state, RuleNumbers(beta1=0.9, beta2=0.99, eps=1e-8, step=1))
     assert torch.equal(gradient.sign(), torch.tensor([1.0, -1.0, 0.0, 1.0]))
     assert all(bool(tensor.any()) for tensor in state)

@@ -1,0 +1,120 @@
+"""What a compiled block's layers get for one call: tensors only, so that another route or another adapter compiles nothing anew.
+
+`LayerCall` is all that the traced code of a `LoRALayer` reads. The capacity buffers enter through one autograd node a block, outside
+the compiled code; its backward hands each slot's rows of their gradients to the slot's own leaves (decision 002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorabank.errors import RoutingError
+from lorabank.kernels.tables import RouteTables
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """Where a layer keeps its slots: by slot number, on its device."""
+
+    ranks_P2: Tensor
+    """int32 (first row in the capacity buffers, ranks); (0, 0) for a slot that this layer lacks."""
+    scaling_P: Tensor
+    """fp32."""
+    width: int
+    """The largest rank, rounded up to 16 or to a power of two from 64 on: code is compiled for it."""
+
+
+def table_width(rank: int) -> int:
+    """The width for a largest rank: 16, 64, 128, 256 … so that few are ever compiled for."""
+    return 16 if rank <= 16 else max(64, 1 << (rank - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer's part in one call of its block."""
+
+    A: Tensor
+    B: Tensor
+    layer: LayerTables
+    batch: RouteTables
+    rows_U: Tensor
+    """(U, 0): its length is the number of rows that the route is about."""
+    storage: str
+    """How the base weight is kept: a name in kernels/gpu/storage.py."""
+
+    def suits(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the layer's input has the tokens that the tables are about, in their order."""
+        rows, tokens = self.rows_U.shape[0], self.batch.order_N.shape[0]
+        ordered = x.shape[0] == rows or x.shape[0] == tokens  # noqa: PLR1714  `in` doesn't see sizes that vary
+        return x.dtype == weight.dtype and ordered and x.numel() == tokens * x.shape[-1]
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output. Traced by torch.compile."""
+        part, batch = self.layer, self.batch
+        y, _ = torch.ops.lorabank.lora_linear(
+            x, [weight], bias, self.A, self.B, part.ranks_P2, part.scaling_P,
+            batch.order_N, batch.tiles_S4, batch.chunks_C4, batch.spans_P2, self.storage, part.width,
+        )  # fmt: skip
+        return y
+
+
+@dataclass(frozen=True)
+class LeafRange:
+    """Where one leaf lies in the buffers that enter a block."""
+
+    buffer: int
+    start: int
+    stop: int
+
+
+class _Entrance(torch.autograd.Function):
+    """A block's input and the capacity buffers of its layers, as results that depend on the leaves of the slots in use."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, buffers: Sequence[Tensor], ranges: Sequence[LeafRange], check: Callable[[], None], *leaves: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.ranges, ctx.check = ranges, check
+        ctx.set_materialize_grads(False)
+        return x.detach(), *(buffer.detach() for buffer in buffers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.check()
+        leaves = []
+        for place in ctx.ranges:
+            gradient = grad_outputs[1 + place.buffer]
+            leaves.append(None if gradient is None else gradient[place.start : place.stop])
+        return grad_outputs[0] if ctx.needs_input_grad[0] else None, None, None, None, *leaves
+
+
+def entering(
+    x: Tensor,
+    buffers: Sequence[Tensor],
+    leaves: Sequence[nn.Parameter],
+    ranges: Sequence[LeafRange],
+    structure: int,
+    now: Callable[[], int],
+) -> tuple[Tensor, ...]:
+    """x and the buffers, as results that depend on `leaves`: the first block's input needs a gradient then, as every other's does.
+
+    Backward raises RoutingError when the bank has changed since.
+    """
+
+    def check() -> None:
+        if now() != structure:
+            raise RoutingError(
+                "adapters were added or removed between a compiled block's forward pass and its backward. "
+                "Finish backward() first, then change the bank."
+            )
+
+    if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
+        return x, *buffers
+    return _Entrance.apply(x, buffers, ranges, check, *leaves)

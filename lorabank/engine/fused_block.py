@@ -1,0 +1,171 @@
+"""A repeated block whose LoRA products are compiled into it.
+
+What a call needs (which tokens use which slot, where the slots are) is looked up outside the compiled code, on every call, and goes in
+as tensors. So a compiled block follows `bank.route`, `bank.use` and recomputation as a plain one does, and its code is one for all
+blocks of a class. A call that the kernels don't take (mixtures, dropout) runs the block as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorabank.bank.bank import AdapterBank, all_layers
+from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, entering
+from lorabank.bank.layers import LoRALayer
+from lorabank.bank.routing import Routing
+from lorabank.kernels.tables import RouteTables
+
+FEW = 64
+"""A pass without gradients over fewer tokens runs plainly: a probe or a decoding step isn't worth code of its own."""
+SLOTS = 8
+"""Tables are made for a multiple of so many slots: few sizes, whatever the bank holds."""
+
+
+class FusedBlock:
+    """What `block(...)` calls instead of the block's own code, once it is compiled."""
+
+    def __init__(self, block: nn.Module, **options: Any) -> None:
+        """`options`: of torch.compile."""
+        importlib.import_module("lorabank.kernels.gpu.op")  # registers lorabank::lora_linear; needs Triton, so not before
+        self.block = block
+        self.recompute = False
+        """Whether to keep only the block's inputs and compute it again in backward."""
+        self._compiled = torch.compile(block._call_impl, **options)
+        self._lock = threading.Lock()
+        self._bank: AdapterBank | None = None
+        self._structure = -1
+        self._layers: list[LoRALayer] = []
+        self._tables: list[LayerTables] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's outputs."""
+        run = self._chosen(args)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return run(*args, **kwargs)
+
+    def _chosen(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """What computes this call: the compiled block under the route in force, or the plain one."""
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        if x is None or not self._ready() or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
+            return self.block._call_impl
+        if self._bank is None:
+            return self._compiled
+        routing = self._bank.route_in_force(self._layers[0].path)
+        batch = None if routing is None else self._batch(self._bank, routing, x)
+        if routing is None or batch is None:
+            return self.block._call_impl  # its layers look the route up themselves
+        tables, rows_U = batch
+
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._run(routing, tables, rows_U, x, args, kwargs)
+
+        return run
+
+    def _run(
+        self, routing: Routing, batch: RouteTables, rows_U: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        x, calls = self._enter(routing, batch, rows_U, x)
+        _vary_lengths(x, args, kwargs)
+        with self._lock:  # another thread may come to this block under another route
+            for layer, call in zip(self._layers, calls, strict=True):
+                layer.__dict__["call"] = call
+            try:
+                return self._compiled(x, *args, **kwargs)
+            finally:
+                for layer in self._layers:
+                    layer.__dict__["call"] = None
+
+    def _ready(self) -> bool:
+        """Bring the tables up to date with the bank. False while a layer has yet to be seen in a plain pass."""
+        if self._bank is not None and self._bank.structure == self._structure:
+            return True
+        adapted = [module for module in self.block.modules() if isinstance(module, LoRALayer)]
+        if not all(layer.reached for layer in adapted):
+            return False
+        self._layers = [layer for layer in adapted if layer.fusable]
+        bank = self._layers[0].router if self._layers else None
+        self._bank = bank if isinstance(bank, AdapterBank) else None
+        if self._bank is not None:
+            self._structure = self._bank.structure
+            slots = slot_count(self._bank)
+            self._tables = [layer.slot_tables(self._bank.slot_numbers, slots) for layer in self._layers]
+            for table in self._tables:
+                _vary(table.ranks_P2, table.scaling_P)
+        return True
+
+    def _batch(self, bank: AdapterBank, routing: Routing, x: Tensor) -> tuple[RouteTables, Tensor] | None:
+        if _drops(bank, routing):
+            return None
+        units = routing.units_of(x, self._layers[0].path)
+        tokens = x.numel() // x.shape[-1]
+        tables = routing.tables(units, tokens // units, bank.slot_numbers, slot_count(bank), x.device)
+        if tables is None:
+            return None
+        rows_U = torch.empty((x.shape[0], 0), device=x.device)
+        _vary(tables.order_N, tables.tiles_S4, tables.chunks_C4, tables.spans_P2, rows_U)
+        return tables, rows_U
+
+    def _enter(self, routing: Routing, batch: RouteTables, rows_U: Tensor, x: Tensor) -> tuple[Tensor, list[LayerCall]]:
+        bank = self._bank
+        assert bank is not None  # `_chosen` asked for it
+        buffers: list[Tensor] = []
+        leaves: list[nn.Parameter] = []
+        ranges: list[LeafRange] = []
+        for layer in self._layers:
+            for which, buffer in enumerate(layer.store.buffers):
+                for name in routing.names & layer.slots.keys():
+                    tensors = layer.slots[name].tensors
+                    leaves.append(tensors.B_RO if which else tensors.A_RI)
+                    ranges.append(LeafRange(len(buffers), tensors.start, tensors.stop))
+                buffers.append(buffer)
+        x, *entered = entering(x, buffers, leaves, ranges, bank.structure, lambda: bank.structure)
+        _vary(*entered)
+        return x, [
+            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], batch, rows_U) for i, layer in enumerate(self._layers)
+        ]
+
+
+def slot_count(bank: AdapterBank) -> int:
+    """Slots that tables of this bank are made for."""
+    return -(-(max(bank.slot_numbers.values(), default=0) + 1) // SLOTS) * SLOTS
+
+
+def all_fused(bank: AdapterBank, routing: Routing) -> bool:
+    """Whether every adapted layer's product is compiled into a block, under this route."""
+    if _drops(bank, routing) or any(part.weights_U is not None for plan in routing.plans.values() for part in plan):
+        return False
+    inside: set[int] = set()
+    for block in bank.model.modules():
+        if isinstance(block._compiled_call_impl, FusedBlock):
+            inside |= {id(module) for module in block.modules() if isinstance(module, LoRALayer)}
+    return all(layer.fusable and id(layer) in inside for layer in all_layers(bank))
+
+
+def _drops(bank: AdapterBank, routing: Routing) -> bool:
+    return routing.dropout is not None and any(bank.config(name).dropout for name in routing.names)
+
+
+def _vary(*tensors: Tensor) -> None:
+    """Tell the compiler that the first size varies from call to call."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def _vary_lengths(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Tell the compiler that rows and tokens of the block's inputs vary."""
+    sizes = set(x.shape[:-1]) - {1}
+    given = [value for group in (args, kwargs.values()) for value in group]
+    inside = [part for value in given if isinstance(value, tuple) for part in value]
+    for tensor in [x, *given, *inside]:
+        if isinstance(tensor, Tensor):
+            for dim, size in enumerate(tensor.shape[:-1] if tensor is x or tensor.is_floating_point() else tensor.shape):
+                if size in sizes:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)

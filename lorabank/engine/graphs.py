@@ -1,0 +1,102 @@
+"""CUDA graphs of whole passes: forward and backward of a batch shape that comes again are started as one, not kernel by kernel.
+
+A step of few tokens is bound by the host, which starts thousands of kernels; a graph starts them all at once. The captured pass
+reads its batch from tensors that are refilled for each replay, and leaves its gradients in tensors that the leaves then point at.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SEEN_BEFORE = 2
+"""Passes of a shape that run kernel by kernel, which compiles and warms up what they need, before it is captured."""
+KEPT = 4
+"""Graphs kept at a time: each holds on to the memory of its pass."""
+
+Pass = Callable[[Sequence[Tensor]], Tensor]
+"""(the batch's tensors on the device) → each row's loss, once backward has left its gradients in the leaves."""
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    row_losses: Tensor
+    gradients: list[tuple[nn.Parameter, Tensor]]
+
+
+class PassGraphs:
+    """The graphs of one engine."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[Hashable] = Counter()
+        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self.refused: str | None = None
+        """Why passes aren't captured any more, if one couldn't be."""
+
+    def run(self, key: Hashable, tensors: Sequence[Tensor], leaves: Sequence[nn.Parameter], compute: Pass) -> Tensor:
+        """Each row's loss, gradients added to `leaves`. `key`: all that a pass depends on besides the values of `tensors`."""
+        key = (key, tuple((t.shape, t.dtype) for t in tensors))
+        found = self._captured.get(key)
+        if found is None and (self.refused is not None or self._seen[key] < SEEN_BEFORE):
+            self._seen[key] += 1
+            return compute(tensors)
+        before = _taken_off(leaves)
+        if found is None:
+            found = self._capture(key, tensors, leaves, compute)
+        if found is None:
+            _put_back(before)
+            return compute(tensors)
+        self._captured.move_to_end(key)
+        for mine, given in zip(found.inputs, tensors, strict=True):
+            mine.copy_(given, non_blocking=True)
+        found.graph.replay()
+        for leaf, gradient in found.gradients:
+            leaf.grad = gradient
+        _put_back(before)
+        return found.row_losses.clone()
+
+    def _capture(
+        self, key: Hashable, tensors: Sequence[Tensor], leaves: Sequence[nn.Parameter], compute: Pass
+    ) -> _Captured | None:
+        while len(self._captured) >= KEPT:
+            self._captured.popitem(last=False)
+        inputs = [tensor.clone() for tensor in tensors]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                row_losses = compute(inputs)
+        except Exception as error:  # noqa: BLE001  whatever a model does that can't be captured: it still trains without a graph
+            self.refused = f"{type(error).__name__}: {error}"
+            for leaf in leaves:
+                leaf.grad = None
+            torch.cuda.synchronize()
+            warnings.warn(
+                f"this model's passes can't be captured as CUDA graphs, so small steps stay bound by the host ({self.refused})",
+                stacklevel=2,
+            )
+            return None
+        gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
+        self._captured[key] = _Captured(graph, inputs, row_losses, gradients)
+        return self._captured[key]
+
+
+def _taken_off(leaves: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """The leaves' gradients of earlier passes, copied: they may lie in a graph's own memory, which a replay writes over."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    for leaf in leaves:
+        if leaf.grad is not None:
+            kept.append((leaf, leaf.grad.clone()))
+            leaf.grad = None
+    return kept
+
+
+def _put_back(before: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    for leaf, gradient in before:
+        leaf.grad = gradient if leaf.grad is None else gradient.add_(leaf.grad)

@@ -1,0 +1,255 @@
+"""LoRA's products for all slots of a batch, grouped by slot, in Triton.
+
+`shrink` makes x·Aᵀ (and dy·Bᵀ), `change` writes ·B into a new y (and ·A into a new dx) onto which the frozen product is then added,
+`expand_` adds it to a y that exists already, `outer` makes the gradients of A and B. Each visits only its slot's own tokens and ranks, so cost follows the ranks in use and nothing that isn't finite crosses over to
+another slot or to a base row. Sums are in fp32 and in a fixed order: the same input gives the same bits.
+
+The plain twin is reference.py. Shapes: N entries of the sorted tokens (see tables.py), F features (I of x, O of y), R ranks,
+W width of the narrow tensors (the largest rank, rounded up), P slot numbers. A and B are capacity buffers (ΣR, F), a slot being
+the range of rows that `ranks_P2` gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from lorabank.kernels.tables import TILE, RouteTables
+
+WIDEST_BLOCK = 128
+"""Ranks that one program holds."""
+PROGRAMS = 264
+"""Programs that keep a large GPU busy: two a multiprocessor of an H100."""
+SHARED_BYTES = 96 * 1024
+"""Shared memory that a program's pipeline may take: what every GPU from Turing's successors on has."""
+
+
+@triton.jit
+def _shrink(
+    x, weight, narrow, parts, order, tiles, ranks, scaling, features, entries, share,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ over features of x[token, f] · weight[start + rank, f]: with WHOLE scaled into narrow, else a split's share into parts."""
+    tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    if (count > 0) & (slot >= 0):
+        start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
+        if block * BLOCK_R < rank:
+            m, r = tl.arange(0, BLOCK_M), block * BLOCK_R + tl.arange(0, BLOCK_R)
+            rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
+            begin = split * share
+            end = tl.minimum(features, begin + share)
+            total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            for at in range(begin, end, BLOCK_F):
+                f = at + tl.arange(0, BLOCK_F)
+                x_tile = tl.load(x + rows[:, None] * features + f[None, :], mask=(m < count)[:, None] & (f < end)[None, :], other=0.0)
+                w_tile = tl.load(
+                    weight + (start + r)[:, None] * features + f[None, :], mask=(r < rank)[:, None] & (f < end)[None, :], other=0.0
+                ).to(x_tile.dtype)
+                total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision=PRECISION)
+            kept = (m < count)[:, None] & (r < rank)[None, :]
+            entry = (first + m).to(tl.int64)
+            if WHOLE:
+                scaled = (total * tl.load(scaling + slot)).to(narrow.dtype.element_ty)
+                tl.store(narrow + entry[:, None] * WIDTH + r[None, :], scaled, mask=kept)
+            else:
+                entry += split.to(tl.int64) * entries
+                tl.store(parts + entry[:, None] * WIDTH + r[None, :], total, mask=kept)
+
+
+@triton.jit
+def _gather(
+    parts, narrow, tiles, ranks, scaling, entries, splits,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """narrow = scaling · Σ over the splits of parts."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    if (count > 0) & (slot >= 0):
+        rank = tl.load(ranks + slot * 2 + 1)
+        e, s = tl.arange(0, BLOCK_M * BLOCK_R), tl.arange(0, BLOCK_S)
+        m, r = e // BLOCK_R, block * BLOCK_R + e % BLOCK_R
+        kept = (m < count) & (r < rank)
+        total = tl.zeros((BLOCK_M * BLOCK_R,), dtype=tl.float32)
+        for at in range(0, splits, BLOCK_S):
+            row = (at + s).to(tl.int64)[:, None] * entries + (first + m)[None, :]
+            total += tl.sum(tl.load(parts + row * WIDTH + r[None, :], mask=kept[None, :] & (at + s < splits)[:, None], other=0.0), 0)
+        scaled = (total * tl.load(scaling + slot)).to(narrow.dtype.element_ty)
+        tl.store(narrow + (first + m).to(tl.int64) * WIDTH + r, scaled, mask=kept)
+
+
+@triton.jit
+def _expand(
+    out, narrow, weight, bias, order, tiles, ranks, features,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ over ranks of narrow · weight[start + rank, f]: with ADD added to out[token, f], else written there (+ bias), all tokens."""
+    tile, column = tl.program_id(0), tl.program_id(1)
+    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    routed = slot >= 0
+    place = tl.maximum(slot, 0)
+    start = tl.load(ranks + place * 2).to(tl.int64)
+    rank = tl.where(routed, tl.load(ranks + place * 2 + 1), 0)
+    if (count > 0) & ((not ADD) | (rank > 0)):
+        m, f = tl.arange(0, BLOCK_M), column * BLOCK_F + tl.arange(0, BLOCK_F)
+        rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
+        total = tl.zeros((BLOCK_M, BLOCK_F), dtype=tl.float32)
+        for block in tl.static_range(WIDTH // BLOCK_R):
+            r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+            small = tl.load(
+                narrow + (first + m).to(tl.int64)[:, None] * WIDTH + r[None, :],
+                mask=(m < count)[:, None] & (r < rank)[None, :],
+                other=0.0,
+            )
+            w_tile = tl.load(
+                weight + (start + r)[:, None] * features + f[None, :],
+                mask=(r < rank)[:, None] & (f < features)[None, :],
+                other=0.0,
+            )
+            total = tl.dot(small, w_tile.to(small.dtype), total, input_precision=PRECISION)
+        inside = (m < count)[:, None] & (f < features)[None, :]
+        target = out + rows[:, None] * features + f[None, :]
+        if BIAS:
+            total += tl.load(bias + f, mask=f < features, other=0.0).to(tl.float32)[None, :]
+        if ADD:
+            total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _outer(
+    narrow, wide, parts, grad, order, chunks, ranks, features,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ over a chunk's tokens of narrow[entry, rank] · wide[token, f]: into grad for a slot's only chunk, else into parts."""
+    chunk, column, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot, first, count = tl.load(chunks + chunk * 4), tl.load(chunks + chunk * 4 + 1), tl.load(chunks + chunk * 4 + 2)
+    only = tl.load(chunks + chunk * 4 + 3)
+    start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
+    if (count > 0) & (block * BLOCK_R < rank):
+        r, f = block * BLOCK_R + tl.arange(0, BLOCK_R), column * BLOCK_F + tl.arange(0, BLOCK_F)
+        total = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
+        for at in range(0, count, BLOCK_N):
+            n = at + tl.arange(0, BLOCK_N)
+            rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
+            small = tl.load(
+                narrow + (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :],
+                mask=(n < count)[:, None] & (r < rank)[None, :],
+                other=0.0,
+            )
+            tile = tl.load(
+                wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0
+            )
+            total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
+        inside = (r < rank)[:, None] & (f < features)[None, :]
+        if only == 1:
+            tl.store(grad + (start + r)[:, None] * features + f[None, :], total, mask=inside)
+        else:
+            row = chunk.to(tl.int64) * WIDTH + r
+            tl.store(parts + row[:, None] * features + f[None, :], total, mask=inside)
+
+
+@triton.jit
+def _fold(parts, grad, spans, ranks, features, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+    """grad = Σ over a slot's chunks of parts; zero for a slot without tokens; nothing to do for one with a single chunk."""
+    slot, block = tl.program_id(0), tl.program_id(1)
+    first, count = tl.load(spans + slot * 2), tl.load(spans + slot * 2 + 1)
+    start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
+    numbers = rank * features
+    if (count != 1) & (block * BLOCK < numbers):
+        e, c = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for at in range(0, count, BLOCK_C):
+            row = (first + at + c).to(tl.int64) * WIDTH * features
+            kept = (at + c < count)[:, None] & (e < numbers)[None, :]
+            total += tl.sum(tl.load(parts + row[:, None] + e[None, :], mask=kept, other=0.0), 0)
+        tl.store(grad + start * features + e, total, mask=e < numbers)
+
+
+def _launch(kernel: Any) -> Any:
+    """What is started with [grid](...): seen by torch.compile where it is a compiled kernel, run as it is by the interpreter."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"  # only fp32 has a choice to make
+
+
+def _stages(rows: int, block_f: int, item: int, block_r: int) -> int:
+    """How many steps of a loop are loaded ahead: tiles of both operands, the narrow one in fp32."""
+    return max(1, min(4, SHARED_BYTES // (block_f * (rows * item + block_r * 4))))
+
+
+def shrink(x_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor, width: int) -> Tensor:
+    """scaling · x·weightᵀ of each entry, in x's dtype, (N, W). Entries without a slot and ranks that a slot lacks stay unwritten."""
+    entries, features = x_NF.shape
+    tiles = tables.tiles_S4.shape[0]
+    block_r = min(width, WIDEST_BLOCK)
+    block_f = 128 if x_NF.element_size() == 2 and block_r <= 64 else 64
+    # enough programs for a GPU: two a multiprocessor, but no part shorter than 512 features
+    splits = max(1, min(features // 512, PROGRAMS // tiles))
+    share = -(-features // (splits * block_f)) * block_f
+    narrow = torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device)
+    parts = narrow if splits == 1 else torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device)
+    _launch(_shrink)[(tiles, splits, width // block_r)](
+        x_NF, weight_RF, narrow, parts, tables.order_N, tables.tiles_S4, ranks_P2, scaling_P, features, entries, share,
+        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, WHOLE=splits == 1, PRECISION=_precision(x_NF.dtype),
+        num_warps=4, num_stages=_stages(TILE, block_f, x_NF.element_size(), block_r),
+    )  # fmt: skip
+    if splits > 1:
+        _launch(_gather)[(tiles, width // 16)](
+            parts, narrow, tables.tiles_S4, ranks_P2, scaling_P, entries, splits,
+            WIDTH=width, BLOCK_M=TILE, BLOCK_R=16, BLOCK_S=8, num_warps=4,
+        )  # fmt: skip
+    return narrow
+
+
+def expand_(out_NF: Tensor, narrow_NW: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor) -> None:
+    """out += narrow·weight in place, for tokens with a slot; rounded once. Other rows aren't touched."""
+    _expand_into(out_NF, narrow_NW, weight_RF, None, tables, ranks_P2, add=True)
+
+
+def change(narrow_NW: Tensor, weight_RF: Tensor, bias_F: Tensor | None, tables: RouteTables, ranks_P2: Tensor) -> Tensor:
+    """narrow·weight (+ bias) of every token, (N, F), in narrow's dtype: what the frozen product is then added onto."""
+    out = torch.empty((narrow_NW.shape[0], weight_RF.shape[1]), dtype=narrow_NW.dtype, device=narrow_NW.device)
+    _expand_into(out, narrow_NW, weight_RF, bias_F, tables, ranks_P2, add=False)
+    return out
+
+
+def _expand_into(
+    out: Tensor, narrow: Tensor, weight: Tensor, bias: Tensor | None, tables: RouteTables, ranks: Tensor, *, add: bool
+) -> None:
+    width, features = narrow.shape[1], weight.shape[1]
+    block_r = min(width, WIDEST_BLOCK)
+    block_f = 128
+    _launch(_expand)[(tables.tiles_S4.shape[0], -(-features // block_f))](
+        out, narrow, weight, weight if bias is None else bias, tables.order_N, tables.tiles_S4, ranks, features,
+        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, ADD=add, BIAS=bias is not None,
+        PRECISION=_precision(narrow.dtype), num_warps=8 if TILE >= 64 else 4, num_stages=1,
+    )  # fmt: skip
+
+
+def outer(narrow_NW: Tensor, wide_NF: Tensor, like_RF: Tensor, tables: RouteTables, ranks_P2: Tensor) -> Tensor:
+    """The gradient of a capacity buffer, fp32 (ΣR, F): narrowᵀ·wide for each slot. Rows that belong to no slot stay unwritten."""
+    width, features = narrow_NW.shape[1], wide_NF.shape[1]
+    chunks, slots = tables.chunks_C4.shape[0], ranks_P2.shape[0]
+    grad = torch.empty_like(like_RF)
+    parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
+    block_r = min(width, WIDEST_BLOCK)
+    block_f, block_n = 128, 64
+    _launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
+        narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, features,
+        WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, PRECISION=_precision(wide_NF.dtype),
+        num_warps=4, num_stages=_stages(block_n, block_f + block_r, wide_NF.element_size(), 0),
+    )  # fmt: skip
+    _launch(_fold)[(slots, -(-width * features // 512))](
+        parts, grad, tables.spans_P2, ranks_P2, features, WIDTH=width, BLOCK_C=8, BLOCK=512, num_warps=4
+    )
+    return grad

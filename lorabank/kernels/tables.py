@@ -1,0 +1,82 @@
+"""A batch's routing as small tensors on the device: what a grouped kernel needs to know which tokens use which slot.
+
+Made once for a batch on the host, shared by every layer, never read back. Shapes are all that compiled code depends on.
+Shapes: N entries (one for each token of the batch), S tiles, C chunks, P slot numbers (a slot keeps its number while it lives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 64
+"""Tokens that one program of the products with A and B takes."""
+CHUNKS = 8
+"""Into at least so many parts the tokens are cut for the gradients of A and B, so that a GPU has enough to do at once."""
+SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
+
+
+@dataclass(frozen=True)
+class RouteTables:
+    """Where each slot's tokens are. All int32."""
+
+    order_N: Tensor
+    """Token of each entry: the tokens of one slot stand together, those without a slot behind them."""
+    tiles_S4: Tensor
+    """(slot, first entry, entries ≤ TILE, 0) of each tile. Slot −1: tokens without a slot."""
+    chunks_C4: Tensor
+    """(slot, first entry, entries, 1 if it is the slot's only chunk) of each chunk; empty chunks at the end."""
+    spans_P2: Tensor
+    """(first chunk, chunks) of each slot; chunks = 0 for a slot without tokens."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the fields."""
+        return self.order_N, self.tiles_S4, self.chunks_C4, self.spans_P2
+
+    def to(self, device: torch.device) -> RouteTables:
+        """The same on another device, without waiting for it."""
+        return RouteTables(*(_send(table, device) for table in self.tensors))
+
+
+def _send(table: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def route_tables(rows: Mapping[int, Sequence[int]], units: int, tokens: int, slots: int) -> RouteTables:
+    """Tables on the CPU for a batch of `units` × `tokens` tokens.
+
+    `rows`: slot number to its units, none of which belongs to another slot. `slots`: slot numbers in all.
+    """
+    routed = {unit for mine in rows.values() for unit in mine}
+    total = len(routed) * tokens
+    longest = min(LONGEST_CHUNK, max(SHORTEST_CHUNK, _power_of_two(total // CHUNKS)))
+    parts: list[Tensor] = []
+    tiles: list[tuple[int, int, int, int]] = []
+    chunks: list[tuple[int, int, int, int]] = []
+    spans = [(0, 0)] * slots
+    first = 0
+    for slot, mine in {**rows, -1: [unit for unit in range(units) if unit not in routed]}.items():
+        parts.append((torch.tensor(list(mine), dtype=torch.int32)[:, None] * tokens + torch.arange(tokens)).reshape(-1))
+        count = len(mine) * tokens
+        tiles += [(slot, first + i, min(TILE, count - i), 0) for i in range(0, count, TILE)]
+        if slot >= 0:
+            pieces = range(0, count, longest)
+            spans[slot] = (len(chunks), len(pieces))
+            chunks += [(slot, first + i, min(longest, count - i), int(len(pieces) == 1)) for i in pieces]
+        first += count
+    return RouteTables(torch.cat(parts).to(torch.int32), _table(tiles, 4), _table(chunks, 4), _table(spans, 2))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
+    """The rows as int32, at least one: a kernel can't be started for nothing."""
+    return torch.tensor(rows or [(0,) * columns], dtype=torch.int32)
