@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 64
+TILE = 32
 """Tokens that one program of the products with A and B takes."""
 CHUNKS = 8
 """Into at least so many parts the tokens are cut for the gradients of A and B, so that a GPU has enough to do at once."""

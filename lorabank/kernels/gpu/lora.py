@@ -23,8 +23,10 @@ from lorabank.kernels.tables import TILE, RouteTables
 
 WIDEST_BLOCK = 128
 """Ranks that one program holds."""
-PROGRAMS = 264
-"""Programs that keep a large GPU busy: two a multiprocessor of an H100."""
+PROGRAMS = 160
+"""Programs that keep a large GPU busy; fewer are split along the features."""
+ONE_PASS_WIDTH = 16
+"""Up to so many ranks a column's share of dy·Bᵀ is cheaper to write down than dy is to read again."""
 SHARED_BYTES = 96 * 1024
 """Shared memory that a program's pipeline may take: what every GPU from Turing's successors on has."""
 
@@ -157,6 +159,41 @@ def _outer(
 
 
 @triton.jit
+def _through(
+    narrow, wide, weight, parts, shares, grad, order, chunks, ranks, features, entries,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_outer`, and in the same pass over wide each column's share of `_shrink`: shares[column, entry, rank]. For few ranks."""
+    chunk, column = tl.program_id(0), tl.program_id(1)
+    slot, first, count = tl.load(chunks + chunk * 4), tl.load(chunks + chunk * 4 + 1), tl.load(chunks + chunk * 4 + 2)
+    only = tl.load(chunks + chunk * 4 + 3)
+    start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
+    if (count > 0) & (rank > 0):
+        r, f = tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
+        inside = (r < rank)[:, None] & (f < features)[None, :]
+        w_tile = tl.load(weight + (start + r)[:, None] * features + f[None, :], mask=inside, other=0.0).to(wide.dtype.element_ty)
+        w_turned = tl.trans(w_tile)
+        total = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
+        for at in range(0, count, BLOCK_N):
+            n = at + tl.arange(0, BLOCK_N)
+            rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
+            kept = (n < count)[:, None] & (r < rank)[None, :]
+            small = tl.load(narrow + (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :], mask=kept, other=0.0)
+            tile = tl.load(
+                wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0
+            )
+            total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
+            share = tl.dot(tile, w_turned, input_precision=PRECISION)
+            entry = column.to(tl.int64) * entries + first + n
+            tl.store(shares + entry[:, None] * WIDTH + r[None, :], share, mask=kept)
+        if only == 1:
+            tl.store(grad + (start + r)[:, None] * features + f[None, :], total, mask=inside)
+        else:
+            row = chunk.to(tl.int64) * WIDTH + r
+            tl.store(parts + row[:, None] * features + f[None, :], total, mask=inside)
+
+
+@triton.jit
 def _fold(parts, grad, spans, ranks, features, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
     """grad = Σ over a slot's chunks of parts; zero for a slot without tokens; nothing to do for one with a single chunk."""
     slot, block = tl.program_id(0), tl.program_id(1)
@@ -195,6 +232,7 @@ def shrink(x_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tenso
     block_f = 128 if x_NF.element_size() == 2 and block_r <= 64 else 64
     # enough programs for a GPU: two a multiprocessor, but no part shorter than 512 features
     splits = max(1, min(features // 512, PROGRAMS // tiles))
+    block_f = block_f if splits > 1 or block_r > 64 or x_NF.element_size() > 2 else 256
     share = -(-features // (splits * block_f)) * block_f
     narrow = torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device)
     parts = narrow if splits == 1 else torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device)
@@ -204,11 +242,16 @@ def shrink(x_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tenso
         num_warps=4, num_stages=_stages(TILE, block_f, x_NF.element_size(), block_r),
     )  # fmt: skip
     if splits > 1:
-        _launch(_gather)[(tiles, width // 16)](
-            parts, narrow, tables.tiles_S4, ranks_P2, scaling_P, entries, splits,
-            WIDTH=width, BLOCK_M=TILE, BLOCK_R=16, BLOCK_S=8, num_warps=4,
-        )  # fmt: skip
+        _gather_into(narrow, parts, tables, ranks_P2, scaling_P)
     return narrow
+
+
+def _gather_into(narrow: Tensor, parts: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor) -> None:
+    splits, entries, width = parts.shape
+    _launch(_gather)[(tables.tiles_S4.shape[0], width // 16)](
+        parts, narrow, tables.tiles_S4, ranks_P2, scaling_P, entries, splits,
+        WIDTH=width, BLOCK_M=TILE, BLOCK_R=16, BLOCK_S=8, num_warps=4,
+    )  # fmt: skip
 
 
 def expand_(out_NF: Tensor, narrow_NW: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor) -> None:
@@ -228,18 +271,18 @@ def _expand_into(
 ) -> None:
     width, features = narrow.shape[1], weight.shape[1]
     block_r = min(width, WIDEST_BLOCK)
-    block_f = 128
+    block_f = 256 if block_r <= 64 and narrow.element_size() == 2 else 128
     _launch(_expand)[(tables.tiles_S4.shape[0], -(-features // block_f))](
         out, narrow, weight, weight if bias is None else bias, tables.order_N, tables.tiles_S4, ranks, features,
         WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, ADD=add, BIAS=bias is not None,
-        PRECISION=_precision(narrow.dtype), num_warps=8 if TILE >= 64 else 4, num_stages=1,
+        PRECISION=_precision(narrow.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
 def outer(narrow_NW: Tensor, wide_NF: Tensor, like_RF: Tensor, tables: RouteTables, ranks_P2: Tensor) -> Tensor:
     """The gradient of a capacity buffer, fp32 (ΣR, F): narrowᵀ·wide for each slot. Rows that belong to no slot stay unwritten."""
     width, features = narrow_NW.shape[1], wide_NF.shape[1]
-    chunks, slots = tables.chunks_C4.shape[0], ranks_P2.shape[0]
+    chunks = tables.chunks_C4.shape[0]
     grad = torch.empty_like(like_RF)
     parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
     block_r = min(width, WIDEST_BLOCK)
@@ -249,7 +292,36 @@ def outer(narrow_NW: Tensor, wide_NF: Tensor, like_RF: Tensor, tables: RouteTabl
         WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, PRECISION=_precision(wide_NF.dtype),
         num_warps=4, num_stages=_stages(block_n, block_f + block_r, wide_NF.element_size(), 0),
     )  # fmt: skip
-    _launch(_fold)[(slots, -(-width * features // 512))](
+    _fold_into(grad, parts, tables, ranks_P2)
+    return grad
+
+
+def _fold_into(grad: Tensor, parts: Tensor, tables: RouteTables, ranks_P2: Tensor) -> None:
+    _, width, features = parts.shape
+    _launch(_fold)[(ranks_P2.shape[0], -(-width * features // 512))](
         parts, grad, tables.spans_P2, ranks_P2, features, WIDTH=width, BLOCK_C=8, BLOCK=512, num_warps=4
     )
-    return grad
+
+
+def outer_and_shrink(
+    narrow_NW: Tensor, wide_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(`outer` of narrow and wide, `shrink` of wide by weight): in one pass over wide where the ranks are few."""
+    width, (entries, features) = narrow_NW.shape[1], wide_NF.shape
+    if width > ONE_PASS_WIDTH:
+        narrow = shrink(wide_NF, weight_RF, tables, ranks_P2, scaling_P, width)
+        return outer(narrow_NW, wide_NF, weight_RF, tables, ranks_P2), narrow
+    chunks, device = tables.chunks_C4.shape[0], wide_NF.device
+    block_f, block_n = 256 if wide_NF.element_size() == 2 else 128, 64
+    columns = -(-features // block_f)
+    grad, narrow = torch.empty_like(weight_RF), torch.empty((entries, width), dtype=wide_NF.dtype, device=device)
+    parts = torch.empty((chunks, width, features), dtype=torch.float32, device=device)
+    shares = torch.empty((columns, entries, width), dtype=torch.float32, device=device)
+    _launch(_through)[(chunks, columns)](
+        narrow_NW, wide_NF, weight_RF, parts, shares, grad, tables.order_N, tables.chunks_C4, ranks_P2, features, entries,
+        WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION=_precision(wide_NF.dtype),
+        num_warps=4, num_stages=_stages(block_n, block_f + width, wide_NF.element_size(), 0),
+    )  # fmt: skip
+    _fold_into(grad, parts, tables, ranks_P2)
+    _gather_into(narrow, shares, tables, ranks_P2, scaling_P)
+    return grad, narrow
