@@ -26,6 +26,7 @@ _WHERE = {
     "AdapterLayer": "lorabank.formats.adapter",
     "AdapterBank": "lorabank.bank.bank",
     "attach": "lorabank.bank.attach",
+    "quantize_base": "lorabank.bank.quantized",
     "BASE": "lorabank.bank.routing",
     "Routing": "lorabank.bank.routing",
     "combine": "lorabank.merging.combine",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lorabank.api import train as train
     from lorabank.bank.attach import attach as attach
     from lorabank.bank.bank import AdapterBank as AdapterBank
+    from lorabank.bank.quantized import quantize_base as quantize_base
     from lorabank.bank.routing import BASE as BASE
     from lorabank.bank.routing import Routing as Routing
     from lorabank.config.adapter import AdapterConfig as AdapterConfig
@@ -71,6 +73,7 @@ __all__ = [
     "attach",
     "combine",
     "merge",
+    "quantize_base",
     "train",
 ]
 

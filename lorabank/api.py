@@ -268,7 +268,8 @@ def _base(
     config: TrainConfig, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, listeners: Sequence[Listener]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, Sequence[str]]:
     """Model, tokenizer, a name for them that other tools can load ('' without one), and notes."""
-    from lorabank.models.load import load_base, pick_device, pick_dtype
+    from lorabank.bank.quantized import storage_of
+    from lorabank.models.load import QUANTIZED, load_base, pick_device, pick_dtype
 
     if model is not None and tokenizer is not None:
         here = model.device
@@ -276,9 +277,17 @@ def _base(
             raise ConfigError(
                 f"device: {config.device!r} asked for, and the model given is on {here}. Move it with model.to(…) first."
             )
-        if config.base_dtype != "auto" and pick_dtype(config.base_dtype, here) != model.dtype:
+        have = storage_of(model)
+        if config.base_dtype in QUANTIZED and have != config.base_dtype:
             raise ConfigError(
-                f"base_dtype: {config.base_dtype!r} asked for, and the model given is {model.dtype}. Convert it first."
+                f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or model.dtype}. Quantise it first: "
+                f"lorabank.quantize_base(model, {config.base_dtype!r})."
+            )
+        plain = config.base_dtype not in ("auto", *QUANTIZED)
+        if plain and (have is not None or pick_dtype(config.base_dtype, here) != model.dtype):
+            way_out = "Convert it first." if have is None else "Load it unquantised."
+            raise ConfigError(
+                f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or model.dtype}. {way_out}"
             )
         given = str(getattr(model.config, "_name_or_path", "") or config.model)
         return model, tokenizer, _public_name(given, None) if given else "", ()

@@ -18,13 +18,14 @@ from lorabank.bank.init import initial_A
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.places import places_of, rows_lost
+from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
-from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.patterns import pattern_value
 
@@ -149,12 +150,14 @@ class AdapterBank:
             a, b = part.tensors.A_RI.detach(), part.tensors.B_RO.detach()
             layers[path] = AdapterLayer(a.to("cpu", copy=True), b.t().to("cpu", copy=True).contiguous(), part.scaling)
         base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
+        storage = storage_of(self.model)
         return Adapter(
             config=slot.config,
             layers=layers,
             fingerprint=self.fingerprint,
             base_model=base_model,
             task_type=slot.task_type or task_type(self.model),
+            metadata={} if storage is None else {BASE_STORAGE: storage},
         )
 
     def remove(self, name: str) -> None:
@@ -189,10 +192,10 @@ class AdapterBank:
     def summary(self) -> BankSummary:
         """What is adapted, what is not, and each adapter's parameters. Print it."""
         heads = output_head_paths(self.model)
-        base = {id(p): p.numel() for name, p in self.model.named_parameters() if name in self._required_grad}
+        base = [p for name, p in self.model.named_parameters() if name in self._required_grad]
         adapted = {path for slot in self._slots.values() for path in slot.paths}
         return BankSummary(
-            base_parameters=sum(base.values()),
+            base_parameters=count_parameters(self.model, base),
             adapters={
                 name: AdapterSummary(
                     rank=slot.config.rank,
@@ -326,6 +329,7 @@ class AdapterBank:
         self._layers.clear()
         self._slots.clear()
         self._numbers.clear()
+        self.structure += 1
         self._detached = True
         return self.model
 

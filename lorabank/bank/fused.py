@@ -1,7 +1,7 @@
-"""What a compiled block's layers get for one call: tensors only, so that another route or another adapter compiles nothing anew.
+"""What a compiled block's layers get for one call: tensors only, so that another route or adapter compiles nothing anew.
 
-`LayerCall` is all that the traced code of a `LoRALayer` reads. The capacity buffers enter through one autograd node a block, outside
-the compiled code; its backward hands each slot's rows of their gradients to the slot's own leaves (decision 002).
+`LayerCall` is all that the traced code of a `LoRALayer` reads. The capacity buffers enter through one autograd node a block,
+outside the compiled code; its backward hands each slot's rows of their gradients to the slot's own leaves (decision 002).
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class LayerCall:
     storage: str
     """How the base weight is kept: a name in kernels/gpu/storage.py."""
 
-    def suits(self, x: Tensor, weight: Tensor) -> bool:
+    def suits(self, x: Tensor, base: Sequence[Tensor]) -> bool:
         """Whether the layer's input has the tokens that the tables are about, in their order."""
         rows, tokens = self.rows_U.shape[0], self.batch.order_N.shape[0]
-        ordered = x.shape[0] == rows or x.shape[0] == tokens  # noqa: PLR1714  `in` doesn't see sizes that vary
-        return x.dtype == weight.dtype and ordered and x.numel() == tokens * x.shape[-1]
+        ordered = x.shape[0] == rows or x.shape[0] == tokens  # `in` doesn't see sizes that vary
+        return (x.dtype == base[0].dtype or base[0].element_size() == 1) and ordered and x.numel() == tokens * x.shape[-1]
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, base: list[Tensor], bias: Tensor | None) -> Tensor:
         """The layer's output. Traced by torch.compile."""
         part, batch = self.layer, self.batch
         y, _ = torch.ops.lorabank.lora_linear(
-            x, [weight], bias, self.A, self.B, part.ranks_P2, part.scaling_P,
+            x, base, bias, self.A, self.B, part.ranks_P2, part.scaling_P,
             batch.order_N, batch.tiles_S4, batch.chunks_C4, batch.spans_P2, self.storage, part.width,
         )  # fmt: skip
         return y
@@ -103,7 +103,7 @@ def entering(
     structure: int,
     now: Callable[[], int],
 ) -> tuple[Tensor, ...]:
-    """x and the buffers, as results that depend on `leaves`: the first block's input needs a gradient then, as every other's does.
+    """x and the buffers, as results that depend on `leaves`: the first block's input needs a gradient then, as every other's.
 
     Backward raises RoutingError when the bank has changed since.
     """

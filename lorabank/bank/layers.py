@@ -9,62 +9,22 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from transformers.pytorch_utils import Conv1D
 
 from lorabank.bank.fused import LayerCall, LayerTables, table_width
+from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
+from lorabank.bank.kinds import LayerKind, layer_kind
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.errors import LorabankError, RoutingError
 from lorabank.kernels import ops
-from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS, BaseProduct
 from lorabank.kernels.segments import DropoutDraw, Segment
 from lorabank.kernels.tables import RouteTables
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """How a class of base layer is adapted."""
-
-    product: BaseProduct
-    """Bit for bit the layer's own."""
-    fast: BaseProduct
-    """The same to rounding."""
-    features: Callable[[nn.Module], tuple[int, int]]
-    """(in, out) of a layer of this class."""
-    storage: str
-    """The name of its product in kernels/gpu/storage.py."""
-
-
-def _linear_features(layer: nn.Module) -> tuple[int, int]:
-    n_out, n_in = layer.get_parameter("weight").shape
-    return n_in, n_out
-
-
-def _conv1d_features(layer: nn.Module) -> tuple[int, int]:
-    n_in, n_out = layer.get_parameter("weight").shape
-    return n_in, n_out
-
-
-LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(BASE_PRODUCTS["linear"], FAST_PRODUCTS["linear"], _linear_features, "linear"),
-    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], FAST_PRODUCTS["conv1d"], _conv1d_features, "conv1d"),
-}
-
-
-def layer_kind(layer: nn.Module) -> LayerKind | None:
-    """How `layer` is adapted, or None. A subclass with a forward of its own is not its base class."""
-    for known, kind in LAYER_KINDS.items():
-        weight = layer._parameters.get("weight")
-        if isinstance(layer, known) and type(layer).forward is known.forward and weight is not None and not is_lazy(weight):
-            return kind
-    return None
 
 
 @dataclass(frozen=True)
@@ -133,6 +93,7 @@ class LoRALayer(nn.Module):
         own = self.__dict__
         own["base"], own["path"], own["kind"] = base, path, kind
         own["store"] = RankStore(fan_in, fan_out, weight.device)
+        own["held"] = kind.tensors(base._parameters) if kind.held else None
         own["slots"] = {}
         own["reached"] = False
         own["call"] = None
@@ -153,6 +114,8 @@ class LoRALayer(nn.Module):
     router: Router
     reached: bool
     rows_lost: str | None
+    held: list[Tensor] | None
+    """What the products take as their base, where that is made once."""
     call: LayerCall | None
     """Set by a compiled block around its call, for this layer's part in it."""
 
@@ -200,9 +163,23 @@ class LoRALayer(nn.Module):
         return child
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
-        super()._apply(fn, recurse)
-        self.store.to(self.base.get_parameter("weight").device)
+        self.base._apply(fn, recurse)  # into the dictionaries that are this layer's too
+        device = self.base.get_parameter("weight").device
+        self.store.to(device)
+        if self.held is not None and self.held[0].device != device:
+            self.__dict__["held"] = self.kind.tensors(self._parameters)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.base._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The frozen weight as its products take it."""
+        return self.kind.tensors(self._parameters) if self.held is None else self.held
 
     def call_for(self, A: Tensor, B: Tensor, tables: LayerTables, batch: RouteTables, rows_U: Tensor) -> LayerCall:
         """This layer's part in a call of a compiled block."""
@@ -225,10 +202,9 @@ class LoRALayer(nn.Module):
         """The base layer's output and the changes of the adapters that each row is routed to."""
         call = self.call
         if call is not None:
-            weight = self._parameters["weight"]
-            assert weight is not None
-            if call.suits(x, weight):
-                return call.run(x, weight, self._parameters["bias"])
+            base = self.stored
+            if call.suits(x, base):
+                return call.run(x, base, self._parameters["bias"])
         return self._eager(x)
 
     def _adapted(self, x: Tensor) -> Tensor:
@@ -237,7 +213,9 @@ class LoRALayer(nn.Module):
         if routing is None or x.numel() == 0:
             return self.base(x)
         if routing.tensors_only:
-            raise RoutingError(f"layer {self.path!r} takes its plain path, which a captured pass can't follow from batch to batch")
+            raise RoutingError(
+                f"layer {self.path!r} takes its plain path, which a captured pass can't follow from batch to batch"
+            )
         if self.rows_lost is not None and routing.per != "all":
             raise RoutingError(
                 f"layer {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), "
@@ -256,10 +234,10 @@ class LoRALayer(nn.Module):
             structure=self.router.structure,
             structure_now=lambda: self.router.structure,
         )
-        if self._called_as_is():
-            return ops.add_lora(self.base(x), x, plan)
         product = self.kind.product if routing.exact else self.kind.fast
-        return ops.lora_linear(x, self.base.get_parameter("weight"), self.base._parameters["bias"], product, plan)
+        if product is None or self._called_as_is():
+            return ops.add_lora(self.base(x), x, plan)
+        return ops.lora_linear(x, self.stored, self.base._parameters["bias"], product, plan)
 
     # routing is Python's work: under torch.compile each layer is a graph break, and right
     _eager: Any = torch.compiler.disable(_adapted)

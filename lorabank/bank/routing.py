@@ -87,9 +87,7 @@ class Routing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "token", torch.tensor(self.id))
 
-    def tables(
-        self, units: int, tokens: int, numbers: Mapping[str, int], slots: int, device: torch.device
-    ) -> RouteTables | None:
+    def tables(self, units: int, tokens: int, numbers: Mapping[str, int], slots: int, device: torch.device) -> RouteTables | None:
         """The route for `units` × `tokens` tokens as tensors on `device`; None where a row has several slots, or weights.
 
         `numbers`: adapter to its slot number, below `slots`.

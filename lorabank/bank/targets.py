@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lorabank.bank import linear4bit
 from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
@@ -107,6 +108,8 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
             found[path] = "nn.MultiheadAttention's fused q, k, v projection is not supported yet"
         elif isinstance(module, nn.LazyLinear):
             found[path] = "LazyLinear has no weight before its first forward pass; run one first"
+        elif linear4bit.is_linear4bit(module):
+            found[path] = linear4bit.obstacle(module) or f"4-bit type {linear4bit.quant_type(module)} is not supported"
         elif isinstance(module, nn.Linear):
             found[path] = f"{type(module).__name__} has a forward or weight of its own"
         elif isinstance(module, nn.RNNBase):

@@ -36,7 +36,10 @@ def add_machine(parser: CommandParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     group.add_argument(
-        "--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="storage of the base (default: %(default)s)"
+        "--dtype",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp8", "nf4"),
+        help="storage of the base (default: %(default)s)",
     )
 
 

@@ -93,3 +93,5 @@ def print_report(report: MergeReport) -> None:
     table.add_row("all", str(len(report.layers)), f"{report.relative_change:.2g}", f"{report.lost_share:.2%}", "")
     Console().print(table)
     print(f"weights in {', '.join(report.dtypes)}")
+    if report.trained_in:
+        print(f"trained on a {report.trained_in} base: these weights differ from it by ‖W − Wq‖/‖W‖ = {report.base_error:.2%}")

@@ -121,7 +121,8 @@ OWN: dict[tuple[str, str], Converter] = {
     ("run", "report_to"): convert.report_to,
 }
 
-_FOUR_BIT = "a quantised base is not supported yet. Leave it out: the base is then kept in bf16 or fp32."
+_FOUR_BIT = "a quantised base is asked for as `base_dtype: nf4` (4 bits, for memory) or `base_dtype: fp8` (for speed)."
+_EIGHT_BIT = "int8 is not supported yet. Use `base_dtype: fp8`, or `base_dtype: nf4` for less memory."
 _DISTRIBUTED = "training over several devices is not supported yet. Leave it out."
 _HUB = "uploading is not supported yet. Leave it out; the adapter folder can be uploaded as it is."
 _BIASES = "trained biases are not supported yet. Leave it out."
@@ -132,7 +133,7 @@ REFUSED: dict[str, str] = {
     "prompt/completion, Alpaca and ShareGPT rows are recognised), and give each adapter its own `data` if they differ.",
     "test_datasets": "name the file: `data: {val: FILE}`.",
     "load_in_4bit": _FOUR_BIT,
-    "load_in_8bit": _FOUR_BIT,
+    "load_in_8bit": _EIGHT_BIT,
     "quantization_config": _FOUR_BIT,
     "fp16": "fp16 overflows without a loss scale for each adapter, which is not supported yet. Use bf16 or fp32.",
     "network_dropout": "kohya drops the output of the down projection, lorabank's `dropout` its input: they are different "

@@ -261,7 +261,7 @@ def check_adapter_kind(value: object) -> Mapping[str, object]:
     """axolotl's `adapter:` names the method."""
     if value in (None, "lora"):
         return {}
-    extra = "a quantised base is not supported yet. " if value == "qlora" else ""
+    extra = "a quantised base is asked for as `base_dtype: nf4`, beside `adapter: lora`. " if value == "qlora" else ""
     raise ConfigError(f"{value!r}: {extra}lorabank trains LoRA; adapters are listed under `adapters:`")
 
 

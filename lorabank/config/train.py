@@ -18,8 +18,8 @@ from lorabank.config.checks import (
 )
 from lorabank.errors import ConfigError, Setting
 
-BASE_DTYPES = ("auto", "fp32", "bf16")
-LATER_BASE_DTYPES = ("fp8", "nf4", "int8")
+BASE_DTYPES = ("auto", "fp32", "bf16", "fp8", "nf4")
+LATER_BASE_DTYPES = ("int8",)
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "sgd", "lion")
 TRAIN_ON = ("assistant", "completion", "all")
@@ -239,7 +239,8 @@ class TrainConfig:
     model: str = ""
     """Hub id, local folder, or GGUF file of the base model."""
     base_dtype: str = "auto"
-    """Storage of the frozen base: `fp32`, `bf16`, or `auto` (bf16 on a GPU that has it, else fp32)."""
+    """Storage of the frozen base: `fp32`, `bf16`, or `auto` (bf16 on a GPU that has it, else fp32); `fp8` (for speed) and `nf4`
+    (for memory) quantise its linear layers."""
     output: str = ""
     """Run folder; must not exist, unless the run is resumed."""
     task: str = "text-generation"
@@ -267,7 +268,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         freeze_sequences(self)
         if self.base_dtype in LATER_BASE_DTYPES:
-            raise ConfigError(Setting("base_dtype"), f": {self.base_dtype} is not supported yet. Use bf16 or fp32.")
+            raise ConfigError(Setting("base_dtype"), f": {self.base_dtype} is not supported yet. Use fp8, nf4, bf16 or fp32.")
         check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
         if self.compile and self.gradient_checkpointing:
             raise ConfigError(Setting("compile"), ": can't be combined with gradient_checkpointing yet. Leave one of them out.")

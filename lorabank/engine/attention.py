@@ -1,7 +1,9 @@
 """Our attention in a transformers model while a step runs, through transformers' own attention interface.
 
-A model that would use torch's scaled_dot_product_attention asks for `lorabank` instead: attention.c where it suits (fp32 on a
-CPU, no mask, no dropout), torch's otherwise. Masks are built as for torch's.
+A model that would use torch's scaled_dot_product_attention asks for `lorabank` instead on a CPU: attention.c where it suits
+(fp32, no mask, no dropout), torch's otherwise, with masks as for torch's. On a GPU it asks for `lorabank_causal`, for which no
+masks are built: behind a causal attention, padding on the right reaches no real token, and torch's fastest kernels take no
+mask.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from transformers.masking_utils import sdpa_mask
 from lorabank.kernels.native import attention, library
 
 NAME = "lorabank"
+CAUSAL = "lorabank_causal"
+LONGEST_PROBE = 8192
 _KEY = "_attn_implementation_internal"
 """Where a configuration keeps the name; its public setter would pass it on to sub-configurations too."""
 _PLAIN = frozenset(
@@ -53,26 +57,68 @@ def attention_forward(
     )
 
 
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for a causal model whose rows are padded on the right, if at all. A window that is too short gets a mask."""
+    mask, length = None, key.shape[2]
+    if sliding_window is not None and sliding_window < length:
+        place = torch.arange(length, device=key.device)
+        behind = place[:, None] - place[None, :]
+        mask = ((behind >= 0) & (behind < sliding_window))[None, None]
+    return sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+
+
 # pointers in a struct are nothing to trace: under torch.compile each of our attentions is a graph break, and right
 AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(CAUSAL, causal_attention)  # and no masks: transformers builds none for a name without a mask function
 
 
 @contextlib.contextmanager
-def own_attention(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Our attention for `modules` (`model.modules()`) of a model on a CPU, its own afterwards; elsewhere its own throughout."""
+def own_attention(modules: Iterable[nn.Module], device: torch.device, *, maskless: bool = False) -> Iterator[None]:
+    """Our attention for `modules` (`model.modules()`), its own afterwards.
+
+    `maskless`: on a GPU, for a model that `works_without_masks` found fit; without it a GPU keeps the model's own throughout.
+    """
+    name = CAUSAL if maskless else NAME if device.type == "cpu" and library.loaded() is not None else None
     changed: list[dict[str, Any]] = []
     try:
-        if device.type == "cpu" and library.loaded() is not None:
+        if name is not None:
             for config in _configurations(modules):
                 if config._attn_implementation == "sdpa":
-                    vars(config)[_KEY] = NAME
+                    vars(config)[_KEY] = name
                     changed.append(vars(config))
         yield
     finally:
         for settings in changed:
-            if settings[_KEY] == NAME:  # unless somebody chose another meanwhile
+            if settings[_KEY] == name:  # unless somebody chose another meanwhile
                 settings[_KEY] = "sdpa"
+
+
+def probe_length(modules: Iterable[nn.Module]) -> int | None:
+    """Tokens that show whether a model does without masks, more than any window of its; None where it is known not to."""
+    longest = 6
+    configs = _configurations(modules)
+    for config in configs:
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if config._attn_implementation != "sdpa" or not kinds <= {"full_attention", "sliding_attention"}:
+            return None
+        if getattr(config, "attention_chunk_size", None):
+            return None
+        longest = max(longest, (getattr(config, "sliding_window", None) or 0) + 4)
+    return longest if configs and longest <= LONGEST_PROBE else None
 
 
 def _configurations(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:

@@ -1,8 +1,8 @@
 """Regional compilation: each of a model's repeated blocks through torch.compile, so that element-wise work is fused.
 
-Blocks of one class share their compiled code, which keeps the start short. On a GPU with Triton the LoRA products are part of it (see
-`FusedBlock`); elsewhere they stay the eager ones (kernels/ops.py). Either way adding adapters or changing the route compiles nothing
-again.
+Blocks of one class share their compiled code, which keeps the start short. On a GPU with Triton the LoRA products are part of
+it (see `FusedBlock`); elsewhere they stay the eager ones (kernels/ops.py). Either way adding adapters or changing the route
+compiles nothing again.
 """
 
 from __future__ import annotations

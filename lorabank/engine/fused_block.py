@@ -1,18 +1,19 @@
 """A repeated block whose LoRA products are compiled into it.
 
-What a call needs (which tokens use which slot, where the slots are) is looked up outside the compiled code, on every call, and goes in
-as tensors. So a compiled block follows `bank.route`, `bank.use` and recomputation as a plain one does, and its code is one for all
-blocks of a class. A call that the kernels don't take (mixtures, dropout) runs the block as it is.
+What a call needs (which tokens use which slot, where the slots are) is looked up outside the compiled code, on every call, and
+goes in as tensors. So a compiled block follows `bank.route`, `bank.use` and recomputation as a plain one does, and its code is
+one for all blocks of a class. A call that the kernels don't take (mixtures, dropout) runs the block as it is.
 """
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +25,8 @@ from lorabank.kernels.tables import RouteTables
 
 FEW = 64
 """A pass without gradients over fewer tokens runs plainly: a probe or a decoding step isn't worth code of its own."""
+VARIANTS = 64
+"""Compiled forms of one block class: all models of a process share them (with gradients or not, masks, ranks, families)."""
 SLOTS = 8
 """Tables are made for a multiple of so many slots: few sizes, whatever the bank holds."""
 
@@ -31,18 +34,29 @@ SLOTS = 8
 class FusedBlock:
     """What `block(...)` calls instead of the block's own code, once it is compiled."""
 
-    def __init__(self, block: nn.Module, **options: Any) -> None:
-        """`options`: of torch.compile."""
-        importlib.import_module("lorabank.kernels.gpu.op")  # registers lorabank::lora_linear; needs Triton, so not before
+    def __init__(self, block: nn.Module, *, kept: float = 1.0, backend: str = "inductor") -> None:
+        """`kept`: share of the activations that are kept for backward, from 1 (as many as help) to 0 (the block's inputs).
+        Below 1 gated MLPs don't keep their middle.
+
+        `backend`: of torch.compile.
+        """
+        from lorabank.kernels.gpu.grouping import grouping  # here, since it imports Triton
+
         self.block = block
+        self.kept = kept
         self.recompute = False
         """Whether to keep only the block's inputs and compute it again in backward."""
-        self._compiled = torch.compile(block._call_impl, **options)
+        self._compiled = torch.compile(block._call_impl, backend=grouping(backend, mlps=kept < 1))
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
         self._structure = -1
         self._layers: list[LoRALayer] = []
         self._tables: list[LayerTables] = []
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the block still calls this."""
+        return self.block._compiled_call_impl is self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""
@@ -78,7 +92,12 @@ class FusedBlock:
             for layer, call in zip(self._layers, calls, strict=True):
                 layer.__dict__["call"] = call
             try:
-                return self._compiled(x, *args, **kwargs)
+                kept, limit = (
+                    functorch_config.patch(activation_memory_budget=self.kept),
+                    dynamo_config.patch(recompile_limit=VARIANTS),
+                )
+                with kept, limit:
+                    return self._compiled(x, *args, **kwargs)
             finally:
                 for layer in self._layers:
                     layer.__dict__["call"] = None
@@ -90,15 +109,16 @@ class FusedBlock:
         adapted = [module for module in self.block.modules() if isinstance(module, LoRALayer)]
         if not all(layer.reached for layer in adapted):
             return False
-        self._layers = [layer for layer in adapted if layer.fusable]
-        bank = self._layers[0].router if self._layers else None
-        self._bank = bank if isinstance(bank, AdapterBank) else None
-        if self._bank is not None:
-            self._structure = self._bank.structure
-            slots = slot_count(self._bank)
-            self._tables = [layer.slot_tables(self._bank.slot_numbers, slots) for layer in self._layers]
+        layers = [layer for layer in adapted if layer.fusable]
+        owner = layers[0].router if layers else None
+        bank = owner if isinstance(owner, AdapterBank) else None
+        if bank is not None:
+            slots = slot_count(bank)
+            self._tables = [layer.slot_tables(bank.slot_numbers, slots) for layer in layers]
             for table in self._tables:
                 _vary(table.ranks_P2, table.scaling_P)
+            self._structure = bank.structure
+        self._layers, self._bank = layers, bank  # last: another thread may look
         return True
 
     def _batch(self, bank: AdapterBank, routing: Routing, x: Tensor) -> tuple[RouteTables, Tensor] | None:
@@ -129,7 +149,8 @@ class FusedBlock:
         x, *entered = entering(x, buffers, leaves, ranges, bank.structure, lambda: bank.structure)
         _vary(*entered)
         return x, [
-            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], batch, rows_U) for i, layer in enumerate(self._layers)
+            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], batch, rows_U)
+            for i, layer in enumerate(self._layers)
         ]
 
 
@@ -138,15 +159,17 @@ def slot_count(bank: AdapterBank) -> int:
     return -(-(max(bank.slot_numbers.values(), default=0) + 1) // SLOTS) * SLOTS
 
 
-def all_fused(bank: AdapterBank, routing: Routing) -> bool:
-    """Whether every adapted layer's product is compiled into a block, under this route."""
-    if _drops(bank, routing) or any(part.weights_U is not None for plan in routing.plans.values() for part in plan):
-        return False
-    inside: set[int] = set()
-    for block in bank.model.modules():
-        if isinstance(block._compiled_call_impl, FusedBlock):
-            inside |= {id(module) for module in block.modules() if isinstance(module, LoRALayer)}
-    return all(layer.fusable and id(layer) in inside for layer in all_layers(bank))
+def fused_blocks(bank: AdapterBank) -> list[FusedBlock]:
+    """The model's fused blocks; none where an adapted layer's product isn't compiled into one of them."""
+    found = [m._compiled_call_impl for m in bank.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
+    inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
+    return found if all(layer.fusable and id(layer) in inside for layer in all_layers(bank)) else []
+
+
+def takes_tables(bank: AdapterBank, routing: Routing) -> bool:
+    """Whether a route is all in its tables: one slot a row, no weights, no dropout."""
+    weighted = any(part.weights_U is not None for plan in routing.plans.values() for part in plan)
+    return not weighted and not _drops(bank, routing)
 
 
 def _drops(bank: AdapterBank, routing: Routing) -> bool:

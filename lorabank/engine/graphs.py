@@ -40,16 +40,19 @@ class PassGraphs:
         self.refused: str | None = None
         """Why passes aren't captured any more, if one couldn't be."""
 
-    def run(self, key: Hashable, tensors: Sequence[Tensor], leaves: Sequence[nn.Parameter], compute: Pass) -> Tensor:
-        """Each row's loss, gradients added to `leaves`. `key`: all that a pass depends on besides the values of `tensors`."""
+    def run(
+        self, key: Hashable, tensors: Sequence[Tensor], leaves: Callable[[], Sequence[nn.Parameter]], compute: Pass
+    ) -> Tensor:
+        """Each row's loss, gradients added to `leaves()`. `key`: all that a pass depends on besides the values of `tensors`."""
         key = (key, tuple((t.shape, t.dtype) for t in tensors))
         found = self._captured.get(key)
         if found is None and (self.refused is not None or self._seen[key] < SEEN_BEFORE):
             self._seen[key] += 1
             return compute(tensors)
-        before = _taken_off(leaves)
+        trained = [leaf for leaf, _ in found.gradients] if found is not None else leaves()
+        before = _taken_off(trained)
         if found is None:
-            found = self._capture(key, tensors, leaves, compute)
+            found = self._capture(key, tensors, trained, compute)
         if found is None:
             _put_back(before)
             return compute(tensors)

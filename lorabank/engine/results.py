@@ -53,7 +53,7 @@ class SlotLoss:
         return isinstance(other, SlotLoss) and (self.tokens, self.row_losses) == (other.tokens, other.row_losses)
 
     def __hash__(self) -> int:
-        return hash((self.tokens, *self.row_losses.items()))
+        return hash((self.tokens, frozenset(self.row_losses.items())))
 
     def __repr__(self) -> str:
         return f"SlotLoss(tokens={self.tokens!r}, row_losses={dict(self.row_losses)!r})"

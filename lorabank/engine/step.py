@@ -18,18 +18,25 @@ from lorabank.bank.routing import Routing
 from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch, send
-from lorabank.engine.fused_block import all_fused, slot_count
+from lorabank.engine.fused_block import FusedBlock, fused_blocks, slot_count, takes_tables
 from lorabank.engine.graphs import PassGraphs
-from lorabank.engine.head import SplitHead, check_decoder, check_vocabulary, logits_of, output_head, split_head
+from lorabank.engine.head import (
+    SplitHead,
+    check_decoder,
+    check_vocabulary,
+    logits_of,
+    output_head,
+    split_head,
+    works_without_masks,
+)
 from lorabank.engine.losses import LOSSES, Loss, LossInputs, nll
 from lorabank.engine.modes import evaluation_mode, no_random_draws, step_mode
 from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
-from lorabank.kernels.tables import RouteTables
 from lorabank.kernels.loss import token_logprobs, weighted_nll
+from lorabank.kernels.tables import RouteTables
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
-
 
 TRAINED_GRANULE = 256
 """Trained tokens of a captured pass are filled up to a multiple of this."""
@@ -54,6 +61,9 @@ class Engine:
     _probed: bool = field(init=False, default=False, repr=False)
     _folded: tuple[int, bool] | None = field(init=False, default=None, repr=False)
     """The bank's structure count, and whether the model folds rows and tokens."""
+    _fused: tuple[int, Sequence[FusedBlock]] = field(init=False, default=(-1, ()), repr=False)
+    """The bank's structure count, and its fused blocks if they hold all adapted layers."""
+    _maskless: tuple[SplitHead | None, bool] | None = field(init=False, default=None, repr=False)
     _deterministic: set[bool] = field(init=False, default_factory=set, repr=False)
     """Values of `gradient_checkpointing` under which the base was seen to draw no random numbers."""
 
@@ -79,6 +89,20 @@ class Engine:
         if self._folded is None or self._folded[0] != self.bank.structure:
             self._folded = (self.bank.structure, folds_tokens(self.bank))
         return self._folded[1]
+
+    def maskless(self) -> bool:
+        """Whether passes do without attention masks: a causal model on a GPU, whose batches are padded on the right."""
+        split = self.head()
+        if self._maskless is None or self._maskless[0] is not split:
+            self._maskless = (split, split is not None and works_without_masks(self.bank, split))
+        return self._maskless[1]
+
+    def all_fused(self, routing: Routing) -> bool:
+        """Whether every adapted layer's product is compiled into a block of the model's, under this route."""
+        structure, fused = self._fused
+        if structure != self.bank.structure or not fused or not all(block.in_place for block in fused):
+            self._fused = self.bank.structure, fused_blocks(self.bank)
+        return bool(self._fused[1]) and takes_tables(self.bank, routing)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -111,21 +135,25 @@ def forward_backward(
     trained = _trained(batch)
     batch = batch.to(bank.device)
     routing = _routing(engine, batch, names, steps)
-    mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)
-    with mode, own_attention(bank.model.modules(), bank.device), bank.route(routing), torch.enable_grad():
-        if _graphed(engine, batch, routing, reference_logprobs_NL):
-            row_losses = _replayed(engine, batch, trained, routing)
-        else:
-            row_losses = _passed(engine, batch, trained, reference_logprobs_NL)
+    if _graphed(engine, batch, routing, reference_logprobs_NL):
+        row_losses = _replayed(engine, batch, trained, routing)
+    else:
+        row_losses = _passed(engine, batch, trained, routing, reference_logprobs_NL)
     return by_slot(names, row_losses, weights)
 
 
-def _passed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], reference_NL: Tensor | None) -> Tensor:
+def _passed(
+    engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], routing: Routing, reference_NL: Tensor | None
+) -> Tensor:
     """Forward and backward; each row's loss (N,)."""
-    with engine.watched():
-        total, row_losses = _row_losses(engine, batch, trained, reference_NL)
-    if total.requires_grad:
-        total.backward()
+    bank = engine.bank
+    mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)
+    attention = own_attention(bank.model.modules(), bank.device, maskless=engine.maskless())
+    with mode, attention, bank.route(routing), torch.enable_grad():
+        with engine.watched():
+            total, row_losses = _row_losses(engine, batch, trained, reference_NL)
+        if total.requires_grad:
+            total.backward()
     return row_losses
 
 
@@ -134,7 +162,7 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
     if not engine.cuda_graphs or engine.bank.device.type != "cuda" or engine.base_dropout or engine.loss_function is not nll:
         return False
     plain = reference_NL is None and batch.references is None and engine.head() is not None
-    return plain and all_fused(engine.bank, routing) and engine.gradient_checkpointing in engine._deterministic
+    return plain and engine.gradient_checkpointing in engine._deterministic and engine.all_fused(routing)
 
 
 def _replayed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], routing: Routing) -> Tensor:
@@ -144,19 +172,20 @@ def _replayed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], rout
     (rows_N, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
     tables = routing.tables(rows_N, length, bank.slot_numbers, slots, device)
     if tables is None:
-        return _passed(engine, batch, (rows, columns), None)
-    mask = batch.mask
+        return _passed(engine, batch, (rows, columns), routing, None)
+    mask = None if engine.maskless() else batch.mask
     tensors = [batch.input_ids_NL, batch.weights_NL, rows, columns, *tables.tensors, *([] if mask is None else [mask])]
 
     def compute(given: Sequence[Tensor]) -> Tensor:
         ids, weights, rows, columns, order, tiles, chunks, spans, *rest = given
-        full = replace(batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=rest[0] if rest else batch.attention_mask_NL)
-        with bank.route(routing.captured(rows_N, length, slots, device, RouteTables(order, tiles, chunks, spans))):
-            return _passed(engine, full, (rows, columns), None)
+        full = replace(
+            batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=rest[0] if rest else batch.attention_mask_NL
+        )
+        captured = routing.captured(rows_N, length, slots, device, RouteTables(order, tiles, chunks, spans))
+        return _passed(engine, full, (rows, columns), captured, None)
 
     key = (bank.structure, routing.names, engine.gradient_checkpointing, mask is None)
-    leaves = [leaf for name in sorted(routing.names) for leaf in bank.parameters(name)]
-    return engine.graphs.run(key, tensors, leaves, compute)
+    return engine.graphs.run(key, tensors, lambda: [p for name in sorted(routing.names) for p in bank.parameters(name)], compute)
 
 
 def _lengthened(index_T: Tensor) -> Tensor:
@@ -184,7 +213,7 @@ def logprobs(engine: Engine, batch: Batch) -> Tensor:
     with (
         torch.no_grad(),
         evaluation_mode(model.modules()),
-        own_attention(model.modules(), engine.bank.device),
+        own_attention(model.modules(), engine.bank.device, maskless=engine.maskless()),
         engine.bank.route(routing),
     ):
         out[rows, columns] = _token_logprobs(engine, batch, rows, columns)
@@ -207,7 +236,8 @@ def _routing(engine: Engine, batch: Batch, names: list[str | None], steps: Mappi
     bank, length = engine.bank, batch.input_ids_NL.shape[1]
     used = [name for name in dict.fromkeys(names) if name is not None]
     if steps is None or not any(bank.config(name).dropout for name in used):
-        return row_routing(bank, batch.routes, length, exact=False)
+        fold = length if bank.device.type != "cuda" or engine.folded() else 1  # a list of all tokens takes the host milliseconds
+        return row_routing(bank, batch.routes, fold, exact=False)
     missing = [name for name in used if name not in steps]
     if missing:
         raise ConfigError(f"forward_backward: steps has no entry for adapter {missing[0]!r}, whose dropout is drawn from it")
@@ -224,7 +254,7 @@ def _check_batch(model: nn.Module, batch: Batch, reference_NL: Tensor | None) ->
 
 
 def _trained(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the target tokens, in order. Asked for before the batch goes to a GPU, which would have to be waited for."""
+    """Rows and columns of the target tokens, in order. For a batch still on the host: on a GPU it would have to be waited for."""
     where = batch.weights_NL.nonzero()
     return where[:, 0], where[:, 1]
 
@@ -237,7 +267,7 @@ def _row_losses(
     weights = batch.weights_NL[rows, columns]
     split = engine.head()
     if split is not None and engine.loss_function is nll:
-        hidden = split.hidden(batch.input_ids_NL, batch.mask)[rows, columns - 1]
+        hidden = split.hidden(batch.input_ids_NL, None if engine.maskless() else batch.mask)[rows, columns - 1]
         targets = batch.input_ids_NL[rows, columns]
         total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, weights, split.head.bias)
         return total, nll(LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=rows, rows=batch.rows))
@@ -269,7 +299,7 @@ def _token_logprobs(engine: Engine, batch: Batch, rows: Tensor, columns: Tensor)
     targets = batch.input_ids_NL[rows, columns]
     split = engine.head()
     if split is not None:
-        hidden = split.hidden(batch.input_ids_NL, batch.mask)[rows, columns - 1]
+        hidden = split.hidden(batch.input_ids_NL, None if engine.maskless() else batch.mask)[rows, columns - 1]
         return token_logprobs(hidden, split.head.weight, targets, split.head.bias)
     logits = logits_of(engine.bank.model, batch.input_ids_NL, batch.attention_mask_NL)
     return logits[rows, columns - 1].float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)

@@ -17,6 +17,9 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats.fingerprint import Fingerprint
 
+BASE_STORAGE = "base_storage"
+"""Key of the metadata that says how the base was stored in training (`fp8`, `nf4`), where that was in fewer than 16 bits."""
+
 
 @dataclass(frozen=True)
 class AdapterLayer:

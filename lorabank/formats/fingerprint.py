@@ -143,9 +143,13 @@ def _informative(sample: SampledTensor) -> bool:
 
 
 def _is_quantizer_state(name: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether `name` lies beneath another tensor's name (`q_proj.weight.absmax` under `q_proj.weight`)."""
-    parent, _, _ = name.rpartition(".")
-    return parent in state
+    """Whether `name` belongs to a weight that isn't stored as numbers of its own: it lies beneath that weight's name
+    (`q_proj.weight.absmax`), continues it (`q_proj.weight_scale`), or is packed into another dtype."""
+    parent, _, leaf = name.rpartition(".")
+    weight = f"{parent}.weight" if parent else "weight"
+    beside = leaf.startswith("weight_") and weight in state and state[weight].dtype not in SAMPLED_DTYPES
+    packed = f"{name}.absmax" in state and state[name].shape[1:] == (1,)
+    return parent in state or beside or packed
 
 
 def _difference(recorded: SampledTensor, here: SampledTensor) -> str | None:

@@ -171,25 +171,26 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: BaseProduct, plan: Plan, *tensors: Tensor
+        ctx: Any, x: Tensor, base: Sequence[Tensor], bias: Tensor | None, product: BaseProduct, plan: Plan, *tensors: Tensor
     ) -> Tensor:
-        y = product.forward(x, weight, bias)
+        y = product.forward(x, base, bias)
         with _without_autocast(x):
             shrunk, ctx.places = _expand_into(y, x, plan)
-        ctx.plan, ctx.product, ctx.x_dtype = plan, product, x.dtype
-        ctx.save_for_backward(x, weight, plan.route, *shrunk, *tensors)
+        ctx.plan, ctx.product, ctx.x_dtype, ctx.stored = plan, product, x.dtype, len(base)
+        ctx.save_for_backward(x, plan.route, *base, *shrunk, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grad_outputs
-        x, weight, route, *saved = ctx.saved_tensors
+        x, route, *saved = ctx.saved_tensors
+        base, saved = saved[: ctx.stored], saved[ctx.stored :]
         _check(ctx.plan, route)
         dx = None
         with _without_autocast(x):
             if ctx.needs_input_grad[0]:
-                dx = ctx.product.input_grad(dy, weight.to(dy.dtype)).to(ctx.x_dtype).contiguous()
+                dx = ctx.product.input_grad(dy, base).to(ctx.x_dtype).contiguous()
             gradients = _adapter_gradients(dx, dy, x, ctx.plan, ctx.places, saved, ctx.needs_input_grad[5:])
         return dx, None, None, None, None, *gradients
 
@@ -222,9 +223,9 @@ def _tensors(plan: Plan) -> list[Tensor]:
     return [tensor for segment in plan.segments for tensor in (segment.A_RI, segment.B_RO)]
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: BaseProduct, plan: Plan) -> Tensor:
-    """The frozen product and every segment's change, (…, O). The weight and bias get no gradient."""
-    return _LoRALinear.apply(x, weight, bias, product, plan, *_tensors(plan))
+def lora_linear(x: Tensor, base: Sequence[Tensor], bias: Tensor | None, product: BaseProduct, plan: Plan) -> Tensor:
+    """The frozen product and every segment's change, (…, O). `base` (the stored weight) and bias get no gradient."""
+    return _LoRALinear.apply(x, base, bias, product, plan, *_tensors(plan))
 
 
 def add_lora(y: Tensor, x: Tensor, plan: Plan) -> Tensor:

@@ -28,7 +28,7 @@ class RouteTables:
     tiles_S4: Tensor
     """(slot, first entry, entries ≤ TILE, 0) of each tile. Slot −1: tokens without a slot."""
     chunks_C4: Tensor
-    """(slot, first entry, entries, 1 if it is the slot's only chunk) of each chunk; empty chunks at the end."""
+    """(slot, first entry, entries, 1 if it is the slot's only chunk) of each chunk. Slot −1: tokens without a slot."""
     spans_P2: Tensor
     """(first chunk, chunks) of each slot; chunks = 0 for a slot without tokens."""
 
@@ -65,10 +65,10 @@ def route_tables(rows: Mapping[int, Sequence[int]], units: int, tokens: int, slo
         parts.append((torch.tensor(list(mine), dtype=torch.int32)[:, None] * tokens + torch.arange(tokens)).reshape(-1))
         count = len(mine) * tokens
         tiles += [(slot, first + i, min(TILE, count - i), 0) for i in range(0, count, TILE)]
+        pieces = range(0, count, longest)
         if slot >= 0:
-            pieces = range(0, count, longest)
             spans[slot] = (len(chunks), len(pieces))
-            chunks += [(slot, first + i, min(longest, count - i), int(len(pieces) == 1)) for i in pieces]
+        chunks += [(slot, first + i, min(longest, count - i), int(len(pieces) == 1)) for i in pieces]
         first += count
     return RouteTables(torch.cat(parts).to(torch.int32), _table(tiles, 4), _table(chunks, 4), _table(spans, 2))
 

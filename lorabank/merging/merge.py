@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.targets import linear_layers
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
-from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
+from lorabank.merging.quantized import STORAGES, refusal, rounded
 from lorabank.merging.report import LayerLoss, MergeReport
 
 MERGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -88,6 +89,8 @@ def merge(
     `handle.logits`. An attached model must be routed to `BASE`.
     say: gets one line of what rounding lost, and one of the outputs compared; None for silence.
     force: merge even where the adapter's fingerprint says that it belongs to another base.
+    A quantised base is refused, with what rounding would lose there. For an adapter that was trained on one (fp8, nf4), the
+    report says how far the base's own weights are from those that it was trained beside.
     An attached model keeps its adapters: route to `BASE` to see the merged weights alone.
     Raises FingerprintError, or MergeError naming the layer; the model is then as it was. Warns when rounding loses most of Δ.
     """
@@ -95,10 +98,10 @@ def merge(
         raise MergeError(f"merge: strength should be a number, got {strength}")
     if not force:
         check_fingerprint(model, adapter)
-    layers = _fitting_layers(model, adapter)
+    layers = _fitting_layers(model, adapter, strength)
     _refuse_tied(model, layers)
     beside = None if inputs is None else outputs_beside(model, adapter, inputs, strength=strength)
-    logits = None
+    logits, storage = None, _quantized_in_training(adapter)
     originals: dict[str, _Original] = {}
     losses: dict[str, LayerLoss] = {}
     try:
@@ -106,10 +109,11 @@ def merge(
             weight = base.get_parameter("weight")
             copy = weight.detach().to("cpu", copy=True)
             originals[path] = _Original(weight, copy, merged_hash=0)
-            losses[path] = _merge_layer(path, base, adapter.layers[path], strength, check)
+            moved = 0.0 if storage is None else _moved(base, storage)
+            losses[path] = replace(_merge_layer(path, base, adapter.layers[path], strength, check), moved=moved)
             originals[path] = replace(originals[path], merged_hash=_hash(weight))
         dtypes = sorted({str(original.copy.dtype).removeprefix("torch.") for original in originals.values()})
-        report = MergeReport(layers=losses, dtypes=tuple(dtypes))
+        report = MergeReport(layers=losses, dtypes=tuple(dtypes), trained_in=storage)
         if beside is not None and inputs is not None:
             logits = compare(*beside, merged_outputs(model, inputs), report)
     except BaseException:  # an interrupt too: a base that is half merged is nobody's model
@@ -142,7 +146,7 @@ def check_fingerprint(model: nn.Module, adapter: Adapter) -> None:
         )
 
 
-def _fitting_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def _fitting_layers(model: nn.Module, adapter: Adapter, strength: float) -> dict[str, nn.Module]:
     """The base layers that `adapter` changes, by path, all checked before any is touched."""
     if not adapter.layers:
         raise MergeError("merge: the adapter has no layers")
@@ -151,7 +155,9 @@ def _fitting_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     if missing:
         raise MergeError(_missing(model, missing, known, len(adapter.layers)))
     for path, layer in adapter.layers.items():
-        weight = known[path].get_parameter("weight")
+        weight, kind = known[path].get_parameter("weight"), layer_kind(known[path])
+        if kind is not None and kind.quantized:
+            raise MergeError(refusal(path, kind.weight_oi(known[path]._parameters, torch.float32), layer, kind.storage, strength))
         if weight.is_meta or weight.dtype not in MERGED_DTYPES:
             held = "on the meta device" if weight.is_meta else f"stored as {weight.dtype}"
             raise MergeError(
@@ -241,6 +247,17 @@ def _check_layer(path: str, base: nn.Module, x_TI: Tensor, y_before: Tensor, par
         )
 
 
+def _quantized_in_training(adapter: Adapter) -> str | None:
+    """How the base was quantised while `adapter` was trained; None when it wasn't, or the file doesn't say."""
+    storage = adapter.metadata.get(BASE_STORAGE)
+    return storage if storage in STORAGES else None
+
+
+def _moved(base: nn.Module, storage: str) -> float:
+    weight_OI = _weight_oi(base).float()
+    return float(torch.linalg.vector_norm(weight_OI - rounded(weight_OI, storage)))
+
+
 def _hash(weight: Tensor) -> int:
     return int(torch.hash_tensor(weight.detach()).view(torch.int64))
 
@@ -255,4 +272,4 @@ def _weight_oi(base: nn.Module) -> Tensor:
     kind = layer_kind(base)
     if kind is None:
         raise MergeError(f"merge: a {type(base).__name__} can't be merged into")
-    return kind.product.weight_oi(base.get_parameter("weight").detach())
+    return kind.weight_oi(base._parameters, None)

@@ -17,6 +17,8 @@ class LayerLoss:
     """‖ΔW‖ that was asked for, strength included."""
     lost: float
     """‖W + ΔW − what is stored now‖."""
+    moved: float = 0.0
+    """‖W − Wq‖ for an adapter that was trained on a quantised base: Wq is W as it was stored then."""
 
     @property
     def share(self) -> float:
@@ -31,6 +33,8 @@ class MergeReport:
     layers: Mapping[str, LayerLoss]
     dtypes: tuple[str, ...]
     """Dtypes of the merged weights."""
+    trained_in: str | None = None
+    """How the base was quantised while the adapter was trained (`fp8`, `nf4`), as far as the adapter says."""
 
     @property
     def lost_share(self) -> float:
@@ -44,11 +48,22 @@ class MergeReport:
         weight = math.hypot(*(layer.weight for layer in self.layers.values()))
         return math.hypot(*(layer.delta for layer in self.layers.values())) / weight if weight else 0.0
 
+    @property
+    def base_error(self) -> float:
+        """‖W − Wq‖ / ‖W‖ over the merged layers: how far the base is from the quantised one beside which the adapter learned."""
+        weight = math.hypot(*(layer.weight for layer in self.layers.values()))
+        return math.hypot(*(layer.moved for layer in self.layers.values())) / weight if weight else 0.0
+
     def __str__(self) -> str:
         worst, loss = max(self.layers.items(), key=lambda item: item[1].share)
+        trained = (
+            f"; trained on a {self.trained_in} base: these weights differ from it by ‖W − Wq‖/‖W‖ = {_percent(self.base_error)}"
+            if self.trained_in
+            else ""
+        )
         return (
             f"merged {len(self.layers)} layers ({', '.join(self.dtypes)}), ‖Δ‖/‖W‖ = {self.relative_change:.2g}; "
-            f"lost to rounding ‖lost Δ‖/‖Δ‖ = {_percent(self.lost_share)}, at most {_percent(loss.share)} ({worst})"
+            f"lost to rounding ‖lost Δ‖/‖Δ‖ = {_percent(self.lost_share)}, at most {_percent(loss.share)} ({worst}){trained}"
         )
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("auto", "fp32", "bf16")
+DTYPES = ("auto", "fp32", "bf16", "fp8", "nf4")
+QUANTIZED = ("fp8", "nf4")
+"""Storages of the linear layers alone; the rest is then kept in the dtype of `auto`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class LoadedBase:
     """A base model ready to be attached to, and what was decided while loading it."""
 
     model: PreTrainedModel
-    """In eval mode, on `device`, every floating weight in `dtype`."""
+    """In eval mode, on `device`, every floating weight in `dtype`, quantised ones aside."""
     tokenizer: PreTrainedTokenizerBase
     """Has a pad token; its padding side is as it came."""
     name: str
@@ -53,12 +55,15 @@ def load_base(
 ) -> LoadedBase:
     """Load the causal language model `name` (hub id, folder, GGUF file, or alias such as `smollm2-135m-instruct`).
 
-    `dtype`: `fp32`, `bf16`, or `auto` (bf16 on a GPU that has it, else fp32). `device`: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`.
+    `dtype`: `fp32`, `bf16`, or `auto` (bf16 on a GPU that has it, else fp32); `fp8` and `nf4` are `auto` with the linear layers
+    quantised, one after the other, as `quantize_base` does. `device`: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`.
     `cache`: where converted models are kept (default `~/.cache/lorabank`). `say` gets progress lines of a download or conversion.
     Raises ModelError when the model can't be had or isn't one that can be adapted, ConfigError for a wrong dtype or device.
     """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from lorabank.bank.quantized import quantize_base
 
     where = pick_device(device)
     number = pick_dtype(dtype, where)
@@ -84,8 +89,11 @@ def load_base(
             ) from error
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)  # the library's annotation omits this form
     _check_complete(name, model, info)
+    said: list[str] = []
+    if dtype in QUANTIZED:
+        quantize_base(model, dtype, device=where, say=said.append)
     torch.nn.Module.to(model, where)  # PreTrainedModel's own `to` only refuses quantized models, and is typed wrongly
-    notes = [*_source_notes(folder), *_fill_pad_token(tokenizer), *_check_vocabulary(tokenizer, model), *_unused(info)]
+    notes = [*_source_notes(folder), *said, *_fill_pad_token(tokenizer), *_check_vocabulary(tokenizer, model), *_unused(info)]
     return LoadedBase(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -172,12 +180,12 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The torch dtype for `auto`, `fp32` or `bf16` on a device. Raises ConfigError for anything else."""
+    """The torch dtype for a storage on a device; for `fp8` and `nf4`, of what isn't quantised. Raises ConfigError for another."""
     import torch
 
     if dtype not in DTYPES:
         raise ConfigError(f"base_dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}")
-    if dtype == "auto":
+    if dtype == "auto" or dtype in QUANTIZED:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return torch.float32 if dtype == "fp32" else torch.bfloat16
 

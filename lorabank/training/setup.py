@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorabank.bank.attach import attach
 from lorabank.bank.bank import AdapterBank
+from lorabank.bank.quantized import storage_of
 from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.data.prepare import PreparedData, Progress, prepare
 from lorabank.data.read import Source, check_source
@@ -195,5 +196,8 @@ def run_plan(trainer: Trainer, *, model_name: str, resumed_from: str | None) -> 
 
 
 def _dtype_name(bank: AdapterBank) -> str:
+    quantized = storage_of(bank.model)
+    if quantized is not None:
+        return quantized
     dtype = next((p.dtype for p in bank.model.parameters()), torch.float32)
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))

@@ -101,8 +101,9 @@ def test_keys_work_inside_an_adapter_and_in_their_section_only() -> None:
     ("tree", "message"),
     [
         ({"datasets": [{"path": "x"}]}, "datasets: axolotl's list"),
-        ({"adapter": "qlora"}, "adapter: 'qlora': a quantised base is not supported yet"),
-        ({"load_in_4bit": True}, "load_in_4bit: a quantised base"),
+        ({"adapter": "qlora"}, "adapter: 'qlora': a quantised base is asked for as `base_dtype: nf4`"),
+        ({"load_in_4bit": True}, "load_in_4bit: a quantised base is asked for as `base_dtype: nf4`"),
+        ({"load_in_8bit": True}, "load_in_8bit: int8 is not supported yet. Use `base_dtype: fp8`"),
         ({"network_dropout": 0.1}, "network_dropout: kohya drops the output of the down projection"),
         ({"optim": "paged_adamw_8bit"}, "optim: 'paged_adamw_8bit'"),
         ({"optimizer": "adamw_bnb_8bit"}, "optimizer: 'adamw_bnb_8bit'"),

@@ -110,9 +110,9 @@ def run(case: Case, how: str, dy: Tensor | None = None, x_grad: bool = True, fro
     if how == "reference":
         y = reference.lora_linear(x, case.weight_OI, case.bias_O, segments, case.units)
     elif how in ("fused", "fast"):
-        y = ops.lora_linear(x, stored, case.bias_O, product, make_plan(segments, case.units))
+        y = ops.lora_linear(x, [stored], case.bias_O, product, make_plan(segments, case.units))
     else:
-        y = ops.add_lora(product.forward(x, stored, case.bias_O), x, make_plan(segments, case.units))
+        y = ops.add_lora(product.forward(x, [stored], case.bias_O), x, make_plan(segments, case.units))
     if y.requires_grad:
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype) if dy is None else dy)
     return Outcome(y=y.detach(), gradients={"x": x.grad, **{name: leaf.grad for name, leaf in leaves.items()}})

@@ -68,7 +68,7 @@ def test_runs_equal_the_reference(
     plan = ops.Plan(
         segments=segments, units=UNITS, route=torch.tensor(1), route_id=1, layer="here", structure=0, structure_now=lambda: 0
     )
-    fast = run(lambda x: ops.lora_linear(x, weight, None, BASE_PRODUCTS["linear"], plan), x, pairs)
+    fast = run(lambda x: ops.lora_linear(x, [weight], None, BASE_PRODUCTS["linear"], plan), x, pairs)
     plain = run(lambda x: reference.lora_linear(x, weight, None, segments, UNITS), x, pairs)
     for mine, theirs in zip(fast, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -96,7 +96,7 @@ def test_nan_in_one_slot_of_a_run_reaches_no_other() -> None:
         segments=segments, units=UNITS, route=torch.tensor(1), route_id=1, layer="here", structure=0, structure_now=lambda: 0
     )
     x, weight = torch.randn(UNITS, TOKENS, FAN_IN), torch.randn(FAN_OUT, FAN_IN)
-    y, dx, *gradients = run(lambda x: ops.lora_linear(x, weight, None, BASE_PRODUCTS["linear"], plan), x, pairs)
+    y, dx, *gradients = run(lambda x: ops.lora_linear(x, [weight], None, BASE_PRODUCTS["linear"], plan), x, pairs)
     assert y[3:6].isnan().all() and y[:3].isfinite().all() and y[6:].isfinite().all()
     assert dx[:3].isfinite().all() and dx[6:].isfinite().all()
     assert all(gradients[i].isfinite().all() for i in (0, 1, 4, 5))

@@ -218,5 +218,5 @@ def test_both_paths_leave_the_same_gradients(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(native_library, "loaded", lambda: None)
     plain = run(case, "fused")
     assert_same(compiled, plain, rtol=1e-4, atol=1e-4)
-    y = ops.lora_linear(case.x, case.weight_OI, case.bias_O, BASE_PRODUCTS["linear"], make_plan(case.segments, case.units))
+    y = ops.lora_linear(case.x, [case.weight_OI], case.bias_O, BASE_PRODUCTS["linear"], make_plan(case.segments, case.units))
     torch.testing.assert_close(y, plain.y, rtol=1e-4, atol=1e-4)

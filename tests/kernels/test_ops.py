@@ -161,7 +161,7 @@ def test_gradcheck_in_double_precision(layout: str) -> None:
 
     def call(x: Tensor, *tensors: Tensor) -> Tensor:
         pairs = [replace(s, A_RI=tensors[2 * i], B_RO=tensors[2 * i + 1]) for i, s in enumerate(case.segments)]
-        return ops.lora_linear(x, weight, case.bias_O, BASE_PRODUCTS[layout], make_plan(pairs, case.units))
+        return ops.lora_linear(x, [weight], case.bias_O, BASE_PRODUCTS[layout], make_plan(pairs, case.units))
 
     leaves = [case.x, *(t for s in case.segments for t in (s.A_RI, s.B_RO))]
     assert torch.autograd.gradcheck(call, [leaf.clone().requires_grad_() for leaf in leaves])
@@ -171,10 +171,9 @@ def test_the_base_products_are_the_layers_own_bit_for_bit() -> None:
     x = torch.randn(3, 5, 8)
     for bias in (True, False):
         linear = nn.Linear(8, 6, bias=bias)
-        assert torch.equal(BASE_PRODUCTS["linear"].forward(x, linear.weight, linear.bias), linear(x))
+        assert torch.equal(BASE_PRODUCTS["linear"].forward(x, [linear.weight], linear.bias), linear(x))
     conv = Conv1D(6, 8)
-    assert torch.equal(BASE_PRODUCTS["conv1d"].forward(x, conv.weight, conv.bias), conv(x))
-    assert torch.equal(BASE_PRODUCTS["conv1d"].weight_oi(conv.weight), conv.weight.t())
+    assert torch.equal(BASE_PRODUCTS["conv1d"].forward(x, [conv.weight], conv.bias), conv(x))
 
 
 @pytest.mark.parametrize("how", ["reference", "fused", "added"])
@@ -212,7 +211,7 @@ def test_a_poisoned_slot_or_row_stays_alone(rows: list[Any], how: str, poison: f
 def test_double_backward_is_refused_instead_of_being_wrong() -> None:
     case = make_case()
     x = case.x.requires_grad_()
-    y = ops.lora_linear(x, case.weight_OI, case.bias_O, BASE_PRODUCTS["linear"], make_plan(case.segments, case.units))
+    y = ops.lora_linear(x, [case.weight_OI], case.bias_O, BASE_PRODUCTS["linear"], make_plan(case.segments, case.units))
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable"):
         dx.sum().backward()
@@ -222,7 +221,7 @@ def test_a_change_of_the_bank_before_backward_is_an_error() -> None:
     case = make_case()
     structure = 0
     plan = replace(make_plan(case.segments, case.units), structure_now=lambda: structure)
-    y = ops.lora_linear(case.x.requires_grad_(), case.weight_OI, case.bias_O, BASE_PRODUCTS["linear"], plan)
+    y = ops.lora_linear(case.x.requires_grad_(), [case.weight_OI], case.bias_O, BASE_PRODUCTS["linear"], plan)
     structure = 1
     with pytest.raises(RoutingError, match=r"'test'.*added or removed between"):
         y.sum().backward()
@@ -244,6 +243,6 @@ def test_the_meta_device_gives_shapes() -> None:
     case = make_case()
     segments = [replace(s, A_RI=s.A_RI.to("meta"), B_RO=s.B_RO.to("meta")) for s in case.segments]
     y = ops.lora_linear(
-        case.x.to("meta"), case.weight_OI.to("meta"), None, BASE_PRODUCTS["linear"], make_plan(segments, case.units)
+        case.x.to("meta"), [case.weight_OI.to("meta")], None, BASE_PRODUCTS["linear"], make_plan(segments, case.units)
     )
     assert y.shape == (5, 3, 6)

@@ -214,7 +214,7 @@ def test_a_file_instead_of_a_folder(file: str, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "fp23"}, r"base_dtype: expected one of auto, fp32, bf16, got 'fp23' \(did you mean 'fp32'"),
+        ({"dtype": "fp23"}, r"base_dtype: expected one of auto, fp32, bf16, fp8, nf4, got 'fp23' \(did you mean 'fp32'"),
         ({"device": "cuad"}, r"got 'cuad' \(did you mean 'cuda'"),
         pytest.param({"device": "cuda:97"}, "97' asked for, but", id="a GPU that isn't there, on machines with and without GPUs"),
     ],

@@ -1,8 +1,9 @@
 """LoRA's products for all slots of a batch, grouped by slot, in Triton.
 
-`shrink` makes x·Aᵀ (and dy·Bᵀ), `change` writes ·B into a new y (and ·A into a new dx) onto which the frozen product is then added,
-`expand_` adds it to a y that exists already, `outer` makes the gradients of A and B. Each visits only its slot's own tokens and ranks, so cost follows the ranks in use and nothing that isn't finite crosses over to
-another slot or to a base row. Sums are in fp32 and in a fixed order: the same input gives the same bits.
+`shrink` makes x·Aᵀ (and dy·Bᵀ), `change` writes ·B into a new y (and ·A into a new dx) onto which the frozen product is then
+added, `expand_` adds it to a y that exists already, `outer` makes the gradients of A and B. Each visits only its slot's own
+tokens and ranks, so cost follows the ranks in use and nothing that isn't finite crosses over to another slot or to a base row.
+Sums are in fp32 and in a fixed order: the same input gives the same bits.
 
 The plain twin is reference.py. Shapes: N entries of the sorted tokens (see tables.py), F features (I of x, O of y), R ranks,
 W width of the narrow tensors (the largest rank, rounded up), P slot numbers. A and B are capacity buffers (ΣR, F), a slot being
@@ -37,7 +38,7 @@ def _shrink(
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ over features of x[token, f] · weight[start + rank, f]: with WHOLE scaled into narrow, else a split's share into parts."""
+    """Σ over features of x[token, f] · weight[start + rank, f]: with WHOLE scaled into narrow, else a share into parts."""
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
     if (count > 0) & (slot >= 0):
@@ -50,11 +51,15 @@ def _shrink(
             total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for at in range(begin, end, BLOCK_F):
                 f = at + tl.arange(0, BLOCK_F)
-                x_tile = tl.load(x + rows[:, None] * features + f[None, :], mask=(m < count)[:, None] & (f < end)[None, :], other=0.0)
+                x_tile = tl.load(
+                    x + rows[:, None] * features + f[None, :], mask=(m < count)[:, None] & (f < end)[None, :], other=0.0
+                )
                 w_tile = tl.load(
-                    weight + (start + r)[:, None] * features + f[None, :], mask=(r < rank)[:, None] & (f < end)[None, :], other=0.0
-                ).to(x_tile.dtype)
-                total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision=PRECISION)
+                    weight + (start + r)[:, None] * features + f[None, :],
+                    mask=(r < rank)[:, None] & (f < end)[None, :],
+                    other=0.0,
+                )
+                total = tl.dot(x_tile, tl.trans(w_tile.to(x_tile.dtype)), total, input_precision=PRECISION)
             kept = (m < count)[:, None] & (r < rank)[None, :]
             entry = (first + m).to(tl.int64)
             if WHOLE:
@@ -81,7 +86,8 @@ def _gather(
         total = tl.zeros((BLOCK_M * BLOCK_R,), dtype=tl.float32)
         for at in range(0, splits, BLOCK_S):
             row = (at + s).to(tl.int64)[:, None] * entries + (first + m)[None, :]
-            total += tl.sum(tl.load(parts + row * WIDTH + r[None, :], mask=kept[None, :] & (at + s < splits)[:, None], other=0.0), 0)
+            inside = kept[None, :] & (at + s < splits)[:, None]
+            total += tl.sum(tl.load(parts + row * WIDTH + r[None, :], mask=inside, other=0.0), 0)
         scaled = (total * tl.load(scaling + slot)).to(narrow.dtype.element_ty)
         tl.store(narrow + (first + m).to(tl.int64) * WIDTH + r, scaled, mask=kept)
 
@@ -92,7 +98,7 @@ def _expand(
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ over ranks of narrow · weight[start + rank, f]: with ADD added to out[token, f], else written there (+ bias), all tokens."""
+    """Σ over ranks of narrow · weight[start + rank, f]: with ADD added to out[token, f], else written there (+ bias)."""
     tile, column = tl.program_id(0), tl.program_id(1)
     slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
     routed = slot >= 0
@@ -134,8 +140,9 @@ def _outer(
     chunk, column, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, first, count = tl.load(chunks + chunk * 4), tl.load(chunks + chunk * 4 + 1), tl.load(chunks + chunk * 4 + 2)
     only = tl.load(chunks + chunk * 4 + 3)
-    start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
-    if (count > 0) & (block * BLOCK_R < rank):
+    place = tl.maximum(slot, 0) * 2
+    start, rank = tl.load(ranks + place).to(tl.int64), tl.load(ranks + place + 1)
+    if (count > 0) & (slot >= 0) & (block * BLOCK_R < rank):
         r, f = block * BLOCK_R + tl.arange(0, BLOCK_R), column * BLOCK_F + tl.arange(0, BLOCK_F)
         total = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
         for at in range(0, count, BLOCK_N):
@@ -167,8 +174,9 @@ def _through(
     chunk, column = tl.program_id(0), tl.program_id(1)
     slot, first, count = tl.load(chunks + chunk * 4), tl.load(chunks + chunk * 4 + 1), tl.load(chunks + chunk * 4 + 2)
     only = tl.load(chunks + chunk * 4 + 3)
-    start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
-    if (count > 0) & (rank > 0):
+    place = tl.maximum(slot, 0) * 2
+    start, rank = tl.load(ranks + place).to(tl.int64), tl.load(ranks + place + 1)
+    if (count > 0) & (slot >= 0) & (rank > 0):
         r, f = tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
         inside = (r < rank)[:, None] & (f < features)[None, :]
         w_tile = tl.load(weight + (start + r)[:, None] * features + f[None, :], mask=inside, other=0.0).to(wide.dtype.element_ty)
@@ -225,7 +233,7 @@ def _stages(rows: int, block_f: int, item: int, block_r: int) -> int:
 
 
 def shrink(x_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor, width: int) -> Tensor:
-    """scaling · x·weightᵀ of each entry, in x's dtype, (N, W). Entries without a slot and ranks that a slot lacks stay unwritten."""
+    """scaling · x·weightᵀ of each entry, in x's dtype, (N, W). Entries without a slot, ranks that a slot lacks stay unwritten."""
     entries, features = x_NF.shape
     tiles = tables.tiles_S4.shape[0]
     block_r = min(width, WIDEST_BLOCK)
@@ -320,7 +328,7 @@ def outer_and_shrink(
     _launch(_through)[(chunks, columns)](
         narrow_NW, wide_NF, weight_RF, parts, shares, grad, tables.order_N, tables.chunks_C4, ranks_P2, features, entries,
         WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION=_precision(wide_NF.dtype),
-        num_warps=4, num_stages=_stages(block_n, block_f + width, wide_NF.element_size(), 0),
+        num_warps=8, num_stages=_stages(block_n, block_f + width, wide_NF.element_size(), 0),
     )  # fmt: skip
     _fold_into(grad, parts, tables, ranks_P2)
     _gather_into(narrow, shares, tables, ranks_P2, scaling_P)

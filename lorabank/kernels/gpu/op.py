@@ -1,7 +1,7 @@
-"""One adapted linear layer as one functional custom op, `lorabank::lora_linear`: the frozen product and the adapters' change in it.
+"""One adapted linear layer as one functional custom op, `lorabank::lora_linear`: the frozen product and the adapters' change.
 
-torch.compile sees through it (products and Triton kernels are scheduled like its own), the eager step runs it as it is. The narrow
-xAᵀ is all that it saves besides x. Its backward is an op of its own. Shapes as in lora.py; x (…, I), y (…, O).
+torch.compile sees through it (products and Triton kernels are scheduled like its own), the eager step runs it as it is. The
+narrow xAᵀ is all that it saves besides x. Its backward is an op of its own. Shapes as in lora.py; x (…, I), y (…, O).
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from lorabank.kernels.gpu.storage import STORAGES
 from lorabank.kernels.tables import RouteTables
 
 
-def _op(name: str, function: Callable[..., Any]) -> Any:
+def custom_op(name: str, function: Callable[..., Any]) -> Any:
     """A custom op that torch.compile sees through, where kernels are compiled; one it calls, where they are interpreted."""
     if isinstance(lora._shrink, triton.runtime.JITFunction):
         return torch.library.triton_op(name, function, mutates_args=())
-    op = torch.library.custom_op(name, function, mutates_args=())
-    return op
+    return torch.library.custom_op(name, function, mutates_args=())
 
 
 def _forward(
@@ -31,7 +30,7 @@ def _forward(
     order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, storage: str, width: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tables = RouteTables(order, tiles, chunks, spans)
-    x_NI = x.reshape(-1, x.shape[-1])
+    x_NI = x.reshape(-1, x.shape[-1]).contiguous()  # a slice of a wider tensor is a view with longer rows
     xa_NW = lora.shrink(x_NI, A, tables, ranks, scaling, width)
     kind = STORAGES[storage]
     if kind.add_forward is not None:
@@ -48,7 +47,7 @@ def _backward(
     order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, storage: str, width: int, needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tables = RouteTables(order, tiles, chunks, spans)
-    x_NI, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(x.dtype).contiguous()
+    x_NI, dy_NO = x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).to(x.dtype).contiguous()
     dB, dxa_NW = lora.outer_and_shrink(xa, dy_NO, B, tables, ranks, scaling)
     dA = lora.outer(dxa_NW, x_NI, A, tables, ranks)
     if not needs_dx:
@@ -63,8 +62,8 @@ def _backward(
     return dx_NI.view(x.shape), dA, dB
 
 
-lora_linear = _op("lorabank::lora_linear", _forward)
-lora_linear_backward = _op("lorabank::lora_linear_backward", _backward)
+lora_linear = custom_op("lorabank::lora_linear", _forward)
+lora_linear_backward = custom_op("lorabank::lora_linear_backward", _backward)
 
 
 def _fake_forward(x, base, bias, A, B, ranks, scaling, order, tiles, chunks, spans, storage, width):  # type: ignore[no-untyped-def]
@@ -72,7 +71,7 @@ def _fake_forward(x, base, bias, A, B, ranks, scaling, order, tiles, chunks, spa
 
 
 def _fake_backward(dy, x, xa, base, A, B, ranks, scaling, order, tiles, chunks, spans, storage, width, needs_dx):  # type: ignore[no-untyped-def]
-    return (torch.empty_like(x) if needs_dx else x.new_empty(0)), torch.empty_like(A), torch.empty_like(B)
+    return (x.new_empty(x.shape) if needs_dx else x.new_empty(0)), torch.empty_like(A), torch.empty_like(B)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,99 @@
+"""Result files of the GPU benchmarks: one JSON a run, rewritten after every row: a run that is killed keeps what it had.
+
+A run is `{kind, date, commit, gpu, versions, check, rows}`; several runs may be kept in one file as `{"runs": [...]}`. Nothing
+here imports torch: the table is made on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+KINDS = ("training", "peers", "kernels")
+PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "unsloth_zoo", "liger_kernel", "bitsandbytes", "torchao")
+"""Those of them that are installed are named in a run."""
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that is measured, with a mark when files differ from it; `unknown` where the folder isn't a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a machine without git
+        out = ""
+    return out or "unknown"
+
+
+@dataclass
+class Results:
+    """One run and the file that it is kept in."""
+
+    path: Path | None
+    """None: nothing is written."""
+    record: dict[str, Any]
+
+    @classmethod
+    def start(cls, kind: str, path: Path | None, *, gpu: str | None, revision: str | None, **more: Any) -> Results:
+        """An empty run. `revision`: the commit, None to ask git for it."""
+        record = {
+            "kind": kind, "date": time.strftime("%Y-%m-%d"), "commit": revision or commit(), "gpu": gpu, "versions": versions(),
+            **more, "rows": [],
+        }  # fmt: skip
+        return cls(path, record)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row, in the file at once."""
+        self.record["rows"].append(row)
+        self.write()
+
+    def write(self) -> None:
+        """The whole file anew; a reader never sees half of it."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(self.path.suffix + ".new")
+        fresh.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+        fresh.replace(self.path)
+
+
+def load_runs(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """All runs of the files, in order. Exits with the reason where a file isn't a result file."""
+    runs: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            sys.exit(f"{path}: {error}")
+        each = found.get("runs", [found]) if isinstance(found, dict) else []
+        for run in each:
+            if not isinstance(run, dict) or run.get("kind") not in KINDS or not isinstance(run.get("rows"), list):
+                sys.exit(f"{path}: expected runs of kind {', '.join(KINDS)} with rows, as benchmarks/gpu_*.py write them")
+            runs.append(run)
+        if not each:
+            sys.exit(f"{path}: holds no run")
+    return runs
+
+
+def save_runs(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Several runs in one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,363 @@
+"""The GPU results as a table: work, best peer, ours, ratio, target, met or not. Needs no torch.
+
+    python benchmarks/gpu_table.py ours.json peers.json kernels.json                       # Markdown on standard output
+    python benchmarks/gpu_table.py ours.json peers.json --save benchmarks/results/gpu-h100.json   # the runs in one file
+    python benchmarks/gpu_table.py --readme benchmarks/results/gpu-h100.json               # between the markers in README.md
+
+Of an item that was run twice the later one counts. A run of ours whose check isn't recorded as passed is refused; a ratio to a
+peer that ran on another GPU isn't printed; a model cut to fewer blocks gets no verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gpu_results import load_runs, save_runs
+
+Row = Mapping[str, Any]
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results" / "gpu-h100.json"
+START, END = "<!-- gpu-table:start -->", "<!-- gpu-table:end -->"
+NOTHING = "No run of the GPU table is recorded yet."
+TARGET_GPU = "H100"
+LAYERS = 32
+"""Blocks of the model that the targets are for."""
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A number of a row that a target asks for."""
+
+    key: str
+    goal: float
+    least: float | None = None
+    """What it must reach to count as done, where the goal is more than that."""
+    at_most: bool = True
+    text: str
+    """How a value is shown, a format of one number."""
+
+    def reached(self, value: float, bound: float) -> bool:
+        """Whether `value` keeps to `bound`."""
+        return value <= bound if self.at_most else value >= bound
+
+    @property
+    def needed(self) -> float:
+        """What it must reach to count as done."""
+        return self.goal if self.least is None else self.least
+
+    def __str__(self) -> str:
+        sign = "≤" if self.at_most else "≥"
+        least = "" if self.least is None else f" (done from {self.text.format(self.least)})"
+        return f"{sign} {self.text.format(self.goal)}{least}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of the table."""
+
+    item: str
+    work: str
+    ours: str
+    """What is shown of our row, a format of its numbers."""
+    bounds: tuple[Bound, ...] = ()
+    """Targets of issue 3, none of them a result."""
+    peer_item: str | None = None
+    """The peers' item that is compared with."""
+    peer_repeats: int = 1
+    """Steps of the peer that do our step's work."""
+    beat_peer: bool = False
+    """The target is the best peer itself: faster, with no more memory."""
+    beside: str | None = None
+    """Without a peer: what of our own row is compared with, a format of its numbers."""
+    ratio: str | None = None
+    """Then the number that is the ratio."""
+    what: str = "the time"
+    """What the ratio is of."""
+    cut: bool = False
+    """Whether fewer blocks are part of the work."""
+
+
+def _faster(goal: float, least: float) -> Bound:
+    return Bound(key="tokens_per_s", goal=goal, least=least, at_most=False, text="{:,.0f} tok/s")
+
+
+def _within(gib: float) -> Bound:
+    return Bound(key="peak_gib", goal=gib, text="{:g} GiB")
+
+
+def _ms(limit: float) -> Bound:
+    return Bound(key="ms", goal=limit, text="{:,.0f} ms")
+
+
+def _ratio(key: str, limit: float) -> Bound:
+    return Bound(key=key, goal=limit, text="{:.2f} ×")
+
+
+STEP = "{ms:,.1f} ms · {tokens_per_s:,} tok/s · {peak_gib:.1f} GiB"
+LINES = (
+    Line(
+        item="one-2x2048", work="bf16, 2 × 2048", ours=STEP, bounds=(_faster(18000, 17000), _within(28)), peer_item="one-2x2048"
+    ),
+    Line(item="fp8-2x2048", work="frozen base in fp8, 2 × 2048", ours=STEP, bounds=(_faster(25000, 22500),)),
+    Line(item="fp8-4x2048", work="frozen base in fp8, 4 × 2048", ours=STEP),
+    Line(
+        item="one-4x2048-recompute", work="bf16, 4 × 2048, recompute", ours=STEP, bounds=(_faster(14000, 12500), _within(18)),
+        peer_item="one-4x2048-recompute",
+    ),
+    Line(item="one-1x512", work="one adapter, 1 × 512", ours=STEP, bounds=(_ms(60),), peer_item="one-1x512"),
+    Line(
+        item="eight-8x512", work="eight adapters, 512 tokens each", ours=STEP, bounds=(_ms(250),), peer_item="one-1x512",
+        peer_repeats=8,
+    ),
+    Line(
+        item="many-64", work="64 adapters, ranks 4 to 64, 4,096 tokens: forward and backward ({layers} blocks)",
+        ours="{ms:,.1f} ms", beside="one adapter of rank {mean_rank}: {one_ms:,.1f} ms", ratio="ratio",
+        bounds=(_ratio("ratio", 1.1),), cut=True,
+    ),
+    Line(
+        item="many-64", work="the same, whole step ({layers} blocks)", ours="{step_ms:,.1f} ms",
+        beside="one adapter: {one_step_ms:,.1f} ms", ratio="step_ratio", bounds=(_ratio("step_ratio", 1.1),), cut=True,
+    ),
+    Line(
+        item="nf4-2x2048-recompute", work="4-bit base (NF4), 2 × 2048, recompute, capped at 24 GiB", ours=STEP,
+        peer_item="nf4-2x2048-recompute", beat_peer=True,
+    ),
+    Line(
+        item="inference-peak", work="training peak over inference peak, recompute, 1 × 2048", ours="{peak_gib:.2f} GiB",
+        beside="inference: {inference_peak_gib:.2f} GiB", ratio="ratio", what="the memory", bounds=(_ratio("ratio", 1.15),),
+    ),
+    Line(
+        item="merged-forward", work="merged model's forward, 2 × 2048", ours="{ms:,.2f} ms",
+        beside="plain base: {base_ms:,.2f} ms",
+        ratio="ratio", bounds=(_ratio("ratio", 1.01),),
+    ),
+    Line(
+        item="start", work="a loaded model to its first step, no cached code", ours="{first_step_s:.0f} s",
+        bounds=(Bound(key="first_step_s", goal=60, text="{:.0f} s"),),
+    ),
+    Line(item="longest", work="longest row that trains, recompute", ours="{tokens:,} tokens · {peak_gib:.1f} GiB"),
+)  # fmt: skip
+KERNELS = Bound(key="fraction", goal=0.85, at_most=False, text="{:.2f}")
+"""Of the rate of a copy of the same bytes, or of torch's own product."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that the files hold, an item's last row first in line."""
+
+    ours: Mapping[str, tuple[Row, Row]]
+    """Item to (run, row)."""
+    peers: Mapping[str, Sequence[tuple[Row, Row]]]
+    """Item to every peer's."""
+    kernels: Sequence[tuple[Row, Row]]
+
+    @classmethod
+    def of(cls, runs: Sequence[Row]) -> Measured:
+        """Sort the rows of all runs. Exits for a run of ours whose check isn't recorded as passed."""
+        ours: dict[str, tuple[Row, Row]] = {}
+        peers: dict[str, dict[str, tuple[Row, Row]]] = {}
+        kernels: dict[tuple[object, ...], tuple[Row, Row]] = {}
+        for run in runs:
+            if run["kind"] != "peers":
+                _refuse_unchecked(run)
+            for row in run["rows"]:
+                if run["kind"] == "training":
+                    ours[row["item"]] = (run, row)
+                elif run["kind"] == "peers":
+                    peers.setdefault(row["item"], {})[row["name"]] = (run, row)
+                else:
+                    kernels[tuple(row.get(key) for key in ("kernel", "shape", "rank"))] = (run, row)
+        return cls(ours, {item: list(found.values()) for item, found in peers.items()}, list(kernels.values()))
+
+    def best_peer(self, line: Line) -> Row | None:
+        """The fastest peer of a line's work, None where none was run."""
+        found = [row for _, row in self.peers.get(line.peer_item or "", ()) if row.get("ms")]
+        return min(found, key=lambda row: row["ms"], default=None)
+
+
+def _refuse_unchecked(run: Row) -> None:
+    check = run.get("check")
+    if not isinstance(check, Mapping) or check.get("passed") is not True:
+        sys.exit(f"a {run['kind']} run of {run.get('date')} has no check recorded as passed: no table is made from it")
+
+
+# ---- cells --------------------------------------------------------------------------------------------------------------------
+
+
+def ratio_to_peer(line: Line, run: Row, row: Row, peer: Row | None) -> float | None:
+    """The peer's time for the work over ours; None without a peer, on another GPU or of another model."""
+    if peer is None or run.get("gpu") != peer.get("gpu") or row.get("layers") != peer.get("layers"):
+        return None
+    return line.peer_repeats * peer["ms"] / row["ms"]
+
+
+def cells(line: Line, measured: Measured) -> list[str]:
+    """A line of the table."""
+    peer = measured.best_peer(line)
+    target = "; ".join(map(str, line.bounds)) or ("faster, no more memory" if line.beat_peer else "–")
+    if line.item not in measured.ours:
+        return [line.work.replace(" ({layers} blocks)", ""), _peer_cell(line, peer), NOT_RUN, "–", target, "–"]
+    run, row = measured.ours[line.item]
+    beside = line.beside.format_map(row) if line.beside else _peer_cell(line, peer)
+    work = line.work.format_map(row)
+    return [work, beside, line.ours.format_map(row), _ratio_cell(line, run, row, peer), target, verdict(line, run, row, peer)]
+
+
+def _peer_cell(line: Line, peer: Row | None) -> str:
+    if line.peer_item is None:
+        return "–"
+    if peer is None:
+        return NOT_RUN
+    if line.peer_repeats > 1:
+        return f"{peer['impl']}, {line.peer_repeats} steps: {line.peer_repeats * peer['ms']:,.0f} ms"
+    return f"{peer['impl']}: {peer['ms']:,.1f} ms · {peer['tokens_per_s']:,} tok/s · {peer['peak_gib']:.1f} GiB"
+
+
+def _ratio_cell(line: Line, run: Row, row: Row, peer: Row | None) -> str:
+    if line.ratio is not None:
+        return f"{row[line.ratio]:.3f} × {line.what}"
+    ratio = ratio_to_peer(line, run, row, peer)
+    if ratio is not None:
+        return f"{ratio:.2f} × as fast"
+    if peer is not None and run.get("gpu") != peer.get("gpu"):
+        return f"none: the peer ran on {peer.get('gpu')}, ours on {run.get('gpu')}"
+    return "–" if peer is None else "none: not the same model"
+
+
+def verdict(line: Line, run: Row, row: Row, peer: Row | None) -> str:
+    """Whether the target is met, and else by how much it is missed."""
+    if not line.bounds and not line.beat_peer:
+        return "–"
+    if TARGET_GPU not in str(run.get("gpu")):
+        return f"not judged: the target is for an {TARGET_GPU}"
+    if row.get("layers") != LAYERS and not line.cut:
+        return f"not judged: {row.get('layers')} of {LAYERS} blocks"
+    if line.beat_peer:
+        return _beats(line, run, row, peer)
+    missed = [_missed(bound, row[bound.key]) for bound in line.bounds if not bound.reached(row[bound.key], bound.needed)]
+    if missed:
+        return f"no: {', '.join(missed)}"
+    short = [bound for bound in line.bounds if not bound.reached(row[bound.key], bound.goal)]
+    return "done, short of the goal" if short else "yes"
+
+
+def _missed(bound: Bound, value: float) -> str:
+    over = value / bound.needed - 1
+    return f"{bound.text.format(value)}, {abs(over):.0%} {'above' if over > 0 else 'below'} {bound.text.format(bound.needed)}"
+
+
+def _beats(line: Line, run: Row, row: Row, peer: Row | None) -> str:
+    ratio = ratio_to_peer(line, run, row, peer)
+    if peer is None or ratio is None:
+        return "not judged: no peer to compare with"
+    failed = ["slower"] * (ratio <= 1) + ["more memory"] * (row["peak_gib"] > peer["peak_gib"])
+    return f"no: {' and '.join(failed)}" if failed else "yes"
+
+
+def kernel_cells(measured: Measured) -> list[str]:
+    """All kernels in one line: the slowest of them beside its copy."""
+    start = ["hot kernels beside a copy of the same bytes, frozen products beside torch's", "–"]
+    if not measured.kernels:
+        return [*start, NOT_RUN, "–", str(KERNELS), "–"]
+    run, row = min(measured.kernels, key=lambda pair: pair[1]["fraction"])
+    lowest = f"lowest of {len(measured.kernels)}: {row['kernel']} {row['shape']}, r {row['rank']}"
+    below = sum(not KERNELS.reached(found["fraction"], KERNELS.goal) for _, found in measured.kernels)
+    judged = f"no: {below} of {len(measured.kernels)} below" if below else "yes"
+    if TARGET_GPU not in str(run.get("gpu")):
+        judged = f"not judged: the target is for an {TARGET_GPU}"
+    return [*start, lowest, f"{row['fraction']:.2f} of its rate", str(KERNELS), judged]
+
+
+# ---- pages --------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def notes(measured: Measured) -> Iterator[str]:
+    """What the table must be read with."""
+    runs = [*(run for run, _ in measured.ours.values()), *(run for run, _ in measured.kernels)]
+    for gpu, version, code, date in sorted({_origin(run) for run in runs}):
+        yield f"Ours: {gpu}, torch {version}, commit {code}, {date}."
+    for gpu, version, _, date in sorted({_origin(run, row) for found in measured.peers.values() for run, row in found}):
+        yield f"Peers: {gpu}, torch {version}, {date}."
+    if "nf4-2x2048-recompute" in measured.ours:
+        yield "NF4: memory was capped on that GPU; no 24 GB card was run."
+
+
+def _origin(run: Row, row: Row | None = None) -> tuple[str, str, str, str]:
+    gpu = run.get("gpu") or (row or {}).get("gpu")
+    return str(gpu), str(run.get("versions", {}).get("torch", "?")), str(run.get("commit")), str(run.get("date"))
+
+
+def table(runs: Sequence[Row]) -> str:
+    """The comparison and its notes."""
+    measured = Measured.of(runs)
+    header = ("work", "best peer", "ours", "ratio", "target", "met?")
+    rows = [*(cells(line, measured) for line in LINES), kernel_cells(measured)]
+    return markdown(header, rows) + "\n\n" + "\n".join(notes(measured))
+
+
+def kernel_table(runs: Sequence[Row]) -> str:
+    """Every kernel and shape, the slowest first; empty without such a run."""
+    found = sorted((row for _, row in Measured.of(runs).kernels), key=lambda row: row["fraction"])
+    rows = [
+        [
+            row["kernel"],
+            row["shape"],
+            str(row["rank"]),
+            f"{row['us']:.1f} µs",
+            f"{row['beside_us']:.1f} µs",
+            f"{row['fraction']:.2f}",
+        ]
+        for row in found
+    ]
+    return markdown(("kernel", "shape", "rank", "ours", "beside", "fraction"), rows) if rows else ""
+
+
+def readme_block(results: Path) -> str:
+    """What stands between README.md's markers: the table of a results file, or that there is none."""
+    return table(load_runs([results])) if results.exists() else NOTHING
+
+
+def put_between(text: str, block: str) -> str:
+    """The page with `block` between its markers. Exits when they are missing."""
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        sys.exit(f"the page needs one line {START} and after it one line {END}")
+    return f"{text[: text.index(START)]}{START}\n{block}\n{text[text.index(END) :]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print, save or write into the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="what gpu_training.py, gpu_peers.py and gpu_kernels.py wrote")
+    parser.add_argument("--save", type=Path, help="keep the runs in one file")
+    parser.add_argument("--readme", type=Path, metavar="RESULTS", help="write the table of this file into README.md")
+    args = parser.parse_args(arguments)
+    if not args.files and not args.readme:
+        parser.error("give result files, or --readme and one")
+    if args.files:
+        runs = load_runs(args.files)
+        print("\n\n".join(part for part in (table(runs), kernel_table(runs)) if part))
+        if args.save:
+            save_runs(args.save, runs)
+    if args.readme:
+        page = put_between(README.read_text(encoding="utf-8"), readme_block(args.readme))
+        README.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

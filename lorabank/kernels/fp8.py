@@ -1,0 +1,108 @@
+"""Frozen products in fp8: the weight kept as e4m3 with one fp32 scale a row, twice, since both directions want rows.
+
+`base` is [W (O, I), scale (O), Wᵀ (I, O), scale (I)]: the first pair makes y = W x, the second dx = Wᵀ dy. On a GPU with fp8
+units the input is rounded row by row as well (so no row touches another) and `_scaled_mm` multiplies; the rounding is plain
+torch, which a compiler fuses into what made the input. Elsewhere the weight is dequantised for the product: slower, and the
+definition.
+Shapes: x (…, K) times a stored matrix (F, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of e4m3."""
+SMALLEST_SCALE = 1e-12
+"""Of a row of zeros: any will do, and dividing by zero won't."""
+MULTIPLE = 16
+"""What both sizes of a weight must be a multiple of."""
+OLDEST = (8, 9)
+"""Compute capability from which on GPUs have fp8 units (Ada, Hopper)."""
+
+
+def missing(device: torch.device) -> str | None:
+    """Why `device` has no fp8 products, as a clause for people; None when it has them."""
+    if device.type != "cuda":
+        return f"{device.type} has none"
+    if torch.version.hip is not None:
+        return "ROCm's are not supported yet"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        have, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
+        return f"{torch.cuda.get_device_name(device)} has compute capability {have}; they need {needed} or newer"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def runs_on(device: torch.device) -> bool:
+    """Whether products on `device` go through its fp8 units."""
+    return missing(device) is None
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(…, K) in any float dtype → e4m3 of the same shape and fp32 scales (…), so that x ≈ e4m3 · scale.
+
+    Off by 2⁻⁴ of a number, or 2⁻¹⁰ of its row's scale where that is more. A row with NaN or infinity is NaN, and no other is.
+    """
+    scale = x.abs().amax(-1).float().mul(1 / LARGEST).clamp(min=SMALLEST_SCALE)
+    return (x.float() / scale[..., None]).clamp(-LARGEST, LARGEST).to(E4M3), scale
+
+
+def dequantize_rows(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantize_rows` stands for, rounded once into `dtype`."""
+    return (values.float() * scale[..., None]).to(dtype)
+
+
+def quantize_weight(weight_OI: Tensor) -> list[Tensor]:
+    """A weight as a product's `base`."""
+    return [*quantize_rows(weight_OI), *quantize_rows(weight_OI.t().contiguous())]
+
+
+def forward(x: Tensor, base: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """(x (…, I), base, bias) → y (…, O), in x's dtype."""
+    return _product(x, base[0], base[1], bias)
+
+
+def input_grad(dy: Tensor, base: Sequence[Tensor]) -> Tensor:
+    """(dy (…, O), base) → dx (…, I), in dy's dtype."""
+    return _product(dy, base[2], base[3], None)
+
+
+def _product(x: Tensor, weight_FK: Tensor, scale_F: Tensor, bias: Tensor | None) -> Tensor:
+    if not runs_on(x.device):
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, dequantize_rows(weight_FK, scale_F, x.dtype), bias)
+    rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    within = bias if bias is not None and bias.dtype == torch.bfloat16 else None
+    y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        rows, weight_FK.t(), scale[:, None], scale_F[None], bias=within, out_dtype=torch.bfloat16, use_fast_accum=True
+    ).to(x.dtype)
+    if bias is not None and within is None:
+        y = y + bias.to(x.dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Product(torch.autograd.Function):
+    """The pair as a differentiable product, for a layer that no adapter changes."""
+
+    @staticmethod
+    def forward(ctx, x, bias, weight, scale, weight_t, scale_t):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight, scale, weight_t, scale_t)
+        return forward(x, (weight, scale, weight_t, scale_t), bias)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        dx = input_grad(dy, ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return dx, dbias, None, None, None, None
+
+
+def product(x: Tensor, base: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """`forward`, differentiable in x and the bias."""
+    return _Product.apply(x, bias, *base)

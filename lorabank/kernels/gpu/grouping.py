@@ -1,0 +1,167 @@
+"""Passes over a traced block: adapted layers that belong together become one op.
+
+A gated MLP becomes `lorabank::lora_mlp`; other layers that read the same x become one `lorabank::lora_linears`. The passes look
+at the graph alone, so they serve every model whose block has such layers, and leave the others as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo import lookup_backend
+from torch.fx import GraphModule, Node
+
+from lorabank.kernels.gpu import mlp, siblings
+from lorabank.kernels.gpu import mlp_op as _mlp_op  # noqa: F401  registers lorabank::lora_mlp
+from lorabank.kernels.gpu import siblings_op as _siblings_op  # noqa: F401  registers lorabank::lora_linears
+
+Backend = Callable[[GraphModule, list[Any]], Any]
+_SHARED = ("order", "tiles", "chunks", "spans", "storage", "width")
+_FIELDS = ("x", "base", "bias", "A", "B", "ranks", "scaling", "order", "tiles", "chunks", "spans", "storage", "width")
+
+
+@functools.cache
+def grouping(name: str, mlps: bool) -> Backend:
+    """torch.compile's backend of that name, behind the passes. One object for the same arguments, or compiled code isn't shared.
+
+    `mlps`: fuse gated MLPs too. That keeps one tensor of their width less for backward and takes a little longer.
+    """
+    backend: Any = lookup_backend(name)
+
+    def compiled(graph_module: GraphModule, inputs: list[Any]) -> Any:
+        if mlps:
+            fuse_mlps(graph_module)
+        group_siblings(graph_module)
+        return backend(graph_module, inputs)
+
+    return compiled
+
+
+def fuse_mlps(graph_module: GraphModule) -> int:
+    """Put `lora_mlp` in the place of every down(act(gate(x)) · up(x)) of adapted layers, in place; returns how many."""
+    graph, found = graph_module.graph, 0
+    for down in [node for node in graph.nodes if _is_layer(node)]:
+        layers = _gate_and_up(down)
+        if layers is not None:
+            gate, up, activation = layers
+            _replace_mlp(graph_module, gate, up, down, activation)
+            found += 1
+    if found:
+        graph.eliminate_dead_code()
+        graph.lint()
+        graph_module.recompile()
+    return found
+
+
+def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
+    """The layers and the activation that make the input of `down`, if it is act(gate(x)) · up(x) and nothing else reads it."""
+    product = down.args[0]
+    if not isinstance(product, Node) or product.target not in _PRODUCTS or len(product.users) > 1 or len(product.args) != 2:
+        return None
+    for left, right in (product.args, product.args[::-1]):
+        activation = _activation_of(left)
+        if activation is None or not isinstance(left, Node) or len(left.users) > 1:
+            continue
+        gate, up = _layer_of(left.args[0]), _layer_of(right)
+        if gate is None or up is None or gate is up or not _alike([gate, up, down]):
+            continue
+        width = down.args[_FIELDS.index("width")]
+        if gate.args[0] is up.args[0] and isinstance(width, int) and width <= mlp.WIDEST:
+            return gate, up, activation
+    return None
+
+
+def _activation_of(node: Any) -> str | None:
+    if not isinstance(node, Node) or node.op != "call_function" or len(node.args) != 1:
+        return None
+    if node.target is torch.nn.functional.silu and not node.kwargs.get("inplace"):
+        return "silu"
+    if node.target is torch.nn.functional.gelu and node.kwargs == {"approximate": "tanh"}:
+        return "gelu_tanh"
+    return None
+
+
+def _layer_of(node: Any) -> Node | None:
+    """The adapted layer whose y this is, if nothing else reads that y."""
+    if not isinstance(node, Node) or node.target is not operator.getitem or node.args[1] != 0 or len(node.users) != 1:
+        return None
+    layer = node.args[0]
+    return layer if isinstance(layer, Node) and _is_layer(layer) else None
+
+
+def _is_layer(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch.ops.lorabank.lora_linear and not node.kwargs
+
+
+def _alike(nodes: Sequence[Node]) -> bool:
+    """Whether layers agree in what they must share: the batch's tables, storage, width, and having a bias or none."""
+    return len({_shared(node) for node in nodes}) == 1
+
+
+def _shared(node: Node) -> tuple[Any, ...]:
+    args: dict[str, Any] = dict(zip(_FIELDS, node.args, strict=True))
+    return (*(args[name] for name in _SHARED), args["bias"] is None, len(args["base"]))
+
+
+def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str) -> None:
+    graph = graph_module.graph
+    with graph.inserting_before(down):
+        joint = graph.call_function(torch.ops.lorabank.lora_mlp, (*_joined([gate, up, down]), activation))
+    for user in list(down.users):
+        with graph.inserting_after(joint):
+            result = graph.call_function(operator.getitem, (joint, 0 if user.args[1] == 0 else 5))
+        user.replace_all_uses_with(result)
+        graph.erase_node(user)
+    graph.erase_node(down)
+
+
+def _joined(nodes: Sequence[Node]) -> tuple[Any, ...]:
+    """The arguments of an op for all of the layers. Of their x it takes the first."""
+    columns: list[list[Any]] = [list(column) for column in zip(*(node.args for node in nodes), strict=True)]
+    x, bases, biases, As, Bs, ranks, scalings, *shared = columns
+    flat = [tensor for base in bases for tensor in base]
+    return x[0], flat, [] if biases[0] is None else biases, As, Bs, ranks, scalings, *(column[0] for column in shared)
+
+
+def group_siblings(graph_module: GraphModule) -> int:
+    """Group what can be grouped, in place; returns how many layers are in a group now."""
+    graph, places = graph_module.graph, {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    alike: dict[Any, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if _is_layer(node):
+            alike[(node.args[0], *_shared(node))].append(node)
+    grouped = 0
+    for nodes in alike.values():
+        ready = [node for node in nodes if all(places[arg] < places[nodes[0]] for arg in node.all_input_nodes)]
+        width = nodes[0].args[_FIELDS.index("width")]
+        narrow = isinstance(width, int) and width <= siblings.WIDEST
+        for start in range(0, len(ready) if narrow else 0, siblings.MOST):
+            some = ready[start : start + siblings.MOST]
+            if len(some) > 1:
+                _replace_siblings(graph_module, some)
+                grouped += len(some)
+    if grouped:
+        graph.lint()
+        graph_module.recompile()
+    return grouped
+
+
+def _replace_siblings(graph_module: GraphModule, nodes: Sequence[Node]) -> None:
+    graph, count = graph_module.graph, len(nodes)
+    with graph.inserting_before(nodes[0]):
+        joint = graph.call_function(torch.ops.lorabank.lora_linears, _joined(nodes))
+    for i, node in enumerate(nodes):
+        for user in list(node.users):  # takes y or xAᵀ off the pair: there is nothing else to do with it
+            with graph.inserting_after(joint):
+                result = graph.call_function(operator.getitem, (joint, i if user.args[1] == 0 else count + i))
+            user.replace_all_uses_with(result)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+_PRODUCTS = (operator.mul, torch.mul)

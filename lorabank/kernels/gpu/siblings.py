@@ -1,0 +1,247 @@
+"""LoRA's products of layers that read the same x (queries, keys and values; gate and up), made together in Triton.
+
+What touches x or dx is done once for all of them: `shrink` reads x once, `change` writes dx once, `outer` reads x once. What
+touches one layer's y or dy stays in lora.py. The plain twin is one layer after the other. Shapes as in lora.py, and C layers, 2
+to 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _fold_into, _gather_into, _launch, _precision
+from lorabank.kernels.tables import TILE, RouteTables
+
+MOST = 4
+"""Layers that the kernels take together."""
+WIDEST = 64
+"""Ranks up to which they do."""
+
+
+@triton.jit
+def _dot_with(total, x_tile, weight, ranks, slot, r, f, end, features, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """total + x_tile · weight[slot's rows, f]ᵀ, or with TURNED x_tile (ranks) · weight[slot's rows, f]."""
+    start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
+    kept = (r < rank)[:, None] & (f < end)[None, :]
+    w_tile = tl.load(weight + (start + r)[:, None] * features + f[None, :], mask=kept, other=0.0).to(x_tile.dtype)
+    if not TURNED:
+        w_tile = tl.trans(w_tile)
+    return tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _keep(
+    total, narrow, parts, ranks, scaling, slot, entry, m, r, count, split, entries, WIDTH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Store one layer's product: scaled into narrow, or as a split's share into parts."""
+    kept = (m < count)[:, None] & (r < tl.load(ranks + slot * 2 + 1))[None, :]
+    if WHOLE:
+        scaled = (total * tl.load(scaling + slot)).to(narrow.dtype.element_ty)
+        tl.store(narrow + entry[:, None] * WIDTH + r[None, :], scaled, mask=kept)
+    else:
+        row = split.to(tl.int64) * entries + entry
+        tl.store(parts + row[:, None] * WIDTH + r[None, :], total, mask=kept)
+
+
+@triton.jit
+def _shrink(
+    x, w0, w1, w2, w3, n0, n1, n2, n3, p0, p1, p2, p3, k0, k1, k2, k3, s0, s1, s2, s3,
+    order, tiles, features, entries, share,
+    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x · weightᵀ for C weights, x read once."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    if (count > 0) & (slot >= 0):
+        m, r = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
+        rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
+        begin = split * share
+        end = tl.minimum(features, begin + share)
+        t0 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        t1 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        t2 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        t3 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        for at in range(begin, end, BLOCK_F):
+            f = at + tl.arange(0, BLOCK_F)
+            x_tile = tl.load(x + rows[:, None] * features + f[None, :], mask=(m < count)[:, None] & (f < end)[None, :], other=0.0)
+            t0 = _dot_with(t0, x_tile, w0, k0, slot, r, f, end, features, False, PRECISION)
+            t1 = _dot_with(t1, x_tile, w1, k1, slot, r, f, end, features, False, PRECISION)
+            if C > 2:
+                t2 = _dot_with(t2, x_tile, w2, k2, slot, r, f, end, features, False, PRECISION)
+            if C > 3:
+                t3 = _dot_with(t3, x_tile, w3, k3, slot, r, f, end, features, False, PRECISION)
+        entry = (first + m).to(tl.int64)
+        _keep(t0, n0, p0, k0, s0, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
+        _keep(t1, n1, p1, k1, s1, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
+        if C > 2:
+            _keep(t2, n2, p2, k2, s2, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
+        if C > 3:
+            _keep(t3, n3, p3, k3, s3, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
+
+
+@triton.jit
+def _narrow_tile(narrow, ranks, slot, entry, m, r, count, WIDTH: tl.constexpr):
+    """A layer's narrow rows of a tile, zero beyond its slot's ranks."""
+    kept = (m < count)[:, None] & (r < tl.load(ranks + slot * 2 + 1))[None, :]
+    return tl.load(narrow + entry[:, None] * WIDTH + r[None, :], mask=kept, other=0.0)
+
+
+@triton.jit
+def _add_layer(total, narrow, weight, ranks, slot, entry, m, r, f, count, features, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """total + one layer's narrow · weight."""
+    small = _narrow_tile(narrow, ranks, slot, entry, m, r, count, WIDTH)
+    return _dot_with(total, small, weight, ranks, slot, r, f, features, features, True, PRECISION)
+
+
+@triton.jit
+def _change(
+    out, n0, n1, n2, n3, w0, w1, w2, w3, k0, k1, k2, k3, order, tiles, features,
+    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ over C layers of narrow · weight: written for every token, or with ADD added for those with a slot."""
+    tile, column = tl.program_id(0), tl.program_id(1)
+    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    if (count > 0) & ((not ADD) | (slot >= 0)):
+        m, r, f = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
+        rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
+        entry = (first + m).to(tl.int64)
+        total = tl.zeros((BLOCK_M, BLOCK_F), dtype=tl.float32)
+        if slot >= 0:
+            total = _add_layer(total, n0, w0, k0, slot, entry, m, r, f, count, features, WIDTH, PRECISION)
+            total = _add_layer(total, n1, w1, k1, slot, entry, m, r, f, count, features, WIDTH, PRECISION)
+            if C > 2:
+                total = _add_layer(total, n2, w2, k2, slot, entry, m, r, f, count, features, WIDTH, PRECISION)
+            if C > 3:
+                total = _add_layer(total, n3, w3, k3, slot, entry, m, r, f, count, features, WIDTH, PRECISION)
+        inside = (m < count)[:, None] & (f < features)[None, :]
+        target = out + rows[:, None] * features + f[None, :]
+        if ADD:
+            total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _put(total, grad, parts, ranks, slot, chunk, only, r, f, features, WIDTH: tl.constexpr):
+    """Store one layer's part of the gradient: where it belongs for a slot's only chunk, else into parts."""
+    start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
+    inside = (r < rank)[:, None] & (f < features)[None, :]
+    if only == 1:
+        tl.store(grad + (start + r)[:, None] * features + f[None, :], total, mask=inside)
+    else:
+        row = chunk.to(tl.int64) * WIDTH + r
+        tl.store(parts + row[:, None] * features + f[None, :], total, mask=inside)
+
+
+@triton.jit
+def _outer(
+    n0, n1, n2, n3, wide, p0, p1, p2, p3, g0, g1, g2, g3, k0, k1, k2, k3, order, chunks, features,
+    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """narrowᵀ · wide for C layers over a chunk's tokens, wide read once."""
+    chunk, column = tl.program_id(0), tl.program_id(1)
+    slot, first, count = tl.load(chunks + chunk * 4), tl.load(chunks + chunk * 4 + 1), tl.load(chunks + chunk * 4 + 2)
+    only = tl.load(chunks + chunk * 4 + 3)
+    if (count > 0) & (slot >= 0):
+        r, f = tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
+        t0 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
+        t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
+        t2 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
+        t3 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
+        for at in range(0, count, BLOCK_N):
+            n = at + tl.arange(0, BLOCK_N)
+            rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
+            entry = (first + n).to(tl.int64)
+            tile = tl.load(
+                wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0
+            )
+            t0 = tl.dot(tl.trans(_narrow_tile(n0, k0, slot, entry, n, r, count, WIDTH)), tile, t0, input_precision=PRECISION)
+            t1 = tl.dot(tl.trans(_narrow_tile(n1, k1, slot, entry, n, r, count, WIDTH)), tile, t1, input_precision=PRECISION)
+            if C > 2:
+                t2 = tl.dot(tl.trans(_narrow_tile(n2, k2, slot, entry, n, r, count, WIDTH)), tile, t2, input_precision=PRECISION)
+            if C > 3:
+                t3 = tl.dot(tl.trans(_narrow_tile(n3, k3, slot, entry, n, r, count, WIDTH)), tile, t3, input_precision=PRECISION)
+        _put(t0, g0, p0, k0, slot, chunk, only, r, f, features, WIDTH)
+        _put(t1, g1, p1, k1, slot, chunk, only, r, f, features, WIDTH)
+        if C > 2:
+            _put(t2, g2, p2, k2, slot, chunk, only, r, f, features, WIDTH)
+        if C > 3:
+            _put(t3, g3, p3, k3, slot, chunk, only, r, f, features, WIDTH)
+
+
+def _four(tensors: Sequence[Tensor]) -> list[Any]:
+    """Filled up to the number that the kernels take; what fills up is never read."""
+    return [*tensors, *[tensors[-1]] * (MOST - len(tensors))]
+
+
+def _stages(bytes_each: int) -> int:
+    return max(1, min(4, SHARED_BYTES // bytes_each))
+
+
+def shrink(
+    x_NF: Tensor, weights: Sequence[Tensor], tables: RouteTables, ranks: Sequence[Tensor], scalings: Sequence[Tensor], width: int
+) -> list[Tensor]:
+    """lora.shrink of x with each of the weights."""
+    entries, features = x_NF.shape
+    tiles, count, item = tables.tiles_S4.shape[0], len(weights), x_NF.element_size()
+    block_f = 128 if width <= 16 and item == 2 else 64
+    splits = max(1, min(features // 512, PROGRAMS // tiles))
+    share = -(-features // (splits * block_f)) * block_f
+    narrow = [torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device) for _ in weights]
+    parts = narrow
+    if splits > 1:
+        parts = [torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device) for _ in weights]
+    _launch(_shrink)[(tiles, splits)](
+        x_NF, *_four(weights), *_four(narrow), *_four(parts), *_four(ranks), *_four(scalings),
+        tables.order_N, tables.tiles_S4, features, entries, share,
+        C=count, WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, WHOLE=splits == 1, PRECISION=_precision(x_NF.dtype),
+        num_warps=4, num_stages=_stages(block_f * (TILE * item + count * width * 4)),
+    )  # fmt: skip
+    if splits > 1:
+        for mine, part, place, scaling in zip(narrow, parts, ranks, scalings, strict=True):
+            _gather_into(mine, part, tables, place, scaling)
+    return narrow
+
+
+def change(
+    narrow: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    tables: RouteTables,
+    ranks: Sequence[Tensor],
+    out_NF: Tensor | None = None,
+) -> Tensor:
+    """Σ of lora.change over the layers, (N, F); added in place to `out_NF`, as lora.expand_ does, where it is given."""
+    (entries, width), features, device = narrow[0].shape, weights[0].shape[1], narrow[0].device
+    out = torch.empty((entries, features), dtype=narrow[0].dtype, device=device) if out_NF is None else out_NF
+    block_f = 256 if width <= 16 and out.element_size() == 2 else 128
+    _launch(_change)[(tables.tiles_S4.shape[0], -(-features // block_f))](
+        out, *_four(narrow), *_four(weights), *_four(ranks), tables.order_N, tables.tiles_S4, features,
+        C=len(narrow), WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, ADD=out_NF is not None, PRECISION=_precision(out.dtype),
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def outer(
+    narrow: Sequence[Tensor], wide_NF: Tensor, likes: Sequence[Tensor], tables: RouteTables, ranks: Sequence[Tensor]
+) -> list[Tensor]:
+    """lora.outer of each layer's narrow with the same wide."""
+    width, features, chunks = narrow[0].shape[1], wide_NF.shape[1], tables.chunks_C4.shape[0]
+    grads = [torch.empty_like(like) for like in likes]
+    parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=wide_NF.device) for _ in likes]
+    block_n, block_f, item = 64, 128 if width <= 16 else 64, wide_NF.element_size()
+    _launch(_outer)[(chunks, -(-features // block_f))](
+        *_four(narrow), wide_NF, *_four(parts), *_four(grads), *_four(ranks), tables.order_N, tables.chunks_C4, features,
+        C=len(narrow), WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION=_precision(wide_NF.dtype),
+        num_warps=4, num_stages=_stages(block_n * (block_f + len(narrow) * width) * item),
+    )  # fmt: skip
+    for grad, part, place in zip(grads, parts, ranks, strict=True):
+        _fold_into(grad, part, tables, place)
+    return grads

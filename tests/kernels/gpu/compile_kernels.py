@@ -1,0 +1,111 @@
+"""Compiles every kernel for a GPU that isn't there, as a process of its own: the interpreter accepts what the compiler refuses.
+
+    python compile_kernels.py 90        # compute capability 9.0
+Prints one line a kernel: its name, registers of a thread, bytes spilled.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lorabank.kernels.gpu import lora, mlp, siblings
+from lorabank.kernels.tables import route_tables
+
+LAUNCHED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+
+class Recorder:
+    """Stands in for a kernel: notes how it would be started."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: LAUNCHED.append((self.kernel, args, kwargs))
+
+
+def record(width: int, dtype: torch.dtype) -> None:
+    """Start every product once, on small tensors."""
+    tokens, features, capacity = 4096, 1024, 2 * width
+    tables = route_tables({0: range(2)}, 2, tokens // 2, 1)
+    ranks, scaling = torch.tensor([[0, width]], dtype=torch.int32), torch.ones(1)
+    x, A = torch.empty(tokens, features, dtype=dtype), torch.empty(capacity, features)
+    for size in (2, 1):  # many tokens, and so few that products are split
+        few = route_tables({0: range(size)}, size, 64, 1) if size == 1 else tables
+        part = x[: few.order_N.shape[0]]
+        narrow = lora.shrink(part, A, few, ranks, scaling, width)
+        lora.change(narrow, A, A[0], few, ranks)
+        lora.expand_(part, narrow, A, few, ranks)
+        lora.outer(narrow, part, A, few, ranks)
+        lora.outer_and_shrink(narrow, part, A, few, ranks, scaling)
+        if width <= siblings.WIDEST:
+            for count in (2, 3, 4):
+                siblings.shrink(part, [A] * count, few, [ranks] * count, [scaling] * count, width)
+                siblings.change([narrow] * count, [A] * count, few, [ranks] * count)
+                siblings.outer([narrow] * count, part, [A] * count, few, [ranks] * count)
+            siblings.change([narrow] * 2, [A] * 2, few, [ranks] * 2, out_NF=part)
+        if width <= mlp.WIDEST:
+            for activation in mlp.ACTIVATIONS:
+                mlp.gate_up([part, part], [narrow] * 2, [A, A], A, few, [ranks] * 3, scaling, activation)
+                mlp.gate_up_backward(part, [part, part], [narrow] * 2, [A, A], few, [ranks] * 3, [scaling] * 3, activation)
+
+
+def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> str:
+    """Machine code of one start; a line about it."""
+    names = kernel.arg_names
+    given = dict(zip(names, args, strict=False)) | {name: value for name, value in kwargs.items() if name in names}
+    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    signature = {name: "constexpr" if name in constants else _type(given[name]) for name in names}
+    aligned = [i for i, name in enumerate(names) if name not in constants and _aligned(given[name])]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(made.asm["cubin"])
+        dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([dump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    assert found is not None, text
+    shared = made.metadata.shared
+    return f"{kernel.__name__} {found[1]} registers, {found[2]} bytes of stack, {shared} bytes shared, {options} {constants}"
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}[value.dtype]
+    return "i32"
+
+
+def _aligned(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or value % 16 == 0
+
+
+def main() -> None:
+    """Compile for the capability in the first argument."""
+    for module in (lora, siblings, mlp):
+        vars(module)["_launch"] = Recorder
+    for width in (16, 64, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            record(width, dtype)
+    seen: set[str] = set()
+    for kernel, args, kwargs in LAUNCHED:
+        key = str((kernel.__name__, dict(kwargs), [_type(a) for a in args]))
+        if key not in seen:
+            seen.add(key)
+            sys.stdout.write(compile_for(kernel, args, kwargs, int(sys.argv[1])) + "\n")
+
+
+if __name__ == "__main__":
+    main()
