@@ -1,6 +1,6 @@
 """Compiles every kernel for a GPU that isn't there, as a process of its own: the interpreter accepts what the compiler refuses.
 
-    python compile_kernels.py 90        # compute capability 9.0
+    python compile_kernels.py 90 16 64        # compute capability 9.0; widths
 Prints one line a kernel: its name, registers of a thread, bytes spilled.
 """
 
@@ -96,9 +96,9 @@ def main() -> None:
     """Compile for the capability in the first argument."""
     for module in (lora, siblings, mlp):
         vars(module)["_launch"] = Recorder
-    for width in (16, 64, 256):
-        for dtype in (torch.bfloat16, torch.float32):
-            record(width, dtype)
+    for width in map(int, sys.argv[2:] or ("16", "64", "256")):
+        record(width, torch.bfloat16)
+    record(16, torch.float32)
     seen: set[str] = set()
     for kernel, args, kwargs in LAUNCHED:
         key = str((kernel.__name__, dict(kwargs), [_type(a) for a in args]))

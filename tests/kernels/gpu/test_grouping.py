@@ -1,0 +1,172 @@
+"""Ops for layers that belong together against the layers one after the other, and the passes that put the ops in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo import lookup_backend
+from torch.fx import GraphModule
+
+from lorabank.kernels.gpu import grouping, mlp, op
+from lorabank.kernels.tables import RouteTables, route_tables
+
+UNITS, TOKENS, INPUTS, MIDDLE, CAPACITY, WIDTH = 5, 7, 20, 36, 24, 16
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered in exp:RuntimeWarning"
+)  # numpy, inside the interpreter's sigmoid
+TOLERANCE = {"rtol": 2e-4, "atol": 2e-4}
+
+
+def tables(device: torch.device, rows: dict[int, list[int]] | None = None) -> RouteTables:
+    """Slots 0 and 2 in use, slot 1 without tokens, rows 2 and 4 of the base."""
+    return route_tables({0: [0, 3], 2: [1]} if rows is None else rows, UNITS, TOKENS, 3).to(device)
+
+
+class Layer:
+    """One adapted layer's tensors."""
+
+    def __init__(self, inputs: int, outputs: int, seed: int, device: torch.device, *, bias: bool = False) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.weight = (torch.randn(outputs, inputs, generator=g) / inputs**0.5).to(device)
+        self.bias = torch.randn(outputs, generator=g).to(device) if bias else None
+        self.A = torch.randn(CAPACITY, inputs, generator=g).mul_(0.3).to(device).requires_grad_()
+        self.B = torch.randn(CAPACITY, outputs, generator=g).mul_(0.3).to(device).requires_grad_()
+        # slot 0 has another rank in each layer, so that nobody reads a neighbour's table
+        self.ranks = torch.tensor([[0, 3 + seed % 3], [8, 2], [10, 11]], dtype=torch.int32, device=device)
+        self.scaling = torch.tensor([2.0, 1.0, 0.5], device=device)
+
+    def __call__(self, x: Tensor, batch: RouteTables) -> Tensor:
+        return torch.ops.lorabank.lora_linear(
+            x, [self.weight], self.bias, self.A, self.B, self.ranks, self.scaling, *batch.tensors, "linear", WIDTH
+        )[0]
+
+    def gradients(self) -> list[Tensor]:
+        """Of the rows that belong to a slot, and none left behind."""
+        found = []
+        for tensor in (self.A, self.B):
+            assert tensor.grad is not None
+            for start, rank in self.ranks.tolist():
+                found.append(tensor.grad[start : start + rank].clone())
+            tensor.grad = None
+        return found
+
+
+def run(layers: list[Layer], x: Tensor, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The function's value, and the gradients of x and of every layer."""
+    x = x.clone().requires_grad_()
+    y = function(x)
+    weights = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(gradient for layer in layers for gradient in layer.gradients())]
+
+
+def compiled(function: Callable[[Tensor], Tensor], mlps: bool, seen: dict[str, int]) -> Callable[[Tensor], Tensor]:
+    """The function through the passes; `seen` counts what they did."""
+
+    def backend(module: GraphModule, inputs: list[Any]) -> Any:
+        if mlps:
+            seen["mlps"] = grouping.fuse_mlps(module)
+        seen["siblings"] = grouping.group_siblings(module)
+        return lookup_backend("aot_eager")(module, inputs)  # pyright: ignore[reportCallIssue]
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Equal to rounding, one tensor after the other."""
+    assert len(found) == len(expected)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, **TOLERANCE)
+
+
+@pytest.fixture
+def x(device: torch.device) -> Tensor:
+    return torch.randn(UNITS, TOKENS, INPUTS, generator=torch.Generator().manual_seed(9)).to(device)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+def test_siblings_equal_one_layer_after_the_other(count: int, bias: bool, x: Tensor, device: torch.device) -> None:
+    layers = [Layer(INPUTS, 12 + 4 * i, i, device, bias=bias) for i in range(count)]
+    batch, seen = tables(device), {}
+
+    def function(x: Tensor) -> Tensor:
+        return torch.cat([layer(x, batch) for layer in layers], -1)
+
+    expected = run(layers, x, function)
+    close(run(layers, x, compiled(function, False, seen)), expected)
+    assert seen["siblings"] == (0 if count == 1 else count)
+
+
+@pytest.mark.parametrize("rows", [{}, {0: [0, 1, 2, 3, 4]}, {1: [4], 0: [0, 2], 2: [1, 3]}])
+def test_siblings_under_other_routes(rows: dict[int, list[int]], x: Tensor, device: torch.device) -> None:
+    layers = [Layer(INPUTS, 12, i, device) for i in range(3)]
+    batch = tables(device, rows)
+
+    def function(x: Tensor) -> Tensor:
+        return layers[0](x, batch) * layers[1](x, batch) + layers[2](x, batch)
+
+    close(run(layers, x, compiled(function, False, {})), run(layers, x, function))
+
+
+@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
+@pytest.mark.parametrize("rows", [{0: [0, 3], 2: [1]}, {}, {2: [0, 1, 2, 3, 4]}])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_mlp_equals_its_layers(
+    activation: str, rows: dict[int, list[int]], bias: bool, x: Tensor, device: torch.device
+) -> None:
+    gate, up = (Layer(INPUTS, MIDDLE, i, device, bias=bias) for i in (0, 1))
+    down = Layer(MIDDLE, INPUTS, 2, device, bias=bias)
+    batch, seen = tables(device, rows), {}
+
+    def function(x: Tensor) -> Tensor:
+        g = gate(x, batch)
+        h = F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")
+        return down(h * up(x, batch), batch)
+
+    expected = run([gate, up, down], x, function)
+    close(run([gate, up, down], x, compiled(function, True, seen)), expected)
+    assert seen == {"mlps": 1, "siblings": 0}
+
+
+def test_an_activation_that_somebody_else_reads_stays(x: Tensor, device: torch.device) -> None:
+    gate, up = (Layer(INPUTS, MIDDLE, i, device) for i in (0, 1))
+    down, seen, batch = Layer(MIDDLE, INPUTS, 2, device), {}, tables(device)
+
+    def function(x: Tensor) -> Tensor:
+        h = F.silu(gate(x, batch))
+        return down(h * up(x, batch), batch) + h.sum()
+
+    close(run([gate, up, down], x, compiled(function, True, seen)), run([gate, up, down], x, function))
+    assert seen == {"mlps": 0, "siblings": 2}
+
+
+def test_a_slot_that_is_not_finite_stays_alone_in_a_group(x: Tensor, device: torch.device) -> None:
+    layers = [Layer(INPUTS, 12, i, device) for i in range(2)]
+    batch = tables(device)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.cat([layer(x, batch) for layer in layers], -1)
+
+    clean = run(layers, x, function)
+    with torch.no_grad():
+        layers[0].B[layers[0].ranks[2, 0]] = float("nan")  # slot 2 has row 1
+    dirty = run(layers, x, compiled(function, False, {}))
+    kept = [0, 2, 3, 4]
+    torch.testing.assert_close(dirty[0][kept], clean[0][kept], **TOLERANCE)
+    torch.testing.assert_close(dirty[1][kept], clean[1][kept], **TOLERANCE)
+    assert dirty[0][1].isnan().any()
+    for i in (2, 5, 8, 11):  # slot 0's part of A and B of either layer
+        torch.testing.assert_close(dirty[i], clean[i], **TOLERANCE)
+
+
+def test_the_backend_of_a_name_is_one_object() -> None:
+    assert grouping.grouping("aot_eager", mlps=False) is grouping.grouping("aot_eager", mlps=False)
+    assert op.lora_linear is not None
