@@ -270,8 +270,6 @@ class TrainConfig:
         if self.base_dtype in LATER_BASE_DTYPES:
             raise ConfigError(Setting("base_dtype"), f": {self.base_dtype} is not supported yet. Use fp8, nf4, bf16 or fp32.")
         check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
-        if self.compile and self.gradient_checkpointing:
-            raise ConfigError(Setting("compile"), ": can't be combined with gradient_checkpointing yet. Leave one of them out.")
         check_choice("task", self.task, ("text-generation",))
         for tracker in self.report_to:
             check_choice("report_to", tracker, TRACKERS)

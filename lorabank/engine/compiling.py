@@ -30,10 +30,11 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_blocks(model: nn.Module) -> list[nn.Module]:
+def compile_blocks(model: nn.Module, *, recompute: bool = False) -> list[nn.Module]:
     """Compile the repeated blocks in place; returns those that weren't compiled before. Results don't change beyond rounding.
 
-    Raises ConfigError when there is nothing to compile, or no C++ compiler on a CPU.
+    `recompute`: the blocks will be recomputed in backward (activation checkpointing), which needs a GPU with Triton here. Raises
+    ConfigError where it lacks one, when there is nothing to compile, or no C++ compiler on a CPU.
     """
     blocks = repeated_blocks(model)
     if not blocks:
@@ -48,6 +49,12 @@ def compile_blocks(model: nn.Module) -> list[nn.Module]:
         device = next((p.device for p in block.parameters()), None)
         if device is not None and device.type == "cuda" and runtime.available(device):
             block._compiled_call_impl = FusedBlock(block)
+        elif recompute:
+            uncompile_blocks(fresh)
+            raise ConfigError(
+                "compile: can't be combined with gradient_checkpointing without a GPU that Triton compiles for. "
+                "Leave one of them out."
+            )
         else:
             block.compile()
     return fresh

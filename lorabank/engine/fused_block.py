@@ -7,6 +7,7 @@ one for all blocks of a class. A call that the kernels don't take (mixtures, dro
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,6 +58,12 @@ class FusedBlock:
     def in_place(self) -> bool:
         """Whether the block still calls this."""
         return self.block._compiled_call_impl is self
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the block's tensors lie: others once the model was moved or cast."""
+        bases = (tensor.data_ptr() for tensor in itertools.islice(self.block.parameters(), 1))
+        return (*bases, *(layer.store.buffers[0].data_ptr() for layer in self._layers[:1]))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""

@@ -184,7 +184,8 @@ def _replayed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], rout
         captured = routing.captured(rows_N, length, slots, device, RouteTables(order, tiles, chunks, spans))
         return _passed(engine, full, (rows, columns), captured, None)
 
-    key = (bank.structure, routing.names, engine.gradient_checkpointing, mask is None)
+    places = tuple(block.addresses for block in engine._fused[1])  # a graph holds on to the addresses that it was captured with
+    key = (bank.structure, places, routing.names, engine.gradient_checkpointing, mask is None)
     return engine.graphs.run(key, tensors, lambda: [p for name in sorted(routing.names) for p in bank.parameters(name)], compute)
 
 

@@ -26,6 +26,13 @@ def test_a_model_without_blocks_is_refused() -> None:
         compile_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
 
 
+def test_recomputation_needs_a_gpu() -> None:
+    model = FAMILIES["llama"]()
+    with pytest.raises(ConfigError, match="gradient_checkpointing"):
+        compile_blocks(model, recompute=True)
+    assert all(block._compiled_call_impl is None for block in repeated_blocks(model))
+
+
 def test_what_was_compiled_is_undone_and_nothing_else() -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile on a CPU needs a C++ compiler")

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lorabank as lb
 import lorabank.training.trainer
+from lorabank.engine.results import SlotLoss
 from lorabank.errors import ConfigError, DataError
 from lorabank.training.events import EvalRecord, Notice, RunResult, StepRecord
 from tests.training.children import Quiet
@@ -145,7 +146,10 @@ def test_a_loss_that_is_nan_goes_back_to_the_best_step(
 
     def given(engine: Any, batch: Any, *, steps: dict[str, int]) -> Any:
         found = real(engine, batch, steps=steps)
-        return {n: dataclasses.replace(loss, finite=False) if steps[n] == 5 else loss for n, loss in found.items()}
+        nan = {
+            n: SlotLoss(tokens=loss.tokens, row_losses=dict.fromkeys(loss.row_losses, float("nan"))) for n, loss in found.items()
+        }
+        return {n: nan[n] if steps[n] == 5 else loss for n, loss in found.items()}
 
     monkeypatch.setattr("lorabank.training.trainer.forward_backward", given)
     result, told = run(tokenizer, {"a": {"max_steps": 8}}, output=str(tmp_path / "out"))

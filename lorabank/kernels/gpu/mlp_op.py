@@ -56,19 +56,21 @@ def _backward(
     else:
         dh_NF = kind.input_grad(dy_NO, parts[2])
         lora.expand_(dh_NF, dxa_NW, As[2], tables, ranks[2])
-    made = mlp.gate_up_backward(dh_NF, products, xas[:2], Bs[:2], tables, ranks, scalings, activation)
-    dA_down = lora.outer(dxa_NW, made.h_NF, As[2], tables, ranks[2])
-    dAs = siblings.outer(made.narrow, x_NI, As[:2], tables, ranks[:2])
-    gradients = [*dAs, dA_down, *made.dBs, dB_down]
+    h_NF, dys = mlp.gate_up_backward(dh_NF, products, xas[:2], Bs[:2], tables, ranks, activation)
+    dA_down = lora.outer(dxa_NW, h_NF, As[2], tables, ranks[2])
+    through = [lora.outer_and_shrink(xas[i], dys[i], Bs[i], tables, ranks[i], scalings[i]) for i in (0, 1)]
+    narrow = [pair[1] for pair in through]
+    dAs = siblings.outer(narrow, x_NI, As[:2], tables, ranks[:2])
+    gradients = [*dAs, dA_down, *(pair[0] for pair in through), dB_down]
     if not needs_dx:
         return [x.new_empty(0), *gradients]
     if kind.add_input_grad is not None:
-        dx_NI = siblings.change(made.narrow, As[:2], tables, ranks[:2])
+        dx_NI = siblings.change(narrow, As[:2], tables, ranks[:2])
         for i in (0, 1):
-            kind.add_input_grad(dx_NI, made.dys[i], parts[i])
+            kind.add_input_grad(dx_NI, dys[i], parts[i])
     else:
-        dx_NI = kind.input_grad(made.dys[0], parts[0]) + kind.input_grad(made.dys[1], parts[1])
-        siblings.change(made.narrow, As[:2], tables, ranks[:2], out_NF=dx_NI)
+        dx_NI = kind.input_grad(dys[0], parts[0]) + kind.input_grad(dys[1], parts[1])
+        siblings.change(narrow, As[:2], tables, ranks[:2], out_NF=dx_NI)
     return [dx_NI.view(x.shape), *gradients]
 
 

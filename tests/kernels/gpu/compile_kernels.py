@@ -57,7 +57,7 @@ def record(width: int, dtype: torch.dtype) -> None:
         if width <= mlp.WIDEST:
             for activation in mlp.ACTIVATIONS:
                 mlp.gate_up([part, part], [narrow] * 2, [A, A], A, few, [ranks] * 3, scaling, activation)
-                mlp.gate_up_backward(part, [part, part], [narrow] * 2, [A, A], few, [ranks] * 3, [scaling] * 3, activation)
+                mlp.gate_up_backward(part, [part, part], [narrow] * 2, [A, A], few, [ranks] * 3, activation)
 
 
 def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> str:
