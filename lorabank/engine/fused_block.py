@@ -17,6 +17,7 @@ import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, entering
@@ -68,9 +69,13 @@ class FusedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""
         run = self._chosen(args)
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return run(*args, **kwargs)
+        if not self.recompute or not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        if any(isinstance(value, Cache) and value.get_seq_length() for value in (*args, *kwargs.values())):
+            return run(*args, **kwargs)  # computing it again would append to the cache again
+        args = tuple(_without_cache(value) for value in args)
+        kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def _chosen(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """What computes this call: the compiled block under the route in force, or the plain one."""
@@ -181,6 +186,11 @@ def takes_tables(bank: AdapterBank, routing: Routing) -> bool:
 
 def _drops(bank: AdapterBank, routing: Routing) -> bool:
     return routing.dropout is not None and any(bank.config(name).dropout for name in routing.names)
+
+
+def _without_cache(value: Any) -> Any:
+    """A value for recomputation: an empty cache, which transformers makes unasked, is left out."""
+    return None if isinstance(value, Cache) else value
 
 
 def _vary(*tensors: Tensor) -> None:

@@ -80,7 +80,7 @@ def fuse(bank: AdapterBank) -> list[nn.Module]:
 
 def bank_of(family: str = "llama", names: Sequence[str] = ("a", "b"), *, targets: Any = TWO, **config: Any) -> AdapterBank:
     """A bank over a model whose weights aren't spread so far that rounding grows from block to block."""
-    return make_bank(family, names, model=make_model(family, spread=2.0), targets=targets, **config)
+    return make_bank(family, names, model=make_model(family, spread=1.5), targets=targets, **config)
 
 
 def pair(family: str = "llama", names: Sequence[str] = ("a", "b"), **config: Any) -> tuple[AdapterBank, AdapterBank]:
