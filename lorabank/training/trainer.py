@@ -96,22 +96,23 @@ class Trainer:
         self._unsaved = True
         losses = forward_backward(self.engine, batch, steps=steps)
         self.progress.pass_index += 1
+        due = [name for name in running if self._step_is_due(name)]
+        rates = {name: self.jobs[name].learning_rate_at(self.progress.adapters[name].step) for name in due}
+        tokens = {name: self.progress.adapters[name].pending_tokens + losses[name].tokens for name in due}
+        # the step is put behind the pass before any loss is looked at, which on a GPU waits for both
+        done = optim_step(self.optimizer, rates, tokens) if due else {}
         weights = batch.weights_NL.sum(1).tolist()
         for name in running:
             self._account(name, losses[name], taken[name], weights)
-        due = [name for name in running if self._step_is_due(name)]
-        rates = {name: self.jobs[name].learning_rate_at(self.progress.adapters[name].step) for name in due}
-        tokens = {name: self.progress.adapters[name].pending_tokens for name in due}
-        done = optim_step(self.optimizer, rates, tokens) if due else {}
         seconds = max(time.monotonic() - began, 1e-9)
         for name in due:
-            read = sum(len(self.jobs[name].stream.rows[i].input_ids) for i in taken[name])
-            self._finish_step(name, done[name], rates[name], read / seconds)
+            if self.progress.adapters[name].status == RUNNING:
+                read = sum(len(self.jobs[name].stream.rows[i].input_ids) for i in taken[name])
+                self._finish_step(name, done[name], rates[name], read / seconds)
         self.progress.seconds = time.monotonic() - self._started
 
     def _step_is_due(self, name: str) -> bool:
-        p = self.progress.adapters[name]
-        return p.status == RUNNING and p.pending == self.jobs[name].run.gradient_accumulation
+        return self.progress.adapters[name].pending + 1 == self.jobs[name].run.gradient_accumulation
 
     def _account(self, name: str, loss: SlotLoss, taken: Sequence[int], weights: Sequence[float]) -> None:
         p = self.progress.adapters[name]
