@@ -7,6 +7,7 @@ one for all blocks of a class. A call that the kernels don't take (mixtures, dro
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Mapping
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
@@ -37,9 +37,8 @@ SLOTS = 8
 class FusedBlock:
     """What `block(...)` calls instead of the block's own code, once it is compiled."""
 
-    def __init__(self, block: nn.Module, *, kept: float = 1.0, backend: str = "inductor") -> None:
-        """`kept`: share of the activations that are kept for backward, from 1 (as many as help) to 0 (the block's inputs).
-        Below 1 gated MLPs don't keep their middle.
+    def __init__(self, block: nn.Module, *, kept: str = "products", backend: str = "inductor") -> None:
+        """`kept`: what is kept for backward, a name in `kernels/gpu/grouping.py`'s `KEEPS`.
 
         `backend`: of torch.compile.
         """
@@ -48,10 +47,11 @@ class FusedBlock:
         self.block = block
         self.kept = kept
         self.recompute = False
-        """Whether to keep only the block's inputs and compute it again in backward."""
+        """Whether to keep only the block's inputs and compute it again in backward: what of it backward needs, at least."""
         self.offload: Offload | None = None
         """Where they are kept then; None: on the device."""
-        self._compiled = torch.compile(block._call_impl, backend=grouping(backend, mlps=kept < 1))
+        self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept))
+        self._recomputing = torch.compile(block._call_impl, backend=grouping(backend, "inputs"))
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
         self._structure = -1
@@ -71,36 +71,44 @@ class FusedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""
-        run = self._chosen(args)
-        if not self.recompute or not torch.is_grad_enabled():
+        again = self.recompute and torch.is_grad_enabled()
+        run, plain = self._chosen(args, self._recomputing if again else self._compiled)
+        if not again:
             return run(*args, **kwargs)
         if any(isinstance(value, Cache) and value.get_seq_length() for value in (*args, *kwargs.values())):
             return run(*args, **kwargs)  # computing it again would append to the cache again
         args = tuple(_without_cache(value) for value in args)
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
-        recomputed = checkpoint if self.offload is None else self.offload.around(checkpoint)
-        return recomputed(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        recomputed = _checkpointed if plain else _as_it_is
+        return (recomputed if self.offload is None else self.offload.around(recomputed))(run, *args, **kwargs)
 
-    def _chosen(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """What computes this call: the compiled block under the route in force, or the plain one."""
+    def _chosen(self, args: tuple[Any, ...], compiled: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
+        """(what computes this call, whether that is the plain block): `compiled` under the route in force where that can be."""
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if x is None or not self._ready() or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
-            return self.block._call_impl
+            return self.block._call_impl, True
         if self._bank is None:
-            return self._compiled
+            return compiled, False
         routing = self._bank.route_in_force(self._layers[0].path)
         batch = None if routing is None else self._batch(self._bank, routing, x)
         if routing is None or batch is None:
-            return self.block._call_impl  # its layers look the route up themselves
+            return self.block._call_impl, True  # its layers look the route up themselves
         tables, rows_U = batch
 
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return self._run(routing, tables, rows_U, x, args, kwargs)
+            return self._run(compiled, routing, tables, rows_U, x, args, kwargs)
 
-        return run
+        return run, False
 
     def _run(
-        self, routing: Routing, batch: RouteTables, rows_U: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        compiled: Callable[..., Any],
+        routing: Routing,
+        batch: RouteTables,
+        rows_U: Tensor,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
         x, calls = self._enter(routing, batch, rows_U, x)
         _vary_lengths(x, args, kwargs)
@@ -108,12 +116,8 @@ class FusedBlock:
             for layer, call in zip(self._layers, calls, strict=True):
                 layer.__dict__["call"] = call
             try:
-                kept, limit = (
-                    functorch_config.patch(activation_memory_budget=self.kept),
-                    dynamo_config.patch(recompile_limit=VARIANTS),
-                )
-                with kept, limit:
-                    return self._compiled(x, *args, **kwargs)
+                with dynamo_config.patch(recompile_limit=VARIANTS):
+                    return compiled(x, *args, **kwargs)
             finally:
                 for layer in self._layers:
                     layer.__dict__["call"] = None
@@ -168,6 +172,13 @@ class FusedBlock:
             layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], batch, rows_U)
             for i, layer in enumerate(self._layers)
         ]
+
+
+_checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+def _as_it_is(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return run(*args, **kwargs)
 
 
 def slot_count(bank: AdapterBank) -> int:

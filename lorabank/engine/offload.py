@@ -7,6 +7,7 @@ does. So they cost time only where a block is done faster than its input crosses
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ class _Kept:
     host: Tensor
     device: torch.device
     back: tuple[Tensor, torch.cuda.Event | None] | None = None
+    given: weakref.ref[Tensor] | None = None
+    """What was handed back, for who asks twice."""
 
 
 class Offload:
@@ -52,9 +55,15 @@ class Offload:
             if x is None:
                 return recompute(block, *args, **kwargs)
 
+            mine: list[_Kept] = []
+
             def pack(saved: Tensor) -> Tensor | _Kept:
-                # hooks get detached tensors; of the inputs that checkpoint saves, masks and tables are shared by all blocks
-                return self._out(saved) if saved.data_ptr() == x.data_ptr() and saved.shape == x.shape else saved
+                # hooks get detached tensors; of the inputs that are saved, masks and tables are shared by all blocks
+                if saved.data_ptr() != x.data_ptr() or saved.shape != x.shape:
+                    return saved
+                if not mine:
+                    mine.append(self._out(saved))
+                return mine[0]
 
             with saved_tensors_hooks(pack, self._back):
                 return recompute(block, *args, **kwargs)
@@ -79,10 +88,13 @@ class Offload:
     def _back(self, saved: Tensor | _Kept) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        given = None if saved.given is None else saved.given()
+        if given is not None:
+            return given
         x, arrived = self._fetch(saved)
         if arrived is not None:
             torch.cuda.current_stream(saved.device).wait_event(arrived)
-        saved.back = None
+        saved.back, saved.given = None, weakref.ref(x)
         if saved.place > 0 and saved.place < len(self._kept):
             before = self._kept[saved.place - 1]
             before.back = self._fetch(before)  # the one that backward asks for next
@@ -107,7 +119,7 @@ class Offload:
     def _give_up(self, kept: _Kept) -> None:
         # copies are put on one stream in order, so what comes into this memory next comes after what left it
         self._free[kept.host.shape, kept.host.dtype].append(kept.host)
-        kept.back = None
+        kept.back = kept.given = None
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
         if device.type != "cuda":

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule, Node
 
@@ -25,11 +26,25 @@ _SHARED = ("order", "tiles", "chunks", "spans", "storage", "width")
 _FIELDS = ("x", "base", "bias", "A", "B", "ranks", "scaling", "order", "tiles", "chunks", "spans", "storage", "width")
 
 
+KEEPS: Mapping[str, Mapping[str, Any]] = {
+    "all": {},
+    "products": {
+        "ban_recompute_used_far_apart": False,
+        "ban_recompute_long_fusible_chains": False,
+        "ban_recompute_materialized_backward": False,
+    },
+    "inputs": {"activation_memory_budget": 0.0},
+}
+"""What forward keeps for backward, as settings of torch's partitioner. `all`: whatever saves time. `products`: what products and
+attention gave or need; norms and activation functions are computed again, fused into what reads them. `inputs`: nothing else;
+backward computes again what it needs, which the block's last product is no part of."""
+
+
 @functools.cache
-def grouping(name: str, mlps: bool) -> Backend:
+def grouping(name: str, kept: str = "all", mlps: bool = False) -> Backend:
     """torch.compile's backend of that name, behind the passes. One object for the same arguments, or compiled code isn't shared.
 
-    `mlps`: fuse gated MLPs too. That keeps one tensor of their width less for backward and takes a little longer.
+    `kept`: one of `KEEPS`. `mlps`: fuse gated MLPs too.
     """
     backend: Any = lookup_backend(name)
 
@@ -37,7 +52,8 @@ def grouping(name: str, mlps: bool) -> Backend:
         if mlps:
             fuse_mlps(graph_module)
         group_siblings(graph_module)
-        return backend(graph_module, inputs)
+        with functorch_config.patch(dict(KEEPS[kept])):
+            return backend(graph_module, inputs)
 
     return compiled
 

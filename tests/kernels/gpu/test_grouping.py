@@ -168,5 +168,5 @@ def test_a_slot_that_is_not_finite_stays_alone_in_a_group(x: Tensor, device: tor
 
 
 def test_the_backend_of_a_name_is_one_object() -> None:
-    assert grouping.grouping("aot_eager", mlps=False) is grouping.grouping("aot_eager", mlps=False)
+    assert grouping.grouping("aot_eager", "all") is grouping.grouping("aot_eager", "all")
     assert op.lora_linear is not None

@@ -1,0 +1,55 @@
+"""What a compiled block keeps for backward, and what backward computes again: seen in the code that a GPU would get."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+LAYERS = {"llama": 7, "gpt2": 4, "opt": 6, "gemma2": 7}
+"""Adapted layers of a block."""
+
+
+@pytest.fixture(scope="module", params=LAYERS, ids=str)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ways(family: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "LORABANK_NATIVE": "0",
+        "PYTHONPATH": str(HERE.parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, HERE / "partition_blocks.py", family, "all", "products", "inputs"],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {row["kept"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.slow
+def test_no_product_is_made_twice_to_save_memory(family: str, ways: dict[str, dict[str, Any]]) -> None:
+    for kept in ("all", "products"):
+        assert ways[kept]["products"] == LAYERS[family]  # the input gradients alone
+        assert ways[kept]["attentions"] == 0
+    least = {"llama": 0.8, "gpt2": 0.7, "opt": 1.0, "gemma2": 0.8}[family]  # OPT's ReLU and norms keep little as it is
+    assert ways["products"]["bytes"] <= least * ways["all"]["bytes"]
+
+
+@pytest.mark.slow
+def test_recomputation_keeps_nothing_and_leaves_the_last_product_out(family: str, ways: dict[str, dict[str, Any]]) -> None:
+    assert ways["inputs"]["bytes"] == 0
+    again = ways["inputs"]["products"] - LAYERS[family]
+    # Gemma 2 has a norm behind its last product, whose gradient needs it
+    assert again == LAYERS[family] - (family != "gemma2")
