@@ -11,6 +11,7 @@ Shapes: N rows, H query heads, G key heads, L tokens a row, D features a head.
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def packed_attention(
     if plain and suits_varlen(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return varlen_attention(query, key, value, cu_seq_lens_q, scale=scale, causal=causal, window=window), None
-    mask = boundary_mask(cu_seq_lens_q, *query.shape[::2][:2], causal=causal, window=window)
+    mask = boundary_mask(cu_seq_lens_q, query.shape[0], query.shape[2], causal=causal, window=window)
     return sdpa_attention_forward(module, query, key, value, mask, **given)
 
 
@@ -73,15 +74,13 @@ def boundary_mask(cu_S: Tensor, rows: int, length: int, *, causal: bool = True, 
     return seen[:, None]
 
 
-# under torch.compile a graph break, and right: the lengths are read, and attention.c has nothing to trace
-@torch.compiler.disable
-def each_example(
+def _each_example(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cu_S: Tensor, window: int | None, **given: Any
 ) -> Tensor:
     """One plain attention an example, (N, L, H, D)."""
     ends, length = cu_S.tolist(), query.shape[2]
     spans: list[list[int]] = [[] for _ in query]
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in itertools.pairwise(ends):
         spans[start // length].append(stop - start)
     rows: list[Tensor] = []
     for own, *qkv in zip(spans, query, key, value, strict=True):
@@ -89,6 +88,10 @@ def each_example(
         outs = [attention_forward(module, q[None], k[None], v[None], _short(q, window), **given)[0] for q, k, v in parts]
         rows.append(torch.cat(outs, dim=1))
     return torch.cat(rows)
+
+
+# under torch.compile a graph break, and right: the lengths are read, and attention.c has nothing to trace
+each_example: Any = torch.compiler.disable(_each_example)
 
 
 def _short(q_HTD: Tensor, window: int | None) -> Tensor | None:

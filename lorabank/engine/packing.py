@@ -180,6 +180,4 @@ def _probe_rows(model: nn.Module, split: SplitHead | None, sizes: Sequence[int],
     vocabulary = split.head.out_features if split is not None else SHORT
     draw = torch.Generator().manual_seed(0)
     lengths = [[3, longest, 1], [longest, 2], [4]]
-    return [
-        [(torch.randint(max(2, vocabulary), (n,), generator=draw).tolist(), [1.0] * n) for n in own] for own in lengths
-    ]
+    return [[(torch.randint(max(2, vocabulary), (n,), generator=draw).tolist(), [1.0] * n) for n in own] for own in lengths]

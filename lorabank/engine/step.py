@@ -160,9 +160,7 @@ def forward_backward(
     return by_slot(_single_slots(batch.example_routes), row_losses, weights)
 
 
-def _passed(
-    engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing, reference_NL: Tensor | None
-) -> Tensor:
+def _passed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing, reference_NL: Tensor | None) -> Tensor:
     """Forward and backward; each example's loss (E,)."""
     bank = engine.bank
     mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)

@@ -163,7 +163,9 @@ def test_parts_of_a_packed_batch_add_up_to_the_whole(family: str) -> None:
             losses |= {numbers[place]: value for loss in found.values() for place, value in loss.row_losses.items()}
         assert losses == pytest.approx({**whole["a"].row_losses, **whole["b"].row_losses}, rel=TOLERANCE, abs=1e-6)
         for name in ("a", "b"):
-            assert difference({k: p.grad for k, p in bank.named_parameters(name) if p.grad is not None}, expected[name]) < GRADIENTS
+            assert (
+                difference({k: p.grad for k, p in bank.named_parameters(name) if p.grad is not None}, expected[name]) < GRADIENTS
+            )
 
 
 def test_references_on_base_rows_and_losses_an_example() -> None:
