@@ -164,7 +164,8 @@ def _passed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Ro
     """Forward and backward; each example's loss (E,)."""
     bank = engine.bank
     mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)
-    with mode, engine.attention(batch), bank.route(routing), torch.enable_grad():
+    attention = engine.attention(batch)
+    with mode, attention, bank.route(routing), torch.enable_grad():
         with engine.watched():
             total, row_losses = _row_losses(engine, batch, trained, reference_NL)
         if total.requires_grad:

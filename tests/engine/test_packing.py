@@ -14,7 +14,7 @@ from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.engine.batch import Batch, make_batch, pack_batch, with_base_references
-from lorabank.engine.packing import WAYS, Packing, packed_tensors, windows
+from lorabank.engine.packing import WAYS, Packing, _difference, packed_tensors, windows
 from lorabank.engine.step import Engine, forward_backward, logprobs
 from lorabank.errors import ConfigError, DataError
 from tests.engine.tiny import FAMILIES, VOCABULARY, backward, difference, make_bank, make_model, tokens
@@ -104,7 +104,7 @@ class _Own(nn.Module):
 def test_a_module_of_ones_own_is_refused_too() -> None:
     torch.manual_seed(0)
     bank = make_bank(model=_Own(), targets=["mix"])
-    with pytest.raises(ConfigError, match=r"_Own can't take packed rows.*unexpected keyword argument"):
+    with pytest.raises(ConfigError, match=r"_Own can't take packed rows.*not a model of transformers"):
         forward_backward(Engine(bank), pair()[0])
 
 
@@ -210,12 +210,41 @@ def test_a_window_is_probed_where_rows_reach_beyond_it() -> None:
     assert windows(make_model("llama"), 1000) == ()
 
 
+def leaking(part: float) -> tuple[AdapterBank, Engine]:
+    """A model one of whose layers hands `part` of each token on to the next, whatever the boundaries."""
+    model = make_model()
+
+    def leak(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output + part * output.roll(1, 1) * (torch.arange(output.shape[1]) > 0)[:, None]
+
+    model.model.layers[0].mlp.register_forward_hook(leak)
+    bank = make_bank(model=model)
+    return bank, Engine(bank)
+
+
+@pytest.mark.parametrize("part", [0.5, 1e-6])
+def test_the_slightest_leak_is_seen(part: float) -> None:
+    """The smaller one is far below what the numbers of a model in bf16 would show."""
+    assert leaking(0.0)[1].packing(8).way == "attention"
+    with pytest.raises(ConfigError, match="an example sees another" if part < 0.1 else "outputs differ"):
+        leaking(part)[1].packing(8)
+
+
+def test_a_probe_that_gives_no_number_is_no_proof() -> None:
+    good, bad = torch.ones(4, 3), torch.full((4, 3), math.nan)
+    spans = [(0, 0, 4), (0, 4, 8)]
+    assert _difference([good, good], [good, good], spans) == 0
+    for found in ([good, bad], [bad, good]):
+        assert not _difference(found, [good, good], spans) <= 1e-3
+        assert not _difference([good, good], found, spans) <= 1e-3
+
+
 def test_boundaries_and_positions() -> None:
     packed, _ = pair([[3, 1], [2], [2, 2, 1]], ["a", "a", "b"])
     made = packed_tensors(packed, torch.device("cpu"))
     assert made.cu_S.tolist() == [0, 3, 4, 5, 7, 10, 12, 14, 15]
     assert made.cu_S.dtype == torch.int32
-    assert made.positions_NL.tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 1, 2], [0, 1, 0, 1, 0]]
+    assert made.positions_NL.tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 0, 0], [0, 1, 0, 1, 0]]
     assert packed.example_numbers_NL().tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 2, 2], [3, 3, 4, 4, 5]]
     assert packed.weights_NL.tolist() == [[0, 2, 3, 0, 0], [0, 2, 0, 0, 0], [0, 2, 0, 2, 0]]
     assert packed.example_weights() == [5, 0, 2, 2, 2, 0]
