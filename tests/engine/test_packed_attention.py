@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import varlen
@@ -148,3 +149,26 @@ def test_the_model_is_as_it_was() -> None:
     packed, _ = pair()
     forward_backward(Engine(bank), packed)
     assert {config._attn_implementation for config in [bank.model.config]} == {"sdpa"}
+
+
+def test_the_call_is_traced_once_for_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, on tensors without numbers: no graph break, and one graph for any rows, lengths and numbers of examples."""
+    monkeypatch.setattr(ours, "suits_varlen", lambda q, k, v: True)
+    layer, counter = _Layer(2), torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return packed_attention(layer, q, k, v, None, scaling=0.3, cu_seq_lens_q=cu, position_ids=None)[0] * 2
+
+    for rows, length, spans in ((2, 16, 3), (3, 24, 7), (4, 40, 9), (5, 17, 30)):
+        sizes = ((rows, length, heads, 64) for heads in (4, 2, 2))
+        inputs = [torch.empty(size, device="meta", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for size in sizes]
+        cu = torch.zeros(spans + 1, dtype=torch.int32, device="meta")
+        torch._dynamo.maybe_mark_dynamic(cu, 0)
+        for x in inputs:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        out = attend(*inputs, cu)
+        assert out.shape == (rows, length, 4, 64)
+        assert [g.shape for g in torch.autograd.grad(out.sum(), inputs)] == [x.shape for x in inputs]
+        assert counter.frame_count == 1
