@@ -103,7 +103,7 @@ def _train(
     trainer, notices = build_trainer(config, model, tokenizer, sets, folder=folder, listeners=everyone)
     compiled: list[nn.Module] = []
     try:
-        compiled = compile_blocks(model, recompute=config.gradient_checkpointing) if config.compile else []
+        compiled = compile_blocks(model, recompute=trainer.engine.gradient_checkpointing) if config.compile else []
         resumed_from = None
         if folder is not None:
             resumed_from = resume_run(trainer, folder, resume) if resume else None

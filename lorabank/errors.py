@@ -11,6 +11,7 @@
     ├── MergeError             a merge that can't be done or whose check failed
     ├── ModelError             a base model that can't be had or isn't PyTorch
     ├── DataError              a data set that is missing, empty or malformed
+    ├── TooLargeError          a row that doesn't fit into a device's memory
     ├── OutputError            an output folder that exists, or a disk that is full
     ├── CheckpointError        a checkpoint that can't be resumed
     └── MissingExtraError      an optional library that isn't installed
@@ -95,6 +96,10 @@ class ModelError(LorabankError, ValueError):
 
 class DataError(LorabankError, ValueError):
     """A data set is missing, empty or malformed."""
+
+
+class TooLargeError(LorabankError, RuntimeError):
+    """A row doesn't fit into the device's memory, even alone."""
 
 
 class OutputError(LorabankError, OSError):

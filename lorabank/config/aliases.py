@@ -79,6 +79,7 @@ ALIASES: dict[str, Alias] = {
     "model_name": Alias("run.model", "HF"),
     "output_dir": Alias("run.output", "HF, axolotl, kohya"),
     "bf16": Alias("run.base_dtype", "HF, axolotl", convert.bf16),
+    "fp16": Alias("run.base_dtype", "HF, axolotl", convert.fp16),
     "torch_dtype": Alias("run.base_dtype", "HF", convert.dtype),
     "dtype": Alias("run.base_dtype", "HF, TRL", convert.dtype),
     "use_cpu": Alias("run.device", "HF", convert.use_cpu),
@@ -135,7 +136,6 @@ REFUSED: dict[str, str] = {
     "load_in_4bit": _FOUR_BIT,
     "load_in_8bit": _EIGHT_BIT,
     "quantization_config": _FOUR_BIT,
-    "fp16": "fp16 overflows without a loss scale for each adapter, which is not supported yet. Use bf16 or fp32.",
     "network_dropout": "kohya drops the output of the down projection, lorabank's `dropout` its input: they are different "
     "regularisers. Use `dropout` (about the same strength) if that is what you want.",
     "rank_dropout": "not supported. `dropout` drops inputs of the adapter.",

@@ -170,13 +170,19 @@ def warmup_steps(value: object) -> Mapping[str, object]:
     return {"adapter.warmup_ratio": number(value)} if 0 < number(value) < 1 else {"adapter.warmup_steps": value}
 
 
-_DTYPES = {"bfloat16": "bf16", "torch.bfloat16": "bf16", "float32": "fp32", "torch.float32": "fp32"}
+_DTYPES = {
+    "bfloat16": "bf16",
+    "torch.bfloat16": "bf16",
+    "float16": "fp16",
+    "torch.float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "torch.float32": "fp32",
+}
 
 
 def dtype(value: object) -> Mapping[str, object]:
     """torch's names for the storage of the base."""
-    if str(value) in ("float16", "torch.float16", "fp16", "half"):
-        raise ConfigError("fp16 overflows without a loss scale for each adapter, which is not supported yet. Use bf16 or fp32")
     return {"run.base_dtype": _DTYPES.get(str(value), value)}
 
 
@@ -185,6 +191,13 @@ def bf16(value: object) -> Mapping[str, object]:
     if value == "auto":
         return {"run.base_dtype": "auto"}
     return {"run.base_dtype": "bf16"} if truth(value) else {}
+
+
+def fp16(value: object) -> Mapping[str, object]:
+    """`fp16: true` elsewhere is mixed precision; the frozen base is then stored in fp16, adapters stay fp32."""
+    if value == "auto":
+        return {"run.base_dtype": "auto"}
+    return {"run.base_dtype": "fp16"} if truth(value) else {}
 
 
 def use_cpu(value: object) -> Mapping[str, object]:

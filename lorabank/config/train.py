@@ -18,7 +18,7 @@ from lorabank.config.checks import (
 )
 from lorabank.errors import ConfigError, Setting
 
-BASE_DTYPES = ("auto", "fp32", "bf16", "fp8", "nf4")
+BASE_DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8", "nf4")
 LATER_BASE_DTYPES = ("int8",)
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "sgd", "lion")
@@ -235,8 +235,8 @@ class TrainConfig:
     model: str = ""
     """Hub id, local folder, or GGUF file of the base model."""
     base_dtype: str = "auto"
-    """Storage of the frozen base: `fp32`, `bf16`, or `auto` (bf16 on a GPU that has it, else fp32); `fp8` (for speed) and `nf4`
-    (for memory) quantise its linear layers."""
+    """Storage of the frozen base: `fp32`, `bf16`, `fp16` (with a loss scale for each adapter) or `auto` (bf16 on a GPU, fp16 on
+    one that lacks it, fp32 on a CPU); `fp8` (for speed) and `nf4` (for memory) quantise its linear layers."""
     output: str = ""
     """Run folder; must not exist, unless the run is resumed."""
     task: str = "text-generation"
@@ -251,6 +251,8 @@ class TrainConfig:
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep what `gradient_checkpointing` keeps in the host's memory: less GPU memory, a little slower. Switches it on."""
     compile: bool = False
     """Compile the model's repeated blocks: a slower start, then faster steps. On a CPU it needs a C++ compiler."""
     device: str = "auto"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorabank.bank.routing import BASE, RowRoute
@@ -98,6 +99,20 @@ class Batch:
             input_ids_NL=send(self.input_ids_NL, device),
             attention_mask_NL=send(self.attention_mask_NL, device),
             weights_NL=send(self.weights_NL, device),
+        )
+
+    def lengthened(self, multiple: int, longest: int | None) -> Batch:
+        """The same batch, padded to a length that `multiple` divides, or to `longest`: shapes that come again are few then."""
+        length = self.input_ids_NL.shape[1]
+        wanted = -(-length // multiple) * multiple
+        more = (wanted if longest is None else min(wanted, longest)) - length
+        if more <= 0:
+            return self
+        return replace(
+            self,
+            input_ids_NL=F.pad(self.input_ids_NL, (0, more)),
+            attention_mask_NL=F.pad(self.attention_mask_NL, (0, more)),
+            weights_NL=F.pad(self.weights_NL, (0, more)),
         )
 
     def select(self, rows: Sequence[int]) -> Batch:

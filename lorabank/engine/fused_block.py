@@ -23,6 +23,7 @@ from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
+from lorabank.engine.offload import Offload
 from lorabank.engine.packed_attention import BOUNDARIES
 from lorabank.kernels.tables import RouteTables
 
@@ -49,6 +50,8 @@ class FusedBlock:
         self.kept = kept
         self.recompute = False
         """Whether to keep only the block's inputs and compute it again in backward."""
+        self.offload: Offload | None = None
+        """Where they are kept then; None: on the device."""
         self._compiled = torch.compile(block._call_impl, backend=grouping(backend, mlps=kept < 1))
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
@@ -76,7 +79,8 @@ class FusedBlock:
             return run(*args, **kwargs)  # computing it again would append to the cache again
         args = tuple(_without_cache(value) for value in args)
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        recomputed = checkpoint if self.offload is None else self.offload.around(checkpoint)
+        return recomputed(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def _chosen(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """What computes this call: the compiled block under the route in force, or the plain one."""

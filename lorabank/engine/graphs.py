@@ -2,6 +2,9 @@
 
 A step of few tokens is bound by the host, which starts thousands of kernels; a graph starts them all at once. The captured pass
 reads its batch from tensors that are refilled for each replay, and leaves its gradients in tensors that the leaves then point at.
+
+All graphs of an engine share one pool of memory: they never run at the same time, so together they need what the largest needs,
+and their gradients. A gradient that still lies in there is copied out before another graph runs.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,9 @@ from torch import Tensor, nn
 SEEN_BEFORE = 2
 """Passes of a shape that run kernel by kernel, which compiles and warms up what they need, before it is captured."""
 KEPT = 4
-"""Graphs kept at a time: each holds on to the memory of its pass."""
+"""Graphs kept at a time: each holds on to gradients of its own."""
+IDLE = 64
+"""Passes for which a graph wasn't used before another may take its place: capturing takes longer than it saves in a few."""
 
 Pass = Callable[[Sequence[Tensor]], Tensor]
 """(the batch's tensors on the device) → each row's loss, once backward has left its gradients in the leaves."""
@@ -29,6 +35,8 @@ class _Captured:
     inputs: list[Tensor]
     row_losses: Tensor
     gradients: list[tuple[nn.Parameter, Tensor]]
+    used: int = 0
+    """Number of the pass that it was used in last."""
 
 
 class PassGraphs:
@@ -37,6 +45,11 @@ class PassGraphs:
     def __init__(self) -> None:
         self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._last: _Captured | None = None
+        self._too_large: set[Hashable] = set()
+        self._passes = 0
+        self._kept = KEPT
+        self._pool: Any = None
         self.refused: str | None = None
         """Why passes aren't captured any more, if one couldn't be."""
 
@@ -45,10 +58,12 @@ class PassGraphs:
     ) -> Tensor:
         """Each row's loss, gradients added to `leaves()`. `key`: all that a pass depends on besides the values of `tensors`."""
         key = (key, tuple((t.shape, t.dtype) for t in tensors))
+        self._passes += 1
         found = self._captured.get(key)
-        if found is None and (self.refused is not None or self._seen[key] < SEEN_BEFORE):
+        if found is None and not self._worth_capturing(key):
             self._seen[key] += 1
             return compute(tensors)
+        self._rescue()
         trained = [leaf for leaf, _ in found.gradients] if found is not None else leaves()
         before = _taken_off(trained)
         if found is None:
@@ -57,6 +72,7 @@ class PassGraphs:
             _put_back(before)
             return compute(tensors)
         self._captured.move_to_end(key)
+        found.used, self._last = self._passes, found
         for mine, given in zip(found.inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
         found.graph.replay()
@@ -65,21 +81,47 @@ class PassGraphs:
         _put_back(before)
         return found.row_losses.clone()
 
+    def _worth_capturing(self, key: Hashable) -> bool:
+        if self.refused is not None or self._seen[key] < SEEN_BEFORE or key in self._too_large:
+            return False
+        oldest = next(iter(self._captured.values()), None)
+        return oldest is None or len(self._captured) < self._kept or self._passes - oldest.used > IDLE
+
+    def _rescue(self) -> None:
+        """Copy gradients of the graph that ran last out of the pool: what runs now may write over them."""
+        for leaf, gradient in self._last.gradients if self._last is not None else ():
+            if leaf.grad is gradient:
+                leaf.grad = gradient.clone()
+        self._last = None
+
+    def drop(self) -> bool:
+        """Give the graphs' memory back; shapes are captured again when they come again. True when there were any."""
+        held = bool(self._captured)
+        self._rescue()
+        self._captured.clear()
+        self._kept = max(1, self._kept // 2)
+        self._seen.clear()
+        return held
+
     def _capture(
         self, key: Hashable, tensors: Sequence[Tensor], leaves: Sequence[nn.Parameter], compute: Pass
     ) -> _Captured | None:
-        while len(self._captured) >= KEPT:
+        while len(self._captured) >= self._kept:
             self._captured.popitem(last=False)
+        if not self._captured:
+            self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone can't be used again
         inputs = [tensor.clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._pool):
                 row_losses = compute(inputs)
+        except torch.OutOfMemoryError:
+            self._too_large.add(key)
+            _cleared(leaves)
+            return None
         except Exception as error:  # noqa: BLE001  whatever a model does that can't be captured: it still trains without a graph
             self.refused = f"{type(error).__name__}: {error}"
-            for leaf in leaves:
-                leaf.grad = None
-            torch.cuda.synchronize()
+            _cleared(leaves)
             warnings.warn(
                 f"this model's passes can't be captured as CUDA graphs, so small steps stay bound by the host ({self.refused})",
                 stacklevel=2,
@@ -98,6 +140,13 @@ def _taken_off(leaves: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, Tenso
             kept.append((leaf, leaf.grad.clone()))
             leaf.grad = None
     return kept
+
+
+def _cleared(leaves: Sequence[nn.Parameter]) -> None:
+    """After a capture that broke off: what it left in the leaves was never computed."""
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
 
 
 def _put_back(before: Sequence[tuple[nn.Parameter, Tensor]]) -> None:

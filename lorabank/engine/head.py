@@ -107,6 +107,12 @@ def accepted(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
+def longest_row(model: nn.Module) -> int | None:
+    """Tokens that the model has positions for, as its configuration says; None where it says nothing."""
+    longest = getattr(model.config, "max_position_embeddings", None) if isinstance(model, PreTrainedModel) else None
+    return longest if isinstance(longest, int) else None
+
+
 def check_decoder(model: nn.Module) -> None:
     """Raise ConfigError for a model that reads one text and writes another: its two inputs aren't supported yet."""
     if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:

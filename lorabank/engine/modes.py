@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.engine.fused_block import FusedBlock
+from lorabank.engine.offload import Offload
 from lorabank.errors import ConfigError
 
 _ABSENT = object()
@@ -46,8 +47,12 @@ class _Attributes:
 
 
 @contextlib.contextmanager
-def step_mode(bank: AdapterBank, *, gradient_checkpointing: bool, base_dropout: bool) -> Iterator[None]:
+def step_mode(
+    bank: AdapterBank, *, gradient_checkpointing: bool, base_dropout: bool, offload: Offload | None = None
+) -> Iterator[None]:
     """Evaluation mode (training mode with `base_dropout`) for the base, checkpointing as asked; all restored afterwards.
+
+    `offload`: where what checkpointing keeps goes; None: it stays on the device.
 
     Normalisation always uses its running statistics, which belong to the frozen base. Raises ConfigError where that is
     impossible, and where checkpointing can't be switched on.
@@ -63,7 +68,7 @@ def step_mode(bank: AdapterBank, *, gradient_checkpointing: bool, base_dropout: 
                 attributes.set(module, "training", not module.training)
         blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
         if gradient_checkpointing:
-            _checkpoint(blocks, bank, attributes, base_dropout)
+            _checkpoint(blocks, bank, attributes, base_dropout, offload)
         else:
             for block in blocks:
                 if block.gradient_checkpointing:
@@ -106,7 +111,13 @@ def _generator_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-def _checkpoint(blocks: list[GradientCheckpointingLayer], bank: AdapterBank, attributes: _Attributes, base_dropout: bool) -> None:
+def _checkpoint(
+    blocks: list[GradientCheckpointingLayer],
+    bank: AdapterBank,
+    attributes: _Attributes,
+    base_dropout: bool,
+    offload: Offload | None,
+) -> None:
     if not blocks:
         raise ConfigError(
             f"gradient_checkpointing: {type(bank.model).__name__} has no blocks that transformers can recompute. Leave it out, "
@@ -115,10 +126,14 @@ def _checkpoint(blocks: list[GradientCheckpointingLayer], bank: AdapterBank, att
     recompute: Callable[..., Any] = partial(
         checkpoint, use_reentrant=False, context_fn=bank.checkpoint_context, preserve_rng_state=base_dropout
     )
+    if offload is not None:
+        offload.start()
+        recompute = offload.around(recompute)
     for block in blocks:
         if isinstance(block._compiled_call_impl, FusedBlock):
             # around the compiled code, which would otherwise have to see through the checkpoint
             attributes.set(block._compiled_call_impl, "recompute", True)
+            attributes.set(block._compiled_call_impl, "offload", offload)
             continue
         attributes.set(block, "_gradient_checkpointing_func", recompute)
         attributes.set(block, "gradient_checkpointing", True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorabank.bank.bank import AdapterBank
+from lorabank.engine.loss_scale import LossScales
 from lorabank.errors import CheckpointError
 from lorabank.optim.slot_optimizer import SlotOptimizer
 
@@ -27,16 +28,22 @@ class EngineState:
     tensors: Mapping[str, Tensor]
     """`<adapter>/param/<leaf>`, `<adapter>/optim/<leaf>.<state>`, `<adapter>/grad/<leaf>` (of a step under way)."""
     values: Mapping[str, Any]
-    """Adapter to {"steps": optimizer steps, "rule": its optimizer}; JSON-able."""
+    """Adapter to {"steps": optimizer steps, "rule": its optimizer, "loss_scale": for a base in fp16}; JSON-able."""
 
 
-def save_state(bank: AdapterBank, optimizer: SlotOptimizer) -> EngineState:
-    """Copy parameters, optimizer state and pending gradients of every adapter that the optimizer trains."""
+def save_state(bank: AdapterBank, optimizer: SlotOptimizer, loss_scales: LossScales | None = None) -> EngineState:
+    """Copy parameters, optimizer state and pending gradients of every adapter that the optimizer trains.
+
+    `loss_scales`: the engine's, which matter for a base in fp16.
+    """
+    scales = {} if loss_scales is None else loss_scales.state()
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for name in optimizer.names:
         step, state = optimizer.state(name)
         values[name] = {"steps": step, "rule": optimizer.config(name).rule}
+        if name in scales:
+            values[name]["loss_scale"] = list(scales[name])
         for key, leaf in bank.named_parameters(name):
             tensors[f"{name}/param/{key}"] = leaf.detach().to("cpu", copy=True)
             if leaf.grad is not None:
@@ -46,7 +53,7 @@ def save_state(bank: AdapterBank, optimizer: SlotOptimizer) -> EngineState:
     return EngineState(tensors=tensors, values=values)
 
 
-def load_state(bank: AdapterBank, optimizer: SlotOptimizer, state: EngineState) -> None:
+def load_state(bank: AdapterBank, optimizer: SlotOptimizer, state: EngineState, loss_scales: LossScales | None = None) -> None:
     """Put a snapshot back into a bank and optimizer with the same adapters. Raises CheckpointError before changing anything."""
     if set(state.values) != set(optimizer.names):
         raise CheckpointError(f"the checkpoint has adapters {sorted(state.values)}, this run has {sorted(optimizer.names)}")
@@ -65,6 +72,8 @@ def load_state(bank: AdapterBank, optimizer: SlotOptimizer, state: EngineState) 
                 leaf.copy_(part["param"][key])
                 leaf.grad = part["grad"][key].to(leaf.device, copy=True) if key in part["grad"] else None
         optimizer.load_state(name, int(state.values[name]["steps"]), part["optim"])
+    if loss_scales is not None:
+        loss_scales.load({name: values["loss_scale"] for name, values in state.values.items() if "loss_scale" in values})
 
 
 def _check_leaves(bank: AdapterBank, name: str, part: Mapping[str, Mapping[str, Tensor]]) -> None:

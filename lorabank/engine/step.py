@@ -7,7 +7,8 @@ pile up in the leaves until `optim_step` divides them by the adapter's own token
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,19 +21,24 @@ from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch, send
 from lorabank.engine.fused_block import FusedBlock, fused_blocks, slot_count, takes_tables
+from lorabank.engine.gradients import fresh_gradients
 from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.head import (
     SplitHead,
     check_decoder,
     check_vocabulary,
     logits_of,
+    longest_row,
     output_head,
     split_head,
     works_without_masks,
 )
+from lorabank.engine.loss_scale import LossScales
 from lorabank.engine.losses import LOSSES, Loss, LossInputs, nll
 from lorabank.engine.modes import evaluation_mode, no_random_draws, step_mode
+from lorabank.engine.offload import Offload
 from lorabank.engine.packing import Packing, find_packing, packed_tensors, windows
+from lorabank.engine.parts import Fits, Rows, whole
 from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
@@ -40,6 +46,10 @@ from lorabank.kernels.loss import token_logprobs, weighted_nll
 from lorabank.kernels.tables import RouteTables
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
+LOOKED_AT = 16
+"""Of the model's parameters, for its dtype: the rest are in the same."""
+LENGTH_GRANULE = 64
+"""Rows are padded to a multiple of so many tokens where passes are captured, so that shapes come again."""
 TRAINED_GRANULE = 256
 """Trained tokens of a captured pass are filled up to a multiple of this."""
 
@@ -53,11 +63,18 @@ class Engine:
     """A name in `LOSSES`, or a function of your own."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in backward: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep what `gradient_checkpointing` keeps in the host's memory; switches it on."""
     base_dropout: bool = False
     """Keep the base's own dropout in training; joint training then no longer equals training alone."""
     cuda_graphs: bool = True
     """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU: small steps need it."""
     graphs: PassGraphs = field(init=False, default_factory=PassGraphs, repr=False)
+    fits: Fits = field(init=False, default_factory=Fits)
+    """What the device's memory was found to hold: a batch that doesn't fit goes through in parts."""
+    loss_scales: LossScales = field(init=False, default_factory=LossScales, repr=False)
+    """Of the adapters, where the base is in fp16."""
+    _offload: Offload = field(init=False, default_factory=Offload, repr=False)
     _split: SplitHead | None = field(init=False, default=None, repr=False)
     _probed_head: nn.Module | None = field(init=False, default=None, repr=False)
     _probed: bool = field(init=False, default=False, repr=False)
@@ -68,12 +85,15 @@ class Engine:
     _maskless: tuple[SplitHead | None, bool] | None = field(init=False, default=None, repr=False)
     _packing: dict[tuple[int, ...], Packing] = field(init=False, default_factory=dict, repr=False)
     """How the model takes packed rows, by the windows that they reach beyond."""
+    _leaves: tuple[int, dict[str, list[nn.Parameter]]] = field(init=False, default=(-1, {}), repr=False)
+    """The bank's structure count, and adapter to its leaves."""
     _deterministic: set[bool] = field(init=False, default_factory=set, repr=False)
     """Values of `gradient_checkpointing` under which the base was seen to draw no random numbers."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, str):
             check_choice("loss", self.loss, LOSSES)
+        self.gradient_checkpointing |= self.activation_offloading
         check_decoder(self.bank.model)
 
     @property
@@ -122,6 +142,25 @@ class Engine:
             self._fused = self.bank.structure, fused_blocks(self.bank)
         return bool(self._fused[1]) and takes_tables(self.bank, routing)
 
+    def leaves(self, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+        """Adapter to its trainable leaves."""
+        if self._leaves[0] != self.bank.structure:
+            self._leaves = (self.bank.structure, {})
+        known = self._leaves[1]
+        return {name: known[name] if name in known else known.setdefault(name, self.bank.parameters(name)) for name in names}
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether the base is in fp16, which has no room for small gradients."""
+        return any(p.dtype == torch.float16 for p in itertools.islice(self.bank.model.parameters(), LOOKED_AT))
+
+    def release(self) -> bool:
+        """Give back memory that is kept for speed. True when there was any."""
+        held = self.graphs.drop()
+        if self.bank.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return held
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Around a forward pass: a check, until it has passed once, that the base draws no random numbers."""
@@ -146,36 +185,60 @@ def forward_backward(
     log-probabilities of the tokens under a reference, for losses that need them. Rows routed to BASE get no gradient.
     Raises before any gradient changes: RoutingError, DataError or ConfigError.
     """
-    bank = engine.bank
     names = _single_slots(batch.routes)
-    _check_batch(bank.model, batch, reference_logprobs_NL)
-    weights = batch.example_weights()
+    _check_batch(engine.bank.model, batch, reference_logprobs_NL)
+
+    def compute(part: Batch, rows: Rows) -> Tensor:
+        reference = reference_logprobs_NL
+        if reference is not None and part is not batch:
+            reference = reference[list(rows), : part.input_ids_NL.shape[1]]
+        return _one_pass(engine, part, [names[row] for row in rows], steps, reference)
+
+    parts = engine.fits.in_parts(batch, compute, engine.release)
+    losses_E = whole([(batch.examples_of(rows), losses) for rows, losses in parts], len(batch.examples_E))
+    return by_slot(_single_slots(batch.example_routes), losses_E, batch.example_weights())
+
+
+def _one_pass(
+    engine: Engine, batch: Batch, names: list[str | None], steps: Mapping[str, int] | None, reference_NL: Tensor | None
+) -> Tensor:
     trained = _trained(batch)
-    batch = batch.to(bank.device)
+    if engine.cuda_graphs and not batch.packed and engine.maskless():
+        batch = batch.lengthened(LENGTH_GRANULE, longest_row(engine.bank.model))
+    batch = batch.to(engine.bank.device)
     routing = _routing(engine, batch, names, steps)
-    if _graphed(engine, batch, routing, reference_logprobs_NL):
-        row_losses = _replayed(engine, batch, trained, routing)
-    else:
-        row_losses = _passed(engine, batch, trained, routing, reference_logprobs_NL)
-    return by_slot(_single_slots(batch.example_routes), row_losses, weights)
+    if _graphed(engine, batch, routing, reference_NL):
+        return _replayed(engine, batch, trained, routing)
+    return _passed(engine, batch, trained, routing, reference_NL)
 
 
 def _passed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing, reference_NL: Tensor | None) -> Tensor:
-    """Forward and backward; each example's loss (E,)."""
+    """Forward and backward; each example's loss (E,). Leaves' gradients are as before where it raises."""
     bank = engine.bank
-    mode = step_mode(bank, gradient_checkpointing=engine.gradient_checkpointing, base_dropout=engine.base_dropout)
+    leaves = engine.leaves(sorted(routing.names))
+    mode = step_mode(
+        bank,
+        gradient_checkpointing=engine.gradient_checkpointing,
+        base_dropout=engine.base_dropout,
+        offload=engine._offload if engine.activation_offloading else None,
+    )
     attention = engine.attention(batch)
-    with mode, attention, bank.route(routing), torch.enable_grad():
+    fresh = fresh_gradients([leaf for mine in leaves.values() for leaf in mine])
+    with mode, attention, bank.route(routing), torch.enable_grad(), fresh:
         with engine.watched():
             total, row_losses = _row_losses(engine, batch, trained, reference_NL)
         if total.requires_grad:
             total.backward()
+            if engine.scales_losses:
+                engine.loss_scales.divide(leaves)
     return row_losses
 
 
 def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tensor | None) -> bool:
     """Whether this pass can be one of those that are captured: all of it runs on one GPU, without a look at what is on it."""
     if not engine.cuda_graphs or engine.bank.device.type != "cuda" or engine.base_dropout or engine.loss_function is not nll:
+        return False
+    if engine.scales_losses or engine.activation_offloading:
         return False
     plain = reference_NL is None and batch.references is None and not batch.packed and engine.head() is not None
     return plain and engine.gradient_checkpointing in engine._deterministic and engine.all_fused(routing)
@@ -221,6 +284,18 @@ def optim_step(optimizer: SlotOptimizer, learning_rates: Mapping[str, float], to
 def logprobs(engine: Engine, batch: Batch) -> Tensor:
     """log p of every token with weight ≠ 0, fp32 (N, L), zero elsewhere; no gradient, for evaluation and references."""
     _check_batch(engine.bank.model, batch, None)
+    out = torch.zeros_like(batch.weights_NL, device=engine.bank.device)
+
+    def compute(part: Batch, rows: Rows) -> Tensor:
+        found = _logprobs(engine, part)
+        out[list(rows), : found.shape[1]] = found
+        return found[:, 0]
+
+    engine.fits.in_parts(batch, compute, engine.release)
+    return out
+
+
+def _logprobs(engine: Engine, batch: Batch) -> Tensor:
     rows, columns, _ = _trained(batch)
     batch = batch.to(engine.bank.device)
     rows, columns = send(rows, engine.bank.device), send(columns, engine.bank.device)
@@ -284,11 +359,13 @@ def _row_losses(engine: Engine, batch: Batch, trained: Sequence[Tensor], referen
     rows, columns, examples = (send(index, engine.bank.device) for index in trained)
     count = len(batch.examples_E)
     weights = batch.weights_NL[rows, columns]
+    scale_E = _loss_scales(engine, batch)
     split = engine.head()
     if split is not None and engine.loss_function is nll:
         hidden = _hidden(engine, split, batch)[rows, columns - 1]
         targets = batch.input_ids_NL[rows, columns]
-        total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, weights, split.head.bias)
+        scaled = weights if scale_E is None else weights * scale_E[examples]
+        total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, scaled, split.head.bias)
         return total, nll(LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=examples, rows=count))
     logprobs_T = _token_logprobs(engine, batch, rows, columns)
     if batch.references is not None:
@@ -301,7 +378,15 @@ def _row_losses(engine: Engine, batch: Batch, trained: Sequence[Tensor], referen
     if not isinstance(row_losses, Tensor) or row_losses.shape != (count,):
         got = tuple(row_losses.shape) if isinstance(row_losses, Tensor) else type(row_losses).__name__
         raise ConfigError(f"loss: expected one sum a row, a tensor of shape ({count},), got {got}. inputs.per_row(...) makes it.")
-    return row_losses.sum(), row_losses.detach()
+    return (row_losses if scale_E is None else row_losses * scale_E).sum(), row_losses.detach()
+
+
+def _loss_scales(engine: Engine, batch: Batch) -> Tensor | None:
+    """What each example's loss is multiplied by for backward (E,); None for a base that needs none."""
+    if not engine.scales_losses:
+        return None
+    factors = [engine.loss_scales[route].value if isinstance(route, str) else 1.0 for route in batch.example_routes]
+    return send(torch.tensor(factors), engine.bank.device)
 
 
 def _hidden(engine: Engine, split: SplitHead, batch: Batch) -> Tensor:

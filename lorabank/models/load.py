@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("auto", "fp32", "bf16", "fp8", "nf4")
+DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8", "nf4")
 QUANTIZED = ("fp8", "nf4")
 """Storages of the linear layers alone; the rest is then kept in the dtype of `auto`."""
 
@@ -93,6 +93,8 @@ def load_base(
     if dtype in QUANTIZED:
         quantize_base(model, dtype, device=where, say=said.append)
     torch.nn.Module.to(model, where)  # PreTrainedModel's own `to` only refuses quantized models, and is typed wrongly
+    if dtype == "auto" and number == torch.float16:
+        said.append(f"{torch.cuda.get_device_name(where)} has no bf16: the base is in fp16, with a loss scale for each adapter")
     notes = [*_source_notes(folder), *said, *_fill_pad_token(tokenizer), *_check_vocabulary(tokenizer, model), *_unused(info)]
     return LoadedBase(
         model=model.eval(),
@@ -186,8 +188,10 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"base_dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}")
     if dtype == "auto" or dtype in QUANTIZED:
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return torch.float32 if dtype == "fp32" else torch.bfloat16
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
 def _config(name: str, folder: Path, settings: Mapping[str, Any], *, trust_remote_code: bool) -> Any:

@@ -19,6 +19,8 @@ class AdapterProgress:
 
     step: int = 0
     """Optimizer steps made."""
+    skipped: int = 0
+    """Steps that weren't made because their gradient overflowed fp16."""
     position: int = 0
     """Micro-batches taken."""
     pending: int = 0

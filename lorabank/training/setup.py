@@ -126,7 +126,9 @@ def build_trainer(
         for name, job in jobs.items():
             notices += add_adapter(bank, name, job)
             optimizer.add(name, job.optimizer_config())
-        engine = Engine(bank, gradient_checkpointing=config.gradient_checkpointing)
+        engine = Engine(
+            bank, gradient_checkpointing=config.gradient_checkpointing, activation_offloading=config.activation_offloading
+        )
         trainer = Trainer(
             engine=engine,
             tokenizer=tokenizer,

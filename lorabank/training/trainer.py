@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import TrainConfig
-from lorabank.engine.batch import Example, make_batch, pack_batch
+from lorabank.engine.batch import Batch, Example, make_batch, pack_batch
 from lorabank.engine.state import EngineState, load_state, save_state
 from lorabank.engine.step import Engine, SlotLoss, forward_backward, logprobs, optim_step
 from lorabank.errors import OutputError
@@ -96,24 +96,28 @@ class Trainer:
         batch = pack_batch(rows, routes, examples=examples)
         steps = {name: self.progress.adapters[name].step for name in running}
         self._unsaved = True
+        tried = self.engine.fits.times
         losses = forward_backward(self.engine, batch, steps=steps)
+        if self.engine.fits.times > tried:
+            self._tell_of_memory(batch)
         self.progress.pass_index += 1
+        due = [name for name in running if self._step_is_due(name)]
+        rates = {name: self.jobs[name].learning_rate_at(self.progress.adapters[name].step) for name in due}
+        tokens = {name: self.progress.adapters[name].pending_tokens + losses[name].tokens for name in due}
+        # the step is put behind the pass before any loss is looked at, which on a GPU waits for both
+        done = optim_step(self.optimizer, rates, tokens) if due else {}
         weights = batch.example_weights()
         for name in running:
             self._account(name, losses[name], taken[name], weights)
-        due = [name for name in running if self._step_is_due(name)]
-        rates = {name: self.jobs[name].learning_rate_at(self.progress.adapters[name].step) for name in due}
-        tokens = {name: self.progress.adapters[name].pending_tokens for name in due}
-        done = optim_step(self.optimizer, rates, tokens) if due else {}
         seconds = max(time.monotonic() - began, 1e-9)
         for name in due:
-            read = sum(len(self.jobs[name].stream.rows[i].input_ids) for i in taken[name])
-            self._finish_step(name, done[name], rates[name], read / seconds)
+            if self.progress.adapters[name].status == RUNNING:
+                read = sum(len(self.jobs[name].stream.rows[i].input_ids) for i in taken[name])
+                self._finish_step(name, done[name], rates[name], read / seconds)
         self.progress.seconds = time.monotonic() - self._started
 
     def _step_is_due(self, name: str) -> bool:
-        p = self.progress.adapters[name]
-        return p.status == RUNNING and p.pending == self.jobs[name].run.gradient_accumulation
+        return self.progress.adapters[name].pending + 1 == self.jobs[name].run.gradient_accumulation
 
     def _account(self, name: str, loss: SlotLoss, taken: Sequence[int], weights: Sequence[float]) -> None:
         p = self.progress.adapters[name]
@@ -129,6 +133,9 @@ class Trainer:
 
     def _finish_step(self, name: str, step: SlotStep, rate: float, tokens_per_second: float) -> None:
         p, job = self.progress.adapters[name], self.jobs[name]
+        if not step.finite and self.engine.scales_losses and not self.engine.loss_scales.exhausted(name):
+            self._skip_step(name)
+            return
         if not step.finite:
             self._stop_not_finite(name, "its gradient is NaN or infinite")
             return
@@ -155,6 +162,24 @@ class Trainer:
         )
         for listener in self.listeners:
             listener.on_step(record)
+
+    def _skip_step(self, name: str) -> None:
+        p = self.progress.adapters[name]
+        p.skipped, p.pending, p.pending_loss, p.pending_tokens = p.skipped + 1, 0, 0.0, 0.0
+        if p.skipped == 1:
+            self.notice(
+                f"its gradient overflowed fp16 after step {p.step}: the step was skipped and its loss scale halved to "
+                f"{self.engine.loss_scales[name].value:g}. A few of these are usual, and not said again.",
+                name,
+            )
+
+    def _tell_of_memory(self, batch: Batch) -> None:
+        self.notice(
+            f"out of memory with {batch.rows} rows of up to {max(batch.lengths)} tokens in one pass: they went through in parts, "
+            f"and passes have at most {self.engine.fits.tokens:,} tokens from here on. Gradients add up to the same; "
+            "gradient_checkpointing or a smaller batch_size may be faster.",
+            level="warning",
+        )
 
     def _stop_not_finite(self, name: str, why: str) -> None:
         p = self.progress.adapters[name]
@@ -204,7 +229,7 @@ class Trainer:
         if self.folder is None or not self._unsaved:
             return
         self._tried = self.progress.pass_index
-        state = save_state(self.bank, self.optimizer)
+        state = save_state(self.bank, self.optimizer, self.engine.loss_scales)
         best = {f"{name}/best/{key}": leaf.cpu() for name, leaves in self.validation.best.items() for key, leaf in leaves.items()}
         values = {
             "engine": dict(state.values),
@@ -226,7 +251,8 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's state back. Raises CheckpointError, before anything changes, when it belongs to another run."""
         check_identity(checkpoint.values["identity"], self.identity)
-        load_state(self.bank, self.optimizer, EngineState(tensors=checkpoint.tensors, values=checkpoint.values["engine"]))
+        state = EngineState(tensors=checkpoint.tensors, values=checkpoint.values["engine"])
+        load_state(self.bank, self.optimizer, state, self.engine.loss_scales)
         self.progress = RunProgress.from_dict(checkpoint.values["progress"])
         for key, tensor in checkpoint.tensors.items():
             name, kind, leaf = key.split("/", 2)

@@ -97,7 +97,7 @@ def test_settings_are_named_and_words_are_not_searched(kind: type[LorabankError]
         ({"data": {"max_lenght": 1}}, "data.max_lenght"),
         ({"eval": {"every": -1}}, "eval.every"),
         ({"seed": -1}, "seed"),
-        ({"fp16": True}, "fp16"),
+        ({"fp16": "perhaps"}, "fp16"),
     ],
 )
 def test_errors_of_a_configuration_carry_their_setting(tree: dict[str, object], place: str) -> None:

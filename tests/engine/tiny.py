@@ -112,7 +112,7 @@ def add(bank: AdapterBank, name: str, *, strength: float = 0.2, **config: Any) -
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in bank.parameters(name):
-            p.add_(torch.randn(p.shape, generator=generator) * strength)
+            p.add_(torch.randn(p.shape, generator=generator).to(p.device) * strength)
 
 
 def tokens(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

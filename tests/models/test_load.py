@@ -39,8 +39,8 @@ def test_names_that_no_file_can_have(name: str) -> None:
         load_base(name)
 
 
-def test_bf16_and_fp32(tiny: Path) -> None:
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+def test_stored_as_asked(tiny: Path) -> None:
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         base = load_base(str(tiny), dtype=name, device="cpu")
         assert base.dtype == dtype
         assert {weight.dtype for weight in base.model.parameters()} == {dtype}
@@ -214,7 +214,7 @@ def test_a_file_instead_of_a_folder(file: str, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "fp23"}, r"base_dtype: expected one of auto, fp32, bf16, fp8, nf4, got 'fp23' \(did you mean 'fp32'"),
+        ({"dtype": "fp23"}, r"base_dtype: expected one of auto, fp32, bf16, fp16, fp8, nf4, got 'fp23' \(did you mean 'fp32'"),
         ({"device": "cuad"}, r"got 'cuad' \(did you mean 'cuda'"),
         pytest.param({"device": "cuda:97"}, "97' asked for, but", id="a GPU that isn't there, on machines with and without GPUs"),
     ],

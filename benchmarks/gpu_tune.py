@@ -1,0 +1,228 @@
+"""LoRA's kernels with other tile sizes, warps and steps loaded ahead: is what lora.py chooses still the best?
+
+    python benchmarks/gpu_tune.py --kernels shrink change --seconds 60
+
+Each choice is held to the one that lora.py makes before it is timed; the clock is gpu_kernels.py's (cold L2). Prints, shape by
+shape, the choices from the fastest on, beside a copy of the same bytes. `weight bf16`: with A or B rounded beforehand, which the
+kernels would otherwise do in every tile, from twice the bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import triton
+from gpu_kernels import TOKENS, Clock, Problem
+from torch import Tensor
+
+from lorabank.kernels.gpu import lora
+from lorabank.kernels.tables import TILE
+
+SHOWN = 8
+TOLERANCE = 2e-2
+"""Relative norm; splits are added in another order, weights rounded elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One way to start a kernel."""
+
+    text: str
+    run: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A kernel at a shape."""
+
+    now: Callable[[], Tensor]
+    """As lora.py starts it."""
+    moved: int
+    """Bytes that it reads and writes at least."""
+    choices: Iterator[Choice]
+
+
+def shrinks(p: Problem) -> Tuning:
+    """x·Aᵀ."""
+
+    def made() -> Iterator[Choice]:
+        T, features = p.x.shape
+        tiles = p.tables.tiles_S4.shape[0]
+        for weight, splits, block_f, warps, stages in itertools.product(
+            (p.A, p.A.bfloat16()), (1, 2), (128, 256), (4, 8), (2, 4, 6)
+        ):
+            if stages * block_f * (TILE * 2 + p.width * weight.element_size()) > 200 * 1024:
+                continue
+            share = -(-features // (splits * block_f)) * block_f
+
+            def run(weight=weight, splits=splits, block_f=block_f, warps=warps, stages=stages, share=share) -> Tensor:
+                narrow = torch.empty((T, p.width), dtype=p.x.dtype, device=p.x.device)
+                parts = narrow if splits == 1 else torch.empty((splits, T, p.width), device=p.x.device)
+                lora._shrink[(tiles, splits, 1)](
+                    p.x, weight, narrow, parts, p.tables.order_N, p.tables.tiles_S4, p.ranks, p.scaling, features, T, share,
+                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, WHOLE=splits == 1, PRECISION="tf32",
+                    num_warps=warps, num_stages=stages,
+                )  # fmt: skip
+                if splits > 1:
+                    lora._gather_into(narrow, parts, p.tables, p.ranks, p.scaling)
+                return narrow
+
+            yield Choice(text=f"{_dtype(weight)} splits {splits} block_f {block_f} warps {warps} stages {stages}", run=run)
+
+    return Tuning(
+        now=lambda: lora.shrink(p.x, p.A, p.tables, p.ranks, p.scaling, p.width),
+        moved=2 * p.x.numel() + 4 * p.A.numel() + 2 * len(p.x) * p.width,
+        choices=made(),
+    )
+
+
+def changes(p: Problem) -> Tuning:
+    """xAᵀ·B, written into a new y."""
+    xa = lora.shrink(p.x, p.A, p.tables, p.ranks, p.scaling, p.width)
+
+    def made() -> Iterator[Choice]:
+        features = p.B.shape[1]
+        for weight, block_f, warps in itertools.product((p.B, p.B.bfloat16()), (128, 256, 512), (2, 4, 8)):
+
+            def run(weight=weight, block_f=block_f, warps=warps) -> Tensor:
+                out = torch.empty_like(p.dy)
+                lora._expand[(p.tables.tiles_S4.shape[0], -(-features // block_f))](
+                    out, xa, weight, weight, p.tables.order_N, p.tables.tiles_S4, p.ranks, features,
+                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, ADD=False, BIAS=False, PRECISION="tf32",
+                    num_warps=warps, num_stages=1,
+                )  # fmt: skip
+                return out
+
+            yield Choice(text=f"{_dtype(weight)} block_f {block_f} warps {warps}", run=run)
+
+    moved = 2 * xa.numel() + 4 * p.B.numel() + 2 * p.dy.numel()
+    return Tuning(now=lambda: lora.change(xa, p.B, None, p.tables, p.ranks), moved=moved, choices=made())
+
+
+def outers(p: Problem) -> Tuning:
+    """The gradient of A, with its sums over chunks."""
+    dxa = lora.shrink(p.dy, p.B, p.tables, p.ranks, p.scaling, p.width)
+
+    def made() -> Iterator[Choice]:
+        features, chunks = p.x.shape[1], p.tables.chunks_C4.shape[0]
+        for block_f, block_n, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (3, 5)):
+            if stages * block_n * (block_f + p.width) * 2 > 200 * 1024:
+                continue
+
+            def run(block_f=block_f, block_n=block_n, warps=warps, stages=stages) -> Tensor:
+                grad = torch.empty_like(p.A)
+                parts = torch.empty((chunks, p.width, features), device=p.x.device)
+                lora._outer[(chunks, -(-features // block_f), 1)](
+                    dxa, p.x, parts, grad, p.tables.order_N, p.tables.chunks_C4, p.ranks, features,
+                    WIDTH=p.width, BLOCK_N=block_n, BLOCK_R=p.width, BLOCK_F=block_f, PRECISION="tf32",
+                    num_warps=warps, num_stages=stages,
+                )  # fmt: skip
+                lora._fold_into(grad, parts, p.tables, p.ranks)
+                return grad
+
+            yield Choice(text=f"block_f {block_f} block_n {block_n} warps {warps} stages {stages}", run=run)
+
+    moved = 2 * p.x.numel() + 2 * dxa.numel() + 4 * p.A.numel()
+    return Tuning(now=lambda: lora.outer(dxa, p.x, p.A, p.tables, p.ranks), moved=moved, choices=made())
+
+
+def throughs(p: Problem) -> Tuning:
+    """dB and dy·Bᵀ in one pass over dy, with both sums."""
+    xa = lora.shrink(p.x, p.A, p.tables, p.ranks, p.scaling, p.width)
+
+    def made() -> Iterator[Choice]:
+        (T, features), chunks = p.dy.shape, p.tables.chunks_C4.shape[0]
+        for block_f, block_n, warps, stages in itertools.product((128, 256, 512), (32, 64, 128), (4, 8), (2, 4)):
+            if stages * block_n * (block_f + p.width) * 2 > 200 * 1024:
+                continue
+
+            def run(block_f=block_f, block_n=block_n, warps=warps, stages=stages) -> Tensor:
+                columns = -(-features // block_f)
+                grad, narrow = torch.empty_like(p.B), torch.empty((T, p.width), dtype=p.dy.dtype, device=p.dy.device)
+                parts = torch.empty((chunks, p.width, features), device=p.dy.device)
+                shares = torch.empty((columns, T, p.width), device=p.dy.device)
+                lora._through[(chunks, columns)](
+                    xa, p.dy, p.B, parts, shares, grad, p.tables.order_N, p.tables.chunks_C4, p.ranks, features, T,
+                    WIDTH=p.width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION="tf32", num_warps=warps, num_stages=stages,
+                )  # fmt: skip
+                lora._fold_into(grad, parts, p.tables, p.ranks)
+                lora._gather_into(narrow, shares, p.tables, p.ranks, p.scaling)
+                return grad
+
+            yield Choice(text=f"block_f {block_f} block_n {block_n} warps {warps} stages {stages}", run=run)
+
+    return Tuning(
+        now=lambda: lora.outer_and_shrink(xa, p.dy, p.B, p.tables, p.ranks, p.scaling)[0],
+        moved=2 * p.dy.numel() + 4 * xa.numel() + 8 * p.B.numel(),
+        choices=made(),
+    )
+
+
+KERNELS = {"shrink": shrinks, "change": changes, "outer": outers, "through": throughs}
+SHAPES = {
+    "shrink": ((4096, 4096), (14336, 4096)),
+    "change": ((4096, 4096), (4096, 14336)),
+    "outer": ((4096, 4096), (14336, 4096)),
+    "through": ((4096, 4096), (4096, 14336)),
+}
+"""(inputs, outputs): what each kernel reads or writes is 4096 and 14336 wide."""
+
+
+def _dtype(weight: Tensor) -> str:
+    return "weight bf16" if weight.dtype == torch.bfloat16 else "weight fp32"
+
+
+def tune(name: str, shape: tuple[int, int], rank: int, clock: Clock, seconds: float) -> None:
+    """Print the choices of one kernel at one shape, the fastest first."""
+    tuning = KERNELS[name](Problem.make(*shape, rank, 1, torch.device("cuda")))
+    expected, began = tuning.now().float(), time.monotonic()
+    copy, found = clock.copy_us(tuning.moved), [(clock.us(tuning.now), "as lora.py starts it")]
+    for choice in tuning.choices:
+        if time.monotonic() - began > seconds:
+            print(f"  (no further choices after {seconds:.0f} s)")
+            break
+        try:
+            off = float((choice.run().float() - expected).norm() / expected.norm())
+        except triton.runtime.errors.OutOfResources:
+            continue
+        if off <= TOLERANCE:
+            found.append((clock.us(choice.run), choice.text))
+        else:
+            print(f"  {choice.text}: WRONG, off by {off:.1e}")
+    print(f"{name} {shape[0]}→{shape[1]} r {rank}: copy of the same bytes {copy:.1f} µs")
+    for us, text in sorted(found)[:SHOWN]:
+        print(f"  {us:7.1f} µs  {copy / us:.2f}  {text}")
+    if found[0] not in sorted(found)[:SHOWN]:
+        print(f"  {found[0][0]:7.1f} µs  {copy / found[0][0]:.2f}  {found[0][1]}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try them all."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
+    made.add_argument("--rank", type=int, default=16)
+    made.add_argument("--repeats", type=int, default=15)
+    made.add_argument("--seconds", type=float, default=30.0, help="for one kernel at one shape")
+    args = made.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("gpu_tune.py needs a GPU")
+    clock = Clock(args.repeats)
+    print(f"{TOKENS} tokens, {torch.cuda.get_device_name()}")
+    for name in args.kernels:
+        for shape in SHAPES[name]:
+            tune(name, shape, args.rank, clock, args.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Gradients of one pass kept apart from what the leaves hold already, until the pass is through."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def fresh_gradients(leaves: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, the leaves have no gradient; what they get there is added to what they had.
+
+    Where the code inside raises, every leaf has its old gradient again: a pass that ran out of memory can be tried anew.
+    """
+    before = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
+    for leaf, _ in before:
+        leaf.grad = None
+    try:
+        yield
+    except BaseException:
+        for leaf in leaves:
+            leaf.grad = None
+        for leaf, gradient in before:
+            leaf.grad = gradient
+        raise
+    _add(before)
+
+
+def _add(before: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
+    both = [(leaf, old, leaf.grad) for leaf, old in before if old is not None and leaf.grad is not None]
+    if both:
+        torch._foreach_add_([o for _, o, _ in both], [n for _, _, n in both])  # pyright: ignore[reportPrivateImportUsage]
+    for leaf, old in before:
+        leaf.grad = old

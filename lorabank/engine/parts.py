@@ -1,0 +1,104 @@
+"""A batch in as few passes as memory allows: one that doesn't fit is halved, and what was learnt holds for the batches to come.
+
+Losses and gradients are sums over rows, so parts of a batch add up to the whole of it, whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorabank.engine.batch import Batch
+from lorabank.errors import TooLargeError
+
+Rows = Sequence[int]
+Compute = Callable[[Batch, Rows], Tensor]
+"""(part, its rows in the batch) → a tensor whose first dimension is those rows. Changes nothing where it raises."""
+
+
+@dataclass
+class Fits:
+    """What a device's memory was found to hold."""
+
+    tokens: int | None = None
+    """Padded tokens (rows × length) of the largest pass that is still tried; None: memory never ran out."""
+    times: int = 0
+    """How often it ran out."""
+
+    def in_parts(self, batch: Batch, compute: Compute, release: Callable[[], bool]) -> list[tuple[Rows, Tensor]]:
+        """(rows, what `compute` made of them) for parts that together are the batch: one part, unless memory runs out.
+
+        `release`: give memory back that isn't needed; True when that may have been enough. Raises TooLargeError when one row
+        (with its reference, where it has one) doesn't fit.
+        """
+        waiting, found = _within(batch, _groups(batch), self.tokens), []
+        while waiting:
+            groups = waiting.pop(0)
+            rows = sorted(row for group in groups for row in group)
+            part = batch if len(rows) == batch.rows else batch.select(rows)
+            result = _attempt(compute, part, rows)
+            if isinstance(result, Tensor):
+                found.append((rows, result))
+                continue
+            if release():
+                waiting.insert(0, groups)
+                continue
+            self.times += 1
+            if len(groups) == 1:
+                raise _too_large(part, result)
+            half = (len(groups) + 1) // 2
+            self.tokens = min(part.input_ids_NL.numel() // 2, self.tokens or part.input_ids_NL.numel())
+            waiting[:0] = [groups[:half], groups[half:]]
+        return found
+
+
+def _attempt(compute: Compute, part: Batch, rows: Rows) -> Tensor | str:
+    """The result, or what torch says of the memory that it lacked. The failed pass's tensors are gone once this returns."""
+    try:
+        return compute(part, rows)
+    except torch.OutOfMemoryError as error:
+        return (str(error).splitlines() or [""])[0]
+
+
+def whole(found: Sequence[tuple[Rows, Tensor]], rows: int) -> Tensor:
+    """The parts' results in the batch's order."""
+    if len(found) == 1:
+        return found[0][1]
+    order = torch.tensor([row for part, _ in found for row in part])
+    place = torch.empty(rows, dtype=torch.int64)
+    place[order] = torch.arange(rows)
+    return torch.cat([result for _, result in found])[place.to(found[0][1].device)]
+
+
+def _groups(batch: Batch) -> list[list[int]]:
+    """Rows that must stay together: each with the row that is its reference."""
+    references = batch.references or (None,) * batch.rows
+    served = {row for row in references if row is not None}
+    return [[i] if r is None else [i, r] for i, r in enumerate(references) if i not in served]
+
+
+def _within(batch: Batch, groups: Sequence[Sequence[int]], tokens: int | None) -> list[Sequence[Sequence[int]]]:
+    """The groups in parts of up to `tokens` padded tokens, in order; a group of more is a part of its own."""
+    if tokens is None or batch.input_ids_NL.numel() <= tokens:
+        return [groups]
+    parts: list[list[Sequence[int]]] = []
+    rows = longest = 0
+    for group in groups:
+        length = max(batch.lengths[row] for row in group)
+        if not parts or (rows + len(group)) * max(longest, length) > tokens:
+            parts.append([])
+            rows = longest = 0
+        parts[-1].append(group)
+        rows, longest = rows + len(group), max(longest, length)
+    return list(parts)
+
+
+def _too_large(part: Batch, said: str) -> TooLargeError:
+    device = part.input_ids_NL.device
+    return TooLargeError(
+        f"out of memory: a row of {max(part.lengths)} tokens alone doesn't fit ({said or f'on {device}'}). "
+        "Set gradient_checkpointing: true, keep the base in fewer bits (base_dtype: nf4), or make rows shorter (data.max_length)."
+    )
