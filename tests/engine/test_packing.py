@@ -17,7 +17,9 @@ from lorabank.engine.batch import Batch, make_batch, pack_batch, with_base_refer
 from lorabank.engine.packing import WAYS, Packing, _difference, packed_tensors, windows
 from lorabank.engine.step import Engine, forward_backward, logprobs
 from lorabank.errors import ConfigError, DataError
-from tests.engine.tiny import FAMILIES, VOCABULARY, backward, difference, make_bank, make_model, tokens
+from tests.engine.test_loss_scale import bank_in, distance
+from tests.engine.test_parts import memory_for
+from tests.engine.tiny import FAMILIES, VOCABULARY, backward, difference, gradients, make_bank, make_model, tokens
 
 TOLERANCE = 2e-5
 """fp32: the same sums in another order."""
@@ -168,15 +170,48 @@ def test_parts_of_a_packed_batch_add_up_to_the_whole(family: str) -> None:
             )
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_packed_rows_that_do_not_fit_go_through_in_parts(in_backward: bool) -> None:
+    bank = make_bank(dropout=0.3)
+    packed, _ = pair(numbers=[*range(3, 14)])
+    steps = {"a": 3, "b": 5}
+    whole, expected = backward(bank, packed, steps=steps)
+    tokens = logprobs(Engine(bank), packed)
+    engine = Engine(bank)
+    engine.packing(packed.input_ids_NL.shape[1])  # whose probe isn't counted
+    with memory_for(engine, 30, in_backward=in_backward) as tried:
+        losses, found = backward(bank, packed, engine, steps=steps)
+        torch.testing.assert_close(logprobs(engine, packed), tokens, rtol=TOLERANCE, atol=TOLERANCE)
+    assert tried[0] == (5, 15)
+    assert engine.fits.times >= 1
+    for name, loss in whole.items():
+        assert losses[name].row_losses == pytest.approx(loss.row_losses, rel=TOLERANCE, abs=1e-6)
+        assert difference(found[name], expected[name]) < GRADIENTS
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])  # cohere's logits are scaled: the plain loss
+def test_losses_of_a_base_in_fp16_are_scaled_an_example(family: str) -> None:
+    packed, plain = pair()
+    found = []
+    for batch in (packed, plain):
+        engine = Engine(bank_in(torch.float16, family))
+        engine.loss_scales["b"].value = 2.0**4
+        losses = forward_backward(engine, batch)
+        found.append((losses, {name: gradients(engine.bank, name) for name in "ab"}))
+    for name in "ab":
+        assert found[0][0][name].row_losses == pytest.approx(found[1][0][name].row_losses, rel=2e-3)
+        assert distance(found[0][1][name], found[1][1][name]) < 0.03
+
+
 def test_references_on_base_rows_and_losses_an_example() -> None:
     bank = make_bank()
     packed, plain = pair(routes=["a", "b", "a", "b", "a"])
     engine = Engine(bank, loss="reverse_kl")
-    found, gradients = backward(bank, with_base_references(packed), engine)
+    found, mine = backward(bank, with_base_references(packed), engine)
     expected, alone = backward(bank, with_base_references(plain), Engine(bank, loss="reverse_kl"))
     for name in ("a", "b"):
         assert found[name].row_losses == pytest.approx(expected[name].row_losses, rel=TOLERANCE, abs=1e-6)
-        assert difference(gradients[name], alone[name]) < GRADIENTS
+        assert difference(mine[name], alone[name]) < GRADIENTS
 
 
 def test_law4_a_slot_that_is_not_finite_stays_in_its_rows() -> None:
