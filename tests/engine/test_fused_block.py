@@ -264,7 +264,10 @@ def test_packed_rows(traced: bool, checkpointing: bool, calls: list[nn.Module], 
         monkeypatch.setattr(packed_attention, "asks_nothing", lambda kwargs: False)
     plain, fused = pair()
     engines = Engine(plain), Engine(fused, gradient_checkpointing=checkpointing)
-    made = []
+    before, made = graphs(), []
+    engines[1].packing(8)
+    assert graphs() == before, "a probe compiles nothing"
+    calls.clear()
     for lengths in PACKED:
         texts = iter(tokens([n for row in lengths for n in row]))
         batch = pack_batch([[(next(texts), [1.0] * n) for n in row] for row in lengths], MIXED)
