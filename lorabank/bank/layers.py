@@ -250,6 +250,7 @@ class LoRALayer(nn.Module):
                 seed=slot.seed ^ self._path_seed,
                 step=routing.dropout.steps.get(rows.slot, 0),
                 examples_U=rows.examples_U,
+                places_UT=rows.places_UT,
             )
         return Segment(
             rows=rows.rows,

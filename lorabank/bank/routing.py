@@ -48,7 +48,9 @@ class DropoutState:
     steps: Mapping[str, int]
     """Adapter name to its optimizer step."""
     examples: Tensor
-    """int64, one a row: the row's identity within its adapter's step."""
+    """int64, one a row: the row's identity within its adapter's step. Where rows are packed (rows, tokens): one a token."""
+    places: Tensor | None = None
+    """int64 (rows, tokens), where rows are packed: each token's place in its example."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class SlotRows:
     rows: Rows
     weights_U: Tensor | None = None
     examples_U: Tensor | None = None
+    places_UT: Tensor | None = None
     units: tuple[int, ...] = (0,)
     """`rows` as numbers on the host."""
 
@@ -193,6 +196,7 @@ def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutS
             indices.setdefault(name, []).append(i)
             weights.setdefault(name, []).append(float(weight))
     slots = []
+    places = None if dropout is None else dropout.places
     for name, where in indices.items():
         contiguous = where[-1] - where[0] + 1 == len(where)
         slots.append(
@@ -201,6 +205,7 @@ def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutS
                 rows=slice(where[0], where[-1] + 1) if contiguous else torch.tensor(where, device=device),
                 weights_U=None if all(w == 1 for w in weights[name]) else torch.tensor(weights[name], device=device),
                 examples_U=None if dropout is None else dropout.examples[torch.tensor(where)].to(device),
+                places_UT=None if places is None else places[torch.tensor(where)].to(device),
                 units=tuple(where),
             )
         )

@@ -46,7 +46,8 @@ class DataConfig:
     max_length: int = 1024
     """Tokens; longer rows are cut at the end, and counted."""
     packing: bool = False
-    """Several rows in one sequence. Not available yet: refused."""
+    """Put several training rows into one of up to `max_length` tokens, each of which sees only itself. `batch_size` then counts
+    packed rows."""
     train_on: str | None = None
     """`assistant` turns, the `completion`, or `all` tokens. None: what the row's form says."""
     prompt: str | None = None
@@ -72,11 +73,6 @@ class DataConfig:
         check_choice("data.nan_rows", self.nan_rows, NAN_ROWS)
         if self.limit is not None:
             check_positive_int("data.limit", self.limit)
-        if self.packing:
-            raise ConfigError(
-                Setting("data.packing"),
-                ": packed sequences are not supported yet; batches are bucketed by length instead. Leave it out.",
-            )
         if (self.prompt is None) != (self.completion is None):
             raise ConfigError(
                 Setting("data.prompt"),
@@ -117,7 +113,7 @@ class AdapterRun:
     warmup_steps: int | None = None
     """Steps of warm-up; overrides `warmup_ratio`."""
     batch_size: int = 8
-    """Rows a micro-batch."""
+    """Rows a micro-batch; with `data.packing` packed ones."""
     gradient_accumulation: int = 1
     """Micro-batches an optimizer step."""
     epochs: float = 2.0

@@ -39,6 +39,11 @@ class TokenRow:
     truncated: bool
     """Whether tokens were cut off."""
 
+    @property
+    def example(self) -> tuple[Sequence[int], Sequence[float]]:
+        """Token ids and weights, as a batch takes them."""
+        return self.input_ids, self.weights
+
 
 @dataclass(frozen=True)
 class _Draft:

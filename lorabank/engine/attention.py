@@ -3,7 +3,7 @@
 A model that would use torch's scaled_dot_product_attention asks for `lorabank` instead on a CPU: attention.c where it suits
 (fp32, no mask, no dropout), torch's otherwise, with masks as for torch's. On a GPU it asks for `lorabank_causal`, for which no
 masks are built: behind a causal attention, padding on the right reaches no real token, and torch's fastest kernels take no
-mask.
+mask. Packed rows ask for `lorabank_packed` everywhere: see packed_attention.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lorabank.kernels.native import attention, library
 
 NAME = "lorabank"
 CAUSAL = "lorabank_causal"
+PACKED = "lorabank_packed"
 LONGEST_PROBE = 8192
 _KEY = "_attn_implementation_internal"
 """Where a configuration keeps the name; its public setter would pass it on to sub-configurations too."""
@@ -32,6 +33,11 @@ _PLAIN = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "sliding_window"}
 )
 """Arguments that reach the attention function and say nothing about a call without a mask."""
+
+
+def asks_nothing(kwargs: Mapping[str, Any]) -> bool:
+    """Whether what a model gives its attention beside the usual says nothing that would change the result."""
+    return all(value is None or value is False or name in _PLAIN for name, value in kwargs.items())
 
 
 def attention_forward(
@@ -46,8 +52,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: q (B, H, T, D), k and v (B, G, T, D) → (B, T, H, D), and no attention weights."""
-    asked = [name for name, value in kwargs.items() if value is not None and value is not False and name not in _PLAIN]
-    plain = attention_mask is None and not dropout and not asked
+    plain = attention_mask is None and not dropout and asks_nothing(kwargs)
     if plain and not torch.is_autocast_enabled("cpu") and attention.suits(query, key, value):
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -87,16 +92,19 @@ AttentionInterface.register(CAUSAL, causal_attention)  # and no masks: transform
 
 
 @contextlib.contextmanager
-def own_attention(modules: Iterable[nn.Module], device: torch.device, *, maskless: bool = False) -> Iterator[None]:
+def own_attention(
+    modules: Iterable[nn.Module], device: torch.device, *, maskless: bool = False, packed: bool = False
+) -> Iterator[None]:
     """Our attention for `modules` (`model.modules()`), its own afterwards.
 
     `maskless`: on a GPU, for a model that `works_without_masks` found fit; without it a GPU keeps the model's own throughout.
+    `packed`: for packed rows whose boundaries go to the attention (see packing.py).
     """
-    name = CAUSAL if maskless else NAME if device.type == "cpu" and library.loaded() is not None else None
+    name = PACKED if packed else CAUSAL if maskless else NAME if device.type == "cpu" and library.loaded() is not None else None
     changed: list[dict[str, Any]] = []
     try:
         if name is not None:
-            for config in _configurations(modules):
+            for config in configurations(modules):
                 if config._attn_implementation == "sdpa":
                     vars(config)[_KEY] = name
                     changed.append(vars(config))
@@ -110,7 +118,7 @@ def own_attention(modules: Iterable[nn.Module], device: torch.device, *, maskles
 def probe_length(modules: Iterable[nn.Module]) -> int | None:
     """Tokens that show whether a model does without masks, more than any window of its; None where it is known not to."""
     longest = 6
-    configs = _configurations(modules)
+    configs = configurations(modules)
     for config in configs:
         kinds = set(getattr(config, "layer_types", None) or ())
         if config._attn_implementation != "sdpa" or not kinds <= {"full_attention", "sliding_attention"}:
@@ -121,7 +129,7 @@ def probe_length(modules: Iterable[nn.Module]) -> int | None:
     return longest if configs and longest <= LONGEST_PROBE else None
 
 
-def _configurations(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
+def configurations(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
     """The configurations that the modules read, none if one of them treats torch's attention as a special case."""
     found: dict[int, PreTrainedConfig] = {}
     for module in modules:

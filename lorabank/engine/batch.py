@@ -1,9 +1,13 @@
-"""`Batch`: rows of any number of adapters, padded to one length. N rows × L tokens."""
+"""`Batch`: rows of any number of adapters, padded to one length. N rows × L tokens, E examples.
+
+A row is one example, or packed: several examples of one adapter, end to end, none of which sees another (see packing.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +33,16 @@ class Batch:
     attention_mask_NL: Tensor
     """1 for a real token. Made from lengths, never from a token id: a pad token may also be the end token."""
     weights_NL: Tensor
-    """fp32 weight of each token as a target, predicted from the tokens before it; 0: not trained. Column 0 is never a target."""
+    """fp32 weight of each token as a target, predicted from the tokens before it; 0: not trained. The first token of an example
+    is never a target."""
     routes: tuple[RowRoute, ...]
     """One a row."""
-    examples_N: Tensor
-    """int64 identity of each row within its adapter's optimizer step: what its dropout is drawn from."""
+    examples_E: Tensor
+    """int64 identity of each example within its adapter's optimizer step: what its dropout is drawn from."""
     lengths: tuple[int, ...]
     """Real tokens of each row."""
+    segments: tuple[tuple[int, ...], ...] | None = None
+    """Tokens of each example of each row, in their order; None where every row is one example."""
     references: tuple[int | None, ...] | None = None
     """For each row, the row of the same tokens on BASE whose log-probabilities are its reference; None without."""
 
@@ -43,6 +50,42 @@ class Batch:
     def rows(self) -> int:
         """Number of rows."""
         return len(self.routes)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds more than one example, so that the model must be told where they begin."""
+        return self.segments is not None
+
+    @property
+    def spans(self) -> Sequence[tuple[int, int, int]]:
+        """Row, first column and column after the last of each example, in order."""
+        segments = [(length,) for length in self.lengths] if self.segments is None else self.segments
+        return [(row, end - n, end) for row, own in enumerate(segments) for n, end in zip(own, accumulate(own), strict=True)]
+
+    @property
+    def example_routes(self) -> tuple[RowRoute, ...]:
+        """One an example: its row's."""
+        return self.routes if self.segments is None else tuple(self.routes[row] for row, _, _ in self.spans)
+
+    def examples_of(self, rows: Sequence[int]) -> list[int]:
+        """Numbers, in this batch, of the examples that `select(rows)` has, in its order."""
+        found: dict[int, list[int]] = {}
+        for number, (row, _, _) in enumerate(self.spans):
+            found.setdefault(row, []).append(number)
+        return [number for row in rows for number in found[row]]
+
+    def example_weights(self) -> list[float]:
+        """Σ of each example's token weights. For a batch still on the host."""
+        if self.segments is None:
+            return self.weights_NL.sum(1).tolist()
+        return [float(self.weights_NL[row, start:stop].sum()) for row, start, stop in self.spans]
+
+    def example_numbers_NL(self) -> Tensor:
+        """int64 on the host: the example, 0 to E - 1, that each token belongs to; padding belongs to its row's last."""
+        numbers_NL = torch.zeros(self.rows, self.input_ids_NL.shape[1], dtype=torch.int64)
+        for number, (row, start, _) in enumerate(self.spans):
+            numbers_NL[row, start:] = number
+        return numbers_NL
 
     @property
     def mask(self) -> Tensor | None:
@@ -88,8 +131,9 @@ class Batch:
             attention_mask_NL=self.attention_mask_NL[index, :longest],
             weights_NL=self.weights_NL[index, :longest],
             routes=tuple(self.routes[i] for i in rows),
-            examples_N=self.examples_N[index.to(self.examples_N.device)],
+            examples_E=self.examples_E[self.examples_of(rows)],
             lengths=lengths,
+            segments=None if self.segments is None else tuple(self.segments[i] for i in rows),
             references=None if self.references is None else _moved_references(self.references, rows),
         )
 
@@ -156,6 +200,48 @@ def make_batch(
         attention_mask_NL=mask_NL,
         weights_NL=weights_NL,
         routes=each,
-        examples_N=torch.as_tensor(numbers),
+        examples_E=torch.as_tensor(numbers),
         lengths=lengths,
     )
+
+
+Example = tuple[Sequence[int], Sequence[float]]
+"""Token ids and their weights."""
+
+
+def pack_batch(
+    rows: Sequence[Sequence[Example]],
+    routes: Sequence[RowRoute] | RowRoute = BASE,
+    *,
+    examples: Sequence[int] | None = None,
+    pad_id: int = 0,
+) -> Batch:
+    """Like `make_batch`, for rows of several examples each, none of which sees another. `routes`: one for all, or one a row.
+
+    `examples`: the identity of each example, row after row. Rows of one example each give a plain batch. Raises DataError.
+    """
+    flat = list(_checked(rows))
+    numbers = list(range(len(flat)) if examples is None else examples)
+    if len(numbers) != len(flat):
+        raise DataError(f"pack_batch: {len(flat)} examples but {len(numbers)} example numbers")
+    if all(len(row) == 1 for row in rows):
+        return make_batch(flat, routes, examples=numbers, pad_id=pad_id)
+    joined = [
+        ([token for ids, _ in row for token in ids], [w for _, weights in row for w in (0.0, *weights[1:])])  # no first token
+        for row in rows
+    ]
+    batch = make_batch(joined, routes, pad_id=pad_id)
+    return replace(batch, examples_E=torch.as_tensor(numbers), segments=tuple(tuple(len(ids) for ids, _ in row) for row in rows))
+
+
+def _checked(rows: Sequence[Sequence[Example]]) -> Iterator[Example]:
+    for number, row in enumerate(rows):
+        if not row:
+            raise DataError(f"pack_batch: row {number} has no examples")
+        for place, (ids, weights) in enumerate(row):
+            if not ids or len(ids) != len(weights):
+                raise DataError(
+                    f"pack_batch: example {place} of row {number} has {len(ids)} tokens and {len(weights)} weights; expected at "
+                    "least one, and as many"
+                )
+            yield ids, weights

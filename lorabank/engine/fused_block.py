@@ -24,6 +24,7 @@ from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
 from lorabank.engine.offload import Offload
+from lorabank.engine.packed_attention import BOUNDARIES
 from lorabank.kernels.tables import RouteTables
 
 FEW = 64
@@ -215,7 +216,7 @@ def _vary(*tensors: Tensor) -> None:
 
 
 def _vary_lengths(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Tell the compiler that rows and tokens of the block's inputs vary."""
+    """Tell the compiler that rows and tokens of the block's inputs vary, and the number of examples in packed rows."""
     sizes = set(x.shape[:-1]) - {1}
     given = [value for group in (args, kwargs.values()) for value in group]
     inside = [part for value in given if isinstance(value, tuple) for part in value]
@@ -224,3 +225,5 @@ def _vary_lengths(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             for dim, size in enumerate(tensor.shape[:-1] if tensor is x or tensor.is_floating_point() else tensor.shape):
                 if size in sizes:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    if isinstance(boundaries := kwargs.get(BOUNDARIES), Tensor):
+        _vary(boundaries)

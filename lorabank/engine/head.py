@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,10 @@ class SplitHead:
     body: nn.Module
     head: nn.Linear
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Last hidden states (N, L, H)."""
-        return self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True).last_hidden_state
+    def hidden(self, input_ids: Tensor, attention_mask: Any, **more: Any) -> Tensor:
+        """Last hidden states (N, L, H). `more`: what packed rows need, see packing.py."""
+        out = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **more)
+        return out.last_hidden_state
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -84,16 +86,19 @@ def works_without_masks(bank: AdapterBank, split: SplitHead) -> bool:
     return bool((found - expected).norm() <= allowed * expected.norm())
 
 
-def logits_of(model: nn.Module, input_ids_NL: Tensor, attention_mask_NL: Tensor) -> Tensor:
-    """The model's own logits (N, L, V). A model of one's own returns them, or a mapping that has them as `logits`."""
+def logits_of(model: nn.Module, input_ids_NL: Tensor, attention_mask: Any, **more: Any) -> Tensor:
+    """The model's own logits (N, L, V). A model of one's own returns them, or a mapping that has them as `logits`.
+
+    `more`: what packed rows need, see packing.py.
+    """
     takes = accepted(model)
-    inputs = {"input_ids": input_ids_NL, "attention_mask": attention_mask_NL, "use_cache": False, **PLAIN_OUTPUTS}
+    inputs = {"input_ids": input_ids_NL, "attention_mask": attention_mask, "use_cache": False, **PLAIN_OUTPUTS}
     if "input_ids" not in takes:
         raise ConfigError(
             f"{type(model).__name__}.forward takes {', '.join(sorted(takes)) or 'nothing'}; the engine gives it `input_ids` and, "
             "where taken, `attention_mask`. Name its argument so, or call the model inside bank.route(...) in a loop of your own."
         )
-    out = model(**{name: value for name, value in inputs.items() if name in takes})
+    out = model(**{name: value for name, value in inputs.items() if name in takes}, **more)
     return out if isinstance(out, Tensor) else out["logits"]
 
 

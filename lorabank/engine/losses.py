@@ -1,5 +1,7 @@
 """Losses over token log-probabilities. One table: `LOSSES`, a name to a plain function.
 
+Each example of a packed row is a row of its own here.
+
 A loss returns one number a row, a *sum* over its tokens: `optim_step` divides by the adapter's own token weights, which keeps
 gradient accumulation, retries and joint batches exact.
 """

@@ -31,7 +31,7 @@ class SlotLoss:
 
     @property
     def row_losses(self) -> Mapping[int, float]:
-        """Row of the batch to its loss sum."""
+        """Row of the batch (example of a packed batch) to its loss sum."""
         return self._read()
 
     @property

@@ -26,15 +26,26 @@ def row_routing(bank: AdapterBank, routes: Sequence[RowRoute], length: int, *, e
 
 
 def dropout_routing(
-    bank: AdapterBank, routes: Sequence[RowRoute], length: int, steps: Mapping[str, int], examples_N: Tensor, *, folded: bool
+    bank: AdapterBank,
+    routes: Sequence[RowRoute],
+    length: int,
+    steps: Mapping[str, int],
+    examples: Tensor,
+    *,
+    places_NL: Tensor | None = None,
+    folded: bool,
 ) -> Routing:
-    """Routing of a training pass, dropout drawn from each adapter's step, the row's example and the token's place in it."""
+    """Routing of a training pass, dropout drawn from each adapter's step, the token's example and its place in it.
+
+    `examples`: one a row, (N,); of packed rows one a token, (N, L), with `places_NL`.
+    """
     if not folded:
-        return bank.routing(list(routes), dropout=DropoutState(steps=steps, examples=examples_N), exact=False)
+        return bank.routing(list(routes), dropout=DropoutState(steps=steps, examples=examples, places=places_NL), exact=False)
     # every token is its own example then: the same place of the same example gives the same mask, however long the padding
-    examples = (examples_N[:, None] * 0x9E3779B1 + torch.arange(length, device=examples_N.device)).reshape(-1)
+    places = torch.arange(length, device=examples.device) if places_NL is None else places_NL
+    each = (examples.view(len(routes), -1) * 0x9E3779B1 + places).reshape(-1)
     tokens = [route for route in routes for _ in range(length)]
-    return bank.routing(tokens=tokens, dropout=DropoutState(steps=steps, examples=examples), exact=False)
+    return bank.routing(tokens=tokens, dropout=DropoutState(steps=steps, examples=each), exact=False)
 
 
 def folds_tokens(bank: AdapterBank) -> bool:

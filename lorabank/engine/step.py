@@ -10,12 +10,13 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.routing import Routing
+from lorabank.bank.routing import Routing, RowRoute
 from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch, send
@@ -36,6 +37,7 @@ from lorabank.engine.loss_scale import LossScales
 from lorabank.engine.losses import LOSSES, Loss, LossInputs, nll
 from lorabank.engine.modes import evaluation_mode, no_random_draws, step_mode
 from lorabank.engine.offload import Offload
+from lorabank.engine.packing import Packing, find_packing, packed_tensors, windows
 from lorabank.engine.parts import Fits, Rows, whole
 from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
@@ -81,6 +83,8 @@ class Engine:
     _fused: tuple[int, Sequence[FusedBlock]] = field(init=False, default=(-1, ()), repr=False)
     """The bank's structure count, and its fused blocks if they hold all adapted layers."""
     _maskless: tuple[SplitHead | None, bool] | None = field(init=False, default=None, repr=False)
+    _packing: dict[tuple[int, ...], Packing] = field(init=False, default_factory=dict, repr=False)
+    """How the model takes packed rows, by the windows that they reach beyond."""
     _leaves: tuple[int, dict[str, list[nn.Parameter]]] = field(init=False, default=(-1, {}), repr=False)
     """The bank's structure count, and adapter to its leaves."""
     _deterministic: set[bool] = field(init=False, default_factory=set, repr=False)
@@ -116,6 +120,20 @@ class Engine:
         if self._maskless is None or self._maskless[0] is not split:
             self._maskless = (split, split is not None and works_without_masks(self.bank, split))
         return self._maskless[1]
+
+    def packing(self, length: int) -> Packing:
+        """How the model takes packed rows of `length` tokens. Raises ConfigError for a model that can't."""
+        reached = windows(self.bank.model, length)
+        if reached not in self._packing:
+            self._packing[reached] = find_packing(self.bank, self.head(), length)
+        return self._packing[reached]
+
+    def attention(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        """Our attention in the model, as this batch needs it."""
+        modules, device = self.bank.model.modules(), self.bank.device
+        if batch.packed:
+            return own_attention(modules, device, packed=self.packing(batch.input_ids_NL.shape[1]).by_attention)
+        return own_attention(modules, device, maskless=self.maskless())
 
     def all_fused(self, routing: Routing) -> bool:
         """Whether every adapted layer's product is compiled into a block of the model's, under this route."""
@@ -167,7 +185,7 @@ def forward_backward(
     log-probabilities of the tokens under a reference, for losses that need them. Rows routed to BASE get no gradient.
     Raises before any gradient changes: RoutingError, DataError or ConfigError.
     """
-    names = _single_slots(batch)
+    names = _single_slots(batch.routes)
     _check_batch(engine.bank.model, batch, reference_logprobs_NL)
 
     def compute(part: Batch, rows: Rows) -> Tensor:
@@ -176,15 +194,16 @@ def forward_backward(
             reference = reference[list(rows), : part.input_ids_NL.shape[1]]
         return _one_pass(engine, part, [names[row] for row in rows], steps, reference)
 
-    row_losses = whole(engine.fits.in_parts(batch, compute, engine.release), batch.rows)
-    return by_slot(names, row_losses, batch.weights_NL.sum(1).tolist())
+    parts = engine.fits.in_parts(batch, compute, engine.release)
+    losses_E = whole([(batch.examples_of(rows), losses) for rows, losses in parts], len(batch.examples_E))
+    return by_slot(_single_slots(batch.example_routes), losses_E, batch.example_weights())
 
 
 def _one_pass(
     engine: Engine, batch: Batch, names: list[str | None], steps: Mapping[str, int] | None, reference_NL: Tensor | None
 ) -> Tensor:
     trained = _trained(batch)
-    if engine.cuda_graphs and engine.maskless():
+    if engine.cuda_graphs and not batch.packed and engine.maskless():
         batch = batch.lengthened(LENGTH_GRANULE, longest_row(engine.bank.model))
     batch = batch.to(engine.bank.device)
     routing = _routing(engine, batch, names, steps)
@@ -193,10 +212,8 @@ def _one_pass(
     return _passed(engine, batch, trained, routing, reference_NL)
 
 
-def _passed(
-    engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], routing: Routing, reference_NL: Tensor | None
-) -> Tensor:
-    """Forward and backward; each row's loss (N,). Leaves' gradients are as before where it raises."""
+def _passed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing, reference_NL: Tensor | None) -> Tensor:
+    """Forward and backward; each example's loss (E,). Leaves' gradients are as before where it raises."""
     bank = engine.bank
     leaves = engine.leaves(sorted(routing.names))
     mode = step_mode(
@@ -205,7 +222,7 @@ def _passed(
         base_dropout=engine.base_dropout,
         offload=engine._offload if engine.activation_offloading else None,
     )
-    attention = own_attention(bank.model.modules(), bank.device, maskless=engine.maskless())
+    attention = engine.attention(batch)
     fresh = fresh_gradients([leaf for mine in leaves.values() for leaf in mine])
     with mode, attention, bank.route(routing), torch.enable_grad(), fresh:
         with engine.watched():
@@ -223,18 +240,18 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
         return False
     if engine.scales_losses or engine.activation_offloading:
         return False
-    plain = reference_NL is None and batch.references is None and engine.head() is not None
+    plain = reference_NL is None and batch.references is None and not batch.packed and engine.head() is not None
     return plain and engine.gradient_checkpointing in engine._deterministic and engine.all_fused(routing)
 
 
-def _replayed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], routing: Routing) -> Tensor:
+def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing) -> Tensor:
     """The same as `_passed`, from a graph where one was captured."""
     bank = engine.bank
-    rows, columns = (send(_lengthened(index), bank.device) for index in trained)
+    rows, columns = (send(_lengthened(index), bank.device) for index in trained[:2])
     (rows_N, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
     tables = routing.tables(rows_N, length, bank.slot_numbers, slots, device)
     if tables is None:
-        return _passed(engine, batch, (rows, columns), routing, None)
+        return _passed(engine, batch, (rows, columns, rows), routing, None)
     mask = None if engine.maskless() else batch.mask
     tensors = [batch.input_ids_NL, batch.weights_NL, rows, columns, *tables.tensors, *([] if mask is None else [mask])]
 
@@ -244,7 +261,7 @@ def _replayed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], rout
             batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=rest[0] if rest else batch.attention_mask_NL
         )
         captured = routing.captured(rows_N, length, slots, device, RouteTables(order, tiles, chunks, spans))
-        return _passed(engine, full, (rows, columns), captured, None)
+        return _passed(engine, full, (rows, columns, rows), captured, None)
 
     places = tuple(block.addresses for block in engine._fused[1])  # a graph holds on to the addresses that it was captured with
     key = (bank.structure, places, routing.names, engine.gradient_checkpointing, mask is None)
@@ -279,7 +296,7 @@ def logprobs(engine: Engine, batch: Batch) -> Tensor:
 
 
 def _logprobs(engine: Engine, batch: Batch) -> Tensor:
-    rows, columns = _trained(batch)
+    rows, columns, _ = _trained(batch)
     batch = batch.to(engine.bank.device)
     rows, columns = send(rows, engine.bank.device), send(columns, engine.bank.device)
     out = torch.zeros_like(batch.weights_NL)
@@ -288,16 +305,16 @@ def _logprobs(engine: Engine, batch: Batch) -> Tensor:
     with (
         torch.no_grad(),
         evaluation_mode(model.modules()),
-        own_attention(model.modules(), engine.bank.device, maskless=engine.maskless()),
+        engine.attention(batch),
         engine.bank.route(routing),
     ):
         out[rows, columns] = _token_logprobs(engine, batch, rows, columns)
     return out
 
 
-def _single_slots(batch: Batch) -> list[str | None]:
+def _single_slots(routes: Sequence[RowRoute]) -> list[str | None]:
     names: list[str | None] = []
-    for route in batch.routes:
+    for route in routes:
         if isinstance(route, Mapping):
             raise RoutingError(
                 f"joint training takes one adapter a row, got the mixture {dict(route)!r}. Mixtures are for inference: give the "
@@ -316,7 +333,10 @@ def _routing(engine: Engine, batch: Batch, names: list[str | None], steps: Mappi
     missing = [name for name in used if name not in steps]
     if missing:
         raise ConfigError(f"forward_backward: steps has no entry for adapter {missing[0]!r}, whose dropout is drawn from it")
-    return dropout_routing(bank, batch.routes, length, steps, batch.examples_N, folded=engine.folded())
+    examples, places_NL = batch.examples_E, None
+    if batch.packed:  # a token draws as its example in a row of its own would
+        examples, places_NL = examples[batch.example_numbers_NL()], packed_tensors(batch, examples.device).positions_NL
+    return dropout_routing(bank, batch.routes, length, steps, examples, places_NL=places_NL, folded=engine.folded())
 
 
 def _check_batch(model: nn.Module, batch: Batch, reference_NL: Tensor | None) -> None:
@@ -328,48 +348,56 @@ def _check_batch(model: nn.Module, batch: Batch, reference_NL: Tensor | None) ->
     check_vocabulary(model, int(batch.input_ids_NL.max()))
 
 
-def _trained(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the target tokens, in order. For a batch still on the host: on a GPU it would have to be waited for."""
-    where = batch.weights_NL.nonzero()
-    return where[:, 0], where[:, 1]
+def _trained(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and examples of the target tokens, in order. For a batch still on the host: a GPU would be waited for."""
+    rows, columns = batch.weights_NL.nonzero().unbind(1)
+    return rows, columns, batch.example_numbers_NL()[rows, columns] if batch.packed else rows
 
 
-def _row_losses(
-    engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], reference_NL: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(the sum to differentiate, each row's loss (N,))."""
-    rows, columns = (send(index, engine.bank.device) for index in trained)
+def _row_losses(engine: Engine, batch: Batch, trained: Sequence[Tensor], reference_NL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(the sum to differentiate, each example's loss (E,))."""
+    rows, columns, examples = (send(index, engine.bank.device) for index in trained)
+    count = len(batch.examples_E)
     weights = batch.weights_NL[rows, columns]
-    scale_N = _loss_scales(engine, batch)
+    scale_E = _loss_scales(engine, batch)
     split = engine.head()
     if split is not None and engine.loss_function is nll:
-        hidden = split.hidden(batch.input_ids_NL, None if engine.maskless() else batch.mask)[rows, columns - 1]
+        hidden = _hidden(engine, split, batch)[rows, columns - 1]
         targets = batch.input_ids_NL[rows, columns]
-        scaled = weights if scale_N is None else weights * scale_N[rows]
+        scaled = weights if scale_E is None else weights * scale_E[examples]
         total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, scaled, split.head.bias)
-        return total, nll(LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=rows, rows=batch.rows))
+        return total, nll(LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=examples, rows=count))
     logprobs_T = _token_logprobs(engine, batch, rows, columns)
     if batch.references is not None:
         reference_NL = _base_references(batch, logprobs_T.detach(), rows, columns)
         serving = torch.tensor([row in batch.references for row in range(batch.rows)], device=rows.device)
         weights = weights.masked_fill(serving[rows], 0.0)  # a row that is another's reference isn't trained on
     reference = None if reference_NL is None else reference_NL.to(logprobs_T.device)[rows, columns]
-    inputs = LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=rows, rows=batch.rows, reference_logprobs_T=reference)
+    inputs = LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=examples, rows=count, reference_logprobs_T=reference)
     row_losses = engine.loss_function(inputs)
-    if not isinstance(row_losses, Tensor) or row_losses.shape != (batch.rows,):
+    if not isinstance(row_losses, Tensor) or row_losses.shape != (count,):
         got = tuple(row_losses.shape) if isinstance(row_losses, Tensor) else type(row_losses).__name__
-        raise ConfigError(
-            f"loss: expected one sum a row, a tensor of shape ({batch.rows},), got {got}. inputs.per_row(...) makes it."
-        )
-    return (row_losses if scale_N is None else row_losses * scale_N).sum(), row_losses.detach()
+        raise ConfigError(f"loss: expected one sum a row, a tensor of shape ({count},), got {got}. inputs.per_row(...) makes it.")
+    return (row_losses if scale_E is None else row_losses * scale_E).sum(), row_losses.detach()
 
 
 def _loss_scales(engine: Engine, batch: Batch) -> Tensor | None:
-    """What each row's loss is multiplied by for backward (N,); None for a base that needs none."""
+    """What each example's loss is multiplied by for backward (E,); None for a base that needs none."""
     if not engine.scales_losses:
         return None
-    factors = [engine.loss_scales[route].value if isinstance(route, str) else 1.0 for route in batch.routes]
+    factors = [engine.loss_scales[route].value if isinstance(route, str) else 1.0 for route in batch.example_routes]
     return send(torch.tensor(factors), engine.bank.device)
+
+
+def _hidden(engine: Engine, split: SplitHead, batch: Batch) -> Tensor:
+    """The body's last hidden states (N, L, H)."""
+    if not batch.packed:
+        return split.hidden(batch.input_ids_NL, None if engine.maskless() else batch.mask)
+    return split.hidden(batch.input_ids_NL, **_packed_arguments(engine, batch))
+
+
+def _packed_arguments(engine: Engine, batch: Batch) -> dict[str, Any]:
+    return engine.packing(batch.input_ids_NL.shape[1]).arguments(batch)
 
 
 def _base_references(batch: Batch, logprobs_T: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -384,7 +412,8 @@ def _token_logprobs(engine: Engine, batch: Batch, rows: Tensor, columns: Tensor)
     targets = batch.input_ids_NL[rows, columns]
     split = engine.head()
     if split is not None:
-        hidden = split.hidden(batch.input_ids_NL, None if engine.maskless() else batch.mask)[rows, columns - 1]
+        hidden = _hidden(engine, split, batch)[rows, columns - 1]
         return token_logprobs(hidden, split.head.weight, targets, split.head.bias)
-    logits = logits_of(engine.bank.model, batch.input_ids_NL, batch.attention_mask_NL)
+    arguments = _packed_arguments(engine, batch) if batch.packed else {"attention_mask": batch.attention_mask_NL}
+    logits = logits_of(engine.bank.model, batch.input_ids_NL, **arguments)
     return logits[rows, columns - 1].float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)

@@ -27,7 +27,9 @@ class DropoutDraw:
     step: int
     """The slot's optimizer step."""
     examples_U: Tensor
-    """int64: the identity of each unit's example within the step."""
+    """int64: the identity of each unit's example within the step; (U, T), one a token, where units are packed."""
+    places_UT: Tensor | None = None
+    """int64: each token's place in its example, where units are packed; None: its place in the unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,9 @@ def dropout_mask(draw: DropoutDraw, tokens: int, channels: int) -> Tensor:
     """
     device = draw.examples_U.device
     start = torch.tensor((draw.seed * 0x9E3779B1 + draw.step * 0x85EBCA77 + 1) & 0xFFFFFFFF, device=device)
-    example_U1 = _mix32(_mix32(start) ^ (draw.examples_U & 0xFFFFFFFF)).unsqueeze(1)
-    token_UT1 = _mix32(example_U1 ^ _mix32(torch.arange(tokens, device=device) + 0x27D4EB2F)).unsqueeze(2)
+    example_UT = _mix32(_mix32(start) ^ (draw.examples_U & 0xFFFFFFFF)).view(len(draw.examples_U), -1)
+    places_UT = torch.arange(tokens, device=device) if draw.places_UT is None else draw.places_UT
+    token_UT1 = _mix32(example_UT ^ _mix32(places_UT + 0x27D4EB2F)).unsqueeze(2)
     channel_I = _mix32(torch.arange(channels, device=device) + 0x165667B1)
     hashed = _mix32(token_UT1 ^ channel_I)
     keep = hashed >= int(draw.probability * 2**32)

@@ -23,6 +23,8 @@ class AdapterPlan:
     learning_rate_reason: str
     train_rows: int
     val_rows: int
+    packed_rows: tuple[int, float] | None = None
+    """What the training rows are packed into in the first pass over them: how many rows, and the share of them that is filled."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,9 @@ def run_identity(config: TrainConfig, jobs: Mapping[str, AdapterJob], bank: Adap
     """Dotted setting, or a name for people, to its value as JSON gives it back."""
     found: dict[str, Any] = {name: getattr(config, name) for name in _RUN_SETTINGS}
     found |= {f"eval.{name}": getattr(config.eval, name) for name in _EVAL_SETTINGS}
+    found["data.packing"] = config.data.packing
+    if config.data.packing:
+        found["data.max_length"] = config.data.max_length  # how full a packed row gets
     found["the base model's weights"] = zlib.crc32(json.dumps(bank.fingerprint.to_dict(), sort_keys=True).encode())
     found["adapters"] = sorted(jobs)
     for name, job in jobs.items():

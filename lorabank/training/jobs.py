@@ -37,7 +37,7 @@ class AdapterJob:
 
     def epoch(self, position: int) -> float:
         """Passes over the rows after `position` micro-batches."""
-        return position / self.stream.batches_per_epoch
+        return self.stream.passes(position)
 
     def optimizer_config(self) -> OptimizerConfig:
         """Its part of the optimizer."""
@@ -61,13 +61,17 @@ def make_job(
     data: str,
     seed: int,
     model_config: Mapping[str, object],
+    pack_to: int | None = None,
 ) -> AdapterJob:
-    """Resolve one adapter. `model_config` gives `model_type` and `hidden_size` for the automatic learning rate."""
+    """Resolve one adapter. `model_config` gives `model_type` and `hidden_size` for the automatic learning rate.
+
+    `pack_to`: tokens of a packed row; None: a row an example.
+    """
     if not train:
         raise DataError(f"adapter {name!r}: no training rows left in {data}")
     seed = seed if run.seed is None else run.seed
-    stream = RowStream(train, run.batch_size, seed)
-    micro_batches = math.ceil(run.epochs * stream.batches_per_epoch)
+    stream = RowStream(train, run.batch_size, seed, pack_to=pack_to)
+    micro_batches = stream.micro_batches(run.epochs)
     total = run.max_steps or max(1, math.ceil(micro_batches / run.gradient_accumulation))
     if run.learning_rate == "auto" and run.optimizer != "adamw":
         raise ConfigError(

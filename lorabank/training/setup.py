@@ -113,6 +113,7 @@ def build_trainer(
             data=data.names[name],
             seed=config.seed,
             model_config=known,
+            pack_to=config.data.max_length if config.data.packing else None,
         )
         for name, run in runs.items()
     }
@@ -190,6 +191,7 @@ def run_plan(trainer: Trainer, *, model_name: str, resumed_from: str | None) -> 
                 learning_rate_reason=job.learning_rate_reason,
                 train_rows=len(job.stream.rows),
                 val_rows=len(job.val),
+                packed_rows=None if job.stream.pack_to is None else job.stream.packed_rows(),
             )
             for name, job in trainer.jobs.items()
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,9 @@ def plan_table(plan: RunPlan, *, wide: bool = True) -> Table:
     table = new_table()
     table.add_column("adapter", style="cyan", no_wrap=True)
     heads = ["rank", "layers", "parameters", "of base", "rows", "held out", "steps", "learning rate"]
-    for name in heads if wide else ["rank", "params", "of base", "rows", "steps", "lr"]:
+    packed = ["packed into"] if any(item.packed_rows for item in plan.adapters) else []
+    heads = [*heads[:5], *packed, *heads[5:]]
+    for name in heads if wide else ["rank", "params", "of base", "rows", *packed, "steps", "lr"]:
         table.add_column(name, justify="right", no_wrap=True)
     for item in plan.adapters:
         cells = {
@@ -43,12 +46,17 @@ def plan_table(plan: RunPlan, *, wide: bool = True) -> Table:
             "params": human.count(item.parameters),
             "of base": human.share(item.parameters, plan.base_parameters),
             "rows": f"{item.train_rows:,}",
+            **{name: _packed(item.packed_rows) for name in packed},
             "held out": f"{item.val_rows:,}",
             "steps": f"{item.total_steps:,}",
             "lr": human.rate(item.learning_rate),
         }
         table.add_row(item.name, *(text for name, text in cells.items() if wide or name not in ("layers", "held out")))
     return table
+
+
+def _packed(rows: tuple[int, float] | None) -> str:
+    return "" if rows is None else f"{rows[0]:,} ({math.floor(100 * rows[1])} % full)"
 
 
 def metrics_table(

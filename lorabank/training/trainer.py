@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import TrainConfig
-from lorabank.data.render import TokenRow
-from lorabank.engine.batch import Batch, make_batch
+from lorabank.engine.batch import Batch, Example, make_batch, pack_batch
 from lorabank.engine.state import EngineState, load_state, save_state
 from lorabank.engine.step import Engine, SlotLoss, forward_backward, logprobs, optim_step
 from lorabank.errors import OutputError
@@ -74,6 +73,8 @@ class Trainer:
 
     def rehearse(self) -> None:
         """A forward pass of each adapter's first row, so that what would fail in the first step fails here."""
+        if any(job.stream.pack_to for job in self.jobs.values()):
+            self.engine.packing(max(job.stream.longest for job in self.jobs.values()))
         rows = [(name, job.stream.rows[job.stream.batch(0)[0]]) for name, job in self.jobs.items()]
         logprobs(self.engine, make_batch([(row.input_ids, row.weights) for _, row in rows], [name for name, _ in rows]))
 
@@ -81,17 +82,18 @@ class Trainer:
 
     def _pass(self, running: Sequence[str]) -> None:
         began = time.monotonic()
-        rows: list[TokenRow] = []
+        rows: list[list[Example]] = []
         routes: list[str] = []
         examples: list[int] = []
         taken: dict[str, list[int]] = {}
         for name in running:
             job, p = self.jobs[name], self.progress.adapters[name]
-            taken[name] = job.stream.batch(p.position)
-            rows += [job.stream.rows[i] for i in taken[name]]
-            routes += [name] * len(taken[name])
-            examples += [p.pending * job.stream.batch_size + i for i in range(len(taken[name]))]
-        batch = make_batch([(row.input_ids, row.weights) for row in rows], routes, examples=examples)
+            packed = job.stream.packed(p.position)
+            taken[name] = [i for row in packed for i in row]
+            rows += [[job.stream.rows[i].example for i in row] for row in packed]
+            routes += [name] * len(packed)
+            examples += [p.pending * job.stream.most_examples + i for i in range(len(taken[name]))]
+        batch = pack_batch(rows, routes, examples=examples)
         steps = {name: self.progress.adapters[name].step for name in running}
         self._unsaved = True
         tried = self.engine.fits.times
@@ -104,7 +106,7 @@ class Trainer:
         tokens = {name: self.progress.adapters[name].pending_tokens + losses[name].tokens for name in due}
         # the step is put behind the pass before any loss is looked at, which on a GPU waits for both
         done = optim_step(self.optimizer, rates, tokens) if due else {}
-        weights = batch.weights_NL.sum(1).tolist()
+        weights = batch.example_weights()
         for name in running:
             self._account(name, losses[name], taken[name], weights)
         seconds = max(time.monotonic() - began, 1e-9)

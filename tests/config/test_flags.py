@@ -70,6 +70,9 @@ def test_switches() -> None:
     assert not parse("--model M --data f --no-gradient-checkpointing").config.gradient_checkpointing
     assert parse("--model M --data f --bf16").config.base_dtype == "bf16"
     assert parse("--model M --data f --dry-run").dry_run
+    assert not parse("--model M --data f").config.data.packing
+    for flag in ("--packing", "--data.packing", "--sample_packing"):
+        assert parse(f"--model M --data f {flag}").config.data.packing
 
 
 def test_the_file_and_flags_over_it(run_yaml: Path) -> None:
@@ -140,7 +143,6 @@ def test_what_flags_made_reloads() -> None:
         ("--model M --data f --max_length 0", "--max_length: expected a whole number ≥ 1, got 0"),
         ("--model M --data f --eval.every -1", "--eval.every: expected a whole number ≥ 0, got -1"),
         ("--model M --data f --seed x", "--seed: expected a whole number, got 'x'"),
-        ("--model M --data f --packing", "--packing: packed sequences are not supported yet"),
         ("--model M --data f --nan-rows skip", "--nan-rows: expected one of stop, drop, got 'skip'"),
         ("--model M --data f --data.nan-rows x", "--data.nan-rows: expected one of stop, drop, got 'x'"),
         ("--model M --data f --learning-rate 1 --lr 2", "--lr and --learning-rate both set defaults.learning_rate"),

@@ -15,6 +15,7 @@ import lorabank as lb
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.parse import config_from_dict
 from lorabank.data.prepare import prepare
+from lorabank.engine.step import Engine
 from lorabank.formats.files import refuse_pickle
 from lorabank.models.names import check_not_closed
 from lorabank.planner.learning_rate import LORA_FACTOR, SHORT_RUN_FACTOR, SHORT_RUN_STEPS
@@ -78,6 +79,12 @@ def _pickle(folder: Path) -> None:
     refuse_pickle(folder / "adapter_model.bin")
 
 
+def _packing(folder: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    Engine(lb.attach(BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=1)))).packing(8)
+
+
 PROVOKE: list[Callable[[Path], object]] = [
     lambda folder: config_from_dict({"defaults": {"rnak": 8}}),
     _misspelt_target,
@@ -90,6 +97,7 @@ PROVOKE: list[Callable[[Path], object]] = [
     _unknown_columns,
     _pickle,
     lambda folder: check_not_closed("GPT-3"),
+    _packing,
 ]
 """What provokes each message of the page's table, in its order."""
 

@@ -19,12 +19,14 @@ from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import RowRoute
+from lorabank.engine import packed_attention
+from lorabank.engine.batch import pack_batch
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
 from lorabank.engine.fused_block import FEW, FusedBlock, fused_blocks, takes_tables
 from lorabank.engine.step import Engine, forward_backward
 from lorabank.errors import RoutingError
 from lorabank.kernels.native import library as native_library
-from tests.engine.tiny import add, backward, batch_of, clear, difference, gradients, make_bank, make_model
+from tests.engine.tiny import add, backward, batch_of, clear, difference, gradients, make_bank, make_model, tokens
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for a GPU here: see tests/gpu/test_fused.py"),
@@ -244,6 +246,35 @@ def test_packed_tokens_and_multiplied_rows(given: dict[str, Any], calls: list[nn
             own_loop(bank, IDS).backward()
     assert_same_gradients(fused, plain)
     assert len(calls) == 2
+
+
+PACKED: Sequence[Sequence[Sequence[int]]] = [
+    [[5, 9], [7], [3, 1, 2], [12]],
+    [[6, 1, 1, 4], [8, 5], [2, 2, 2, 2, 2], [1, 1]],
+    [[21, 3, 40, 1, 7], [30], [4, 4], [1]],
+]
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows(traced: bool, checkpointing: bool, calls: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their boundaries are tensors: however many examples a row holds, nothing is compiled again where attention is traced."""
+    torch._dynamo.reset()
+    if traced:  # the form that takes the mask, as on a GPU whose kernels don't take the heads; else a graph break
+        monkeypatch.setattr(packed_attention, "asks_nothing", lambda kwargs: False)
+    plain, fused = pair()
+    engines = Engine(plain), Engine(fused, gradient_checkpointing=checkpointing)
+    before, made = graphs(), []
+    engines[1].packing(8)
+    assert graphs() == before, "a probe compiles nothing"
+    calls.clear()
+    for lengths in PACKED:
+        texts = iter(tokens([n for row in lengths for n in row]))
+        batch = pack_batch([[(next(texts), [1.0] * n) for n in row] for row in lengths], MIXED)
+        assert_same(backward(fused, batch, engines[1]), backward(plain, batch, engines[0]))
+        made.append(graphs())
+    assert made[2] == made[1] == made[0] or not traced
+    assert len(calls) == 2 * 3 * (2 if checkpointing else 1)
 
 
 def test_use_in_a_loop_of_ones_own(calls: list[nn.Module]) -> None:

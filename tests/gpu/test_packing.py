@@ -1,0 +1,109 @@
+"""Packed rows on a GPU: torch's variable-length attention against the mask, plain and in compiled blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from lorabank import BASE
+from lorabank.engine import packed_attention as ours
+from lorabank.engine.compiling import compile_blocks
+from lorabank.engine.packed_attention import boundary_mask, suits_varlen, varlen_attention
+from lorabank.engine.packing import WAYS, Packing
+from lorabank.engine.step import Engine
+from tests.engine.test_packing import pair
+from tests.engine.tiny import backward, make_bank
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def model(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    made = (
+        LlamaForCausalLM(LlamaConfig(**SIZES))
+        if kind == "llama"
+        else MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5))
+    )
+    return made.to("cuda", torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_variable_length_attention_is_the_mask(window: int | None, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cu = torch.tensor([0, 3, 4, 32, 40, 64], dtype=torch.int32, device="cuda")
+
+    def heads(n: int) -> Tensor:
+        return torch.randn(2, 32, n, 64, generator=generator).to("cuda", torch.bfloat16).transpose(1, 2).requires_grad_()
+
+    inputs = [heads(4), heads(4 // groups), heads(4 // groups)]
+    assert suits_varlen(*inputs)
+    found = varlen_attention(*inputs, cu, scale=0.2, causal=True, window=window)
+    q, k, v = (x.float() for x in inputs)
+    mask = boundary_mask(cu, 2, 32, window=window)
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.2).transpose(1, 2)
+    weights = torch.randn(found.shape, generator=generator).cuda()
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+    mine = torch.autograd.grad((found.float() * weights).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weights).sum(), inputs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.float() - b.float()).norm() < 2e-2 * b.float().norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_packed_rows_equal_rows_of_their_own(
+    kind: str, checkpointing: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = ours.varlen_attention
+
+    def counted(*args: Tensor, **kwargs: object) -> Tensor:
+        calls.append(1)
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ours, "varlen_attention", counted)
+    bank = make_bank(model=model(kind))
+    if compiled:
+        compile_blocks(bank.model, recompute=checkpointing)
+    engine = Engine(bank, gradient_checkpointing=checkpointing)
+    packed, plain = pair([[40, 30, 7], [64], [9, 1, 50], [33]], ["a", "b", "a", BASE])
+    assert engine.packing(packed.input_ids_NL.shape[1]).way == "attention"
+    expected_losses, expected = backward(bank, plain, Engine(bank, gradient_checkpointing=checkpointing))
+    calls.clear()
+    for _ in range(2):
+        losses, found = backward(bank, packed, engine)
+        for name, wanted in expected.items():
+            assert losses[name].row_losses == pytest.approx(expected_losses[name].row_losses, rel=2e-2, abs=1e-2)
+            off = torch.cat([(found[name][k] - g).flatten() for k, g in wanted.items()]).norm()
+            assert off < 5e-2 * torch.cat([g.flatten() for g in wanted.values()]).norm()
+    assert calls
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_host_does_not_wait(way: str) -> None:
+    """Neither where boundaries are made nor where they are used."""
+    bank = make_bank(model=model("llama"))
+    packed = pair()[0].to(bank.device)
+    q, k, v = (torch.zeros(5, n, packed.input_ids_NL.shape[1], 64, dtype=torch.bfloat16, device="cuda") for n in (4, 2, 2))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = Packing(bank.model, way).arguments(packed)
+        if way == "attention":
+            varlen_attention(q, k, v, made[ours.BOUNDARIES], scale=0.2, causal=True, window=None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert made["position_ids"].is_cuda
