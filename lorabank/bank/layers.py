@@ -181,9 +181,11 @@ class LoRALayer(nn.Module):
         """The frozen weight as its products take it."""
         return self.kind.tensors(self._parameters) if self.held is None else self.held
 
-    def call_for(self, A: Tensor, B: Tensor, tables: LayerTables, batch: RouteTables, rows_U: Tensor) -> LayerCall:
+    def call_for(
+        self, A: Tensor, B: Tensor, tables: LayerTables, batch: RouteTables, rows_U: Tensor, others: tuple[RouteTables, ...] = ()
+    ) -> LayerCall:
         """This layer's part in a call of a compiled block."""
-        return LayerCall(A, B, tables, batch, rows_U, self.kind.storage)
+        return LayerCall(A, B, tables, batch, rows_U, self.kind.storage, others)
 
     @property
     def fusable(self) -> bool:

@@ -68,7 +68,7 @@ class FusedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""
-        run = self._chosen(args)
+        run = self._chosen(args, kwargs)
         if not self.recompute or not torch.is_grad_enabled():
             return run(*args, **kwargs)
         if any(isinstance(value, Cache) and value.get_seq_length() for value in (*args, *kwargs.values())):
@@ -77,7 +77,7 @@ class FusedBlock:
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    def _chosen(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+    def _chosen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         """What computes this call: the compiled block under the route in force, or the plain one."""
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if x is None or not self._ready() or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
@@ -85,7 +85,8 @@ class FusedBlock:
         if self._bank is None:
             return self._compiled
         routing = self._bank.route_in_force(self._layers[0].path)
-        batch = None if routing is None else self._batch(self._bank, routing, x)
+        inputs = [] if routing is None else [x, *_other_inputs(routing, x, (*args, *kwargs.values()))]
+        batch = None if routing is None else self._batch(self._bank, routing, inputs)
         if routing is None or batch is None:
             return self.block._call_impl  # its layers look the route up themselves
         tables, rows_U = batch
@@ -96,9 +97,15 @@ class FusedBlock:
         return run
 
     def _run(
-        self, routing: Routing, batch: RouteTables, rows_U: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        routing: Routing,
+        tables: Sequence[RouteTables],
+        rows_U: Tensor,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
-        x, calls = self._enter(routing, batch, rows_U, x)
+        x, calls = self._enter(routing, tables, rows_U, x)
         _vary_lengths(x, args, kwargs)
         with self._lock:  # another thread may come to this block under another route
             for layer, call in zip(self._layers, calls, strict=True):
@@ -133,19 +140,25 @@ class FusedBlock:
         self._layers, self._bank = layers, bank  # last: another thread may look
         return True
 
-    def _batch(self, bank: AdapterBank, routing: Routing, x: Tensor) -> tuple[RouteTables, Tensor] | None:
+    def _batch(self, bank: AdapterBank, routing: Routing, inputs: Sequence[Tensor]) -> tuple[list[RouteTables], Tensor] | None:
+        """The route as tables for each of the block's inputs; None where it isn't all in tables."""
         if _drops(bank, routing):
             return None
-        units = routing.units_of(x, self._layers[0].path)
-        tokens = x.numel() // x.shape[-1]
-        tables = routing.tables(units, tokens // units, bank.slot_numbers, slot_count(bank), x.device)
-        if tables is None:
-            return None
-        rows_U = torch.empty((x.shape[0], 0), device=x.device)
-        _vary(tables.order_N, tables.tiles_S4, tables.chunks_C4, tables.spans_P2, rows_U)
-        return tables, rows_U
+        found: list[RouteTables] = []
+        for x in inputs:
+            units = routing.units_of(x, self._layers[0].path)
+            tokens = x.numel() // x.shape[-1]
+            tables = routing.tables(units, tokens // units, bank.slot_numbers, slot_count(bank), x.device)
+            if tables is None:
+                return None
+            found.append(tables)
+        rows_U = torch.empty((inputs[0].shape[0], 0), device=inputs[0].device)
+        _vary(rows_U, *(table for tables in found for table in tables.tensors))
+        return found, rows_U
 
-    def _enter(self, routing: Routing, batch: RouteTables, rows_U: Tensor, x: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    def _enter(
+        self, routing: Routing, tables: Sequence[RouteTables], rows_U: Tensor, x: Tensor
+    ) -> tuple[Tensor, list[LayerCall]]:
         bank = self._bank
         assert bank is not None  # `_chosen` asked for it
         buffers: list[Tensor] = []
@@ -161,7 +174,7 @@ class FusedBlock:
         x, *entered = entering(x, buffers, leaves, ranges, bank.structure, lambda: bank.structure)
         _vary(*entered)
         return x, [
-            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], batch, rows_U)
+            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], tables[0], rows_U, tuple(tables[1:]))
             for i, layer in enumerate(self._layers)
         ]
 
@@ -188,6 +201,17 @@ def _drops(bank: AdapterBank, routing: Routing) -> bool:
     return routing.dropout is not None and any(bank.config(name).dropout for name in routing.names)
 
 
+def _other_inputs(routing: Routing, x: Tensor, given: Sequence[Any]) -> list[Tensor]:
+    """Inputs with the same rows as x and another number of tokens, which layers of cross-attention read instead of x."""
+    if routing.per == "token" or x.ndim != 3:  # a route by token is about x's tokens alone
+        return []
+    found: dict[int, Tensor] = {}
+    for value in given:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3 and value.shape[0] == x.shape[0]:
+            found.setdefault(value.shape[1], value)
+    return [value for length, value in found.items() if length != x.shape[1]]
+
+
 def _without_cache(value: Any) -> Any:
     """A value for recomputation: an empty cache, which transformers makes unasked, is left out."""
     return None if isinstance(value, Cache) else value
@@ -201,8 +225,9 @@ def _vary(*tensors: Tensor) -> None:
 
 def _vary_lengths(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Tell the compiler that rows and tokens of the block's inputs vary."""
-    sizes = set(x.shape[:-1]) - {1}
     given = [value for group in (args, kwargs.values()) for value in group]
+    hidden = [x, *(value for value in given if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == x.ndim)]
+    sizes = {size for tensor in hidden for size in tensor.shape[:-1]} - {1}
     inside = [part for value in given if isinstance(value, tuple) for part in value]
     for tensor in [x, *given, *inside]:
         if isinstance(tensor, Tensor):
