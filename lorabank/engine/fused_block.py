@@ -7,6 +7,8 @@ one for all blocks of a class. A call that the kernels don't take (mixtures, dro
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
@@ -23,7 +26,9 @@ from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
+from lorabank.kernels.gpu import runtime
 from lorabank.kernels.tables import RouteTables
+from lorabank.notices import warn_once
 
 FEW = 64
 """A pass without gradients over fewer tokens runs plainly: a probe or a decoding step isn't worth code of its own."""
@@ -49,6 +54,9 @@ class FusedBlock:
         self.recompute = False
         """Whether to keep only the block's inputs and compute it again in backward."""
         self._compiled = torch.compile(block._call_impl, backend=grouping(backend, mlps=kept < 1))
+        self._input = next(iter(inspect.signature(block.forward).parameters), "")
+        self._failed = False
+        """Whether torch.compile turned out not to be able to compile this block."""
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
         self._structure = -1
@@ -68,33 +76,54 @@ class FusedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""
+        if not args and self._input in kwargs:
+            args, kwargs = (kwargs[self._input],), {name: value for name, value in kwargs.items() if name != self._input}
         run = self._chosen(args, kwargs)
+        cached = torch.is_grad_enabled() and [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if not self.recompute or not torch.is_grad_enabled():
+            if cached and run != self.block._call_impl:
+                warn_once(
+                    "compile: the model is called with a cache in a pass with gradients, and then each block is compiled by itself, "
+                    "a long start. Call it with use_cache=False."
+                )
             return run(*args, **kwargs)
-        if any(isinstance(value, Cache) and value.get_seq_length() for value in (*args, *kwargs.values())):
+        if cached and any(cache.get_seq_length() for cache in cached):
             return run(*args, **kwargs)  # computing it again would append to the cache again
         args = tuple(_without_cache(value) for value in args)
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        # a route for layers that look theirs up: on a GPU backward runs in a thread that knows of none
+        again = self._bank.checkpoint_context if self._bank is not None else _no_contexts
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=again, **kwargs)
 
     def _chosen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
         """What computes this call: the compiled block under the route in force, or the plain one."""
         x = args[0] if args and isinstance(args[0], Tensor) else None
-        if x is None or not self._ready() or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
+        if x is None or self._failed or not self._ready() or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
             return self.block._call_impl
+        why = runtime.missing(x.device) or runtime.refused(x.device, x.dtype)
+        if why is not None:
+            return self._plain(f"gets inputs on {x.device} that it isn't compiled for: {why}")
         if self._bank is None:
-            return self._compiled
+            return self._bare
         routing = self._bank.route_in_force(self._layers[0].path)
         inputs = [] if routing is None else [x, *_other_inputs(routing, x, (*args, *kwargs.values()))]
         batch = None if routing is None else self._batch(self._bank, routing, inputs)
-        if routing is None or batch is None:
-            return self.block._call_impl  # its layers look the route up themselves
+        if routing is None:
+            return self.block._call_impl
+        if batch is None:  # its layers look the route up themselves
+            what = "dropout" if _drops(self._bank, routing) else "a mixture of adapters for a row"
+            return self._plain(f"doesn't take {what} in its compiled form")
         tables, rows_U = batch
 
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             return self._run(routing, tables, rows_U, x, args, kwargs)
 
         return run
+
+    def _plain(self, reason: str) -> Callable[..., Any]:
+        """The block as it is, and a warning about that, once for all blocks of a class."""
+        warn_once(f"compile: {type(self.block).__name__} {reason}. It runs uncompiled there: the same results, slower.")
+        return self.block._call_impl
 
     def _run(
         self,
@@ -105,21 +134,40 @@ class FusedBlock:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        x, calls = self._enter(routing, tables, rows_U, x)
-        _vary_lengths(x, args, kwargs)
+        entered, calls = self._enter(routing, tables, rows_U, x)
+        _vary_lengths(entered, args, kwargs)
         with self._lock:  # another thread may come to this block under another route
             for layer, call in zip(self._layers, calls, strict=True):
                 layer.__dict__["call"] = call
             try:
-                kept, limit = (
-                    functorch_config.patch(activation_memory_budget=self.kept),
-                    dynamo_config.patch(recompile_limit=VARIANTS),
-                )
-                with kept, limit:
-                    return self._compiled(x, *args, **kwargs)
+                with self._compiling():
+                    return self._compiled(entered, *args, **kwargs)
             finally:
                 for layer in self._layers:
                     layer.__dict__["call"] = None
+        return self.block._call_impl(x, *args, **kwargs)
+
+    def _bare(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A block without adapters."""
+        _vary_lengths(x, args, kwargs)
+        with self._compiling():
+            return self._compiled(x, *args, **kwargs)
+        return self.block._call_impl(x, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """The settings of torch.compile for this block. Ends quietly where it can't compile the block: then it runs plainly."""
+        kept = functorch_config.patch(activation_memory_budget=self.kept)
+        limit = dynamo_config.patch(recompile_limit=VARIANTS)
+        try:
+            with kept, limit:
+                yield
+        except TorchDynamoException as error:
+            self._failed = True
+            warn_once(
+                f"compile: torch can't compile {type(self.block).__name__}, so it runs uncompiled: the same results, slower "
+                f"({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}). Leaving compile out silences this."
+            )
 
     def _ready(self) -> bool:
         """Bring the tables up to date with the bank. False while a layer has yet to be seen in a plain pass."""
@@ -129,6 +177,10 @@ class FusedBlock:
         if not all(layer.reached for layer in adapted):
             return False
         layers = [layer for layer in adapted if layer.fusable]
+        for layer in adapted:
+            if layer.slots and layer.alone is not None:
+                name = layer.path.rpartition(".")[2]
+                warn_once(f"compile: layers {name!r} are left out of their compiled blocks, slower: {layer.alone}")
         owner = layers[0].router if layers else None
         bank = owner if isinstance(owner, AdapterBank) else None
         if bank is not None:
@@ -177,6 +229,10 @@ class FusedBlock:
             layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], tables[0], rows_U, tuple(tables[1:]))
             for i, layer in enumerate(self._layers)
         ]
+
+
+def _no_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), contextlib.nullcontext()
 
 
 def slot_count(bank: AdapterBank) -> int:

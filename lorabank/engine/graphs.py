@@ -81,7 +81,8 @@ class PassGraphs:
                 leaf.grad = None
             torch.cuda.synchronize()
             warnings.warn(
-                f"this model's passes can't be captured as CUDA graphs, so small steps stay bound by the host ({self.refused})",
+                "this model's passes can't be captured as CUDA graphs, so they run kernel by kernel and small steps stay bound by "
+                f"the host ({self.refused}). Engine(cuda_graphs=False) silences this.",
                 stacklevel=2,
             )
             return None

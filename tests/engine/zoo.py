@@ -18,6 +18,7 @@ from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import RowRoute
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
+from lorabank.engine.head import accepted
 from tests.engine.tiny import clear, difference, gradients
 
 MIXED: Sequence[RowRoute] = ["a", "b", BASE, "a"]
@@ -167,7 +168,9 @@ def outputs(bank: AdapterBank, family: str, *, length: int = 7, seed: int = 0) -
     """The model's logits for random inputs, one row an input."""
     like = next(p for p in bank.model.parameters() if p.is_floating_point())
     given = ZOO[family].inputs(torch.Generator().manual_seed(seed), length)
-    return bank.model(**{k: v.to(like) if v.is_floating_point() else v.to(like.device) for k, v in given.items()}).logits
+    uncached = {"use_cache": False} if "use_cache" in accepted(bank.model) else {}
+    moved = {name: v.to(like) if v.is_floating_point() else v.to(like.device) for name, v in given.items()}
+    return bank.model(**moved, **uncached).logits
 
 
 def weighed(logits: Tensor) -> Tensor:
