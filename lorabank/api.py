@@ -269,6 +269,7 @@ def _base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, Sequence[str]]:
     """Model, tokenizer, a name for them that other tools can load ('' without one), and notes."""
     from lorabank.bank.quantized import storage_of
+    from lorabank.models.dtypes import dtype_notes
     from lorabank.models.load import QUANTIZED, load_base, pick_device, pick_dtype
 
     if model is not None and tokenizer is not None:
@@ -290,7 +291,7 @@ def _base(
                 f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or model.dtype}. {way_out}"
             )
         given = str(getattr(model.config, "_name_or_path", "") or config.model)
-        return model, tokenizer, _public_name(given, None) if given else "", ()
+        return model, tokenizer, _public_name(given, None) if given else "", dtype_notes(config.base_dtype, model.dtype, here)
     base = load_base(
         config.model,
         dtype=config.base_dtype,

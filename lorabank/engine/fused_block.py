@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,8 +83,8 @@ class FusedBlock:
         if not self.recompute or not torch.is_grad_enabled():
             if cached and run != self.block._call_impl:
                 warn_once(
-                    "compile: the model is called with a cache in a pass with gradients, and then each block is compiled by itself, "
-                    "a long start. Call it with use_cache=False."
+                    "compile: the model is called with a cache in a pass with gradients, so that each block is compiled by itself, "
+                    "which takes long. Call it with use_cache=False."
                 )
             return run(*args, **kwargs)
         if cached and any(cache.get_seq_length() for cache in cached):
@@ -164,9 +164,10 @@ class FusedBlock:
                 yield
         except TorchDynamoException as error:
             self._failed = True
+            reason = (str(error).strip().splitlines() or [""])[0][:300]
             warn_once(
                 f"compile: torch can't compile {type(self.block).__name__}, so it runs uncompiled: the same results, slower "
-                f"({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}). Leaving compile out silences this."
+                f"({type(error).__name__}: {reason}). Leaving compile out silences this."
             )
 
     def _ready(self) -> bool:

@@ -18,7 +18,9 @@ from lorabank.kernels.native import library as native_library
 from tests.engine import zoo
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for a GPU here: see tests/gpu/test_families.py"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="the kernels are compiled for a GPU here: see tests/gpu/test_families.py"
+    ),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's look at its inputs
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # numpy, in the interpreter
 ]

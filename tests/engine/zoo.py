@@ -81,6 +81,7 @@ class Family:
     inputs: Callable[[torch.Generator, int], dict[str, Tensor]] = _text
     """(generator, tokens) → arguments of the model."""
 
+
 ZOO: Mapping[str, Family] = {
     "llama": Family(lambda w: hf.LlamaForCausalLM(hf.LlamaConfig(**_decoder(w))), {"LlamaDecoderLayer": 2}),
     "qwen3": Family(lambda w: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_decoder(w), head_dim=w // 4)), {"Qwen3DecoderLayer": 2}),

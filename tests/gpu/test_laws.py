@@ -181,4 +181,3 @@ def spoiled(bank: AdapterBank) -> int:
     """NaNs in what no slot owns."""
     layers = [layer for layer in bank.model.modules() if isinstance(layer, LoRALayer)]
     return sum(int(buffer[_spare_rows(layer)].isnan().sum()) for layer in layers for buffer in layer.store.buffers)
-
