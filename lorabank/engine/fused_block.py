@@ -83,7 +83,7 @@ class FusedBlock:
         if not self.recompute or not torch.is_grad_enabled():
             if cached and run != self.block._call_impl:
                 warn_once(
-                    "compile: the model is called with a cache in a pass with gradients, so that each block is compiled by itself, "
+                    "compile: the model is called with a cache in a pass with gradients, so each block is compiled by itself, "
                     "which takes long. Call it with use_cache=False."
                 )
             return run(*args, **kwargs)
@@ -103,6 +103,8 @@ class FusedBlock:
         why = runtime.missing(x.device) or runtime.refused(x.device, x.dtype)
         if why is not None:
             return self._plain(f"gets inputs on {x.device} that it isn't compiled for: {why}")
+        if torch.is_autocast_enabled(x.device.type):
+            return self._plain("doesn't take autocast in its compiled form: convert the model (model.to(torch.bfloat16)) instead")
         if self._bank is None:
             return self._bare
         routing = self._bank.route_in_force(self._layers[0].path)
@@ -164,7 +166,7 @@ class FusedBlock:
                 yield
         except TorchDynamoException as error:
             self._failed = True
-            reason = (str(error).strip().splitlines() or [""])[0][:300]
+            reason = " ".join(str(error).split("\n")[:2])[:300]
             warn_once(
                 f"compile: torch can't compile {type(self.block).__name__}, so it runs uncompiled: the same results, slower "
                 f"({type(error).__name__}: {reason}). Leaving compile out silences this."
@@ -243,9 +245,18 @@ def slot_count(bank: AdapterBank) -> int:
 
 def fused_blocks(bank: AdapterBank) -> list[FusedBlock]:
     """The model's fused blocks; none where an adapted layer's product isn't compiled into one of them."""
-    found = [m._compiled_call_impl for m in bank.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
+    return [] if left_out(bank) else _found_blocks(bank)
+
+
+def left_out(bank: AdapterBank) -> list[str]:
+    """Adapted layers, by path, whose product isn't compiled into a fused block; none for a model without fused blocks."""
+    found = _found_blocks(bank)
     inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
-    return found if all(layer.fusable and id(layer) in inside for layer in all_layers(bank)) else []
+    return [layer.path for layer in all_layers(bank) if not (layer.fusable and id(layer) in inside)] if found else []
+
+
+def _found_blocks(bank: AdapterBank) -> list[FusedBlock]:
+    return [m._compiled_call_impl for m in bank.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
 
 
 def takes_tables(bank: AdapterBank, routing: Routing) -> bool:

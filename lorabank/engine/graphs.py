@@ -81,7 +81,7 @@ class PassGraphs:
                 leaf.grad = None
             torch.cuda.synchronize()
             warnings.warn(
-                "this model's passes can't be captured as CUDA graphs, so they run kernel by kernel, and small steps wait for the "
+                "this model's passes can't be captured as CUDA graphs, so they run kernel by kernel and small ones wait for the "
                 f"host ({self.refused}). Engine(cuda_graphs=False) silences this.",
                 stacklevel=2,
             )

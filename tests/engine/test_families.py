@@ -1,4 +1,4 @@
-"""One code path for many families: fused blocks against plain ones, in loops of one's own. On a CPU, through Triton's interpreter.
+"""One code path for many families: fused blocks against plain ones, in loops of one's own. On a CPU, kernels interpreted.
 
 tests/gpu/test_families.py does the same on a GPU.
 """

@@ -52,7 +52,7 @@ def test_law1_base_rows_are_the_base(setting: Setting) -> None:
 
 
 def test_law1_a_row_beside_others_has_the_bases_loss(setting: Setting) -> None:
-    """In a training pass: an adapter whose B is zero, beside those that do something, against the base's own log-probabilities."""
+    """In a training pass: an adapter whose B is zero, beside one that does something, against the base's log-probabilities."""
     bank = setting.bank()
     with torch.no_grad():
         for key, p in bank.named_parameters("b"):
