@@ -194,7 +194,8 @@ def check_fused(
 ) -> None:
     """Assert that fused blocks compute what plain ones do, outputs and every gradient, and that all of them are in fact fused.
 
-    `tolerance` as `difference` has it. `passes`: runs of a block's compiled code in one pass.
+    `tolerance` as `difference` has it for fp32; for bf16, where single small numbers say little, of all gradients as one vector.
+    `passes`: runs of a block's compiled code in one pass.
     """
     plain, fused = (bank_of(family, {"a": 2, "b": 3}, width=width, device=device, dtype=dtype, targets=targets) for _ in range(2))
     blocks = repeated_blocks(fused.model)
@@ -221,4 +222,10 @@ def check_fused(
         assert float((found[True]["logits"] - found[False]["logits"]).norm() / found[False]["logits"].norm()) < tolerance
         for result in found.values():
             del result["logits"]
-        assert difference(found[True], found[False]) < tolerance
+        if dtype == torch.float32:
+            assert difference(found[True], found[False]) < tolerance
+        else:
+            mine, theirs = (
+                torch.cat([result[key].flatten() for key in sorted(result)]) for result in (found[True], found[False])
+            )
+            assert float((mine - theirs).norm() / theirs.norm()) < tolerance

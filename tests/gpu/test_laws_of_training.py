@@ -47,7 +47,7 @@ JOBS = [
     Job(
         name=f"job{i}",
         rank=(1, 2, 4, 7, 8, 12, 16, 3)[i],
-        learning_rate=(2e-2, 1e-2, 8e-3, 6e-3, 5e-3, 4e-3, 3e-3, 1.5e-2)[i],
+        learning_rate=(3e-3, 4e-3, 5e-3, 6e-3, 5e-3, 4e-3, 3e-3, 2e-3)[i],
         accumulation=(1, 2, 1, 3, 1, 2, 1, 1)[i],
         weight_decay=0.1 * (i % 2),
         rows=tokens([20] * 4, 100 + i),
@@ -101,7 +101,7 @@ def trained(setting: Setting, jobs: Sequence[Job], steps: int = 12) -> Trained:
     return Trained(before, _scores(engine, jobs), len(engine.graphs._captured))
 
 
-LAW3 = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+LAW3 = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 """Of the loss at the end, relative. AdamW enlarges differences in the last bits of small gradients, step after step."""
 
 
@@ -163,18 +163,18 @@ def test_law6_save_load_save_gives_the_same_bytes(setting: Setting, tmp_path: Pa
     _steps(setting, bank, _optimizer(bank), 5, 0)
     for name in ("a", "b"):
         bank.adapter(name).save(tmp_path / name)
-        bank.load(f"{name} again", lb.Adapter.load(tmp_path / name))
-        bank.adapter(f"{name} again").save(tmp_path / f"{name} again")
+        bank.load(f"{name}2", lb.Adapter.load(tmp_path / name))
+        bank.adapter(f"{name}2").save(tmp_path / f"{name}2")
         files = sorted(path.name for path in (tmp_path / name).iterdir())
-        assert files == sorted(path.name for path in (tmp_path / f"{name} again").iterdir())
+        assert files == sorted(path.name for path in (tmp_path / f"{name}2").iterdir())
         for file in files:
-            assert (tmp_path / name / file).read_bytes() == (tmp_path / f"{name} again" / file).read_bytes(), file
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / f"{name}2" / file).read_bytes(), file
     setting.reach(bank)
-    found = setting.logits(bank, ["a", "b", "a again", "b again"])
-    assert distance(found[[0, 1]], setting.logits(bank, ["a again", "b again", "a", "b"])[[0, 1]]) < setting.same_shape
+    found = setting.logits(bank, ["a", "b", "a2", "b2"])
+    assert distance(found[[0, 1]], setting.logits(bank, ["a2", "b2", "a", "b"])[[0, 1]]) < setting.same_shape
 
 
-RESUMED = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+RESUMED = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 """Of the change that five further steps make to a leaf, relative: sums that a GPU adds in another order, enlarged by AdamW."""
 
 
