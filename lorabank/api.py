@@ -92,6 +92,7 @@ def _train(
     from lorabank.training.run import command_for, resume_run, run_training
     from lorabank.training.run_folder import RunFolder
     from lorabank.training.setup import build_trainer, load_data
+    from lorabank.training.start import warnings_as
 
     for text in notes:
         _tell(listeners)(text)
@@ -103,7 +104,8 @@ def _train(
     trainer, notices = build_trainer(config, model, tokenizer, sets, folder=folder, listeners=everyone)
     compiled: list[nn.Module] = []
     try:
-        compiled = compile_blocks(model, recompute=config.gradient_checkpointing) if config.compile else []
+        with warnings_as(notices):
+            compiled = compile_blocks(model, recompute=config.gradient_checkpointing) if config.compile else []
         resumed_from = None
         if folder is not None:
             resumed_from = resume_run(trainer, folder, resume) if resume else None

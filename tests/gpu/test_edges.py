@@ -34,7 +34,9 @@ def nothing_said_before() -> Iterator[None]:
     warn_once.cache_clear()
 
 
-def bank_of(dtype: torch.dtype, ranks: tuple[int, int], *, heads: int = 4, device: str = "cuda") -> AdapterBank:
+def bank_of(
+    dtype: torch.dtype, ranks: tuple[int, int], *, heads: int = 4, dropout: float = 0.0, device: str = "cuda"
+) -> AdapterBank:
     """Heads of 20 numbers, and no size that is a multiple of 16 but by chance."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
@@ -53,7 +55,7 @@ def bank_of(dtype: torch.dtype, ranks: tuple[int, int], *, heads: int = 4, devic
     model: nn.Module = hf.LlamaForCausalLM(config).eval()
     bank = attach(model.to(device, dtype))
     for i, (name, rank) in enumerate(zip("ab", ranks, strict=True)):
-        bank.add(name, AdapterConfig(rank=rank, alpha=rank), seed=i)
+        bank.add(name, AdapterConfig(rank=rank, alpha=rank, dropout=dropout), seed=i)
         with torch.no_grad():
             for p in bank.parameters(name):
                 p.add_((torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + i)) * 0.03).to(p))
@@ -99,6 +101,21 @@ def test_an_fp64_base_stays_uncompiled_and_trains() -> None:
     with pytest.warns(UserWarning, match=r"LlamaForCausalLM stay uncompiled, and steps slower: its numbers are torch.float64"):
         assert compile_blocks(fused.model) == []
     check(plain, fused, 1e-6, graphs=False)
+
+
+@pytest.mark.filterwarnings("ignore:compile. LlamaDecoderLayer doesn't take dropout")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_draws_the_same_in_compiled_blocks(recompute: bool) -> None:
+    """Recomputation too: a GPU's backward runs in a thread of its own, which knows the route only if it was captured."""
+    plain, fused = (bank_of(torch.float32, (5, 3), dropout=0.2) for _ in range(2))
+    fuse(fused.model)
+    batch = mixed_batch()
+    for step in range(3):
+        mine, theirs = (
+            backward(bank, batch, Engine(bank, gradient_checkpointing=recompute), steps={"a": step, "b": 5 + step})
+            for bank in (fused, plain)
+        )
+        assert_same(mine, theirs, 1e-4)
 
 
 def test_autocast_runs_uncompiled() -> None:
