@@ -92,6 +92,7 @@ def _train(
     from lorabank.training.run import command_for, resume_run, run_training
     from lorabank.training.run_folder import RunFolder
     from lorabank.training.setup import build_trainer, load_data
+    from lorabank.training.start import warnings_as
 
     for text in notes:
         _tell(listeners)(text)
@@ -103,7 +104,8 @@ def _train(
     trainer, notices = build_trainer(config, model, tokenizer, sets, folder=folder, listeners=everyone)
     compiled: list[nn.Module] = []
     try:
-        compiled = compile_blocks(model, recompute=trainer.engine.gradient_checkpointing) if config.compile else []
+        with warnings_as(notices):
+            compiled = compile_blocks(model, recompute=trainer.engine.gradient_checkpointing) if config.compile else []
         resumed_from = None
         if folder is not None:
             resumed_from = resume_run(trainer, folder, resume) if resume else None
@@ -269,6 +271,7 @@ def _base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, Sequence[str]]:
     """Model, tokenizer, a name for them that other tools can load ('' without one), and notes."""
     from lorabank.bank.quantized import storage_of
+    from lorabank.models.dtypes import dtype_notes
     from lorabank.models.load import QUANTIZED, load_base, pick_device, pick_dtype
 
     if model is not None and tokenizer is not None:
@@ -290,7 +293,7 @@ def _base(
                 f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or model.dtype}. {way_out}"
             )
         given = str(getattr(model.config, "_name_or_path", "") or config.model)
-        return model, tokenizer, _public_name(given, None) if given else "", ()
+        return model, tokenizer, _public_name(given, None) if given else "", dtype_notes(config.base_dtype, model.dtype, here)
     base = load_base(
         config.model,
         dtype=config.base_dtype,

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import lorabank as lb
 from lorabank import api
 from lorabank.config.parse import load_config
+from lorabank.engine import compiling
 from lorabank.errors import (
     AdapterNameError,
     CheckpointError,
@@ -26,6 +27,8 @@ from lorabank.errors import (
     ModelError,
     OutputError,
 )
+from lorabank.kernels.gpu import runtime
+from lorabank.notices import warn_once
 from tests.training.test_joint import Recorder
 from tests.training.tiny import files_of, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
@@ -104,6 +107,37 @@ def test_a_model_that_was_compiled_for_the_run_is_plain_afterwards(
     assert all(block._compiled_call_impl is None for block in model.model.layers)
     for path, layer in result.trained["default"].layers.items():
         torch.testing.assert_close(layer.B, plain.trained["default"].layers[path].B, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_that_can_not_compile_trains_uncompiled_and_says_so(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(runtime, "missing", lambda device: "Triton is not installed (pip install triton)")
+    monkeypatch.delenv(runtime.SWITCH, raising=False)
+    warn_once.cache_clear()
+    told, data = Recorder(), tiny_rows()
+    result = lb.train(
+        model=model, tokenizer=tokenizer, data=data, compile=True, gradient_checkpointing=True, listeners=[told], **SHORT
+    )
+    (notice,) = [notice for notice in told.notices if notice.text.startswith("compile: ")]
+    assert notice.level == "warning"
+    assert "LlamaForCausalLM stay uncompiled, and steps slower: Triton is not installed (pip install triton)" in notice.text
+    plain = lb.train(model=model, tokenizer=tokenizer, data=data, gradient_checkpointing=True, **SHORT)
+    assert torch.equal(
+        result.trained["default"].layers["model.layers.0.mlp.up_proj"].B,
+        plain.trained["default"].layers["model.layers.0.mlp.up_proj"].B,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "noted"), [(torch.float16, False), (torch.float64, True)])
+def test_a_model_in_an_unusual_dtype_trains_and_is_noted_where_it_is_slow(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, noted: bool
+) -> None:
+    told = Recorder()
+    result = lb.train(model=model.to(dtype), tokenizer=tokenizer, data=tiny_rows(), listeners=[told], **SHORT)
+    assert any(notice.text.startswith("the base is in fp64") for notice in told.notices) == noted
+    assert all(layer.B.isfinite().all() and layer.B.any() for layer in result.trained["default"].layers.values())
 
 
 def test_nothing_is_written_without_an_output(

@@ -47,16 +47,25 @@ class LayerCall:
     """(U, 0): its length is the number of rows that the route is about."""
     storage: str
     """How the base weight is kept: a name in kernels/gpu/storage.py."""
+    others: tuple[RouteTables, ...] = ()
+    """The same route for the block's inputs that have another number of tokens: what cross-attention reads."""
 
     def suits(self, x: Tensor, base: Sequence[Tensor]) -> bool:
-        """Whether the layer's input has the tokens that the tables are about, in their order."""
-        rows, tokens = self.rows_U.shape[0], self.batch.order_N.shape[0]
-        ordered = x.shape[0] == rows or x.shape[0] == tokens  # `in` doesn't see sizes that vary
-        return (x.dtype == base[0].dtype or base[0].element_size() == 1) and ordered and x.numel() == tokens * x.shape[-1]
+        """Whether the layer's input has the tokens that some tables are about, in their order."""
+        return (x.dtype == base[0].dtype or base[0].element_size() == 1) and self._tables_for(x) is not None
+
+    def _tables_for(self, x: Tensor) -> RouteTables | None:
+        for batch in (self.batch, *self.others):
+            rows, tokens = self.rows_U.shape[0], batch.order_N.shape[0]
+            ordered = x.shape[0] == rows or x.shape[0] == tokens  # `in` doesn't see sizes that vary
+            if ordered and x.numel() == tokens * x.shape[-1]:
+                return batch
+        return None
 
     def run(self, x: Tensor, base: list[Tensor], bias: Tensor | None) -> Tensor:
         """The layer's output. Traced by torch.compile."""
-        part, batch = self.layer, self.batch
+        part, batch = self.layer, self._tables_for(x)
+        assert batch is not None  # it suits
         y, _ = torch.ops.lorabank.lora_linear(
             x, base, bias, self.A, self.B, part.ranks_P2, part.scaling_P,
             batch.order_N, batch.tiles_S4, batch.chunks_C4, batch.spans_P2, self.storage, part.width,

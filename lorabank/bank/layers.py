@@ -25,6 +25,7 @@ from lorabank.errors import LorabankError, RoutingError
 from lorabank.kernels import ops
 from lorabank.kernels.segments import DropoutDraw, Segment
 from lorabank.kernels.tables import RouteTables
+from lorabank.notices import warn_once
 
 
 @dataclass(frozen=True)
@@ -181,22 +182,30 @@ class LoRALayer(nn.Module):
         """The frozen weight as its products take it."""
         return self.kind.tensors(self._parameters) if self.held is None else self.held
 
-    def call_for(self, A: Tensor, B: Tensor, tables: LayerTables, batch: RouteTables, rows_U: Tensor) -> LayerCall:
+    def call_for(
+        self, A: Tensor, B: Tensor, tables: LayerTables, batch: RouteTables, rows_U: Tensor, others: tuple[RouteTables, ...] = ()
+    ) -> LayerCall:
         """This layer's part in a call of a compiled block."""
-        return LayerCall(A, B, tables, batch, rows_U, self.kind.storage)
+        return LayerCall(A, B, tables, batch, rows_U, self.kind.storage, others)
 
     @property
     def fusable(self) -> bool:
         """Whether a compiled block may compute this layer's product itself."""
-        return bool(self.slots) and self.rows_lost is None and not self._called_as_is()
+        return bool(self.slots) and self.alone is None
 
-    def _called_as_is(self) -> bool:
-        """Whether the base layer's own call does more than the plain product, so that it must be called itself."""
+    @property
+    def alone(self) -> str | None:
+        """Why a compiled block must leave the product to this layer itself, None where it need not."""
+        return f"its input's rows aren't the batch's ({self.rows_lost})" if self.rows_lost is not None else self._called_as_is()
+
+    def _called_as_is(self) -> str | None:
+        """Why the base layer must be called itself, since that does more than the plain product; None where it doesn't."""
         base = self.base
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         if hooked or "forward" in base.__dict__:
-            return True
-        return any(p.requires_grad for p in base._parameters.values() if p is not None)
+            return "it carries hooks, which must be called"
+        trained = any(p.requires_grad for p in base._parameters.values() if p is not None)
+        return "its base weight is trained as well" if trained else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's output and the changes of the adapters that each row is routed to."""
@@ -205,7 +214,15 @@ class LoRALayer(nn.Module):
             base = self.stored
             if call.suits(x, base):
                 return call.run(x, base, self._parameters["bias"])
+            self._unsuited(x)
         return self._eager(x)
+
+    def _say_unsuited(self, x: Tensor) -> None:
+        weight, name = self.stored[0].dtype, self.path.rpartition(".")[2]
+        other = f"inputs in {x.dtype} over a weight in {weight} (autocast?)" if x.dtype != weight else "rows or tokens of its own"
+        warn_once(f"compile: layers {name!r} are left out of their compiled blocks, slower: they get {other}")
+
+    _unsuited: Any = torch.compiler.disable(_say_unsuited)
 
     def _adapted(self, x: Tensor) -> Tensor:
         self.__dict__["reached"] = True
@@ -235,7 +252,7 @@ class LoRALayer(nn.Module):
             structure_now=lambda: self.router.structure,
         )
         product = self.kind.product if routing.exact else self.kind.fast
-        if product is None or self._called_as_is():
+        if product is None or self._called_as_is() is not None:
             return ops.add_lora(self.base(x), x, plan)
         return ops.lora_linear(x, self.stored, self.base._parameters["bias"], product, plan)
 

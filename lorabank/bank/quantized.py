@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from lorabank.bank.reach import is_attached
 from lorabank.bank.targets import linear_layers, output_head_paths
 from lorabank.errors import ConfigError, LorabankError, MissingExtraError, closest
 from lorabank.kernels import fp8
+from lorabank.notices import warn_once
 
 Say = Callable[[str], object]
 
@@ -59,7 +58,7 @@ def quantize_base(
         raise ConfigError(f"base_dtype: can't quantise to {storage!r}{closest(storage, STORAGES)}. There are: {known}.")
     if is_attached(model) or any(isinstance(module, LoRALayer) for module in model.modules()):
         raise LorabankError("quantize_base: this model has a bank. Detach it first (bank.detach()), quantise, then attach again.")
-    say = say or _warn_once
+    say = say or warn_once
     kept = _kept(model, storage)
     paths = [path for path in _candidates(model) if path not in kept]
     if not paths and not kept:
@@ -188,8 +187,3 @@ def count_parameters(model: nn.Module, counted: Iterable[nn.Parameter]) -> int:
             total += size.in_features * size.out_features + (0 if size.bias is None else size.bias.numel())
         held |= own
     return total + sum(p.numel() for p in {id(p): p for p in counted}.values() if id(p) not in held)
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, stacklevel=4)

@@ -11,11 +11,13 @@ import os
 import shutil
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.errors import ConfigError
 from lorabank.kernels.gpu import runtime
+from lorabank.notices import warn_once
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -33,31 +35,46 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def compile_blocks(model: nn.Module, *, recompute: bool = False) -> list[nn.Module]:
     """Compile the repeated blocks in place; returns those that weren't compiled before. Results don't change beyond rounding.
 
-    `recompute`: the blocks will be recomputed in backward (activation checkpointing), which needs a GPU with Triton here. Raises
-    ConfigError where it lacks one, when there is nothing to compile, or no C++ compiler on a CPU.
+    `recompute`: the blocks will be recomputed in backward (activation checkpointing), which needs a GPU with Triton here.
+    A GPU that Triton can't compile for, or not for this dtype, leaves the blocks as they are: a warning says so, once. Raises
+    ConfigError when there is nothing to compile, and on a CPU for recomputation or without a C++ compiler.
     """
     blocks = repeated_blocks(model)
     if not blocks:
         raise ConfigError(f"compile: {type(model).__name__} has no repeated blocks to compile. Leave compile out.")
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    if on_cpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+    device, dtype = _place(model)
+    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
             "compile: on a CPU it needs a C++ compiler (g++ or clang++) and none was found. Install one, or leave compile out."
         )
+    on_gpu = device.type == "cuda" and not runtime.switched_off()
+    why = (runtime.missing(device) or runtime.refused(device, dtype)) if on_gpu else None
+    if why is not None:
+        warn_once(
+            f"compile: the blocks of {type(model).__name__} stay uncompiled, and steps slower: {why}. "
+            "Leaving compile out silences this."
+        )
+        return []
+    if recompute and not on_gpu:
+        raise ConfigError(
+            "compile: can't be combined with gradient_checkpointing without a GPU that Triton compiles for. "
+            "Leave one of them out."
+        )
     fresh = [block for block in blocks if block._compiled_call_impl is None]
     for block in fresh:
-        device = next((p.device for p in block.parameters()), None)
-        if device is not None and device.type == "cuda" and runtime.available(device):
+        if on_gpu:
             block._compiled_call_impl = FusedBlock(block)
-        elif recompute:
-            uncompile_blocks(fresh)
-            raise ConfigError(
-                "compile: can't be combined with gradient_checkpointing without a GPU that Triton compiles for. "
-                "Leave one of them out."
-            )
         else:
             block.compile()
     return fresh
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the model computes, and in which dtype: that of the weights that aren't quantised."""
+    on_gpu = [p for p in model.parameters() if p.device.type != "cpu"] or list(model.parameters())
+    plain = [p for p in on_gpu if p.is_floating_point() and p.element_size() > 1]
+    device = on_gpu[0].device if on_gpu else torch.device("cpu")
+    return device, plain[0].dtype if plain else torch.float32
 
 
 def uncompile_blocks(blocks: Sequence[nn.Module]) -> None:

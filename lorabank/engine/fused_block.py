@@ -7,15 +7,18 @@ one for all blocks of a class. A call that the kernels don't take (mixtures, dro
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
@@ -25,7 +28,9 @@ from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
 from lorabank.engine.offload import Offload
 from lorabank.engine.packed_attention import BOUNDARIES
+from lorabank.kernels.gpu import runtime
 from lorabank.kernels.tables import RouteTables
+from lorabank.notices import warn_once
 
 FEW = 64
 """A pass without gradients over fewer tokens runs plainly: a probe or a decoding step isn't worth code of its own."""
@@ -53,6 +58,9 @@ class FusedBlock:
         """Where they are kept then; None: on the device."""
         self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept))
         self._recomputing = torch.compile(block._call_impl, backend=grouping(backend, "inputs"))
+        self._input = next(iter(inspect.signature(block.forward).parameters), "")
+        self._failed = False
+        """Whether torch.compile turned out not to be able to compile this block."""
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
         self._structure = -1
@@ -72,28 +80,53 @@ class FusedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""
+        if not args and self._input in kwargs:
+            args, kwargs = (kwargs[self._input],), {name: value for name, value in kwargs.items() if name != self._input}
         again = self.recompute and torch.is_grad_enabled()
-        run, plain = self._chosen(args, self._recomputing if again else self._compiled)
+        run, plain = self._chosen(args, kwargs, self._recomputing if again else self._compiled)
+        cached = torch.is_grad_enabled() and [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if not again:
+            if cached and not plain:
+                warn_once(
+                    "compile: the model is called with a cache in a pass with gradients, so each block is compiled by itself, "
+                    "which takes long. Call it with use_cache=False."
+                )
             return run(*args, **kwargs)
-        if any(isinstance(value, Cache) and value.get_seq_length() for value in (*args, *kwargs.values())):
+        if cached and any(cache.get_seq_length() for cache in cached):
             return run(*args, **kwargs)  # computing it again would append to the cache again
         args = tuple(_without_cache(value) for value in args)
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
-        recomputed = _checkpointed if plain else _as_it_is
+        recomputed = self._checkpointed if plain else _as_it_is
         return (recomputed if self.offload is None else self.offload.around(recomputed))(run, *args, **kwargs)
 
-    def _chosen(self, args: tuple[Any, ...], compiled: Callable[..., Any]) -> tuple[Callable[..., Any], bool]:
+    def _checkpointed(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A plain block, computed again in backward."""
+        # a route for layers that look theirs up: on a GPU backward runs in a thread that knows of none
+        context = self._bank.checkpoint_context if self._bank is not None else _no_contexts
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context, **kwargs)
+
+    def _chosen(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiled: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], bool]:
         """(what computes this call, whether that is the plain block): `compiled` under the route in force where that can be."""
         x = args[0] if args and isinstance(args[0], Tensor) else None
-        if x is None or not self._ready() or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
+        if x is None or self._failed or not self._ready() or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
             return self.block._call_impl, True
+        why = runtime.missing(x.device) or runtime.refused(x.device, x.dtype)
+        if why is not None:
+            return self._plain(f"gets inputs on {x.device} that it isn't compiled for: {why}")
+        if torch.is_autocast_enabled(x.device.type):
+            return self._plain("doesn't take autocast in its compiled form: convert the model (model.to(torch.bfloat16)) instead")
         if self._bank is None:
-            return compiled, False
+            return functools.partial(self._bare, compiled), False
         routing = self._bank.route_in_force(self._layers[0].path)
-        batch = None if routing is None else self._batch(self._bank, routing, x)
-        if routing is None or batch is None:
-            return self.block._call_impl, True  # its layers look the route up themselves
+        inputs = [] if routing is None else [x, *_other_inputs(routing, x, (*args, *kwargs.values()))]
+        batch = None if routing is None else self._batch(self._bank, routing, inputs)
+        if routing is None:
+            return self.block._call_impl, True
+        if batch is None:  # its layers look the route up themselves
+            what = "dropout" if _drops(self._bank, routing) else "a mixture of adapters for a row"
+            return self._plain(f"doesn't take {what} in its compiled form")
         tables, rows_U = batch
 
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -101,27 +134,54 @@ class FusedBlock:
 
         return run, False
 
+    def _plain(self, reason: str) -> tuple[Callable[..., Any], bool]:
+        """The block as it is, and a warning about that, once for all blocks of a class."""
+        warn_once(f"compile: {type(self.block).__name__} {reason}. It runs uncompiled there: the same results, slower.")
+        return self.block._call_impl, True
+
     def _run(
         self,
         compiled: Callable[..., Any],
         routing: Routing,
-        batch: RouteTables,
+        tables: Sequence[RouteTables],
         rows_U: Tensor,
         x: Tensor,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        x, calls = self._enter(routing, batch, rows_U, x)
-        _vary_lengths(x, args, kwargs)
+        entered, calls = self._enter(routing, tables, rows_U, x)
+        _vary_lengths(entered, args, kwargs)
         with self._lock:  # another thread may come to this block under another route
             for layer, call in zip(self._layers, calls, strict=True):
                 layer.__dict__["call"] = call
             try:
-                with dynamo_config.patch(recompile_limit=VARIANTS):
-                    return compiled(x, *args, **kwargs)
+                with self._compiling():
+                    return compiled(entered, *args, **kwargs)
             finally:
                 for layer in self._layers:
                     layer.__dict__["call"] = None
+        return self.block._call_impl(x, *args, **kwargs)
+
+    def _bare(self, compiled: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A block without adapters."""
+        _vary_lengths(x, args, kwargs)
+        with self._compiling():
+            return compiled(x, *args, **kwargs)
+        return self.block._call_impl(x, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """The settings of torch.compile for this block. Ends quietly where it can't compile the block: then it runs plainly."""
+        try:
+            with dynamo_config.patch(recompile_limit=VARIANTS):
+                yield
+        except TorchDynamoException as error:
+            self._failed = True
+            reason = " ".join(str(error).split("\n")[:2])[:300]
+            warn_once(
+                f"compile: torch can't compile {type(self.block).__name__}, so it runs uncompiled: the same results, slower "
+                f"({type(error).__name__}: {reason}). Leaving compile out silences this."
+            )
 
     def _ready(self) -> bool:
         """Bring the tables up to date with the bank. False while a layer has yet to be seen in a plain pass."""
@@ -131,6 +191,10 @@ class FusedBlock:
         if not all(layer.reached for layer in adapted):
             return False
         layers = [layer for layer in adapted if layer.fusable]
+        for layer in adapted:
+            if layer.slots and layer.alone is not None:
+                name = layer.path.rpartition(".")[2]
+                warn_once(f"compile: layers {name!r} are left out of their compiled blocks, slower: {layer.alone}")
         owner = layers[0].router if layers else None
         bank = owner if isinstance(owner, AdapterBank) else None
         if bank is not None:
@@ -142,19 +206,25 @@ class FusedBlock:
         self._layers, self._bank = layers, bank  # last: another thread may look
         return True
 
-    def _batch(self, bank: AdapterBank, routing: Routing, x: Tensor) -> tuple[RouteTables, Tensor] | None:
+    def _batch(self, bank: AdapterBank, routing: Routing, inputs: Sequence[Tensor]) -> tuple[list[RouteTables], Tensor] | None:
+        """The route as tables for each of the block's inputs; None where it isn't all in tables."""
         if _drops(bank, routing):
             return None
-        units = routing.units_of(x, self._layers[0].path)
-        tokens = x.numel() // x.shape[-1]
-        tables = routing.tables(units, tokens // units, bank.slot_numbers, slot_count(bank), x.device)
-        if tables is None:
-            return None
-        rows_U = torch.empty((x.shape[0], 0), device=x.device)
-        _vary(tables.order_N, tables.tiles_S4, tables.chunks_C4, tables.spans_P2, rows_U)
-        return tables, rows_U
+        found: list[RouteTables] = []
+        for x in inputs:
+            units = routing.units_of(x, self._layers[0].path)
+            tokens = x.numel() // x.shape[-1]
+            tables = routing.tables(units, tokens // units, bank.slot_numbers, slot_count(bank), x.device)
+            if tables is None:
+                return None
+            found.append(tables)
+        rows_U = torch.empty((inputs[0].shape[0], 0), device=inputs[0].device)
+        _vary(rows_U, *(table for tables in found for table in tables.tensors))
+        return found, rows_U
 
-    def _enter(self, routing: Routing, batch: RouteTables, rows_U: Tensor, x: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    def _enter(
+        self, routing: Routing, tables: Sequence[RouteTables], rows_U: Tensor, x: Tensor
+    ) -> tuple[Tensor, list[LayerCall]]:
         bank = self._bank
         assert bank is not None  # `_chosen` asked for it
         buffers: list[Tensor] = []
@@ -170,12 +240,13 @@ class FusedBlock:
         x, *entered = entering(x, buffers, leaves, ranges, bank.structure, lambda: bank.structure)
         _vary(*entered)
         return x, [
-            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], batch, rows_U)
+            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], tables[0], rows_U, tuple(tables[1:]))
             for i, layer in enumerate(self._layers)
         ]
 
 
-_checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+def _no_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), contextlib.nullcontext()
 
 
 def _as_it_is(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -189,9 +260,18 @@ def slot_count(bank: AdapterBank) -> int:
 
 def fused_blocks(bank: AdapterBank) -> list[FusedBlock]:
     """The model's fused blocks; none where an adapted layer's product isn't compiled into one of them."""
-    found = [m._compiled_call_impl for m in bank.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
+    return [] if left_out(bank) else _found_blocks(bank)
+
+
+def left_out(bank: AdapterBank) -> list[str]:
+    """Adapted layers, by path, whose product isn't compiled into a fused block; none for a model without fused blocks."""
+    found = _found_blocks(bank)
     inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
-    return found if all(layer.fusable and id(layer) in inside for layer in all_layers(bank)) else []
+    return [layer.path for layer in all_layers(bank) if not (layer.fusable and id(layer) in inside)] if found else []
+
+
+def _found_blocks(bank: AdapterBank) -> list[FusedBlock]:
+    return [m._compiled_call_impl for m in bank.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
 
 
 def takes_tables(bank: AdapterBank, routing: Routing) -> bool:
@@ -202,6 +282,17 @@ def takes_tables(bank: AdapterBank, routing: Routing) -> bool:
 
 def _drops(bank: AdapterBank, routing: Routing) -> bool:
     return routing.dropout is not None and any(bank.config(name).dropout for name in routing.names)
+
+
+def _other_inputs(routing: Routing, x: Tensor, given: Sequence[Any]) -> list[Tensor]:
+    """Inputs with the same rows as x and another number of tokens, which layers of cross-attention read instead of x."""
+    if routing.per == "token" or x.ndim != 3:  # a route by token is about x's tokens alone
+        return []
+    found: dict[int, Tensor] = {}
+    for value in given:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3 and value.shape[0] == x.shape[0]:
+            found.setdefault(value.shape[1], value)
+    return [value for length, value in found.items() if length != x.shape[1]]
 
 
 def _without_cache(value: Any) -> Any:
@@ -217,8 +308,9 @@ def _vary(*tensors: Tensor) -> None:
 
 def _vary_lengths(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Tell the compiler that rows and tokens of the block's inputs vary, and the number of examples in packed rows."""
-    sizes = set(x.shape[:-1]) - {1}
     given = [value for group in (args, kwargs.values()) for value in group]
+    hidden = [x, *(value for value in given if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == x.ndim)]
+    sizes = {size for tensor in hidden for size in tensor.shape[:-1]} - {1}
     inside = [part for value in given if isinstance(value, tuple) for part in value]
     for tensor in [x, *given, *inside]:
         if isinstance(tensor, Tensor):

@@ -123,7 +123,8 @@ class PassGraphs:
             self.refused = f"{type(error).__name__}: {error}"
             _cleared(leaves)
             warnings.warn(
-                f"this model's passes can't be captured as CUDA graphs, so small steps stay bound by the host ({self.refused})",
+                "this model's passes can't be captured as CUDA graphs, so they run kernel by kernel and small ones wait for the "
+                f"host ({self.refused}). Engine(cuda_graphs=False) silences this.",
                 stacklevel=2,
             )
             return None

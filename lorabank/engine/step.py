@@ -20,7 +20,7 @@ from lorabank.bank.routing import Routing, RowRoute
 from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch, send
-from lorabank.engine.fused_block import FusedBlock, fused_blocks, slot_count, takes_tables
+from lorabank.engine.fused_block import FusedBlock, fused_blocks, left_out, slot_count, takes_tables
 from lorabank.engine.gradients import fresh_gradients
 from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.head import (
@@ -44,6 +44,7 @@ from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
 from lorabank.kernels.tables import RouteTables
+from lorabank.notices import warn_once
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
 LOOKED_AT = 16
@@ -140,6 +141,11 @@ class Engine:
         structure, fused = self._fused
         if structure != self.bank.structure or not fused or not all(block.in_place for block in fused):
             self._fused = self.bank.structure, fused_blocks(self.bank)
+            if not self._fused[1] and (paths := left_out(self.bank)):
+                warn_once(
+                    f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
+                    f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
+                )
         return bool(self._fused[1]) and takes_tables(self.bank, routing)
 
     def leaves(self, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:

@@ -64,6 +64,7 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     from lorabank.bank.quantized import quantize_base
+    from lorabank.models.dtypes import dtype_notes
 
     where = pick_device(device)
     number = pick_dtype(dtype, where)
@@ -93,9 +94,15 @@ def load_base(
     if dtype in QUANTIZED:
         quantize_base(model, dtype, device=where, say=said.append)
     torch.nn.Module.to(model, where)  # PreTrainedModel's own `to` only refuses quantized models, and is typed wrongly
-    if dtype == "auto" and number == torch.float16:
-        said.append(f"{torch.cuda.get_device_name(where)} has no bf16: the base is in fp16, with a loss scale for each adapter")
-    notes = [*_source_notes(folder), *said, *_fill_pad_token(tokenizer), *_check_vocabulary(tokenizer, model), *_unused(info)]
+    told = dtype_notes(dtype, number, where)
+    notes = [
+        *_source_notes(folder),
+        *told,
+        *said,
+        *_fill_pad_token(tokenizer),
+        *_check_vocabulary(tokenizer, model),
+        *_unused(info),
+    ]
     return LoadedBase(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -185,12 +192,15 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The torch dtype for a storage on a device; for `fp8` and `nf4`, of what isn't quantised. Raises ConfigError for another."""
     import torch
 
+    from lorabank.kernels.gpu import runtime
+
     if dtype not in DTYPES:
         raise ConfigError(f"base_dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}{closest(dtype, DTYPES)}")
     if dtype == "auto" or dtype in QUANTIZED:
+        # torch's own question, is_bf16_supported, is answered yes by GPUs that only emulate it
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if runtime.bf16_missing(device) is None else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 

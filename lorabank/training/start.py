@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -22,18 +24,25 @@ _ABOUT_LAYERS = ("targets", "exclude", "layers:", "rank_pattern", "alpha_pattern
 
 def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> list[Notice]:
     """Add the adapter of a job to the bank. Returns what the user should know: the bank's warnings, settings that gave way."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    notices: list[Notice] = []
+    with warnings_as(notices, adapter=name):
         library.loaded()  # compiled now, if ever: a warning in the middle of training would tear the progress display
         told = _add(bank, name, job)
-    notices = []
+    return [*notices, Notice(text=told, adapter=name)] if told else notices
+
+
+@contextlib.contextmanager
+def warnings_as(notices: list[Notice], *, adapter: str | None = None) -> Iterator[None]:
+    """Append to `notices` what warns inside; about an adapter, if it is one's."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
     for item in caught:
         if issubclass(item.category, UserWarning):
-            text = str(item.message).removeprefix(f"adapter {name!r}: ")
-            notices.append(Notice(text=text, adapter=name, level="warning"))
+            text = str(item.message).removeprefix(f"adapter {adapter!r}: ")
+            notices.append(Notice(text=text, adapter=adapter, level="warning"))
         else:
             warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
-    return [*notices, Notice(text=told, adapter=name)] if told else notices
 
 
 def _add(bank: AdapterBank, name: str, job: AdapterJob) -> str | None:

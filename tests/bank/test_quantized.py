@@ -25,6 +25,7 @@ from lorabank.errors import ConfigError, FingerprintError, LorabankError, Missin
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.kernels import fp8
+from lorabank.notices import warn_once
 from tests.bank.tiny import VOCABULARY, add, clear, gradients, ids, llama, outputs, state_bytes
 
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
@@ -290,7 +291,7 @@ def test_a_layer_that_stands_at_two_places_stays_one() -> None:
 def test_a_gpu_without_fp8_keeps_the_base_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "missing", lambda device: "NVIDIA A100 has compute capability 8.0; they need 8.9 or newer")
     monkeypatch.setattr(quantized.torch, "device", torch.device)
-    quantized._warn_once.cache_clear()
+    warn_once.cache_clear()
     assert quantized._fp8(torch.device("cuda"), lambda line: None) is None
     monkeypatch.setitem(STORAGES, "fp8", lambda device, say: quantized._fp8(torch.device("cuda"), say))  # type: ignore[arg-type]
     with pytest.warns(
@@ -300,7 +301,7 @@ def test_a_gpu_without_fp8_keeps_the_base_and_says_so_once(monkeypatch: pytest.M
         report = quantize_base(model, "fp8")
     assert report.layers == () and storage_of(model) is None and type(model.model.layers[0].mlp.up_proj) is nn.Linear
     quantize_base(model, "fp8")  # and not again
-    quantized._warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for a GPU here: see tests/gpu/test_fused.py"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's look at its inputs
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # numpy, in the interpreter
+    pytest.mark.filterwarnings("ignore:compile. LlamaDecoderLayer doesn't take"),  # said once: see test_fallbacks.py
 ]
 TOLERANCE = 1e-3
 """fp32: the order of sums. As `difference` has it; weights that change by 1e-7 of themselves change these gradients by 2e-4."""
@@ -112,7 +113,7 @@ MIXED: Sequence[RowRoute] = ["a", "b", BASE, "a"]
 
 def own_loop(bank: AdapterBank, ids: Tensor) -> Tensor:
     """A sum that every logit enters differently."""
-    logits = bank.model(ids).logits
+    logits = bank.model(ids, use_cache=False).logits
     return (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
 
 

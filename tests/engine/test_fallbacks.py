@@ -1,0 +1,336 @@
+"""What can't be compiled, or not wholly, runs all the same: with the plain path's results, and a warning that is said once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from lorabank import BASE, AdapterConfig, attach
+from lorabank.bank.bank import AdapterBank
+from lorabank.bank.layers import LoRALayer
+from lorabank.engine import compiling
+from lorabank.engine.compiling import compile_blocks, repeated_blocks
+from lorabank.engine.fused_block import FusedBlock
+from lorabank.engine.graphs import SEEN_BEFORE, PassGraphs
+from lorabank.engine.step import Engine
+from lorabank.errors import ConfigError
+from lorabank.kernels.gpu import runtime
+from lorabank.kernels.native import library as native_library
+from lorabank.notices import warn_once
+from tests.engine.tiny import backward, batch_of, difference, gradients, make_bank, make_model
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, and these tests use the interpreter"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's look at its inputs
+]
+WIDTH = 16
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(native_library, "loaded", lambda: None)  # attention that is traced with its block, as on a GPU
+    warn_once.cache_clear()
+    torch._dynamo.reset()
+    yield
+    warn_once.cache_clear()
+    torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def said_once(message: str) -> Iterator[None]:
+    """The block of code warns so, and does it once."""
+    with pytest.warns(UserWarning, match=message) as caught:
+        yield
+    assert len([item for item in caught if item.category is UserWarning]) == 1
+
+
+class Block(nn.Module):
+    """Two linear layers; `how` they are called can be beside what a compiled block takes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        y = torch.tanh(self.first(hidden))
+        if self.how == "pooled":
+            return hidden + self.second(y.mean(1))[:, None]  # rows without tokens
+        return hidden + self.second(y)
+
+
+class Stack(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.blocks = nn.ModuleList(Block(how) for _ in range(2))
+        self.score = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(hidden=x) if self.how == "by keyword" else block(x)
+        return self.score(x)
+
+
+def stack(how: str, *, fused: bool, backend: str = "aot_eager", dtype: torch.dtype = torch.float32, rank: int = 3) -> AdapterBank:
+    """A bank over a stack, each adapter doing something."""
+    torch.manual_seed(0)
+    model = Stack(how).to(dtype)
+    bank = attach(model)
+    for i, name in enumerate(("a", "b")):
+        bank.add(name, AdapterConfig(rank=rank, alpha=rank, targets="*blocks*"), seed=i)
+        with torch.no_grad():
+            for p in bank.parameters(name):
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+    if how == "hooked":
+        for layer in bank.model.modules():
+            if isinstance(layer, LoRALayer) and layer.path.endswith("second"):
+                layer.base.register_forward_hook(lambda module, args, output: output * 2)
+    if fused:
+        for block in repeated_blocks(model):
+            block._compiled_call_impl = FusedBlock(block, backend=backend)
+    return bank
+
+
+MIXED: Sequence[Any] = ["a", BASE, "b"]
+
+
+def one_pass(bank: AdapterBank, route: Any = MIXED) -> dict[str, Tensor]:
+    """Outputs and gradients of two passes, the first of which shows that every layer is reached."""
+    x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(9)).to(next(bank.model.parameters()).dtype)
+    for _ in range(2):
+        for p in bank.parameters():
+            p.grad = None
+        with bank.route(route):
+            y = bank.model(x)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return {"y": y.detach(), **{f"{name} {key}": g for name in ("a", "b") for key, g in gradients(bank, name).items()}}
+
+
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The blocks that run compiled from now on, one entry a call."""
+    found: list[nn.Module] = []
+    run = FusedBlock._run
+
+    def noted(self: FusedBlock, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.block)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(FusedBlock, "_run", noted)
+    return found
+
+
+# ---- calls that a compiled block doesn't take ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("hooked", "compile: layers 'second' are left out of their compiled blocks, slower: it carries hooks"),
+        ("pooled", "layers 'second' are left out of their compiled blocks, slower: they get rows or tokens of its own"),
+    ],
+)
+def test_a_layer_that_a_block_leaves_out_is_named(how: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, compiled = one_pass(stack(how, fused=False)), runs(monkeypatch)
+    with said_once(message):
+        found = one_pass(stack(how, fused=True))
+    assert len(compiled) == 2  # the rest of the block is compiled
+    assert difference(found, expected) < 1e-3
+
+
+def test_a_block_that_gets_its_input_by_keyword_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, compiled = one_pass(stack("by keyword", fused=False)), runs(monkeypatch)
+    assert difference(one_pass(stack("by keyword", fused=True)), expected) < 1e-4
+    assert len(compiled) == 2
+
+
+def test_a_mixture_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    route, compiled = [{"a": 0.5, "b": 0.5}, "a", BASE], runs(monkeypatch)
+    expected = one_pass(stack("", fused=False), route)
+    with said_once("compile: Block doesn't take a mixture of adapters for a row in its compiled form. It runs uncompiled there"):
+        found = one_pass(stack("", fused=True), route)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert compiled == []
+
+
+def test_an_fp64_base_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, expected = runs(monkeypatch), one_pass(stack("", fused=False, dtype=torch.float64))
+    with said_once(
+        "compile: Block gets inputs on cpu that it isn't compiled for: its numbers are torch.float64, and the kernels"
+    ):
+        found = one_pass(stack("", fused=True, dtype=torch.float64))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert compiled == []
+
+
+def test_an_fp16_base_runs_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 is a GPU's: the interpreter doesn't multiply it."""
+    compiled, expected = runs(monkeypatch), one_pass(stack("", fused=False, dtype=torch.float16))
+    found = one_pass(stack("", fused=True, dtype=torch.float16))
+    assert len(compiled) == 2
+    assert difference(found, expected) < 2e-2
+
+
+def test_autocast_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = runs(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = one_pass(stack("", fused=False))
+        with said_once(r"compile: Block doesn't take autocast in its compiled form: convert the model .* uncompiled there"):
+            found = one_pass(stack("", fused=True))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert compiled == []
+
+
+def test_ranks_have_no_upper_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = runs(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*rank 300 is above what layer")
+        plain, fused = (stack("", fused=on, rank=300) for on in (False, True))
+    assert difference(one_pass(fused), one_pass(plain)) < 1e-4
+    assert len(compiled) == 2
+
+
+def test_a_cache_in_training_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = make_bank(targets=["q"])
+    for block in repeated_blocks(bank.model):
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager")
+    ids = torch.randint(14, 61, (2, 7), generator=torch.Generator().manual_seed(5))
+    with bank.route("a"):
+        bank.model(ids, use_cache=False)
+        with said_once(r"called with a cache in a pass with gradients, .* Call it with use_cache=False"):
+            cached = bank.model(ids)
+            bank.model(ids)
+        assert cached.past_key_values.get_seq_length() == 7
+        torch.testing.assert_close(cached.logits, bank.model(ids, use_cache=False).logits)
+
+
+# ---- compilers that fail ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_backend(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend of torch.compile that fails as inductor does without a compiler."""
+    from lorabank.kernels.gpu import grouping
+
+    def fail(graph_module: Any, inputs: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    known = grouping.lookup_backend
+    grouping.grouping.cache_clear()
+    monkeypatch.setattr(grouping, "lookup_backend", lambda name: fail if name == "broken" else known(name))
+    return "broken"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_that_torch_can_not_compile_runs_uncompiled(broken_backend: str, recompute: bool) -> None:
+    plain, fused = (make_bank(targets=["q", "down_proj"], model=make_model("llama", spread=1.5)) for _ in range(2))
+    for block in repeated_blocks(fused.model):
+        block._compiled_call_impl = FusedBlock(block, backend=broken_backend)
+    engines = [Engine(bank, gradient_checkpointing=recompute) for bank in (plain, fused)]
+    batch = batch_of((5, 9, 7), ["a", BASE, "b"])
+    expected = backward(plain, batch, engines[0])
+    with said_once(r"torch can't compile LlamaDecoderLayer, so it runs uncompiled: .*Failed to find C compiler"):
+        for _ in range(2):
+            losses, found = backward(fused, batch, engines[1])
+    assert losses == expected[0]
+    for name, leaves in expected[1].items():
+        assert difference(found[name], leaves) < 1e-5
+
+
+def test_a_block_without_adapters_that_can_not_be_compiled_runs(broken_backend: str) -> None:
+    model = Stack("")
+    x = torch.randn(3, 5, WIDTH)
+    expected = model(x)
+    for block in repeated_blocks(model):
+        block._compiled_call_impl = FusedBlock(block, backend=broken_backend)
+    with said_once("torch can't compile Block"):
+        assert torch.equal(model(x), expected)
+
+
+# ---- GPUs that can't -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("lacks", ["triton", "dtype"])
+def test_blocks_stay_uncompiled_on_a_gpu_that_can_not(lacks: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(compiling, "_place", lambda model: place)
+    monkeypatch.delenv(runtime.SWITCH, raising=False)
+    monkeypatch.setattr(
+        runtime, "missing", lambda device: "Triton is not installed (pip install triton)" if lacks == "triton" else None
+    )
+    monkeypatch.setattr(runtime, "refused", lambda device, dtype: "Tesla T4 has compute capability 7.5; bf16 needs 8.0 or newer")
+    bank, plain = (make_bank(targets=["q"]) for _ in range(2))
+    reason = "Triton is not installed" if lacks == "triton" else "Tesla T4 has compute capability 7.5"
+    with said_once(f"compile: the blocks of LlamaForCausalLM stay uncompiled, and steps slower: {reason}.*Leaving compile out"):
+        assert compile_blocks(bank.model, recompute=recompute) == []
+        assert compile_blocks(bank.model, recompute=recompute) == []
+    assert all(block._compiled_call_impl is None for block in repeated_blocks(bank.model))
+    batch = batch_of((5, 9, 7), ["a", BASE, "b"])
+    mine, theirs = (backward(one, batch, Engine(one, gradient_checkpointing=recompute)) for one in (bank, plain))
+    assert mine[0] == theirs[0]
+
+
+def test_blocks_are_fused_on_a_gpu_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.bfloat16))
+    monkeypatch.delenv(runtime.SWITCH, raising=False)
+    monkeypatch.setattr(runtime, "missing", lambda device: None)
+    monkeypatch.setattr(runtime, "refused", lambda device, dtype: None)
+    model = make_model()
+    assert compile_blocks(model, recompute=True) == repeated_blocks(model)
+    assert all(isinstance(block._compiled_call_impl, FusedBlock) for block in repeated_blocks(model))
+
+
+def test_recomputation_with_the_kernels_switched_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setenv(runtime.SWITCH, "0")
+    with pytest.raises(ConfigError, match=r"can't be combined with gradient_checkpointing .* Leave one of them out"):
+        compile_blocks(make_model(), recompute=True)
+
+
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_that_can_not_be_captured_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def capture(graph: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    leaf, graphs = nn.Parameter(torch.zeros(3)), PassGraphs()
+
+    def compute(given: Sequence[Tensor]) -> Tensor:
+        (leaf * given[0]).sum().backward()
+        return given[0].sum()[None]
+
+    def once(number: float) -> float:
+        return float(graphs.run("key", [torch.full((3,), number)], lambda: [leaf], compute))
+
+    for i in range(SEEN_BEFORE):
+        assert once(i + 1.0) == 3 * (i + 1.0)
+    with said_once(r"can't be captured as CUDA graphs, .*\(RuntimeError: operation not permitted.*Engine\(cuda_graphs=False\)"):
+        assert once(10.0) == 30.0
+        assert once(20.0) == 60.0
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [math.fsum(range(SEEN_BEFORE + 1)) + 30.0] * 3  # nothing lost, nothing twice
+
+
+def test_adapted_layers_outside_of_compiled_blocks_keep_passes_from_being_captured() -> None:
+    bank = make_bank("bert")
+    for block in repeated_blocks(bank.model):
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager")
+    engine, routing = Engine(bank), bank.routing(["a", BASE])
+    with said_once(r"aren't captured as CUDA graphs, .* 1 adapted layers are in no compiled block \('cls.predictions"):
+        assert not engine.all_fused(routing)
+        assert not engine.all_fused(routing)
