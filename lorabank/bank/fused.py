@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorabank.errors import RoutingError
-from lorabank.kernels.tables import RouteTables
+from lorabank.kernels.tables import DropTables, RouteTables
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class LayerTables:
     """int32 (first row in the capacity buffers, ranks); (0, 0) for a slot that this layer lacks."""
     scaling_P: Tensor
     """fp32."""
+    kept_scaling_P: Tensor
+    """fp32: scaling / (1 − the slot's dropout), which is what dropout leaves to be done beside zeroing."""
+    odds_P2: Tensor
+    """int32 whose bits are unsigned: (seed of slot and layer, `segments.drop_threshold` of the slot's dropout)."""
     width: int
     """The largest rank, rounded up to 16 or to a power of two from 64 on: code is compiled for it."""
 
@@ -45,6 +49,8 @@ class LayerCall:
     batch: RouteTables
     rows_U: Tensor
     """(U, 0): its length is the number of rows that the route is about."""
+    drops: DropTables | None
+    """None in a pass that drops nothing, which has code of its own."""
     storage: str
     """How the base weight is kept: a name in kernels/gpu/storage.py."""
 
@@ -57,9 +63,11 @@ class LayerCall:
     def run(self, x: Tensor, base: list[Tensor], bias: Tensor | None) -> Tensor:
         """The layer's output. Traced by torch.compile."""
         part, batch = self.layer, self.batch
+        scaling_P = part.scaling_P if self.drops is None else part.kept_scaling_P
+        drops = [] if self.drops is None else [*self.drops.tensors, part.odds_P2]
         y, _ = torch.ops.lorabank.lora_linear(
-            x, base, bias, self.A, self.B, part.ranks_P2, part.scaling_P,
-            batch.order_N, batch.tiles_S4, batch.chunks_C4, batch.spans_P2, self.storage, part.width,
+            x, base, bias, self.A, self.B, part.ranks_P2, scaling_P,
+            batch.order_N, batch.tiles_S4, batch.chunks_C4, batch.spans_P2, self.storage, part.width, drops,
         )  # fmt: skip
         return y
 

@@ -2,7 +2,7 @@
 
 What a call needs (which tokens use which slot, where the slots are) is looked up outside the compiled code, on every call, and
 goes in as tensors. So a compiled block follows `bank.route`, `bank.use` and recomputation as a plain one does, and its code is
-one for all blocks of a class. A call that the kernels don't take (mixtures, dropout) runs the block as it is.
+one for all blocks of a class. A call that the kernels don't take (mixtures) runs the block as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
-from lorabank.kernels.tables import RouteTables
+from lorabank.kernels.tables import DropTables, RouteTables
 
 FEW = 64
 """A pass without gradients over fewer tokens runs plainly: a probe or a decoding step isn't worth code of its own."""
@@ -31,6 +32,16 @@ VARIANTS = 64
 """Compiled forms of one block class: all models of a process share them (with gradients or not, masks, ranks, families)."""
 SLOTS = 8
 """Tables are made for a multiple of so many slots: few sizes, whatever the bank holds."""
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """A batch's route as the layers of a block get it."""
+
+    tables: RouteTables
+    drops: DropTables | None
+    rows_U: Tensor
+    """See `LayerCall`."""
 
 
 class FusedBlock:
@@ -88,17 +99,14 @@ class FusedBlock:
         batch = None if routing is None else self._batch(self._bank, routing, x)
         if routing is None or batch is None:
             return self.block._call_impl  # its layers look the route up themselves
-        tables, rows_U = batch
 
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return self._run(routing, tables, rows_U, x, args, kwargs)
+            return self._run(routing, batch, x, args, kwargs)
 
         return run
 
-    def _run(
-        self, routing: Routing, batch: RouteTables, rows_U: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        x, calls = self._enter(routing, batch, rows_U, x)
+    def _run(self, routing: Routing, batch: BlockBatch, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        x, calls = self._enter(routing, batch, x)
         _vary_lengths(x, args, kwargs)
         with self._lock:  # another thread may come to this block under another route
             for layer, call in zip(self._layers, calls, strict=True):
@@ -128,24 +136,22 @@ class FusedBlock:
             slots = slot_count(bank)
             self._tables = [layer.slot_tables(bank.slot_numbers, slots) for layer in layers]
             for table in self._tables:
-                _vary(table.ranks_P2, table.scaling_P)
+                _vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
             self._structure = bank.structure
         self._layers, self._bank = layers, bank  # last: another thread may look
         return True
 
-    def _batch(self, bank: AdapterBank, routing: Routing, x: Tensor) -> tuple[RouteTables, Tensor] | None:
-        if _drops(bank, routing):
-            return None
+    def _batch(self, bank: AdapterBank, routing: Routing, x: Tensor) -> BlockBatch | None:
         units = routing.units_of(x, self._layers[0].path)
-        tokens = x.numel() // x.shape[-1]
-        tables = routing.tables(units, tokens // units, bank.slot_numbers, slot_count(bank), x.device)
+        size = units, x.numel() // x.shape[-1] // units, bank.slot_numbers, slot_count(bank), x.device
+        tables, drops = routing.tables(*size), routing.drops(*size)
         if tables is None:
             return None
         rows_U = torch.empty((x.shape[0], 0), device=x.device)
-        _vary(tables.order_N, tables.tiles_S4, tables.chunks_C4, tables.spans_P2, rows_U)
-        return tables, rows_U
+        _vary(*tables.tensors, *(() if drops is None else drops.tensors), rows_U)
+        return BlockBatch(tables, drops, rows_U)
 
-    def _enter(self, routing: Routing, batch: RouteTables, rows_U: Tensor, x: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    def _enter(self, routing: Routing, batch: BlockBatch, x: Tensor) -> tuple[Tensor, list[LayerCall]]:
         bank = self._bank
         assert bank is not None  # `_chosen` asked for it
         buffers: list[Tensor] = []
@@ -161,7 +167,7 @@ class FusedBlock:
         x, *entered = entering(x, buffers, leaves, ranges, bank.structure, lambda: bank.structure)
         _vary(*entered)
         return x, [
-            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], batch, rows_U)
+            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], batch.tables, batch.rows_U, batch.drops)
             for i, layer in enumerate(self._layers)
         ]
 
@@ -178,14 +184,9 @@ def fused_blocks(bank: AdapterBank) -> list[FusedBlock]:
     return found if all(layer.fusable and id(layer) in inside for layer in all_layers(bank)) else []
 
 
-def takes_tables(bank: AdapterBank, routing: Routing) -> bool:
-    """Whether a route is all in its tables: one slot a row, no weights, no dropout."""
-    weighted = any(part.weights_U is not None for plan in routing.plans.values() for part in plan)
-    return not weighted and not _drops(bank, routing)
-
-
-def _drops(bank: AdapterBank, routing: Routing) -> bool:
-    return routing.dropout is not None and any(bank.config(name).dropout for name in routing.names)
+def takes_tables(routing: Routing) -> bool:
+    """Whether a route is all in its tables: one slot a row, no weights."""
+    return not any(part.weights_U is not None for plan in routing.plans.values() for part in plan)
 
 
 def _without_cache(value: Any) -> Any:

@@ -35,7 +35,7 @@ from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
-from lorabank.kernels.tables import RouteTables
+from lorabank.kernels.tables import DropTables, RouteTables
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
 TRAINED_GRANULE = 256
@@ -102,7 +102,7 @@ class Engine:
         structure, fused = self._fused
         if structure != self.bank.structure or not fused or not all(block.in_place for block in fused):
             self._fused = self.bank.structure, fused_blocks(self.bank)
-        return bool(self._fused[1]) and takes_tables(self.bank, routing)
+        return bool(self._fused[1]) and takes_tables(routing)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -169,19 +169,24 @@ def _replayed(engine: Engine, batch: Batch, trained: tuple[Tensor, Tensor], rout
     """The same as `_passed`, from a graph where one was captured."""
     bank = engine.bank
     rows, columns = (send(_lengthened(index), bank.device) for index in trained)
-    (rows_N, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
-    tables = routing.tables(rows_N, length, bank.slot_numbers, slots, device)
+    (units, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
+    if routing.per == "token":
+        units, length = units * length, 1
+    tables = routing.tables(units, length, bank.slot_numbers, slots, device)
     if tables is None:
         return _passed(engine, batch, (rows, columns), routing, None)
+    drops = routing.drops(units, length, bank.slot_numbers, slots, device)
     mask = None if engine.maskless() else batch.mask
     tensors = [batch.input_ids_NL, batch.weights_NL, rows, columns, *tables.tensors, *([] if mask is None else [mask])]
+    tensors += [] if drops is None else drops.tensors
 
     def compute(given: Sequence[Tensor]) -> Tensor:
         ids, weights, rows, columns, order, tiles, chunks, spans, *rest = given
         full = replace(
-            batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=rest[0] if rest else batch.attention_mask_NL
+            batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=batch.attention_mask_NL if mask is None else rest[0]
         )
-        captured = routing.captured(rows_N, length, slots, device, RouteTables(order, tiles, chunks, spans))
+        given_drops = None if drops is None else DropTables(*given[-2:])
+        captured = routing.captured(units, length, slots, device, RouteTables(order, tiles, chunks, spans), given_drops)
         return _passed(engine, full, (rows, columns), captured, None)
 
     places = tuple(block.addresses for block in engine._fused[1])  # a graph holds on to the addresses that it was captured with

@@ -42,6 +42,34 @@ class RouteTables:
         return RouteTables(*(_send(table, device) for table in self.tensors))
 
 
+@dataclass(frozen=True)
+class DropTables:
+    """What a batch's dropout masks are drawn from, besides each layer's own numbers. int32, whose bits are unsigned numbers."""
+
+    steps_P: Tensor
+    """Optimizer step of each slot."""
+    draws_N2: Tensor
+    """(example, place of the token in it) of each entry of `RouteTables.order_N`."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the fields."""
+        return self.steps_P, self.draws_N2
+
+
+def drop_tables(order_N: Tensor, tokens: int, steps_P: Sequence[int], examples_U: Tensor) -> DropTables:
+    """Tables on order_N's device. `tokens`: of each unit. `examples_U`: int64, the identity of each unit's example."""
+    unit_N = order_N // tokens
+    example_N = bits32(examples_U.to(order_N.device).index_select(0, unit_N))
+    steps = _send(bits32(torch.tensor(steps_P, dtype=torch.int64)), order_N.device)
+    return DropTables(steps, torch.stack([example_N, order_N - unit_N * tokens], 1))
+
+
+def bits32(numbers: Tensor) -> Tensor:
+    """The low 32 bits of int64 numbers as int32, which is what kernels read."""
+    return (((numbers & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)
+
+
 def _send(table: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return table.to(device)

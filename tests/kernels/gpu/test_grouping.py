@@ -42,7 +42,7 @@ class Layer:
 
     def __call__(self, x: Tensor, batch: RouteTables) -> Tensor:
         return torch.ops.lorabank.lora_linear(
-            x, [self.weight], self.bias, self.A, self.B, self.ranks, self.scaling, *batch.tensors, "linear", WIDTH
+            x, [self.weight], self.bias, self.A, self.B, self.ranks, self.scaling, *batch.tensors, "linear", WIDTH, []
         )[0]
 
     def gradients(self) -> list[Tensor]:

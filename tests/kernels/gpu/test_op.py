@@ -47,7 +47,7 @@ class Layer:
         scaling = torch.tensor([self.scaling(slot) for slot in range(8)], device=self.device)
         stored = self.weight_OI if self.storage == "linear" else self.weight_OI.t().contiguous()
         width = table_width(max(rank for _, rank in self.spots.values()))
-        return x, [stored], self.bias_O, self.A, self.B, ranks, scaling, *tables.tensors, self.storage, width
+        return x, [stored], self.bias_O, self.A, self.B, ranks, scaling, *tables.tensors, self.storage, width, []
 
     def plain(self, x: Tensor, rows: Mapping[int, Sequence[int]]) -> Tensor:
         """The definition."""
