@@ -256,6 +256,7 @@ def shrink(
     splits = max(1, min(features // 512, PROGRAMS // tiles))
     block_f = block_f if splits > 1 or block_r > 64 or x_NF.element_size() > 2 else 256
     share = -(-features // (splits * block_f)) * block_f
+    block_f = min(block_f, 128) if drops else block_f  # a mask takes registers; sums stay in the same order
     narrow = torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device)
     parts = narrow if splits == 1 else torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device)
     _launch(_shrink)[(tiles, splits, width // block_r)](
@@ -333,7 +334,7 @@ def outer(
     grad = torch.empty_like(like_RF)
     parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
     block_r = min(width, WIDEST_BLOCK)
-    block_f, block_n = 128, 64
+    block_f, block_n = (64, 32) if drops and wide_NF.element_size() > 2 else (128, 64)
     _launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
         narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, *pointers(drops, 1, ranks_P2), features,
         WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),

@@ -235,6 +235,7 @@ def shrink(
     block_f = 128 if width <= 16 and item == 2 else 64
     splits = max(1, min(features // 512, PROGRAMS // tiles))
     share = -(-features // (splits * block_f)) * block_f
+    block_f = 64 if drops else block_f  # a mask a layer takes registers; sums stay in the same order
     narrow = [torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device) for _ in weights]
     parts = narrow
     if splits > 1:
@@ -262,7 +263,7 @@ def change(
     """Σ of lora.change over the layers, (N, F); added in place to `out_NF`, as lora.expand_ does, where it is given."""
     (entries, width), features, device = narrow[0].shape, weights[0].shape[1], narrow[0].device
     out = torch.empty((entries, features), dtype=narrow[0].dtype, device=device) if out_NF is None else out_NF
-    block_f = 256 if width <= 16 and out.element_size() == 2 else 128
+    block_f = 256 if width <= 16 and out.element_size() == 2 and not drops else 128
     _launch(_change)[(tables.tiles_S4.shape[0], -(-features // block_f))](
         out, *_four(narrow), *_four(weights), *_four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4,
         features,
@@ -284,7 +285,8 @@ def outer(
     width, features, chunks = narrow[0].shape[1], wide_NF.shape[1], tables.chunks_C4.shape[0]
     grads = [torch.empty_like(like) for like in likes]
     parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=wide_NF.device) for _ in likes]
-    block_n, block_f, item = 64, 128 if width <= 16 else 64, wide_NF.element_size()
+    item = wide_NF.element_size()
+    block_n, block_f = 32 if drops and item > 2 else 64, 128 if width <= 16 and not drops else 64
     _launch(_outer)[(chunks, -(-features // block_f))](
         *_four(narrow), wide_NF, *_four(parts), *_four(grads), *_four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N,
         tables.chunks_C4, features,
