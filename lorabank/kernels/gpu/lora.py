@@ -334,7 +334,7 @@ def outer(
     grad = torch.empty_like(like_RF)
     parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
     block_r = min(width, WIDEST_BLOCK)
-    block_f, block_n = (64, 32) if drops and wide_NF.element_size() > 2 else (128, 64)
+    block_f, block_n = 32 if drops and wide_NF.element_size() > 2 else 128, 64
     _launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
         narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, *pointers(drops, 1, ranks_P2), features,
         WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),

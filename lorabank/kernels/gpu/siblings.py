@@ -285,8 +285,8 @@ def outer(
     width, features, chunks = narrow[0].shape[1], wide_NF.shape[1], tables.chunks_C4.shape[0]
     grads = [torch.empty_like(like) for like in likes]
     parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=wide_NF.device) for _ in likes]
-    item = wide_NF.element_size()
-    block_n, block_f = 32 if drops and item > 2 else 64, 128 if width <= 16 and not drops else 64
+    block_n, item = 64, wide_NF.element_size()
+    block_f = (64 if item == 2 else 32) if drops else 128 if width <= 16 else 64
     _launch(_outer)[(chunks, -(-features // block_f))](
         *_four(narrow), wide_NF, *_four(parts), *_four(grads), *_four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N,
         tables.chunks_C4, features,
