@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorabank.errors import AdapterNameError, RoutingError, closest
 from lorabank.kernels.segments import Rows
-from lorabank.kernels.tables import DropTables, RouteTables, drop_tables, route_tables
+from lorabank.kernels.tables import DropTables, RouteTables, drop_tables, route_tables, send
 
 
 class _Base:
@@ -213,9 +213,9 @@ def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutS
         slots.append(
             SlotRows(
                 slot=name,
-                rows=slice(where[0], where[-1] + 1) if contiguous else torch.tensor(where, device=device),
+                rows=slice(where[0], where[-1] + 1) if contiguous else send(torch.tensor(where), device),
                 weights_U=None if all(w == 1 for w in weights[name]) else torch.tensor(weights[name], device=device),
-                examples_U=None if dropout is None else dropout.examples[torch.tensor(where)].to(device),
+                examples_U=None if dropout is None else send(dropout.examples[torch.tensor(where)], device),
                 units=tuple(where),
             )
         )

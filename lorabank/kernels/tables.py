@@ -39,7 +39,7 @@ class RouteTables:
 
     def to(self, device: torch.device) -> RouteTables:
         """The same on another device, without waiting for it."""
-        return RouteTables(*(_send(table, device) for table in self.tensors))
+        return RouteTables(*(send(table, device) for table in self.tensors))
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class DropTables:
 def drop_tables(order_N: Tensor, tokens: int, steps_P: Sequence[int], examples_U: Tensor) -> DropTables:
     """Tables on order_N's device. `tokens`: of each unit. `examples_U`: int64, the identity of each unit's example."""
     unit_N = order_N // tokens
-    example_N = bits32(examples_U.to(order_N.device).index_select(0, unit_N))
-    steps = _send(bits32(torch.tensor(steps_P, dtype=torch.int64)), order_N.device)
+    example_N = bits32(send(examples_U, order_N.device).index_select(0, unit_N))
+    steps = send(bits32(torch.tensor(steps_P, dtype=torch.int64)), order_N.device)
     return DropTables(steps, torch.stack([example_N, order_N - unit_N * tokens], 1))
 
 
@@ -70,8 +70,9 @@ def bits32(numbers: Tensor) -> Tensor:
     return (((numbers & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)
 
 
-def _send(table: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
+def send(table: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for a GPU's queue."""
+    if device.type != "cuda" or table.device.type != "cpu":
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
 
