@@ -59,6 +59,7 @@ def record(width: int, dtype: torch.dtype) -> None:
                 siblings.shrink(part, [A] * count, few, [ranks] * count, [scaling] * count, width)
                 siblings.change([narrow] * count, [A] * count, few, [ranks] * count)
                 siblings.outer([narrow] * count, part, [A] * count, few, [ranks] * count)
+            for count in (2, 4):
                 drops = [*batch, *[odds] * count]
                 siblings.shrink(part, [A] * count, few, [ranks] * count, [scaling] * count, width, drops)
                 siblings.change([narrow] * count, [A] * count, few, [ranks] * count, drops=drops)
