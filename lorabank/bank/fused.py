@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorabank.errors import RoutingError
-from lorabank.kernels.tables import RouteTables
+from lorabank.kernels.tables import DropTables, RouteTables
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class LayerTables:
     """int32 (first row in the capacity buffers, ranks); (0, 0) for a slot that this layer lacks."""
     scaling_P: Tensor
     """fp32."""
+    kept_scaling_P: Tensor
+    """fp32: scaling / (1 − the slot's dropout), which is what dropout leaves to be done beside zeroing."""
+    odds_P2: Tensor
+    """int32 whose bits are unsigned: (seed of slot and layer, `segments.drop_threshold` of the slot's dropout)."""
     width: int
     """The largest rank, rounded up to 16 or to a power of two from 64 on: code is compiled for it."""
 
@@ -36,39 +40,55 @@ def table_width(rank: int) -> int:
 
 
 @dataclass(frozen=True)
+class TokenTables:
+    """The tokens of one input of a block."""
+
+    routes: RouteTables
+    drops: DropTables | None
+    """None in a pass that drops nothing, which has code of its own."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of both."""
+        return self.routes.tensors + (() if self.drops is None else self.drops.tensors)
+
+
+@dataclass(frozen=True)
 class LayerCall:
     """One layer's part in one call of its block."""
 
     A: Tensor
     B: Tensor
     layer: LayerTables
-    batch: RouteTables
+    tokens: tuple[TokenTables, ...]
+    """Of the block's input, and of others with another number of tokens: what cross-attention reads."""
     rows_U: Tensor
     """(U, 0): its length is the number of rows that the route is about."""
     storage: str
     """How the base weight is kept: a name in kernels/gpu/storage.py."""
-    others: tuple[RouteTables, ...] = ()
-    """The same route for the block's inputs that have another number of tokens: what cross-attention reads."""
 
     def suits(self, x: Tensor, base: Sequence[Tensor]) -> bool:
         """Whether the layer's input has the tokens that some tables are about, in their order."""
         return (x.dtype == base[0].dtype or base[0].element_size() == 1) and self._tables_for(x) is not None
 
-    def _tables_for(self, x: Tensor) -> RouteTables | None:
-        for batch in (self.batch, *self.others):
-            rows, tokens = self.rows_U.shape[0], batch.order_N.shape[0]
+    def _tables_for(self, x: Tensor) -> TokenTables | None:
+        for found in self.tokens:
+            rows, tokens = self.rows_U.shape[0], found.routes.order_N.shape[0]
             ordered = x.shape[0] == rows or x.shape[0] == tokens  # `in` doesn't see sizes that vary
             if ordered and x.numel() == tokens * x.shape[-1]:
-                return batch
+                return found
         return None
 
     def run(self, x: Tensor, base: list[Tensor], bias: Tensor | None) -> Tensor:
         """The layer's output. Traced by torch.compile."""
-        part, batch = self.layer, self._tables_for(x)
-        assert batch is not None  # it suits
+        part, tokens = self.layer, self._tables_for(x)
+        assert tokens is not None  # it suits
+        batch, dropped = tokens.routes, tokens.drops
+        scaling_P = part.scaling_P if dropped is None else part.kept_scaling_P
+        drops = [] if dropped is None else [*dropped.tensors, part.odds_P2]
         y, _ = torch.ops.lorabank.lora_linear(
-            x, base, bias, self.A, self.B, part.ranks_P2, part.scaling_P,
-            batch.order_N, batch.tiles_S4, batch.chunks_C4, batch.spans_P2, self.storage, part.width,
+            x, base, bias, self.A, self.B, part.ranks_P2, scaling_P,
+            batch.order_N, batch.tiles_S4, batch.chunks_C4, batch.spans_P2, self.storage, part.width, drops,
         )  # fmt: skip
         return y
 

@@ -16,15 +16,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.fused import LayerCall, LayerTables, table_width
+from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
 from lorabank.bank.kinds import LayerKind, layer_kind
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.errors import LorabankError, RoutingError
 from lorabank.kernels import ops
-from lorabank.kernels.segments import DropoutDraw, Segment
-from lorabank.kernels.tables import RouteTables
+from lorabank.kernels.segments import DropoutDraw, Segment, drop_threshold
+from lorabank.kernels.tables import bits32
 from lorabank.notices import warn_once
 
 
@@ -144,12 +144,15 @@ class LoRALayer(nn.Module):
 
     def slot_tables(self, numbers: Mapping[str, int], slots: int) -> LayerTables:
         """Where each of the bank's slots is in this layer. `numbers`: adapter to its slot number, below `slots`."""
-        ranks, scaling = torch.zeros(slots, 2, dtype=torch.int32), torch.zeros(slots)
+        ranks, scaling, kept = torch.zeros(slots, 2, dtype=torch.int32), torch.zeros(slots), torch.zeros(slots)
+        odds = torch.zeros(slots, 2, dtype=torch.int64)
         for name, slot in self.slots.items():
-            ranks[numbers[name], 0], ranks[numbers[name], 1] = slot.tensors.start, slot.rank
-            scaling[numbers[name]] = slot.scaling
-        device = self.store.device
-        return LayerTables(ranks.to(device), scaling.to(device), table_width(max(slot.rank for slot in self.slots.values())))
+            number = numbers[name]
+            ranks[number, 0], ranks[number, 1] = slot.tensors.start, slot.rank
+            scaling[number], kept[number] = slot.scaling, slot.scaling / (1.0 - slot.dropout)
+            odds[number, 0], odds[number, 1] = (slot.seed ^ self._path_seed) & 0xFFFFFFFF, drop_threshold(slot.dropout)
+        device, width = self.store.device, table_width(max(slot.rank for slot in self.slots.values()))
+        return LayerTables(ranks.to(device), scaling.to(device), kept.to(device), bits32(odds).to(device), width)
 
     def remove_slot(self, name: str) -> None:
         """Give the adapter's room back."""
@@ -182,11 +185,9 @@ class LoRALayer(nn.Module):
         """The frozen weight as its products take it."""
         return self.kind.tensors(self._parameters) if self.held is None else self.held
 
-    def call_for(
-        self, A: Tensor, B: Tensor, tables: LayerTables, batch: RouteTables, rows_U: Tensor, others: tuple[RouteTables, ...] = ()
-    ) -> LayerCall:
+    def call_for(self, A: Tensor, B: Tensor, tables: LayerTables, tokens: tuple[TokenTables, ...], rows_U: Tensor) -> LayerCall:
         """This layer's part in a call of a compiled block."""
-        return LayerCall(A, B, tables, batch, rows_U, self.kind.storage, others)
+        return LayerCall(A, B, tables, tokens, rows_U, self.kind.storage)
 
     @property
     def fusable(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorabank.errors import AdapterNameError, RoutingError, closest
 from lorabank.kernels.segments import Rows
-from lorabank.kernels.tables import RouteTables, route_tables
+from lorabank.kernels.tables import DropTables, RouteTables, drop_tables, route_tables, send
 
 
 class _Base:
@@ -86,6 +86,7 @@ class Routing:
     tensors_only: bool = False
     """The pass is being captured as a graph, so a layer that reads more of this route than its tables must refuse."""
     _tables: dict[tuple[Any, ...], RouteTables | None] = field(init=False, default_factory=dict, repr=False)
+    _drops: dict[tuple[Any, ...], DropTables | None] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token", torch.tensor(self.id))
@@ -105,10 +106,24 @@ class Routing:
             self._tables[key] = route_tables(rows, units, tokens, slots).to(device) if plain else None
         return self._tables[key]
 
-    def captured(self, units: int, tokens: int, slots: int, device: torch.device, tables: RouteTables) -> Routing:
-        """The same route, read off `tables` alone."""
-        made = replace(self, tensors_only=True)
-        made._tables[(units, tokens, slots, device)] = tables
+    def drops(self, units: int, tokens: int, numbers: Mapping[str, int], slots: int, device: torch.device) -> DropTables | None:
+        """What dropout is drawn from, beside `tables` of the same arguments; None in a pass that drops nothing."""
+        tables, key = self.tables(units, tokens, numbers, slots, device), (units, tokens, slots, device)
+        if self.dropout is None or tables is None:
+            return None
+        if key not in self._drops:
+            steps = [0] * slots
+            for name in self.names:
+                steps[numbers[name]] = self.dropout.steps.get(name, 0)
+            self._drops[key] = drop_tables(tables.order_N, tokens, steps, self.dropout.examples, self.dropout.places)
+        return self._drops[key]
+
+    def captured(
+        self, units: int, tokens: int, slots: int, device: torch.device, tables: RouteTables, drops: DropTables | None
+    ) -> Routing:
+        """The same route, read off `tables` and `drops` alone."""
+        made, key = replace(self, tensors_only=True), (units, tokens, slots, device)
+        made._tables[key], made._drops[key] = tables, drops
         return made
 
     def units_of(self, x: Tensor, layer: str) -> int:
@@ -202,10 +217,10 @@ def _slot_rows(rows: Sequence[RowRoute], device: torch.device, dropout: DropoutS
         slots.append(
             SlotRows(
                 slot=name,
-                rows=slice(where[0], where[-1] + 1) if contiguous else torch.tensor(where, device=device),
+                rows=slice(where[0], where[-1] + 1) if contiguous else send(torch.tensor(where), device),
                 weights_U=None if all(w == 1 for w in weights[name]) else torch.tensor(weights[name], device=device),
-                examples_U=None if dropout is None else dropout.examples[torch.tensor(where)].to(device),
-                places_UT=None if places is None else places[torch.tensor(where)].to(device),
+                examples_U=None if dropout is None else send(dropout.examples[torch.tensor(where)], device),
+                places_UT=None if places is None else send(places[torch.tensor(where)], device),
                 units=tuple(where),
             )
         )

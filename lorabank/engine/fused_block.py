@@ -2,7 +2,7 @@
 
 What a call needs (which tokens use which slot, where the slots are) is looked up outside the compiled code, on every call, and
 goes in as tensors. So a compiled block follows `bank.route`, `bank.use` and recomputation as a plain one does, and its code is
-one for all blocks of a class. A call that the kernels don't take (mixtures, dropout) runs the block as it is.
+one for all blocks of a class. A call that the kernels don't take (a mixture of adapters) runs the block as it is.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from lorabank.bank.bank import AdapterBank, all_layers
-from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, entering
+from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
 from lorabank.engine.offload import Offload
 from lorabank.engine.packed_attention import BOUNDARIES
 from lorabank.kernels.gpu import runtime
-from lorabank.kernels.tables import RouteTables
 from lorabank.notices import warn_once
 
 FEW = 64
@@ -125,8 +124,7 @@ class FusedBlock:
         if routing is None:
             return self.block._call_impl, True
         if batch is None:  # its layers look the route up themselves
-            what = "dropout" if _drops(self._bank, routing) else "a mixture of adapters for a row"
-            return self._plain(f"doesn't take {what} in its compiled form")
+            return self._plain("doesn't take a mixture of adapters for a row in its compiled form")
         tables, rows_U = batch
 
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +141,7 @@ class FusedBlock:
         self,
         compiled: Callable[..., Any],
         routing: Routing,
-        tables: Sequence[RouteTables],
+        tables: tuple[TokenTables, ...],
         rows_U: Tensor,
         x: Tensor,
         args: tuple[Any, ...],
@@ -201,29 +199,29 @@ class FusedBlock:
             slots = slot_count(bank)
             self._tables = [layer.slot_tables(bank.slot_numbers, slots) for layer in layers]
             for table in self._tables:
-                _vary(table.ranks_P2, table.scaling_P)
+                _vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
             self._structure = bank.structure
         self._layers, self._bank = layers, bank  # last: another thread may look
         return True
 
-    def _batch(self, bank: AdapterBank, routing: Routing, inputs: Sequence[Tensor]) -> tuple[list[RouteTables], Tensor] | None:
+    def _batch(
+        self, bank: AdapterBank, routing: Routing, inputs: Sequence[Tensor]
+    ) -> tuple[tuple[TokenTables, ...], Tensor] | None:
         """The route as tables for each of the block's inputs; None where it isn't all in tables."""
-        if _drops(bank, routing):
-            return None
-        found: list[RouteTables] = []
+        found: list[TokenTables] = []
         for x in inputs:
             units = routing.units_of(x, self._layers[0].path)
-            tokens = x.numel() // x.shape[-1]
-            tables = routing.tables(units, tokens // units, bank.slot_numbers, slot_count(bank), x.device)
+            size = units, x.numel() // x.shape[-1] // units, bank.slot_numbers, slot_count(bank), x.device
+            tables = routing.tables(*size)
             if tables is None:
                 return None
-            found.append(tables)
+            found.append(TokenTables(tables, routing.drops(*size)))
         rows_U = torch.empty((inputs[0].shape[0], 0), device=inputs[0].device)
         _vary(rows_U, *(table for tables in found for table in tables.tensors))
-        return found, rows_U
+        return tuple(found), rows_U
 
     def _enter(
-        self, routing: Routing, tables: Sequence[RouteTables], rows_U: Tensor, x: Tensor
+        self, routing: Routing, tables: tuple[TokenTables, ...], rows_U: Tensor, x: Tensor
     ) -> tuple[Tensor, list[LayerCall]]:
         bank = self._bank
         assert bank is not None  # `_chosen` asked for it
@@ -240,7 +238,7 @@ class FusedBlock:
         x, *entered = entering(x, buffers, leaves, ranges, bank.structure, lambda: bank.structure)
         _vary(*entered)
         return x, [
-            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], tables[0], rows_U, tuple(tables[1:]))
+            layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], tables, rows_U)
             for i, layer in enumerate(self._layers)
         ]
 
@@ -274,14 +272,9 @@ def _found_blocks(bank: AdapterBank) -> list[FusedBlock]:
     return [m._compiled_call_impl for m in bank.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
 
 
-def takes_tables(bank: AdapterBank, routing: Routing) -> bool:
-    """Whether a route is all in its tables: one slot a row, no weights, no dropout."""
-    weighted = any(part.weights_U is not None for plan in routing.plans.values() for part in plan)
-    return not weighted and not _drops(bank, routing)
-
-
-def _drops(bank: AdapterBank, routing: Routing) -> bool:
-    return routing.dropout is not None and any(bank.config(name).dropout for name in routing.names)
+def takes_tables(routing: Routing) -> bool:
+    """Whether a route is all in its tables: one slot a row, no weights."""
+    return not any(part.weights_U is not None for plan in routing.plans.values() for part in plan)
 
 
 def _other_inputs(routing: Routing, x: Tensor, given: Sequence[Any]) -> list[Tensor]:

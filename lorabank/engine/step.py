@@ -43,7 +43,7 @@ from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
-from lorabank.kernels.tables import RouteTables
+from lorabank.kernels.tables import DropTables, RouteTables
 from lorabank.notices import warn_once
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
@@ -146,7 +146,7 @@ class Engine:
                     f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
                     f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
                 )
-        return bool(self._fused[1]) and takes_tables(self.bank, routing)
+        return bool(self._fused[1]) and takes_tables(routing)
 
     def leaves(self, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
         """Adapter to its trainable leaves."""
@@ -254,19 +254,24 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
     """The same as `_passed`, from a graph where one was captured."""
     bank = engine.bank
     rows, columns = (send(_lengthened(index), bank.device) for index in trained[:2])
-    (rows_N, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
-    tables = routing.tables(rows_N, length, bank.slot_numbers, slots, device)
+    (units, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
+    if routing.per == "token":
+        units, length = units * length, 1
+    tables = routing.tables(units, length, bank.slot_numbers, slots, device)
     if tables is None:
         return _passed(engine, batch, (rows, columns, rows), routing, None)
+    drops = routing.drops(units, length, bank.slot_numbers, slots, device)
     mask = None if engine.maskless() else batch.mask
     tensors = [batch.input_ids_NL, batch.weights_NL, rows, columns, *tables.tensors, *([] if mask is None else [mask])]
+    tensors += [] if drops is None else drops.tensors
 
     def compute(given: Sequence[Tensor]) -> Tensor:
         ids, weights, rows, columns, order, tiles, chunks, spans, *rest = given
         full = replace(
-            batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=rest[0] if rest else batch.attention_mask_NL
+            batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=batch.attention_mask_NL if mask is None else rest[0]
         )
-        captured = routing.captured(rows_N, length, slots, device, RouteTables(order, tiles, chunks, spans))
+        given_drops = None if drops is None else DropTables(*given[-2:])
+        captured = routing.captured(units, length, slots, device, RouteTables(order, tiles, chunks, spans), given_drops)
         return _passed(engine, full, (rows, columns, rows), captured, None)
 
     places = tuple(block.addresses for block in engine._fused[1])  # a graph holds on to the addresses that it was captured with

@@ -68,6 +68,11 @@ def _mix32(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
+def drop_threshold(probability: float) -> int:
+    """What an element's 32-bit hash must reach for the element to be kept."""
+    return int(probability * 2**32)
+
+
 def dropout_mask(draw: DropoutDraw, tokens: int, channels: int) -> Tensor:
     """Keep-mask divided by the keep probability, fp32 (U, tokens, channels).
 
@@ -81,5 +86,5 @@ def dropout_mask(draw: DropoutDraw, tokens: int, channels: int) -> Tensor:
     token_UT1 = _mix32(example_UT ^ _mix32(places_UT + 0x27D4EB2F)).unsqueeze(2)
     channel_I = _mix32(torch.arange(channels, device=device) + 0x165667B1)
     hashed = _mix32(token_UT1 ^ channel_I)
-    keep = hashed >= int(draw.probability * 2**32)
+    keep = hashed >= drop_threshold(draw.probability)
     return keep.to(torch.float32) / (1.0 - draw.probability)

@@ -39,11 +39,49 @@ class RouteTables:
 
     def to(self, device: torch.device) -> RouteTables:
         """The same on another device, without waiting for it."""
-        return RouteTables(*(_send(table, device) for table in self.tensors))
+        return RouteTables(*(send(table, device) for table in self.tensors))
 
 
-def _send(table: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
+@dataclass(frozen=True)
+class DropTables:
+    """What a batch's dropout masks are drawn from, besides each layer's own numbers. int32, whose bits are unsigned numbers."""
+
+    steps_P: Tensor
+    """Optimizer step of each slot."""
+    draws_N2: Tensor
+    """(example, place of the token in it) of each entry of `RouteTables.order_N`."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the fields."""
+        return self.steps_P, self.draws_N2
+
+
+def drop_tables(
+    order_N: Tensor, tokens: int, steps_P: Sequence[int], examples: Tensor, places_UT: Tensor | None = None
+) -> DropTables:
+    """Tables on order_N's device. `tokens`: of each unit. `examples`: int64, the identity of each unit's example.
+
+    Where units are packed: of each token's, (U, T), with its place in it.
+    """
+    device = order_N.device
+    steps = send(bits32(torch.tensor(steps_P, dtype=torch.int64)), device)
+    if places_UT is None:
+        unit_N = order_N // tokens
+        example_N, place_N = send(examples, device).index_select(0, unit_N), order_N - unit_N * tokens
+    else:
+        example_N, place_N = (send(each.reshape(-1), device).index_select(0, order_N) for each in (examples, places_UT))
+    return DropTables(steps, torch.stack([bits32(example_N), bits32(place_N.long())], 1))
+
+
+def bits32(numbers: Tensor) -> Tensor:
+    """The low 32 bits of int64 numbers as int32, which is what kernels read."""
+    return (((numbers & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)
+
+
+def send(table: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for a GPU's queue."""
+    if device.type != "cuda" or table.device.type != "cpu":
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
 

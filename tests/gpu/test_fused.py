@@ -347,14 +347,50 @@ def test_a_captured_pass_leaves_gradients_that_the_next_does_not_change() -> Non
 
 
 def test_what_can_not_be_captured_is_not() -> None:
-    bank = make_bank()
-    bank.remove("b")
-    add(bank, "b", 11, dropout=0.2)
-    engine = Engine(bank)
-    for step in range(5):
-        forward_backward(engine, batch_of(LENGTHS, MIXED), steps={"a": step, "b": step})
+    engine = Engine(make_bank(), base_dropout=True)
+    for _ in range(5):
+        forward_backward(engine, batch_of(LENGTHS, MIXED))
     assert not engine.graphs._captured
     assert engine.graphs.refused is None
+
+
+def _dropping(bank: AdapterBank) -> AdapterBank:
+    """The bank with dropout for "b" alone, and a third adapter that drops most."""
+    bank.remove("b")
+    add(bank, "b", 11, dropout=0.3)
+    add(bank, "c", 16, dropout=0.8)
+    return bank
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_the_plain_paths(dtype: torch.dtype, checkpointing: bool) -> None:
+    plain, fused = _dropping(make_bank(dtype, fused=False)), _dropping(make_bank(dtype))
+    engines = eager(plain), eager(fused, gradient_checkpointing=checkpointing)
+    made = None
+    for step, routes in enumerate((["a", "b", BASE, "c"], ["c", "b", "b", "a"], ["b", BASE, "a", "c"])):
+        batch, steps = batch_of(LENGTHS, routes, seed=step), {"a": 0, "b": step, "c": 7 * step}
+        expected = backward(plain, batch, engines[0], steps=steps)
+        assert_same(backward(fused, batch, engines[1], steps=steps), expected, TOLERANCE[dtype])
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert made in (None, graphs)  # other steps and routes compile nothing
+        made = graphs
+
+
+def test_captured_passes_with_dropout_follow_the_step() -> None:
+    bank = _dropping(make_bank())
+    captured, uncaptured = Engine(bank), eager(bank)
+    drawn: list[float] = []
+    for step in range(8):
+        batch, steps = (
+            batch_of((20,) * 4, ["a", "b", BASE, "c"] if step < 6 else ["b", "c", "c", "a"]),
+            {"b": step, "c": step, "a": 0},
+        )
+        found = backward(bank, batch, captured, steps=steps)
+        assert_same(found, backward(bank, batch, uncaptured, steps=steps), TOLERANCE[torch.float32])
+        drawn.append(found[0]["b"].loss_sum)
+    assert len(captured.graphs._captured) == 1
+    assert captured.graphs.refused is None
+    assert len({*drawn}) == len(drawn)
 
 
 def test_a_bank_that_changes_is_captured_anew() -> None:

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabank.kernels.tables import CHUNKS, LONGEST_CHUNK, SHORTEST_CHUNK, TILE, RouteTables, route_tables
+from lorabank.kernels.tables import (
+    CHUNKS,
+    LONGEST_CHUNK,
+    SHORTEST_CHUNK,
+    TILE,
+    RouteTables,
+    bits32,
+    drop_tables,
+    route_tables,
+)
 
 Rows = Mapping[int, Sequence[int]]
 
@@ -121,3 +130,25 @@ def test_any_route(owners: list[int], tokens: int, idle: set[int], order: Random
     for mine in rows.values():
         order.shuffle(mine)
     check(route_tables(rows, len(owners), tokens, 7), rows, len(owners), tokens, 7)
+
+
+def test_dropout_is_drawn_from_each_entrys_example_and_place() -> None:
+    units, tokens = 5, 7
+    order_N = route_tables({1: [3, 0], 0: [4]}, units, tokens, 2).order_N
+    examples_U = torch.tensor([5, 0x9E3779B1 * 12345, -1, 2**32 + 6, 2**31])
+    tables = drop_tables(order_N, tokens, [2**31 + 3, 9], examples_U)
+    assert all(table.dtype == torch.int32 and table.is_contiguous() for table in tables.tensors)
+    assert [step & 0xFFFFFFFF for step in tables.steps_P.tolist()] == [2**31 + 3, 9]
+    found = [(example & 0xFFFFFFFF, place) for example, place in tables.draws_N2.tolist()]
+    assert found == [(int(examples_U[token // tokens]) & 0xFFFFFFFF, token % tokens) for token in order_N.tolist()]
+
+
+def test_dropout_of_a_batch_without_tokens() -> None:
+    for units, tokens in ((0, 3), (2, 0)):
+        tables = drop_tables(route_tables({}, units, tokens, 1).order_N, tokens, [0], torch.arange(units))
+        assert tables.draws_N2.shape == (0, 2)
+
+
+def test_the_low_32_bits_stay() -> None:
+    numbers = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7, -1, -(2**31), -(2**63)]
+    assert [bits & 0xFFFFFFFF for bits in bits32(torch.tensor(numbers)).tolist()] == [n & 0xFFFFFFFF for n in numbers]

@@ -23,7 +23,9 @@ from lorabank.kernels.gpu import siblings_op as _siblings_op  # noqa: F401  regi
 
 Backend = Callable[[GraphModule, list[Any]], Any]
 _SHARED = ("order", "tiles", "chunks", "spans", "storage", "width")
-_FIELDS = ("x", "base", "bias", "A", "B", "ranks", "scaling", "order", "tiles", "chunks", "spans", "storage", "width")
+_FIELDS = ("x", "base", "bias", "A", "B", "ranks", "scaling", "order", "tiles", "chunks", "spans", "storage", "width", "drops")
+_OF_BATCH = 2
+"""Tensors in `drops` that are the batch's; one of each layer follows."""
 
 
 KEEPS: Mapping[str, Mapping[str, Any]] = {
@@ -84,8 +86,8 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
         if activation is None or not isinstance(left, Node) or len(left.users) > 1:
             continue
         gate, up = _layer_of(left.args[0]), _layer_of(right)
-        if gate is None or up is None or gate is up or not _alike([gate, up, down]):
-            continue
+        if gate is None or up is None or gate is up or not _alike([gate, up, down]) or down.args[_FIELDS.index("drops")]:
+            continue  # `lora_mlp` makes h where its mask would have to be drawn, and draws none
         width = down.args[_FIELDS.index("width")]
         if gate.args[0] is up.args[0] and isinstance(width, int) and width <= mlp.WIDEST:
             return gate, up, activation
@@ -115,19 +117,20 @@ def _is_layer(node: Node) -> bool:
 
 
 def _alike(nodes: Sequence[Node]) -> bool:
-    """Whether layers agree in what they must share: the batch's tables, storage, width, and having a bias or none."""
+    """Whether layers agree in what they must share: the batch's tables, storage, width, and having a bias and dropout or none."""
     return len({_shared(node) for node in nodes}) == 1
 
 
 def _shared(node: Node) -> tuple[Any, ...]:
     args: dict[str, Any] = dict(zip(_FIELDS, node.args, strict=True))
-    return (*(args[name] for name in _SHARED), args["bias"] is None, len(args["base"]))
+    return (*(args[name] for name in _SHARED), args["bias"] is None, len(args["base"]), *args["drops"][:_OF_BATCH])
 
 
 def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str) -> None:
     graph = graph_module.graph
+    *arguments, _ = _joined([gate, up, down])
     with graph.inserting_before(down):
-        joint = graph.call_function(torch.ops.lorabank.lora_mlp, (*_joined([gate, up, down]), activation))
+        joint = graph.call_function(torch.ops.lorabank.lora_mlp, (*arguments, activation))
     for user in list(down.users):
         with graph.inserting_after(joint):
             result = graph.call_function(operator.getitem, (joint, 0 if user.args[1] == 0 else 5))
@@ -139,9 +142,11 @@ def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, ac
 def _joined(nodes: Sequence[Node]) -> tuple[Any, ...]:
     """The arguments of an op for all of the layers. Of their x it takes the first."""
     columns: list[list[Any]] = [list(column) for column in zip(*(node.args for node in nodes), strict=True)]
-    x, bases, biases, As, Bs, ranks, scalings, *shared = columns
+    x, bases, biases, As, Bs, ranks, scalings, *shared, drops = columns
     flat = [tensor for base in bases for tensor in base]
-    return x[0], flat, [] if biases[0] is None else biases, As, Bs, ranks, scalings, *(column[0] for column in shared)
+    joint = [*drops[0][:_OF_BATCH], *(tensor for mine in drops for tensor in mine[_OF_BATCH:])]
+    biases = [] if biases[0] is None else biases
+    return x[0], flat, biases, As, Bs, ranks, scalings, *(column[0] for column in shared), joint
 
 
 def group_siblings(graph_module: GraphModule) -> int:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
 from lorabank.kernels.tables import TILE, RouteTables
 
 WIDEST_BLOCK = 128
@@ -34,9 +35,9 @@ SHARED_BYTES = 96 * 1024
 
 @triton.jit
 def _shrink(
-    x, weight, narrow, parts, order, tiles, ranks, scaling, features, entries, share,
+    x, weight, narrow, parts, order, tiles, ranks, scaling, odds, steps, draws, features, entries, share,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ over features of x[token, f] · weight[start + rank, f]: with WHOLE scaled into narrow, else a share into parts."""
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -46,6 +47,7 @@ def _shrink(
         if block * BLOCK_R < rank:
             m, r = tl.arange(0, BLOCK_M), block * BLOCK_R + tl.arange(0, BLOCK_R)
             rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
+            key_m, bar = _row_keys(odds, steps, draws, slot, first + m, m < count, DROP), _bar(odds, slot, DROP)
             begin = split * share
             end = tl.minimum(features, begin + share)
             total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -59,6 +61,7 @@ def _shrink(
                     mask=(r < rank)[:, None] & (f < end)[None, :],
                     other=0.0,
                 )
+                x_tile = _kept(x_tile, 0.0, key_m, _column_keys(f, DROP), bar, DROP)
                 total = tl.dot(x_tile, tl.trans(w_tile.to(x_tile.dtype)), total, input_precision=PRECISION)
             kept = (m < count)[:, None] & (r < rank)[None, :]
             entry = (first + m).to(tl.int64)
@@ -94,9 +97,9 @@ def _gather(
 
 @triton.jit
 def _expand(
-    out, narrow, weight, bias, order, tiles, ranks, features,
+    out, narrow, weight, bias, order, tiles, ranks, odds, steps, draws, features,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ over ranks of narrow · weight[start + rank, f]: with ADD added to out[token, f], else written there (+ bias)."""
     tile, column = tl.program_id(0), tl.program_id(1)
@@ -122,6 +125,8 @@ def _expand(
                 other=0.0,
             )
             total = tl.dot(small, w_tile.to(small.dtype), total, input_precision=PRECISION)
+        key_m, bar = _row_keys(odds, steps, draws, slot, first + m, m < count, DROP), _bar(odds, slot, DROP)
+        total = _kept(total, 0.0, key_m, _column_keys(f, DROP), bar, DROP)
         inside = (m < count)[:, None] & (f < features)[None, :]
         target = out + rows[:, None] * features + f[None, :]
         if BIAS:
@@ -133,8 +138,9 @@ def _expand(
 
 @triton.jit
 def _outer(
-    narrow, wide, parts, grad, order, chunks, ranks, features,
-    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    narrow, wide, parts, grad, order, chunks, ranks, odds, steps, draws, features,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ over a chunk's tokens of narrow[entry, rank] · wide[token, f]: into grad for a slot's only chunk, else into parts."""
     chunk, column, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -144,6 +150,7 @@ def _outer(
     start, rank = tl.load(ranks + place).to(tl.int64), tl.load(ranks + place + 1)
     if (count > 0) & (slot >= 0) & (block * BLOCK_R < rank):
         r, f = block * BLOCK_R + tl.arange(0, BLOCK_R), column * BLOCK_F + tl.arange(0, BLOCK_F)
+        columns, bar = _column_keys(f, DROP), _bar(odds, slot, DROP)
         total = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
         for at in range(0, count, BLOCK_N):
             n = at + tl.arange(0, BLOCK_N)
@@ -156,6 +163,8 @@ def _outer(
             tile = tl.load(
                 wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0
             )
+            key_n = _row_keys(odds, steps, draws, slot, first + n, n < count, DROP)
+            tile = _kept(tile, 0.0, key_n, columns, bar, DROP)
             total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
         inside = (r < rank)[:, None] & (f < features)[None, :]
         if only == 1:
@@ -232,8 +241,13 @@ def _stages(rows: int, block_f: int, item: int, block_r: int) -> int:
     return max(1, min(4, SHARED_BYTES // (block_f * (rows * item + block_r * 4))))
 
 
-def shrink(x_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor, width: int) -> Tensor:
-    """scaling · x·weightᵀ of each entry, in x's dtype, (N, W). Entries without a slot, ranks that a slot lacks stay unwritten."""
+def shrink(
+    x_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor, width: int, drops: Drops = ()
+) -> Tensor:
+    """scaling · x·weightᵀ of each entry, in x's dtype, (N, W). Entries without a slot, ranks that a slot lacks stay unwritten.
+
+    `drops`: what x is dropped by.
+    """
     entries, features = x_NF.shape
     tiles = tables.tiles_S4.shape[0]
     block_r = min(width, WIDEST_BLOCK)
@@ -242,12 +256,14 @@ def shrink(x_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tenso
     splits = max(1, min(features // 512, PROGRAMS // tiles))
     block_f = block_f if splits > 1 or block_r > 64 or x_NF.element_size() > 2 else 256
     share = -(-features // (splits * block_f)) * block_f
+    block_f = min(block_f, 128) if drops else block_f  # a mask takes registers; sums stay in the same order
     narrow = torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device)
     parts = narrow if splits == 1 else torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device)
     _launch(_shrink)[(tiles, splits, width // block_r)](
-        x_NF, weight_RF, narrow, parts, tables.order_N, tables.tiles_S4, ranks_P2, scaling_P, features, entries, share,
-        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, WHOLE=splits == 1, PRECISION=_precision(x_NF.dtype),
-        num_warps=4, num_stages=_stages(TILE, block_f, x_NF.element_size(), block_r),
+        x_NF, weight_RF, narrow, parts, tables.order_N, tables.tiles_S4, ranks_P2, scaling_P, *pointers(drops, 1, ranks_P2),
+        features, entries, share,
+        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, WHOLE=splits == 1, DROP=bool(drops),
+        PRECISION=_precision(x_NF.dtype), num_warps=4, num_stages=_stages(TILE, block_f, x_NF.element_size(), block_r),
     )  # fmt: skip
     if splits > 1:
         _gather_into(narrow, parts, tables, ranks_P2, scaling_P)
@@ -262,42 +278,66 @@ def _gather_into(narrow: Tensor, parts: Tensor, tables: RouteTables, ranks_P2: T
     )  # fmt: skip
 
 
-def expand_(out_NF: Tensor, narrow_NW: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor) -> None:
-    """out += narrow·weight in place, for tokens with a slot; rounded once. Other rows aren't touched."""
-    _expand_into(out_NF, narrow_NW, weight_RF, None, tables, ranks_P2, add=True)
+def expand_(
+    out_NF: Tensor, narrow_NW: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, drops: Drops = ()
+) -> None:
+    """out += narrow·weight in place, for tokens with a slot; rounded once. Other rows aren't touched.
+
+    `drops`: what narrow·weight is dropped by, where out is dx.
+    """
+    _expand_into(out_NF, narrow_NW, weight_RF, None, tables, ranks_P2, drops, add=True)
 
 
-def change(narrow_NW: Tensor, weight_RF: Tensor, bias_F: Tensor | None, tables: RouteTables, ranks_P2: Tensor) -> Tensor:
-    """narrow·weight (+ bias) of every token, (N, F), in narrow's dtype: what the frozen product is then added onto."""
+def change(
+    narrow_NW: Tensor, weight_RF: Tensor, bias_F: Tensor | None, tables: RouteTables, ranks_P2: Tensor, drops: Drops = ()
+) -> Tensor:
+    """narrow·weight (+ bias) of every token, (N, F), in narrow's dtype: what the frozen product is then added onto.
+
+    `drops`: as in `expand_`.
+    """
     out = torch.empty((narrow_NW.shape[0], weight_RF.shape[1]), dtype=narrow_NW.dtype, device=narrow_NW.device)
-    _expand_into(out, narrow_NW, weight_RF, bias_F, tables, ranks_P2, add=False)
+    _expand_into(out, narrow_NW, weight_RF, bias_F, tables, ranks_P2, drops, add=False)
     return out
 
 
 def _expand_into(
-    out: Tensor, narrow: Tensor, weight: Tensor, bias: Tensor | None, tables: RouteTables, ranks: Tensor, *, add: bool
+    out: Tensor,
+    narrow: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tables: RouteTables,
+    ranks: Tensor,
+    drops: Drops,
+    *,
+    add: bool,
 ) -> None:
     width, features = narrow.shape[1], weight.shape[1]
     block_r = min(width, WIDEST_BLOCK)
     block_f = 256 if block_r <= 64 and narrow.element_size() == 2 else 128
     _launch(_expand)[(tables.tiles_S4.shape[0], -(-features // block_f))](
-        out, narrow, weight, weight if bias is None else bias, tables.order_N, tables.tiles_S4, ranks, features,
-        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, ADD=add, BIAS=bias is not None,
+        out, narrow, weight, weight if bias is None else bias, tables.order_N, tables.tiles_S4, ranks, *pointers(drops, 1, ranks),
+        features,
+        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, ADD=add, BIAS=bias is not None, DROP=bool(drops),
         PRECISION=_precision(narrow.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
-def outer(narrow_NW: Tensor, wide_NF: Tensor, like_RF: Tensor, tables: RouteTables, ranks_P2: Tensor) -> Tensor:
-    """The gradient of a capacity buffer, fp32 (ΣR, F): narrowᵀ·wide for each slot. Rows that belong to no slot stay unwritten."""
+def outer(
+    narrow_NW: Tensor, wide_NF: Tensor, like_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, drops: Drops = ()
+) -> Tensor:
+    """The gradient of a capacity buffer, fp32 (ΣR, F): narrowᵀ·wide for each slot. Rows that belong to no slot stay unwritten.
+
+    `drops`: what wide is dropped by.
+    """
     width, features = narrow_NW.shape[1], wide_NF.shape[1]
     chunks = tables.chunks_C4.shape[0]
     grad = torch.empty_like(like_RF)
     parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
     block_r = min(width, WIDEST_BLOCK)
-    block_f, block_n = 128, 64
+    block_f, block_n = 32 if drops and wide_NF.element_size() > 2 else 128, 64
     _launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
-        narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, features,
-        WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, PRECISION=_precision(wide_NF.dtype),
+        narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, *pointers(drops, 1, ranks_P2), features,
+        WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),
         num_warps=4, num_stages=_stages(block_n, block_f + block_r, wide_NF.element_size(), 0),
     )  # fmt: skip
     _fold_into(grad, parts, tables, ranks_P2)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
 from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _fold_into, _gather_into, _launch, _precision
 from lorabank.kernels.tables import TILE, RouteTables
 
@@ -51,10 +52,10 @@ def _keep(
 
 @triton.jit
 def _shrink(
-    x, w0, w1, w2, w3, n0, n1, n2, n3, p0, p1, p2, p3, k0, k1, k2, k3, s0, s1, s2, s3,
-    order, tiles, features, entries, share,
+    x, w0, w1, w2, w3, n0, n1, n2, n3, p0, p1, p2, p3, k0, k1, k2, k3, s0, s1, s2, s3, d0, d1, d2, d3,
+    steps, draws, order, tiles, features, entries, share,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x · weightᵀ for C weights, x read once."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -62,6 +63,12 @@ def _shrink(
     if (count > 0) & (slot >= 0):
         m, r = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
+        h0, b0 = _row_keys(d0, steps, draws, slot, first + m, m < count, DROP), _bar(d0, slot, DROP)
+        h1, b1 = _row_keys(d1, steps, draws, slot, first + m, m < count, DROP), _bar(d1, slot, DROP)
+        if C > 2:
+            h2, b2 = _row_keys(d2, steps, draws, slot, first + m, m < count, DROP), _bar(d2, slot, DROP)
+        if C > 3:
+            h3, b3 = _row_keys(d3, steps, draws, slot, first + m, m < count, DROP), _bar(d3, slot, DROP)
         begin = split * share
         end = tl.minimum(features, begin + share)
         t0 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
@@ -71,12 +78,17 @@ def _shrink(
         for at in range(begin, end, BLOCK_F):
             f = at + tl.arange(0, BLOCK_F)
             x_tile = tl.load(x + rows[:, None] * features + f[None, :], mask=(m < count)[:, None] & (f < end)[None, :], other=0.0)
-            t0 = _dot_with(t0, x_tile, w0, k0, slot, r, f, end, features, False, PRECISION)
-            t1 = _dot_with(t1, x_tile, w1, k1, slot, r, f, end, features, False, PRECISION)
+            columns = _column_keys(f, DROP)
+            x0 = _kept(x_tile, 0.0, h0, columns, b0, DROP)
+            t0 = _dot_with(t0, x0, w0, k0, slot, r, f, end, features, False, PRECISION)
+            x1 = _kept(x_tile, 0.0, h1, columns, b1, DROP)
+            t1 = _dot_with(t1, x1, w1, k1, slot, r, f, end, features, False, PRECISION)
             if C > 2:
-                t2 = _dot_with(t2, x_tile, w2, k2, slot, r, f, end, features, False, PRECISION)
+                x2 = _kept(x_tile, 0.0, h2, columns, b2, DROP)
+                t2 = _dot_with(t2, x2, w2, k2, slot, r, f, end, features, False, PRECISION)
             if C > 3:
-                t3 = _dot_with(t3, x_tile, w3, k3, slot, r, f, end, features, False, PRECISION)
+                x3 = _kept(x_tile, 0.0, h3, columns, b3, DROP)
+                t3 = _dot_with(t3, x3, w3, k3, slot, r, f, end, features, False, PRECISION)
         entry = (first + m).to(tl.int64)
         _keep(t0, n0, p0, k0, s0, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
         _keep(t1, n1, p1, k1, s1, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
@@ -94,17 +106,22 @@ def _narrow_tile(narrow, ranks, slot, entry, m, r, count, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _add_layer(total, narrow, weight, ranks, slot, entry, m, r, f, count, features, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """total + one layer's narrow · weight."""
+def _add_layer(
+    total, narrow, weight, ranks, odds, steps, draws, slot, entry, m, r, f, count, features,
+    WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + one layer's narrow · weight, where dropout keeps it."""
     small = _narrow_tile(narrow, ranks, slot, entry, m, r, count, WIDTH)
-    return _dot_with(total, small, weight, ranks, slot, r, f, features, features, True, PRECISION)
+    more = _dot_with(total, small, weight, ranks, slot, r, f, features, features, True, PRECISION)
+    key_m = _row_keys(odds, steps, draws, slot, entry, m < count, DROP)
+    return _kept(more, total, key_m, _column_keys(f, DROP), _bar(odds, slot, DROP), DROP)
 
 
 @triton.jit
 def _change(
-    out, n0, n1, n2, n3, w0, w1, w2, w3, k0, k1, k2, k3, order, tiles, features,
+    out, n0, n1, n2, n3, w0, w1, w2, w3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, order, tiles, features,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ over C layers of narrow · weight: written for every token, or with ADD added for those with a slot."""
     tile, column = tl.program_id(0), tl.program_id(1)
@@ -115,12 +132,16 @@ def _change(
         entry = (first + m).to(tl.int64)
         total = tl.zeros((BLOCK_M, BLOCK_F), dtype=tl.float32)
         if slot >= 0:
-            total = _add_layer(total, n0, w0, k0, slot, entry, m, r, f, count, features, WIDTH, PRECISION)
-            total = _add_layer(total, n1, w1, k1, slot, entry, m, r, f, count, features, WIDTH, PRECISION)
+            total = _add_layer(total, n0, w0, k0, d0, steps, draws, slot, entry, m, r, f, count, features, WIDTH, DROP, PRECISION)
+            total = _add_layer(total, n1, w1, k1, d1, steps, draws, slot, entry, m, r, f, count, features, WIDTH, DROP, PRECISION)
             if C > 2:
-                total = _add_layer(total, n2, w2, k2, slot, entry, m, r, f, count, features, WIDTH, PRECISION)
+                total = _add_layer(
+                    total, n2, w2, k2, d2, steps, draws, slot, entry, m, r, f, count, features, WIDTH, DROP, PRECISION
+                )
             if C > 3:
-                total = _add_layer(total, n3, w3, k3, slot, entry, m, r, f, count, features, WIDTH, PRECISION)
+                total = _add_layer(
+                    total, n3, w3, k3, d3, steps, draws, slot, entry, m, r, f, count, features, WIDTH, DROP, PRECISION
+                )
         inside = (m < count)[:, None] & (f < features)[None, :]
         target = out + rows[:, None] * features + f[None, :]
         if ADD:
@@ -141,9 +162,22 @@ def _put(total, grad, parts, ranks, slot, chunk, only, r, f, features, WIDTH: tl
 
 
 @triton.jit
+def _add_outer(
+    total, narrow, ranks, tile, odds, steps, draws, columns, slot, entry, n, r, count,
+    WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + one layer's narrowᵀ · tile, of which dropout keeps a part."""
+    small = _narrow_tile(narrow, ranks, slot, entry, n, r, count, WIDTH)
+    key_n = _row_keys(odds, steps, draws, slot, entry, n < count, DROP)
+    tile = _kept(tile, 0.0, key_n, columns, _bar(odds, slot, DROP), DROP)
+    return tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _outer(
-    n0, n1, n2, n3, wide, p0, p1, p2, p3, g0, g1, g2, g3, k0, k1, k2, k3, order, chunks, features,
-    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    n0, n1, n2, n3, wide, p0, p1, p2, p3, g0, g1, g2, g3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, order, chunks, features,
+    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """narrowᵀ · wide for C layers over a chunk's tokens, wide read once."""
     chunk, column = tl.program_id(0), tl.program_id(1)
@@ -151,6 +185,7 @@ def _outer(
     only = tl.load(chunks + chunk * 4 + 3)
     if (count > 0) & (slot >= 0):
         r, f = tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
+        columns = _column_keys(f, DROP)
         t0 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t2 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
@@ -162,12 +197,12 @@ def _outer(
             tile = tl.load(
                 wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0
             )
-            t0 = tl.dot(tl.trans(_narrow_tile(n0, k0, slot, entry, n, r, count, WIDTH)), tile, t0, input_precision=PRECISION)
-            t1 = tl.dot(tl.trans(_narrow_tile(n1, k1, slot, entry, n, r, count, WIDTH)), tile, t1, input_precision=PRECISION)
+            t0 = _add_outer(t0, n0, k0, tile, d0, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+            t1 = _add_outer(t1, n1, k1, tile, d1, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
             if C > 2:
-                t2 = tl.dot(tl.trans(_narrow_tile(n2, k2, slot, entry, n, r, count, WIDTH)), tile, t2, input_precision=PRECISION)
+                t2 = _add_outer(t2, n2, k2, tile, d2, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
             if C > 3:
-                t3 = tl.dot(tl.trans(_narrow_tile(n3, k3, slot, entry, n, r, count, WIDTH)), tile, t3, input_precision=PRECISION)
+                t3 = _add_outer(t3, n3, k3, tile, d3, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
         _put(t0, g0, p0, k0, slot, chunk, only, r, f, features, WIDTH)
         _put(t1, g1, p1, k1, slot, chunk, only, r, f, features, WIDTH)
         if C > 2:
@@ -186,23 +221,30 @@ def _stages(bytes_each: int) -> int:
 
 
 def shrink(
-    x_NF: Tensor, weights: Sequence[Tensor], tables: RouteTables, ranks: Sequence[Tensor], scalings: Sequence[Tensor], width: int
+    x_NF: Tensor,
+    weights: Sequence[Tensor],
+    tables: RouteTables,
+    ranks: Sequence[Tensor],
+    scalings: Sequence[Tensor],
+    width: int,
+    drops: Drops = (),
 ) -> list[Tensor]:
-    """lora.shrink of x with each of the weights."""
+    """lora.shrink of x with each of the weights. Each layer has a mask of its own."""
     entries, features = x_NF.shape
     tiles, count, item = tables.tiles_S4.shape[0], len(weights), x_NF.element_size()
     block_f = 128 if width <= 16 and item == 2 else 64
     splits = max(1, min(features // 512, PROGRAMS // tiles))
     share = -(-features // (splits * block_f)) * block_f
+    block_f = 64 if drops else block_f  # a mask a layer takes registers; sums stay in the same order
     narrow = [torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device) for _ in weights]
     parts = narrow
     if splits > 1:
         parts = [torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device) for _ in weights]
     _launch(_shrink)[(tiles, splits)](
         x_NF, *_four(weights), *_four(narrow), *_four(parts), *_four(ranks), *_four(scalings),
-        tables.order_N, tables.tiles_S4, features, entries, share,
-        C=count, WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, WHOLE=splits == 1, PRECISION=_precision(x_NF.dtype),
-        num_warps=4, num_stages=_stages(block_f * (TILE * item + count * width * 4)),
+        *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4, features, entries, share,
+        C=count, WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, WHOLE=splits == 1, DROP=bool(drops),
+        PRECISION=_precision(x_NF.dtype), num_warps=4, num_stages=_stages(block_f * (TILE * item + count * width * 4)),
     )  # fmt: skip
     if splits > 1:
         for mine, part, place, scaling in zip(narrow, parts, ranks, scalings, strict=True):
@@ -216,30 +258,39 @@ def change(
     tables: RouteTables,
     ranks: Sequence[Tensor],
     out_NF: Tensor | None = None,
+    drops: Drops = (),
 ) -> Tensor:
     """Σ of lora.change over the layers, (N, F); added in place to `out_NF`, as lora.expand_ does, where it is given."""
     (entries, width), features, device = narrow[0].shape, weights[0].shape[1], narrow[0].device
     out = torch.empty((entries, features), dtype=narrow[0].dtype, device=device) if out_NF is None else out_NF
-    block_f = 256 if width <= 16 and out.element_size() == 2 else 128
+    block_f = 256 if width <= 16 and out.element_size() == 2 and not drops else 128
     _launch(_change)[(tables.tiles_S4.shape[0], -(-features // block_f))](
-        out, *_four(narrow), *_four(weights), *_four(ranks), tables.order_N, tables.tiles_S4, features,
-        C=len(narrow), WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, ADD=out_NF is not None, PRECISION=_precision(out.dtype),
-        num_warps=4, num_stages=1,
+        out, *_four(narrow), *_four(weights), *_four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4,
+        features,
+        C=len(narrow), WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, ADD=out_NF is not None, DROP=bool(drops),
+        PRECISION=_precision(out.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
 
 
 def outer(
-    narrow: Sequence[Tensor], wide_NF: Tensor, likes: Sequence[Tensor], tables: RouteTables, ranks: Sequence[Tensor]
+    narrow: Sequence[Tensor],
+    wide_NF: Tensor,
+    likes: Sequence[Tensor],
+    tables: RouteTables,
+    ranks: Sequence[Tensor],
+    drops: Drops = (),
 ) -> list[Tensor]:
     """lora.outer of each layer's narrow with the same wide."""
     width, features, chunks = narrow[0].shape[1], wide_NF.shape[1], tables.chunks_C4.shape[0]
     grads = [torch.empty_like(like) for like in likes]
     parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=wide_NF.device) for _ in likes]
-    block_n, block_f, item = 64, 128 if width <= 16 else 64, wide_NF.element_size()
+    block_n, item = 64, wide_NF.element_size()
+    block_f = (64 if item == 2 else 32) if drops else 128 if width <= 16 else 64
     _launch(_outer)[(chunks, -(-features // block_f))](
-        *_four(narrow), wide_NF, *_four(parts), *_four(grads), *_four(ranks), tables.order_N, tables.chunks_C4, features,
-        C=len(narrow), WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION=_precision(wide_NF.dtype),
+        *_four(narrow), wide_NF, *_four(parts), *_four(grads), *_four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N,
+        tables.chunks_C4, features,
+        C=len(narrow), WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),
         num_warps=4, num_stages=_stages(block_n * (block_f + len(narrow) * width) * item),
     )  # fmt: skip
     for grad, part, place in zip(grads, parts, ranks, strict=True):

@@ -1,7 +1,8 @@
 """Adapted linear layers that read the same x as one custom op, `lorabank::lora_linears`; its twin is `lora_linear` for each.
 
 Nobody calls it: `grouping.py` puts it in the place of such layers in a compiled block. Lists have one entry a layer; `bases` all
-tensors of the storages, layer by layer; `biases` is empty where there are none. Results: every layer's y, then every layer's xAᵀ.
+tensors of the storages, layer by layer; `biases` is empty where there are none; `drops` as in dropout.py. Results: every layer's
+y, then every layer's xAᵀ.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from lorabank.kernels.tables import RouteTables
 def _forward(
     x: Tensor, bases: list[Tensor], biases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor],
     scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, storage: str, width: int,
+    drops: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     tables = RouteTables(order, tiles, chunks, spans)
     x_NI = x.reshape(-1, x.shape[-1])
-    narrow = siblings.shrink(x_NI, As, tables, ranks, scalings, width)
+    narrow = siblings.shrink(x_NI, As, tables, ranks, scalings, width, drops)
     kind, count = STORAGES[storage], len(As)
     each = len(bases) // count
     results: list[Tensor] = []
@@ -42,7 +44,8 @@ def _forward(
 
 def _backward(
     dys: list[Tensor], x: Tensor, xas: list[Tensor], bases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor],
-    scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, storage: str, width: int, needs_dx: bool,
+    scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, storage: str, width: int,
+    drops: list[Tensor], needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dA of each layer, dB of each layer]; dx is empty where it isn't needed."""
     tables = RouteTables(order, tiles, chunks, spans)
@@ -54,20 +57,20 @@ def _backward(
         dB, dxa = lora.outer_and_shrink(xas[i], dy, Bs[i], tables, ranks[i], scalings[i])
         dBs.append(dB)
         narrow.append(dxa)
-    dAs = siblings.outer(narrow, x_NI, As, tables, ranks)
+    dAs = siblings.outer(narrow, x_NI, As, tables, ranks, drops)
     if not needs_dx:
         return [x.new_empty(0), *dAs, *dBs]
     kind, each = STORAGES[storage], len(bases) // len(flat)
     parts = [bases[i * each : (i + 1) * each] for i in range(len(flat))]
     if kind.add_input_grad is not None:
-        dx_NI = siblings.change(narrow, As, tables, ranks)
+        dx_NI = siblings.change(narrow, As, tables, ranks, drops=drops)
         for dy, base in zip(flat, parts, strict=True):
             kind.add_input_grad(dx_NI, dy, base)
     else:
         dx_NI = kind.input_grad(flat[0], parts[0])
         for dy, base in zip(flat[1:], parts[1:], strict=True):
             dx_NI = dx_NI + kind.input_grad(dy, base)
-        siblings.change(narrow, As, tables, ranks, out_NF=dx_NI)
+        siblings.change(narrow, As, tables, ranks, out_NF=dx_NI, drops=drops)
     return [dx_NI.view(x.shape), *dAs, *dBs]
 
 
@@ -75,33 +78,34 @@ lora_linears = custom_op("lorabank::lora_linears", _forward)
 lora_linears_backward = custom_op("lorabank::lora_linears_backward", _backward)
 
 
-def _fake_forward(x, bases, biases, As, Bs, ranks, scalings, order, tiles, chunks, spans, storage, width):  # type: ignore[no-untyped-def]
+def _fake_forward(x, bases, biases, As, Bs, ranks, scalings, order, tiles, chunks, spans, storage, width, drops):  # type: ignore[no-untyped-def]
     return [*(x.new_empty(*x.shape[:-1], B.shape[1]) for B in Bs), *(x.new_empty(order.shape[0], width) for _ in Bs)]
 
 
-def _fake_backward(dys, x, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, storage, width, needs_dx):  # type: ignore[no-untyped-def]
+def _fake_backward(dys, x, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, storage, width, drops, needs_dx):  # type: ignore[no-untyped-def]
     return [torch.empty_like(x) if needs_dx else x.new_empty(0), *map(torch.empty_like, As), *map(torch.empty_like, Bs)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, bases, biases, As, Bs, ranks, scalings, order, tiles, chunks, spans, storage, width = inputs
+    x, bases, biases, As, Bs, ranks, scalings, order, tiles, chunks, spans, storage, width, drops = inputs
     count = len(As)
-    ctx.save_for_backward(x, order, tiles, chunks, spans, *output[count:], *As, *Bs, *ranks, *scalings, *bases)
-    ctx.count, ctx.biases, ctx.storage, ctx.width = count, len(biases), storage, width
+    ctx.save_for_backward(x, order, tiles, chunks, spans, *output[count:], *As, *Bs, *ranks, *scalings, *drops, *bases)
+    ctx.count, ctx.biases, ctx.drops, ctx.storage, ctx.width = count, len(biases), len(drops), storage, width
 
 
 def _gradient(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     x, order, tiles, chunks, spans, *rest = ctx.saved_tensors
     count, needs_dx = ctx.count, ctx.needs_input_grad[0]
     xas, As, Bs, ranks, scalings = (rest[i * count : (i + 1) * count] for i in range(5))
-    bases = rest[5 * count :]
+    drops, bases = rest[5 * count : 5 * count + ctx.drops], rest[5 * count + ctx.drops :]
     dx, *more = lora_linears_backward(
-        list(grads[:count]), x, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, ctx.storage, ctx.width, needs_dx
-    )
+        list(grads[:count]), x, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, ctx.storage, ctx.width, drops,
+        needs_dx,
+    )  # fmt: skip
     nothing = [None] * count
     return (
         dx if needs_dx else None, [None] * len(bases), [None] * ctx.biases, more[:count], more[count:], nothing, nothing,
-        *[None] * 6,
+        *[None] * 6, [None] * len(drops),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lorabank.kernels.gpu import lora, mlp, siblings
-from lorabank.kernels.tables import route_tables
+from lorabank.kernels.tables import drop_tables, route_tables
 
 LAUNCHED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -39,6 +39,7 @@ def record(width: int, dtype: torch.dtype) -> None:
     tokens, features, capacity = 4096, 1024, 2 * width
     tables = route_tables({0: range(2)}, 2, tokens // 2, 1)
     ranks, scaling = torch.tensor([[0, width]], dtype=torch.int32), torch.ones(1)
+    odds = torch.zeros(1, 2, dtype=torch.int32)
     x, A = torch.empty(tokens, features, dtype=dtype), torch.empty(capacity, features)
     for size in (2, 1):  # many tokens, and so few that products are split
         few = route_tables({0: range(size)}, size, 64, 1) if size == 1 else tables
@@ -48,12 +49,23 @@ def record(width: int, dtype: torch.dtype) -> None:
         lora.expand_(part, narrow, A, few, ranks)
         lora.outer(narrow, part, A, few, ranks)
         lora.outer_and_shrink(narrow, part, A, few, ranks, scaling)
+        batch = drop_tables(few.order_N, 64, [1], torch.arange(len(part) // 64)).tensors
+        lora.shrink(part, A, few, ranks, scaling, width, [*batch, odds])
+        lora.change(narrow, A, None, few, ranks, [*batch, odds])
+        lora.expand_(part, narrow, A, few, ranks, [*batch, odds])
+        lora.outer(narrow, part, A, few, ranks, [*batch, odds])
         if width <= siblings.WIDEST:
             for count in (2, 3, 4):
                 siblings.shrink(part, [A] * count, few, [ranks] * count, [scaling] * count, width)
                 siblings.change([narrow] * count, [A] * count, few, [ranks] * count)
                 siblings.outer([narrow] * count, part, [A] * count, few, [ranks] * count)
+            for count in (2, 4):
+                drops = [*batch, *[odds] * count]
+                siblings.shrink(part, [A] * count, few, [ranks] * count, [scaling] * count, width, drops)
+                siblings.change([narrow] * count, [A] * count, few, [ranks] * count, drops=drops)
+                siblings.outer([narrow] * count, part, [A] * count, few, [ranks] * count, drops)
             siblings.change([narrow] * 2, [A] * 2, few, [ranks] * 2, out_NF=part)
+            siblings.change([narrow] * 2, [A] * 2, few, [ranks] * 2, out_NF=part, drops=[*batch, odds, odds])
         if width <= mlp.WIDEST:
             for activation in mlp.ACTIVATIONS:
                 mlp.gate_up([part, part], [narrow] * 2, [A, A], A, few, [ranks] * 3, scaling, activation)

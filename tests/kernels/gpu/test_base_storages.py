@@ -53,7 +53,7 @@ def test_the_op_over_a_quantised_base(storage: str, bias: bool, compiled: bool, 
     scaling = torch.ones(8, device=device)
 
     def call(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return op.lora_linear(x, base, b, A, B, ranks, scaling, *tables.tensors, storage, table_width(5))[0]
+        return op.lora_linear(x, base, b, A, B, ranks, scaling, *tables.tensors, storage, table_width(5), [])[0]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")  # the compiler's own

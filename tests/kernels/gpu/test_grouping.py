@@ -13,7 +13,8 @@ from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
 from lorabank.kernels.gpu import grouping, mlp, op
-from lorabank.kernels.tables import RouteTables, route_tables
+from lorabank.kernels.segments import drop_threshold
+from lorabank.kernels.tables import DropTables, RouteTables, bits32, drop_tables, route_tables
 
 UNITS, TOKENS, INPUTS, MIDDLE, CAPACITY, WIDTH = 5, 7, 20, 36, 24, 16
 pytestmark = pytest.mark.filterwarnings(
@@ -40,9 +41,16 @@ class Layer:
         self.ranks = torch.tensor([[0, 3 + seed % 3], [8, 2], [10, 11]], dtype=torch.int32, device=device)
         self.scaling = torch.tensor([2.0, 1.0, 0.5], device=device)
 
-    def __call__(self, x: Tensor, batch: RouteTables) -> Tensor:
+        chances = (0.5, 0.2, 0.0)
+        self.kept_scaling = self.scaling / (1 - torch.tensor(chances, device=device))
+        self.odds = bits32(torch.tensor([[seed, drop_threshold(chance)] for chance in chances])).to(device)
+
+    def __call__(self, x: Tensor, batch: RouteTables, drops: DropTables | None = None) -> Tensor:
+        """With `drops` slot 0 drops half and slot 2 nothing, each layer by a mask of its own."""
+        scaling = self.scaling if drops is None else self.kept_scaling
+        given = [] if drops is None else [*drops.tensors, self.odds]
         return torch.ops.lorabank.lora_linear(
-            x, [self.weight], self.bias, self.A, self.B, self.ranks, self.scaling, *batch.tensors, "linear", WIDTH
+            x, [self.weight], self.bias, self.A, self.B, self.ranks, scaling, *batch.tensors, "linear", WIDTH, given
         )[0]
 
     def gradients(self) -> list[Tensor]:
@@ -56,6 +64,11 @@ class Layer:
         return found
 
 
+def drawn(batch: RouteTables, step: int = 0) -> DropTables:
+    """What the batch's dropout is drawn from."""
+    return drop_tables(batch.order_N, TOKENS, [step, 1, 2], torch.arange(UNITS))
+
+
 def run(layers: list[Layer], x: Tensor, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """The function's value, and the gradients of x and of every layer."""
     x = x.clone().requires_grad_()
@@ -66,7 +79,7 @@ def run(layers: list[Layer], x: Tensor, function: Callable[[Tensor], Tensor]) ->
     return [y.detach(), x.grad, *(gradient for layer in layers for gradient in layer.gradients())]
 
 
-def compiled(function: Callable[[Tensor], Tensor], mlps: bool, seen: dict[str, int]) -> Callable[[Tensor], Tensor]:
+def compiled(function: Callable[..., Tensor], mlps: bool, seen: dict[str, int]) -> Callable[..., Tensor]:
     """The function through the passes; `seen` counts what they did."""
 
     def backend(module: GraphModule, inputs: list[Any]) -> Any:
@@ -114,6 +127,50 @@ def test_siblings_under_other_routes(rows: dict[int, list[int]], x: Tensor, devi
         return layers[0](x, batch) * layers[1](x, batch) + layers[2](x, batch)
 
     close(run(layers, x, compiled(function, False, {})), run(layers, x, function))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [2, 4])
+def test_siblings_with_dropout_equal_one_layer_after_the_other(count: int, bias: bool, x: Tensor, device: torch.device) -> None:
+    layers = [Layer(INPUTS, 12 + 4 * i, i, device, bias=bias) for i in range(count)]
+    batch, seen = tables(device), {}
+
+    def function(x: Tensor, *drops: Tensor) -> Tensor:
+        return torch.cat([layer(x, batch, DropTables(*drops) if drops else None) for layer in layers], -1)
+
+    joint = compiled(function, False, seen)
+    for step in (0, 7):
+        drops = drawn(batch, step).tensors
+        expected = run(layers, x, lambda x, drops=drops: function(x, *drops))
+        close(run(layers, x, lambda x, drops=drops: joint(x, *drops)), expected)
+        assert seen == {"siblings": count}
+    plain = run(layers, x, function)
+    assert torch.equal(expected[0][[1, 2, 4]], plain[0][[1, 2, 4]])
+    assert not torch.isclose(expected[0][[0, 3]], plain[0][[0, 3]]).all(-1).any()
+
+
+def test_layers_with_dropout_are_no_siblings_of_layers_without(x: Tensor, device: torch.device) -> None:
+    layers = [Layer(INPUTS, 12, i, device) for i in range(2)]
+    batch, seen = tables(device), {}
+    drops = drawn(batch)
+
+    def function(x: Tensor) -> Tensor:
+        return layers[0](x, batch, drops) + layers[1](x, batch)
+
+    close(run(layers, x, compiled(function, False, seen)), run(layers, x, function))
+    assert seen == {"siblings": 0}
+
+
+def test_a_gated_mlp_with_dropout_stays_layers(x: Tensor, device: torch.device) -> None:
+    gate, up = (Layer(INPUTS, MIDDLE, i, device) for i in (0, 1))
+    down, seen, batch = Layer(MIDDLE, INPUTS, 2, device), {}, tables(device)
+    drops = drawn(batch)
+
+    def function(x: Tensor) -> Tensor:
+        return down(F.silu(gate(x, batch, drops)) * up(x, batch, drops), batch, drops)
+
+    close(run([gate, up, down], x, compiled(function, True, seen)), run([gate, up, down], x, function))
+    assert seen == {"mlps": 0, "siblings": 2}
 
 
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)

@@ -6,7 +6,7 @@ On a machine without a GPU the op is a plain custom op around the interpreted ke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,8 +16,8 @@ from torch import Tensor
 from lorabank.bank.fused import table_width
 from lorabank.kernels import reference
 from lorabank.kernels.gpu import op
-from lorabank.kernels.segments import Segment
-from lorabank.kernels.tables import route_tables
+from lorabank.kernels.segments import DropoutDraw, Segment, drop_threshold
+from lorabank.kernels.tables import RouteTables, bits32, drop_tables, route_tables
 
 TOLERANCE = 2e-5
 """fp32: the order of sums. Of a tensor's largest entry."""
@@ -36,18 +36,45 @@ class Layer:
     spots: Mapping[int, tuple[int, int]]
     """Slot to (first row in A and B, rank)."""
     device: torch.device
+    dropout: Mapping[int, float] = field(default_factory=dict)
+    """Slot to its chance; empty: nothing drops."""
+    step: int = 3
 
     def scaling(self, slot: int) -> float:
         return 0.5 + slot
+
+    def draw(self, slot: int, rows: Sequence[int]) -> DropoutDraw:
+        examples = 2 * torch.tensor(rows, device=self.device) + 11
+        return DropoutDraw(probability=self.dropout[slot], seed=slot - 5, step=self.step, examples_U=examples)
+
+    def drops(self, tables: RouteTables, units: int) -> list[Tensor]:
+        """What the op draws them from."""
+        if not self.dropout:
+            return []
+        odds = [[(slot - 5) & 0xFFFFFFFF, drop_threshold(self.dropout.get(slot, 0.0))] for slot in range(8)]
+        batch = drop_tables(tables.order_N, len(tables.order_N) // units, [self.step] * 8, 2 * torch.arange(units) + 11)
+        return [*batch.tensors, bits32(torch.tensor(odds)).to(self.device)]
 
     def arguments(self, x: Tensor, rows: Mapping[int, Sequence[int]]) -> tuple[Any, ...]:
         """Those of the op for a batch whose units are the first dimension of x."""
         tables = route_tables(rows, x.shape[0], x.numel() // x.shape[-1] // x.shape[0], 8).to(self.device)
         ranks = torch.tensor([self.spots.get(slot, (0, 0)) for slot in range(8)], dtype=torch.int32, device=self.device)
-        scaling = torch.tensor([self.scaling(slot) for slot in range(8)], device=self.device)
+        scaling = torch.tensor([self.scaling(slot) / (1 - self.dropout.get(slot, 0.0)) for slot in range(8)], device=self.device)
         stored = self.weight_OI if self.storage == "linear" else self.weight_OI.t().contiguous()
         width = table_width(max(rank for _, rank in self.spots.values()))
-        return x, [stored], self.bias_O, self.A, self.B, ranks, scaling, *tables.tensors, self.storage, width
+        return (
+            x,
+            [stored],
+            self.bias_O,
+            self.A,
+            self.B,
+            ranks,
+            scaling,
+            *tables.tensors,
+            self.storage,
+            width,
+            self.drops(tables, x.shape[0]),
+        )
 
     def plain(self, x: Tensor, rows: Mapping[int, Sequence[int]]) -> Tensor:
         """The definition."""
@@ -57,7 +84,8 @@ class Layer:
                 first, rank = self.spots[slot]
                 a, b = self.A[first : first + rank], self.B[first : first + rank]
                 where = torch.tensor(mine, dtype=torch.int64, device=self.device)
-                segments.append(Segment(rows=where, A_RI=a, B_RO=b, scaling=self.scaling(slot)))
+                draw = self.draw(slot, mine) if self.dropout.get(slot) else None
+                segments.append(Segment(rows=where, A_RI=a, B_RO=b, scaling=self.scaling(slot), dropout=draw))
         return reference.lora_linear(x, self.weight_OI, self.bias_O, segments, x.shape[0])
 
 
@@ -136,8 +164,36 @@ def test_ranks_and_routes(device: torch.device, ranks: dict[int, int], rows: Map
 
 def _frozen(layer: Layer) -> Layer:
     """The same without anything to train."""
-    fields = {**vars(layer), "A": layer.A.detach(), "B": layer.B.detach()}
-    return Layer(**fields)
+    return replace(layer, A=layer.A.detach(), B=layer.B.detach())
+
+
+DROPPING = [{2: 0.5}, {0: 0.1, 2: 0.0}, {0: 0.3, 1: 0.9, 2: 0.7}]
+
+
+@pytest.mark.parametrize("dropout", DROPPING)
+@pytest.mark.parametrize("storage", ["linear", "conv1d"])
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 2)])
+def test_dropout(device: torch.device, storage: str, shape: tuple[int, ...], dropout: Mapping[int, float]) -> None:
+    layer, x = replace(make_layer(device, storage), dropout=dropout), make_x(device, *shape)
+    compare(layer, x, ROWS)
+    y, _ = op.lora_linear(*layer.arguments(x, ROWS))
+    dry, _ = op.lora_linear(*replace(layer, dropout={}).arguments(x, ROWS))
+    for slot, rows in ROWS.items():
+        assert torch.equal(y[rows], dry[rows]) == (not dropout.get(slot)), slot
+    assert torch.equal(y[3], dry[3])
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compiled_with_dropout_another_draw_compiles_nothing(device: torch.device, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *args: torch.ops.lorabank.lora_linear(*args), backend="aot_eager", fullgraph=True, dynamic=dynamic
+    )
+    layer, x = make_layer(device), make_x(device, 5, 3)
+    compare(replace(layer, dropout=DROPPING[0]), x, ROWS, compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, dropout in enumerate(DROPPING):
+            compare(replace(layer, dropout=dropout, step=step), x, ROWS, compiled)
 
 
 @pytest.mark.parametrize("storage", ["linear", "conv1d"])
@@ -237,16 +293,22 @@ def _complete(device: torch.device, storage: str) -> tuple[Layer, Tensor, Mappin
 
 
 @pytest.mark.parametrize("storage", ["linear", "conv1d"])
-def test_the_forward_op_is_registered_right(device: torch.device, storage: str) -> None:
+@pytest.mark.parametrize("dropout", [{}, {0: 0.5}])
+def test_the_forward_op_is_registered_right(device: torch.device, storage: str, dropout: Mapping[int, float]) -> None:
     layer, x, rows = _complete(device, storage)
+    layer = replace(layer, dropout=dropout)
     torch.library.opcheck(op.lora_linear, layer.arguments(x, rows), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("storage", ["linear", "conv1d"])
 @pytest.mark.parametrize("needs_dx", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
-def test_the_backward_op_is_registered_right(device: torch.device, storage: str, needs_dx: bool, turned: bool) -> None:
+@pytest.mark.parametrize("dropout", [{}, {0: 0.5}])
+def test_the_backward_op_is_registered_right(
+    device: torch.device, storage: str, needs_dx: bool, turned: bool, dropout: Mapping[int, float]
+) -> None:
     layer, x, rows = _complete(device, storage)
+    layer = replace(layer, dropout=dropout)
     with torch.no_grad():
         if turned:
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
