@@ -108,11 +108,11 @@ class PassGraphs:
     ) -> _Captured | None:
         while len(self._captured) >= self._kept:
             self._captured.popitem(last=False)
-        if not self._captured:
-            self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone can't be used again
         inputs = [tensor.clone() for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
         try:
+            if not self._captured:
+                self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone can't be used again
             with torch.cuda.graph(graph, pool=self._pool):
                 row_losses = compute(inputs)
         except torch.OutOfMemoryError:
