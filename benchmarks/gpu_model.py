@@ -95,6 +95,8 @@ class Work:
     storage: str = "bf16"
     """Of the frozen base: bf16, fp8 or nf4."""
     recompute: bool = False
+    offload: bool = False
+    """Keep what recomputation starts from on the host."""
     cap_gib: float | None = None
     """Memory that the process may take."""
 
@@ -117,7 +119,9 @@ class Training:
         for name, rank in zip(self.names, work.ranks, strict=True):
             self.bank.add(name, lb.AdapterConfig(rank=rank, alpha=ALPHA, targets=TARGETS))
         self._compiled = compile_blocks(model) if compiled else []
-        self.engine = Engine(self.bank, gradient_checkpointing=work.recompute, cuda_graphs=graphs)
+        self.engine = Engine(
+            self.bank, gradient_checkpointing=work.recompute, activation_offloading=work.offload, cuda_graphs=graphs
+        )
         self.optimizer = SlotOptimizer(self.bank)
         for name in self.names:
             self.optimizer.add(name)

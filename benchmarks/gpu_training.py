@@ -40,7 +40,7 @@ STEPS = {
     "one-2x2048": Work(rows=2, tokens=2048),
     "one-1x512": Work(rows=1, tokens=512),
     "eight-8x512": Work(rows=8, tokens=512, ranks=(16,) * 8),
-    "one-4x2048-recompute": Work(rows=4, tokens=2048, recompute=True),
+    "one-4x2048-recompute": Work(rows=4, tokens=2048, recompute=True, offload=True),
     "fp8-2x2048": Work(rows=2, tokens=2048, storage="fp8"),
     "fp8-4x2048": Work(rows=4, tokens=2048, storage="fp8"),
     "nf4-2x2048-recompute": Work(rows=2, tokens=2048, storage="nf4", recompute=True, cap_gib=24.0),
@@ -65,7 +65,7 @@ def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
         first = time.perf_counter() - began
         row: Row = {
             "layers": bases.shape.layers, "adapters": len(work.ranks), "rows": work.rows, "tokens": work.tokens,
-            "storage": work.storage, "recompute": work.recompute, "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
+            "storage": work.storage, "recompute": work.recompute, "offload": work.offload, "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
             "first_step_peak_gib": peak_gib(),
         }  # fmt: skip
         torch.cuda.reset_peak_memory_stats()  # before the pass that is captured: a replay allocates nothing, its pool counts
