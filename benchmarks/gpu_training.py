@@ -65,7 +65,8 @@ def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
         first = time.perf_counter() - began
         row: Row = {
             "layers": bases.shape.layers, "adapters": len(work.ranks), "rows": work.rows, "tokens": work.tokens,
-            "storage": work.storage, "recompute": work.recompute, "offload": work.offload, "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
+            "storage": work.storage, "recompute": work.recompute,
+            "offload": work.offload, "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
             "first_step_peak_gib": peak_gib(),
         }  # fmt: skip
         torch.cuda.reset_peak_memory_stats()  # before the pass that is captured: a replay allocates nothing, its pool counts

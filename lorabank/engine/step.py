@@ -6,176 +6,39 @@ pile up in the leaves until `optim_step` divides them by the adapter's own token
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import Routing, RowRoute
-from lorabank.config.checks import check_choice
-from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch, send
-from lorabank.engine.fused_block import FusedBlock, fused_blocks, left_out, slot_count, takes_tables
+from lorabank.engine.engine import Engine as Engine
+from lorabank.engine.fused_block import slot_count
 from lorabank.engine.gradients import fresh_gradients
-from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.head import (
     SplitHead,
-    check_decoder,
     check_vocabulary,
     logits_of,
     longest_row,
-    output_head,
-    split_head,
-    works_without_masks,
 )
-from lorabank.engine.loss_scale import LossScales
-from lorabank.engine.losses import LOSSES, Loss, LossInputs, nll
-from lorabank.engine.modes import evaluation_mode, no_random_draws, step_mode
-from lorabank.engine.offload import Offload
-from lorabank.engine.packing import Packing, find_packing, packed_tensors, windows
-from lorabank.engine.parts import Fits, Rows, whole
+from lorabank.engine.losses import LossInputs, nll
+from lorabank.engine.modes import evaluation_mode, step_mode
+from lorabank.engine.packing import packed_tensors
+from lorabank.engine.parts import Rows, whole
 from lorabank.engine.results import SlotLoss, by_slot
-from lorabank.engine.rows import dropout_routing, folds_tokens, row_routing
+from lorabank.engine.rows import dropout_routing, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
 from lorabank.kernels.tables import DropTables, RouteTables
-from lorabank.notices import warn_once
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
-LOOKED_AT = 16
-"""Of the model's parameters, for its dtype: the rest are in the same."""
 LENGTH_GRANULE = 64
 """Rows are padded to a multiple of so many tokens where passes are captured, so that shapes come again."""
 TRAINED_GRANULE = 256
 """Trained tokens of a captured pass are filled up to a multiple of this."""
-
-
-@dataclass
-class Engine:
-    """What the verbs keep between passes: the bank, and what was found out about its model."""
-
-    bank: AdapterBank
-    loss: str | Loss = "nll"
-    """A name in `LOSSES`, or a function of your own."""
-    gradient_checkpointing: bool = False
-    """Recompute each block's activations in backward: less memory, about a third more time."""
-    activation_offloading: bool = False
-    """Keep what `gradient_checkpointing` keeps in the host's memory; switches it on."""
-    base_dropout: bool = False
-    """Keep the base's own dropout in training; joint training then no longer equals training alone."""
-    cuda_graphs: bool = True
-    """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU: small steps need it."""
-    graphs: PassGraphs = field(init=False, default_factory=PassGraphs, repr=False)
-    fits: Fits = field(init=False, default_factory=Fits)
-    """What the device's memory was found to hold: a batch that doesn't fit goes through in parts."""
-    loss_scales: LossScales = field(init=False, default_factory=LossScales, repr=False)
-    """Of the adapters, where the base is in fp16."""
-    _offload: Offload = field(init=False, default_factory=Offload, repr=False)
-    _split: SplitHead | None = field(init=False, default=None, repr=False)
-    _probed_head: nn.Module | None = field(init=False, default=None, repr=False)
-    _probed: bool = field(init=False, default=False, repr=False)
-    _folded: tuple[int, bool] | None = field(init=False, default=None, repr=False)
-    """The bank's structure count, and whether the model folds rows and tokens."""
-    _fused: tuple[int, Sequence[FusedBlock]] = field(init=False, default=(-1, ()), repr=False)
-    """The bank's structure count, and its fused blocks if they hold all adapted layers."""
-    _maskless: tuple[SplitHead | None, bool] | None = field(init=False, default=None, repr=False)
-    _packing: dict[tuple[int, ...], Packing] = field(init=False, default_factory=dict, repr=False)
-    """How the model takes packed rows, by the windows that they reach beyond."""
-    _leaves: tuple[int, dict[str, list[nn.Parameter]]] = field(init=False, default=(-1, {}), repr=False)
-    """The bank's structure count, and adapter to its leaves."""
-    _deterministic: set[bool] = field(init=False, default_factory=set, repr=False)
-    """Values of `gradient_checkpointing` under which the base was seen to draw no random numbers."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.loss, str):
-            check_choice("loss", self.loss, LOSSES)
-        self.gradient_checkpointing |= self.activation_offloading
-        check_decoder(self.bank.model)
-
-    @property
-    def loss_function(self) -> Loss:
-        """The loss as a function."""
-        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
-
-    def head(self) -> SplitHead | None:
-        """The checked split of body and head, or None; looked for again when the head was wrapped by an adapter since."""
-        head = output_head(self.bank.model)
-        if not self._probed or head is not self._probed_head:
-            self._split, self._probed_head, self._probed = split_head(self.bank), head, True
-        return self._split
-
-    def folded(self) -> bool:
-        """Whether the model folds rows and tokens into one dimension before an adapted layer."""
-        if self._folded is None or self._folded[0] != self.bank.structure:
-            self._folded = (self.bank.structure, folds_tokens(self.bank))
-        return self._folded[1]
-
-    def maskless(self) -> bool:
-        """Whether passes do without attention masks: a causal model on a GPU, whose batches are padded on the right."""
-        split = self.head()
-        if self._maskless is None or self._maskless[0] is not split:
-            self._maskless = (split, split is not None and works_without_masks(self.bank, split))
-        return self._maskless[1]
-
-    def packing(self, length: int) -> Packing:
-        """How the model takes packed rows of `length` tokens. Raises ConfigError for a model that can't."""
-        reached = windows(self.bank.model, length)
-        if reached not in self._packing:
-            self._packing[reached] = find_packing(self.bank, self.head(), length)
-        return self._packing[reached]
-
-    def attention(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
-        """Our attention in the model, as this batch needs it."""
-        modules, device = self.bank.model.modules(), self.bank.device
-        if batch.packed:
-            return own_attention(modules, device, packed=self.packing(batch.input_ids_NL.shape[1]).by_attention)
-        return own_attention(modules, device, maskless=self.maskless())
-
-    def all_fused(self, routing: Routing) -> bool:
-        """Whether every adapted layer's product is compiled into a block of the model's, under this route."""
-        structure, fused = self._fused
-        if structure != self.bank.structure or not fused or not all(block.in_place for block in fused):
-            self._fused = self.bank.structure, fused_blocks(self.bank)
-            if not self._fused[1] and (paths := left_out(self.bank)):
-                warn_once(
-                    f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
-                    f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
-                )
-        return bool(self._fused[1]) and takes_tables(routing)
-
-    def leaves(self, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
-        """Adapter to its trainable leaves."""
-        if self._leaves[0] != self.bank.structure:
-            self._leaves = (self.bank.structure, {})
-        known = self._leaves[1]
-        return {name: known[name] if name in known else known.setdefault(name, self.bank.parameters(name)) for name in names}
-
-    @property
-    def scales_losses(self) -> bool:
-        """Whether the base is in fp16, which has no room for small gradients."""
-        return any(p.dtype == torch.float16 for p in itertools.islice(self.bank.model.parameters(), LOOKED_AT))
-
-    def release(self) -> bool:
-        """Give back memory that is kept for speed. True when there was any."""
-        held = self.graphs.drop()
-        if self.bank.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return held
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Around a forward pass: a check, until it has passed once, that the base draws no random numbers."""
-        if self.base_dropout or self.gradient_checkpointing in self._deterministic:
-            yield
-            return
-        with no_random_draws(self.bank.device, " (with gradient_checkpointing)" if self.gradient_checkpointing else ""):
-            yield
-        self._deterministic.add(self.gradient_checkpointing)
 
 
 def forward_backward(
@@ -226,7 +89,7 @@ def _passed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Ro
         bank,
         gradient_checkpointing=engine.gradient_checkpointing,
         base_dropout=engine.base_dropout,
-        offload=engine._offload if engine.activation_offloading else None,
+        offload=engine.offload if engine.activation_offloading else None,
     )
     attention = engine.attention(batch)
     fresh = fresh_gradients([leaf for mine in leaves.values() for leaf in mine])
@@ -247,7 +110,7 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
     if engine.scales_losses or engine.activation_offloading:
         return False
     plain = reference_NL is None and batch.references is None and not batch.packed and engine.head() is not None
-    return plain and engine.gradient_checkpointing in engine._deterministic and engine.all_fused(routing)
+    return plain and engine.deterministic and engine.all_fused(routing)
 
 
 def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing) -> Tensor:
@@ -274,7 +137,7 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
         captured = routing.captured(units, length, slots, device, RouteTables(order, tiles, chunks, spans), given_drops)
         return _passed(engine, full, (rows, columns, rows), captured, None)
 
-    places = tuple(block.addresses for block in engine._fused[1])  # a graph holds on to the addresses that it was captured with
+    places = tuple(block.addresses for block in engine.blocks)  # a graph holds on to the addresses that it was captured with
     key = (bank.structure, places, routing.names, engine.gradient_checkpointing, mask is None)
     return engine.graphs.run(key, tensors, lambda: [p for name in sorted(routing.names) for p in bank.parameters(name)], compute)
 
@@ -339,8 +202,7 @@ def _routing(engine: Engine, batch: Batch, names: list[str | None], steps: Mappi
     bank, length = engine.bank, batch.input_ids_NL.shape[1]
     used = [name for name in dict.fromkeys(names) if name is not None]
     if steps is None or not any(bank.config(name).dropout for name in used):
-        fold = length if bank.device.type != "cuda" or engine.folded() else 1  # a list of all tokens takes the host milliseconds
-        return row_routing(bank, batch.routes, fold, exact=False)
+        return engine.routing(batch.routes, length)
     missing = [name for name in used if name not in steps]
     if missing:
         raise ConfigError(f"forward_backward: steps has no entry for adapter {missing[0]!r}, whose dropout is drawn from it")

@@ -58,7 +58,7 @@ def test_gradients_are_those_without(family: str, prepared: Callable[[AdapterBan
         for name in "ab":
             assert difference(gradients(engine.bank, name), gradients(plain.bank, name)) < 1e-3
     # two blocks and two passes of 4 × 12 and 4 × 8 tokens, 32 wide
-    assert engine._offload.bytes == 2 * 4 * (4 * 12 * 32 + 4 * 8 * 32)
+    assert engine.offload.bytes == 2 * 4 * (4 * 12 * 32 + 4 * 8 * 32)
 
 
 def test_host_memory_is_used_again() -> None:
@@ -66,13 +66,13 @@ def test_host_memory_is_used_again() -> None:
     seen = []
     for _ in range(3):
         forward_backward(engine, batch_of(LENGTHS, ROUTES))
-        seen.append({kept.host.data_ptr() for kept in engine._offload._kept})
+        seen.append({kept.host.data_ptr() for kept in engine.offload._kept})
     assert seen[0] == seen[1] == seen[2]
     assert len(seen[0]) == 2
-    assert all(kept.back is None for kept in engine._offload._kept)  # nothing waits on the device any more
+    assert all(kept.back is None for kept in engine.offload._kept)  # nothing waits on the device any more
 
 
 def test_nothing_leaves_without_being_asked() -> None:
     engine = Engine(bank_of("llama"), gradient_checkpointing=True)
     forward_backward(engine, batch_of(LENGTHS, ROUTES))
-    assert engine._offload.bytes == 0
+    assert engine.offload.bytes == 0

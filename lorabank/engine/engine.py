@@ -1,0 +1,183 @@
+"""`Engine`: what the verbs keep between passes: the bank, and what was found out about its model and its device."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lorabank.bank.bank import AdapterBank
+from lorabank.bank.routing import BASE, Routing, RowRoute
+from lorabank.config.checks import check_choice
+from lorabank.engine.attention import own_attention
+from lorabank.engine.batch import Batch
+from lorabank.engine.fused_block import FusedBlock, fused_blocks, left_out, takes_tables
+from lorabank.engine.graphs import PassGraphs
+from lorabank.engine.head import SplitHead, check_decoder, output_head, split_head, works_without_masks
+from lorabank.engine.loss_scale import LossScales
+from lorabank.engine.losses import LOSSES, Loss
+from lorabank.engine.modes import no_random_draws
+from lorabank.engine.offload import Offload
+from lorabank.engine.packing import Packing, find_packing, windows
+from lorabank.engine.parts import Fits
+from lorabank.engine.rows import folds_tokens, row_routing
+from lorabank.notices import warn_once
+
+LOOKED_AT = 16
+"""Of the model's parameters, for its dtype: the rest are in the same."""
+ROUTES = 16
+"""Routings kept: batches of the same adapters in the same order share theirs, and its tables on the device."""
+
+
+@dataclass
+class Engine:
+    """What the verbs keep between passes: the bank, and what was found out about its model."""
+
+    bank: AdapterBank
+    loss: str | Loss = "nll"
+    """A name in `LOSSES`, or a function of your own."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in backward: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep what `gradient_checkpointing` keeps in the host's memory; switches it on."""
+    base_dropout: bool = False
+    """Keep the base's own dropout in training; joint training then no longer equals training alone."""
+    cuda_graphs: bool = True
+    """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU: small steps need it."""
+    graphs: PassGraphs = field(init=False, default_factory=PassGraphs, repr=False)
+    fits: Fits = field(init=False, default_factory=Fits)
+    """What the device's memory was found to hold: a batch that doesn't fit goes through in parts."""
+    loss_scales: LossScales = field(init=False, default_factory=LossScales, repr=False)
+    """Of the adapters, where the base is in fp16."""
+    offload: Offload = field(init=False, default_factory=Offload, repr=False)
+    """Where block inputs go with `activation_offloading`."""
+    _split: SplitHead | None = field(init=False, default=None, repr=False)
+    _probed_head: nn.Module | None = field(init=False, default=None, repr=False)
+    _probed: bool = field(init=False, default=False, repr=False)
+    _folded: tuple[int, bool] | None = field(init=False, default=None, repr=False)
+    """The bank's structure count, and whether the model folds rows and tokens."""
+    _fused: tuple[int, Sequence[FusedBlock]] = field(init=False, default=(-1, ()), repr=False)
+    """The bank's structure count, and its fused blocks if they hold all adapted layers."""
+    _maskless: tuple[SplitHead | None, bool] | None = field(init=False, default=None, repr=False)
+    _packing: dict[tuple[int, ...], Packing] = field(init=False, default_factory=dict, repr=False)
+    """How the model takes packed rows, by the windows that they reach beyond."""
+    _routes: OrderedDict[Hashable, Routing] = field(init=False, default_factory=OrderedDict, repr=False)
+    _leaves: tuple[int, dict[str, list[nn.Parameter]]] = field(init=False, default=(-1, {}), repr=False)
+    """The bank's structure count, and adapter to its leaves."""
+    _deterministic: set[bool] = field(init=False, default_factory=set, repr=False)
+    """Values of `gradient_checkpointing` under which the base was seen to draw no random numbers."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, str):
+            check_choice("loss", self.loss, LOSSES)
+        self.gradient_checkpointing |= self.activation_offloading
+        check_decoder(self.bank.model)
+
+    @property
+    def loss_function(self) -> Loss:
+        """The loss as a function."""
+        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+
+    def head(self) -> SplitHead | None:
+        """The checked split of body and head, or None; looked for again when the head was wrapped by an adapter since."""
+        head = output_head(self.bank.model)
+        if not self._probed or head is not self._probed_head:
+            self._split, self._probed_head, self._probed = split_head(self.bank), head, True
+        return self._split
+
+    def folded(self) -> bool:
+        """Whether the model folds rows and tokens into one dimension before an adapted layer."""
+        if self._folded is None or self._folded[0] != self.bank.structure:
+            self._folded = (self.bank.structure, folds_tokens(self.bank))
+        return self._folded[1]
+
+    def maskless(self) -> bool:
+        """Whether passes do without attention masks: a causal model on a GPU, whose batches are padded on the right."""
+        split = self.head()
+        if self._maskless is None or self._maskless[0] is not split:
+            self._maskless = (split, split is not None and works_without_masks(self.bank, split))
+        return self._maskless[1]
+
+    def packing(self, length: int) -> Packing:
+        """How the model takes packed rows of `length` tokens. Raises ConfigError for a model that can't."""
+        reached = windows(self.bank.model, length)
+        if reached not in self._packing:
+            self._packing[reached] = find_packing(self.bank, self.head(), length)
+        return self._packing[reached]
+
+    def attention(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        """Our attention in the model, as this batch needs it."""
+        modules, device = self.bank.model.modules(), self.bank.device
+        if batch.packed:
+            return own_attention(modules, device, packed=self.packing(batch.input_ids_NL.shape[1]).by_attention)
+        return own_attention(modules, device, maskless=self.maskless())
+
+    def all_fused(self, routing: Routing) -> bool:
+        """Whether every adapted layer's product is compiled into a block of the model's, under this route."""
+        structure, fused = self._fused
+        if structure != self.bank.structure or not fused or not all(block.in_place for block in fused):
+            self._fused = self.bank.structure, fused_blocks(self.bank)
+            if not self._fused[1] and (paths := left_out(self.bank)):
+                warn_once(
+                    f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
+                    f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
+                )
+        return bool(self._fused[1]) and takes_tables(routing)
+
+    @property
+    def blocks(self) -> Sequence[FusedBlock]:
+        """The fused blocks that `all_fused` found."""
+        return self._fused[1]
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the base was seen to draw no random numbers, as it is run now."""
+        return self.gradient_checkpointing in self._deterministic
+
+    def routing(self, routes: Sequence[RowRoute], length: int) -> Routing:
+        """The routing of rows of `length` tokens, without dropout."""
+        # a list of all tokens takes the host milliseconds, which only a GPU notices
+        fold = length if self.bank.device.type != "cuda" or self.folded() else 1
+        if not all(isinstance(route, str) or route is BASE for route in routes):
+            return row_routing(self.bank, routes, fold, exact=False)
+        key = (self.bank.structure, self.bank.device, tuple(routes), fold)
+        if key not in self._routes:
+            self._routes[key] = row_routing(self.bank, routes, fold, exact=False)
+            if len(self._routes) > ROUTES:
+                self._routes.popitem(last=False)
+        self._routes.move_to_end(key)
+        return self._routes[key]
+
+    def leaves(self, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+        """Adapter to its trainable leaves."""
+        if self._leaves[0] != self.bank.structure:
+            self._leaves = (self.bank.structure, {})
+        known = self._leaves[1]
+        return {name: known[name] if name in known else known.setdefault(name, self.bank.parameters(name)) for name in names}
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether the base is in fp16, which has no room for small gradients."""
+        return any(p.dtype == torch.float16 for p in itertools.islice(self.bank.model.parameters(), LOOKED_AT))
+
+    def release(self) -> bool:
+        """Give back memory that is kept for speed. True when there was any."""
+        held = self.graphs.drop()
+        if self.bank.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return held
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around a forward pass: a check, until it has passed once, that the base draws no random numbers."""
+        if self.base_dropout or self.deterministic:
+            yield
+            return
+        with no_random_draws(self.bank.device, " (with gradient_checkpointing)" if self.gradient_checkpointing else ""):
+            yield
+        self._deterministic.add(self.gradient_checkpointing)
