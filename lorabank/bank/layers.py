@@ -188,7 +188,7 @@ class LoRALayer(nn.Module):
     @property
     def fusable(self) -> bool:
         """Whether a compiled block may compute this layer's product itself."""
-        return bool(self.slots) and self.rows_lost is None and not self._called_as_is()
+        return self.kind.in_blocks and bool(self.slots) and self.rows_lost is None and not self._called_as_is()
 
     def _called_as_is(self) -> bool:
         """Whether the base layer's own call does more than the plain product, so that it must be called itself."""
