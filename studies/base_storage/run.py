@@ -123,6 +123,7 @@ class Settings:
                 val=str(folder / "e2e_val.jsonl"),
                 prompt="{mr}",
                 completion="{ref}",
+                system="",  # the template would put its own sentence before each row
                 max_length=256,
             ),
             defaults=run,
@@ -141,6 +142,8 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         print(lb.quantize_base(base.model, storage.quantised, emulate=storage.emulate, say=lambda line: None), flush=True)
     curves, began = Curves(settings.seeds), time.monotonic()
     result = lb.train(config, model=base.model, tokenizer=base.tokenizer, listeners=[curves])
+    if result.interrupted:
+        sys.exit(130)
     seconds = time.monotonic() - began
     rows = spread(load_data(config, base.tokenizer).by_adapter[f"seed-{settings.seeds[0]}"].val, settings.validation_rows)
     assert curves.plan is not None
@@ -155,11 +158,12 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
         "base_loss": curves.base_loss,
         "seeds": curves.seeds,
     }
-    trained = {adapter.removeprefix("seed-"): value for adapter, value in result.trained.items()}
+    seed = str(settings.seeds[0])
+    adapter = result.trained[f"seed-{seed}"]
     if storage.quantised is not None:
-        run["merge_refused"] = refused(base.model, trained[str(settings.seeds[0])])
-    for seed, merged in merged_losses(settings, trained, rows).items():
-        curves.seeds[seed]["merged_into_bf16"] = merged | {"adapter_from_step": result.adapters[f"seed-{seed}"].best_step}
+        run["merge_refused"] = refused(base.model, adapter)
+    step = result.adapters[f"seed-{seed}"].best_step
+    run["merged_into_bf16"] = {"seed": seed, "step": step} | merged(settings, adapter, rows)
     return run
 
 
@@ -172,26 +176,20 @@ def refused(model: torch.nn.Module, adapter: lb.Adapter) -> str:
     sys.exit("merge wrote into a quantised base: expected a refusal")
 
 
-def merged_losses(settings: Settings, adapters: Mapping[str, lb.Adapter], rows: Sequence[TokenRow]) -> dict[str, dict[str, Any]]:
-    """By seed: validation loss of the bf16 base with the adapter merged in, and the errors that `merge` states."""
+def merged(settings: Settings, adapter: lb.Adapter, rows: Sequence[TokenRow]) -> dict[str, Any]:
+    """Validation loss of the bf16 base with the adapter merged in, and the errors that `merge` states."""
     model = load_base(settings.model, dtype="bf16", device="cpu").model
-    found: dict[str, dict[str, Any]] = {}
-    for seed, adapter in adapters.items():
-        handle = lb.merge(model, adapter, say=None)
-        bank = lb.attach(model)
-        loss = validation_losses(Engine(bank), {"base": rows}, batch_size=16, busy=lambda activity, done, total: None)["base"]
-        bank.detach()
-        report = handle.report
-        found[seed] = {
-            "validation": loss,
-            "lost_share": report.lost_share,
-            "relative_change": report.relative_change,
-            "base_error": report.base_error,
-            "said": str(report),
-        }
-        print(f"{time.strftime('%H:%M:%S')}  seed-{seed} merged: validation loss {loss:.5f}. {report}", flush=True)
-        handle.unmerge()
-    return found
+    report = lb.merge(model, adapter, say=None).report
+    engine = Engine(lb.attach(model))
+    loss = validation_losses(engine, {"base": rows}, batch_size=16, busy=lambda activity, done, total: None)["base"]
+    print(f"{time.strftime('%H:%M:%S')}  merged: validation loss {loss:.5f}. {report}", flush=True)
+    return {
+        "validation": loss,
+        "lost_share": report.lost_share,
+        "relative_change": report.relative_change,
+        "base_error": report.base_error,
+        "said": str(report),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -224,8 +222,8 @@ def main() -> int:
     parser.add_argument("--storages", nargs="+", choices=STORAGES, help="measure these anew (default: those without a result)")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="name as in lorabank's settings (default %(default)s)")
     parser.add_argument("--data", default="examples/data", help="folder with e2e_train.jsonl and e2e_val.jsonl")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
+    parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--every", type=int, default=15, help="steps between evaluations")
     parser.add_argument("--batch-size", type=int, default=4, help="rows a step of each seed")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--validation-rows", type=int, default=100)
