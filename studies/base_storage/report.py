@@ -1,11 +1,17 @@
-"""The table and the plot of results/result.json."""
+"""The table and the plot of results/result.json.
+
+python studies/base_storage/report.py      # draws and writes README.md's table anew
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- table: written by report.py -->", "<!-- end -->"
 REFERENCE = "bf16"
 COLOURS = {"fp32": "#4D4D4D", "bf16": "#0072B2", "fp8": "#D55E00", "fp8-weight-only": "#CC79A7", "nf4": "#009E73"}
 """By storage, in the order of the table; told apart by colour-blind readers as well."""
@@ -40,6 +46,23 @@ def table(document: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines.append(f"\nThe seeds of bf16 are {100 * seed_spread(document):.2f} % apart.")
     return "\n".join(lines)
+
+
+def with_table(text: str, document: Mapping[str, Any]) -> str:
+    """README.md with the table of `document` between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(document)}\n{END}{after}"
+
+
+def write(folder: Path) -> None:
+    """Plot and table of the result in `folder`; README.md's table too where it is the study's own."""
+    document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    draw(document, folder / "loss.png")
+    print(table(document))
+    if folder.resolve() == HERE / "results":
+        readme = HERE / "README.md"
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), document), encoding="utf-8")
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
@@ -85,3 +108,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
 def _percent(values: list[float], reference: list[float]) -> list[float]:
     return [100 * (a / b - 1) for a, b in zip(values, reference, strict=True)]
+
+
+if __name__ == "__main__":
+    write(HERE / "results")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import draw, table
+from report import write
 
 import lorabank as lb
 from lorabank.data.render import TokenRow
@@ -251,8 +251,7 @@ def main() -> int:
         document["machine"] = {"cpu": cpu_name(), "threads": args.threads, "system": platform.platform()}
         document["versions"] = {"lorabank": lb.__version__, "python": platform.python_version()} | versions()
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    draw(document, args.output / "loss.png")
-    print(table(document))
+    write(args.output)
     return 0
 
 
