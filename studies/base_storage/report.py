@@ -72,7 +72,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
     runs = document["runs"]
     seeds = list(runs[REFERENCE]["seeds"])
-    figure = Figure(figsize=(11, 4.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 4.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     losses, *differences = figure.subplots(1, 1 + len(seeds))
     for name, colour in COLOURS.items():
