@@ -1,4 +1,4 @@
-"""`Fp8Linear`: a frozen linear layer whose weight is kept in fp8."""
+"""`Fp8Linear`: a frozen linear layer whose weight is kept in fp8, and its twin that emulates fp8 units."""
 
 from __future__ import annotations
 
@@ -54,6 +54,14 @@ class Fp8Linear(nn.Module):
 
         super()._apply(move, recurse)
         return self
+
+
+class EmulatedFp8Linear(Fp8Linear):
+    """The same layer with the arithmetic of fp8 units in plain torch: slow, for measuring on a CPU what a GPU would train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, I) → (…, O)"""
+        return fp8.product(x, stored(self._parameters), self.bias, emulated=True)
 
 
 def stored(parameters: Mapping[str, Any]) -> list[Tensor]:

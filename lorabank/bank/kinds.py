@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from lorabank.bank import fp8_linear, linear4bit
-from lorabank.bank.fp8_linear import Fp8Linear
+from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
 from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS, BaseProduct
 
 
@@ -48,6 +48,8 @@ class LayerKind:
     """(parameters, dtype) → the weight as (out, in): a view of the stored one, or of a quantised one a copy in `dtype`."""
     quantized: bool = False
     """Whether the weight is stored in fewer than 16 bits, with factors beside it."""
+    in_blocks: bool = True
+    """Whether a compiled block may compute the product itself, by `storage`."""
 
 
 def _linear_features(layer: nn.Module) -> tuple[int, int]:
@@ -78,18 +80,23 @@ def _four_bit(name: str) -> LayerKind:
     )
 
 
-LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(BASE_PRODUCTS["linear"], FAST_PRODUCTS["linear"], _linear_features, "linear"),
-    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], FAST_PRODUCTS["conv1d"], _conv1d_features, "conv1d", weight_oi=_weight_turned),
-    Fp8Linear: LayerKind(
-        BASE_PRODUCTS["fp8"],
-        FAST_PRODUCTS["fp8"],
+def _fp8(product: str) -> LayerKind:
+    return LayerKind(
+        BASE_PRODUCTS[product],
+        FAST_PRODUCTS[product],
         _said_features,
         "fp8",
         fp8_linear.stored,
         weight_oi=lambda parameters, dtype: fp8_linear.dequantized(parameters, dtype or torch.float32),
         quantized=True,
-    ),
+    )
+
+
+LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
+    nn.Linear: LayerKind(BASE_PRODUCTS["linear"], FAST_PRODUCTS["linear"], _linear_features, "linear"),
+    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], FAST_PRODUCTS["conv1d"], _conv1d_features, "conv1d", weight_oi=_weight_turned),
+    Fp8Linear: _fp8("fp8"),
+    EmulatedFp8Linear: replace(_fp8("fp8_emulated"), in_blocks=False),
 }
 FOUR_BIT_KINDS: Mapping[str, LayerKind] = {name: _four_bit(name) for name in ("nf4", "fp4")}
 """By the type that a Linear4bit says it has."""

@@ -197,6 +197,8 @@ class LoRALayer(nn.Module):
     @property
     def alone(self) -> str | None:
         """Why a compiled block must leave the product to this layer itself, None where it need not."""
+        if not self.kind.in_blocks:
+            return "its products are emulated"
         return f"its input's rows aren't the batch's ({self.rows_lost})" if self.rows_lost is not None else self._called_as_is()
 
     def _called_as_is(self) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.fp8_linear import Fp8Linear
+from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
 from lorabank.bank.kinds import layer_kind
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.places import places_of
@@ -41,7 +41,12 @@ class QuantizedBase:
 
 
 def quantize_base(
-    model: nn.Module, storage: str, *, device: torch.device | str | None = None, say: Say | None = None
+    model: nn.Module,
+    storage: str,
+    *,
+    device: torch.device | str | None = None,
+    emulate: bool = False,
+    say: Say | None = None,
 ) -> QuantizedBase:
     """Keep every linear layer of `model` but the output head in `storage` (`fp8`, `nf4`) from now on, in place.
 
@@ -50,12 +55,16 @@ def quantize_base(
     sentence for whatever stays unquantised, or is slow; without it that is a warning, once.
     fp8: y = W x and dx = Wᵀ dy in e4m3, two bytes a weight, for speed; a GPU without fp8 leaves the model as it is.
     nf4: half a byte a weight, through bitsandbytes, for memory.
+    emulate: fp8 with the arithmetic of fp8 units in plain torch (inputs and gradients rounded row by row too), on any device:
+    slow, for measuring on a CPU what training on such a GPU would give.
     Raises ConfigError for another storage or a model without linear layers, MissingExtraError without bitsandbytes,
     LorabankError for an attached model.
     """
     if storage not in STORAGES:
         known = ", ".join(STORAGES)
         raise ConfigError(f"base_dtype: can't quantise to {storage!r}{closest(storage, STORAGES)}. There are: {known}.")
+    if emulate and storage != "fp8":
+        raise ConfigError(f"quantize_base: emulate is for fp8, whose units round the inputs; {storage} needs none. Leave it out.")
     if is_attached(model) or any(isinstance(module, LoRALayer) for module in model.modules()):
         raise LorabankError("quantize_base: this model has a bank. Detach it first (bank.detach()), quantise, then attach again.")
     say = say or warn_once
@@ -69,7 +78,7 @@ def quantize_base(
         )
     where = None if device is None else torch.device(device)
     present = model.get_submodule([*paths, *kept][0]).get_parameter("weight").device
-    make = STORAGES[storage](where or present, say)
+    make = EmulatedFp8Linear if emulate else STORAGES[storage](where or present, say)
     if make is None:
         return QuantizedBase(storage=storage, layers=(), kept=dict.fromkeys(paths, "this GPU has no fp8 products") | kept)
     for path in paths:

@@ -74,6 +74,7 @@ BASE_PRODUCTS: Mapping[str, BaseProduct] = {
     "linear": BaseProduct(_linear_forward, _linear_input_grad),
     "conv1d": BaseProduct(_conv1d_forward, _conv1d_input_grad),
     "fp8": BaseProduct(fp8.forward, fp8.input_grad),
+    "fp8_emulated": BaseProduct(fp8.emulated_forward, fp8.emulated_input_grad),
 }
 """Bit for bit those of the layer that they replace."""
 
@@ -81,6 +82,7 @@ FAST_PRODUCTS: Mapping[str, BaseProduct] = {
     "linear": BaseProduct(_fast_linear_forward, _fast_linear_input_grad),
     "conv1d": BaseProduct(_fast_conv1d_forward, _fast_conv1d_input_grad),
     "fp8": BASE_PRODUCTS["fp8"],
+    "fp8_emulated": BASE_PRODUCTS["fp8_emulated"],
     "nf4": _four_bit("nf4"),
     "fp4": _four_bit("fp4"),
 }

@@ -3,7 +3,7 @@
 `base` is [W (O, I), scale (O), Wᵀ (I, O), scale (I)]: the first pair makes y = W x, the second dx = Wᵀ dy. On a GPU with fp8
 units the input is rounded row by row as well (so no row touches another) and `_scaled_mm` multiplies; the rounding is plain
 torch, which a compiler fuses into what made the input. Elsewhere the weight is dequantised for the product: slower, and the
-definition.
+definition of the storage. `emulated_forward` and `emulated_input_grad` compute in plain torch what the units do, on any device.
 Shapes: x (…, K) times a stored matrix (F, K).
 """
 
@@ -88,21 +88,42 @@ def _product(x: Tensor, weight_FK: Tensor, scale_F: Tensor, bias: Tensor | None)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def emulated_forward(x: Tensor, base: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """`forward` as fp8 units do it: x rounded by rows too, sums in fp32, each y rounded to bf16 once and then to x's dtype."""
+    return _emulated_product(x, base[0], base[1], bias)
+
+
+def emulated_input_grad(dy: Tensor, base: Sequence[Tensor]) -> Tensor:
+    """`input_grad` likewise, dy rounded by rows."""
+    return _emulated_product(dy, base[2], base[3], None)
+
+
+def _emulated_product(x: Tensor, weight_FK: Tensor, scale_F: Tensor, bias: Tensor | None) -> Tensor:
+    rows, scale = quantize_rows(x)
+    y = F.linear(rows.float(), weight_FK.float()) * scale[..., None] * scale_F  # e4m3 · e4m3 is exact in fp32
+    if bias is not None and bias.dtype == torch.bfloat16:
+        return (y + bias.float()).bfloat16().to(x.dtype)
+    y = y.bfloat16().to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
 class _Product(torch.autograd.Function):
     """The pair as a differentiable product, for a layer that no adapter changes."""
 
     @staticmethod
-    def forward(ctx, x, bias, weight, scale, weight_t, scale_t):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, bias, weight, scale, weight_t, scale_t, emulated):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(weight, scale, weight_t, scale_t)
-        return forward(x, (weight, scale, weight_t, scale_t), bias)
+        ctx.emulated = emulated
+        return (emulated_forward if emulated else forward)(x, (weight, scale, weight_t, scale_t), bias)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        dx = input_grad(dy, ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        turned = emulated_input_grad if ctx.emulated else input_grad
+        dx = turned(dy, ctx.saved_tensors) if ctx.needs_input_grad[0] else None
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return dx, dbias, None, None, None, None
+        return dx, dbias, None, None, None, None, None
 
 
-def product(x: Tensor, base: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """`forward`, differentiable in x and the bias."""
-    return _Product.apply(x, bias, *base)
+def product(x: Tensor, base: Sequence[Tensor], bias: Tensor | None, *, emulated: bool = False) -> Tensor:
+    """`forward` or `emulated_forward`, differentiable in x and the bias."""
+    return _Product.apply(x, bias, *base, emulated)

@@ -19,7 +19,7 @@ import lorabank as lb
 from lorabank import BASE, attach, quantize_base
 from lorabank.bank import quantized
 from lorabank.bank.bank import AdapterBank, all_layers
-from lorabank.bank.fp8_linear import Fp8Linear
+from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
 from lorabank.bank.quantized import STORAGES, storage_of
 from lorabank.errors import ConfigError, FingerprintError, LorabankError, MissingExtraError, TargetError
 from lorabank.formats.adapter import Adapter
@@ -28,6 +28,7 @@ from lorabank.kernels import fp8
 from lorabank.notices import warn_once
 from tests.bank.tiny import VOCABULARY, add, clear, gradients, ids, llama, outputs, state_bytes
 
+EMULATED = "fp8 emulated"
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
 
 
@@ -40,12 +41,19 @@ def storage(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=["fp8", "nf4", EMULATED])
+def every_kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "nf4":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
+    return request.param
+
+
 def base(storage: str | None, seed: int = 0, **sizes: Any) -> nn.Module:
     torch.manual_seed(seed)
     # bitsandbytes' own layer is wrong on a CPU (0.50) where a row isn't a multiple of its block, 64
     model = llama(**{"hidden_size": 64, "intermediate_size": 128, **sizes}).eval()
     if storage is not None:
-        quantize_base(model, storage, say=lambda line: None)
+        quantize_base(model, storage.removesuffix(" emulated"), emulate=storage == EMULATED, say=lambda line: None)
     return model
 
 
@@ -72,11 +80,11 @@ def test_every_linear_layer_but_the_head_is_quantised(storage: str) -> None:
         assert float(error.norm() / plain[path].norm()) < {"fp8": 0.04, "nf4": 0.13}[storage]
 
 
-def test_law1_a_base_row_is_the_quantised_base_bit_for_bit(storage: str) -> None:
+def test_law1_a_base_row_is_the_quantised_base_bit_for_bit(every_kind: str) -> None:
     x = ids(6)
     with torch.no_grad():
-        expected = outputs(base(storage), x)
-        model = base(storage)
+        expected = outputs(base(every_kind), x)
+        model = base(every_kind)
         bank = bank_over(model)
         with bank.route(ROUTES):
             found = outputs(model, x)
@@ -86,8 +94,8 @@ def test_law1_a_base_row_is_the_quantised_base_bit_for_bit(storage: str) -> None
     assert all(not torch.allclose(found[row], expected[row]) for row in (0, 2, 3, 5))
 
 
-def test_law1_a_detached_model_is_the_old_model(storage: str) -> None:
-    model = base(storage)
+def test_law1_a_detached_model_is_the_old_model(every_kind: str) -> None:
+    model = base(every_kind)
     before, types, x = state_bytes(model), [type(m) for m in model.modules()], ids(3)
     expected = outputs(model, x).detach()
     bank = bank_over(model)
@@ -134,8 +142,8 @@ def test_the_path_that_may_round_equals_the_exact_one(storage: str) -> None:
         assert float((value - found[1][key]).norm() / value.norm()) < 1e-4, key
 
 
-def test_law4_a_slot_of_nan_stays_alone(storage: str) -> None:
-    model = base(storage)
+def test_law4_a_slot_of_nan_stays_alone(every_kind: str) -> None:
+    model = base(every_kind)
     bank, x = bank_over(model), ids(4)
     with torch.no_grad(), bank.route(["a", "b", BASE, "a"]):
         clean = outputs(model, x)
@@ -144,8 +152,8 @@ def test_law4_a_slot_of_nan_stays_alone(storage: str) -> None:
     assert torch.equal(clean[[0, 2, 3]], dirty[[0, 2, 3]]) and dirty[1].isnan().any()
 
 
-def test_an_attached_model_has_its_own_state(storage: str) -> None:
-    model = base(storage)
+def test_an_attached_model_has_its_own_state(every_kind: str) -> None:
+    model = base(every_kind)
     before, x = state_bytes(model), ids(2)
     expected = outputs(model, x).detach()
     bank = bank_over(model)
@@ -153,21 +161,21 @@ def test_an_attached_model_has_its_own_state(storage: str) -> None:
     assert not [key for key in model.state_dict() if "lora" in key]
     twin = copy.deepcopy(model)
     assert state_bytes(twin) == before and torch.equal(outputs(twin, x), expected)
-    if storage == "fp8":
+    if every_kind != "nf4":
         file = io.BytesIO()
         torch.save(model.state_dict(), file)
         file.seek(0)
-        other = base(storage, seed=1)
+        other = base(every_kind, seed=1)
         other.load_state_dict(torch.load(file))
         assert torch.equal(outputs(other, x), expected)
-        model.load_state_dict(base(storage, seed=1).state_dict())
+        model.load_state_dict(base(every_kind, seed=1).state_dict())
         with bank.route(BASE):
             assert not torch.equal(outputs(model, x), expected)
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_a_change_of_dtype_leaves_the_quantised_weights(storage: str, attached: bool) -> None:
-    model = base(storage)
+def test_a_change_of_dtype_leaves_the_quantised_weights(every_kind: str, attached: bool) -> None:
+    model = base(every_kind)
     before = [module for module in model.modules() if quantized.layer_kind(module) and type(module) is not nn.Linear]
     stored = [(p, p.dtype) for module in before for p in module.parameters()]
     expected = outputs(model, ids(2)).detach()
@@ -236,6 +244,36 @@ def test_training_moves_the_loss_as_over_the_plain_base(storage: str) -> None:
     plain, found = curves
     assert plain[-1] < 0.5 * plain[0]
     assert found == pytest.approx(plain, rel={"fp8": 0.02, "nf4": 0.1}[storage])
+
+
+def test_an_emulated_base_trains_through_the_emulated_products() -> None:
+    """The inputs are rounded below an adapter too, forward and backward, on the exact path and on the one that may round."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48))
+    weight = model[0].weight.detach().clone()
+    quantize_base(model, "fp8", emulate=True, say=lambda line: pytest.fail(line))
+    assert type(model[0]) is EmulatedFp8Linear and storage_of(model) == "fp8"
+    bank = attach(model)
+    bank.add("a", lb.AdapterConfig(rank=4, targets="*"))  # its B is zero: y and dx are the base's
+    stored, x, dy = fp8.quantize_weight(weight), torch.randn(3, 32, requires_grad=True), torch.randn(3, 48)
+    bias = model[0].bias
+    for exact in (True, False):
+        x.grad = None
+        with bank.route(bank.routing(["a"] * 3, exact=exact)):
+            y = model(x)
+        y.backward(dy)
+        assert torch.equal(y, fp8.emulated_forward(x, stored, bias))
+        assert x.grad is not None and torch.equal(x.grad, fp8.emulated_input_grad(dy, stored))
+    assert not torch.equal(y, fp8.forward(x, stored, bias)) and bank.adapter("a").metadata == {"base_storage": "fp8"}
+
+
+def test_an_emulated_layer_stays_out_of_compiled_blocks() -> None:
+    """Their products are picked by the storage, fp8, and would not be the emulated ones."""
+    fusable = []
+    for storage in ("fp8", EMULATED):
+        bank = bank_over(base(storage))
+        fusable.append({layer.fusable for layer in all_layers(bank) if isinstance(layer.base, Fp8Linear)})
+    assert fusable == [{True}, {False}]
 
 
 def test_gpt2s_turned_weights_are_quantised_too(storage: str) -> None:
@@ -309,6 +347,8 @@ def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         quantize_base(llama(), "fp9")
     with pytest.raises(ConfigError, match=r"Embedding has no linear layer to keep in fp8. Leave base_dtype out"):
         quantize_base(nn.Embedding(4, 4), "fp8")
+    with pytest.raises(ConfigError, match=r"emulate is for fp8, whose units round the inputs; nf4 needs none. Leave it out"):
+        quantize_base(llama(), "nf4", emulate=True)
     model = base("fp8")
     with pytest.raises(ConfigError, match="LlamaForCausalLM has no linear layer to keep in fp8: it is in fp8 already"):
         quantize_base(model, "fp8", say=lambda line: None)

@@ -120,3 +120,61 @@ def test_the_fp8_units_path_multiplies_the_rounded_rows(
         )
         < 0.04
     )
+
+
+@pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_emulation_is_what_scaled_mm_computes(
+    dtype: torch.dtype, bias: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of very different sizes, so that a scale in the wrong place shows. Off by one rounding to bf16 where sums differ."""
+    base = fp8.quantize_weight(random(32, 48, seed=1) * 10.0 ** torch.linspace(-3, 1, 32)[:, None])
+    x = (random(2, 5, 48, seed=2) * 10.0 ** torch.linspace(-4, 2, 5)[:, None]).to(dtype)
+    dy = (random(2, 5, 32, seed=3) * 10.0 ** torch.linspace(-7, 0, 5)[:, None]).to(dtype)
+    b = None if bias is None else random(32, seed=4, dtype=bias)
+    emulated = fp8.emulated_forward(x, base, b), fp8.emulated_input_grad(dy, base)
+    weight_only = fp8.forward(x, base, b), fp8.input_grad(dy, base)
+    monkeypatch.setattr(fp8, "runs_on", lambda device: True)
+    units = fp8.forward(x, base, b), fp8.input_grad(dy, base)
+    for ours, theirs, other in zip(emulated, units, weight_only, strict=True):
+        assert ours.dtype == dtype and ours.shape == theirs.shape
+        # the sum of a row cancels: what differs is held to the row's size
+        size = theirs.double().norm(dim=-1, keepdim=True)
+        assert ((ours.double() - theirs.double()).abs() <= 2.0**-8 * theirs.double().abs() + 1e-6 * size).all()
+        assert relative(other, theirs) > 4e-3  # and it isn't the product that leaves the input as it is
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_emulation_multiplies_rounded_rows_and_rounds_once(dtype: torch.dtype) -> None:
+    base, x, dy = (
+        fp8.quantize_weight(random(32, 48, seed=1)),
+        random(6, 48, seed=2, dtype=dtype),
+        random(6, 32, seed=3, dtype=dtype),
+    )
+    for found, rows, (weight, scale) in (
+        (fp8.emulated_forward(x, base, None), x, base[:2]),
+        (fp8.emulated_input_grad(dy, base), dy, base[2:]),
+    ):
+        rounded = fp8.dequantize_rows(*fp8.quantize_rows(rows), torch.float64)
+        exact = rounded @ fp8.dequantize_rows(weight, scale, torch.float64).t()
+        assert torch.equal(found, found.bfloat16().to(dtype))
+        assert ((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6 * exact.norm(dim=-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_isnt_finite_stays_alone_in_the_emulation(bad: float) -> None:
+    base, x = fp8.quantize_weight(random(32, 48, seed=1)), random(4, 48, seed=2)
+    clean = fp8.emulated_forward(x, base, None)
+    x[1, 3] = bad
+    found = fp8.emulated_forward(x, base, None)
+    assert torch.equal(found[[0, 2, 3]], clean[[0, 2, 3]]) and not found[1].isfinite().any()
+
+
+def test_the_differentiable_emulation_has_its_own_gradient() -> None:
+    base, dy = fp8.quantize_weight(random(16, 32)), random(3, 16, seed=2)
+    x, bias = random(3, 32, seed=1).requires_grad_(), random(16, seed=3).requires_grad_()
+    y = fp8.product(x, base, bias, emulated=True)
+    y.backward(dy)
+    assert torch.equal(y, fp8.emulated_forward(x, base, bias))
+    assert x.grad is not None and torch.equal(x.grad, fp8.emulated_input_grad(dy, base))
+    assert bias.grad is not None and torch.equal(bias.grad, dy.sum(0))

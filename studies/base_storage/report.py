@@ -1,0 +1,114 @@
+"""The table and the plot of results/result.json.
+
+python studies/base_storage/report.py      # draws and writes README.md's table anew
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- table: written by report.py -->", "<!-- end -->"
+REFERENCE = "bf16"
+COLOURS = {"fp32": "#4D4D4D", "bf16": "#0072B2", "fp8": "#D55E00", "fp8-weight-only": "#CC79A7", "nf4": "#009E73"}
+"""By storage, in the order of the table; told apart by colour-blind readers as well."""
+
+
+def ratios(document: Mapping[str, Any], name: str) -> list[float]:
+    """Final validation loss over that of the bf16 base, by seed."""
+    own, reference = (document["runs"][storage]["seeds"] for storage in (name, REFERENCE))
+    return [own[seed]["final"] / reference[seed]["final"] for seed in own]
+
+
+def seed_spread(document: Mapping[str, Any]) -> float:
+    """Largest over smallest final validation loss of the bf16 base's seeds, less one."""
+    finals = [own["final"] for own in document["runs"][REFERENCE]["seeds"].values()]
+    return max(finals) / min(finals) - 1
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """Markdown: by storage, the losses, their ratio to bf16 seed by seed, and what merging made of them."""
+    runs = document["runs"]
+    names = [name for name in COLOURS if name in runs]
+    seeds = list(runs[REFERENCE]["seeds"])
+    head = ["base", "untrained", *(f"seed {s}" for s in seeds), *(f"seed {s} ÷ bf16" for s in seeds), "merged into bf16"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in names:
+        run = runs[name]
+        merged = run["merged_into_bf16"]
+        unmerged = run["seeds"][merged["seed"]]["final"]
+        cells = [name, f"{run['base_loss']:.4f}", *(f"{run['seeds'][s]['final']:.4f}" for s in seeds)]
+        cells += [f"{ratio:.4f}" for ratio in ratios(document, name)]
+        cells.append(f"{merged['validation']:.4f} ({100 * (merged['validation'] / unmerged - 1):+.2f} %)")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append(f"\nThe seeds of bf16 are {100 * seed_spread(document):.2f} % apart.")
+    return "\n".join(lines)
+
+
+def with_table(text: str, document: Mapping[str, Any]) -> str:
+    """README.md with the table of `document` between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(document)}\n{END}{after}"
+
+
+def write(folder: Path) -> None:
+    """Plot and table of the result in `folder`; README.md's table too where it is the study's own."""
+    document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    draw(document, folder / "loss.png")
+    print(table(document))
+    if folder.resolve() == HERE / "results":
+        readme = HERE / "README.md"
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), document), encoding="utf-8")
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Validation loss by step for every storage, and the difference to bf16 of training and validation loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs = document["runs"]
+    seeds = list(runs[REFERENCE]["seeds"])
+    figure = Figure(figsize=(11, 4.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, *differences = figure.subplots(1, 1 + len(seeds))
+    for name, colour in COLOURS.items():
+        for index, (seed, own) in enumerate(runs[name]["seeds"].items() if name in runs else ()):
+            line, marker = ("-", "--")[index % 2], "os"[index % 2]
+            losses.plot(
+                [0, *own["steps"]], [runs[name]["base_loss"], *own["validation"]], color=colour, linestyle=line, marker=marker,
+                markersize=4, label=f"{name}, seed {seed}",
+            )  # fmt: skip
+            if name == REFERENCE:
+                continue
+            reference = runs[REFERENCE]["seeds"][seed]
+            axes = differences[index]
+            train = _percent(own["train"], reference["train"])
+            axes.plot(range(1, len(train) + 1), train, color=colour, linewidth=0.8, alpha=0.45)
+            held = _percent(own["validation"], reference["validation"])
+            axes.plot(own["steps"], held, color=colour, linestyle=line, marker=marker, markersize=6, label=name)
+    losses.set_title("Validation loss, nats a token", fontsize=10)
+    for seed, axes in zip(seeds, differences, strict=True):
+        axes.axhline(0, color=COLOURS[REFERENCE], linewidth=1)
+        axes.axhspan(-1, 1, color="#000000", alpha=0.07, linewidth=0)
+        axes.set_title(f"Loss against bf16, seed {seed} (%; band: ±1 %)\nmarkers: validation, thin: training rows", fontsize=10)
+    low, high = zip(*(axes.get_ylim() for axes in differences), strict=True)
+    for axes in differences:
+        axes.set_ylim(min(low), max(high))
+    for axes in (losses, *differences):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"LoRA over a quantised base: {document['settings']['model']}, E2E", fontsize=12)
+    figure.savefig(path)
+
+
+def _percent(values: list[float], reference: list[float]) -> list[float]:
+    return [100 * (a / b - 1) for a, b in zip(values, reference, strict=True)]
+
+
+if __name__ == "__main__":
+    write(HERE / "results")
