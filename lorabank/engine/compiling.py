@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lorabank.config.checks import check_choice
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.errors import ConfigError
 from lorabank.kernels.gpu import runtime
@@ -32,13 +33,16 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_blocks(model: nn.Module, *, recompute: bool = False) -> list[nn.Module]:
+def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products") -> list[nn.Module]:
     """Compile the repeated blocks in place; returns those that weren't compiled before. Results don't change beyond rounding.
 
     `recompute`: the blocks will be recomputed in backward (activation checkpointing), which needs a GPU with Triton here.
+    `kept`: on a GPU with Triton, what blocks keep for backward where they aren't recomputed: `products` (what products and
+    attention need; the rest is computed again in passing) or `all` that saves time.
     A GPU that Triton can't compile for, or not for this dtype, leaves the blocks as they are: a warning says so, once. Raises
     ConfigError when there is nothing to compile, and on a CPU for recomputation or without a C++ compiler.
     """
+    check_choice("kept", kept, ("products", "all"))
     blocks = repeated_blocks(model)
     if not blocks:
         raise ConfigError(f"compile: {type(model).__name__} has no repeated blocks to compile. Leave compile out.")
@@ -63,7 +67,7 @@ def compile_blocks(model: nn.Module, *, recompute: bool = False) -> list[nn.Modu
     fresh = [block for block in blocks if block._compiled_call_impl is None]
     for block in fresh:
         if on_gpu:
-            block._compiled_call_impl = FusedBlock(block)
+            block._compiled_call_impl = FusedBlock(block, kept=kept)
         else:
             block.compile()
     return fresh
