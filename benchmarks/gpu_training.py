@@ -67,7 +67,8 @@ def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
         row: Row = {
             "layers": bases.shape.layers, "adapters": len(work.ranks), "rows": work.rows, "tokens": work.tokens,
             "storage": work.storage, "recompute": work.recompute,
-            "offload": work.offload, "kept": work.kept, "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
+            "offload": work.offload, "kept": work.kept, "mlps": work.mlps,
+            "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
             "first_step_peak_gib": peak_gib(),
         }  # fmt: skip
         torch.cuda.reset_peak_memory_stats()  # before the pass that is captured: a replay allocates nothing, its pool counts
@@ -302,7 +303,11 @@ def measure(item: str, bases: Bases, args: argparse.Namespace) -> Row:
     """An item's row."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    found = measure_step(bases, replace(STEPS[item], kept=args.kept), args) if item in STEPS else OTHERS[item](bases, args)
+    found = (
+        measure_step(bases, replace(STEPS[item], kept=args.kept, mlps=args.mlps), args)
+        if item in STEPS
+        else OTHERS[item](bases, args)
+    )
     return {"item": item, **found}
 
 
@@ -387,6 +392,7 @@ def parser() -> argparse.ArgumentParser:
         "--many-layers", type=int, default=16, help="blocks for many-64, whose 64 adapters and Adam states need room"
     )
     made.add_argument("--kept", choices=("products", "all"), default="products", help="what blocks keep for backward")
+    made.add_argument("--mlps", action="store_true", help="gated MLPs as one op each")
     made.add_argument("--steps", type=int, default=8, help="timed steps, at least 8 for the table")
     made.add_argument("--longest-tries", type=int, default=5)
     made.add_argument("--longest-seconds", type=float, default=150.0, help="no further try after so long")

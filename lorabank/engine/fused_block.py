@@ -42,8 +42,8 @@ SLOTS = 8
 class FusedBlock:
     """What `block(...)` calls instead of the block's own code, once it is compiled."""
 
-    def __init__(self, block: nn.Module, *, kept: str = "products", backend: str = "inductor") -> None:
-        """`kept`: what is kept for backward, a name in `kernels/gpu/grouping.py`'s `KEEPS`.
+    def __init__(self, block: nn.Module, *, kept: str = "products", mlps: bool = False, backend: str = "inductor") -> None:
+        """`kept`: what is kept for backward, a name in `kernels/gpu/grouping.py`'s `KEEPS`. `mlps`: gated MLPs as one op.
 
         `backend`: of torch.compile.
         """
@@ -55,7 +55,7 @@ class FusedBlock:
         """Whether to keep only the block's inputs and compute it again in backward: what of it backward needs, at least."""
         self.offload: Offload | None = None
         """Where they are kept then; None: on the device."""
-        self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept))
+        self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept, mlps))
         self._recomputing = torch.compile(block._call_impl, backend=grouping(backend, "inputs"))
         self._input = next(iter(inspect.signature(block.forward).parameters), "")
         self._failed = False
