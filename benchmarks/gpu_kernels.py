@@ -146,7 +146,7 @@ class Problem:
     def products(self) -> dict[str, Tensor]:
         """Change of y, of dx, and the gradients of A and B, by the kernels."""
         xa = lora.shrink(self.x, self.A, self.tables, self.ranks, self.scaling, self.width)
-        dB, dxa = lora.outer_and_shrink(xa, self.dy, self.B, self.tables, self.ranks, self.scaling)
+        (dB,), (dxa,) = lora.outer_and_shrink([xa], [self.dy], [self.B], self.tables, [self.ranks], [self.scaling])
         added = torch.zeros_like(self.dy)
         lora.expand_(added, xa, self.B, self.tables, self.ranks)
         return {
@@ -206,7 +206,7 @@ def lora_kernels(p: Problem) -> Iterator[Kernel]:
     )
     yield Kernel(
         kernel="outer_and_shrink", moved=2 * narrow + 2 * T * O + 2 * b_bytes,
-        work=lambda: lora.outer_and_shrink(xa, p.dy, p.B, p.tables, p.ranks, p.scaling), **call,
+        work=lambda: lora.outer_and_shrink([xa], [p.dy], [p.B], p.tables, [p.ranks], [p.scaling]), **call,
     )  # fmt: skip
 
 

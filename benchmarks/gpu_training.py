@@ -34,6 +34,7 @@ from gpu_model import GIB, WARM_UP, Bases, Shape, Training, Work, free, llama, p
 from gpu_results import Results
 
 import lorabank as lb
+from lorabank.errors import TooLargeError
 
 Row = dict[str, Any]
 
@@ -218,7 +219,8 @@ def _peak_of_step(training: Training, length: int) -> float | None:
         training.step()
         torch.cuda.synchronize()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # cuBLAS has an error of its own
+        ran_out = isinstance(error, torch.OutOfMemoryError | TooLargeError)
+        if not ran_out and "ALLOC_FAILED" not in str(error):  # cuBLAS has an error of its own
             raise
         peak = None
     else:

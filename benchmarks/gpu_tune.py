@@ -25,7 +25,7 @@ import triton
 from gpu_kernels import TOKENS, Clock, Problem
 from torch import Tensor
 
-from lorabank.kernels.gpu import lora
+from lorabank.kernels.gpu import lora, sums
 from lorabank.kernels.tables import TILE
 
 SHOWN = 8
@@ -69,12 +69,14 @@ def shrinks(p: Problem) -> Tuning:
                 narrow = torch.empty((T, p.width), dtype=p.x.dtype, device=p.x.device)
                 parts = narrow if splits == 1 else torch.empty((splits, T, p.width), device=p.x.device)
                 lora._shrink[(tiles, splits, 1)](
-                    p.x, weight, narrow, parts, p.tables.order_N, p.tables.tiles_S4, p.ranks, p.scaling, features, T, share,
-                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, WHOLE=splits == 1, PRECISION="tf32",
+                    p.x, weight, narrow, parts, p.tables.order_N, p.tables.tiles_S4, p.ranks, p.scaling,
+                    p.ranks, p.ranks, p.ranks, features, T, share,
+                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, WHOLE=splits == 1, DROP=False,
+                    PRECISION="tf32",
                     num_warps=warps, num_stages=stages,
                 )  # fmt: skip
                 if splits > 1:
-                    lora._gather_into(narrow, parts, p.tables, p.ranks, p.scaling)
+                    sums.gather([narrow], [parts], p.tables, [p.ranks], [p.scaling])
                 return narrow
 
             yield Choice(text=f"{_dtype(weight)} splits {splits} block_f {block_f} warps {warps} stages {stages}", run=run)
@@ -97,8 +99,10 @@ def changes(p: Problem) -> Tuning:
             def run(weight=weight, block_f=block_f, warps=warps) -> Tensor:
                 out = torch.empty_like(p.dy)
                 lora._expand[(p.tables.tiles_S4.shape[0], -(-features // block_f))](
-                    out, xa, weight, weight, p.tables.order_N, p.tables.tiles_S4, p.ranks, features,
-                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, ADD=False, BIAS=False, PRECISION="tf32",
+                    out, xa, weight, weight, p.tables.order_N, p.tables.tiles_S4, p.ranks,
+                    p.ranks, p.ranks, p.ranks, features,
+                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, ADD=False, BIAS=False, DROP=False,
+                    PRECISION="tf32",
                     num_warps=warps, num_stages=1,
                 )  # fmt: skip
                 return out
@@ -123,11 +127,12 @@ def outers(p: Problem) -> Tuning:
                 grad = torch.empty_like(p.A)
                 parts = torch.empty((chunks, p.width, features), device=p.x.device)
                 lora._outer[(chunks, -(-features // block_f), 1)](
-                    dxa, p.x, parts, grad, p.tables.order_N, p.tables.chunks_C4, p.ranks, features,
-                    WIDTH=p.width, BLOCK_N=block_n, BLOCK_R=p.width, BLOCK_F=block_f, PRECISION="tf32",
+                    dxa, p.x, parts, grad, p.tables.order_N, p.tables.chunks_C4, p.ranks,
+                    p.ranks, p.ranks, p.ranks, features,
+                    WIDTH=p.width, BLOCK_N=block_n, BLOCK_R=p.width, BLOCK_F=block_f, DROP=False, PRECISION="tf32",
                     num_warps=warps, num_stages=stages,
                 )  # fmt: skip
-                lora._fold_into(grad, parts, p.tables, p.ranks)
+                sums.fold([grad], [parts], p.tables, [p.ranks])
                 return grad
 
             yield Choice(text=f"block_f {block_f} block_n {block_n} warps {warps} stages {stages}", run=run)
@@ -155,14 +160,14 @@ def throughs(p: Problem) -> Tuning:
                     xa, p.dy, p.B, parts, shares, grad, p.tables.order_N, p.tables.chunks_C4, p.ranks, features, T,
                     WIDTH=p.width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION="tf32", num_warps=warps, num_stages=stages,
                 )  # fmt: skip
-                lora._fold_into(grad, parts, p.tables, p.ranks)
-                lora._gather_into(narrow, shares, p.tables, p.ranks, p.scaling)
+                sums.fold([grad], [parts], p.tables, [p.ranks])
+                sums.gather([narrow], [shares], p.tables, [p.ranks], [p.scaling])
                 return grad
 
             yield Choice(text=f"block_f {block_f} block_n {block_n} warps {warps} stages {stages}", run=run)
 
     return Tuning(
-        now=lambda: lora.outer_and_shrink(xa, p.dy, p.B, p.tables, p.ranks, p.scaling)[0],
+        now=lambda: lora.outer_and_shrink([xa], [p.dy], [p.B], p.tables, [p.ranks], [p.scaling])[0][0],
         moved=2 * p.dy.numel() + 4 * xa.numel() + 8 * p.B.numel(),
         choices=made(),
     )

@@ -81,7 +81,9 @@ def dropout_mask(draw: DropoutDraw, tokens: int, channels: int) -> Tensor:
     """
     device = draw.examples_U.device
     start = torch.tensor((draw.seed * 0x9E3779B1 + draw.step * 0x85EBCA77 + 1) & 0xFFFFFFFF, device=device)
-    example_UT = _mix32(_mix32(start) ^ (draw.examples_U & 0xFFFFFFFF)).view(len(draw.examples_U), -1)
+    example_UT = _mix32(_mix32(start) ^ (draw.examples_U & 0xFFFFFFFF))
+    if example_UT.ndim == 1:
+        example_UT = example_UT[:, None]
     places_UT = torch.arange(tokens, device=device) if draw.places_UT is None else draw.places_UT
     token_UT1 = _mix32(example_UT ^ _mix32(places_UT + 0x27D4EB2F)).unsqueeze(2)
     channel_I = _mix32(torch.arange(channels, device=device) + 0x165667B1)

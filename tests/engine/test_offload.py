@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -70,6 +71,35 @@ def test_host_memory_is_used_again() -> None:
     assert seen[0] == seen[1] == seen[2]
     assert len(seen[0]) == 2
     assert all(kept.back is None for kept in engine.offload._kept)  # nothing waits on the device any more
+
+
+@pytest.mark.parametrize("prepared", [as_it_is, pytest.param(fused, marks=on_interpreter)])
+def test_inputs_are_gone_from_the_device_after_forward(
+    prepared: Callable[[AdapterBank], AdapterBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(prepared(bank_of("llama")), activation_offloading=True)
+    forward_backward(engine, batch_of(LENGTHS, ROUTES))
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    blocks = repeated_blocks(engine.bank.model)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    backward = torch.Tensor.backward
+
+    def look(total: torch.Tensor) -> None:
+        alive.extend(ref() is not None for ref in seen)
+        backward(total)
+
+    monkeypatch.setattr(torch.Tensor, "backward", look)
+    forward_backward(engine, batch_of(LENGTHS, ROUTES))
+    assert alive == [False] * len(blocks)
+
+
+def test_buffers_of_other_shapes_are_given_back() -> None:
+    engine = Engine(bank_of("llama"), activation_offloading=True)
+    for lengths in ((5, 9), (7, 3), (12, 4), (5, 9)):
+        forward_backward(engine, batch_of(lengths, ["a", "b"]))
+    assert {kind[0][1] for kind in engine.offload._free} <= {12, 9}
 
 
 def test_nothing_leaves_without_being_asked() -> None:

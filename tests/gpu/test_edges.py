@@ -93,7 +93,7 @@ def test_a_rank_beyond_a_layers_sizes() -> None:
 def test_an_fp16_base() -> None:
     plain, fused = (bank_of(torch.float16, (5, 3)) for _ in range(2))
     fuse(fused.model)
-    check(plain, fused, 3e-2, graphs=True)
+    check(plain, fused, 3e-2, graphs=False)  # whose loss scales change from pass to pass
 
 
 def test_an_fp64_base_stays_uncompiled_and_trains() -> None:
@@ -150,7 +150,7 @@ def check_offsets(units: int, tokens: int, features: int, device: str, dtype: to
     A.requires_grad_()
     B.requires_grad_()
     y, _ = torch.ops.lorabank.lora_linear(
-        x, [weight], None, A, B, ranks, scaling, *tables.tensors, "linear", 16
+        x, [weight], None, A, B, ranks, scaling, *tables.tensors, "linear", 16, []
     )  # fmt: skip
     y.backward(dy)
     assert x.grad is not None and A.grad is not None and B.grad is not None

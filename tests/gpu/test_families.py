@@ -70,5 +70,4 @@ def test_recomputed_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         width=WIDTH,
         tolerance=TOLERANCE[torch.float32],
         device="cuda",
-        passes=2,
     )

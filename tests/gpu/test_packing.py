@@ -16,7 +16,13 @@ from lorabank.engine.step import Engine
 from tests.engine.test_packing import pair
 from tests.engine.tiny import backward, make_bank
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 
 SIZES = {
     "vocab_size": 61,

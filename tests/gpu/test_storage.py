@@ -17,7 +17,13 @@ from lorabank.engine.step import Engine, forward_backward, optim_step
 from lorabank.kernels import four_bit, fp8
 from lorabank.optim.slot_optimizer import SlotOptimizer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 
 STEPS = 12
 

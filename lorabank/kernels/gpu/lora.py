@@ -12,14 +12,14 @@ the range of rows that `ranks_P2` gives.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
 from lorabank.kernels.tables import TILE, RouteTables
 
@@ -71,28 +71,6 @@ def _shrink(
             else:
                 entry += split.to(tl.int64) * entries
                 tl.store(parts + entry[:, None] * WIDTH + r[None, :], total, mask=kept)
-
-
-@triton.jit
-def _gather(
-    parts, narrow, tiles, ranks, scaling, entries, splits,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """narrow = scaling · Σ over the splits of parts."""
-    tile, block = tl.program_id(0), tl.program_id(1)
-    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
-    if (count > 0) & (slot >= 0):
-        rank = tl.load(ranks + slot * 2 + 1)
-        e, s = tl.arange(0, BLOCK_M * BLOCK_R), tl.arange(0, BLOCK_S)
-        m, r = e // BLOCK_R, block * BLOCK_R + e % BLOCK_R
-        kept = (m < count) & (r < rank)
-        total = tl.zeros((BLOCK_M * BLOCK_R,), dtype=tl.float32)
-        for at in range(0, splits, BLOCK_S):
-            row = (at + s).to(tl.int64)[:, None] * entries + (first + m)[None, :]
-            inside = kept[None, :] & (at + s < splits)[:, None]
-            total += tl.sum(tl.load(parts + row * WIDTH + r[None, :], mask=inside, other=0.0), 0)
-        scaled = (total * tl.load(scaling + slot)).to(narrow.dtype.element_ty)
-        tl.store(narrow + (first + m).to(tl.int64) * WIDTH + r, scaled, mask=kept)
 
 
 @triton.jit
@@ -210,28 +188,6 @@ def _through(
             tl.store(parts + row[:, None] * features + f[None, :], total, mask=inside)
 
 
-@triton.jit
-def _fold(parts, grad, spans, ranks, features, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
-    """grad = Σ over a slot's chunks of parts; zero for a slot without tokens; nothing to do for one with a single chunk."""
-    slot, block = tl.program_id(0), tl.program_id(1)
-    first, count = tl.load(spans + slot * 2), tl.load(spans + slot * 2 + 1)
-    start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
-    numbers = rank * features
-    if (count != 1) & (block * BLOCK < numbers):
-        e, c = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for at in range(0, count, BLOCK_C):
-            row = (first + at + c).to(tl.int64) * WIDTH * features
-            kept = (at + c < count)[:, None] & (e < numbers)[None, :]
-            total += tl.sum(tl.load(parts + row[:, None] + e[None, :], mask=kept, other=0.0), 0)
-        tl.store(grad + start * features + e, total, mask=e < numbers)
-
-
-def _launch(kernel: Any) -> Any:
-    """What is started with [grid](...): seen by torch.compile where it is a compiled kernel, run as it is by the interpreter."""
-    return wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel
-
-
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # only fp32 has a choice to make
 
@@ -259,23 +215,15 @@ def shrink(
     block_f = min(block_f, 128) if drops else block_f  # a mask takes registers; sums stay in the same order
     narrow = torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device)
     parts = narrow if splits == 1 else torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device)
-    _launch(_shrink)[(tiles, splits, width // block_r)](
+    sums.launch(_shrink)[(tiles, splits, width // block_r)](
         x_NF, weight_RF, narrow, parts, tables.order_N, tables.tiles_S4, ranks_P2, scaling_P, *pointers(drops, 1, ranks_P2),
         features, entries, share,
         WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, WHOLE=splits == 1, DROP=bool(drops),
         PRECISION=_precision(x_NF.dtype), num_warps=4, num_stages=_stages(TILE, block_f, x_NF.element_size(), block_r),
     )  # fmt: skip
     if splits > 1:
-        _gather_into(narrow, parts, tables, ranks_P2, scaling_P)
+        sums.gather([narrow], [parts], tables, [ranks_P2], [scaling_P])
     return narrow
-
-
-def _gather_into(narrow: Tensor, parts: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor) -> None:
-    splits, entries, width = parts.shape
-    _launch(_gather)[(tables.tiles_S4.shape[0], width // 16)](
-        parts, narrow, tables.tiles_S4, ranks_P2, scaling_P, entries, splits,
-        WIDTH=width, BLOCK_M=TILE, BLOCK_R=16, BLOCK_S=8, num_warps=4,
-    )  # fmt: skip
 
 
 def expand_(
@@ -314,7 +262,7 @@ def _expand_into(
     width, features = narrow.shape[1], weight.shape[1]
     block_r = min(width, WIDEST_BLOCK)
     block_f = 256 if block_r <= 64 and narrow.element_size() == 2 else 128
-    _launch(_expand)[(tables.tiles_S4.shape[0], -(-features // block_f))](
+    sums.launch(_expand)[(tables.tiles_S4.shape[0], -(-features // block_f))](
         out, narrow, weight, weight if bias is None else bias, tables.order_N, tables.tiles_S4, ranks, *pointers(drops, 1, ranks),
         features,
         WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, ADD=add, BIAS=bias is not None, DROP=bool(drops),
@@ -335,41 +283,44 @@ def outer(
     parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
     block_r = min(width, WIDEST_BLOCK)
     block_f, block_n = 32 if drops and wide_NF.element_size() > 2 else 128, 64
-    _launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
+    sums.launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
         narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, *pointers(drops, 1, ranks_P2), features,
         WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),
         num_warps=4, num_stages=_stages(block_n, block_f + block_r, wide_NF.element_size(), 0),
     )  # fmt: skip
-    _fold_into(grad, parts, tables, ranks_P2)
+    sums.fold([grad], [parts], tables, [ranks_P2])
     return grad
 
 
-def _fold_into(grad: Tensor, parts: Tensor, tables: RouteTables, ranks_P2: Tensor) -> None:
-    _, width, features = parts.shape
-    _launch(_fold)[(ranks_P2.shape[0], -(-width * features // 512))](
-        parts, grad, tables.spans_P2, ranks_P2, features, WIDTH=width, BLOCK_C=8, BLOCK=512, num_warps=4
-    )
-
-
 def outer_and_shrink(
-    narrow_NW: Tensor, wide_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(`outer` of narrow and wide, `shrink` of wide by weight): in one pass over wide where the ranks are few."""
-    width, (entries, features) = narrow_NW.shape[1], wide_NF.shape
+    narrow: Sequence[Tensor],
+    wide: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    tables: RouteTables,
+    ranks: Sequence[Tensor],
+    scalings: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(`outer` of narrow and wide, `shrink` of wide by weight) of up to four layers; wide is read once where ranks are few."""
+    width, entries = narrow[0].shape[1], wide[0].shape[0]
+    layers = list(zip(narrow, wide, weights, ranks, scalings, strict=True))
     if width > ONE_PASS_WIDTH:
-        narrow = shrink(wide_NF, weight_RF, tables, ranks_P2, scaling_P, width)
-        return outer(narrow_NW, wide_NF, weight_RF, tables, ranks_P2), narrow
-    chunks, device = tables.chunks_C4.shape[0], wide_NF.device
-    block_f, block_n = 256 if wide_NF.element_size() == 2 else 128, 64
-    columns = -(-features // block_f)
-    grad, narrow = torch.empty_like(weight_RF), torch.empty((entries, width), dtype=wide_NF.dtype, device=device)
-    parts = torch.empty((chunks, width, features), dtype=torch.float32, device=device)
-    shares = torch.empty((columns, entries, width), dtype=torch.float32, device=device)
-    _launch(_through)[(chunks, columns)](
-        narrow_NW, wide_NF, weight_RF, parts, shares, grad, tables.order_N, tables.chunks_C4, ranks_P2, features, entries,
-        WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION=_precision(wide_NF.dtype),
-        num_warps=8, num_stages=_stages(block_n, block_f + width, wide_NF.element_size(), 0),
-    )  # fmt: skip
-    _fold_into(grad, parts, tables, ranks_P2)
-    _gather_into(narrow, shares, tables, ranks_P2, scaling_P)
-    return grad, narrow
+        narrowed = [shrink(dy, weight, tables, place, scaling, width) for _, dy, weight, place, scaling in layers]
+        return [outer(xa, dy, weight, tables, place) for xa, dy, weight, place, _ in layers], narrowed
+    chunks, device, item = tables.chunks_C4.shape[0], wide[0].device, wide[0].element_size()
+    block_f, block_n = 256 if item == 2 else 128, 64
+    grads, results, parts, shares = [], [], [], []
+    for xa, dy, weight, place, _ in layers:
+        features = dy.shape[1]
+        columns = -(-features // block_f)
+        grads.append(torch.empty_like(weight))
+        results.append(torch.empty((entries, width), dtype=dy.dtype, device=device))
+        parts.append(torch.empty((chunks, width, features), dtype=torch.float32, device=device))
+        shares.append(torch.empty((columns, entries, width), dtype=torch.float32, device=device))
+        sums.launch(_through)[(chunks, columns)](
+            xa, dy, weight, parts[-1], shares[-1], grads[-1], tables.order_N, tables.chunks_C4, place, features, entries,
+            WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION=_precision(dy.dtype),
+            num_warps=8, num_stages=_stages(block_n, block_f + width, item, 0),
+        )  # fmt: skip
+    sums.fold(grads, parts, tables, ranks)
+    sums.gather(results, shares, tables, ranks, scalings)
+    return grads, results

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorabank.kernels.gpu.lora import _gather_into, _launch, _precision
+from lorabank.kernels.gpu import sums
+from lorabank.kernels.gpu.lora import _precision
 from lorabank.kernels.tables import TILE, RouteTables
 
 WIDEST = 16
@@ -134,13 +135,13 @@ def gate_up(
     h, block_f = torch.empty_like(g0), 128
     columns = -(-features // block_f)
     shares = torch.empty((columns, entries, width), dtype=torch.float32, device=g0.device)
-    _launch(_gate_up)[(tables.tiles_S4.shape[0], columns)](
+    sums.launch(_gate_up)[(tables.tiles_S4.shape[0], columns)](
         g0, u0, h, *narrow, *Bs, A_down, shares, *ranks, tables.order_N, tables.tiles_S4, features, entries,
         WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, GELU=activation == "gelu_tanh", PRECISION=_precision(g0.dtype),
         num_warps=8, num_stages=1,
     )  # fmt: skip
     xa_NW = torch.empty((entries, width), dtype=g0.dtype, device=g0.device)
-    _gather_into(xa_NW, shares, tables, ranks[2], scaling_down)
+    sums.gather([xa_NW], [shares], tables, [ranks[2]], [scaling_down])
     return h, xa_NW
 
 
@@ -156,7 +157,7 @@ def gate_up_backward(
     """(h, the gradients of gate and up) from that of h, all (N, F)."""
     features, width, block_f = dh.shape[1], narrow[0].shape[1], 128
     h, dg, du = torch.empty_like(dh), torch.empty_like(dh), torch.empty_like(dh)
-    _launch(_gate_up_backward)[(tables.tiles_S4.shape[0], -(-features // block_f))](
+    sums.launch(_gate_up_backward)[(tables.tiles_S4.shape[0], -(-features // block_f))](
         dh, *products, h, dg, du, *narrow, *Bs, *ranks[:2], tables.order_N, tables.tiles_S4, features,
         WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, GELU=activation == "gelu_tanh", PRECISION=_precision(dh.dtype),
         num_warps=8, num_stages=1,

@@ -49,7 +49,7 @@ def _backward(
     tables = RouteTables(order, tiles, chunks, spans)
     x_NI, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(x.dtype).contiguous()
     kind, parts = STORAGES[storage], _parts(bases)
-    dB_down, dxa_NW = lora.outer_and_shrink(xas[2], dy_NO, Bs[2], tables, ranks[2], scalings[2])
+    (dB_down,), (dxa_NW,) = lora.outer_and_shrink(xas[2:], [dy_NO], Bs[2:], tables, ranks[2:], scalings[2:])
     if kind.add_input_grad is not None:
         dh_NF = lora.change(dxa_NW, As[2], None, tables, ranks[2])
         kind.add_input_grad(dh_NF, dy_NO, parts[2])
@@ -58,10 +58,9 @@ def _backward(
         lora.expand_(dh_NF, dxa_NW, As[2], tables, ranks[2])
     h_NF, dys = mlp.gate_up_backward(dh_NF, products, xas[:2], Bs[:2], tables, ranks, activation)
     dA_down = lora.outer(dxa_NW, h_NF, As[2], tables, ranks[2])
-    through = [lora.outer_and_shrink(xas[i], dys[i], Bs[i], tables, ranks[i], scalings[i]) for i in (0, 1)]
-    narrow = [pair[1] for pair in through]
+    dBs, narrow = lora.outer_and_shrink(xas[:2], dys, Bs[:2], tables, ranks[:2], scalings[:2])
     dAs = siblings.outer(narrow, x_NI, As[:2], tables, ranks[:2])
-    gradients = [*dAs, dA_down, *(pair[0] for pair in through), dB_down]
+    gradients = [*dAs, dA_down, *dBs, dB_down]
     if not needs_dx:
         return [x.new_empty(0), *gradients]
     if kind.add_input_grad is not None:

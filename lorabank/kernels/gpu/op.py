@@ -49,7 +49,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tables = RouteTables(order, tiles, chunks, spans)
     x_NI, dy_NO = x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).to(x.dtype).contiguous()
-    dB, dxa_NW = lora.outer_and_shrink(xa, dy_NO, B, tables, ranks, scaling)
+    (dB,), (dxa_NW,) = lora.outer_and_shrink([xa], [dy_NO], [B], tables, [ranks], [scaling])
     dA = lora.outer(dxa_NW, x_NI, A, tables, ranks, drops)
     if not needs_dx:
         return x.new_empty(0), dA, dB

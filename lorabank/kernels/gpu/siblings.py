@@ -8,19 +8,19 @@ to 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
-from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _fold_into, _gather_into, _launch, _precision
+from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _precision
+from lorabank.kernels.gpu.sums import MOST as MOST
+from lorabank.kernels.gpu.sums import four
 from lorabank.kernels.tables import TILE, RouteTables
 
-MOST = 4
-"""Layers that the kernels take together."""
 WIDEST = 64
 """Ranks up to which they do."""
 
@@ -211,11 +211,6 @@ def _outer(
             _put(t3, g3, p3, k3, slot, chunk, only, r, f, features, WIDTH)
 
 
-def _four(tensors: Sequence[Tensor]) -> list[Any]:
-    """Filled up to the number that the kernels take; what fills up is never read."""
-    return [*tensors, *[tensors[-1]] * (MOST - len(tensors))]
-
-
 def _stages(bytes_each: int) -> int:
     return max(1, min(4, SHARED_BYTES // bytes_each))
 
@@ -240,15 +235,14 @@ def shrink(
     parts = narrow
     if splits > 1:
         parts = [torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device) for _ in weights]
-    _launch(_shrink)[(tiles, splits)](
-        x_NF, *_four(weights), *_four(narrow), *_four(parts), *_four(ranks), *_four(scalings),
+    sums.launch(_shrink)[(tiles, splits)](
+        x_NF, *four(weights), *four(narrow), *four(parts), *four(ranks), *four(scalings),
         *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4, features, entries, share,
         C=count, WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, WHOLE=splits == 1, DROP=bool(drops),
         PRECISION=_precision(x_NF.dtype), num_warps=4, num_stages=_stages(block_f * (TILE * item + count * width * 4)),
     )  # fmt: skip
     if splits > 1:
-        for mine, part, place, scaling in zip(narrow, parts, ranks, scalings, strict=True):
-            _gather_into(mine, part, tables, place, scaling)
+        sums.gather(narrow, parts, tables, ranks, scalings)
     return narrow
 
 
@@ -264,8 +258,8 @@ def change(
     (entries, width), features, device = narrow[0].shape, weights[0].shape[1], narrow[0].device
     out = torch.empty((entries, features), dtype=narrow[0].dtype, device=device) if out_NF is None else out_NF
     block_f = 256 if width <= 16 and out.element_size() == 2 and not drops else 128
-    _launch(_change)[(tables.tiles_S4.shape[0], -(-features // block_f))](
-        out, *_four(narrow), *_four(weights), *_four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4,
+    sums.launch(_change)[(tables.tiles_S4.shape[0], -(-features // block_f))](
+        out, *four(narrow), *four(weights), *four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4,
         features,
         C=len(narrow), WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, ADD=out_NF is not None, DROP=bool(drops),
         PRECISION=_precision(out.dtype), num_warps=4, num_stages=1,
@@ -287,12 +281,11 @@ def outer(
     parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=wide_NF.device) for _ in likes]
     block_n, item = 64, wide_NF.element_size()
     block_f = (64 if item == 2 else 32) if drops else 128 if width <= 16 else 64
-    _launch(_outer)[(chunks, -(-features // block_f))](
-        *_four(narrow), wide_NF, *_four(parts), *_four(grads), *_four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N,
+    sums.launch(_outer)[(chunks, -(-features // block_f))](
+        *four(narrow), wide_NF, *four(parts), *four(grads), *four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N,
         tables.chunks_C4, features,
         C=len(narrow), WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),
         num_warps=4, num_stages=_stages(block_n * (block_f + len(narrow) * width) * item),
     )  # fmt: skip
-    for grad, part, place in zip(grads, parts, ranks, strict=True):
-        _fold_into(grad, part, tables, place)
+    sums.fold(grads, parts, tables, ranks)
     return grads

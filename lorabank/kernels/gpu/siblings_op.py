@@ -51,12 +51,7 @@ def _backward(
     tables = RouteTables(order, tiles, chunks, spans)
     x_NI = x.reshape(-1, x.shape[-1])
     flat = [dy.reshape(-1, dy.shape[-1]).to(x.dtype).contiguous() for dy in dys]
-    narrow: list[Tensor] = []
-    dBs: list[Tensor] = []
-    for i, dy in enumerate(flat):
-        dB, dxa = lora.outer_and_shrink(xas[i], dy, Bs[i], tables, ranks[i], scalings[i])
-        dBs.append(dB)
-        narrow.append(dxa)
+    dBs, narrow = lora.outer_and_shrink(xas, flat, Bs, tables, ranks, scalings)
     dAs = siblings.outer(narrow, x_NI, As, tables, ranks, drops)
     if not needs_dx:
         return [x.new_empty(0), *dAs, *dBs]

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import triton
+from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorabank.kernels.gpu import lora, mlp, siblings
+from lorabank.kernels.gpu import lora, mlp, siblings, sums
 from lorabank.kernels.tables import drop_tables, route_tables
 
 LAUNCHED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -48,7 +49,7 @@ def record(width: int, dtype: torch.dtype) -> None:
         lora.change(narrow, A, A[0], few, ranks)
         lora.expand_(part, narrow, A, few, ranks)
         lora.outer(narrow, part, A, few, ranks)
-        lora.outer_and_shrink(narrow, part, A, few, ranks, scaling)
+        lora.outer_and_shrink([narrow], [part], [A], few, [ranks], [scaling])
         batch = drop_tables(few.order_N, 64, [1], torch.arange(len(part) // 64)).tensors
         lora.shrink(part, A, few, ranks, scaling, width, [*batch, odds])
         lora.change(narrow, A, None, few, ranks, [*batch, odds])
@@ -94,6 +95,26 @@ def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capa
     return f"{kernel.__name__} {found[1]} registers, {found[2]} bytes of stack, {shared} bytes shared, {options} {constants}"
 
 
+class Target:
+    """What torch asks of a GPU to read a kernel: its generation."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def check_writes(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """No tensor may be written under two names, as torch reads the kernel: it would keep the one that isn't really written."""
+    names = kernel.arg_names
+    given = dict(zip(names, args, strict=False)) | {name: value for name, value in kwargs.items() if name in names}
+    written = sorted(place.name for place in identify_accessed_tensors(kernel, given, {}).read_writes.writes)
+    addresses = [given[name].data_ptr() for name in written]
+    assert written, f"{kernel.__name__}: torch sees no writes"
+    assert len(set(addresses)) == len(addresses), f"{kernel.__name__}: {written} are written, and some are one tensor"
+
+
 def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}[value.dtype]
@@ -106,16 +127,17 @@ def _aligned(value: Any) -> bool:
 
 def main() -> None:
     """Compile for the capability in the first argument."""
-    for module in (lora, siblings, mlp):
-        vars(module)["_launch"] = Recorder
+    vars(sums)["launch"] = Recorder
     for width in map(int, sys.argv[2:] or ("16", "64", "256")):
         record(width, torch.bfloat16)
     record(16, torch.float32)
+    triton.runtime.driver.set_active(Target(int(sys.argv[1])))
     seen: set[str] = set()
     for kernel, args, kwargs in LAUNCHED:
         key = str((kernel.__name__, dict(kwargs), [_type(a) for a in args]))
         if key not in seen:
             seen.add(key)
+            check_writes(kernel, args, kwargs)
             sys.stdout.write(compile_for(kernel, args, kwargs, int(sys.argv[1])) + "\n")
 
 

@@ -210,7 +210,7 @@ def found(p: Problem) -> dict[str, Tensor]:
     xa = lora.shrink(p.x_NI, p.A, tables, ranks, scaling, p.width, drops)
     added = p.y_NO.clone()
     lora.expand_(added, xa, p.B, tables, ranks)
-    dB, dxa = lora.outer_and_shrink(xa, p.dy_NO, p.B, tables, ranks, scaling)
+    (dB,), (dxa,) = lora.outer_and_shrink([xa], [p.dy_NO], [p.B], tables, [ranks], [scaling])
     dx_added = torch.zeros_like(p.x_NI)
     lora.expand_(dx_added, dxa, p.A, tables, ranks, drops)
     assert dB.dtype == torch.float32
