@@ -78,6 +78,8 @@ def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
         times = timed(training.step, args.steps)
         row |= spread(times) | {"series_ms": round(series(training.step, args.steps), 3), "steps": len(times)}
         losses = training.step()
+        if training.engine.fits.times:
+            raise RuntimeError("the step ran out of memory and went through in parts: that isn't the work to be measured")
         tokens, ms = work.rows * work.tokens, row["ms"]
         row |= {
             "tokens_per_s": round(tokens / ms * 1e3),
