@@ -15,13 +15,7 @@ from torch import Tensor
 
 from lorabank.bank.routing import BASE, RowRoute
 from lorabank.errors import DataError
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, without waiting for a GPU's queue."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+from lorabank.kernels.tables import send as send
 
 
 @dataclass(frozen=True, kw_only=True)

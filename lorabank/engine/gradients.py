@@ -29,6 +29,17 @@ def fresh_gradients(leaves: Sequence[nn.Parameter]) -> Iterator[None]:
     _add(before)
 
 
+def copied(leaves: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """Each leaf and a copy of its gradient, for `put_back`."""
+    return [(leaf, None if leaf.grad is None else leaf.grad.clone()) for leaf in leaves]
+
+
+def put_back(gradients: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
+    """Give leaves the gradients that `copied` took."""
+    for leaf, gradient in gradients:
+        leaf.grad = gradient
+
+
 def _add(before: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
     both = [(leaf, old, leaf.grad) for leaf, old in before if old is not None and leaf.grad is not None]
     if both:

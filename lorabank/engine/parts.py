@@ -100,5 +100,6 @@ def _too_large(part: Batch, said: str) -> TooLargeError:
     device = part.input_ids_NL.device
     return TooLargeError(
         f"out of memory: a row of {max(part.lengths)} tokens alone doesn't fit ({said or f'on {device}'}). "
-        "Set gradient_checkpointing: true, keep the base in fewer bits (base_dtype: nf4), or make rows shorter (data.max_length)."
+        "Set activation_offloading: true (a stopped run can be resumed with it), or start anew with the base in fewer bits "
+        "(base_dtype: nf4) or shorter rows (data.max_length)."
     )

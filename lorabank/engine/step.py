@@ -17,7 +17,7 @@ from lorabank.bank.routing import Routing, RowRoute
 from lorabank.engine.batch import Batch, send
 from lorabank.engine.engine import Engine as Engine
 from lorabank.engine.fused_block import slot_count
-from lorabank.engine.gradients import fresh_gradients
+from lorabank.engine.gradients import copied, fresh_gradients, put_back
 from lorabank.engine.head import (
     SplitHead,
     check_vocabulary,
@@ -52,18 +52,26 @@ def forward_backward(
 
     `steps`: adapter to its optimizer step, which dropout is drawn from; None switches dropout off. `reference_logprobs_NL`:
     log-probabilities of the tokens under a reference, for losses that need them. Rows routed to BASE get no gradient.
-    Raises before any gradient changes: RoutingError, DataError or ConfigError.
+    Raises RoutingError, DataError, ConfigError or TooLargeError; gradients are then as they were.
     """
     names = _single_slots(batch.routes)
     _check_batch(engine.bank.model, batch, reference_logprobs_NL)
 
+    before: list[tuple[nn.Parameter, Tensor | None]] = []
+
     def compute(part: Batch, rows: Rows) -> Tensor:
+        if part is not batch and not before:  # a later part may turn out not to fit at all
+            before.extend(copied([leaf for mine in engine.leaves(filter(None, dict.fromkeys(names))).values() for leaf in mine]))
         reference = reference_logprobs_NL
         if reference is not None and part is not batch:
             reference = reference[list(rows), : part.input_ids_NL.shape[1]]
         return _one_pass(engine, part, [names[row] for row in rows], steps, reference)
 
-    parts = engine.fits.in_parts(batch, compute, engine.release)
+    try:
+        parts = engine.fits.in_parts(batch, compute, engine.release)
+    except BaseException:
+        put_back(before)
+        raise
     losses_E = whole([(batch.examples_of(rows), losses) for rows, losses in parts], len(batch.examples_E))
     return by_slot(_single_slots(batch.example_routes), losses_E, batch.example_weights())
 

@@ -14,7 +14,7 @@ from lorabank.config.train import TrainConfig
 from lorabank.engine.batch import Batch, Example, make_batch, pack_batch
 from lorabank.engine.state import EngineState, load_state, save_state
 from lorabank.engine.step import Engine, SlotLoss, forward_backward, logprobs, optim_step
-from lorabank.errors import OutputError
+from lorabank.errors import OutputError, TooLargeError
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 from lorabank.training.checkpoint import Checkpoint, write_checkpoint
 from lorabank.training.evaluate import Busy
@@ -69,7 +69,11 @@ class Trainer:
                 self._check_the_ends()
                 self.save_checkpoint()
                 return True
-            self._pass(running)
+            try:
+                self._pass(running)
+            except TooLargeError:
+                self.save_checkpoint()  # nothing of this pass is in it
+                raise
 
     def rehearse(self) -> None:
         """A forward pass of each adapter's first row, so that what would fail in the first step fails here."""

@@ -104,8 +104,25 @@ def test_one_row_that_does_not_fit() -> None:
         pytest.raises(TooLargeError, match=r"a row of 12 tokens alone .*Tried to allocate 1.00 GiB"),
     ):
         found(engine)
-    after = gradients(engine.bank, "a")
-    assert set(after) == set(before)
+    assert engine.fits.times > 1
+    assert_gradients(gradients(engine.bank, "a"), before)
+
+
+def test_a_later_part_that_does_not_fit_undoes_the_earlier_ones() -> None:
+    engine = Engine(make_bank())
+    forward_backward(engine, batch_of((6,), "a"))
+    before = gradients(engine.bank, "a")
+    engine.fits.tokens = 12  # parts of a row or two; the row of 12 comes fourth
+    with memory_for(engine, 11) as tried, pytest.raises(TooLargeError):
+        found(engine)
+    assert len(tried) > 1
+    assert_gradients(gradients(engine.bank, "a"), before)
+    assert gradients(engine.bank, "b") == {}
+
+
+def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_validation_goes_through_in_parts_too() -> None:

@@ -62,8 +62,47 @@ def test_out_of_memory_costs_a_notice(tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_a_row_that_does_not_fit_ends_the_run_with_the_ways_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(TooLargeError, match=r"gradient_checkpointing: true.*base_dtype: nf4.*data\.max_length"):
+    with pytest.raises(TooLargeError, match=r"activation_offloading: true.*base_dtype: nf4.*data\.max_length"):
         run(small_memory(tiny_model(), 0), tokenizer)
+
+
+def test_what_was_trained_until_then_is_saved(base_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """And goes on from there with another way to keep activations: nothing is lost, nothing counted twice."""
+    common: dict[str, Any] = {
+        "model": str(base_folder),
+        "data": {"train": str(rows_file)},
+        "adapters": TWO,
+        "defaults": {"batch_size": 4, "learning_rate": 5e-3},
+        "save": {"every": 0},
+        "eval": {"every": 0, "samples": 0},
+        "device": "cpu",
+    }
+    expected = lb.train(**common, output=str(tmp_path / "whole"))
+    told = TooLong(3)
+    with pytest.raises(TooLargeError):
+        lb.train(**common, output=str(tmp_path / "out"), listeners=[told])
+    told.hook.remove()
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-3"]
+    resumed = lb.train(**common, activation_offloading=True, output=str(tmp_path / "out"), resume=True)
+    assert_close(resumed, expected, rtol=1e-4, atol=1e-6)
+
+
+class TooLong(Recorder):
+    """The pass after so many doesn't fit, not even a row of it."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.passes = passes
+        self.hook: Any = None
+
+    def on_step(self, record: Any) -> None:
+        super().on_step(record)
+        if record.pass_index == self.passes and self.hook is None:
+
+            def look(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+            self.hook = nn.modules.module.register_module_forward_hook(look)
 
 
 def test_fp16_ends_where_fp32_does(tokenizer: PreTrainedTokenizerFast) -> None:
