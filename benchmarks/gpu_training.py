@@ -13,7 +13,6 @@ the wall clock of as many steps that follow each other, divided by their number.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -30,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from gpu_check import check
+from gpu_longest import measure_longest
 from gpu_model import GIB, WARM_UP, Bases, Shape, Training, Work, free, llama, peak_gib, series, spread, timed, token_rows
 from gpu_results import Results
 
 import lorabank as lb
-from lorabank.errors import TooLargeError
 
 Row = dict[str, Any]
 
@@ -51,7 +50,6 @@ STEPS = {
 MIXED_RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
 """Mean 26, so that one adapter of the same mean rank exists."""
 MANY = 64
-LONGEST_GRANULE = 1024
 
 
 def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
@@ -181,89 +179,6 @@ def measure_merged(bases: Bases, args: argparse.Namespace) -> Row:
     plain += times()
     row: Row = {"layers": bases.shape.layers, "rows": 2, "tokens": 2048, **spread(merged), **spread(plain, "base_")}
     return row | {"ratio": round(row["ms"] / row["base_ms"], 4)}
-
-
-def measure_longest(bases: Bases, args: argparse.Namespace) -> Row:
-    """Longest single row whose whole training step fits the card, with recomputation."""
-    training = Training(bases.get(), Work(rows=1, tokens=2048, recompute=True), graphs=False)
-    tried: dict[int, float | None] = {}
-    began = time.perf_counter()
-
-    def fits(length: int) -> bool:
-        tried[length] = _peak_of_step(training, length)
-        print(f"  longest: {length} tokens {'do not fit' if tried[length] is None else f'take {tried[length]} GiB'}", flush=True)
-        return tried[length] is not None
-
-    def in_time() -> bool:
-        return time.perf_counter() - began < args.longest_seconds
-
-    for length in (2048, 4096, 8192):  # the first compiles and makes the optimizer's state
-        fits(length)
-    small, large = tried[4096], tried[8192]
-    if small is None or large is None:
-        raise RuntimeError("8,192 tokens don't fit, so there is nothing to search")
-    limit = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
-    guess = guess_longest(small, large, limit)
-    longest, refused = bisect_longest(fits, 8192, guess, tries=args.longest_tries, in_time=in_time)
-    training.close()
-    return {
-        "layers": bases.shape.layers, "rows": 1, "tokens": longest, "shortest_refused": refused, "peak_gib": tried[longest],
-        "limit_gib": round(limit, 2), "tried": {str(length): peak for length, peak in tried.items()},
-    }  # fmt: skip
-
-
-def _peak_of_step(training: Training, length: int) -> float | None:
-    """GiB at the most in a step over one row, None where that is more than there is."""
-    training.use(1, length)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        training.step()
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        ran_out = isinstance(error, torch.OutOfMemoryError | TooLargeError)
-        if not ran_out and "ALLOC_FAILED" not in str(error):  # cuBLAS has an error of its own
-            raise
-        peak = None
-    else:
-        peak = peak_gib()
-    training.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
-    return peak
-
-
-def guess_longest(small_gib: float, large_gib: float, limit_gib: float) -> int:
-    """Tokens that fill 97 % of what memory is left, which grows evenly from 4,096 to 8,192 tokens."""
-    each = max((large_gib - small_gib) / 4096, 1e-9)
-    tokens = int(8192 + max(0.0, limit_gib - large_gib) * 0.97 / each)
-    return max(8192 + LONGEST_GRANULE, tokens // LONGEST_GRANULE * LONGEST_GRANULE)
-
-
-def bisect_longest(
-    fits: Callable[[int], bool], low: int, guess: int, *, tries: int, in_time: Callable[[], bool] = lambda: True
-) -> tuple[int, int | None]:
-    """(longest that fits, shortest that was refused), in LONGEST_GRANULE. `low` fits. Short steps until it is fenced in."""
-    high: int | None = None
-    length, down = guess, 0.03
-    for _ in range(tries):
-        if not in_time():
-            break
-        if fits(length):
-            low = length
-        else:
-            high, down = length, 2 * down
-        if high is None:
-            length = _rounded(low * 1.04, low)
-        elif high - low <= LONGEST_GRANULE:
-            break
-        else:
-            length = min(_rounded(max((low + high) / 2, high * (1 - down)), low), high - LONGEST_GRANULE)
-    return low, high
-
-
-def _rounded(length: float, above: int) -> int:
-    return max(above + LONGEST_GRANULE, int(length) // LONGEST_GRANULE * LONGEST_GRANULE)
 
 
 def measure_start(bases: Bases, args: argparse.Namespace) -> Row:

@@ -22,6 +22,7 @@ gpu_peers = importlib.import_module("gpu_peers")
 gpu_results = importlib.import_module("gpu_results")
 gpu_table = importlib.import_module("gpu_table")
 gpu_training = importlib.import_module("gpu_training")
+gpu_longest = importlib.import_module("gpu_longest")
 
 GPU = "NVIDIA H100 80GB HBM3"
 HEAD = {"date": "2026-01-01", "commit": "abc", "gpu": GPU, "versions": {"torch": "2.11.0"}}
@@ -231,15 +232,15 @@ def test_the_longest_row_is_found(fit: int) -> None:
         asked.append(length)
         return length <= fit
 
-    low, high = gpu_training.bisect_longest(fits, 8192, gpu_training.guess_longest(20.0, 22.0, 70.0), tries=40)
+    low, high = gpu_longest.bisect_longest(fits, 8192, gpu_longest.guess_longest(20.0, 22.0, 70.0), tries=40)
     assert high is not None
     assert low <= fit < high
-    assert high - low <= gpu_training.LONGEST_GRANULE
+    assert high - low <= gpu_longest.LONGEST_GRANULE
     assert len(asked) == len(set(asked))
     asked.clear()
-    gpu_training.bisect_longest(fits, 8192, 100_352, tries=3)
+    gpu_longest.bisect_longest(fits, 8192, 100_352, tries=3)
     assert len(asked) <= 3
-    assert gpu_training.bisect_longest(fits, 8192, 100_352, tries=3, in_time=lambda: False) == (8192, None)
+    assert gpu_longest.bisect_longest(fits, 8192, 100_352, tries=3, in_time=lambda: False) == (8192, None)
 
 
 def test_the_mixed_ranks_have_a_whole_mean() -> None:
