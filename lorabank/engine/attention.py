@@ -4,6 +4,9 @@ A model that would use torch's scaled_dot_product_attention asks for `lorabank` 
 (fp32, no mask, no dropout), torch's otherwise, with masks as for torch's. On a GPU it asks for `lorabank_causal`, for which no
 masks are built: behind a causal attention, padding on the right reaches no real token, and torch's fastest kernels take no
 mask. Packed rows ask for `lorabank_packed` everywhere: see packed_attention.py.
+
+A pass on a GPU in which an attention may get a mask does without cuDNN's (see `without_cudnn`), which torch would prefer there.
+The backward of an attention is that of the kernel that forward chose, and a recomputed forward runs inside the pass too.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from lorabank.kernels.native import attention, library
 
 NAME = "lorabank"
 CAUSAL = "lorabank_causal"
+MASKED = "lorabank_masked"
 PACKED = "lorabank_packed"
 LONGEST_PROBE = 8192
 _KEY = "_attn_implementation_internal"
@@ -33,6 +38,8 @@ _PLAIN = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "sliding_window"}
 )
 """Arguments that reach the attention function and say nothing about a call without a mask."""
+WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Where a configuration keeps how far back its layers see."""
 
 
 def asks_nothing(kwargs: Mapping[str, Any]) -> bool:
@@ -85,34 +92,93 @@ def causal_attention(
     )
 
 
+def masked_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own, under a name of ours.
+
+    A compiled block keeps the kernel that was chosen when it was traced, and traced outside of our passes, for `sdpa`, cuDNN's.
+    """
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 # pointers in a struct are nothing to trace: under torch.compile each of our attentions is a graph break, and right
 AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(MASKED, masked_attention)
+AttentionMaskInterface.register(MASKED, sdpa_mask)
 AttentionInterface.register(CAUSAL, causal_attention)  # and no masks: transformers builds none for a name without a mask function
+
+
+class _WithoutCudnn:
+    """How many passes want torch to choose among the other kernels, and what was set before the first: the switch is global."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = True
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """torch's attention without cuDNN's kernels, in all threads: backward on a GPU runs in another.
+
+        With a mask, their backward on Hopper GPUs gives NaN as q's gradient for rows of 64, 192, 320, ... tokens where scores are
+        far below zero, and so for queries that see nothing (torch 2.11 to 2.13, github.com/pytorch/pytorch/issues/196678).
+        """
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    torch.backends.cuda.enable_cudnn_sdp(self._before)
+
+
+without_cudnn = _WithoutCudnn()
 
 
 @contextlib.contextmanager
 def own_attention(
-    modules: Iterable[nn.Module], device: torch.device, *, maskless: bool = False, packed: bool = False
+    modules: Iterable[nn.Module],
+    device: torch.device,
+    *,
+    maskless: bool = False,
+    packed: bool = False,
+    length: int | None = None,
 ) -> Iterator[None]:
     """Our attention for `modules` (`model.modules()`), its own afterwards.
 
-    `maskless`: on a GPU, for a model that `works_without_masks` found fit; without it a GPU keeps the model's own throughout.
-    `packed`: for packed rows whose boundaries go to the attention (see packing.py).
+    `maskless`: on a GPU, for a model that `works_without_masks` found fit. `packed`: for packed rows whose boundaries go to the
+    attention (see packing.py). `length`: of the rows, where it is known that no attention but a window's gets a mask: then a GPU
+    may use cuDNN's attention for rows that no window is too short for.
     """
-    name = PACKED if packed else CAUSAL if maskless else NAME if device.type == "cpu" and library.loaded() is not None else None
+    configs = configurations(modules)
+    usual = MASKED if device.type == "cuda" else NAME if device.type == "cpu" and library.loaded() is not None else None
+    name = PACKED if packed else CAUSAL if maskless else usual
+    unmasked = maskless and length is not None and not reached_windows(configs, length)
     changed: list[dict[str, Any]] = []
-    try:
-        if name is not None:
-            for config in configurations(modules):
+    with contextlib.nullcontext() if unmasked or device.type != "cuda" else without_cudnn():
+        try:
+            for config in configs if name is not None else ():
                 if config._attn_implementation == "sdpa":
                     vars(config)[_KEY] = name
                     changed.append(vars(config))
-        yield
-    finally:
-        for settings in changed:
-            if settings[_KEY] == name:  # unless somebody chose another meanwhile
-                settings[_KEY] = "sdpa"
+            yield
+        finally:
+            for settings in changed:
+                if settings[_KEY] == name:  # unless somebody chose another meanwhile
+                    settings[_KEY] = "sdpa"
+
+
+def reached_windows(configs: Iterable[PreTrainedConfig], length: int) -> tuple[int, ...]:
+    """Sizes of the windows that rows of `length` tokens reach beyond."""
+    sizes = {getattr(config, name, None) for config in configs for name in WINDOWS}
+    return tuple(sorted(size for size in sizes if isinstance(size, int) and 0 < size < length))
 
 
 def probe_length(modules: Iterable[nn.Module]) -> int | None:

@@ -112,10 +112,10 @@ class Engine:
 
     def attention(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
         """Our attention in the model, as this batch needs it."""
-        modules, device = self.bank.model.modules(), self.bank.device
+        modules, device, length = self.bank.model.modules(), self.bank.device, batch.input_ids_NL.shape[1]
         if batch.packed:
-            return own_attention(modules, device, packed=self.packing(batch.input_ids_NL.shape[1]).by_attention)
-        return own_attention(modules, device, maskless=self.maskless())
+            return own_attention(modules, device, packed=self.packing(length).by_attention)
+        return own_attention(modules, device, maskless=self.maskless(), length=length)
 
     def all_fused(self, routing: Routing) -> bool:
         """Whether every adapted layer's product is compiled into a block of the model's, under this route."""

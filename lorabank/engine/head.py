@@ -79,8 +79,9 @@ def works_without_masks(bank: AdapterBank, split: SplitHead) -> bool:
     mask = torch.ones_like(ids)
     mask[1, length - 2 :] = 0
     with torch.no_grad(), evaluation_mode(modules), bank.route(BASE):
-        expected = split.hidden(ids, mask)[mask.bool()].float()
-        with own_attention(modules, bank.device, maskless=True):
+        with own_attention(modules, bank.device):
+            expected = split.hidden(ids, mask)[mask.bool()].float()
+        with own_attention(modules, bank.device, maskless=True, length=length):
             found = split.hidden(ids, None)[mask.bool()].float()
     allowed = 1e-4 if split.head.weight.dtype == torch.float32 else 5e-2
     return bool((found - expected).norm() <= allowed * expected.norm())

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import BASE
-from lorabank.engine.attention import configurations, own_attention
+from lorabank.engine.attention import configurations, own_attention, reached_windows
 from lorabank.engine.batch import Batch, Example, make_batch, pack_batch, send
 from lorabank.engine.head import SplitHead, logits_of
 from lorabank.engine.modes import evaluation_mode
@@ -26,7 +26,6 @@ from lorabank.errors import ConfigError, Setting
 
 SHORT = 6
 """Tokens of the longest example of a probe whose model has no window, or none that matters."""
-_WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,7 @@ class Packing:
 def windows(model: nn.Module, length: int) -> tuple[int, ...]:
     """Sizes of the model's windows that rows of `length` tokens reach beyond."""
     configs = [vars(module).get("config") for module in model.modules()]
-    sizes = {getattr(c, name, None) for c in configs if isinstance(c, PreTrainedConfig) for name in _WINDOWS}
-    return tuple(sorted(size for size in sizes if isinstance(size, int) and 0 < size < length))
+    return reached_windows([config for config in configs if isinstance(config, PreTrainedConfig)], length)
 
 
 def find_packing(bank: AdapterBank, split: SplitHead | None, length: int) -> Packing:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabank.engine import attention as engine_attention
-from lorabank.engine.attention import own_attention
-from lorabank.engine.batch import Batch, make_batch
+from lorabank.engine import engine
+from lorabank.engine.attention import own_attention, without_cudnn
+from lorabank.engine.batch import Batch, make_batch, pack_batch
 from lorabank.engine.compiling import compile_blocks, uncompile_blocks
 from lorabank.engine.step import Engine, forward_backward, logprobs
 from lorabank.kernels.native import attention, library
-from tests.engine.tiny import FAMILIES, make_bank, make_model
+from tests.engine.tiny import FAMILIES, backward, batch_of, difference, make_bank, make_model
 
 pytestmark = pytest.mark.skipif(library.loaded() is None, reason="no C compiler here, or no OpenMP runtime that torch loads")
 
@@ -80,11 +84,11 @@ def test_compiled_blocks_take_it_without_a_word(monkeypatch: pytest.MonkeyPatch,
     calls = counted(monkeypatch)
     bank = make_bank(model=llama())
     compiled = compile_blocks(bank.model)
-    engine = Engine(bank)
+    verbs = Engine(bank)
     for _ in range(3):
         for p in bank.parameters():
             p.grad = None
-        forward_backward(engine, even_batch())
+        forward_backward(verbs, even_batch())
     uncompile_blocks(compiled)
     assert calls
     assert not [record for record in caplog.records if "attention" in record.getMessage()]
@@ -96,10 +100,10 @@ def test_compiled_blocks_take_it_without_a_word(monkeypatch: pytest.MonkeyPatch,
 def test_padded_rows_take_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
     batch = make_batch([([21, 22, 23], [1.0] * 3), ([24, 25, 26, 27, 28], [1.0] * 5)], ["a", "b"])
-    engine = Engine(make_bank(model=llama()))
-    engine.head()  # looks the model over with rows of its own
+    verbs = Engine(make_bank(model=llama()))
+    verbs.head()  # looks the model over with rows of its own
     calls.clear()
-    forward_backward(engine, batch)
+    forward_backward(verbs, batch)
     assert not calls
 
 
@@ -132,11 +136,120 @@ def test_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         assert model.config._attn_implementation == "eager"  # what the user chose stays
 
 
-def test_a_model_elsewhere_keeps_its_own() -> None:
-    """Under torch.compile our attention is a graph break, which a GPU would pay for nothing."""
+def test_a_model_elsewhere_takes_torchs() -> None:
+    """Under torch.compile attention.c is a graph break, which a GPU would pay for nothing."""
     model = llama()
     with own_attention(model.modules(), torch.device("cuda")):
-        assert model.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == engine_attention.MASKED
+    assert model.config._attn_implementation == "sdpa"
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, maskless: bool) -> list[tuple[bool, bool]]:
+    """Attention as the engine has it on a GPU from now on; (whether it has a mask, whether it may be cuDNN's) of each call."""
+    calls: list[tuple[bool, bool]] = []
+    own, sdpa = own_attention, torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append((kwargs["attn_mask"] is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "own_attention", lambda modules, device, **more: own(modules, torch.device("cuda"), **more))
+    monkeypatch.setattr(Engine, "maskless", lambda self: maskless)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    return calls
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "maskless", "tokens", "masks", "cudnn"),
+    [
+        ("llama", True, 9, {False}, True),
+        ("llama", False, 9, {True}, False),
+        ("mistral", True, 5, {False}, True),  # its window
+        ("mistral", True, 9, {True}, False),
+        ("mistral", False, 9, {True}, False),
+    ],
+)
+def test_on_a_gpu_masks_do_without_cudnns(
+    family: str,
+    maskless: bool,
+    tokens: int,
+    masks: set[bool],
+    cudnn: bool,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In recomputation as well; and losses and gradients are what they are on a CPU."""
+    lengths = [tokens, 3, tokens, 2]  # behind the padding of which a window sees nothing
+    bank, batch = make_bank(family), batch_of(lengths, ["a", "a", "b", "b"], prompt=1)
+    expected_losses, expected = backward(bank, batch)
+    verbs = Engine(bank, gradient_checkpointing=checkpointing)
+    verbs.head()
+    calls = as_on_a_gpu(monkeypatch, maskless=maskless)
+    monkeypatch.setattr(verbs, "cuda_graphs", False)  # which would lengthen the rows
+    losses, found = backward(bank, batch, verbs)
+    assert len(calls) == (4 if checkpointing else 2)
+    assert {mask for mask, _ in calls} == masks
+    assert {may for _, may in calls} == {cudnn}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    for name, loss in expected_losses.items():
+        assert losses[name].row_losses == pytest.approx(loss.row_losses, rel=1e-4)
+        assert difference(found[name], expected[name]) < 1e-3
+    logprobs(verbs, batch)
+    assert {may for _, may in calls} == {cudnn}
+
+
+def test_packed_rows_do_without_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = make_bank("llama")
+    examples = [([21, 22, 23], [1.0] * 3), ([24, 25, 26, 27], [1.0] * 4)]
+    calls = as_on_a_gpu(monkeypatch, maskless=True)
+    packed, verbs = pack_batch([examples, examples[:1]], ["a", "b"]), Engine(bank)
+    verbs.packing(packed.input_ids_NL.shape[1])
+    calls.clear()
+    forward_backward(verbs, packed)
+    assert {may for _, may in calls} == {False}
+
+
+def test_without_cudnn_leaves_the_switch_as_it_was() -> None:
+    """Of passes in two threads the last to leave sets it again."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(without_cudnn())
+        second.enter_context(without_cudnn())
+        first.close()
+        assert not enabled()
+    assert enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with without_cudnn():
+            assert not enabled()
+        assert not enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_what_was_compiled_outside_of_a_pass_is_not_used_in_one() -> None:
+    """The kernel chosen in tracing, which may be cuDNN's, is part of it."""
+    made: list[object] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        made.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    model = llama()
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+    counts = []
+    with torch.no_grad():
+        for inside in (False, False, True, True, False):
+            with own_attention(model.modules(), torch.device("cuda")) if inside else contextlib.nullcontext():
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+            counts.append(len(made))
+    torch._dynamo.reset()
+    assert counts[0] == counts[1] < counts[2] == counts[3] == counts[4]
 
 
 def test_a_choice_made_meanwhile_stays() -> None:
