@@ -6,6 +6,7 @@ tests/gpu/test_families.py does the same on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,26 @@ def test_recomputed_blocks_give_the_same(family: str, paths: zoo.Paths) -> None:
 @pytest.mark.parametrize(("family", "targets"), [("whisper", ["cross-attention"]), ("vit", ["q"]), ("bert", ["v"])])
 def test_a_few_layers_of_models_that_are_no_decoders(family: str, targets: list[str], paths: zoo.Paths) -> None:
     zoo.check_fused(family, fuse, paths, width=WIDTH, tolerance=TOLERANCE, targets=targets)
+
+
+def test_in_half_precision_fused_blocks_are_as_far_from_fp32(paths: zoo.Paths) -> None:
+    """fp16, which the interpreter multiplies; and a wrong kernel is noticed."""
+
+    def wrong(model: nn.Module) -> None:
+        fuse(model)
+        block = repeated_blocks(model)[0]._compiled_call_impl
+        right = block._enter
+
+        def enter(*args: Any) -> Any:
+            x, calls = right(*args)
+            return x + 0.02 * x.roll(1, -1), calls  # a factor alone would go in a norm
+
+        block._enter = enter
+
+    given: dict[str, Any] = {"width": WIDTH, "tolerance": 0.0, "dtype": torch.float16, "targets": ["v"]}
+    zoo.check_fused("bert", fuse, paths, **given)
+    with pytest.raises(AssertionError, match=r"from fp32, plain blocks"):
+        zoo.check_fused("bert", wrong, paths, **given)
 
 
 def test_nothing_is_compiled_again_for_another_length_of_what_is_attended_to(paths: zoo.Paths) -> None:

@@ -193,37 +193,69 @@ def check_fused(
 ) -> None:
     """Assert that fused blocks compute what plain ones do, outputs and every gradient, and that all of them are in fact fused.
 
-    `tolerance` as `difference` has it for fp32; for bf16, where single small numbers say little, of all gradients as one vector.
+    `tolerance` as `difference` has it for fp32. In half precision two right paths differ by about what each is off by, which
+    depends on the model, so there it isn't used: fused blocks may be `HALF` times as far from fp32 as plain ones, with the same
+    weights, in logits and in all gradients as one vector.
     """
     plain, fused = (bank_of(family, {"a": 2, "b": 3}, width=width, device=device, dtype=dtype, targets=targets) for _ in range(2))
+    banks = {"plain": plain, "fused": fused}
+    if dtype != torch.float32:
+        banks["exact"] = in_fp32(plain, family, width=width, device=device, targets=targets)
     blocks = repeated_blocks(fused.model)
     inside = {m.path for block in blocks for m in block.modules() if isinstance(m, LoRALayer)}
     with torch.no_grad(), fused.route("a"):
-        outputs(fused, family)  # every layer has been reached
+        outputs(fused, family)  # every layer has been reached: until then a block runs plainly
     fuse(fused.model)
     adapted = {id(block) for block in blocks if any(isinstance(m, LoRALayer) for m in block.modules())}
     for length in lengths:
-        found: dict[bool, dict[str, Tensor]] = {}
-        for bank in (plain, fused):
+        found: dict[str, dict[str, Tensor]] = {}
+        logits: dict[str, Tensor] = {}
+        for which, bank in banks.items():
             paths.fused.clear()
             paths.eager.clear()
-            with bank.route(MIXED):
-                logits = outputs(bank, family, length=length)
-            weighed(logits).backward()
-            mine = {f"{name} {key}": g for name in ("a", "b") for key, g in gradients(bank, name).items()}
-            assert len(mine) == len(bank.parameters())
-            assert all(bool(g.isfinite().all()) for g in mine.values())
-            found[bank is fused] = {"logits": logits.detach(), **mine}
-            clear(bank)
-        assert sorted(map(id, paths.fused)) == sorted(adapted)
-        assert not inside & set(paths.eager)
-        assert float((found[True]["logits"] - found[False]["logits"]).norm() / found[False]["logits"].norm()) < tolerance
-        for result in found.values():
-            del result["logits"]
+            logits[which], found[which] = one_pass(bank, family, length)
+            if bank is fused:
+                assert sorted(map(id, paths.fused)) == sorted(adapted)
+                assert not inside & set(paths.eager)
         if dtype == torch.float32:
-            assert difference(found[True], found[False]) < tolerance
-        else:
-            mine, theirs = (
-                torch.cat([result[key].flatten() for key in sorted(result)]) for result in (found[True], found[False])
-            )
-            assert float((mine - theirs).norm() / theirs.norm()) < tolerance
+            assert off(logits["fused"], logits["plain"]) < tolerance
+            assert difference(found["fused"], found["plain"]) < tolerance
+            continue
+        vectors = {which: torch.cat([found[which][key].flatten() for key in sorted(found[which])]) for which in found}
+        for results in (logits, vectors):
+            usual, mine = (off(results[which], results["exact"]) for which in ("plain", "fused"))
+            assert usual < 0.25, "rounding this model to half precision leaves nothing to compare"
+            assert mine <= HALF * usual + 1e-4, f"{mine:.1e} from fp32, plain blocks {usual:.1e}"
+
+
+HALF = 1.5
+"""How much further from fp32 than plain blocks' may results of fused blocks lie in half precision. On an H100 bf16 gradients of
+plain blocks are 0.03 (whisper) to 0.12 (llama) away."""
+
+
+def in_fp32(bank: AdapterBank, family: str, *, width: int, device: str, targets: str | Sequence[str]) -> AdapterBank:
+    """A bank in fp32 with the weights and adapters of one in half precision."""
+    made = bank_of(family, {name: bank.config(name).rank for name in bank.names}, width=width, device=device, targets=targets)
+    with torch.no_grad():
+        for mine, theirs in zip(
+            (*made.model.parameters(), *made.model.buffers()), (*bank.model.parameters(), *bank.model.buffers()), strict=True
+        ):
+            mine.copy_(theirs)
+    return made
+
+
+def one_pass(bank: AdapterBank, family: str, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and every gradient, fp32."""
+    with bank.route(MIXED):
+        logits = outputs(bank, family, length=length)
+    weighed(logits).backward()
+    found = {f"{name} {key}": g.float() for name in ("a", "b") for key, g in gradients(bank, name).items()}
+    assert len(found) == len(bank.parameters())
+    assert all(bool(g.isfinite().all()) for g in found.values())
+    clear(bank)
+    return logits.detach().float(), found
+
+
+def off(mine: Tensor, other: Tensor) -> float:
+    """Relative to the other's norm."""
+    return float((mine - other).norm() / other.norm())
