@@ -63,6 +63,8 @@ class FusedBlock:
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
         self._structure = -1
+        self._waited = -1
+        """The bank's structure count at a call that was left to the plain block, which shows what layers it reaches."""
         self._layers: list[LoRALayer] = []
         self._tables: list[LayerTables] = []
 
@@ -186,7 +188,8 @@ class FusedBlock:
         if self._bank is not None and self._bank.structure == self._structure:
             return True
         adapted = [module for module in self.block.modules() if isinstance(module, LoRALayer)]
-        if not all(layer.reached for layer in adapted):
+        if missed := [layer for layer in adapted if not layer.reached]:
+            self._wait(missed)
             return False
         layers = [layer for layer in adapted if layer.fusable]
         for layer in adapted:
@@ -203,6 +206,17 @@ class FusedBlock:
             self._structure = bank.structure
         self._layers, self._bank = layers, bank  # last: another thread may look
         return True
+
+    def _wait(self, missed: Sequence[LoRALayer]) -> None:
+        """Leave a call to the plain block; not the first such call says so, since others may follow."""
+        structure = missed[0].router.structure
+        if self._waited == structure:
+            name = missed[0].path.rpartition(".")[2]
+            warn_once(
+                f"compile: no call of {type(self.block).__name__} has reached its layer {name!r} so far, so it runs uncompiled "
+                "until one has: the same results, slower. exclude=[...] leaves such layers out of targets."
+            )
+        self._waited = structure
 
     def _batch(
         self, bank: AdapterBank, routing: Routing, inputs: Sequence[Tensor]
