@@ -3,6 +3,9 @@
 How far two right bf16 paths may differ isn't guessed but measured: PEFT's bf16 gradient of each leaf lies at some distance from
 PEFT's gradient in fp32, on the same weights, adapters and rows. Ours may differ from PEFT's bf16 gradient by FACTOR times that:
 two independent paths of equal error differ by √2 times it, in the worst case by twice.
+
+A base in 4 bits is compared with a bf16 base whose weights are what the codes stand for: what is left is rounding again. fp8
+rounds activations too, to which no bf16 base corresponds, so there only the direction of the gradient is looked at.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from typing import Any
 import peft
 import torch
 from gpu_model import ALPHA, TARGETS, Shape, Training, Work, as_batch, free, llama, quantized, token_rows
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import lorabank as lb
+from lorabank.bank.kinds import layer_kind
 
 FACTOR = 3.0
 """See above."""
@@ -29,7 +33,8 @@ FINEST = 1e-4
 LOSS = 1e-3
 """Relative difference of two losses: 8 bits of rounding in each logit, averaged over the tokens."""
 STORAGE_COSINE, STORAGE_LOSS = 0.9, 0.01
-"""fp8 and nf4 change the weights, so their whole gradient need only point where bf16's does. Quality is measured elsewhere."""
+"""fp8 rounds weights and activations, so its whole gradient need only point where bf16's does. Quality is measured elsewhere."""
+FOUR_BITS = ("nf4",)
 ADAPTERS, TOKENS, RANK = 8, 128, 16
 ROWS = 2
 """Of each adapter: code that is compiled for one row is another."""
@@ -169,15 +174,39 @@ def check(
     yield max(each, key=lambda one: (not one.passed, one.numbers.get("largest_distance", 0.0)))
     for storage in storages:
         try:
-            training = _filled(quantized(llama(shape, device), storage), replace(work, ranks=(RANK,)), compiled)
-            outcome = _same_direction(storage, our_gradients(training, ids, names[:1], passes)[names[0]], alone)
-            training.close()
+            model = quantized(llama(shape, device), storage)
+            mine = _first_gradients(model, work, ids, passes, compiled)
+            if storage in FOUR_BITS:
+                dequantize(model, torch.bfloat16)
+                outcome = compared(storage, mine, _first_gradients(model, work, ids, passes, compiled), bounds)
+            else:
+                outcome = _same_direction(storage, mine, alone)
         except Exception as error:  # noqa: BLE001  items in bf16 don't depend on it
             traceback.print_exc()
             outcome = Outcome(storage, False, {"error": f"{type(error).__name__}: {error}"})
-        training = None
+        model = None
         free()
         yield outcome
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put plain layers of the same weights in place of the quantised ones, one at a time."""
+    for path, layer in list(model.named_modules()):
+        kind = layer_kind(layer)
+        if kind is not None and kind.quantized:
+            weight_OI, bias = kind.weight_oi(layer._parameters, dtype), layer._parameters["bias"]
+            plain = nn.Linear(*reversed(weight_OI.shape), bias=bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight_OI, requires_grad=False)
+            plain.bias = bias
+            model.set_submodule(path, plain)
+
+
+def _first_gradients(model: PreTrainedModel, work: Work, ids: Tensor, passes: int, compiled: bool) -> tuple[float, Gradients]:
+    """Those of the first adapter over this base; the model is left as it was."""
+    training = _filled(model, replace(work, ranks=(RANK,)), compiled)
+    found = our_gradients(training, ids, training.names, passes)[training.names[0]]
+    training.close()
+    return found
 
 
 def _filled(model: PreTrainedModel, work: Work, compiled: bool) -> Training:

@@ -278,3 +278,57 @@ def test_the_check_fails_on_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(gpu_check, "our_gradients", wrong)
     assert not _outcomes()["peft"].passed
+
+
+def _quantised_outcome(storage: str) -> Any:
+    """The check of one storage of the base."""
+    shape = gpu_model.Shape(layers=2, **{**TINY, "hidden": 64, "inner": 128})  # bitsandbytes' blocks are of 64
+    found = gpu_check.check(shape, torch.device("cpu"), compiled=False, storages=[storage], adapters=2, tokens=16)
+    return {one.name: one for one in found}[storage]
+
+
+def _one_scale(model: Any, storage: str) -> Any:
+    """fp8 layers whose weight is the same in both directions, as one in 4 bits is; a CPU rounds no activations."""
+    for layer in gpu_model.quantized(model, storage).model.layers.modules():
+        if hasattr(layer, "weight_t"):
+            scale = layer.weight_scale.max()
+            layer.weight.data = (layer.weight.float() * layer.weight_scale[:, None] / scale).to(layer.weight.dtype)
+            layer.weight_t.data = layer.weight.t().contiguous()
+            layer.weight_scale.fill_(scale)
+            layer.weight_t_scale.fill_(scale)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:base_dtype fp8")
+def test_a_base_is_compared_with_the_weights_that_its_codes_stand_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "quantized", _one_scale)
+    other_weights = _quantised_outcome("fp8").numbers["gradient_distance"]
+    monkeypatch.setattr(gpu_check, "FOUR_BITS", ("fp8",))
+    outcome = _quantised_outcome("fp8")
+    assert outcome.passed, outcome
+    assert outcome.numbers["largest_distance"] < other_weights / 3
+    right = gpu_check.dequantize
+
+    def wrong(model: Any, dtype: torch.dtype) -> None:
+        right(model, dtype)
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.2)
+
+    monkeypatch.setattr(gpu_check, "dequantize", wrong)
+    assert not _quantised_outcome("fp8").passed
+
+
+def test_an_nf4_base_passes() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
+    outcome = _quantised_outcome("nf4")
+    assert outcome.passed, outcome
+
+
+@pytest.mark.filterwarnings("ignore:base_dtype fp8")
+def test_a_dequantised_model_computes_the_same() -> None:
+    shape = gpu_model.Shape(layers=1, **{**TINY, "hidden": 64, "inner": 128})
+    model = gpu_model.quantized(gpu_model.llama(shape, torch.device("cpu")), "fp8").float()
+    ids = gpu_model.token_rows(2, 8, shape.vocabulary)
+    expected = model(ids).logits
+    gpu_check.dequantize(model, torch.float32)
+    assert {type(layer).__name__ for layer in model.model.layers.modules() if hasattr(layer, "in_features")} == {"Linear"}
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
