@@ -99,7 +99,7 @@ class Work:
     """Keep what recomputation starts from on the host."""
     kept: str = "products"
     """What blocks keep for backward, as `compile_blocks` takes it."""
-    mlps: bool = False
+    mlps: bool = True
     """Gated MLPs as one op each, likewise."""
     cap_gib: float | None = None
     """Memory that the process may take."""

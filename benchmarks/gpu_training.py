@@ -223,7 +223,7 @@ def measure(item: str, bases: Bases, args: argparse.Namespace) -> Row:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = (
-        measure_step(bases, replace(STEPS[item], kept=args.kept, mlps=args.mlps), args)
+        measure_step(bases, replace(STEPS[item], kept=args.kept, mlps=not args.no_mlps), args)
         if item in STEPS
         else OTHERS[item](bases, args)
     )
@@ -311,7 +311,7 @@ def parser() -> argparse.ArgumentParser:
         "--many-layers", type=int, default=16, help="blocks for many-64, whose 64 adapters and Adam states need room"
     )
     made.add_argument("--kept", choices=("products", "all"), default="products", help="what blocks keep for backward")
-    made.add_argument("--mlps", action="store_true", help="gated MLPs as one op each")
+    made.add_argument("--no-mlps", action="store_true", help="without gated MLPs as one op each")
     made.add_argument("--steps", type=int, default=8, help="timed steps, at least 8 for the table")
     made.add_argument("--longest-tries", type=int, default=5)
     made.add_argument("--longest-seconds", type=float, default=150.0, help="no further try after so long")

@@ -66,6 +66,8 @@ class LayerCall:
     """(U, 0): its length is the number of rows that the route is about."""
     storage: str
     """How the base weight is kept: a name in kernels/gpu/storage.py."""
+    more: tuple[Tensor, ...] = ()
+    """What that storage has besides the base layer's own tensors."""
 
     def suits(self, x: Tensor, base: Sequence[Tensor]) -> bool:
         """Whether the layer's input has the tokens that some tables are about, in their order."""
@@ -87,7 +89,7 @@ class LayerCall:
         scaling_P = part.scaling_P if dropped is None else part.kept_scaling_P
         drops = [] if dropped is None else [*dropped.tensors, part.odds_P2]
         y, _ = torch.ops.lorabank.lora_linear(
-            x, base, bias, self.A, self.B, part.ranks_P2, scaling_P,
+            x, [*base, *self.more], bias, self.A, self.B, part.ranks_P2, scaling_P,
             batch.order_N, batch.tiles_S4, batch.chunks_C4, batch.spans_P2, self.storage, part.width, drops,
         )  # fmt: skip
         return y

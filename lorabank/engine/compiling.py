@@ -33,13 +33,14 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", mlps: bool = False) -> list[nn.Module]:
+def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", mlps: bool = True) -> list[nn.Module]:
     """Compile the repeated blocks in place; returns those that weren't compiled before. Results don't change beyond rounding.
 
     `recompute`: the blocks will be recomputed in backward (activation checkpointing), which needs a GPU with Triton here.
     `kept`: on a GPU with Triton, what blocks keep for backward where they aren't recomputed: `products` (what products and
     attention need; the rest is computed again in passing) or `all` that saves time. `mlps`: make each gated MLP of
-    adapted layers one op there.
+    adapted layers one op there, where adapters have few ranks; its weights become views of tensors with room for A and B
+    beside them until `uncompile_blocks`.
     A GPU that Triton can't compile for, or not for this dtype, leaves the blocks as they are: a warning says so, once. Raises
     ConfigError when there is nothing to compile, and on a CPU for recomputation or without a C++ compiler.
     """
@@ -85,4 +86,6 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def uncompile_blocks(blocks: Sequence[nn.Module]) -> None:
     """Run what `compile_blocks` returned as plain modules again."""
     for block in blocks:
+        if isinstance(block._compiled_call_impl, FusedBlock):
+            block._compiled_call_impl.release()
         block._compiled_call_impl = None

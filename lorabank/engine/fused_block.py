@@ -13,6 +13,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
+from lorabank.engine.borders import STORAGE, Borders, gated_mlps
 from lorabank.engine.offload import Offload
 from lorabank.engine.packed_attention import BOUNDARIES
 from lorabank.kernels.gpu import runtime
@@ -42,7 +44,7 @@ SLOTS = 8
 class FusedBlock:
     """What `block(...)` calls instead of the block's own code, once it is compiled."""
 
-    def __init__(self, block: nn.Module, *, kept: str = "products", mlps: bool = False, backend: str = "inductor") -> None:
+    def __init__(self, block: nn.Module, *, kept: str = "products", mlps: bool = True, backend: str = "inductor") -> None:
         """`kept`: what is kept for backward, a name in `kernels/gpu/grouping.py`'s `KEEPS`. `mlps`: gated MLPs as one op.
 
         `backend`: of torch.compile.
@@ -51,11 +53,12 @@ class FusedBlock:
 
         self.block = block
         self.kept = kept
+        self.mlps = mlps
         self.recompute = False
         """Whether to keep only the block's inputs and compute it again in backward: what of it backward needs, at least."""
         self.offload: Offload | None = None
         """Where they are kept then; None: on the device."""
-        self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept, mlps))
+        self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept))
         self._recomputing = torch.compile(block._call_impl, backend=grouping(backend, "inputs"))
         self._input = next(iter(inspect.signature(block.forward).parameters), "")
         self._failed = False
@@ -67,6 +70,7 @@ class FusedBlock:
         """The bank's structure count at a call that was left to the plain block, which shows what layers it reaches."""
         self._layers: list[LoRALayer] = []
         self._tables: list[LayerTables] = []
+        self._borders: list[Borders] = []
 
     @property
     def in_place(self) -> bool:
@@ -204,6 +208,7 @@ class FusedBlock:
             for table in self._tables:
                 _vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
             self._structure = bank.structure
+            self._find_borders(layers)
         self._layers, self._bank = layers, bank  # last: another thread may look
         return True
 
@@ -217,6 +222,22 @@ class FusedBlock:
                 "until one has: the same results, slower. exclude=[...] leaves such layers out of targets."
             )
         self._waited = structure
+
+    def _find_borders(self, layers: list[LoRALayer]) -> None:
+        """Keep the borders of MLPs that are as they were, release the others."""
+        wanted = gated_mlps(layers) if self.mlps else []
+        kept = [old for old in self._borders if any(list(old.layers) == group for group in wanted)]
+        for old in self._borders:
+            if old not in kept:
+                old.release()
+        fresh = [group for group in wanted if not any(list(old.layers) == group for old in kept)]
+        self._borders = kept + [Borders(group) for group in fresh]
+
+    def release(self) -> None:
+        """Leave the block's weights as they were found."""
+        for borders in self._borders:
+            borders.release()
+        self._borders = []
 
     def _batch(
         self, bank: AdapterBank, routing: Routing, inputs: Sequence[Tensor]
@@ -251,10 +272,21 @@ class FusedBlock:
                 buffers.append(buffer)
         x, *entered = entering(x, buffers, leaves, ranges, bank.structure, lambda: bank.structure)
         _vary(*entered)
-        return x, [
+        calls = [
             layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], tables, rows_U)
             for i, layer in enumerate(self._layers)
         ]
+        return x, self._with_borders(calls)
+
+    def _with_borders(self, calls: list[LayerCall]) -> list[LayerCall]:
+        if not self._borders:
+            return calls
+        places = {id(layer): i for i, layer in enumerate(self._layers)}
+        for borders in self._borders:
+            for layer, more in borders.fill([self._tables[places[id(layer)]] for layer in borders.layers]).items():
+                _vary(more[1])
+                calls[places[layer]] = replace(calls[places[layer]], storage=STORAGE, more=more)
+        return calls
 
 
 def _no_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

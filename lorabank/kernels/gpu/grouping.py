@@ -1,7 +1,8 @@
 """Passes over a traced block: adapted layers that belong together become one op.
 
-A gated MLP becomes `lorabank::lora_mlp`; other layers that read the same x become one `lorabank::lora_linears`. The passes look
-at the graph alone, so they serve every model whose block has such layers, and leave the others as they are.
+A gated MLP whose weights have borders becomes `lorabank::lora_mlp`; other layers that read the same x become one
+`lorabank::lora_linears`. The passes look at the graph alone, so they serve every model whose block has such layers, and leave
+the others as they are.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch._functorch.config as functorch_config
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule, Node
 
-from lorabank.kernels.gpu import mlp, siblings
-from lorabank.kernels.gpu import mlp_op as _mlp_op  # noqa: F401  registers lorabank::lora_mlp
+from lorabank.kernels.gpu import bordered, siblings
+from lorabank.kernels.gpu import bordered_op as _bordered_op  # noqa: F401  registers lorabank::lora_mlp
 from lorabank.kernels.gpu import siblings_op as _siblings_op  # noqa: F401  registers lorabank::lora_linears
 
 Backend = Callable[[GraphModule, list[Any]], Any]
@@ -43,16 +44,15 @@ backward computes again what it needs, which the block's last product is no part
 
 
 @functools.cache
-def grouping(name: str, kept: str = "all", mlps: bool = False) -> Backend:
+def grouping(name: str, kept: str = "all") -> Backend:
     """torch.compile's backend of that name, behind the passes. One object for the same arguments, or compiled code isn't shared.
 
-    `kept`: one of `KEEPS`. `mlps`: fuse gated MLPs too.
+    `kept`: one of `KEEPS`.
     """
     backend: Any = lookup_backend(name)
 
     def compiled(graph_module: GraphModule, inputs: list[Any]) -> Any:
-        if mlps:
-            fuse_mlps(graph_module)
+        fuse_mlps(graph_module)
         group_siblings(graph_module)
         with functorch_config.patch(dict(KEEPS[kept])):
             return backend(graph_module, inputs)
@@ -61,7 +61,7 @@ def grouping(name: str, kept: str = "all", mlps: bool = False) -> Backend:
 
 
 def fuse_mlps(graph_module: GraphModule) -> int:
-    """Put `lora_mlp` in the place of every down(act(gate(x)) · up(x)) of adapted layers, in place; returns how many."""
+    """Put `lora_mlp` in the place of every down(act(gate(x)) · up(x)) of adapted layers with borders; returns how many."""
     graph, found = graph_module.graph, 0
     for down in [node for node in graph.nodes if _is_layer(node)]:
         layers = _gate_and_up(down)
@@ -86,12 +86,18 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
         if activation is None or not isinstance(left, Node) or len(left.users) > 1:
             continue
         gate, up = _layer_of(left.args[0]), _layer_of(right)
-        if gate is None or up is None or gate is up or not _alike([gate, up, down]) or down.args[_FIELDS.index("drops")]:
-            continue  # `lora_mlp` makes h where its mask would have to be drawn, and draws none
+        if gate is None or up is None or gate is up or not _alike([gate, up, down]) or not _bordered(down):
+            continue
         width = down.args[_FIELDS.index("width")]
-        if gate.args[0] is up.args[0] and isinstance(width, int) and width <= mlp.WIDEST:
+        if gate.args[0] is up.args[0] and isinstance(width, int) and width <= bordered.WIDEST_RANK:
             return gate, up, activation
     return None
+
+
+def _bordered(down: Node) -> bool:
+    """Whether `lora_mlp` takes such layers: its products have no place for a bias, nor for a mask on h."""
+    args: dict[str, Any] = dict(zip(_FIELDS, down.args, strict=True))
+    return args["storage"] == "bordered" and args["bias"] is None and not args["drops"]
 
 
 def _activation_of(node: Any) -> str | None:
@@ -128,9 +134,9 @@ def _shared(node: Node) -> tuple[Any, ...]:
 
 def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str) -> None:
     graph = graph_module.graph
-    *arguments, _ = _joined([gate, up, down])
+    x, bases, _, *arguments, _, width, _ = _joined([gate, up, down])
     with graph.inserting_before(down):
-        joint = graph.call_function(torch.ops.lorabank.lora_mlp, (*arguments, activation))
+        joint = graph.call_function(torch.ops.lorabank.lora_mlp, (x, bases, *arguments, width, activation))
     for user in list(down.users):
         with graph.inserting_after(joint):
             result = graph.call_function(operator.getitem, (joint, 0 if user.args[1] == 0 else 5))

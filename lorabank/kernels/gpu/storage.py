@@ -1,7 +1,7 @@
 """The frozen product on a GPU, one pair of functions for each way a base weight is stored. One table: `STORAGES`.
 
-Shapes: x (N, I), dy (N, O). `base` is the list of a storage's tensors; `linear`: [W (O, I)], `conv1d`: [W (I, O)], `fp8`: as in
-kernels/fp8.py, `nf4` and `fp4`: as in kernels/four_bit.py.
+Shapes: x (N, I), dy (N, O). `base` is the list of a storage's tensors; `linear`: [W (O, I)], `bordered`: W and what
+bordered_op.py has besides, `conv1d`: [W (I, O)], `fp8`: as in kernels/fp8.py, `nf4` and `fp4`: as in kernels/four_bit.py.
 """
 
 from __future__ import annotations
@@ -102,13 +102,16 @@ def _four_bit(quant_type: str) -> Storage:
     )
 
 
+_PLAIN = Storage(
+    _linear,
+    lambda dy, base: dy @ base[0],
+    lambda y, x, base: add_product(y, x, base[0].t()),
+    lambda dx, dy, base: add_product(dx, dy, base[0]),
+)
+
 STORAGES: Mapping[str, Storage] = {
-    "linear": Storage(
-        _linear,
-        lambda dy, base: dy @ base[0],
-        lambda y, x, base: add_product(y, x, base[0].t()),
-        lambda dx, dy, base: add_product(dx, dy, base[0]),
-    ),
+    "linear": _PLAIN,
+    "bordered": _PLAIN,
     "conv1d": Storage(
         _conv1d,
         lambda dy, base: dy @ base[0].t(),

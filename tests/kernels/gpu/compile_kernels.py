@@ -19,8 +19,8 @@ from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorabank.kernels.gpu import lora, mlp, siblings, sums
-from lorabank.kernels.tables import drop_tables, route_tables
+from lorabank.kernels.gpu import bordered, lora, siblings, sums
+from lorabank.kernels.tables import RouteTables, drop_tables, route_tables
 
 LAUNCHED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -67,10 +67,26 @@ def record(width: int, dtype: torch.dtype) -> None:
                 siblings.outer([narrow] * count, part, [A] * count, few, [ranks] * count, drops)
             siblings.change([narrow] * 2, [A] * 2, few, [ranks] * 2, out_NF=part)
             siblings.change([narrow] * 2, [A] * 2, few, [ranks] * 2, out_NF=part, drops=[*batch, odds, odds])
-        if width <= mlp.WIDEST:
-            for activation in mlp.ACTIVATIONS:
-                mlp.gate_up([part, part], [narrow] * 2, [A, A], A, few, [ranks] * 3, scaling, activation)
-                mlp.gate_up_backward(part, [part, part], [narrow] * 2, [A, A], few, [ranks] * 3, activation)
+        if width <= bordered.WIDEST_RANK:
+            record_mlp(part, narrow, A, few, ranks, scaling, width)
+
+
+def record_mlp(
+    x: torch.Tensor, narrow: torch.Tensor, A: torch.Tensor, tables: RouteTables, ranks: torch.Tensor, scaling: torch.Tensor,
+    width: int,
+) -> None:  # fmt: skip
+    """Start what a gated MLP with borders has of its own."""
+    pad, three = bordered.border_width(len(A)), [ranks] * 3
+    poison = bordered.poison_like(ranks, x.shape[1])
+    columns, rows = torch.empty(x.shape[1], pad, dtype=x.dtype), torch.empty(pad, x.shape[1], dtype=x.dtype)
+    bordered.write([columns, columns, rows], [A] * 3, three, poison)
+    for count in (1, 2):
+        same = [A] * count, tables, [ranks] * count, [scaling] * count, [poison[0]] * count, pad, width
+        wide, _ = bordered.widen(x, *same)
+        bordered.finish(wide, *same)
+    for activation in bordered.ACTIVATIONS:
+        bordered.activate(x, x, activation)
+        bordered.middle(x, x, x, [narrow] * 3, [A] * 3, tables, three, activation)
 
 
 def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> str:

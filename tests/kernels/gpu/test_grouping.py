@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
-from lorabank.kernels.gpu import grouping, mlp, op
+from lorabank.kernels.gpu import grouping, op
 from lorabank.kernels.segments import drop_threshold
 from lorabank.kernels.tables import DropTables, RouteTables, bits32, drop_tables, route_tables
 
@@ -159,50 +158,6 @@ def test_layers_with_dropout_are_no_siblings_of_layers_without(x: Tensor, device
 
     close(run(layers, x, compiled(function, False, seen)), run(layers, x, function))
     assert seen == {"siblings": 0}
-
-
-def test_a_gated_mlp_with_dropout_stays_layers(x: Tensor, device: torch.device) -> None:
-    gate, up = (Layer(INPUTS, MIDDLE, i, device) for i in (0, 1))
-    down, seen, batch = Layer(MIDDLE, INPUTS, 2, device), {}, tables(device)
-    drops = drawn(batch)
-
-    def function(x: Tensor) -> Tensor:
-        return down(F.silu(gate(x, batch, drops)) * up(x, batch, drops), batch, drops)
-
-    close(run([gate, up, down], x, compiled(function, True, seen)), run([gate, up, down], x, function))
-    assert seen == {"mlps": 0, "siblings": 2}
-
-
-@pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
-@pytest.mark.parametrize("rows", [{0: [0, 3], 2: [1]}, {}, {2: [0, 1, 2, 3, 4]}])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_gated_mlp_equals_its_layers(
-    activation: str, rows: dict[int, list[int]], bias: bool, x: Tensor, device: torch.device
-) -> None:
-    gate, up = (Layer(INPUTS, MIDDLE, i, device, bias=bias) for i in (0, 1))
-    down = Layer(MIDDLE, INPUTS, 2, device, bias=bias)
-    batch, seen = tables(device, rows), {}
-
-    def function(x: Tensor) -> Tensor:
-        g = gate(x, batch)
-        h = F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")
-        return down(h * up(x, batch), batch)
-
-    expected = run([gate, up, down], x, function)
-    close(run([gate, up, down], x, compiled(function, True, seen)), expected)
-    assert seen == {"mlps": 1, "siblings": 0}
-
-
-def test_an_activation_that_somebody_else_reads_stays(x: Tensor, device: torch.device) -> None:
-    gate, up = (Layer(INPUTS, MIDDLE, i, device) for i in (0, 1))
-    down, seen, batch = Layer(MIDDLE, INPUTS, 2, device), {}, tables(device)
-
-    def function(x: Tensor) -> Tensor:
-        h = F.silu(gate(x, batch))
-        return down(h * up(x, batch), batch) + h.sum()
-
-    close(run([gate, up, down], x, compiled(function, True, seen)), run([gate, up, down], x, function))
-    assert seen == {"mlps": 0, "siblings": 2}
 
 
 def test_a_slot_that_is_not_finite_stays_alone_in_a_group(x: Tensor, device: torch.device) -> None:

@@ -1,0 +1,114 @@
+"""The frozen weights of a block's gated MLP, moved into tensors with room for A or B at their border (kernels/gpu/bordered.py).
+
+The model's parameters stay where they are in the model and become views of the wide tensors, equal to the last bit; `release`
+makes them tensors of their own again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorabank.bank.fused import LayerTables
+from lorabank.bank.layers import LoRALayer
+
+STORAGE = "bordered"
+"""Its name in kernels/gpu/storage.py."""
+
+
+class Borders:
+    """The borders of one gated MLP's gate, up and down."""
+
+    def __init__(self, layers: Sequence[LoRALayer]) -> None:
+        """`layers`: gate, up and down, as `gated_mlps` finds them."""
+        self.layers = tuple(layers)
+        self._wide: list[Tensor] = []
+        self._poison = torch.empty(0)
+        self._pad = 0
+
+    def fill(self, tables: Sequence[LayerTables]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Write the adapters into the borders: id of each layer to (wide weight, poison); none where borders don't pay.
+
+        `tables`: of the three layers. Moves the weights where they aren't in place yet, or the room has become too small.
+        """
+        from lorabank.kernels.gpu import bordered  # here, since it imports Triton
+
+        pad = bordered.border_width(max(layer.store.capacity for layer in self.layers))
+        if pad == 0 or max(table.width for table in tables) > bordered.WIDEST_RANK:
+            self.release()
+            return {}
+        if pad != self._pad or not self._in_place():
+            self._place(pad)
+        ranks = [table.ranks_P2 for table in tables]
+        features, slots = self._weights[0].shape[0], ranks[0].shape[0]
+        if self._poison.shape[1:2] != (slots,) or self._poison.device != ranks[0].device:
+            self._poison = bordered.poison_like(ranks[0], features)
+        sources = [layer.store.buffers[0 if which == 2 else 1] for which, layer in enumerate(self.layers)]
+        gate, up, down = self._wide
+        borders = [gate[:, :pad], up[:, -pad:], down[-pad:]]
+        bordered.write(borders, sources, ranks, self._poison)
+        each = zip(self.layers, self._wide, self._poison.unbind(), strict=True)
+        return {id(layer): (wide, poison) for layer, wide, poison in each}
+
+    def release(self) -> None:
+        """Make the weights tensors of their own again."""
+        if self._wide and self._in_place():
+            for weight in self._weights:
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        self._wide, self._pad = [], 0
+
+    @property
+    def _weights(self) -> list[nn.Parameter]:
+        return [_weight(layer) for layer in self.layers]
+
+    def _in_place(self) -> bool:
+        """Whether the parameters still are views of the wide tensors: a model may have been moved, cast or merged into."""
+        return len(self._wide) == len(self.layers) and all(
+            weight.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr()
+            for weight, wide in zip(self._weights, self._wide, strict=True)
+        )
+
+    def _place(self, pad: int) -> None:
+        self._wide, self._pad = [], pad
+        for which, weight in enumerate(self._weights):
+            rows, columns = weight.size()
+            wide = weight.new_zeros((rows + pad, columns) if which == 2 else (rows, columns + pad))
+            view = wide[:, pad:] if which == 0 else wide[:, :columns] if which == 1 else wide[:rows]
+            with torch.no_grad():
+                view.copy_(weight)
+            weight.data = view
+            self._wide.append(wide)
+        if self._wide[0].is_cuda:
+            torch.cuda.empty_cache()  # what the old weights took is a little too small for the next wide ones
+
+
+def gated_mlps(layers: Sequence[LoRALayer]) -> list[list[LoRALayer]]:
+    """[gate, up, down] of each module whose adapted layers look like a gated MLP's: two I → F, one F → I, without biases.
+
+    What they compute decides the graph (kernels/gpu/grouping.py); of gate and up either may come first.
+    """
+    groups: dict[str, list[LoRALayer]] = defaultdict(list)
+    for layer in layers:
+        groups[layer.path.rpartition(".")[0]].append(layer)
+    found: list[list[LoRALayer]] = []
+    for group in groups.values():
+        shapes = [tuple(_weight(layer).shape) for layer in group if _is_plain(layer)]
+        if len(group) != 3 or len(shapes) != 3:
+            continue
+        for which, (rows, columns) in enumerate(shapes):
+            others = [shape for i, shape in enumerate(shapes) if i != which]
+            if rows != columns and others == [(columns, rows)] * 2:
+                found.append([*(layer for i, layer in enumerate(group) if i != which), group[which]])
+    return found
+
+
+def _weight(layer: LoRALayer) -> nn.Parameter:
+    return layer.base.get_parameter("weight")
+
+
+def _is_plain(layer: LoRALayer) -> bool:
+    base = layer.base
+    return type(base) is nn.Linear and base.bias is None and layer.kind.storage == "linear" and not base.weight.requires_grad

@@ -1,0 +1,204 @@
+"""Gated MLPs whose weights carry borders against their three layers one after the other: outputs and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorabank.kernels.gpu import bordered
+from lorabank.kernels.tables import RouteTables
+from tests.kernels.gpu.test_grouping import CAPACITY, INPUTS, MIDDLE, WIDTH, Layer, close, compiled, drawn, run, tables
+
+pytestmark = [  # numpy, inside the interpreter
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+NAN = float("nan")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+SWAPPED = [False, True]
+
+
+class Mlp:
+    """Three layers, and the same with borders."""
+
+    def __init__(self, device: torch.device, *, swapped: bool = False, inputs: int = INPUTS, middle: int = MIDDLE) -> None:
+        """`swapped`: up's border comes before its weight, gate's behind it."""
+        self.gate, self.up, self.down = (
+            Layer(*sizes, seed, device) for seed, sizes in enumerate([(inputs, middle), (inputs, middle), (middle, inputs)])
+        )
+        self.layers = [self.gate, self.up, self.down]
+        self.pad = bordered.border_width(CAPACITY)
+        left, right = (self.up, self.gate) if swapped else (self.gate, self.up)
+        self.wide = {
+            left: torch.full((middle, self.pad + inputs), NAN, device=device),
+            right: torch.full((middle, inputs + self.pad), NAN, device=device),
+            self.down: torch.full((inputs + self.pad, middle), NAN, device=device),
+        }
+        self.views = {
+            left: self.wide[left][:, self.pad :],
+            right: self.wide[right][:, :inputs],
+            self.down: self.wide[self.down][:inputs],
+        }
+        borders = {
+            left: self.wide[left][:, : self.pad],
+            right: self.wide[right][:, inputs:],
+            self.down: self.wide[self.down][inputs:],
+        }
+        self.borders = [borders[layer] for layer in self.layers]
+        for layer, view in self.views.items():
+            view.copy_(layer.weight)
+        self.poison = bordered.poison_like(self.gate.ranks, middle)
+        self.poisons = self.poison.unbind()
+
+    def write(self) -> None:
+        """Fill the borders from the adapters."""
+        sources = [self.gate.B, self.up.B, self.down.A]
+        bordered.write(self.borders, [s.detach() for s in sources], [layer.ranks for layer in self.layers], self.poison)
+
+    def plain(self, x: Tensor, batch: RouteTables, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """One layer after the other."""
+        return self.down(act(self.gate(x, batch)) * self.up(x, batch), batch)
+
+    def with_borders(self, x: Tensor, batch: RouteTables, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a block's trace has before the passes."""
+
+        def layer(which: int, x: Tensor) -> Tensor:
+            one = self.layers[which]
+            base = [self.views[one], self.wide[one], self.poisons[which]]
+            return torch.ops.lorabank.lora_linear(
+                x, base, None, one.A, one.B, one.ranks, one.scaling, *batch.tensors, "bordered", WIDTH, []
+            )[0]
+
+        return layer(2, act(layer(0, x)) * layer(1, x))
+
+
+@pytest.fixture
+def x(device: torch.device) -> Tensor:
+    return torch.randn(5, 7, INPUTS, generator=torch.Generator().manual_seed(9)).to(device)
+
+
+ROUTES: list[dict[int, list[int]] | None] = [None, {}, {0: [0, 1, 2, 3, 4]}, {1: [4], 0: [0, 2], 2: [1, 3]}]
+
+
+@pytest.mark.parametrize("swapped", SWAPPED)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", ROUTES)
+def test_a_gated_mlp_equals_its_layers(
+    rows: dict[int, list[int]] | None, activation: str, swapped: bool, x: Tensor, device: torch.device
+) -> None:
+    mlp, batch, act, seen = Mlp(device, swapped=swapped), tables(device, rows), ACTIVATIONS[activation], {}
+    mlp.write()
+    expected = run(mlp.layers, x, lambda x: mlp.plain(x, batch, act))
+    joint = compiled(lambda x: mlp.with_borders(x, batch, act), True, seen)
+    for _ in range(2):
+        close(run(mlp.layers, x, joint), expected)
+    assert seen == {"mlps": 1, "siblings": 0}
+
+
+def test_without_gradient_of_x(x: Tensor, device: torch.device) -> None:
+    mlp, batch = Mlp(device), tables(device)
+    mlp.write()
+
+    def gradients(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = function(x)
+        (y * torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)).sum().backward()
+        return [gradient for layer in mlp.layers for gradient in layer.gradients()]
+
+    expected = gradients(lambda x: mlp.plain(x, batch, F.silu))
+    close(gradients(compiled(lambda x: mlp.with_borders(x, batch, F.silu), True, {})), expected)
+
+
+def test_odd_sizes(device: torch.device) -> None:
+    """Neither features nor tokens fill a block."""
+    mlp, batch = Mlp(device, inputs=136, middle=300), tables(device)
+    mlp.write()
+    x = torch.randn(5, 7, 136, generator=torch.Generator().manual_seed(1)).to(device)
+    expected = run(mlp.layers, x, lambda x: mlp.plain(x, batch, F.silu))
+    close(run(mlp.layers, x, compiled(lambda x: mlp.with_borders(x, batch, F.silu), True, {})), expected)
+
+
+def test_borders_have_the_slots_ranks_and_zeros(device: torch.device) -> None:
+    """Spare rows of the capacity buffers aren't read (law 8)."""
+    mlp = Mlp(device)
+    with torch.no_grad():
+        for layer in mlp.layers:
+            used = [row for start, rank in layer.ranks.tolist() for row in range(start, start + rank)]
+            spare = [row for row in range(CAPACITY) if row not in used]
+            layer.A[spare] = NAN
+            layer.B[spare] = NAN
+    mlp.write()
+    for border, layer, source in zip(mlp.borders, mlp.layers, (mlp.gate.B, mlp.up.B, mlp.down.A), strict=True):
+        border = border if layer is mlp.down else border.t()
+        expected = torch.zeros_like(border)
+        for start, rank in layer.ranks.tolist():
+            expected[start : start + rank] = source[start : start + rank].detach()
+        assert torch.equal(border, expected)
+    assert torch.equal(mlp.poison, torch.zeros_like(mlp.poison))
+
+
+@pytest.mark.parametrize("number", [NAN, float("inf")])
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("leaf", ["A", "B"])
+def test_what_is_not_finite_stays_with_its_slot(number: float, which: int, leaf: str, x: Tensor, device: torch.device) -> None:
+    """Law 4: rows of others and their gradients are the same bits; the slot's own aren't finite."""
+    mlp, batch = Mlp(device), tables(device, {0: [0, 3], 2: [1]})
+    function = compiled(lambda x: mlp.with_borders(x, batch, F.silu), True, {})
+    mlp.write()
+    x = x.requires_grad_()
+    weights = torch.linspace(-1, 1, x.numel(), device=device).view(x.shape)
+
+    def found() -> tuple[Tensor, list[Tensor]]:
+        y = function(x)
+        (y * weights)[[1, 2, 4]].sum().backward()  # a loss that isn't finite stays with its rows
+        x.grad = None
+        grads = [tensor.grad for layer in mlp.layers for tensor in (layer.A, layer.B)]
+        for layer in mlp.layers:
+            layer.A.grad = layer.B.grad = None
+        return y.detach(), [g for g in grads if g is not None]
+
+    y, grads = found()
+    layer = mlp.layers[which]
+    with torch.no_grad():
+        getattr(layer, leaf)[layer.ranks[0, 0] + 1, 3] = number
+    mlp.write()
+    y_now, grads_now = found()
+    assert torch.equal(y_now[[1, 2, 4]], y[[1, 2, 4]])
+    assert not y_now[[0, 3]].isfinite().all(-1).any()
+    for i, (before, now) in enumerate(zip(grads, grads_now, strict=True)):
+        start, rank = mlp.layers[i // 2].ranks[2].tolist()
+        assert torch.equal(before[start : start + rank], now[start : start + rank])
+
+
+def test_what_the_op_does_not_do_stays_layers(x: Tensor, device: torch.device) -> None:
+    mlp, batch, seen = Mlp(device), tables(device), {}
+    mlp.write()
+    gate, up, down = mlp.layers
+    drops = drawn(batch)
+
+    def same(function: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor] | None = None) -> None:
+        close(run(mlp.layers, x, compiled(function, True, seen)), run(mlp.layers, x, expected or function))
+        assert seen == {"mlps": 0, "siblings": 2}
+
+    same(lambda x: mlp.plain(x, batch, F.silu))  # no borders
+    same(lambda x: down(F.silu(gate(x, batch, drops)) * up(x, batch, drops), batch, drops))  # dropout
+    same(lambda x: mlp.with_borders(x, batch, torch.tanh), lambda x: mlp.plain(x, batch, torch.tanh))
+
+    def read(layers: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """Somebody else reads the activation."""
+        kept: list[Tensor] = []
+
+        def act(g: Tensor) -> Tensor:
+            kept.append(F.silu(g))
+            return kept[0]
+
+        return layers(x, batch, act) + kept[0].sum()
+
+    same(lambda x: read(mlp.with_borders, x), lambda x: read(mlp.plain, x))
+
+
+def test_how_wide_borders_are() -> None:
+    assert [bordered.border_width(n) for n in (1, 64, 65, 128, 129)] == [64, 64, 128, 128, 0]
