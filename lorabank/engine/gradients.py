@@ -26,7 +26,7 @@ def fresh_gradients(leaves: Sequence[nn.Parameter]) -> Iterator[None]:
         for leaf, gradient in before:
             leaf.grad = gradient
         raise
-    _add(before)
+    add(before)
 
 
 def copied(leaves: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor | None]]:
@@ -40,7 +40,8 @@ def put_back(gradients: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
         leaf.grad = gradient
 
 
-def _add(before: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
+def add(before: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
+    """Put back gradients that leaves had before a pass, what the pass gave added to them."""
     both = [(leaf, old, leaf.grad) for leaf, old in before if old is not None and leaf.grad is not None]
     if both:
         torch._foreach_add_([o for _, o, _ in both], [n for _, _, n in both])  # pyright: ignore[reportPrivateImportUsage]

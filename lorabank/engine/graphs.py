@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorabank.engine.gradients import add
+
 SEEN_BEFORE = 2
 """Passes of a shape that run kernel by kernel, which compiles and warms up what they need, before it is captured."""
 KEPT = 4
@@ -34,7 +36,9 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     row_losses: Tensor
-    gradients: list[tuple[nn.Parameter, Tensor]]
+    leaves: list[nn.Parameter]
+    gradients: list[Tensor]
+    """Of each leaf."""
     used: int = 0
     """Number of the pass that it was used in last."""
 
@@ -63,22 +67,23 @@ class PassGraphs:
         if found is None and not self._worth_capturing(key):
             self._seen[key] += 1
             return compute(tensors)
-        self._rescue()
-        trained = [leaf for leaf, _ in found.gradients] if found is not None else leaves()
+        if found is None or found is not self._last:
+            self._rescue()
+        trained = found.leaves if found is not None else leaves()
         before = _taken_off(trained)
         if found is None:
             found = self._capture(key, tensors, trained, compute)
         if found is None:
-            _put_back(before)
+            add(before)
             return compute(tensors)
         self._captured.move_to_end(key)
         found.used, self._last = self._passes, found
         for mine, given in zip(found.inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
         found.graph.replay()
-        for leaf, gradient in found.gradients:
+        for leaf, gradient in zip(found.leaves, found.gradients, strict=True):
             leaf.grad = gradient
-        _put_back(before)
+        add(before)
         return found.row_losses.clone()
 
     def _worth_capturing(self, key: Hashable) -> bool:
@@ -89,10 +94,12 @@ class PassGraphs:
 
     def _rescue(self) -> None:
         """Copy gradients of the graph that ran last out of the pool: what runs now may write over them."""
-        for leaf, gradient in self._last.gradients if self._last is not None else ():
-            if leaf.grad is gradient:
-                leaf.grad = gradient.clone()
-        self._last = None
+        last, self._last = self._last, None
+        if last is None:
+            return
+        held = [i for i, leaf in enumerate(last.leaves) if leaf.grad is last.gradients[i]]
+        for i, copy in zip(held, _copies([last.gradients[i] for i in held]), strict=True):
+            last.leaves[i].grad = copy
 
     def drop(self) -> bool:
         """Give the graphs' memory back; shapes are captured again when they come again. True when there were any."""
@@ -128,19 +135,26 @@ class PassGraphs:
                 stacklevel=2,
             )
             return None
-        gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
-        self._captured[key] = _Captured(graph, inputs, row_losses, gradients)
+        given = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
+        self._captured[key] = _Captured(graph, inputs, row_losses, [leaf for leaf, _ in given], [grad for _, grad in given])
         return self._captured[key]
 
 
 def _taken_off(leaves: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-    """The leaves' gradients of earlier passes, copied: they may lie in a graph's own memory, which a replay writes over."""
-    kept: list[tuple[nn.Parameter, Tensor]] = []
-    for leaf in leaves:
-        if leaf.grad is not None:
-            kept.append((leaf, leaf.grad.clone()))
-            leaf.grad = None
+    """The leaves' gradients of earlier passes, copied: they may lie in a graph's own memory, which a replay writes over.
+
+    The GPU waits while this looks at each of tens of thousands of leaves, so it does so once.
+    """
+    held = [leaf for leaf in leaves if leaf.grad is not None]
+    kept = list(zip(held, _copies([leaf.grad for leaf in held if leaf.grad is not None]), strict=True))
+    for leaf in held:
+        leaf.grad = None
     return kept
+
+
+def _copies(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """In a few launches, not one each: a number times 1 is the same to the last bit, and NaN stays NaN."""
+    return torch._foreach_mul(tensors, 1.0) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _cleared(leaves: Sequence[nn.Parameter]) -> None:
@@ -148,8 +162,3 @@ def _cleared(leaves: Sequence[nn.Parameter]) -> None:
     for leaf in leaves:
         leaf.grad = None
     torch.cuda.synchronize()
-
-
-def _put_back(before: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    for leaf, gradient in before:
-        leaf.grad = gradient if leaf.grad is None else gradient.add_(leaf.grad)

@@ -7,7 +7,6 @@ the device. Slots that don't suit, and other rules, take `plain.py`, which waits
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -51,9 +50,9 @@ class GpuSteps:
         from lorabank.kernels.gpu.adamw import SlotNumbers  # here, since it imports Triton
 
         table = self._table(slots)
-        gradients = [_gradients(slot) for slot in slots]
+        gradients = _gradients(slots)
         results = table.step(
-            list(itertools.chain.from_iterable(map(_addresses, gradients))),
+            _addresses(gradients),
             [
                 SlotNumbers(
                     learning_rate=float(rates[slot.name]),
@@ -108,9 +107,9 @@ def _made(slots: Sequence[Slot], key: _Key) -> AdamWTable:
     return AdamWTable(places, key[0][0].device)
 
 
-def _gradients(slot: Slot) -> list[Tensor | None]:
-    """The leaves' gradients as the kernels read them."""
-    gradients = [leaf.grad for leaf in slot.parameters]
+def _gradients(slots: Sequence[Slot]) -> list[Tensor | None]:
+    """The leaves' gradients as the kernels read them, over the slots in order."""
+    gradients = [leaf.grad for slot in slots for leaf in slot.parameters]
     present = [g for g in gradients if g is not None]
     # both as a whole: one look at each of tens of thousands of leaves costs milliseconds
     if all(map(Tensor.is_contiguous, present)) and _all_fp32(present):

@@ -118,6 +118,20 @@ def test_gradients_pile_up_over_graphs_that_share_their_memory(world: World) -> 
     assert world.gradients() == [29.0, 6.0, 4.0]
 
 
+def test_gradients_that_were_changed_by_hand_in_between(world: World) -> None:
+    warmed(world, [0, 1, 2])
+    world.run([0, 1, 2], 1.0)
+    mine = torch.tensor([7.0, float("nan")])
+    world.leaves[0].grad, world.leaves[1].grad = None, mine
+    world.run([0, 1, 2], 2.0)
+    assert world.gradients() == [2.0, 9.0, 3.0]
+    assert world.leaves[1].grad is not None
+    assert world.leaves[1].grad.isnan().tolist() == [False, True]
+    assert float(mine[0]) == 7.0  # a tensor that was handed in isn't written to
+    world.run([0, 1, 2], 4.0)
+    assert world.gradients() == [6.0, 13.0, 7.0]
+
+
 def test_a_plain_pass_between_captured_ones(world: World) -> None:
     warmed(world, [0, 1])
     world.run([0, 1], 1.0)

@@ -20,6 +20,11 @@ from lorabank.kernels.tables import TILE, RouteTables
 
 MOST = 4
 """Layers in one start."""
+SLOTS_AT_ONCE = 8
+"""`fold` starts as many programs as so many slots need, shared by all slots: most have one chunk each and nothing to add, and a
+program that finds that out still costs its start. With 64 slots of one chunk they would be 10 million a step."""
+FOLD_BLOCK = 512
+"""Numbers that a program of `fold` adds at once."""
 T = TypeVar("T")
 
 
@@ -62,7 +67,7 @@ def _fold(
 ):  # fmt: skip
     """grad = Σ over a slot's chunks of parts, for the layer that the third index names.
 
-    Zero for a slot without tokens; nothing to do for one with a single chunk.
+    Zero for a slot without tokens; nothing to do for one with a single chunk. Programs of a slot take turns at its blocks.
     """
     slot, block, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts, grad, ranks, features = p0, g0, k0, features0
@@ -78,14 +83,15 @@ def _fold(
     first, count = tl.load(spans + slot * 2), tl.load(spans + slot * 2 + 1)
     start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
     numbers = rank * features
-    if (count != 1) & (block * BLOCK < numbers):
-        e, c = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for at in range(0, count, BLOCK_C):
-            row = (first + at + c).to(tl.int64) * WIDTH * features
-            kept = (at + c < count)[:, None] & (e < numbers)[None, :]
-            total += tl.sum(tl.load(parts + row[:, None] + e[None, :], mask=kept, other=0.0), 0)
-        tl.store(grad + start * features + e, total, mask=e < numbers)
+    if count != 1:
+        for begin in range(block * BLOCK, numbers, tl.num_programs(1) * BLOCK):
+            e, c = begin + tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
+            total = tl.zeros((BLOCK,), dtype=tl.float32)
+            for at in range(0, count, BLOCK_C):
+                row = (first + at + c).to(tl.int64) * WIDTH * features
+                kept = (at + c < count)[:, None] & (e < numbers)[None, :]
+                total += tl.sum(tl.load(parts + row[:, None] + e[None, :], mask=kept, other=0.0), 0)
+            tl.store(grad + start * features + e, total, mask=e < numbers)
 
 
 def launch(kernel: Any) -> Any:
@@ -112,7 +118,8 @@ def gather(
 def fold(grads: Sequence[Tensor], parts: Sequence[Tensor], tables: RouteTables, ranks: Sequence[Tensor]) -> None:
     """Fill each layer's gradient (ΣR, F) from its parts, fp32 (chunks, W, F), where a slot has more chunks than one."""
     width, features = parts[0].shape[1], [part.shape[2] for part in parts]
-    launch(_fold)[(ranks[0].shape[0], -(-width * max(features) // 512), len(grads))](
+    slots, blocks = ranks[0].shape[0], -(-width * max(features) // FOLD_BLOCK)
+    launch(_fold)[(slots, (SLOTS_AT_ONCE * blocks - 1) // slots + 1, len(grads))](
         *four(parts), *four(grads), *four(ranks), *four(features), tables.spans_P2,
-        C=len(grads), WIDTH=width, BLOCK_C=8, BLOCK=512, num_warps=4,
+        C=len(grads), WIDTH=width, BLOCK_C=8, BLOCK=FOLD_BLOCK, num_warps=4,
     )  # fmt: skip

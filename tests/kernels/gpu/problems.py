@@ -300,6 +300,15 @@ MIXED: dict[str, dict[str, Any]] = {
     "a layer without slots": {"rows": {0: [0]}, "ranks": {}, "units": 2},
     "one token": {"rows": {3: [0]}, "ranks": {3: 2}, "units": 1, "tokens": 1},
     "several tiles and chunks": {"rows": {0: [2, 0], 5: [1]}, "ranks": {0: 3, 5: 16}, "units": 4, "tokens": 71},
+    "several chunks in a bank of many slots": {  # whose programs go through several blocks each
+        "rows": {0: [2, 0], 17: [1], 40: [4, 3]},
+        "ranks": {0: 3, 9: 40, 17: 5, 40: 60},
+        "units": 5,
+        "tokens": 37,
+        "inputs": 33,
+        "outputs": 21,
+        "slots": 64,
+    },
     "several chunks of a wide slot": {"rows": {0: [2, 0], 5: [1]}, "ranks": {0: 130, 5: 2}, "units": 3, "tokens": 70},
 }
 
