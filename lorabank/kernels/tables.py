@@ -24,7 +24,7 @@ class RouteTables:
     """Where each slot's tokens are. All int32."""
 
     order_N: Tensor
-    """Token of each entry: the tokens of one slot stand together, those without a slot behind them."""
+    """Token of each entry: those of one slot together in their order, those without a slot behind them."""
     tiles_S4: Tensor
     """(slot, first entry, entries ≤ TILE, 0) of each tile. Slot −1: tokens without a slot."""
     chunks_C4: Tensor
@@ -100,7 +100,7 @@ def route_tables(rows: Mapping[int, Sequence[int]], units: int, tokens: int, slo
     spans = [(0, 0)] * slots
     first = 0
     for slot, mine in {**rows, -1: [unit for unit in range(units) if unit not in routed]}.items():
-        parts.append((torch.tensor(list(mine), dtype=torch.int32)[:, None] * tokens + torch.arange(tokens)).reshape(-1))
+        parts.append((torch.tensor(sorted(mine), dtype=torch.int32)[:, None] * tokens + torch.arange(tokens)).reshape(-1))
         count = len(mine) * tokens
         tiles += [(slot, first + i, min(TILE, count - i), 0) for i in range(0, count, TILE)]
         pieces = range(0, count, longest)

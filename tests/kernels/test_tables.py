@@ -29,7 +29,7 @@ def check(tables: RouteTables, rows: Rows, units: int, tokens: int, slots: int) 
     assert all(table.dtype == torch.int32 and table.is_contiguous() for table in tables.tensors)
     order = tables.order_N.tolist()
     owner = {unit: slot for slot, mine in rows.items() for unit in mine}
-    expected = [unit * tokens + t for mine in rows.values() for unit in mine for t in range(tokens)]
+    expected = [unit * tokens + t for mine in rows.values() for unit in sorted(mine) for t in range(tokens)]
     left = [unit * tokens + t for unit in range(units) if unit not in owner for t in range(tokens)]
     assert order == expected + left
     assert sorted(order) == list(range(units * tokens))

@@ -231,8 +231,7 @@ def _gradient(total, grad, parts, start, rank, chunk, only, r, f, features, WIDT
 @triton.jit
 def _middle(
     dh, gate, up, dg, du, n0, n1, n2, g0, g1, g2, q0, q1, q2, k0, k1, k2, order, chunks, features,
-    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GELU: tl.constexpr, TURNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gate and up from that of h, and narrowᵀ · dgate, narrowᵀ · dup, narrowᵀ · h over a chunk's tokens."""
     chunk, column = tl.program_id(0), tl.program_id(1)
@@ -245,14 +244,9 @@ def _middle(
         rank1 = tl.where(slot >= 0, tl.load(k1 + place + 1), 0)
         rank2 = tl.where(slot >= 0, tl.load(k2 + place + 1), 0)
         r, f = tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
-        if TURNED:
-            t0 = tl.zeros((BLOCK_F, WIDTH), dtype=tl.float32)
-            t1 = tl.zeros((BLOCK_F, WIDTH), dtype=tl.float32)
-            t2 = tl.zeros((BLOCK_F, WIDTH), dtype=tl.float32)
-        else:
-            t0 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-            t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-            t2 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
+        t0 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
+        t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
+        t2 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         base, last = tl.load(order + first), tl.load(order + first + count - 1)
         for at in range(0, count, BLOCK_N):
             n = at + tl.arange(0, BLOCK_N)
@@ -273,22 +267,11 @@ def _middle(
             tl.store(dg + place_NF, made_g, mask=kept)
             tl.store(du + place_NF, made_u, mask=kept)
             small = tl.load(n0 + entry, mask=inside[:, None] & (r < rank0)[None, :], other=0.0)
-            if TURNED:
-                t0 = tl.dot(tl.trans(made_g), small, t0, input_precision=PRECISION)
-            else:
-                t0 = tl.dot(tl.trans(small), made_g, t0, input_precision=PRECISION)
+            t0 = tl.dot(tl.trans(small), made_g, t0, input_precision=PRECISION)
             small = tl.load(n1 + entry, mask=inside[:, None] & (r < rank1)[None, :], other=0.0)
-            if TURNED:
-                t1 = tl.dot(tl.trans(made_u), small, t1, input_precision=PRECISION)
-            else:
-                t1 = tl.dot(tl.trans(small), made_u, t1, input_precision=PRECISION)
+            t1 = tl.dot(tl.trans(small), made_u, t1, input_precision=PRECISION)
             small = tl.load(n2 + entry, mask=inside[:, None] & (r < rank2)[None, :], other=0.0)
-            if TURNED:
-                t2 = tl.dot(tl.trans(made_h), small, t2, input_precision=PRECISION)
-            else:
-                t2 = tl.dot(tl.trans(small), made_h, t2, input_precision=PRECISION)
-        if TURNED:
-            t0, t1, t2 = tl.trans(t0), tl.trans(t1), tl.trans(t2)
+            t2 = tl.dot(tl.trans(small), made_h, t2, input_precision=PRECISION)
         if slot >= 0:
             _gradient(t0, g0, q0, start0.to(tl.int64), rank0, chunk, only, r, f, features, WIDTH)
             _gradient(t1, g1, q1, start1.to(tl.int64), rank1, chunk, only, r, f, features, WIDTH)
@@ -393,8 +376,8 @@ def middle(
     block_n, block_f = (64, 32) if item == 2 else (32, 32)
     sums.launch(_middle)[(chunks, -(-features // block_f))](
         dh, gate, up, dg, du, *narrow, *grads, *parts, *ranks, tables.order_N, tables.chunks_C4, features,
-        WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, GELU=activation == "gelu_tanh", TURNED=False,
-        PRECISION=_precision(dh.dtype), num_warps=4, num_stages=1,
+        WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, GELU=activation == "gelu_tanh", PRECISION=_precision(dh.dtype),
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     sums.fold(grads, parts, tables, ranks)
     return dg, du, grads

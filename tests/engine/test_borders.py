@@ -1,0 +1,145 @@
+"""Gated MLPs with borders inside fused blocks: what becomes of the model's weights, and that results stay those of plain blocks.
+
+On a CPU through Triton's interpreter; the kernels themselves are in tests/kernels/gpu/test_bordered.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorabank import BASE
+from lorabank.bank.bank import AdapterBank
+from lorabank.engine.borders import gated_mlps
+from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
+from lorabank.engine.fused_block import fused_blocks
+from lorabank.kernels.gpu import bordered
+from tests.engine import test_fused_block as fused_tests
+from tests.engine.test_fused_block import assert_same, bank_of, fuse, pair
+from tests.engine.tiny import add, backward, batch_of
+
+pytestmark = fused_tests.pytestmark
+one_thread_and_shared_code, torch_attention = fused_tests.one_thread_and_shared_code, fused_tests.torch_attention
+MLP = ["gate_proj", "up_proj", "down_proj"]
+LENGTHS, ROUTES = [9, 7, 5, 8], ["a", "b", BASE, "a"]
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """One entry for each pass over a narrow side: two a gated MLP's forward and backward."""
+    seen: list[int] = []
+    real = bordered.widen
+
+    def counted(x: Tensor, weights: list[Tensor], *args: object) -> tuple[Tensor, list[Tensor]]:
+        seen.append(len(weights))
+        return real(x, weights, *args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(bordered, "widen", counted)
+    yield seen
+
+
+def weights(bank: AdapterBank) -> dict[str, Tensor]:
+    """The base's, by name."""
+    return {name: p for name, p in bank.model.named_parameters() if ".lora." not in name}
+
+
+def moved(bank: AdapterBank) -> set[str]:
+    """Names, in their block, of weights that aren't tensors of their own."""
+    return {
+        name.split(".")[-2] for name, p in weights(bank).items() if p.untyped_storage().nbytes() > p.numel() * p.element_size()
+    }
+
+
+def settle(bank: AdapterBank) -> tuple[object, object]:
+    """A pass, behind the first, which runs plainly."""
+    backward(bank, batch_of(LENGTHS, ROUTES))
+    return backward(bank, batch_of(LENGTHS, ROUTES))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_pass_equals_that_of_plain_blocks(family: str, widened: list[int]) -> None:
+    plain, fused = pair(family, targets=MLP)
+    before = {name: p.detach().clone() for name, p in weights(fused).items()}
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    assert widened == [2, 2, 1, 1] * 2
+    assert moved(fused) == set(MLP)
+    assert all(torch.equal(p, before[name]) for name, p in weights(fused).items())
+
+
+def test_uncompiled_blocks_have_their_weights_back(widened: list[int]) -> None:
+    fused = bank_of(targets=MLP)
+    before = {name: p.detach().clone() for name, p in weights(fused).items()}
+    fuse(fused)
+    settle(fused)
+    assert moved(fused)
+    uncompile_blocks(repeated_blocks(fused.model))
+    assert not moved(fused)
+    assert all(p.is_contiguous() and torch.equal(p, before[name]) for name, p in weights(fused).items())
+
+
+def test_more_adapters_than_borders_have_room_for(widened: list[int]) -> None:
+    """Room grows once, and where it doesn't pay any more layers go on by themselves."""
+    plain, fused = pair(targets=MLP)
+    settle(fused)
+    sizes = [moved_size(fused)]
+    for name, rank in (("c", 16), ("d", 16), ("e", 16), ("f", 16)):  # 68 ranks
+        for bank in (plain, fused):
+            add(bank, name, rank=rank, targets=MLP)
+    widened.clear()
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    sizes.append(moved_size(fused))
+    assert len(widened) == 8
+    for bank in (plain, fused):
+        for i in range(5):
+            add(bank, f"more{i}", rank=16, targets=MLP)
+    widened.clear()
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    assert not widened
+    assert moved(fused) == set()
+    assert sizes[0] < sizes[1]
+
+
+def moved_size(bank: AdapterBank) -> int:
+    """Bytes of a down projection's storage."""
+    return max(p.untyped_storage().nbytes() for name, p in weights(bank).items() if "down_proj" in name)
+
+
+def test_a_rank_that_is_too_large_leaves_layers_apart(widened: list[int]) -> None:
+    plain, fused = pair(targets=MLP)
+    for bank in (plain, fused):
+        add(bank, "large", rank=17, targets=MLP)
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    assert not widened
+
+
+def test_weights_that_somebody_else_replaces_are_followed(widened: list[int]) -> None:
+    plain, fused = pair(targets=MLP)
+    settle(fused)
+    with torch.no_grad():
+        for bank in (plain, fused):
+            for name, p in weights(bank).items():
+                if "up_proj" in name:
+                    p.data = p.data * 1.5
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    assert moved(fused) == set(MLP)
+
+
+def test_layers_that_are_no_gated_mlp(widened: list[int]) -> None:
+    for family, targets in (("gpt2", "all-linear"), ("llama", ["up_proj", "down_proj"]), ("opt", "all-linear")):
+        bank = bank_of(family, targets=targets)
+        fuse(bank)
+        settle(bank)
+        assert fused_blocks(bank)
+        assert not moved(bank)
+    assert not widened
+
+
+def test_shapes_decide_which_layer_is_down() -> None:
+    bank = bank_of(targets="all-linear")
+    for block in repeated_blocks(bank.model):
+        layers = [m for m in block.modules() if isinstance(m, nn.Module) and m.__class__.__name__ == "LoRALayer"]
+        (found,) = gated_mlps(layers)  # pyright: ignore[reportArgumentType]
+        assert [layer.path.split(".")[-1] for layer in found] == MLP
