@@ -26,7 +26,7 @@ from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
-from lorabank.engine.offload import Offload
+from lorabank.engine.offload import Offload, storages
 from lorabank.engine.packed_attention import BOUNDARIES
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
@@ -54,9 +54,11 @@ class FusedBlock:
         self.recompute = False
         """Whether to keep only the block's inputs and compute it again in backward: what of it backward needs, at least."""
         self.offload: Offload | None = None
-        """Where they are kept then; None: on the device."""
+        """Where they are kept then, and what attention gave as well; None: on the device."""
         self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept, mlps))
         self._recomputing = torch.compile(block._call_impl, backend=grouping(backend, "inputs"))
+        # what waits on the host costs the device nothing, and the bus has the time for three tensors a block
+        self._offloading = torch.compile(block._call_impl, backend=grouping(backend, "attention"))
         self._input = next(iter(inspect.signature(block.forward).parameters), "")
         self._failed = False
         """Whether torch.compile turned out not to be able to compile this block."""
@@ -65,6 +67,7 @@ class FusedBlock:
         self._structure = -1
         self._layers: list[LoRALayer] = []
         self._tables: list[LayerTables] = []
+        self._own: tuple[tuple[int, ...], frozenset[int]] | None = None
 
     @property
     def in_place(self) -> bool:
@@ -82,7 +85,8 @@ class FusedBlock:
         if not args and self._input in kwargs:
             args, kwargs = (kwargs[self._input],), {name: value for name, value in kwargs.items() if name != self._input}
         again = self.recompute and torch.is_grad_enabled()
-        run, plain = self._chosen(args, kwargs, self._recomputing if again else self._compiled)
+        recomputing = self._recomputing if self.offload is None else self._offloading
+        run, plain = self._chosen(args, kwargs, recomputing if again else self._compiled)
         cached = torch.is_grad_enabled() and [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if not again:
             if cached and not plain:
@@ -95,8 +99,18 @@ class FusedBlock:
             return run(*args, **kwargs)  # computing it again would append to the cache again
         args = tuple(_without_cache(value) for value in args)
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
-        recomputed = self._checkpointed if plain else _as_it_is
-        return (recomputed if self.offload is None else self.offload.around(recomputed))(run, *args, **kwargs)
+        if self.offload is None:
+            return (self._checkpointed if plain else _as_it_is)(run, *args, **kwargs)
+        around = self.offload.around(self._checkpointed) if plain else self.offload.around(_as_it_is, self._lasting())
+        return around(run, *args, **kwargs)
+
+    def _lasting(self) -> frozenset[int]:
+        """Where the block's own tensors lie, which no call of it makes."""
+        state = (*self.addresses, self._structure)
+        if self._own is None or self._own[0] != state:
+            stored = [t for layer in self._layers for t in (*layer.stored, *layer.store.buffers)]
+            self._own = state, storages([*self.block.parameters(), *self.block.buffers(), *stored])
+        return self._own[1]
 
     def _checkpointed(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A plain block, computed again in backward."""
