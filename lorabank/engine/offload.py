@@ -45,14 +45,15 @@ class Offload:
         self._blocks: list[list[_Kept]] = []
         """What each block of this pass keeps: it leaves together and comes back together."""
         self._free: defaultdict[_Kind, list[Tensor]] = defaultdict(list)
-        self._leaving: list[tuple[Tensor, torch.cuda.Event]] = []
-        """The last block's tensors that are being copied out, held until then."""
+        self._leaving: list[tuple[_Kept, Tensor, torch.cuda.Event | None]] = []
+        """The last block's tensors, held until they are copied out."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.bytes = 0
         """Copied to the host so far, over all passes."""
 
     def start(self) -> None:
         """Begin a pass: what the last one left, where it had no backward, is given up."""
+        self._let_go()
         left = [kept for block in self._blocks for kept in block]
         used = {kept.kind for kept in left}
         for kept in left:
@@ -107,6 +108,7 @@ class Offload:
         strides = x.stride() if _dense(x) else torch.empty(x.shape, device="meta").stride()
         free = self._free[x.shape, strides, x.dtype, x.device]
         host = free.pop() if free else torch.empty_strided(x.shape, strides, dtype=x.dtype, pin_memory=x.is_cuda)
+        kept, left = _Kept(len(self._blocks) - 1, host, x.device), None
         stream = self._stream(x.device)
         if stream is None:
             host.copy_(x)
@@ -114,10 +116,11 @@ class Offload:
             stream.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(stream):
                 host.copy_(x, non_blocking=True)
-            self._leaving.append((x, _event(stream)))
+            left = _event(stream)
+        self._leaving.append((kept, x, left))
         self.bytes += x.numel() * x.element_size()
-        block.append(_Kept(len(self._blocks) - 1, host, x.device))
-        return block[-1]
+        block.append(kept)
+        return kept
 
     def _back(self, saved: Tensor | _Kept) -> Tensor:
         if isinstance(saved, Tensor):
@@ -125,7 +128,8 @@ class Offload:
         given = None if saved.given is None else saved.given()
         if given is not None:
             return given
-        self._let_go()
+        for kept, x in self._let_go():
+            kept.back = x, None  # the last block's are still here
         x, arrived = self._fetch(saved)
         if arrived is not None:
             torch.cuda.current_stream(saved.device).wait_event(arrived)
@@ -149,11 +153,14 @@ class Offload:
             x.copy_(kept.host, non_blocking=True)
         return x, _event(stream)
 
-    def _let_go(self) -> None:
+    def _let_go(self) -> list[tuple[_Kept, Tensor]]:
         """Drop what was copied out while its successor computed. Its memory is used again on this stream alone."""
-        for x, left in self._leaving:
-            torch.cuda.current_stream(x.device).wait_event(left)
+        gone = [(kept, x) for kept, x, _ in self._leaving]
+        for _, x, left in self._leaving:
+            if left is not None:
+                torch.cuda.current_stream(x.device).wait_event(left)
         self._leaving.clear()
+        return gone
 
     def _give_up(self, kept: _Kept) -> None:
         # copies are put on one stream in order, so what comes into this memory next comes after what left it
