@@ -35,6 +35,12 @@ FEW = 64
 """A pass without gradients over fewer tokens runs plainly: a probe or a decoding step isn't worth code of its own."""
 VARIANTS = 64
 """Compiled forms of one block class: all models of a process share them (with gradients or not, masks, ranks, families)."""
+WORTH_MORE = 40_000
+"""Frozen weights for each number of a token's hidden state, from which on more than inputs is kept on the host.
+
+An H100 does about 650e12 operations a second, two for each weight, and its bus moves 50e9 bytes: three tensors of two bytes a
+number cross it while a block computes if there are so many weights. An 8B model's blocks have 53,000, a 3B model's 33,000.
+"""
 SLOTS = 8
 """Tables are made for a multiple of so many slots: few sizes, whatever the bank holds."""
 
@@ -54,10 +60,9 @@ class FusedBlock:
         self.recompute = False
         """Whether to keep only the block's inputs and compute it again in backward: what of it backward needs, at least."""
         self.offload: Offload | None = None
-        """Where they are kept then, and what attention gave as well; None: on the device."""
+        """Where they are kept then, with what attention gave if the bus has the time for it; None: on the device."""
         self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept, mlps))
         self._recomputing = torch.compile(block._call_impl, backend=grouping(backend, "inputs"))
-        # what waits on the host costs the device nothing, and the bus has the time for three tensors a block
         self._offloading = torch.compile(block._call_impl, backend=grouping(backend, "attention"))
         self._input = next(iter(inspect.signature(block.forward).parameters), "")
         self._failed = False
@@ -85,7 +90,8 @@ class FusedBlock:
         if not args and self._input in kwargs:
             args, kwargs = (kwargs[self._input],), {name: value for name, value in kwargs.items() if name != self._input}
         again = self.recompute and torch.is_grad_enabled()
-        recomputing = self._recomputing if self.offload is None else self._offloading
+        more = again and self.offload is not None and self._worth_more(args)
+        recomputing = self._offloading if more else self._recomputing
         run, plain = self._chosen(args, kwargs, recomputing if again else self._compiled)
         cached = torch.is_grad_enabled() and [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if not again:
@@ -101,8 +107,17 @@ class FusedBlock:
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
         if self.offload is None:
             return (self._checkpointed if plain else _as_it_is)(run, *args, **kwargs)
-        around = self.offload.around(self._checkpointed) if plain else self.offload.around(_as_it_is, self._lasting())
-        return around(run, *args, **kwargs)
+        if plain:
+            return self.offload.around(self._checkpointed)(run, *args, **kwargs)
+        return self.offload.around(_as_it_is, self._lasting() if more else None)(run, *args, **kwargs)
+
+    @functools.cached_property
+    def _weights(self) -> int:
+        return sum(p.numel() for p in self.block.parameters() if not p.requires_grad)
+
+    def _worth_more(self, args: tuple[Any, ...]) -> bool:
+        """Whether this call takes long enough for more than its input to cross the bus meanwhile."""
+        return bool(args) and isinstance(args[0], Tensor) and self._weights >= WORTH_MORE * args[0].shape[-1]
 
     def _lasting(self) -> frozenset[int]:
         """Where the block's own tensors lie, which no call of it makes."""
