@@ -29,27 +29,39 @@ class Borders:
         self._poison = torch.empty(0)
         self._pad = 0
 
-    def fill(self, tables: Sequence[LayerTables]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Write the adapters into the borders: id of each layer to (wide weight, poison); none where borders don't pay.
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the weights are views of, and what `fill` finds out."""
+        return [*self._wide, self._poison] if self._wide else []
 
-        `tables`: of the three layers. Moves the weights where they aren't in place yet, or the room has become too small.
+    def prepare(self, tables: Sequence[LayerTables]) -> bool:
+        """Move the weights where they aren't in place yet, or the room has become too small; False where borders don't pay.
+
+        `tables`: of the three layers.
         """
         from lorabank.kernels.gpu import bordered  # here, since it imports Triton
 
         pad = bordered.border_width(max(layer.store.capacity for layer in self.layers))
         if pad == 0 or max(table.width for table in tables) > bordered.WIDEST_RANK:
             self.release()
-            return {}
+            return False
         if pad != self._pad or not self._in_place():
             self._place(pad)
-        ranks = [table.ranks_P2 for table in tables]
-        features, slots = self._weights[0].shape[0], ranks[0].shape[0]
-        if self._poison.shape[1:2] != (slots,) or self._poison.device != ranks[0].device:
-            self._poison = bordered.poison_like(ranks[0], features)
+        ranks = tables[0].ranks_P2
+        if self._poison.shape[1:2] != ranks.shape[:1] or self._poison.device != ranks.device:
+            self._poison = bordered.poison_like(ranks, self._weights[0].shape[0])
+        return True
+
+    def fill(self, tables: Sequence[LayerTables]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Write the adapters into the borders: id of each layer to (wide weight, poison); none where borders don't pay."""
+        from lorabank.kernels.gpu import bordered
+
+        if not self.prepare(tables):
+            return {}
         sources = [layer.store.buffers[0 if which == 2 else 1] for which, layer in enumerate(self.layers)]
         gate, up, down = self._wide
-        borders = [gate[:, :pad], up[:, -pad:], down[-pad:]]
-        bordered.write(borders, sources, ranks, self._poison)
+        borders = [gate[:, : self._pad], up[:, -self._pad :], down[-self._pad :]]
+        bordered.write(borders, sources, [table.ranks_P2 for table in tables], self._poison)
         each = zip(self.layers, self._wide, self._poison.unbind(), strict=True)
         return {id(layer): (wide, poison) for layer, wide, poison in each}
 

@@ -28,7 +28,7 @@ from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, 
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
 from lorabank.engine.borders import STORAGE, Borders, gated_mlps
-from lorabank.engine.offload import Offload
+from lorabank.engine.offload import Offload, storages
 from lorabank.engine.packed_attention import BOUNDARIES
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
@@ -37,6 +37,12 @@ FEW = 64
 """A pass without gradients over fewer tokens runs plainly: a probe or a decoding step isn't worth code of its own."""
 VARIANTS = 64
 """Compiled forms of one block class: all models of a process share them (with gradients or not, masks, ranks, families)."""
+WORTH_MORE = 40_000
+"""Frozen weights for each number of a token's hidden state, from which on more than inputs is kept on the host.
+
+An H100 does about 650e12 operations a second, two for each weight, and its bus moves 50e9 bytes: three tensors of two bytes a
+number cross it while a block computes if there are so many weights. An 8B model's blocks have 53,000, a 3B model's 33,000.
+"""
 SLOTS = 8
 """Tables are made for a multiple of so many slots: few sizes, whatever the bank holds."""
 
@@ -57,9 +63,10 @@ class FusedBlock:
         self.recompute = False
         """Whether to keep only the block's inputs and compute it again in backward: what of it backward needs, at least."""
         self.offload: Offload | None = None
-        """Where they are kept then; None: on the device."""
+        """Where they are kept then, with what attention gave if the bus has the time for it; None: on the device."""
         self._compiled = torch.compile(block._call_impl, backend=grouping(backend, kept))
         self._recomputing = torch.compile(block._call_impl, backend=grouping(backend, "inputs"))
+        self._offloading = torch.compile(block._call_impl, backend=grouping(backend, "attention"))
         self._input = next(iter(inspect.signature(block.forward).parameters), "")
         self._failed = False
         """Whether torch.compile turned out not to be able to compile this block."""
@@ -71,6 +78,7 @@ class FusedBlock:
         self._layers: list[LoRALayer] = []
         self._tables: list[LayerTables] = []
         self._borders: list[Borders] = []
+        self._own: tuple[tuple[int, ...], frozenset[int]] | None = None
 
     @property
     def in_place(self) -> bool:
@@ -88,7 +96,9 @@ class FusedBlock:
         if not args and self._input in kwargs:
             args, kwargs = (kwargs[self._input],), {name: value for name, value in kwargs.items() if name != self._input}
         again = self.recompute and torch.is_grad_enabled()
-        run, plain = self._chosen(args, kwargs, self._recomputing if again else self._compiled)
+        more = again and self.offload is not None and self._worth_more(args)
+        recomputing = self._offloading if more else self._recomputing
+        run, plain = self._chosen(args, kwargs, recomputing if again else self._compiled)
         cached = torch.is_grad_enabled() and [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if not again:
             if cached and not plain:
@@ -101,8 +111,28 @@ class FusedBlock:
             return run(*args, **kwargs)  # computing it again would append to the cache again
         args = tuple(_without_cache(value) for value in args)
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
-        recomputed = self._checkpointed if plain else _as_it_is
-        return (recomputed if self.offload is None else self.offload.around(recomputed))(run, *args, **kwargs)
+        if self.offload is None:
+            return (self._checkpointed if plain else _as_it_is)(run, *args, **kwargs)
+        if plain:
+            return self.offload.around(self._checkpointed)(run, *args, **kwargs)
+        return self.offload.around(_as_it_is, self._lasting() if more else None)(run, *args, **kwargs)
+
+    @functools.cached_property
+    def _weights(self) -> int:
+        return sum(p.numel() for p in self.block.parameters() if not p.requires_grad)
+
+    def _worth_more(self, args: tuple[Any, ...]) -> bool:
+        """Whether this call takes long enough for more than its input to cross the bus meanwhile."""
+        return bool(args) and isinstance(args[0], Tensor) and self._weights >= WORTH_MORE * args[0].shape[-1]
+
+    def _lasting(self) -> frozenset[int]:
+        """Where the block's own tensors lie, which no call of it makes."""
+        borders = [tensor for borders in self._borders for tensor in borders.tensors]
+        state = (*self.addresses, self._structure, *(tensor.data_ptr() for tensor in borders))
+        if self._own is None or self._own[0] != state:
+            stored = [t for layer in self._layers for t in (*layer.stored, *layer.store.buffers)]
+            self._own = state, storages([*self.block.parameters(), *self.block.buffers(), *stored, *borders])
+        return self._own[1]
 
     def _checkpointed(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A plain block, computed again in backward."""
@@ -190,6 +220,7 @@ class FusedBlock:
     def _ready(self) -> bool:
         """Bring the tables up to date with the bank. False while a layer has yet to be seen in a plain pass."""
         if self._bank is not None and self._bank.structure == self._structure:
+            self._prepare_borders()
             return True
         adapted = [module for module in self.block.modules() if isinstance(module, LoRALayer)]
         if missed := [layer for layer in adapted if not layer.reached]:
@@ -209,7 +240,10 @@ class FusedBlock:
                 _vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
             self._structure = bank.structure
             self._find_borders(layers)
+        else:
+            self.release()  # the bank was taken out of the model
         self._layers, self._bank = layers, bank  # last: another thread may look
+        self._prepare_borders()
         return True
 
     def _wait(self, missed: Sequence[LoRALayer]) -> None:
@@ -283,10 +317,19 @@ class FusedBlock:
             return calls
         places = {id(layer): i for i, layer in enumerate(self._layers)}
         for borders in self._borders:
-            for layer, more in borders.fill([self._tables[places[id(layer)]] for layer in borders.layers]).items():
+            for layer, more in borders.fill(self._tables_of(borders)).items():
                 _vary(more[1])
                 calls[places[layer]] = replace(calls[places[layer]], storage=STORAGE, more=more)
         return calls
+
+    def _tables_of(self, borders: Borders) -> list[LayerTables]:
+        known = {id(layer): table for layer, table in zip(self._layers, self._tables, strict=True)}
+        return [known[id(layer)] for layer in borders.layers]
+
+    def _prepare_borders(self) -> None:
+        """Move weights before anything looks at where they are."""
+        for borders in self._borders:
+            borders.prepare(self._tables_of(borders))
 
 
 def _no_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

@@ -1,7 +1,7 @@
-"""What activation checkpointing keeps, each block's input, in the host's memory instead of the GPU's.
+"""What activation checkpointing keeps of each block, its input above all, in the host's memory instead of the GPU's.
 
 Copies run on a stream of their own, from and to pinned memory: out while the next block computes, back while the block after it
-does. So they cost time only where a block is done faster than its input crosses the bus.
+does. So they cost time only where a block is done faster than what it keeps crosses the bus.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-_Kind = tuple[torch.Size, torch.dtype, torch.device]
+_Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
 
 @dataclass
 class _Kept:
-    """A block's input on the host, and on its way back once somebody is about to ask for it."""
+    """A tensor on the host, and on its way back once somebody is about to ask for it."""
 
     place: int
+    """Of its block in the pass."""
     host: Tensor
     device: torch.device
     back: tuple[Tensor, torch.cuda.Event | None] | None = None
@@ -34,32 +35,39 @@ class _Kept:
     @property
     def kind(self) -> _Kind:
         """Whose buffer may be used again for what."""
-        return self.host.shape, self.host.dtype, self.device
+        return self.host.shape, self.host.stride(), self.host.dtype, self.device
 
 
 class Offload:
-    """The block inputs of one pass after the other."""
+    """What the blocks of one pass after the other keep."""
 
     def __init__(self) -> None:
-        self._kept: list[_Kept] = []
+        self._blocks: list[list[_Kept]] = []
+        """What each block of this pass keeps: it leaves together and comes back together."""
         self._free: defaultdict[_Kind, list[Tensor]] = defaultdict(list)
-        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
-        """The input that is being copied out, held until then."""
+        self._leaving: list[tuple[_Kept, Tensor, torch.cuda.Event | None]] = []
+        """The last block's tensors, held until they are copied out."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.bytes = 0
         """Copied to the host so far, over all passes."""
 
     def start(self) -> None:
         """Begin a pass: what the last one left, where it had no backward, is given up."""
-        used = {kept.kind for kept in self._kept}
-        for kept in self._kept:
+        self._let_go()
+        left = [kept for block in self._blocks for kept in block]
+        used = {kept.kind for kept in left}
+        for kept in left:
             self._give_up(kept)
-        self._kept.clear()
+        self._blocks.clear()
         for kind in self._free.keys() - used if used else ():
             del self._free[kind]  # another shape's: rows of many lengths would pin more and more of the host's memory
 
-    def around(self, recompute: Callable[..., Any]) -> Callable[..., Any]:
-        """A checkpoint function, `recompute(block, x, …)`, that keeps x on the host."""
+    def around(self, recompute: Callable[..., Any], lasting: Set[int] | None = None) -> Callable[..., Any]:
+        """A checkpoint function, `recompute(block, x, …)`, that keeps x on the host.
+
+        `lasting`: `storages` of the block's own tensors. With them given, what else the block saves is kept on the host too, if
+        the call itself made it and there is something of every token in it.
+        """
 
         @functools.wraps(recompute)
         def call(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -68,25 +76,39 @@ class Offload:
                 return recompute(block, *args, **kwargs)
 
             mine: list[_Kept] = []
-            address, shape = x.data_ptr(), x.shape  # torch keeps the hook as long as what it packed: it must not hold on to x
+            inputs: list[_Kept] = []
+            # torch keeps the hook as long as what it packed: it must not hold on to x
+            address, shape, tokens = x.data_ptr(), x.shape, x.numel() // x.shape[-1]
+            given = None if lasting is None else storages(_tensors((args, kwargs)))
+
+            def made_here(saved: Tensor) -> bool:
+                if lasting is None or given is None or not saved.is_floating_point() or saved.numel() < tokens:
+                    return False
+                storage = _storage(saved)
+                return storage not in lasting and storage not in given and _dense(saved)
 
             def pack(saved: Tensor) -> Tensor | _Kept:
                 # hooks get detached tensors; of the inputs that are saved, masks and tables are shared by all blocks
                 if saved.data_ptr() != address or saved.shape != shape:
-                    return saved
-                if not mine:
-                    mine.append(self._out(saved))
-                return mine[0]
+                    return self._out(saved, mine) if made_here(saved) else saved
+                if not inputs:
+                    inputs.append(self._out(saved, mine))
+                return inputs[0]
 
             with saved_tensors_hooks(pack, self._back):
                 return recompute(block, *args, **kwargs)
 
         return call
 
-    def _out(self, x: Tensor) -> _Kept:
-        self._let_go()
-        free = self._free[x.shape, x.dtype, x.device]
-        host = free.pop() if free else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    def _out(self, x: Tensor, block: list[_Kept]) -> _Kept:
+        """Begin to copy one of the tensors that a block keeps."""
+        if not block:
+            self._let_go()  # of the block before
+            self._blocks.append(block)
+        strides = x.stride() if _dense(x) else torch.empty(x.shape, device="meta").stride()
+        free = self._free[x.shape, strides, x.dtype, x.device]
+        host = free.pop() if free else torch.empty_strided(x.shape, strides, dtype=x.dtype, pin_memory=x.is_cuda)
+        kept, left = _Kept(len(self._blocks) - 1, host, x.device), None
         stream = self._stream(x.device)
         if stream is None:
             host.copy_(x)
@@ -94,10 +116,11 @@ class Offload:
             stream.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(stream):
                 host.copy_(x, non_blocking=True)
-            self._leaving = x, _event(stream)
+            left = _event(stream)
+        self._leaving.append((kept, x, left))
         self.bytes += x.numel() * x.element_size()
-        self._kept.append(_Kept(len(self._kept), host, x.device))
-        return self._kept[-1]
+        block.append(kept)
+        return kept
 
     def _back(self, saved: Tensor | _Kept) -> Tensor:
         if isinstance(saved, Tensor):
@@ -105,21 +128,23 @@ class Offload:
         given = None if saved.given is None else saved.given()
         if given is not None:
             return given
-        self._let_go()
+        for kept, x in self._let_go():
+            kept.back = x, None  # the last block's are still here
         x, arrived = self._fetch(saved)
         if arrived is not None:
             torch.cuda.current_stream(saved.device).wait_event(arrived)
         saved.back, saved.given = None, weakref.ref(x)
-        if saved.place > 0 and saved.place < len(self._kept):
-            before = self._kept[saved.place - 1]
-            before.back = self._fetch(before)  # the one that backward asks for next
+        place = saved.place
+        if 0 < place < len(self._blocks) and all(kept.given is not None for kept in self._blocks[place]):
+            for kept in self._blocks[place - 1]:  # what backward asks for next
+                kept.back = self._fetch(kept)
         return x
 
     def _fetch(self, kept: _Kept) -> tuple[Tensor, torch.cuda.Event | None]:
-        """A block's input on its device, and when it is there."""
+        """What was kept, on its device, and when it is there."""
         if kept.back is not None:
             return kept.back
-        x = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
+        x = torch.empty_strided(kept.host.shape, kept.host.stride(), dtype=kept.host.dtype, device=kept.device)
         stream = self._stream(kept.device)
         if stream is None:
             return x.copy_(kept.host), None
@@ -128,12 +153,14 @@ class Offload:
             x.copy_(kept.host, non_blocking=True)
         return x, _event(stream)
 
-    def _let_go(self) -> None:
-        """Drop the input that was copied out while its block computed. Its memory is used again on this stream alone."""
-        if self._leaving is not None:
-            x, left = self._leaving
-            torch.cuda.current_stream(x.device).wait_event(left)
-            self._leaving = None
+    def _let_go(self) -> list[tuple[_Kept, Tensor]]:
+        """Drop what was copied out while its successor computed. Its memory is used again on this stream alone."""
+        gone = [(kept, x) for kept, x, _ in self._leaving]
+        for _, x, left in self._leaving:
+            if left is not None:
+                torch.cuda.current_stream(x.device).wait_event(left)
+        self._leaving.clear()
+        return gone
 
     def _give_up(self, kept: _Kept) -> None:
         # copies are put on one stream in order, so what comes into this memory next comes after what left it
@@ -148,6 +175,37 @@ class Offload:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
+
+
+def storages(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """Where tensors lie, whatever part of it they show."""
+    return frozenset(map(_storage, tensors))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory without gaps, in whatever order of its dimensions: a copy can be one of its bytes."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dim: dim[::-1]):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -143,3 +143,14 @@ def test_shapes_decide_which_layer_is_down() -> None:
         layers = [m for m in block.modules() if isinstance(m, nn.Module) and m.__class__.__name__ == "LoRALayer"]
         (found,) = gated_mlps(layers)  # pyright: ignore[reportArgumentType]
         assert [layer.path.split(".")[-1] for layer in found] == MLP
+
+
+def test_a_model_whose_bank_is_gone_has_its_weights_back(widened: list[int]) -> None:
+    fused = bank_of(targets=MLP)
+    model = fused.model
+    fuse(fused)
+    settle(fused)
+    fused.detach()
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    assert all(p.is_contiguous() for p in model.parameters())

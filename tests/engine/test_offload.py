@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.backends.registry import register_backend
 
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
+from lorabank.engine import fused_block
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
+from lorabank.engine.offload import Offload, storages
 from lorabank.engine.step import Engine, forward_backward
+from lorabank.kernels.gpu.keeping import KeepAttention
+from lorabank.kernels.native import library
 from tests.engine.tiny import batch_of, clear, difference, gradients, make_bank, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's look
@@ -30,10 +38,22 @@ def bank_of(family: str) -> AdapterBank:
     return make_bank(family, model=make_model(family, spread=1.5))
 
 
-def fused(bank: AdapterBank) -> AdapterBank:
+def fused(bank: AdapterBank, backend: str = "aot_eager") -> AdapterBank:
     for block in repeated_blocks(bank.model):
-        block._compiled_call_impl = FusedBlock(block, backend="aot_eager")
+        block._compiled_call_impl = FusedBlock(block, backend=backend)
     return bank
+
+
+def keeping_eager(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """As `aot_eager`, but forward keeps what inductor's would."""
+    compiler: Any = boxed_nop
+    made = aot_autograd(
+        fw_compiler=compiler, bw_compiler=compiler, partition_fn=KeepAttention(), keep_inference_input_mutations=True
+    )
+    return made(graph_module, inputs)
+
+
+register_backend(keeping_eager, name="keeping_eager")
 
 
 def as_it_is(bank: AdapterBank) -> AdapterBank:
@@ -47,7 +67,11 @@ on_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the kerne
     ("family", "prepared"),
     [("llama", as_it_is), ("gpt2", as_it_is), ("bart", as_it_is), pytest.param("llama", fused, marks=on_interpreter)],
 )
-def test_gradients_are_those_without(family: str, prepared: Callable[[AdapterBank], AdapterBank]) -> None:
+def test_gradients_are_those_without(
+    family: str, prepared: Callable[[AdapterBank], AdapterBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if prepared is fused:
+        monkeypatch.setattr(library, "loaded", lambda: None)  # attention.c isn't part of a compiled block
     plain = Engine(bank_of(family), gradient_checkpointing=True)
     engine = Engine(prepared(bank_of(family)), activation_offloading=True)
     assert engine.gradient_checkpointing
@@ -62,15 +86,101 @@ def test_gradients_are_those_without(family: str, prepared: Callable[[AdapterBan
     assert engine.offload.bytes == 2 * 4 * (4 * 12 * 32 + 4 * 8 * 32)
 
 
+@on_interpreter
+@pytest.mark.parametrize(
+    ("family", "backend", "kept"),
+    [
+        ("llama", "keeping_eager", 3),
+        ("gpt2", "keeping_eager", 3),
+        ("neox", "keeping_eager", 2),  # attention and MLP side by side: nothing behind the output projection needs its result
+        ("gemma2", "keeping_eager", 1),  # a soft-capped attention is many operations
+        pytest.param("llama", "inductor", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_what_attention_gave_leaves_too(family: str, backend: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "loaded", lambda: None)
+    monkeypatch.setattr(fused_block, "WORTH_MORE", 0)  # these blocks are small
+    plain = Engine(bank_of(family), gradient_checkpointing=True)
+    engine = Engine(fused(bank_of(family), backend), activation_offloading=True)
+    batch = batch_of(LENGTHS, ROUTES)
+    forward_backward(plain, batch)
+    for _ in range(2):
+        clear(engine.bank)
+        forward_backward(engine, batch)
+        for name in "ab":
+            assert difference(gradients(engine.bank, name), gradients(plain.bank, name)) < 1e-3
+    # of each token in each of two blocks: the input, attention's output and a sum for each of its heads, the state behind it
+    numbers = kept * 32 + 4 * (kept > 1)
+    assert engine.offload.bytes == 2 * 2 * 4 * 4 * 12 * numbers
+    forms = {(kept.host.shape, kept.host.stride()) for block in engine.offload._blocks for kept in block}
+    if kept == 3:
+        assert ((4, 4, 12, 8), (12 * 32, 8, 32, 1)) in forms  # as attention left it: a token's heads side by side
+
+
+@on_interpreter
+def test_small_blocks_keep_their_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = next(iter(repeated_blocks(fused(bank_of("llama")).model)))
+    compiled, x = block._compiled_call_impl, torch.zeros(1, 3, 32)
+    assert isinstance(compiled, FusedBlock)
+    assert not compiled._worth_more((x,))
+    assert not compiled._worth_more(())
+    frozen = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32  # adapters aside
+    for least, worth in ((frozen // 32, True), (frozen // 32 + 1, False)):
+        monkeypatch.setattr(fused_block, "WORTH_MORE", least)
+        assert compiled._worth_more((x,)) == worth
+
+
+class Saving(torch.autograd.Function):
+    """Gives its input and asks for what was saved with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seen: list[Any], *saved: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*saved)
+        ctx.seen, ctx.count = seen, len(saved)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        ctx.seen += ctx.saved_tensors
+        return grad_outputs[0], None, *[None] * ctx.count
+
+
+def test_what_comes_back_lies_as_it_lay() -> None:
+    x, weight, mask = torch.randn(2, 6, 8, requires_grad=True), torch.randn(8, 8), torch.randn(2, 6, 6)
+    places = torch.arange(12)
+    made: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+
+    def block(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        made[:] = [torch.randn(2, 6, 4, 2).transpose(1, 2), torch.randn(2, 4, 6), torch.randn(2, 6, 9)[..., :8], torch.randn(3)]
+        return Saving.apply(x, seen, x, weight.t(), mask, places, *made)  # pyright: ignore[reportReturnType]
+
+    def call(block: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        return block(*args)
+
+    for lasting, count in ((None, 1), (storages([weight]), 3)):
+        offload = Offload()
+        offload.start()
+        seen.clear()
+        y = offload.around(call, lasting)(block, x, mask)
+        offload.around(call)(torch.square, y).sum().backward()  # a block behind it
+        assert [len(kept) for kept in offload._blocks] == [count, 1]
+        for found, saved in zip(seen, [x, weight.t(), mask, places, *made], strict=True):
+            assert torch.equal(found, saved)
+            assert found.stride() == saved.stride()
+        left = [found.data_ptr() != saved.data_ptr() for found, saved in zip(seen, [x, weight, mask, places, *made], strict=True)]
+        assert left == [True, False, False, False, lasting is not None, lasting is not None, False, False]
+
+
 def test_host_memory_is_used_again() -> None:
     engine = Engine(bank_of("llama"), activation_offloading=True)
     seen = []
     for _ in range(3):
         forward_backward(engine, batch_of(LENGTHS, ROUTES))
-        seen.append({kept.host.data_ptr() for kept in engine.offload._kept})
+        seen.append({kept.host.data_ptr() for block in engine.offload._blocks for kept in block})
     assert seen[0] == seen[1] == seen[2]
     assert len(seen[0]) == 2
-    assert all(kept.back is None for kept in engine.offload._kept)  # nothing waits on the device any more
+    assert all(kept.back is None for block in engine.offload._blocks for kept in block)  # nothing waits on the device any more
 
 
 @pytest.mark.parametrize("prepared", [as_it_is, pytest.param(fused, marks=on_interpreter)])
@@ -92,7 +202,7 @@ def test_inputs_are_gone_from_the_device_after_forward(
 
     monkeypatch.setattr(torch.Tensor, "backward", look)
     forward_backward(engine, batch_of(LENGTHS, ROUTES))
-    assert alive == [False] * len(blocks)
+    assert alive == [False] * (len(blocks) - 1) + [True]  # backward begins with the last one's
 
 
 def test_buffers_of_other_shapes_are_given_back() -> None:

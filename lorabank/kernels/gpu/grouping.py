@@ -7,6 +7,7 @@ the others as they are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections import defaultdict
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule, Node
 
-from lorabank.kernels.gpu import bordered, siblings
+from lorabank.kernels.gpu import bordered, keeping, siblings
 from lorabank.kernels.gpu import bordered_op as _bordered_op  # noqa: F401  registers lorabank::lora_mlp
 from lorabank.kernels.gpu import siblings_op as _siblings_op  # noqa: F401  registers lorabank::lora_linears
 
@@ -37,10 +39,12 @@ KEEPS: Mapping[str, Mapping[str, Any]] = {
         "ban_recompute_materialized_backward": False,
     },
     "inputs": {"activation_memory_budget": 0.0},
+    "attention": {"activation_memory_budget": 0.0},
 }
 """What forward keeps for backward, as settings of torch's partitioner. `all`: whatever saves time. `products`: what products and
 attention gave or need; norms and activation functions are computed again, fused into what reads them. `inputs`: nothing else;
-backward computes again what it needs, which the block's last product is no part of."""
+backward computes again what it needs, which the block's last product is no part of. `attention`: inputs and what keeping.py
+picks, so that attention and the product behind it aren't computed again either; the same as `inputs` but in inductor."""
 
 
 @functools.cache
@@ -54,10 +58,16 @@ def grouping(name: str, kept: str = "all") -> Backend:
     def compiled(graph_module: GraphModule, inputs: list[Any]) -> Any:
         fuse_mlps(graph_module)
         group_siblings(graph_module)
-        with functorch_config.patch(dict(KEEPS[kept])):
+        with functorch_config.patch(dict(KEEPS[kept])), _dividing(kept):
             return backend(graph_module, inputs)
 
     return compiled
+
+
+def _dividing(kept: str) -> contextlib.AbstractContextManager[Any]:
+    if kept != "attention" or not keeping.SUPPORTED:
+        return contextlib.nullcontext()
+    return inductor_config.patch(custom_partitioner_fn=keeping.KeepAttention())
 
 
 def fuse_mlps(graph_module: GraphModule) -> int:

@@ -24,7 +24,7 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.engine.attention import own_attention
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
 from lorabank.engine.fused_block import FusedBlock
-from lorabank.kernels.gpu import runtime
+from lorabank.kernels.gpu import keeping, runtime
 from tests.engine.tiny import make_bank, make_model
 
 ROWS, TOKENS = 2, 40
@@ -52,7 +52,8 @@ def divide(bank: AdapterBank, kept: str) -> dict[str, Any]:
         run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]  # how torch knows that it takes a list
         return run
 
-    partition = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+    halve = keeping.KeepAttention() if kept == "attention" else min_cut_rematerialization_partition
+    partition = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=halve)
     torch._dynamo.register_backend(partition, name=f"divided_{kept}")
     torch._dynamo.reset()
     blocks = repeated_blocks(bank.model)
@@ -68,9 +69,8 @@ def divide(bank: AdapterBank, kept: str) -> dict[str, Any]:
     return {
         "kept": kept,
         "products": _count(backward, "add_product"),
-        "attentions": sum(
-            "scaled_dot_product" in str(n.target) and "backward" not in str(n.target) for n in backward.graph.nodes
-        ),
+        "again": _made_again(backward),
+        "attentions": sum(map(_is_attention, backward.graph.nodes)),
         "bytes": sum(_bytes_a_token(node) for node in saved),
     }
 
@@ -81,6 +81,18 @@ def _is_backward(module: GraphModule) -> bool:
 
 def _count(module: GraphModule, name: str) -> int:
     return sum(any(name in str(arg) for arg in node.args) for node in module.graph.nodes if "functionalized" in str(node.target))
+
+
+def _made_again(backward: GraphModule) -> list[str]:
+    """Sizes (in, out) of the frozen weights whose products backward computes again: those that no gradient goes into."""
+    late: set[Node] = set()
+    found: list[str] = []
+    for node in backward.graph.nodes:
+        if (node.op == "placeholder" and "tangents" in node.name) or not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+        elif "functionalized" in str(node.target) and any("add_product" in str(arg) for arg in node.args):
+            found.append("x".join(str(int(n)) for n in node.kwargs["right"].meta["val"].shape))
+    return sorted(found)
 
 
 def _is_attention(node: Node) -> bool:

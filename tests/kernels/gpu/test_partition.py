@@ -31,7 +31,7 @@ def ways(family: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
         "PYTHONPATH": str(HERE.parents[2]),
     }
     done = subprocess.run(
-        [sys.executable, HERE / "partition_blocks.py", family, "all", "products", "inputs"],
+        [sys.executable, HERE / "partition_blocks.py", family, "all", "products", "inputs", "attention"],
         env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,3 +53,25 @@ def test_recomputation_keeps_nothing_and_leaves_the_last_product_out(family: str
     again = ways["inputs"]["products"] - LAYERS[family]
     # Gemma 2 has a norm behind its last product, whose gradient needs it
     assert again == LAYERS[family] - (family != "gemma2")
+
+
+AGAIN = {
+    "llama": ["32x16", "32x16", "32x32", "32x48", "32x48"],
+    "gpt2": ["32x128", "32x96"],
+    "opt": ["32x32", "32x32", "32x32", "32x48"],
+}
+"""Sizes of the products before the attention and up to the MLP's last one."""
+
+
+@pytest.mark.slow
+def test_with_attention_kept_neither_it_nor_the_product_behind_it_is_made_again(
+    family: str, ways: dict[str, dict[str, Any]]
+) -> None:
+    kept, inputs = ways["attention"], ways["inputs"]
+    if family == "gemma2":  # its soft-capped attention is many operations
+        assert {**kept, "kept": ""} == {**inputs, "kept": ""}
+        return
+    assert (inputs["attentions"], kept["attentions"]) == (1, 0)
+    assert kept["again"] == AGAIN[family]
+    assert inputs["again"] == sorted([*AGAIN[family], "32x32"])  # the output projection
+    assert kept["bytes"] == 2 * 32 + 4 * 4 + 2 * 32  # attention's output, a sum a head, the hidden state; two bytes a number
