@@ -23,7 +23,10 @@ from lorabank.kernels.gpu.keeping import KeepAttention
 from lorabank.kernels.native import library
 from tests.engine.tiny import batch_of, clear, difference, gradients, make_bank, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's look
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's look
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # numpy, in the interpreter
+]
 LENGTHS, ROUTES = (5, 9, 7, 12), ["a", "b", BASE, "a"]
 
 

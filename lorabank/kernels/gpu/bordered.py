@@ -212,7 +212,8 @@ def _activation(g, GELU: tl.constexpr):
 def _activate(gate, up, h, numbers, BLOCK: tl.constexpr, GELU: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numbers
-    value, _ = _activation(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32), GELU)
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _activation(g, GELU)  # pyright: ignore[reportGeneralTypeIssues]
     made = value.to(h.dtype.element_ty).to(tl.float32) * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(h + at, made.to(h.dtype.element_ty), mask=inside)
 
@@ -260,7 +261,7 @@ def _middle(
             d = tl.load(dh + place_NF, mask=kept, other=0.0).to(tl.float32)
             g = tl.load(gate + place_NF, mask=kept, other=0.0).to(tl.float32)
             u = tl.load(up + place_NF, mask=kept, other=0.0).to(tl.float32)
-            value, slope = _activation(g, GELU)
+            value, slope = _activation(g, GELU)  # pyright: ignore[reportGeneralTypeIssues]
             made_g = (d * u * slope).to(dg.dtype.element_ty)
             made_u = (d * value).to(dg.dtype.element_ty)
             made_h = (value * u).to(dg.dtype.element_ty)
@@ -289,7 +290,7 @@ def write(borders: Sequence[Tensor], weights: Sequence[Tensor], ranks: Sequence[
     `borders`: further columns (F, pad) of gate and up, further rows (pad, F) of down: parts of their wide weights.
     """
     slots, features, blocks = ranks[0].shape[0], weights[0].shape[1], poison.shape[2]
-    sums.launch(_write)[(blocks, 3)](
+    _write[(blocks, 3)](  # never inside compiled code
         *weights, *borders, *ranks, poison, slots, features, blocks, *(border.stride(0) for border in borders),
         PAD=borders[2].shape[0], SLOTS=triton.next_power_of_2(slots), BLOCK=WRITTEN, num_warps=4,
     )  # fmt: skip

@@ -1,10 +1,10 @@
-"""A gated MLP whose weights carry borders (bordered.py) as one custom op, `lorabank::lora_mlp`: down(act(gate(x)) · up(x)).
+"""A gated MLP whose weights carry borders (bordered.py) as two custom ops: down(act(gate(x)) · up(x)).
 
-Nobody calls it: `grouping.py` puts it in the place of such layers in a compiled block. Lists have one entry for each of gate,
-up and down. `bases`: layer by layer the tensors of the `bordered` storage: W, the wide weight that W is a
-view of, poison (P, blocks).
-Results: y, gate's and up's outputs, and the three s·xAᵀ; h isn't kept but made again in backward. To a compiler the op is
-opaque: its products write into views, which it would copy. Its twin: the three layers one after the other.
+`lorabank::lora_mlp_open` is gate and up, `lorabank::lora_mlp_close` the rest; where a block is computed again in backward, only
+the first is. Nobody calls them: `grouping.py` puts them in the place of such layers in a compiled block. `bases`: layer by layer
+the tensors of the `bordered` storage: W, the wide weight that W is a view of, poison (P, blocks). h isn't kept but made again in
+backward. To a compiler the ops are opaque: their products write into views, which it would copy. Their twin: the three layers
+one after the other.
 """
 
 from __future__ import annotations
@@ -23,47 +23,72 @@ EACH = 3
 """Tensors of a bordered weight."""
 
 
-def _forward(
+def _open(
     x: Tensor, bases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
-    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, activation: str,
+    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
 ) -> list[Tensor]:  # fmt: skip
-    tables, x_NI = RouteTables(order, tiles, chunks, spans), x.reshape(-1, x.shape[-1]).contiguous()
-    weights, poison, pad, sides = bases[1::EACH], bases[2::EACH], bases[1].shape[1] - bases[0].shape[1], _sides(bases)
-    wide, narrow = bordered.widen(
-        x_NI, _of(As, sides), tables, _of(ranks, sides), _of(scalings, sides), _of(poison, sides), pad, width
-    )
-    left_NF, right_NF = wide[:, :-pad] @ weights[sides[0]].t(), wide[:, pad:] @ weights[sides[1]].t()
-    gate_NF, up_NF = _of([left_NF, right_NF], sides)
-    y_wide = bordered.activate(gate_NF, up_NF, activation) @ weights[2].t()
-    y_NO, last = bordered.finish(y_wide, Bs[2:], tables, ranks[2:], scalings[2:], poison[2:], pad, width)
-    return [y_NO.view(*x.shape[:-1], y_NO.shape[-1]), gate_NF, up_NF, *_of(narrow, sides), *last]
+    """[gate, up, s·xAᵀ of gate and of up]. Lists are gate's and up's."""
+    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(bases)
+    (left, right), poison, pad = _of(bases[1::EACH], sides), _of(bases[2::EACH], sides), bases[1].shape[1] - bases[0].shape[1]
+    wide, narrow = bordered.widen(x_NI, _of(As, sides), tables, _of(ranks, sides), _of(scalings, sides), poison, pad, width)
+    return [*_of([wide[:, :-pad] @ left.t(), wide[:, pad:] @ right.t()], sides), *_of(narrow, sides)]
 
 
-def _backward(
-    dy: Tensor, x: Tensor, outputs: list[Tensor], xas: list[Tensor], bases: list[Tensor], As: list[Tensor], Bs: list[Tensor],
-    ranks: list[Tensor], scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
-    activation: str, needs_dx: bool,
+def _open_backward(
+    dgate: Tensor, dup: Tensor, x: Tensor, bases: list[Tensor], As: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
+    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[dx, dA of each layer, dB of each layer]; dx is empty where it isn't needed."""
-    tables = RouteTables(order, tiles, chunks, spans)
-    x_NI, dy_NO = (part.reshape(-1, part.shape[-1]).contiguous() for part in (x, dy.to(x.dtype)))
-    weights, poison, pad, sides = bases[1::EACH], bases[2::EACH], bases[1].shape[1] - bases[0].shape[1], _sides(bases)
-    dy_wide, last = bordered.widen(dy_NO, Bs[2:], tables, ranks[2:], scalings[2:], poison[2:], pad, width)
-    dB_down = lora.outer(xas[2], dy_NO, Bs[2], tables, ranks[2])
-    dh_NF = dy_wide @ weights[2]
-    likes = [Bs[0], Bs[1], As[2]]
-    dgate_NF, dup_NF, grads = bordered.middle(dh_NF, *outputs, [*xas[:2], *last], likes, tables, ranks, activation)
-    left_NF, right_NF = _of([dgate_NF, dup_NF], sides)
-    dx_wide = torch.empty((len(x_NI), x_NI.shape[1] + 2 * pad), dtype=x.dtype, device=x.device)
-    dx_wide[:, -pad:].zero_()
-    torch.mm(left_NF, weights[sides[0]], out=dx_wide[:, :-pad])
-    torch.addmm(dx_wide[:, pad:], right_NF, weights[sides[1]], out=dx_wide[:, pad:])
-    dx_NI, narrow = bordered.finish(
-        dx_wide, _of(As, sides), tables, _of(ranks, sides), _of(scalings, sides), _of(poison, sides), pad, width
-    )
-    dAs = siblings.outer(_of(narrow, sides), x_NI, As[:2], tables, ranks[:2])
-    dx = dx_NI.view(x.shape) if needs_dx else x.new_empty(0)
-    return [dx, *dAs, grads[2], grads[0], grads[1], dB_down]
+    """[dx, dA of gate and of up]; dx is empty where it isn't needed."""
+    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(bases)
+    (left, right), poison, pad = _of(bases[1::EACH], sides), _of(bases[2::EACH], sides), bases[1].shape[1] - bases[0].shape[1]
+    dleft, dright = _of([dgate.contiguous(), dup.contiguous()], sides)
+    wide = torch.empty((len(x_NI), x_NI.shape[1] + 2 * pad), dtype=x.dtype, device=x.device)
+    wide[:, -pad:].zero_()
+    torch.mm(dleft, left, out=wide[:, :-pad])
+    torch.addmm(wide[:, pad:], dright, right, out=wide[:, pad:])
+    dx_NI, narrow = bordered.finish(wide, _of(As, sides), tables, _of(ranks, sides), _of(scalings, sides), poison, pad, width)
+    dAs = siblings.outer(_of(narrow, sides), x_NI, As, tables, ranks)
+    return [dx_NI.view(x.shape) if needs_dx else x.new_empty(0), *dAs]
+
+
+def _close(
+    x: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], base: list[Tensor], Bs: list[Tensor], A: Tensor, B: Tensor,
+    ranks: list[Tensor], scaling: Tensor, order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
+    activation: str, again: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[y, s·hAᵀ of down]. Of x only the shape is read. `xas`, `Bs` are gate's and up's, for backward.
+
+    `again`: the block will be computed again, without this op: nothing of it is kept.
+    """
+    tables, (_, wide, poison), pad = RouteTables(order, tiles, chunks, spans), base, _rows_more(base)
+    y_wide = bordered.activate(gate, up, activation) @ wide.t()
+    y_NO, (xa,) = bordered.finish(y_wide, [B], tables, ranks[2:], [scaling], [poison], pad, width)
+    return [y_NO.view(*x.shape[:-1], y_NO.shape[-1]), x.new_empty(0) if again else xa]
+
+
+def _close_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], xa: Tensor, base: list[Tensor], Bs: list[Tensor], A: Tensor,
+    B: Tensor, ranks: list[Tensor], scaling: Tensor, order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
+    activation: str, again: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[dgate, dup, dB of gate and of up, dA and dB of down]."""
+    tables, (_, wide, poison), pad = RouteTables(order, tiles, chunks, spans), base, _rows_more(base)
+    dy_NO = _rows(dy.to(gate.dtype))
+    if again:
+        xa = lora.shrink(bordered.activate(gate, up, activation), A, tables, ranks[2], scaling, width)
+    dy_wide, last = bordered.widen(dy_NO, [B], tables, ranks[2:], [scaling], [poison], pad, width)
+    dB = lora.outer(xa, dy_NO, B, tables, ranks[2])
+    dh_NF = dy_wide @ wide
+    dgate, dup, (*dBs, dA) = bordered.middle(dh_NF, gate, up, [*xas, *last], [*Bs, A], tables, ranks, activation)
+    return [dgate, dup, *dBs, dA, dB]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _rows_more(base: Sequence[Tensor]) -> int:
+    return base[1].shape[0] - base[0].shape[0]
 
 
 def _sides(bases: Sequence[Tensor]) -> tuple[int, int]:
@@ -76,66 +101,118 @@ def _of(values: Sequence[Tensor], sides: tuple[int, int]) -> list[Tensor]:
     return [values[sides[0]], values[sides[1]]]
 
 
-_transparent_forward = custom_op("lorabank::lora_mlp_forward_steps", _forward)
-_transparent_backward = custom_op("lorabank::lora_mlp_backward_steps", _backward)
+_steps = {
+    "open": custom_op("lorabank::lora_mlp_open_steps", _open),
+    "open_backward": custom_op("lorabank::lora_mlp_open_backward_steps", _open_backward),
+    "close": custom_op("lorabank::lora_mlp_close_steps", _close),
+    "close_backward": custom_op("lorabank::lora_mlp_close_backward_steps", _close_backward),
+}
+"""What the ops below run: ops that start kernels as they are; outside of one torch would note each start for a compiler."""
 
 
-def _run_forward(
+def _run_open(
     x: Tensor, bases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
-    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, activation: str,
+    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
 ) -> list[Tensor]:  # fmt: skip
-    # through an op that starts kernels as they are: outside of one, torch would note each start for a compiler
-    return _transparent_forward(x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation)
+    return _steps["open"](x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width)
 
 
-def _run_backward(
-    dy: Tensor, x: Tensor, outputs: list[Tensor], xas: list[Tensor], bases: list[Tensor], As: list[Tensor], Bs: list[Tensor],
-    ranks: list[Tensor], scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
-    activation: str, needs_dx: bool,
+def _run_open_backward(
+    dgate: Tensor, dup: Tensor, x: Tensor, bases: list[Tensor], As: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
+    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return _transparent_backward(
-        dy, x, outputs, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation, needs_dx
+    return _steps["open_backward"](dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, width, needs_dx)
+
+
+def _run_close(
+    x: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], base: list[Tensor], Bs: list[Tensor], A: Tensor, B: Tensor,
+    ranks: list[Tensor], scaling: Tensor, order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
+    activation: str, again: bool,
+) -> list[Tensor]:  # fmt: skip
+    return _steps["close"](
+        x, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
     )
 
 
-lora_mlp = torch.library.custom_op("lorabank::lora_mlp", _run_forward, mutates_args=())
-lora_mlp_backward = torch.library.custom_op("lorabank::lora_mlp_backward", _run_backward, mutates_args=())
+def _run_close_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], xa: Tensor, base: list[Tensor], Bs: list[Tensor], A: Tensor,
+    B: Tensor, ranks: list[Tensor], scaling: Tensor, order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
+    activation: str, again: bool,
+) -> list[Tensor]:  # fmt: skip
+    return _steps["close_backward"](
+        dy, gate, up, xas, xa, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
+    )
 
 
-def _fake_forward(x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation):  # type: ignore[no-untyped-def]
+lora_mlp_open = torch.library.custom_op("lorabank::lora_mlp_open", _run_open, mutates_args=())
+lora_mlp_open_backward = torch.library.custom_op("lorabank::lora_mlp_open_backward", _run_open_backward, mutates_args=())
+lora_mlp_close = torch.library.custom_op("lorabank::lora_mlp_close", _run_close, mutates_args=())
+lora_mlp_close_backward = torch.library.custom_op("lorabank::lora_mlp_close_backward", _run_close_backward, mutates_args=())
+
+
+def _fake_open(x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width):  # type: ignore[no-untyped-def]
     tokens = order.shape[0]
-    outputs = [x.new_empty(tokens, B.shape[1]) for B in Bs[:2]]
-    return [x.new_empty(*x.shape[:-1], Bs[2].shape[1]), *outputs, *(x.new_empty(tokens, width) for _ in Bs)]
+    return [*(x.new_empty(tokens, B.shape[1]) for B in Bs), *(x.new_empty(tokens, width) for _ in Bs)]
 
 
-def _fake_backward(  # type: ignore[no-untyped-def]
-    dy, x, outputs, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation, needs_dx
+def _fake_open_backward(dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, width, needs_dx):  # type: ignore[no-untyped-def]
+    return [x.new_empty(x.shape) if needs_dx else x.new_empty(0), *map(torch.empty_like, As)]
+
+
+def _fake_close(  # type: ignore[no-untyped-def]
+    x, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
 ):
-    dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
-    return [dx, *map(torch.empty_like, As), *map(torch.empty_like, Bs)]
+    return [x.new_empty(*x.shape[:-1], B.shape[1]), x.new_empty(0) if again else x.new_empty(order.shape[0], width)]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation = inputs
-    ctx.save_for_backward(x, order, tiles, chunks, spans, *output[1:], *As, *Bs, *ranks, *scalings, *bases)
-    ctx.width, ctx.activation = width, activation
+def _fake_close_backward(  # type: ignore[no-untyped-def]
+    dy, gate, up, xas, xa, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
+):
+    return [torch.empty_like(tensor) for tensor in (gate, up, *Bs, A, B)]
 
 
-def _gradient(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    x, order, tiles, chunks, spans, gate, up, *rest = ctx.saved_tensors
-    needs_dx = ctx.needs_input_grad[0]
-    xas, As, Bs, ranks, scalings = (rest[i * 3 : (i + 1) * 3] for i in range(5))
-    bases = rest[15:]
-    dx, *more = lora_mlp_backward(
-        grads[0], x, [gate, up], xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, ctx.width, ctx.activation,
-        needs_dx,
+def _setup_open(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, bases, As, _, ranks, scalings, order, tiles, chunks, spans, width = inputs
+    ctx.save_for_backward(x, order, tiles, chunks, spans, *As, *ranks, *scalings, *bases)
+    ctx.width = width
+
+
+def _open_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x, order, tiles, chunks, spans, *rest = ctx.saved_tensors
+    needs_dx, As, ranks, scalings, bases = ctx.needs_input_grad[0], rest[:2], rest[2:4], rest[4:6], rest[6:]
+    dgate, dup = grads[0], grads[1]
+    assert dgate is not None
+    assert dup is not None
+    dx, *dAs = lora_mlp_open_backward(
+        dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, ctx.width, needs_dx
+    )
+    nothing = [None, None]
+    return dx if needs_dx else None, [None] * len(bases), dAs, nothing, nothing, nothing, *[None] * 5
+
+
+def _setup_close(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again = inputs
+    xa = scaling if again else output[1]  # anything, then: an empty result would have to be made again, too
+    ctx.save_for_backward(gate, up, xa, A, B, scaling, order, tiles, chunks, spans, *xas, *base, *Bs, *ranks)
+    ctx.width, ctx.activation, ctx.again = width, activation, again
+
+
+def _close_gradient(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    gate, up, xa, A, B, scaling, order, tiles, chunks, spans, *rest = ctx.saved_tensors
+    xas, base, Bs, ranks = rest[:2], rest[2:5], rest[5:7], rest[7:]
+    dgate, dup, dB_gate, dB_up, dA, dB = lora_mlp_close_backward(
+        grads[0], gate, up, xas, xa, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, ctx.width, ctx.activation,
+        ctx.again,
     )  # fmt: skip
-    nothing = [None] * 3
-    return dx if needs_dx else None, [None] * len(bases), more[:3], more[3:], nothing, nothing, *[None] * 6
+    return None, dgate, dup, [None, None], [None] * EACH, [dB_gate, dB_up], dA, dB, [None] * 3, *[None] * 8
 
 
-lora_mlp.register_fake(_fake_forward)
-lora_mlp_backward.register_fake(_fake_backward)
-lora_mlp.register_autograd(_gradient, setup_context=_setup)
-_transparent_forward.register_fake(_fake_forward)
-_transparent_backward.register_fake(_fake_backward)
+for _op, _fake in (
+    (lora_mlp_open, _fake_open),
+    (lora_mlp_open_backward, _fake_open_backward),
+    (lora_mlp_close, _fake_close),
+    (lora_mlp_close_backward, _fake_close_backward),
+):
+    _op.register_fake(_fake)
+lora_mlp_open.register_autograd(_open_gradient, setup_context=_setup_open)
+lora_mlp_close.register_autograd(_close_gradient, setup_context=_setup_close)

@@ -1,8 +1,8 @@
 """Passes over a traced block: adapted layers that belong together become one op.
 
-A gated MLP whose weights have borders becomes `lorabank::lora_mlp`; other layers that read the same x become one
-`lorabank::lora_linears`. The passes look at the graph alone, so they serve every model whose block has such layers, and leave
-the others as they are.
+A gated MLP whose weights have borders becomes `lorabank::lora_mlp_open` and `lora_mlp_close`; other layers that read the same x
+become one `lorabank::lora_linears`. The passes look at the graph alone, so they serve every model whose block has such layers,
+and leave the others as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch._dynamo import lookup_backend
 from torch.fx import GraphModule, Node
 
 from lorabank.kernels.gpu import bordered, keeping, siblings
-from lorabank.kernels.gpu import bordered_op as _bordered_op  # noqa: F401  registers lorabank::lora_mlp
+from lorabank.kernels.gpu import bordered_op as _bordered_op  # noqa: F401  registers lorabank::lora_mlp_open
 from lorabank.kernels.gpu import siblings_op as _siblings_op  # noqa: F401  registers lorabank::lora_linears
 
 Backend = Callable[[GraphModule, list[Any]], Any]
@@ -47,6 +47,10 @@ backward computes again what it needs, which the block's last product is no part
 picks, so that attention and the product behind it aren't computed again either; the same as `inputs` but in inductor."""
 
 
+KEPT_WHOLE = frozenset({"all", "products"})
+"""Those of `KEEPS` with which no product is made again."""
+
+
 @functools.cache
 def grouping(name: str, kept: str = "all") -> Backend:
     """torch.compile's backend of that name, behind the passes. One object for the same arguments, or compiled code isn't shared.
@@ -56,7 +60,7 @@ def grouping(name: str, kept: str = "all") -> Backend:
     backend: Any = lookup_backend(name)
 
     def compiled(graph_module: GraphModule, inputs: list[Any]) -> Any:
-        fuse_mlps(graph_module)
+        fuse_mlps(graph_module, again=kept not in KEPT_WHOLE)
         group_siblings(graph_module)
         with functorch_config.patch(dict(KEEPS[kept])), _dividing(kept):
             return backend(graph_module, inputs)
@@ -70,14 +74,17 @@ def _dividing(kept: str) -> contextlib.AbstractContextManager[Any]:
     return inductor_config.patch(custom_partitioner_fn=keeping.KeepAttention())
 
 
-def fuse_mlps(graph_module: GraphModule) -> int:
-    """Put `lora_mlp` in the place of every down(act(gate(x)) · up(x)) of adapted layers with borders; returns how many."""
+def fuse_mlps(graph_module: GraphModule, *, again: bool = False) -> int:
+    """Put two ops in the place of every down(act(gate(x)) · up(x)) of adapted layers with borders; returns how many.
+
+    `again`: the block will be computed again in backward.
+    """
     graph, found = graph_module.graph, 0
     for down in [node for node in graph.nodes if _is_layer(node)]:
         layers = _gate_and_up(down)
         if layers is not None:
             gate, up, activation = layers
-            _replace_mlp(graph_module, gate, up, down, activation)
+            _replace_mlp(graph_module, gate, up, down, activation, again)
             found += 1
     if found:
         graph.eliminate_dead_code()
@@ -105,7 +112,7 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
 
 
 def _bordered(down: Node) -> bool:
-    """Whether `lora_mlp` takes such layers: its products have no place for a bias, nor for a mask on h."""
+    """Whether the ops for an MLP take such layers: its products have no place for a bias, nor for a mask on h."""
     args: dict[str, Any] = dict(zip(_FIELDS, down.args, strict=True))
     return args["storage"] == "bordered" and args["bias"] is None and not args["drops"]
 
@@ -142,14 +149,25 @@ def _shared(node: Node) -> tuple[Any, ...]:
     return (*(args[name] for name in _SHARED), args["bias"] is None, len(args["base"]), *args["drops"][:_OF_BATCH])
 
 
-def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str) -> None:
+def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str, again: bool) -> None:
     graph = graph_module.graph
-    x, bases, _, *arguments, _, width, _ = _joined([gate, up, down])
+    x, bases, _, As, Bs, ranks, scalings, *shared, _, width, _ = _joined([gate, up, down])
+    each = len(bases) // 3
     with graph.inserting_before(down):
-        joint = graph.call_function(torch.ops.lorabank.lora_mlp, (x, bases, *arguments, width, activation))
+        opened = graph.call_function(
+            torch.ops.lorabank.lora_mlp_open, (x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width)
+        )
+        gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
+        closed = graph.call_function(
+            torch.ops.lorabank.lora_mlp_close,
+            (
+                x, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation,
+                again,
+            ),  # fmt: skip
+        )
     for user in list(down.users):
-        with graph.inserting_after(joint):
-            result = graph.call_function(operator.getitem, (joint, 0 if user.args[1] == 0 else 5))
+        with graph.inserting_after(closed):
+            result = graph.call_function(operator.getitem, (closed, user.args[1]))
         user.replace_all_uses_with(result)
         graph.erase_node(user)
     graph.erase_node(down)

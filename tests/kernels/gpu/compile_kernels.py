@@ -79,7 +79,7 @@ def record_mlp(
     pad, three = bordered.border_width(len(A)), [ranks] * 3
     poison = bordered.poison_like(ranks, x.shape[1])
     columns, rows = torch.empty(x.shape[1], pad, dtype=x.dtype), torch.empty(pad, x.shape[1], dtype=x.dtype)
-    bordered.write([columns, columns, rows], [A] * 3, three, poison)
+    bordered.write([columns, torch.empty_like(columns), rows], [A] * 3, three, poison)
     for count in (1, 2):
         same = [A] * count, tables, [ranks] * count, [scaling] * count, [poison[0]] * count, pad, width
         wide, _ = bordered.widen(x, *same)
@@ -144,6 +144,7 @@ def _aligned(value: Any) -> bool:
 def main() -> None:
     """Compile for the capability in the first argument."""
     vars(sums)["launch"] = Recorder
+    vars(bordered)["_write"] = Recorder(bordered._write)
     for width in map(int, sys.argv[2:] or ("16", "64", "256")):
         record(width, torch.bfloat16)
     record(16, torch.float32)

@@ -1,9 +1,10 @@
 """How torch.compile divides a compiled block into forward and backward for a GPU that isn't there, as a process of its own.
 
-    python partition_blocks.py llama all products inputs
+    python partition_blocks.py llama all products inputs inputs:mlps
 
-Prints a JSON line for each way to keep: frozen products and attentions in backward's code, bytes a token that forward keeps
-besides its inputs. Nothing is computed: compiled code gives zeros of the right shapes.
+Prints a JSON line for each way to keep (`:mlps`: with gated MLPs as ops of their own): frozen products, MLP ops and attentions
+in backward's code, bytes a token that forward keeps besides its inputs. Nothing is computed: compiled code gives zeros of the
+right shapes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.engine.attention import own_attention
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
 from lorabank.engine.fused_block import FusedBlock
-from lorabank.kernels.gpu import keeping, runtime
+from lorabank.kernels.gpu import bordered, keeping, runtime
 from tests.engine.tiny import make_bank, make_model
 
 ROWS, TOKENS = 2, 40
@@ -37,8 +38,9 @@ class Target:
         return GPUTarget("cuda", 90, 32)
 
 
-def divide(bank: AdapterBank, kept: str) -> dict[str, Any]:
+def divide(bank: AdapterBank, way: str) -> dict[str, Any]:
     """What forward and backward of the model's first compiled block are made of."""
+    kept, _, mlps = way.partition(":")
     seen: list[GraphModule] = []
 
     def record(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -54,11 +56,11 @@ def divide(bank: AdapterBank, kept: str) -> dict[str, Any]:
 
     halve = keeping.KeepAttention() if kept == "attention" else min_cut_rematerialization_partition
     partition = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=halve)
-    torch._dynamo.register_backend(partition, name=f"divided_{kept}")
+    torch._dynamo.register_backend(partition, name=f"divided_{kept}{mlps}")
     torch._dynamo.reset()
     blocks = repeated_blocks(bank.model)
     for block in blocks:
-        block._compiled_call_impl = FusedBlock(block, kept=kept, backend=f"divided_{kept}")
+        block._compiled_call_impl = FusedBlock(block, kept=kept, mlps=bool(mlps), backend=f"divided_{kept}{mlps}")
     body: Any = bank.model.get_submodule(bank.model.base_model_prefix)  # pyright: ignore[reportArgumentType]
     with bank.route("a"), own_attention(bank.model.modules(), torch.device("cuda"), maskless=True):
         hidden = body(input_ids=torch.ones(ROWS, TOKENS, dtype=torch.int64), use_cache=False).last_hidden_state
@@ -67,7 +69,8 @@ def divide(bank: AdapterBank, kept: str) -> dict[str, Any]:
     forward, backward = seen[0], next(module for module in seen if module is not seen[0] and _is_backward(module))
     saved = [node for node in _results(forward)[1:] if isinstance(node, Node) and node.op != "placeholder"]
     return {
-        "kept": kept,
+        "kept": way,
+        "mlps": _mlp_ops(backward),
         "products": _count(backward, "add_product"),
         "again": _made_again(backward),
         "attentions": sum(map(_is_attention, backward.graph.nodes)),
@@ -93,6 +96,10 @@ def _made_again(backward: GraphModule) -> list[str]:
         elif "functionalized" in str(node.target) and any("add_product" in str(arg) for arg in node.args):
             found.append("x".join(str(int(n)) for n in node.kwargs["right"].meta["val"].shape))
     return sorted(found)
+
+
+def _mlp_ops(module: GraphModule) -> list[str]:
+    return sorted(str(node.target).split(".")[1] for node in module.graph.nodes if "lorabank.lora_mlp" in str(node.target))
 
 
 def _is_attention(node: Node) -> bool:
@@ -121,6 +128,7 @@ def main() -> None:
     """Divide a family's block once for each way to keep."""
     triton.runtime.driver.set_active(Target())
     vars(runtime)["missing"] = lambda device: None  # or blocks on a CPU would stay as they are
+    vars(bordered)["write"] = lambda *args: None
     family, *ways = sys.argv[1:]
     for kept in ways:
         model = make_model(family, spread=1.0).bfloat16()

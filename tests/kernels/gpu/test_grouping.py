@@ -78,12 +78,12 @@ def run(layers: list[Layer], x: Tensor, function: Callable[[Tensor], Tensor]) ->
     return [y.detach(), x.grad, *(gradient for layer in layers for gradient in layer.gradients())]
 
 
-def compiled(function: Callable[..., Tensor], mlps: bool, seen: dict[str, int]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], mlps: bool, seen: dict[str, int], *, again: bool = False) -> Callable[..., Tensor]:
     """The function through the passes; `seen` counts what they did."""
 
     def backend(module: GraphModule, inputs: list[Any]) -> Any:
         if mlps:
-            seen["mlps"] = grouping.fuse_mlps(module)
+            seen["mlps"] = grouping.fuse_mlps(module, again=again)
         seen["siblings"] = grouping.group_siblings(module)
         return lookup_backend("aot_eager")(module, inputs)  # pyright: ignore[reportCallIssue]
 

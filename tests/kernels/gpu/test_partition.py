@@ -14,6 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 LAYERS = {"llama": 7, "gpt2": 4, "opt": 6, "gemma2": 7}
 """Adapted layers of a block."""
+WAYS = ("all", "products", "inputs", "attention")
 
 
 @pytest.fixture(scope="module", params=LAYERS, ids=str)
@@ -31,7 +32,7 @@ def ways(family: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
         "PYTHONPATH": str(HERE.parents[2]),
     }
     done = subprocess.run(
-        [sys.executable, HERE / "partition_blocks.py", family, "all", "products", "inputs", "attention"],
+        [sys.executable, HERE / "partition_blocks.py", family, *WAYS, *(f"{way}:mlps" for way in WAYS)],
         env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,3 +76,22 @@ def test_with_attention_kept_neither_it_nor_the_product_behind_it_is_made_again(
     assert kept["again"] == AGAIN[family]
     assert inputs["again"] == sorted([*AGAIN[family], "32x32"])  # the output projection
     assert kept["bytes"] == 2 * 32 + 4 * 4 + 2 * 32  # attention's output, a sum a head, the hidden state; two bytes a number
+
+
+GRADIENTS = ["lora_mlp_close_backward", "lora_mlp_open_backward"]
+
+
+@pytest.mark.slow
+def test_of_a_gated_mlp_as_ops_the_last_product_is_not_made_again(family: str, ways: dict[str, dict[str, Any]]) -> None:
+    for way in WAYS:
+        found, plain = ways[f"{way}:mlps"], ways[way]
+        if family in ("gpt2", "opt"):  # nothing is gated
+            assert {**found, "kept": way} == plain
+            continue
+        again = [] if way in ("all", "products") else ["lora_mlp_open"]
+        if again and family == "gemma2":  # a norm behind the MLP needs what it gave
+            again.append("lora_mlp_close")
+        assert found["mlps"] == sorted([*GRADIENTS, *again])
+        assert found["attentions"] == plain["attentions"]
+        if again:
+            assert found["bytes"] == plain["bytes"]
