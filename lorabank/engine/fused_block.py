@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,8 +74,8 @@ class FusedBlock:
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
         self._structure = -1
-        self._waited = -1
-        """The bank's structure count at a call that was left to the plain block, which shows what layers it reaches."""
+        self._waited: tuple[weakref.ref[Any], int] | None = None
+        """The bank, and its structure count, at a call that was left to the plain block, which shows what layers it reaches."""
         self._layers: list[LoRALayer] = []
         self._tables: list[LayerTables] = []
         self._borders: list[Borders] = []
@@ -248,14 +249,15 @@ class FusedBlock:
 
     def _wait(self, missed: Sequence[LoRALayer]) -> None:
         """Leave a call to the plain block; not the first such call says so, since others may follow."""
-        structure = missed[0].router.structure
-        if self._waited == structure:
+        router = missed[0].router
+        now = weakref.ref(router), router.structure
+        if self._waited == now:
             name = missed[0].path.rpartition(".")[2]
             warn_once(
                 f"compile: no call of {type(self.block).__name__} has reached its layer {name!r} so far, so it runs uncompiled "
                 "until one has: the same results, slower. exclude=[...] leaves such layers out of targets."
             )
-        self._waited = structure
+        self._waited = now
 
     def _find_borders(self, layers: list[LoRALayer]) -> None:
         """Keep the borders of MLPs that are as they were, release the others."""

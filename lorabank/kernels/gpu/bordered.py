@@ -15,6 +15,7 @@ is the three layers one after the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -290,7 +291,8 @@ def write(borders: Sequence[Tensor], weights: Sequence[Tensor], ranks: Sequence[
     `borders`: further columns (F, pad) of gate and up, further rows (pad, F) of down: parts of their wide weights.
     """
     slots, features, blocks = ranks[0].shape[0], weights[0].shape[1], poison.shape[2]
-    _write[(blocks, 3)](  # never inside compiled code
+    start: Any = _write  # never inside compiled code
+    start[(blocks, 3)](
         *weights, *borders, *ranks, poison, slots, features, blocks, *(border.stride(0) for border in borders),
         PAD=borders[2].shape[0], SLOTS=triton.next_power_of_2(slots), BLOCK=WRITTEN, num_warps=4,
     )  # fmt: skip

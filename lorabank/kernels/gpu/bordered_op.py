@@ -183,9 +183,7 @@ def _open_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     dgate, dup = grads[0], grads[1]
     assert dgate is not None
     assert dup is not None
-    dx, *dAs = lora_mlp_open_backward(
-        dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, ctx.width, needs_dx
-    )
+    dx, *dAs = lora_mlp_open_backward(dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, ctx.width, needs_dx)
     nothing = [None, None]
     return dx if needs_dx else None, [None] * len(bases), dAs, nothing, nothing, nothing, *[None] * 5
 

@@ -158,13 +158,10 @@ def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, ac
             torch.ops.lorabank.lora_mlp_open, (x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width)
         )
         gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
-        closed = graph.call_function(
-            torch.ops.lorabank.lora_mlp_close,
-            (
-                x, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation,
-                again,
-            ),  # fmt: skip
-        )
+        given = (
+            x, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation, again,
+        )  # fmt: skip
+        closed = graph.call_function(torch.ops.lorabank.lora_mlp_close, given)
     for user in list(down.users):
         with graph.inserting_after(closed):
             result = graph.call_function(operator.getitem, (closed, user.args[1]))
