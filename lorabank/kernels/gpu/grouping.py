@@ -159,7 +159,8 @@ def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, ac
         )
         gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
         given = (
-            x, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation, again,
+            x, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation,
+            again,
         )  # fmt: skip
         closed = graph.call_function(torch.ops.lorabank.lora_mlp_close, given)
     for user in list(down.users):
