@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the machine with the GPU may have the folder only
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_bordered
 import torch
 from gpu_results import Results
 from torch import Tensor
@@ -37,6 +38,7 @@ PAIRS = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 RANKS = (16, 64)
 SIBLINGS = (2, 3)
 """Gate and up; queries, keys and values."""
+MLP_RANK = 16
 HIDDEN, VOCABULARY, CHUNK = 4096, 128256, 1024
 SCALING = 2.0
 TOLERANCE = 1e-2
@@ -316,9 +318,21 @@ def adapter_sizes(rank: int, layers: int = 32) -> list[int]:
     return [rank * n for _ in range(layers) for pair in pairs for n in pair]
 
 
+def mlp_kernels(slots: int, device: torch.device) -> Iterator[Kernel]:
+    """Those of gated MLPs whose weights carry borders, where there is room for so many adapters."""
+    if gpu_bordered.bordered.border_width(slots * MLP_RANK):
+        p = gpu_bordered.Mlp.make(MLP_RANK, slots, device)
+        shape = f"{HIDDEN}, {gpu_bordered.INNER}" + (f", {slots} slots" if slots > 1 else "")
+        for name, work, moved in gpu_bordered.timings(p):
+            yield Kernel(kernel=name, shape=shape, rank=MLP_RANK, work=work, moved=moved)
+
+
 def find_wrong(slots: int, device: torch.device) -> list[str]:
-    """Every LoRA kernel against reference.py, at every shape and rank."""
+    """Every LoRA kernel against reference.py (those of gated MLPs against torch in fp32), at every shape and rank."""
     wrong: list[str] = []
+    if gpu_bordered.bordered.border_width(slots * MLP_RANK):
+        for name, found, value in gpu_bordered.found_and_expected(gpu_bordered.Mlp.make(MLP_RANK, slots, device)):
+            wrong += disagreements({name: found}, {name: value}, f"r {MLP_RANK}, {slots} slots")
     for inputs, outputs in PAIRS:
         for rank in RANKS:
             problem = Problem.make(inputs, outputs, rank, slots, device)
@@ -338,6 +352,7 @@ def all_kernels(slots: int, device: torch.device) -> Iterator[Kernel]:
     for count in SIBLINGS:
         for rank in RANKS:
             yield from sibling_case(count, rank, slots, device)[1]
+    yield from mlp_kernels(slots, device)
 
 
 def parser() -> argparse.ArgumentParser:

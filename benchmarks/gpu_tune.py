@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_bordered
 import torch
 import triton
 from gpu_kernels import TOKENS, Clock, Problem
@@ -173,12 +174,30 @@ def throughs(p: Problem) -> Tuning:
     )
 
 
-KERNELS = {"shrink": shrinks, "change": changes, "outer": outers, "through": throughs}
+def middles(p: Problem) -> Tuning:
+    """The backward of a gated MLP's activation."""
+    mlp = gpu_bordered.Mlp.make(p.rank, p.slots, p.x.device)
+    moved = next(moved for name, _, moved in gpu_bordered.timings(mlp) if name == "middle")
+    choices = (Choice(text=text, run=run) for text, run in gpu_bordered.middles(mlp))
+    return Tuning(now=lambda: gpu_bordered.middle(mlp)[0], moved=moved, choices=choices)
+
+
+def widens(p: Problem) -> Tuning:
+    """x with both borders of a gated MLP."""
+    mlp = gpu_bordered.Mlp.make(p.rank, p.slots, p.x.device)
+    moved = next(moved for name, _, moved in gpu_bordered.timings(mlp) if name == "widen, two layers")
+    choices = (Choice(text=text, run=run) for text, run in gpu_bordered.widens(mlp))
+    return Tuning(now=lambda: gpu_bordered.bordered.widen(mlp.x, *mlp.same(2))[0], moved=moved, choices=choices)
+
+
+KERNELS = {"shrink": shrinks, "change": changes, "outer": outers, "through": throughs, "middle": middles, "widen": widens}
 SHAPES = {
     "shrink": ((4096, 4096), (14336, 4096)),
     "change": ((4096, 4096), (4096, 14336)),
     "outer": ((4096, 4096), (14336, 4096)),
-    "through": ((4096, 4096), (4096, 14336)),
+    "through": ((4096, 4096), (4096, 1024)),
+    "middle": ((4096, 14336),),
+    "widen": ((4096, 14336),),
 }
 """(inputs, outputs): what each kernel reads or writes is 4096 and 14336 wide."""
 
@@ -191,7 +210,7 @@ def tune(name: str, shape: tuple[int, int], rank: int, clock: Clock, seconds: fl
     """Print the choices of one kernel at one shape, the fastest first."""
     tuning = KERNELS[name](Problem.make(*shape, rank, 1, torch.device("cuda")))
     expected, began = tuning.now().float(), time.monotonic()
-    copy, found = clock.copy_us(tuning.moved), [(clock.us(tuning.now), "as lora.py starts it")]
+    copy, found = clock.copy_us(tuning.moved), [(clock.us(tuning.now), "as it is started now")]
     for choice in tuning.choices:
         if time.monotonic() - began > seconds:
             print(f"  (no further choices after {seconds:.0f} s)")
