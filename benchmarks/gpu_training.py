@@ -31,6 +31,7 @@ import torch
 from gpu_check import check
 from gpu_longest import measure_longest
 from gpu_model import GIB, WARM_UP, Bases, Shape, Training, Work, free, llama, peak_gib, series, spread, timed, token_rows
+from gpu_power import Watch
 from gpu_results import Results
 
 import lorabank as lb
@@ -74,7 +75,9 @@ def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
         for _ in range(WARM_UP - 1):
             training.step()
         times = timed(training.step, args.steps)
-        row |= spread(times) | {"series_ms": round(series(training.step, args.steps), 3), "steps": len(times)}
+        with Watch() as seen:
+            series(training.step, args.steps)
+        row |= spread(times) | {"series_ms": round(series(training.step, args.steps), 3), "steps": len(times)} | seen.row
         losses = training.step()
         if training.engine.fits.times:
             raise RuntimeError("the step ran out of memory and went through in parts: that isn't the work to be measured")
@@ -254,6 +257,9 @@ _SHOWN = {
     "tokens": "{:,} tokens a row",
     "peak_gib": "{:.2f} GiB",
     "inference_peak_gib": "inference {:.2f} GiB",
+    "power_w": "{:.0f} W",
+    "sm_mhz": "{:.0f} MHz",
+    "power_capped": "held back by power {:.0%} of the time",
     "first_step_s": "first step {:.1f} s",
     "graph_refused": "NOT CAPTURED: {}",
 }

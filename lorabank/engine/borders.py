@@ -25,14 +25,15 @@ class Borders:
     def __init__(self, layers: Sequence[LoRALayer]) -> None:
         """`layers`: gate, up and down, as `gated_mlps` finds them."""
         self.layers = tuple(layers)
-        self._wide: list[Tensor] = []
         self._poison = torch.empty(0)
         self._pad = 0
+        self._places: list[int] = []
+        """Where the wide tensors lie. Only the parameters hold them, so that a model that is moved takes them along."""
 
     @property
     def tensors(self) -> list[Tensor]:
         """What the weights are views of, and what `fill` finds out."""
-        return [*self._wide, self._poison] if self._wide else []
+        return [*self._wide(), self._poison] if self._in_place() else []
 
     def prepare(self, tables: Sequence[LayerTables]) -> bool:
         """Move the weights where they aren't in place yet, or the room has become too small; False where borders don't pay.
@@ -59,18 +60,18 @@ class Borders:
         if not self.prepare(tables):
             return {}
         sources = [layer.store.buffers[0 if which == 2 else 1] for which, layer in enumerate(self.layers)]
-        gate, up, down = self._wide
+        gate, up, down = wide = self._wide()
         borders = [gate[:, : self._pad], up[:, -self._pad :], down[-self._pad :]]
         bordered.write(borders, sources, [table.ranks_P2 for table in tables], self._poison)
-        each = zip(self.layers, self._wide, self._poison.unbind(), strict=True)
-        return {id(layer): (wide, poison) for layer, wide, poison in each}
+        each = zip(self.layers, wide, self._poison.unbind(), strict=True)
+        return {id(layer): (weight, poison) for layer, weight, poison in each}
 
     def release(self) -> None:
         """Make the weights tensors of their own again."""
-        if self._wide and self._in_place():
+        if self._in_place():
             for weight in self._weights:
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
-        self._wide, self._pad = [], 0
+        self._places, self._pad = [], 0
 
     @property
     def _weights(self) -> list[nn.Parameter]:
@@ -78,13 +79,27 @@ class Borders:
 
     def _in_place(self) -> bool:
         """Whether the parameters still are views of the wide tensors: a model may have been moved, cast or merged into."""
-        return len(self._wide) == len(self.layers) and all(
-            weight.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr()
-            for weight, wide in zip(self._weights, self._wide, strict=True)
+        return bool(self._places) and all(
+            weight.untyped_storage().data_ptr() == place
+            and weight.untyped_storage().nbytes() == self._numbers(which, weight) * weight.element_size()
+            for which, (weight, place) in enumerate(zip(self._weights, self._places, strict=True))
         )
 
+    def _numbers(self, which: int, weight: Tensor) -> int:
+        rows, columns = weight.size()
+        return (rows + self._pad) * columns if which == 2 else rows * (columns + self._pad)
+
+    def _wide(self) -> list[Tensor]:
+        """The wide tensors."""
+        found: list[Tensor] = []
+        for which, weight in enumerate(self._weights):
+            rows, columns = weight.size()
+            size = (rows + self._pad, columns) if which == 2 else (rows, columns + self._pad)
+            found.append(weight.data.as_strided(size, (size[1], 1), 0))
+        return found
+
     def _place(self, pad: int) -> None:
-        self._wide, self._pad = [], pad
+        self._places, self._pad = [], pad
         for which, weight in enumerate(self._weights):
             rows, columns = weight.size()
             wide = weight.new_zeros((rows + pad, columns) if which == 2 else (rows, columns + pad))
@@ -92,8 +107,8 @@ class Borders:
             with torch.no_grad():
                 view.copy_(weight)
             weight.data = view
-            self._wide.append(wide)
-        if self._wide[0].is_cuda:
+            self._places.append(wide.untyped_storage().data_ptr())
+        if self._weights[0].is_cuda:
             torch.cuda.empty_cache()  # what the old weights took is a little too small for the next wide ones
 
 

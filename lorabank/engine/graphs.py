@@ -9,6 +9,7 @@ and their gradients. A gradient that still lies in there is copied out before an
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -116,6 +117,9 @@ class PassGraphs:
         while len(self._captured) >= self._kept:
             self._captured.popitem(last=False)
         inputs = [tensor.clone() for tensor in tensors]
+        # an old pass that only a cycle of references keeps alive has accumulators of gradients on another stream, which is
+        # not allowed beside a capture
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
         try:
             if not self._captured:

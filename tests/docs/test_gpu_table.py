@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # they are scripts, which import e
 gpu_check = importlib.import_module("gpu_check")
 gpu_model = importlib.import_module("gpu_model")
 gpu_peers = importlib.import_module("gpu_peers")
+gpu_power = importlib.import_module("gpu_power")
 gpu_results = importlib.import_module("gpu_results")
 gpu_table = importlib.import_module("gpu_table")
 gpu_training = importlib.import_module("gpu_training")
@@ -332,3 +333,15 @@ def test_a_dequantised_model_computes_the_same() -> None:
     gpu_check.dequantize(model, torch.float32)
     assert {type(layer).__name__ for layer in model.model.layers.modules() if hasattr(layer, "in_features")} == {"Linear"}
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_nvidia_smi_says_of_clock_and_power() -> None:
+    lines = [
+        "1980, 400.5, 0x0000000000000000",
+        "1500, 699.0, 0x0000000000000004",
+        "1400, 701.2, 0x0000000000000024",
+        "1200, [N/A",
+    ]
+    found = gpu_power.summary(lines)
+    assert found == {"sm_mhz": 1500, "power_w": 699, "power_capped": 0.67, "held_back_by_heat": 0.33}
+    assert gpu_power.summary(["[N/A], [N/A], [N/A]", ""]) == {}

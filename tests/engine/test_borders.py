@@ -5,6 +5,7 @@ On a CPU through Triton's interpreter; the kernels themselves are in tests/kerne
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -154,3 +155,17 @@ def test_a_model_whose_bank_is_gone_has_its_weights_back(widened: list[int]) -> 
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.int64))
     assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_a_model_that_is_moved_leaves_nothing_behind(widened: list[int]) -> None:
+    """Nobody but the parameters holds the wide tensors."""
+    fused = bank_of(targets=MLP)
+    fuse(fused)
+    settle(fused)
+    down = next(p for name, p in weights(fused).items() if "down_proj" in name)
+    gone = down.untyped_storage()._weak_ref()
+    for p in weights(fused).values():
+        p.data = p.data.clone()
+    gc.collect()
+    assert torch.UntypedStorage._expired(gone)
+    torch.UntypedStorage._free_weak_ref(gone)

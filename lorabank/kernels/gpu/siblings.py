@@ -119,14 +119,17 @@ def _add_layer(
 
 @triton.jit
 def _change(
-    out, n0, n1, n2, n3, w0, w1, w2, w3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, order, tiles, features,
+    out, a1, a2, a3, n0, n1, n2, n3, w0, w1, w2, w3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, order, tiles, features,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ over C layers of narrow · weight: written for every token, or with ADD added for those with a slot."""
+    """Σ over C layers of narrow · weight: written for every token, or with ADD added for those with a slot.
+
+    With TERMS so many tensors like out are added besides, for every token.
+    """
     tile, column = tl.program_id(0), tl.program_id(1)
     slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
-    if (count > 0) & ((not ADD) | (slot >= 0)):
+    if (count > 0) & ((slot >= 0) | (not ADD) | (TERMS > 0)):
         m, r, f = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
         entry = (first + m).to(tl.int64)
@@ -143,10 +146,16 @@ def _change(
                     total, n3, w3, k3, d3, steps, draws, slot, entry, m, r, f, count, features, WIDTH, DROP, PRECISION
                 )
         inside = (m < count)[:, None] & (f < features)[None, :]
-        target = out + rows[:, None] * features + f[None, :]
+        at = rows[:, None] * features + f[None, :]
         if ADD:
-            total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+            total += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+        if TERMS > 0:
+            total += tl.load(a1 + at, mask=inside, other=0.0).to(tl.float32)
+        if TERMS > 1:
+            total += tl.load(a2 + at, mask=inside, other=0.0).to(tl.float32)
+        if TERMS > 2:
+            total += tl.load(a3 + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -253,15 +262,19 @@ def change(
     ranks: Sequence[Tensor],
     out_NF: Tensor | None = None,
     drops: Drops = (),
+    more: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Σ of lora.change over the layers, (N, F); added in place to `out_NF`, as lora.expand_ does, where it is given."""
+    """Σ of lora.change over the layers, (N, F); added in place to `out_NF`, as lora.expand_ does, where it is given.
+
+    `more`: up to three tensors like `out_NF` that are added to it in the same pass, rounded once.
+    """
     (entries, width), features, device = narrow[0].shape, weights[0].shape[1], narrow[0].device
     out = torch.empty((entries, features), dtype=narrow[0].dtype, device=device) if out_NF is None else out_NF
     block_f = 256 if width <= 16 and out.element_size() == 2 and not drops else 128
     sums.launch(_change)[(tables.tiles_S4.shape[0], -(-features // block_f))](
-        out, *four(narrow), *four(weights), *four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4,
-        features,
-        C=len(narrow), WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, ADD=out_NF is not None, DROP=bool(drops),
+        out, *four([*more, narrow[0]])[: MOST - 1], *four(narrow), *four(weights), *four(ranks), *pointers(drops, MOST, ranks[0]),
+        tables.order_N, tables.tiles_S4, features,
+        C=len(narrow), WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, ADD=out_NF is not None, TERMS=len(more), DROP=bool(drops),
         PRECISION=_precision(out.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
     return out

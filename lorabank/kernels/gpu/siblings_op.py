@@ -62,10 +62,8 @@ def _backward(
         for dy, base in zip(flat, parts, strict=True):
             kind.add_input_grad(dx_NI, dy, base)
     else:
-        dx_NI = kind.input_grad(flat[0], parts[0])
-        for dy, base in zip(flat[1:], parts[1:], strict=True):
-            dx_NI = dx_NI + kind.input_grad(dy, base)
-        siblings.change(narrow, As, tables, ranks, out_NF=dx_NI, drops=drops)
+        dx_NI, *more = (kind.input_grad(dy, base) for dy, base in zip(flat, parts, strict=True))
+        siblings.change(narrow, As, tables, ranks, out_NF=dx_NI, drops=drops, more=more)
     return [dx_NI.view(x.shape), *dAs, *dBs]
 
 

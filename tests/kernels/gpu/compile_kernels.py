@@ -67,6 +67,9 @@ def record(width: int, dtype: torch.dtype) -> None:
                 siblings.outer([narrow] * count, part, [A] * count, few, [ranks] * count, drops)
             siblings.change([narrow] * 2, [A] * 2, few, [ranks] * 2, out_NF=part)
             siblings.change([narrow] * 2, [A] * 2, few, [ranks] * 2, out_NF=part, drops=[*batch, odds, odds])
+            for count in (1, 2):
+                more = [torch.empty_like(part) for _ in range(count)]
+                siblings.change([narrow] * (count + 1), [A] * (count + 1), few, [ranks] * (count + 1), out_NF=part, more=more)
         if width <= bordered.WIDEST_RANK:
             record_mlp(part, narrow, A, few, ranks, scaling, width)
 

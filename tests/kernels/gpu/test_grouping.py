@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
-from lorabank.kernels.gpu import grouping, op
+from lorabank.kernels.gpu import grouping, op, siblings
 from lorabank.kernels.segments import drop_threshold
 from lorabank.kernels.tables import DropTables, RouteTables, bits32, drop_tables, route_tables
 
@@ -158,6 +158,24 @@ def test_layers_with_dropout_are_no_siblings_of_layers_without(x: Tensor, device
 
     close(run(layers, x, compiled(function, False, seen)), run(layers, x, function))
     assert seen == {"siblings": 0}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("rows", [{0: [0, 3], 2: [1]}, {}])
+def test_several_input_gradients_are_added_in_the_pass_that_adds_the_change(
+    rows: dict[int, list[int]], count: int, device: torch.device
+) -> None:
+    """Rows of the base too, which get no change."""
+    layers, batch = [Layer(INPUTS, 12, i, device) for i in range(count)], tables(device, rows)
+    generator = torch.Generator().manual_seed(3)
+    narrow = [torch.randn(UNITS * TOKENS, WIDTH, generator=generator).to(device) for _ in layers]
+    parts = [torch.randn(UNITS * TOKENS, INPUTS, generator=generator).to(device) for _ in layers]
+    given = narrow, [layer.A.detach() for layer in layers], batch, [layer.ranks for layer in layers]
+    onto = torch.stack(parts).sum(0)
+    siblings.change(*given, out_NF=onto)
+    found = siblings.change(*given, out_NF=parts[0], more=parts[1:])
+    assert found is parts[0]
+    torch.testing.assert_close(found, onto, **TOLERANCE)
 
 
 def test_a_slot_that_is_not_finite_stays_alone_in_a_group(x: Tensor, device: torch.device) -> None:
