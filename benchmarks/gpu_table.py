@@ -288,9 +288,14 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def notes(measured: Measured) -> Iterator[str]:
     """What the table must be read with."""
-    runs = [*(run for run, _ in measured.ours.values()), *(run for run, _ in measured.kernels)]
-    for gpu, version, code, date in sorted({_origin(run) for run in runs}):
-        yield f"Ours: {gpu}, torch {version}, commit {code}, {date}."
+    found: dict[tuple[str, str, str, str], list[str]] = {}
+    for item, (run, _) in measured.ours.items():
+        found.setdefault(_origin(run), []).append(item)
+    for run, _ in measured.kernels:
+        found.setdefault(_origin(run), ["kernels"])
+    for (gpu, version, code, date), items in sorted(found.items()):
+        which = f" ({', '.join(items)})" if len(found) > 1 else ""
+        yield f"Ours: {gpu}, torch {version}, commit {code}, {date}{which}."
     for gpu, version, _, date in sorted({_origin(run, row) for found in measured.peers.values() for run, row in found}):
         yield f"Peers: {gpu}, torch {version}, {date}."
     if "nf4-2x2048-recompute" in measured.ours:

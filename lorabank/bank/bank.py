@@ -320,6 +320,7 @@ class AdapterBank:
         """
         self._check_alive()
         for layer in self._layers.values():
+            layer.bring_home()
             layer.base.train(layer.training)
             for parent, attribute in places_of(self.model, layer):
                 setattr(parent, attribute, layer.base)

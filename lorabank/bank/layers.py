@@ -98,6 +98,7 @@ class LoRALayer(nn.Module):
         own["slots"] = {}
         own["reached"] = False
         own["call"] = None
+        own["moved"] = False
         own["router"] = router
         own["rows_lost"] = rows_lost
         own["_path_seed"] = zlib.crc32(path.encode())
@@ -117,6 +118,8 @@ class LoRALayer(nn.Module):
     rows_lost: str | None
     held: list[Tensor] | None
     """What the products take as their base, where that is made once."""
+    moved: bool
+    """Whether a compiled block keeps the base weight as a view of a wider tensor (engine/borders.py)."""
     call: LayerCall | None
     """Set by a compiled block around its call, for this layer's part in it."""
 
@@ -165,6 +168,13 @@ class LoRALayer(nn.Module):
         child = self._modules["lora"]
         assert isinstance(child, SlotParameters)
         return child
+
+    def bring_home(self) -> None:
+        """Make a moved base weight a tensor of its own again."""
+        if self.moved:
+            weight = self.base.get_parameter("weight")
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+            self.__dict__["moved"] = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         self.base._apply(fn, recurse)  # into the dictionaries that are this layer's too

@@ -28,7 +28,7 @@ from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
-from lorabank.engine.borders import STORAGE, Borders, gated_mlps
+from lorabank.engine.borders import Borders, gated_mlps
 from lorabank.engine.offload import Offload, storages
 from lorabank.engine.packed_attention import BOUNDARIES
 from lorabank.kernels.gpu import runtime
@@ -90,7 +90,8 @@ class FusedBlock:
     def addresses(self) -> tuple[int, ...]:
         """Where the block's tensors lie: others once the model was moved or cast."""
         bases = (tensor.data_ptr() for tensor in itertools.islice(self.block.parameters(), 1))
-        return (*bases, *(layer.store.buffers[0].data_ptr() for layer in self._layers[:1]))
+        moved = (address for borders in self._borders for address in borders.addresses)
+        return (*bases, *(layer.store.buffers[0].data_ptr() for layer in self._layers[:1]), *moved)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""
@@ -128,10 +129,10 @@ class FusedBlock:
 
     def _lasting(self) -> frozenset[int]:
         """Where the block's own tensors lie, which no call of it makes."""
-        borders = [tensor for borders in self._borders for tensor in borders.tensors]
-        state = (*self.addresses, self._structure, *(tensor.data_ptr() for tensor in borders))
+        state = (*self.addresses, self._structure)
         if self._own is None or self._own[0] != state:
             stored = [t for layer in self._layers for t in (*layer.stored, *layer.store.buffers)]
+            borders = [tensor for borders in self._borders for tensor in borders.tensors]
             self._own = state, storages([*self.block.parameters(), *self.block.buffers(), *stored, *borders])
         return self._own[1]
 
@@ -240,7 +241,7 @@ class FusedBlock:
             for table in self._tables:
                 _vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
             self._structure = bank.structure
-            self._find_borders(layers)
+            self._find_borders(layers, bank.model)
         else:
             self.release()  # the bank was taken out of the model
         self._layers, self._bank = layers, bank  # last: another thread may look
@@ -259,9 +260,9 @@ class FusedBlock:
             )
         self._waited = now
 
-    def _find_borders(self, layers: list[LoRALayer]) -> None:
+    def _find_borders(self, layers: list[LoRALayer], model: nn.Module) -> None:
         """Keep the borders of MLPs that are as they were, release the others."""
-        wanted = gated_mlps(layers) if self.mlps else []
+        wanted = gated_mlps(layers, model) if self.mlps else []
         kept = [old for old in self._borders if any(list(old.layers) == group for group in wanted)]
         for old in self._borders:
             if old not in kept:
@@ -318,10 +319,12 @@ class FusedBlock:
         if not self._borders:
             return calls
         places = {id(layer): i for i, layer in enumerate(self._layers)}
-        for borders in self._borders:
-            for layer, more in borders.fill(self._tables_of(borders)).items():
-                _vary(more[1])
-                calls[places[layer]] = replace(calls[places[layer]], storage=STORAGE, more=more)
+        with self._lock:
+            filled = [one for borders in self._borders for one in borders.fill(self._tables_of(borders))]
+        for layer, storage, more in filled:
+            _vary(more[1])
+            place = places[id(layer)]
+            calls[place] = replace(calls[place], storage=storage, more=more)
         return calls
 
     def _tables_of(self, borders: Borders) -> list[LayerTables]:
@@ -330,8 +333,9 @@ class FusedBlock:
 
     def _prepare_borders(self) -> None:
         """Move weights before anything looks at where they are."""
-        for borders in self._borders:
-            borders.prepare(self._tables_of(borders))
+        with self._lock:
+            for borders in self._borders:
+                borders.prepare(self._tables_of(borders))
 
 
 def _no_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

@@ -10,17 +10,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
+from lorabank.bank.layers import LoRALayer
 from lorabank.engine.borders import gated_mlps
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
 from lorabank.engine.fused_block import fused_blocks
 from lorabank.kernels.gpu import bordered
 from tests.engine import test_fused_block as fused_tests
 from tests.engine.test_fused_block import assert_same, bank_of, fuse, pair
-from tests.engine.tiny import add, backward, batch_of
+from tests.engine.tiny import add, backward, batch_of, make_bank, make_model
 
 pytestmark = fused_tests.pytestmark
 one_thread_and_shared_code, torch_attention = fused_tests.one_thread_and_shared_code, fused_tests.torch_attention
@@ -138,23 +140,78 @@ def test_layers_that_are_no_gated_mlp(widened: list[int]) -> None:
     assert not widened
 
 
-def test_shapes_decide_which_layer_is_down() -> None:
+def adapted(bank: AdapterBank) -> list[LoRALayer]:
+    return [m for block in repeated_blocks(bank.model) for m in block.modules() if isinstance(m, LoRALayer)]
+
+
+def test_which_layers_are_a_gated_mlp() -> None:
     bank = bank_of(targets="all-linear")
-    for block in repeated_blocks(bank.model):
-        layers = [m for m in block.modules() if isinstance(m, nn.Module) and m.__class__.__name__ == "LoRALayer"]
-        (found,) = gated_mlps(layers)  # pyright: ignore[reportArgumentType]
-        assert [layer.path.split(".")[-1] for layer in found] == MLP
+    found = gated_mlps(adapted(bank), bank.model)
+    assert [[layer.path.split(".")[-1] for layer in group] for group in found] == [MLP, MLP]
 
 
-def test_a_model_whose_bank_is_gone_has_its_weights_back(widened: list[int]) -> None:
+def test_three_layers_of_an_attention_are_none() -> None:
+    """Heads that are wider together than the hidden state: q and v widen it, o narrows it."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, head_dim=16)).eval()  # pyright: ignore[reportArgumentType]
+    bank = make_bank(model=model, targets=["q_proj", "v_proj", "o_proj"])
+    assert not gated_mlps(adapted(bank), bank.model)
+
+
+def test_weights_that_two_blocks_share_stay_where_they_are(widened: list[int]) -> None:
+    model = make_model("llama", spread=1.5)
+    first, second = repeated_blocks(model)
+    for name in MLP:
+        second.get_submodule(f"mlp.{name}").weight = first.get_submodule(f"mlp.{name}").weight
+    bank = make_bank(model=model, targets=MLP)
+    assert not gated_mlps(adapted(bank), bank.model)
+
+
+def test_a_captured_pass_is_known_by_where_the_weights_lie(widened: list[int]) -> None:
+    """Else a graph would go on reading what was freed."""
+    fused = bank_of(targets=MLP)
+
+    def addresses() -> list[tuple[int, ...]]:
+        return [block.addresses for block in fused_blocks(fused)]
+
+    blocks = fuse(fused)
+    settle(fused)
+    before, kept = addresses(), [p.data for p in weights(fused).values()]
+    assert addresses() == before
+    uncompile_blocks(blocks)
+    fuse(fused)
+    settle(fused)
+    assert all(now != then for now, then in zip(addresses(), before, strict=True))
+    before = addresses()
+    for name, p in weights(fused).items():
+        if "up_proj" in name:
+            p.data = p.data.clone()
+    assert all(now != then for now, then in zip(addresses(), before, strict=True))
+    assert kept
+
+
+def test_room_follows_the_ranks_in_use(widened: list[int]) -> None:
+    """Buffers that grew for adapters that are gone again don't count."""
+    plain, fused = pair(targets=MLP)
+    for bank in (plain, fused):
+        for i in range(8):
+            add(bank, f"more{i}", rank=16, targets=MLP)
+        for i in range(8):
+            bank.remove(f"more{i}")
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    assert widened
+
+
+def test_a_detached_model_has_its_weights_back(widened: list[int]) -> None:
     fused = bank_of(targets=MLP)
     model = fused.model
     fuse(fused)
     settle(fused)
+    assert moved(fused)
     fused.detach()
+    assert all(p.is_contiguous() and p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in model.parameters())
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.int64))
-    assert all(p.is_contiguous() for p in model.parameters())
 
 
 def test_a_model_that_is_moved_leaves_nothing_behind(widened: list[int]) -> None:

@@ -32,14 +32,16 @@ WIDEST = 128
 """Ranks of all slots together up to which a border pays: each costs a product a further column."""
 WIDEST_RANK = 16
 """Of one slot: more don't fit the registers of `middle`."""
+MOST_SLOTS = 64
+"""Slot numbers that `_write` compares every column with."""
 WRITTEN = 64
 """Features that one program writes a border for."""
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
-def border_width(capacity: int) -> int:
-    """Columns of a border for so many rows of capacity buffers; 0 where none pays."""
-    width = -(-capacity // STEP) * STEP
+def border_width(rows: int) -> int:
+    """Columns of a border for so many rows of capacity buffers, up to the last in use; 0 where none pays."""
+    width = -(-rows // STEP) * STEP
     return width if width <= WIDEST else 0
 
 
@@ -61,10 +63,12 @@ def _write(
     mine = ((start[None, :] <= j[:, None]) & (j[:, None] < (start + rank)[None, :])).to(tl.int32)
     taken, inside = tl.sum(mine, 1) > 0, (f < features)[None, :]
     value = tl.load(weight + j.to(tl.int64)[:, None] * features + f[None, :], mask=taken[:, None] & inside, other=0.0)
-    finite = (value - value) == 0.0
+    rounded = value.to(target.dtype.element_ty)
+    back = rounded.to(tl.float32)
+    finite = (back - back) == 0.0  # as it stands in the border: fp16 ends at 65,504
     spoiled = tl.sum(mine * tl.max(1 - finite.to(tl.int32), 1)[:, None], 0)
     tl.store(poison + (layer * slots + s) * blocks + block, tl.where(spoiled > 0, float("nan"), 0.0), mask=s < slots)
-    clean = tl.where(finite, value, 0.0).to(target.dtype.element_ty)
+    clean = tl.where(finite, rounded, 0.0).to(target.dtype.element_ty)
     if layer < 2:  # further columns; of down, rows
         tl.store(target + f.to(tl.int64)[:, None] * length + j[None, :], tl.trans(clean), mask=(f < features)[:, None])
     else:
@@ -291,11 +295,12 @@ def write(borders: Sequence[Tensor], weights: Sequence[Tensor], ranks: Sequence[
     `borders`: further columns (F, pad) of gate and up, further rows (pad, F) of down: parts of their wide weights.
     """
     slots, features, blocks = ranks[0].shape[0], weights[0].shape[1], poison.shape[2]
-    start: Any = _write  # never inside compiled code
-    start[(blocks, 3)](
-        *weights, *borders, *ranks, poison, slots, features, blocks, *(border.stride(0) for border in borders),
-        PAD=borders[2].shape[0], SLOTS=triton.next_power_of_2(slots), BLOCK=WRITTEN, num_warps=4,
-    )  # fmt: skip
+    start: Any = _write  # never inside compiled code, which would see to the device: Triton starts kernels on the current GPU
+    with torch.cuda.device_of(poison):
+        start[(blocks, 3)](
+            *weights, *borders, *ranks, poison, slots, features, blocks, *(border.stride(0) for border in borders),
+            PAD=borders[2].shape[0], SLOTS=triton.next_power_of_2(slots), BLOCK=WRITTEN, num_warps=4,
+        )  # fmt: skip
 
 
 def widen(

@@ -25,10 +25,10 @@ EACH = 3
 
 def _open(
     x: Tensor, bases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
-    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
+    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, swapped: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[gate, up, s·xAᵀ of gate and of up]. Lists are gate's and up's."""
-    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(bases)
+    """[gate, up, s·xAᵀ of gate and of up]. Lists are gate's and up's; `swapped`: up's border is the one before its weight."""
+    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(swapped)
     (left, right), poison, pad = _of(bases[1::EACH], sides), _of(bases[2::EACH], sides), bases[1].shape[1] - bases[0].shape[1]
     wide, narrow = bordered.widen(x_NI, _of(As, sides), tables, _of(ranks, sides), _of(scalings, sides), poison, pad, width)
     return [*_of([wide[:, :-pad] @ left.t(), wide[:, pad:] @ right.t()], sides), *_of(narrow, sides)]
@@ -36,10 +36,10 @@ def _open(
 
 def _open_backward(
     dgate: Tensor, dup: Tensor, x: Tensor, bases: list[Tensor], As: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
-    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, needs_dx: bool,
+    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, swapped: bool, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dA of gate and of up]; dx is empty where it isn't needed."""
-    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(bases)
+    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(swapped)
     (left, right), poison, pad = _of(bases[1::EACH], sides), _of(bases[2::EACH], sides), bases[1].shape[1] - bases[0].shape[1]
     dleft, dright = _of([dgate.contiguous(), dup.contiguous()], sides)
     wide = torch.empty((len(x_NI), x_NI.shape[1] + 2 * pad), dtype=x.dtype, device=x.device)
@@ -91,9 +91,9 @@ def _rows_more(base: Sequence[Tensor]) -> int:
     return base[1].shape[0] - base[0].shape[0]
 
 
-def _sides(bases: Sequence[Tensor]) -> tuple[int, int]:
+def _sides(swapped: bool) -> tuple[int, int]:
     """Of gate (0) and up (1) the one whose border is before its weight, then the one whose border is behind it."""
-    return (1, 0) if bases[0].data_ptr() == bases[1].data_ptr() else (0, 1)
+    return (1, 0) if swapped else (0, 1)
 
 
 def _of(values: Sequence[Tensor], sides: tuple[int, int]) -> list[Tensor]:
@@ -112,16 +112,18 @@ _steps = {
 
 def _run_open(
     x: Tensor, bases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
-    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
+    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, swapped: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return _steps["open"](x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width)
+    return _steps["open"](x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, swapped)
 
 
 def _run_open_backward(
     dgate: Tensor, dup: Tensor, x: Tensor, bases: list[Tensor], As: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
-    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, needs_dx: bool,
+    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, swapped: bool, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return _steps["open_backward"](dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, width, needs_dx)
+    return _steps["open_backward"](
+        dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, width, swapped, needs_dx
+    )
 
 
 def _run_close(
@@ -150,12 +152,14 @@ lora_mlp_close = torch.library.custom_op("lorabank::lora_mlp_close", _run_close,
 lora_mlp_close_backward = torch.library.custom_op("lorabank::lora_mlp_close_backward", _run_close_backward, mutates_args=())
 
 
-def _fake_open(x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width):  # type: ignore[no-untyped-def]
+def _fake_open(x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, swapped):  # type: ignore[no-untyped-def]
     tokens = order.shape[0]
     return [*(x.new_empty(tokens, B.shape[1]) for B in Bs), *(x.new_empty(tokens, width) for _ in Bs)]
 
 
-def _fake_open_backward(dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, width, needs_dx):  # type: ignore[no-untyped-def]
+def _fake_open_backward(  # type: ignore[no-untyped-def]
+    dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, width, swapped, needs_dx
+):
     return [x.new_empty(x.shape) if needs_dx else x.new_empty(0), *map(torch.empty_like, As)]
 
 
@@ -172,9 +176,9 @@ def _fake_close_backward(  # type: ignore[no-untyped-def]
 
 
 def _setup_open(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, bases, As, _, ranks, scalings, order, tiles, chunks, spans, width = inputs
+    x, bases, As, _, ranks, scalings, order, tiles, chunks, spans, width, swapped = inputs
     ctx.save_for_backward(x, order, tiles, chunks, spans, *As, *ranks, *scalings, *bases)
-    ctx.width = width
+    ctx.width, ctx.swapped = width, swapped
 
 
 def _open_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -183,9 +187,11 @@ def _open_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     dgate, dup = grads[0], grads[1]
     assert dgate is not None
     assert dup is not None
-    dx, *dAs = lora_mlp_open_backward(dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, ctx.width, needs_dx)
+    dx, *dAs = lora_mlp_open_backward(
+        dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, ctx.width, ctx.swapped, needs_dx
+    )
     nothing = [None, None]
-    return dx if needs_dx else None, [None] * len(bases), dAs, nothing, nothing, nothing, *[None] * 5
+    return dx if needs_dx else None, [None] * len(bases), dAs, nothing, nothing, nothing, *[None] * 6
 
 
 def _setup_close(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

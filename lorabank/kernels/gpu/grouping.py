@@ -103,7 +103,7 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
         if activation is None or not isinstance(left, Node) or len(left.users) > 1:
             continue
         gate, up = _layer_of(left.args[0]), _layer_of(right)
-        if gate is None or up is None or gate is up or not _alike([gate, up, down]) or not _bordered(down):
+        if gate is None or up is None or gate is up or not _alike([gate, up, down]) or not _bordered(gate, up, down):
             continue
         width = down.args[_FIELDS.index("width")]
         if gate.args[0] is up.args[0] and isinstance(width, int) and width <= bordered.WIDEST_RANK:
@@ -111,10 +111,16 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
     return None
 
 
-def _bordered(down: Node) -> bool:
+def _bordered(gate: Node, up: Node, down: Node) -> bool:
     """Whether the ops for an MLP take such layers: its products have no place for a bias, nor for a mask on h."""
     args: dict[str, Any] = dict(zip(_FIELDS, down.args, strict=True))
-    return args["storage"] == "bordered" and args["bias"] is None and not args["drops"]
+    sides = {_storage(gate), _storage(up)}
+    placed = sides == {"bordered:before", "bordered:behind"} and args["storage"] == "bordered:below"
+    return placed and args["bias"] is None and not args["drops"]
+
+
+def _storage(node: Node) -> str:
+    return str(node.args[_FIELDS.index("storage")])
 
 
 def _activation_of(node: Any) -> str | None:
@@ -146,6 +152,7 @@ def _alike(nodes: Sequence[Node]) -> bool:
 
 def _shared(node: Node) -> tuple[Any, ...]:
     args: dict[str, Any] = dict(zip(_FIELDS, node.args, strict=True))
+    args["storage"] = args["storage"].partition(":")[0]  # where a border is makes no difference to a layer by itself
     return (*(args[name] for name in _SHARED), args["bias"] is None, len(args["base"]), *args["drops"][:_OF_BATCH])
 
 
@@ -154,9 +161,8 @@ def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, ac
     x, bases, _, As, Bs, ranks, scalings, *shared, _, width, _ = _joined([gate, up, down])
     each = len(bases) // 3
     with graph.inserting_before(down):
-        opened = graph.call_function(
-            torch.ops.lorabank.lora_mlp_open, (x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width)
-        )
+        first = x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width, _storage(up) == "bordered:before"
+        opened = graph.call_function(torch.ops.lorabank.lora_mlp_open, first)
         gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
         given = (
             x, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation,

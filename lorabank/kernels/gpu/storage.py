@@ -1,7 +1,8 @@
 """The frozen product on a GPU, one pair of functions for each way a base weight is stored. One table: `STORAGES`.
 
-Shapes: x (N, I), dy (N, O). `base` is the list of a storage's tensors; `linear`: [W (O, I)], `bordered`: W and what
-bordered_op.py has besides, `conv1d`: [W (I, O)], `fp8`: as in kernels/fp8.py, `nf4` and `fp4`: as in kernels/four_bit.py.
+Shapes: x (N, I), dy (N, O). `base` is the list of a storage's tensors; `linear`: [W (O, I)], `bordered:…`: W and what
+bordered_op.py has besides (its border before W, behind it, or below), `conv1d`: [W (I, O)], `fp8`: as in kernels/fp8.py, `nf4`
+and `fp4`: as in kernels/four_bit.py.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ _PLAIN = Storage(
 
 STORAGES: Mapping[str, Storage] = {
     "linear": _PLAIN,
-    "bordered": _PLAIN,
+    "bordered:before": _PLAIN,
+    "bordered:behind": _PLAIN,
+    "bordered:below": _PLAIN,
     "conv1d": Storage(
         _conv1d,
         lambda dy, base: dy @ base[0].t(),

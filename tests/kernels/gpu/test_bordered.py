@@ -16,6 +16,7 @@ from tests.kernels.gpu.test_grouping import CAPACITY, INPUTS, MIDDLE, WIDTH, Lay
 pytestmark = [  # numpy, inside the interpreter
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
 ]
 NAN = float("nan")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -53,6 +54,7 @@ class Mlp:
             view.copy_(layer.weight)
         self.poison = bordered.poison_like(self.gate.ranks, middle)
         self.poisons = self.poison.unbind()
+        self.storages = {left: "bordered:before", right: "bordered:behind", self.down: "bordered:below"}
 
     def write(self) -> None:
         """Fill the borders from the adapters."""
@@ -70,7 +72,7 @@ class Mlp:
             one = self.layers[which]
             base = [self.views[one], self.wide[one], self.poisons[which]]
             return torch.ops.lorabank.lora_linear(
-                x, base, None, one.A, one.B, one.ranks, one.scaling, *batch.tensors, "bordered", WIDTH, []
+                x, base, None, one.A, one.B, one.ranks, one.scaling, *batch.tensors, self.storages[one], WIDTH, []
             )[0]
 
         return layer(2, act(layer(0, x)) * layer(1, x))
@@ -119,6 +121,32 @@ def test_odd_sizes(device: torch.device) -> None:
     x = torch.randn(5, 7, 136, generator=torch.Generator().manual_seed(1)).to(device)
     expected = run(mlp.layers, x, lambda x: mlp.plain(x, batch, F.silu))
     close(run(mlp.layers, x, compiled(lambda x: mlp.with_borders(x, batch, F.silu), True, {})), expected)
+
+
+@pytest.mark.parametrize("swapped", SWAPPED)
+def test_saved_tensors_that_come_back_as_copies(swapped: bool, x: Tensor, device: torch.device) -> None:
+    """As under save_on_cpu: nothing may be read off where a tensor lies."""
+    mlp, batch = Mlp(device, swapped=swapped), tables(device)
+    mlp.write()
+    expected = run(mlp.layers, x, lambda x: mlp.plain(x, batch, F.silu))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.clone()):
+        close(run(mlp.layers, x, compiled(lambda x: mlp.with_borders(x, batch, F.silu), True, {})), expected)
+
+
+def test_a_number_that_is_too_large_for_the_bases_dtype(device: torch.device) -> None:
+    """fp16 ends at 65,504: its slot is poisoned, and the border holds zero."""
+    mlp = Mlp(device)
+    with torch.no_grad():
+        mlp.up.B[mlp.up.ranks[0, 0] + 1, 3] = 1e5
+    mlp.borders = [border.half() for border in mlp.borders]
+    mlp.write()
+    assert all(border.isfinite().all() for border in mlp.borders)
+    assert mlp.borders[1][3, mlp.up.ranks[0, 0] + 1] == 0
+    assert [[bool(slot.isnan().any()) for slot in layer] for layer in mlp.poison] == [
+        [False] * 3,
+        [True, False, False],
+        [False] * 3,
+    ]
 
 
 def test_borders_have_the_slots_ranks_and_zeros(device: torch.device) -> None:
