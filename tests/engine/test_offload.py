@@ -96,7 +96,7 @@ def test_gradients_are_those_without(
         ("llama", "keeping_eager", 3),
         ("gpt2", "keeping_eager", 3),
         ("neox", "keeping_eager", 2),  # attention and MLP side by side: nothing behind the output projection needs its result
-        ("gemma2", "keeping_eager", 1),  # a soft-capped attention is many operations
+        ("gemma2", "keeping_eager", 1),  # a soft-capped attention is many operations, but one where transformers ignores the cap
         pytest.param("llama", "inductor", 3, marks=pytest.mark.slow),
     ],
 )
@@ -105,6 +105,8 @@ def test_what_attention_gave_leaves_too(family: str, backend: str, kept: int, mo
     monkeypatch.setattr(fused_block, "WORTH_MORE", 0)  # these blocks are small
     plain = Engine(bank_of(family), gradient_checkpointing=True)
     engine = Engine(fused(bank_of(family), backend), activation_offloading=True)
+    if family == "gemma2" and engine.bank.model.config._attn_implementation == "sdpa":
+        kept = 3
     batch = batch_of(LENGTHS, ROUTES)
     forward_backward(plain, batch)
     for _ in range(2):
