@@ -29,6 +29,7 @@ from torch import Tensor
 from lorabank.bank.fused import table_width
 from lorabank.kernels import reference
 from lorabank.kernels.gpu import adamw, lora, loss, siblings
+from lorabank.kernels.gpu.bordered import border_width
 from lorabank.kernels.gpu.storage import STORAGES
 from lorabank.kernels.segments import Segment
 from lorabank.kernels.tables import RouteTables, route_tables
@@ -320,7 +321,7 @@ def adapter_sizes(rank: int, layers: int = 32) -> list[int]:
 
 def mlp_kernels(slots: int, device: torch.device) -> Iterator[Kernel]:
     """Those of gated MLPs whose weights carry borders, where there is room for so many adapters."""
-    if gpu_bordered.bordered.border_width(slots * MLP_RANK):
+    if border_width(slots * MLP_RANK):
         p = gpu_bordered.Mlp.make(MLP_RANK, slots, device)
         shape = f"{HIDDEN}, {gpu_bordered.INNER}" + (f", {slots} slots" if slots > 1 else "")
         for name, work, moved in gpu_bordered.timings(p):
@@ -330,7 +331,7 @@ def mlp_kernels(slots: int, device: torch.device) -> Iterator[Kernel]:
 def find_wrong(slots: int, device: torch.device) -> list[str]:
     """Every LoRA kernel against reference.py (those of gated MLPs against torch in fp32), at every shape and rank."""
     wrong: list[str] = []
-    if gpu_bordered.bordered.border_width(slots * MLP_RANK):
+    if border_width(slots * MLP_RANK):
         for name, found, value in gpu_bordered.found_and_expected(gpu_bordered.Mlp.make(MLP_RANK, slots, device)):
             wrong += disagreements({name: found}, {name: value}, f"r {MLP_RANK}, {slots} slots")
     for inputs, outputs in PAIRS:

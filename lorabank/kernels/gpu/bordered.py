@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision
+from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import TILE, RouteTables
 
 STEP = 64
@@ -224,17 +225,6 @@ def _activate(gate, up, h, numbers, BLOCK: tl.constexpr, GELU: tl.constexpr):
 
 
 @triton.jit
-def _gradient(total, grad, parts, start, rank, chunk, only, r, f, features, WIDTH: tl.constexpr):
-    """Store a chunk's part of a gradient: where it belongs for a slot's only chunk."""
-    inside = (r < rank)[:, None] & (f < features)[None, :]
-    if only == 1:
-        tl.store(grad + (start + r)[:, None] * features + f[None, :], total, mask=inside)
-    else:
-        row = chunk.to(tl.int64) * WIDTH + r
-        tl.store(parts + row[:, None] * features + f[None, :], total, mask=inside)
-
-
-@triton.jit
 def _middle(
     dh, gate, up, dg, du, n0, n1, n2, g0, g1, g2, q0, q1, q2, k0, k1, k2, order, chunks, features,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
@@ -245,7 +235,6 @@ def _middle(
     only = tl.load(chunks + chunk * 4 + 3)
     if count > 0:
         place = tl.maximum(slot, 0) * 2
-        start0, start1, start2 = tl.load(k0 + place), tl.load(k1 + place), tl.load(k2 + place)
         rank0 = tl.where(slot >= 0, tl.load(k0 + place + 1), 0)
         rank1 = tl.where(slot >= 0, tl.load(k1 + place + 1), 0)
         rank2 = tl.where(slot >= 0, tl.load(k2 + place + 1), 0)
@@ -279,9 +268,9 @@ def _middle(
             small = tl.load(n2 + entry, mask=inside[:, None] & (r < rank2)[None, :], other=0.0)
             t2 = tl.dot(tl.trans(small), made_h, t2, input_precision=PRECISION)
         if slot >= 0:
-            _gradient(t0, g0, q0, start0.to(tl.int64), rank0, chunk, only, r, f, features, WIDTH)
-            _gradient(t1, g1, q1, start1.to(tl.int64), rank1, chunk, only, r, f, features, WIDTH)
-            _gradient(t2, g2, q2, start2.to(tl.int64), rank2, chunk, only, r, f, features, WIDTH)
+            _put(t0, g0, q0, k0, slot, chunk, only, r, f, features, WIDTH)
+            _put(t1, g1, q1, k1, slot, chunk, only, r, f, features, WIDTH)
+            _put(t2, g2, q2, k2, slot, chunk, only, r, f, features, WIDTH)
 
 
 def poison_like(ranks_P2: Tensor, features: int) -> Tensor:
