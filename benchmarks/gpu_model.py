@@ -99,8 +99,8 @@ class Work:
     """Keep what recomputation starts from on the host."""
     kept: str = "products"
     """What blocks keep for backward, as `compile_blocks` takes it."""
-    mlps: bool = True
-    """Gated MLPs as one op each, likewise."""
+    borders: bool = True
+    """LoRA in the borders of weights, likewise."""
     cap_gib: float | None = None
     """Memory that the process may take."""
 
@@ -122,7 +122,7 @@ class Training:
         self.names = [f"adapter{i}" for i in range(len(work.ranks))]
         for name, rank in zip(self.names, work.ranks, strict=True):
             self.bank.add(name, lb.AdapterConfig(rank=rank, alpha=ALPHA, targets=TARGETS))
-        self._compiled = compile_blocks(model, kept=work.kept, mlps=work.mlps) if compiled else []
+        self._compiled = compile_blocks(model, kept=work.kept, borders=work.borders) if compiled else []
         self.engine = Engine(
             self.bank, gradient_checkpointing=work.recompute, activation_offloading=work.offload, cuda_graphs=graphs
         )

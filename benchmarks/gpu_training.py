@@ -67,7 +67,7 @@ def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
         row: Row = {
             "layers": bases.shape.layers, "adapters": len(work.ranks), "rows": work.rows, "tokens": work.tokens,
             "storage": work.storage, "recompute": work.recompute,
-            "offload": work.offload, "kept": work.kept, "mlps": work.mlps,
+            "offload": work.offload, "kept": work.kept, "borders": work.borders,
             "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
             "first_step_peak_gib": peak_gib(),
         }  # fmt: skip
@@ -226,7 +226,7 @@ def measure(item: str, bases: Bases, args: argparse.Namespace) -> Row:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = (
-        measure_step(bases, replace(STEPS[item], kept=args.kept, mlps=not args.no_mlps), args)
+        measure_step(bases, replace(STEPS[item], kept=args.kept, borders=not args.no_borders), args)
         if item in STEPS
         else OTHERS[item](bases, args)
     )
@@ -317,7 +317,7 @@ def parser() -> argparse.ArgumentParser:
         "--many-layers", type=int, default=16, help="blocks for many-64, whose 64 adapters and Adam states need room"
     )
     made.add_argument("--kept", choices=("products", "all"), default="products", help="what blocks keep for backward")
-    made.add_argument("--no-mlps", action="store_true", help="without gated MLPs as one op each")
+    made.add_argument("--no-borders", action="store_true", help="without LoRA in the borders of weights")
     made.add_argument("--steps", type=int, default=8, help="timed steps, at least 8 for the table")
     made.add_argument("--longest-tries", type=int, default=5)
     made.add_argument("--longest-seconds", type=float, default=150.0, help="no further try after so long")

@@ -97,6 +97,7 @@ class LoRALayer(nn.Module):
         own["held"] = kind.tensors(base._parameters) if kind.held else None
         own["slots"] = {}
         own["reached"] = False
+        own["read"] = 0
         own["call"] = None
         own["moved"] = False
         own["router"] = router
@@ -115,6 +116,8 @@ class LoRALayer(nn.Module):
     slots: dict[str, LayerSlot]
     router: Router
     reached: bool
+    read: int
+    """Identity of the last plain call's input, which layers of a module that read one x have in common."""
     rows_lost: str | None
     held: list[Tensor] | None
     """What the products take as their base, where that is made once."""
@@ -238,7 +241,7 @@ class LoRALayer(nn.Module):
     _unsuited: Any = torch.compiler.disable(_say_unsuited)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        self.__dict__["reached"] = True
+        self.__dict__["reached"], self.__dict__["read"] = True, id(x)
         routing = self.router.route_in_force(self.path)
         if routing is None or x.numel() == 0:
             return self.base(x)

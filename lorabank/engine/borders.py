@@ -1,4 +1,4 @@
-"""The frozen weights of a block's gated MLP, moved into tensors with room for A or B at their border (kernels/gpu/bordered.py).
+"""Frozen weights of a block, moved into tensors with room for A or B at their border (kernels/gpu/bordered.py).
 
 The model's parameters stay where they are in the model and become views of the wide tensors, equal to the last bit; `release`
 and `bank.detach` make them tensors of their own again.
@@ -6,164 +6,286 @@ and `bank.detach` make them tensors of their own again.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorabank.bank.fused import LayerTables
-from lorabank.bank.layers import LoRALayer, SlotParameters
+from lorabank.bank.layers import LoRALayer
+from lorabank.engine.border_groups import gated_mlps, joined_layers, weight_of
 
-STORAGES = ("bordered:before", "bordered:behind", "bordered:below")
-"""Names in kernels/gpu/storage.py, of gate's, up's and down's."""
+Bordered = tuple[LoRALayer, str, tuple[Tensor, Tensor, Tensor]]
+"""A layer, its storage's name in kernels/gpu/storage.py, and what that has besides the weight: wide weight, shadow, poison."""
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A tensor with room for a border: its size, and where in it the weights of some layers begin, by (layer, row, column)."""
+
+    rows: int
+    columns: int
+    parts: tuple[tuple[int, int, int], ...]
 
 
 class Borders:
-    """The borders of one gated MLP's gate, up and down."""
+    """The borders of layers whose weights are moved together; subclasses say how."""
 
     def __init__(self, layers: Sequence[LoRALayer]) -> None:
-        """`layers`: gate, up and down, as `gated_mlps` finds them."""
         self.layers = tuple(layers)
         self._poison = torch.empty(0)
+        self._shadows: list[Tensor] = []
         self._pad = 0
         self._places: list[int] = []
         """Where the wide tensors lie. Only the parameters hold them, so that a model that is moved takes them along."""
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What the weights are views of, and what `fill` finds out."""
-        return [*self._wide(), self._poison] if self._in_place() else []
+        """What the weights are views of, and what `write` fills besides."""
+        return [*self._wide(), *self._shadows, self._poison] if self._in_place() else []
 
     @property
     def addresses(self) -> tuple[int, ...]:
-        """Where the weights lie, and what `fill` finds out."""
-        return (*(weight.data_ptr() for weight in self._weights), self._poison.data_ptr())  # looked at before each pass
+        """Where the weights lie, and what `write` fills besides."""
+        more = (tensor.data_ptr() for tensor in (*self._shadows, self._poison))
+        return (*(weight.data_ptr() for weight in self._weights), *more)  # looked at before each pass
 
     def prepare(self, tables: Sequence[LayerTables]) -> bool:
         """Move the weights where they aren't in place yet, or the room has become too small; False where borders don't pay.
 
-        `tables`: of the three layers.
+        `tables`: of the layers.
         """
         from lorabank.kernels.gpu import bordered  # here, since it imports Triton
 
-        last = max(slot.tensors.stop for layer in self.layers for slot in layer.slots.values())
-        pad, ranks = bordered.border_width(last), tables[0].ranks_P2
-        few = len(ranks) <= bordered.MOST_SLOTS and max(table.width for table in tables) <= bordered.WIDEST_RANK
+        last = max((slot.tensors.stop for layer in self.layers for slot in layer.slots.values()), default=0)
+        pad, ranks = bordered.border_width(last * self._each), tables[0].ranks_P2
+        few = len(ranks) <= bordered.MOST_SLOTS and max(table.width for table in tables) <= self._widest
         if pad == 0 or not few:
             self.release()
             return False
         if pad > self._pad or not self._in_place():
             self._place(max(pad, self._pad))
         if self._poison.shape[1:2] != ranks.shape[:1] or self._poison.device != ranks.device:
-            self._poison = bordered.poison_like(ranks, self._weights[0].shape[0])
+            features = max(max(weight.shape) for weight in self._weights)
+            self._poison = bordered.poison_like(ranks, len(self.layers), features)
         return True
 
-    def fill(self, tables: Sequence[LayerTables]) -> list[tuple[LoRALayer, str, tuple[Tensor, Tensor]]]:
-        """Write the adapters into the borders: (layer, its storage, (wide weight, poison)) of each; none where they don't pay."""
-        from lorabank.kernels.gpu import bordered
-
-        if not self.prepare(tables):
-            return []
-        sources = [layer.store.buffers[0 if which == 2 else 1] for which, layer in enumerate(self.layers)]
-        gate, up, down = wide = self._wide()
-        borders = [gate[:, : self._pad], up[:, -self._pad :], down[-self._pad :]]
-        bordered.write(borders, sources, [table.ranks_P2 for table in tables], self._poison)
-        more = zip(wide, self._poison.unbind(), strict=True)
-        return list(zip(self.layers, STORAGES, more, strict=True))
+    def filled(self, tables: Sequence[LayerTables]) -> tuple[list[Any], list[Bordered]]:
+        """(what `bordered.write` takes, what the layers are called with). Only where `prepare` said so."""
+        raise NotImplementedError
 
     def release(self) -> None:
         """Make the weights tensors of their own again."""
         if self._in_place():
             for layer in self.layers:
                 layer.bring_home()
-        self._places, self._pad = [], 0
+        self._places, self._pad, self._shadows = [], 0, []
+
+    @property
+    def _each(self) -> int:
+        """Layers that share one border."""
+        raise NotImplementedError
+
+    @property
+    def _widest(self) -> int:
+        """The largest table width."""
+        raise NotImplementedError
+
+    def _layout(self, pad: int) -> list[Wide]:
+        raise NotImplementedError
+
+    def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
+        raise NotImplementedError
 
     @property
     def _weights(self) -> list[nn.Parameter]:
-        return [_weight(layer) for layer in self.layers]
+        return [weight_of(layer) for layer in self.layers]
 
     def _in_place(self) -> bool:
         """Whether the parameters still are views of the wide tensors: a model may have been moved, cast or merged into."""
-        return bool(self._places) and all(
-            weight.untyped_storage().data_ptr() == place
-            and weight.untyped_storage().nbytes() == self._numbers(which, weight) * weight.element_size()
-            for which, (weight, place) in enumerate(zip(self._weights, self._places, strict=True))
-        )
-
-    def _numbers(self, which: int, weight: Tensor) -> int:
-        rows, columns = weight.size()
-        return (rows + self._pad) * columns if which == 2 else rows * (columns + self._pad)
+        if not self._places:
+            return False
+        weights = self._weights
+        for wide, place in zip(self._layout(self._pad), self._places, strict=True):
+            for which, _, _ in wide.parts:
+                storage, item = weights[which].untyped_storage(), weights[which].element_size()
+                if storage.data_ptr() != place or storage.nbytes() != wide.rows * wide.columns * item:
+                    return False
+        return True
 
     def _wide(self) -> list[Tensor]:
         """The wide tensors."""
-        found: list[Tensor] = []
-        for which, weight in enumerate(self._weights):
-            rows, columns = weight.size()
-            size = (rows + self._pad, columns) if which == 2 else (rows, columns + self._pad)
-            found.append(weight.data.as_strided(size, (size[1], 1), 0))
-        return found
+        weights = self._weights
+        return [
+            weights[wide.parts[0][0]].data.as_strided((wide.rows, wide.columns), (wide.columns, 1), 0)
+            for wide in self._layout(self._pad)
+        ]
 
     def _place(self, pad: int) -> None:
-        on_gpu = self._weights[0].is_cuda
+        weights = self._weights
+        on_gpu = weights[0].is_cuda
         if on_gpu and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("weights of a gated MLP were replaced; they can't be moved while a CUDA graph is captured")
+            raise RuntimeError("weights of compiled blocks were replaced; they can't be moved while a CUDA graph is captured")
         places: list[int] = []
-        for which, layer in enumerate(self.layers):
-            weight = _weight(layer)
-            rows, columns = weight.size()
-            wide = weight.new_zeros((rows + pad, columns) if which == 2 else (rows, columns + pad))
-            view = wide[:, pad:] if which == 0 else wide[:, :columns] if which == 1 else wide[:rows]
-            with torch.no_grad():
-                view.copy_(weight)
-            weight.data = view
-            layer.__dict__["moved"] = True
-            places.append(wide.untyped_storage().data_ptr())
+        for wide in self._layout(pad):
+            room = weights[wide.parts[0][0]].new_zeros((wide.rows, wide.columns))
+            for which, row, column in wide.parts:
+                rows, columns = weights[which].size()
+                view = room[row : row + rows, column : column + columns]
+                with torch.no_grad():
+                    view.copy_(weights[which])
+                weights[which].data = view
+                self.layers[which].__dict__["moved"] = True
+            places.append(room.untyped_storage().data_ptr())
+        self._shadows = [weights[0].new_zeros(size).detach() for size in self._shadow_sizes(pad)]
         self._places, self._pad = places, pad
         if on_gpu:
             torch.cuda.empty_cache()  # what the old weights took is a little too small for the next wide ones
 
 
-def gated_mlps(layers: Sequence[LoRALayer], model: nn.Module) -> list[list[LoRALayer]]:
-    """[gate, up, down] of each module of `model` that consists of a gated MLP's adapted layers: two I → F, one F → I, no biases.
+class MlpBorders(Borders):
+    """Those of one gated MLP's gate, up and down: before gate's weight, behind up's, below down's."""
 
-    What they compute decides the graph (kernels/gpu/grouping.py); of gate and up either may come first. Weights that another
-    module holds as well are left where they are.
-    """
-    groups: dict[str, list[LoRALayer]] = defaultdict(list)
-    for layer in layers:
-        groups[layer.path.rpartition(".")[0]].append(layer)
-    found: list[list[LoRALayer]] = []
-    for path, group in groups.items():
-        if len(group) != 3 or not all(map(_is_plain, group)) or not _all_of(path, group, model):
-            continue
-        shapes = [tuple(_weight(layer).shape) for layer in group]
-        for which, (rows, columns) in enumerate(shapes):
-            others = [shape for i, shape in enumerate(shapes) if i != which]
-            if rows != columns and others == [(columns, rows)] * 2:
-                found.append([*(layer for i, layer in enumerate(group) if i != which), group[which]])
-    return found
+    @property
+    def _each(self) -> int:
+        return 1
+
+    @property
+    def _widest(self) -> int:
+        from lorabank.kernels.gpu import gated_mlp  # here, since it imports Triton
+
+        return gated_mlp.WIDEST_RANK
+
+    def _layout(self, pad: int) -> list[Wide]:
+        (rows, columns), (outputs, inputs) = self._weights[0].size(), self._weights[2].size()
+        return [
+            Wide(rows, columns + pad, ((0, 0, pad),)),
+            Wide(rows, columns + pad, ((1, 0, 0),)),
+            Wide(outputs + pad, inputs, ((2, 0, 0),)),
+        ]
+
+    def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
+        return [(2 * pad, self._weights[0].shape[1]), (pad, self._weights[2].shape[0])]
+
+    def filled(self, tables: Sequence[LayerTables]) -> tuple[list[Any], list[Bordered]]:
+        from lorabank.kernels.gpu.bordered import Border  # here, since it imports Triton
+
+        (gate, up, down), (both, last), pad = self._wide(), self._shadows, self._pad
+        borders = [gate[:, :pad], up[:, -pad:], down[-pad:].t()]
+        shadows = [both[:pad], both[pad:], last]
+        entries: list[Any] = []
+        for which, (layer, table) in enumerate(zip(self.layers, tables, strict=True)):
+            A, B = layer.store.buffers
+            leaf, other = (A, B) if which == 2 else (B, A)
+            entries.append(
+                Border(
+                    border=borders[which], leaf=leaf, shadow=shadows[which], other=other, ranks=table.ranks_P2,
+                    poison=self._poison[which],
+                )
+            )  # fmt: skip
+        names = ("bordered:before", "bordered:behind", "bordered:below")
+        more = zip((gate, up, down), (both, both, last), self._poison.unbind(), strict=True)
+        return entries, list(zip(self.layers, names, more, strict=True))
 
 
-def _all_of(path: str, group: Sequence[LoRALayer], model: nn.Module) -> bool:
-    """Whether the module at `path` has the weights of `group` and no others, and nothing else in the model has them."""
-    mine = {id(_weight(layer)) for layer in group}
-    if {id(p) for p in _parameters(model.get_submodule(path))} != mine:
-        return False
-    holders = Counter(id(p) for p in _parameters(model))
-    return all(holders[number] == 1 for number in mine)
+class JoinedBorders(Borders):
+    """Those of up to four layers with inputs of one size, whose weights stand above one another with a border behind them."""
+
+    @property
+    def _each(self) -> int:
+        return len(self.layers)
+
+    @property
+    def _widest(self) -> int:
+        from lorabank.kernels.gpu import siblings  # here, since it imports Triton
+
+        return siblings.WIDEST
+
+    def _layout(self, pad: int) -> list[Wide]:
+        sizes = [tuple(weight.size()) for weight in self._weights]
+        starts = [sum(rows for rows, _ in sizes[:which]) for which in range(len(sizes))]
+        rows = sum(rows for rows, _ in sizes)
+        return [Wide(rows, sizes[0][1] + pad, tuple((which, start, 0) for which, start in enumerate(starts)))]
+
+    def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
+        return [(pad, self._weights[0].shape[1])]
+
+    def filled(self, tables: Sequence[LayerTables]) -> tuple[list[Any], list[Bordered]]:
+        from lorabank.kernels.gpu.bordered import Border  # here, since it imports Triton
+
+        (wide,), (shadow,), count = self._wide(), self._shadows, len(self.layers)
+        share, inputs = self._pad // count, self._weights[0].shape[1]
+        entries: list[Any] = []
+        given: list[Bordered] = []
+        for (which, row, _), layer, table in zip(self._layout(self._pad)[0].parts, self.layers, tables, strict=True):
+            A, B = layer.store.buffers
+            mine, columns = slice(which * share, (which + 1) * share), slice(inputs + which * share, inputs + (which + 1) * share)
+            entries.append(
+                Border(
+                    border=wide[row : row + B.shape[1], columns], leaf=B, shadow=shadow[mine], other=A, ranks=table.ranks_P2,
+                    poison=self._poison[which],
+                )
+            )  # fmt: skip
+            given.append((layer, f"joined:{which}/{count}", (wide, shadow, self._poison[which])))
+        return entries, given
 
 
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Those of the base, once for each module that holds them: a wrapped layer and its base share one table of theirs."""
-    tables = {id(m._parameters): m._parameters for m in module.modules() if not isinstance(m, SlotParameters)}
-    return [p for table in tables.values() for p in table.values() if p is not None]
+class BlockBorders:
+    """All borders of one block."""
 
+    def __init__(self) -> None:
+        self._all: list[Borders] = []
 
-def _weight(layer: LoRALayer) -> nn.Parameter:
-    return layer.base._parameters["weight"]  # pyright: ignore[reportReturnType]
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the block's weights are views of, and what goes with it."""
+        return [tensor for borders in self._all for tensor in borders.tensors]
 
+    @property
+    def addresses(self) -> list[int]:
+        """Where they lie."""
+        return [address for borders in self._all for address in borders.addresses]
 
-def _is_plain(layer: LoRALayer) -> bool:
-    base = layer.base
-    return type(base) is nn.Linear and base.bias is None and layer.kind.storage == "linear" and not base.weight.requires_grad
+    def find(self, layers: Sequence[LoRALayer], model: nn.Module) -> None:
+        """Keep the borders of layers that belong together as they did, release the others."""
+        mlps = gated_mlps(layers, model)
+        taken = {id(layer) for group in mlps for layer in group}
+        others = joined_layers([layer for layer in layers if id(layer) not in taken], model)
+        wanted = [(MlpBorders, group) for group in mlps] + [(JoinedBorders, group) for group in others]
+        kept = [old for old in self._all if any(type(old) is kind and list(old.layers) == group for kind, group in wanted)]
+        for old in self._all:
+            if old not in kept:
+                old.release()
+        fresh = [
+            kind(group) for kind, group in wanted if not any(type(old) is kind and list(old.layers) == group for old in kept)
+        ]
+        self._all = kept + fresh
+
+    def prepare(self, tables: Mapping[int, LayerTables]) -> None:
+        """Move weights before anything looks at where they are. `tables`: by the layer's id."""
+        for borders in self._all:
+            borders.prepare([tables[id(layer)] for layer in borders.layers])
+
+    def fill(self, tables: Mapping[int, LayerTables]) -> list[Bordered]:
+        """Write the adapters into the borders, few starts for all of the block; what those layers are called with."""
+        from lorabank.kernels.gpu import bordered, sums  # here, since they import Triton
+
+        entries: list[Any] = []
+        given: list[Bordered] = []
+        for borders in self._all:
+            own = [tables[id(layer)] for layer in borders.layers]
+            if borders.prepare(own):
+                more, mine = borders.filled(own)
+                entries += more
+                given += mine
+        for start in range(0, len(entries), sums.MOST):
+            bordered.write(entries[start : start + sums.MOST])
+        return given
+
+    def release(self) -> None:
+        """Leave the block's weights as they were found."""
+        for borders in self._all:
+            borders.release()
+        self._all = []

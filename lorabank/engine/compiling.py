@@ -33,14 +33,14 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", mlps: bool = True) -> list[nn.Module]:
+def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", borders: bool = True) -> list[nn.Module]:
     """Compile the repeated blocks in place; returns those that weren't compiled before. Results don't change beyond rounding.
 
     `recompute`: the blocks will be recomputed in backward (activation checkpointing), which needs a GPU with Triton here.
     `kept`: on a GPU with Triton, what blocks keep for backward where they aren't recomputed: `products` (what products and
-    attention need; the rest is computed again in passing) or `all` that saves time. `mlps`: make each gated MLP of
-    adapted layers one op there, where adapters have few ranks; its weights become views of tensors with room for A and B
-    beside them until `uncompile_blocks`.
+    attention need; the rest is computed again in passing) or `all` that saves time. `borders`: put LoRA into
+    the borders of frozen weights there, where adapters have few ranks; the weights become views of tensors with room for A
+    and B beside them until `uncompile_blocks`.
     A GPU that Triton can't compile for, or not for this dtype, leaves the blocks as they are: a warning says so, once. Raises
     ConfigError when there is nothing to compile, and on a CPU for recomputation or without a C++ compiler.
     """
@@ -69,7 +69,7 @@ def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "pr
     fresh = [block for block in blocks if block._compiled_call_impl is None]
     for block in fresh:
         if on_gpu:
-            block._compiled_call_impl = FusedBlock(block, kept=kept, mlps=mlps)
+            block._compiled_call_impl = FusedBlock(block, kept=kept, borders=borders)
         else:
             block.compile()
     return fresh

@@ -28,7 +28,7 @@ from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
-from lorabank.engine.borders import Borders, gated_mlps
+from lorabank.engine.borders import BlockBorders
 from lorabank.engine.offload import Offload, storages
 from lorabank.engine.packed_attention import BOUNDARIES
 from lorabank.kernels.gpu import runtime
@@ -51,16 +51,16 @@ SLOTS = 8
 class FusedBlock:
     """What `block(...)` calls instead of the block's own code, once it is compiled."""
 
-    def __init__(self, block: nn.Module, *, kept: str = "products", mlps: bool = True, backend: str = "inductor") -> None:
-        """`kept`: what is kept for backward, a name in `kernels/gpu/grouping.py`'s `KEEPS`. `mlps`: gated MLPs as one op.
+    def __init__(self, block: nn.Module, *, kept: str = "products", borders: bool = True, backend: str = "inductor") -> None:
+        """`kept`: what is kept for backward, a name in `kernels/gpu/grouping.py`'s `KEEPS`.
 
-        `backend`: of torch.compile.
+        `borders`: put LoRA into the weights' borders (borders.py). `backend`: of torch.compile.
         """
         from lorabank.kernels.gpu.grouping import grouping  # here, since it imports Triton
 
         self.block = block
         self.kept = kept
-        self.mlps = mlps
+        self.borders = borders
         self.recompute = False
         """Whether to keep only the block's inputs and compute it again in backward: what of it backward needs, at least."""
         self.offload: Offload | None = None
@@ -78,7 +78,9 @@ class FusedBlock:
         """The bank, and its structure count, at a call that was left to the plain block, which shows what layers it reaches."""
         self._layers: list[LoRALayer] = []
         self._tables: list[LayerTables] = []
-        self._borders: list[Borders] = []
+        self._borders = BlockBorders()
+        self._table_of: dict[int, LayerTables] = {}
+        """By a layer's id, for the borders."""
         self._own: tuple[tuple[int, ...], frozenset[int]] | None = None
 
     @property
@@ -90,8 +92,7 @@ class FusedBlock:
     def addresses(self) -> tuple[int, ...]:
         """Where the block's tensors lie: others once the model was moved or cast."""
         bases = (tensor.data_ptr() for tensor in itertools.islice(self.block.parameters(), 1))
-        moved = (address for borders in self._borders for address in borders.addresses)
-        return (*bases, *(layer.store.buffers[0].data_ptr() for layer in self._layers[:1]), *moved)
+        return (*bases, *(layer.store.buffers[0].data_ptr() for layer in self._layers[:1]), *self._borders.addresses)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""
@@ -132,8 +133,7 @@ class FusedBlock:
         state = (*self.addresses, self._structure)
         if self._own is None or self._own[0] != state:
             stored = [t for layer in self._layers for t in (*layer.stored, *layer.store.buffers)]
-            borders = [tensor for borders in self._borders for tensor in borders.tensors]
-            self._own = state, storages([*self.block.parameters(), *self.block.buffers(), *stored, *borders])
+            self._own = state, storages([*self.block.parameters(), *self.block.buffers(), *stored, *self._borders.tensors])
         return self._own[1]
 
     def _checkpointed(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -241,7 +241,10 @@ class FusedBlock:
             for table in self._tables:
                 _vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
             self._structure = bank.structure
-            self._find_borders(layers, bank.model)
+            with self._lock:
+                self._table_of = {id(layer): table for layer, table in zip(layers, self._tables, strict=True)}
+                if self.borders:
+                    self._borders.find(layers, bank.model)
         else:
             self.release()  # the bank was taken out of the model
         self._layers, self._bank = layers, bank  # last: another thread may look
@@ -260,21 +263,9 @@ class FusedBlock:
             )
         self._waited = now
 
-    def _find_borders(self, layers: list[LoRALayer], model: nn.Module) -> None:
-        """Keep the borders of MLPs that are as they were, release the others."""
-        wanted = gated_mlps(layers, model) if self.mlps else []
-        kept = [old for old in self._borders if any(list(old.layers) == group for group in wanted)]
-        for old in self._borders:
-            if old not in kept:
-                old.release()
-        fresh = [group for group in wanted if not any(list(old.layers) == group for old in kept)]
-        self._borders = kept + [Borders(group) for group in fresh]
-
     def release(self) -> None:
         """Leave the block's weights as they were found."""
-        for borders in self._borders:
-            borders.release()
-        self._borders = []
+        self._borders.release()
 
     def _batch(
         self, bank: AdapterBank, routing: Routing, inputs: Sequence[Tensor]
@@ -316,26 +307,19 @@ class FusedBlock:
         return x, self._with_borders(calls)
 
     def _with_borders(self, calls: list[LayerCall]) -> list[LayerCall]:
-        if not self._borders:
-            return calls
         places = {id(layer): i for i, layer in enumerate(self._layers)}
         with self._lock:
-            filled = [one for borders in self._borders for one in borders.fill(self._tables_of(borders))]
+            filled = self._borders.fill(self._table_of)
         for layer, storage, more in filled:
-            _vary(more[1])
+            _vary(more[2])
             place = places[id(layer)]
             calls[place] = replace(calls[place], storage=storage, more=more)
         return calls
 
-    def _tables_of(self, borders: Borders) -> list[LayerTables]:
-        known = {id(layer): table for layer, table in zip(self._layers, self._tables, strict=True)}
-        return [known[id(layer)] for layer in borders.layers]
-
     def _prepare_borders(self) -> None:
         """Move weights before anything looks at where they are."""
         with self._lock:
-            for borders in self._borders:
-                borders.prepare(self._tables_of(borders))
+            self._borders.prepare(self._table_of)
 
 
 def _no_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

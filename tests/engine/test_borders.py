@@ -10,16 +10,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
-from lorabank.engine.borders import gated_mlps
+from lorabank.engine.border_groups import gated_mlps, joined_layers
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
 from lorabank.engine.fused_block import fused_blocks
 from lorabank.kernels.gpu import bordered
+from lorabank.kernels.tables import RouteTables
 from tests.engine import test_fused_block as fused_tests
 from tests.engine.test_fused_block import assert_same, bank_of, fuse, pair
 from tests.engine.tiny import add, backward, batch_of, make_bank, make_model
@@ -34,13 +35,13 @@ LENGTHS, ROUTES = [9, 7, 5, 8], ["a", "b", BASE, "a"]
 def widened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """One entry for each pass over a narrow side: two a gated MLP's forward and backward."""
     seen: list[int] = []
-    real = bordered.widen
+    real = bordered.Group.widen
 
-    def counted(x: Tensor, weights: list[Tensor], *args: object) -> tuple[Tensor, list[Tensor]]:
-        seen.append(len(weights))
-        return real(x, weights, *args)  # pyright: ignore[reportArgumentType]
+    def counted(group: bordered.Group, x: Tensor, tables: RouteTables) -> tuple[Tensor, list[Tensor]]:
+        seen.append(len(group.ranks))
+        return real(group, x, tables)
 
-    monkeypatch.setattr(bordered, "widen", counted)
+    monkeypatch.setattr(bordered.Group, "widen", counted)
     yield seen
 
 
@@ -130,14 +131,39 @@ def test_weights_that_somebody_else_replaces_are_followed(widened: list[int]) ->
     assert moved(fused) == set(MLP)
 
 
-def test_layers_that_are_no_gated_mlp(widened: list[int]) -> None:
-    for family, targets in (("gpt2", "all-linear"), ("llama", ["up_proj", "down_proj"]), ("opt", "all-linear")):
-        bank = bank_of(family, targets=targets)
-        fuse(bank)
-        settle(bank)
-        assert fused_blocks(bank)
-        assert not moved(bank)
+@pytest.mark.parametrize(
+    ("family", "targets", "expected", "passes"),
+    [
+        ("llama", ["q_proj", "k_proj", "v_proj", "o_proj"], {"q_proj", "k_proj", "v_proj", "o_proj"}, [3, 1]),
+        ("llama", ["q_proj", "v_proj"], {"q_proj", "v_proj"}, [2]),
+        ("llama", ["up_proj", "down_proj"], {"up_proj", "down_proj"}, [1, 1]),
+        ("opt", "all-linear", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, [3, 1, 1, 1]),  # with biases
+        ("gpt2", "all-linear", set(), []),  # weights the other way round
+    ],
+)
+def test_joined_layers(family: str, targets: list[str] | str, expected: set[str], passes: list[int], widened: list[int]) -> None:
+    plain, fused = pair(family, targets=targets)
+    before = {name: p.detach().clone() for name, p in weights(fused).items()}
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    assert widened == passes * 4  # two blocks, two passes
+    assert moved(fused) == expected
+    assert all(torch.equal(p, before[name]) for name, p in weights(fused).items())
+
+
+def test_joined_layers_of_adapters_that_differ(widened: list[int]) -> None:
+    """Columns of a rank that only one of the layers has; then more ranks than there is room for."""
+    plain, fused = pair(targets=["q_proj", "k_proj", "v_proj"])
+    for bank in (plain, fused):
+        add(bank, "keys", rank=14, targets=["k_proj"])
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    assert widened == [3] * 4
+    widened.clear()
+    for bank in (plain, fused):
+        for i in range(3):
+            add(bank, f"queries{i}", rank=16, targets=["q_proj", "v_proj"])
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
     assert not widened
+    assert not moved(fused)
 
 
 def adapted(bank: AdapterBank) -> list[LoRALayer]:
@@ -148,6 +174,17 @@ def test_which_layers_are_a_gated_mlp() -> None:
     bank = bank_of(targets="all-linear")
     found = gated_mlps(adapted(bank), bank.model)
     assert [[layer.path.split(".")[-1] for layer in group] for group in found] == [MLP, MLP]
+
+
+def test_which_layers_are_joined() -> None:
+    bank = bank_of(targets="all-linear")
+    backward(bank, batch_of(LENGTHS, ROUTES))
+    attention = [layer for layer in adapted(bank) if "self_attn" in layer.path]
+    found = joined_layers(attention, bank.model)
+    assert [[layer.path.split(".")[-1] for layer in group] for group in found] == [["q_proj", "k_proj", "v_proj"], ["o_proj"]] * 2
+    attention[0].base.weight = nn.Parameter(torch.zeros(2 * 4, 32), requires_grad=False)  # the other two still have 32 rows
+    found = joined_layers(attention[:1], bank.model)
+    assert not found  # 32 features of x for 8 of y: a copy of x costs more than it saves
 
 
 def test_three_layers_of_an_attention_are_none() -> None:

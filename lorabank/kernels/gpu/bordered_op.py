@@ -2,24 +2,26 @@
 
 `lorabank::lora_mlp_open` is gate and up, `lorabank::lora_mlp_close` the rest; where a block is computed again in backward, only
 the first is. Nobody calls them: `grouping.py` puts them in the place of such layers in a compiled block. `bases`: layer by layer
-the tensors of the `bordered` storage: W, the wide weight that W is a view of, poison (P, blocks). h isn't kept but made again in
-backward. To a compiler the ops are opaque: their products write into views, which it would copy. Their twin: the three layers
-one after the other.
+the tensors of the `bordered` storage: W, the wide weight that W is a view of, its shadow, poison (P, blocks). gate and up share a
+shadow, whose first half is that of the layer whose border is before its weight. h isn't kept but made again in backward. To a
+compiler the ops are opaque: their products write into views, which it would copy. Their twin: the three layers one after the
+other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorabank.kernels.gpu import bordered, lora, siblings
+from lorabank.kernels.gpu import gated_mlp, lora, siblings
+from lorabank.kernels.gpu.bordered import Group
 from lorabank.kernels.gpu.op import custom_op
 from lorabank.kernels.tables import RouteTables
 
-EACH = 3
+EACH = 4
 """Tensors of a bordered weight."""
 
 
@@ -28,10 +30,11 @@ def _open(
     order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, swapped: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[gate, up, s·xAᵀ of gate and of up]. Lists are gate's and up's; `swapped`: up's border is the one before its weight."""
-    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(swapped)
-    (left, right), poison, pad = _of(bases[1::EACH], sides), _of(bases[2::EACH], sides), bases[1].shape[1] - bases[0].shape[1]
-    wide, narrow = bordered.widen(x_NI, _of(As, sides), tables, _of(ranks, sides), _of(scalings, sides), poison, pad, width)
-    return [*_of([wide[:, :-pad] @ left.t(), wide[:, pad:] @ right.t()], sides), *_of(narrow, sides)]
+    tables, sides = RouteTables(order, tiles, chunks, spans), _sides(swapped)
+    left, right = _of(bases[1::EACH], sides)
+    group = _pair(bases, ranks, scalings, width, sides)
+    wide, narrow = group.widen(_rows(x), tables)
+    return [*_of([wide[:, : -group.share] @ left.t(), wide[:, group.share :] @ right.t()], sides), *_of(narrow, sides)]
 
 
 def _open_backward(
@@ -40,30 +43,32 @@ def _open_backward(
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dA of gate and of up]; dx is empty where it isn't needed."""
     tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(swapped)
-    (left, right), poison, pad = _of(bases[1::EACH], sides), _of(bases[2::EACH], sides), bases[1].shape[1] - bases[0].shape[1]
+    (left, right), group = _of(bases[1::EACH], sides), _pair(bases, ranks, scalings, width, sides)
     dleft, dright = _of([dgate.contiguous(), dup.contiguous()], sides)
+    pad = group.share
     wide = torch.empty((len(x_NI), x_NI.shape[1] + 2 * pad), dtype=x.dtype, device=x.device)
     wide[:, -pad:].zero_()
     torch.mm(dleft, left, out=wide[:, :-pad])
     torch.addmm(wide[:, pad:], dright, right, out=wide[:, pad:])
-    dx_NI, narrow = bordered.finish(wide, _of(As, sides), tables, _of(ranks, sides), _of(scalings, sides), poison, pad, width)
+    dx_NI, narrow = group.finish(wide, tables)
     dAs = siblings.outer(_of(narrow, sides), x_NI, As, tables, ranks)
     return [dx_NI.view(x.shape) if needs_dx else x.new_empty(0), *dAs]
 
 
 def _close(
-    x: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], base: list[Tensor], Bs: list[Tensor], A: Tensor, B: Tensor,
+    onto: Tensor | None, gate: Tensor, up: Tensor, xas: list[Tensor], base: list[Tensor], Bs: list[Tensor], A: Tensor, B: Tensor,
     ranks: list[Tensor], scaling: Tensor, order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
     activation: str, again: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[y, s·hAᵀ of down]. Of x only the shape is read. `xas`, `Bs` are gate's and up's, for backward.
+    """[y (N, I), s·hAᵀ of down]. `xas`, `Bs` are gate's and up's, for backward.
 
-    `again`: the block will be computed again, without this op: nothing of it is kept.
+    `onto`: a residual (N, I) that y is added to. `again`: the block will be computed again, without this op: nothing of it is
+    kept.
     """
-    tables, (_, wide, poison), pad = RouteTables(order, tiles, chunks, spans), base, _rows_more(base)
-    y_wide = bordered.activate(gate, up, activation) @ wide.t()
-    y_NO, (xa,) = bordered.finish(y_wide, [B], tables, ranks[2:], [scaling], [poison], pad, width)
-    return [y_NO.view(*x.shape[:-1], y_NO.shape[-1]), x.new_empty(0) if again else xa]
+    tables = RouteTables(order, tiles, chunks, spans)
+    y_wide = gated_mlp.activate(gate, up, activation) @ base[1].t()
+    y_NO, (xa,) = _alone(base, ranks[2], scaling, width).finish(y_wide, tables, None if onto is None else _rows(onto))
+    return [y_NO, gate.new_empty(0) if again else xa]
 
 
 def _close_backward(
@@ -72,23 +77,34 @@ def _close_backward(
     activation: str, again: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dgate, dup, dB of gate and of up, dA and dB of down]."""
-    tables, (_, wide, poison), pad = RouteTables(order, tiles, chunks, spans), base, _rows_more(base)
+    tables = RouteTables(order, tiles, chunks, spans)
     dy_NO = _rows(dy.to(gate.dtype))
     if again:
-        xa = lora.shrink(bordered.activate(gate, up, activation), A, tables, ranks[2], scaling, width)
-    dy_wide, last = bordered.widen(dy_NO, [B], tables, ranks[2:], [scaling], [poison], pad, width)
+        xa = lora.shrink(gated_mlp.activate(gate, up, activation), A, tables, ranks[2], scaling, width)
+    dy_wide, last = _alone(base, ranks[2], scaling, width).widen(dy_NO, tables)
     dB = lora.outer(xa, dy_NO, B, tables, ranks[2])
-    dh_NF = dy_wide @ wide
-    dgate, dup, (*dBs, dA) = bordered.middle(dh_NF, gate, up, [*xas, *last], [*Bs, A], tables, ranks, activation)
+    dh_NF = dy_wide @ base[1]
+    dgate, dup, (*dBs, dA) = gated_mlp.middle(dh_NF, gate, up, [*xas, *last], [*Bs, A], tables, ranks, activation)
     return [dgate, dup, *dBs, dA, dB]
+
+
+def _pair(
+    bases: Sequence[Tensor], ranks: Sequence[Tensor], scalings: Sequence[Tensor], width: int, sides: tuple[int, int]
+) -> Group:
+    """gate and up by side: a border before x and one behind it."""
+    pad = bases[1].shape[1] - bases[0].shape[1]
+    ranks, scalings, poison = _of(ranks, sides), _of(scalings, sides), _of(bases[3::EACH], sides)
+    return Group(shadow=bases[2], ranks=ranks, scalings=scalings, poison=poison, width=width, pads=2 * pad, share=pad, left=pad)
+
+
+def _alone(base: Sequence[Tensor], ranks: Tensor, scaling: Tensor, width: int) -> Group:
+    """down, whose border is below its weight."""
+    pad = base[1].shape[0] - base[0].shape[0]
+    return Group(shadow=base[2], ranks=[ranks], scalings=[scaling], poison=[base[3]], width=width, pads=pad, share=pad)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _rows_more(base: Sequence[Tensor]) -> int:
-    return base[1].shape[0] - base[0].shape[0]
 
 
 def _sides(swapped: bool) -> tuple[int, int]:
@@ -101,7 +117,7 @@ def _of(values: Sequence[Tensor], sides: tuple[int, int]) -> list[Tensor]:
     return [values[sides[0]], values[sides[1]]]
 
 
-_steps = {
+_steps: dict[str, Callable[..., list[Tensor]]] = {
     "open": custom_op("lorabank::lora_mlp_open_steps", _open),
     "open_backward": custom_op("lorabank::lora_mlp_open_backward_steps", _open_backward),
     "close": custom_op("lorabank::lora_mlp_close_steps", _close),
@@ -127,12 +143,12 @@ def _run_open_backward(
 
 
 def _run_close(
-    x: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], base: list[Tensor], Bs: list[Tensor], A: Tensor, B: Tensor,
+    onto: Tensor | None, gate: Tensor, up: Tensor, xas: list[Tensor], base: list[Tensor], Bs: list[Tensor], A: Tensor, B: Tensor,
     ranks: list[Tensor], scaling: Tensor, order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
     activation: str, again: bool,
 ) -> list[Tensor]:  # fmt: skip
     return _steps["close"](
-        x, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
+        onto, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
     )
 
 
@@ -164,9 +180,9 @@ def _fake_open_backward(  # type: ignore[no-untyped-def]
 
 
 def _fake_close(  # type: ignore[no-untyped-def]
-    x, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
+    onto, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
 ):
-    return [x.new_empty(*x.shape[:-1], B.shape[1]), x.new_empty(0) if again else x.new_empty(order.shape[0], width)]
+    return [gate.new_empty(gate.shape[0], B.shape[1]), gate.new_empty(0) if again else gate.new_empty(order.shape[0], width)]
 
 
 def _fake_close_backward(  # type: ignore[no-untyped-def]
@@ -195,20 +211,21 @@ def _open_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _setup_close(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again = inputs
+    onto, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again = inputs
     xa = scaling if again else output[1]  # anything, then: an empty result would have to be made again, too
     ctx.save_for_backward(gate, up, xa, A, B, scaling, order, tiles, chunks, spans, *xas, *base, *Bs, *ranks)
-    ctx.width, ctx.activation, ctx.again = width, activation, again
+    ctx.width, ctx.activation, ctx.again, ctx.onto = width, activation, again, onto is not None
 
 
 def _close_gradient(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     gate, up, xa, A, B, scaling, order, tiles, chunks, spans, *rest = ctx.saved_tensors
-    xas, base, Bs, ranks = rest[:2], rest[2:5], rest[5:7], rest[7:]
+    xas, base, Bs, ranks = rest[:2], rest[2 : 2 + EACH], rest[2 + EACH : 4 + EACH], rest[4 + EACH :]
     dgate, dup, dB_gate, dB_up, dA, dB = lora_mlp_close_backward(
         grads[0], gate, up, xas, xa, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, ctx.width, ctx.activation,
         ctx.again,
     )  # fmt: skip
-    return None, dgate, dup, [None, None], [None] * EACH, [dB_gate, dB_up], dA, dB, [None] * 3, *[None] * 8
+    onto = grads[0] if ctx.onto else None
+    return onto, dgate, dup, [None, None], [None] * EACH, [dB_gate, dB_up], dA, dB, [None] * 3, *[None] * 8
 
 
 for _op, _fake in (

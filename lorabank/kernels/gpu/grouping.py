@@ -1,8 +1,8 @@
 """Passes over a traced block: adapted layers that belong together become one op.
 
-A gated MLP whose weights have borders becomes `lorabank::lora_mlp_open` and `lora_mlp_close`; other layers that read the same x
-become one `lorabank::lora_linears`. The passes look at the graph alone, so they serve every model whose block has such layers,
-and leave the others as they are.
+A gated MLP whose weights have borders becomes `lorabank::lora_mlp_open` and `lora_mlp_close`; layers whose joined weights have
+one become `lorabank::lora_joined`, others that read the same x one `lorabank::lora_linears`. The passes look at the graph alone,
+so they serve every model whose block has such layers, and leave the others as they are.
 """
 
 from __future__ import annotations
@@ -20,10 +20,19 @@ import torch._inductor.config as inductor_config
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule, Node
 
-from lorabank.kernels.gpu import bordered, keeping, siblings
 from lorabank.kernels.gpu import bordered_op as _bordered_op  # noqa: F401  registers lorabank::lora_mlp_open
+from lorabank.kernels.gpu import gated_mlp, keeping, siblings
+from lorabank.kernels.gpu import joined_op as _joined_op  # noqa: F401  registers lorabank::lora_joined
 from lorabank.kernels.gpu import siblings_op as _siblings_op  # noqa: F401  registers lorabank::lora_linears
 
+_PRODUCT_OPS = (
+    torch.ops.lorabank.add_product,
+    torch.ops.lorabank.add_four_bit,
+    torch.ops.lorabank.four_bit_product,
+    torch.ops.lorabank.lora_mlp_open,
+    torch.ops.lorabank.lora_mlp_close,
+    torch.ops.lorabank.lora_joined,
+)
 Backend = Callable[[GraphModule, list[Any]], Any]
 _SHARED = ("order", "tiles", "chunks", "spans", "storage", "width")
 _FIELDS = ("x", "base", "bias", "A", "B", "ranks", "scaling", "order", "tiles", "chunks", "spans", "storage", "width", "drops")
@@ -61,11 +70,34 @@ def grouping(name: str, kept: str = "all") -> Backend:
 
     def compiled(graph_module: GraphModule, inputs: list[Any]) -> Any:
         fuse_mlps(graph_module, again=kept not in KEPT_WHOLE)
+        join_layers(graph_module)
         group_siblings(graph_module)
-        with functorch_config.patch(dict(KEEPS[kept])), _dividing(kept):
+        with functorch_config.patch(dict(KEEPS[kept])), _dividing(kept), inductor_config.patch(_pieces()):
             return backend(graph_module, inputs)
 
+    if name == "inductor":
+        _realize_inputs()
     return compiled
+
+
+def _pieces() -> dict[str, Any]:
+    """Settings with which inductor writes each piece of a joined gradient by itself: a piece costs masks of all others else."""
+    known = inductor_config.get_config_copy()
+    return {name: 2 for name in ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs") if name in known}
+
+
+def _realize_inputs() -> None:
+    """Have inductor make one tensor of what several of our products read, such as a norm's result.
+
+    It does so for the ops that it knows to need a tensor; others it gets to know as it comes to them, which is too late for the
+    first graph of a process: there each product would get a copy of its own.
+    """
+    try:
+        from torch._inductor.lowering import add_needs_realized_inputs
+    except ImportError:
+        return
+    for op in _PRODUCT_OPS:
+        add_needs_realized_inputs(op)
 
 
 def _dividing(kept: str) -> contextlib.AbstractContextManager[Any]:
@@ -106,7 +138,7 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
         if gate is None or up is None or gate is up or not _alike([gate, up, down]) or not _bordered(gate, up, down):
             continue
         width = down.args[_FIELDS.index("width")]
-        if gate.args[0] is up.args[0] and isinstance(width, int) and width <= bordered.WIDEST_RANK:
+        if gate.args[0] is up.args[0] and isinstance(width, int) and width <= gated_mlp.WIDEST_RANK:
             return gate, up, activation
     return None
 
@@ -160,21 +192,43 @@ def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, ac
     graph = graph_module.graph
     x, bases, _, As, Bs, ranks, scalings, *shared, _, width, _ = _joined([gate, up, down])
     each = len(bases) // 3
-    with graph.inserting_before(down):
+    added = _added_to(down)
+    last = down if added is None else added[0]
+    with graph.inserting_before(last):
         first = x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width, _storage(up) == "bordered:before"
         opened = graph.call_function(torch.ops.lorabank.lora_mlp_open, first)
         gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
+        like = x if added is None else added[1]
+        onto = None if added is None else graph.call_method("flatten", (like, 0, -2))
         given = (
-            x, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation,
+            onto, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation,
             again,
         )  # fmt: skip
         closed = graph.call_function(torch.ops.lorabank.lora_mlp_close, given)
+        y, xa = (graph.call_function(operator.getitem, (closed, i)) for i in range(2))
+        y = graph.call_method("view_as", (y, like))
+    if added is not None:
+        added[0].replace_all_uses_with(y)
+        graph.erase_node(added[0])
     for user in list(down.users):
-        with graph.inserting_after(closed):
-            result = graph.call_function(operator.getitem, (closed, user.args[1]))
-        user.replace_all_uses_with(result)
+        user.replace_all_uses_with(y if user.args[1] == 0 else xa)
         graph.erase_node(user)
     graph.erase_node(down)
+
+
+def _added_to(down: Node) -> tuple[Node, Node] | None:
+    """(the sum, its other term) if all that becomes of a layer's y is a sum with another tensor like it, a residual."""
+    results = [user for user in down.users if user.args[1] == 0]
+    if len(results) != 1 or len(results[0].users) != 1:
+        return None
+    total, y = next(iter(results[0].users)), results[0]
+    if total.op != "call_function" or total.target not in _SUMS or total.kwargs or len(total.args) != 2:
+        return None
+    other = next((term for term in total.args if term is not y), None)
+    like, mine = (node.meta.get("example_value") if isinstance(node, Node) else None for node in (other, y))
+    if not isinstance(other, Node) or not isinstance(like, torch.Tensor) or not isinstance(mine, torch.Tensor):
+        return None
+    return (total, other) if like.dtype == mine.dtype and like.shape == mine.shape and like.ndim > 1 else None
 
 
 def _joined(nodes: Sequence[Node]) -> tuple[Any, ...]:
@@ -185,6 +239,51 @@ def _joined(nodes: Sequence[Node]) -> tuple[Any, ...]:
     joint = [*drops[0][:_OF_BATCH], *(tensor for mine in drops for tensor in mine[_OF_BATCH:])]
     biases = [] if biases[0] is None else biases
     return x[0], flat, biases, As, Bs, ranks, scalings, *(column[0] for column in shared), joint
+
+
+def join_layers(graph_module: GraphModule) -> int:
+    """Put one op in the place of layers with joined weights, where all of them read the same x; returns how many layers."""
+    graph, places = graph_module.graph, {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    alike: dict[Any, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if _is_layer(node) and _storage(node).startswith("joined:") and not node.args[_FIELDS.index("drops")]:
+            alike[(node.args[0], _base(node)[1], *_shared(node))].append(node)
+    joined = 0
+    for nodes in alike.values():
+        first = nodes[0]  # the others move up to it
+        ready = all(places[arg] < places[first] for node in nodes for arg in node.all_input_nodes)
+        nodes.sort(key=_storage)
+        sizes = [_base(node)[0].meta["example_value"].shape[0] for node in nodes]
+        if ready and [_storage(node) for node in nodes] == [f"joined:{i}/{len(nodes)}" for i in range(len(nodes))]:
+            _replace_joined(graph_module, nodes, first, sizes)
+            joined += len(nodes)
+    if joined:
+        graph.lint()
+        graph_module.recompile()
+    return joined
+
+
+def _base(node: Node) -> list[Node]:
+    return node.args[_FIELDS.index("base")]  # pyright: ignore[reportReturnType]
+
+
+def _replace_joined(graph_module: GraphModule, nodes: Sequence[Node], first: Node, sizes: Sequence[int]) -> None:
+    graph = graph_module.graph
+    x, bases, biases, As, Bs, ranks, scalings, *shared, _, width, _ = _joined(nodes)
+    with graph.inserting_before(first):
+        op = graph.call_function(torch.ops.lorabank.lora_joined, (x, bases, biases, As, Bs, ranks, scalings, *shared, width))
+        y = graph.call_function(operator.getitem, (op, 0))
+        ys = [y]
+        if len(nodes) > 1:  # whoever reads a layer's y may count on its rows being close together; a compiler makes no copy
+            parts = graph.call_function(torch.split, (y, list(sizes), -1))
+            views = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
+            ys = [graph.call_method("contiguous", (view,)) for view in views]
+        narrow = [graph.call_function(operator.getitem, (op, 1 + i)) for i in range(len(nodes))]
+    for node, y, xa in zip(nodes, ys, narrow, strict=True):
+        for user in list(node.users):
+            user.replace_all_uses_with(y if user.args[1] == 0 else xa)
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def group_siblings(graph_module: GraphModule) -> int:
@@ -224,3 +323,4 @@ def _replace_siblings(graph_module: GraphModule, nodes: Sequence[Node]) -> None:
 
 
 _PRODUCTS = (operator.mul, torch.mul)
+_SUMS = (operator.add, torch.add)

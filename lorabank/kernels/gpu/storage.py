@@ -1,7 +1,8 @@
 """The frozen product on a GPU, one pair of functions for each way a base weight is stored. One table: `STORAGES`.
 
 Shapes: x (N, I), dy (N, O). `base` is the list of a storage's tensors; `linear`: [W (O, I)], `bordered:…`: W and what
-bordered_op.py has besides (its border before W, behind it, or below), `conv1d`: [W (I, O)], `fp8`: as in kernels/fp8.py, `nf4`
+bordered_op.py has besides (its border before W, behind it, or below), `joined:i/C`: W, the i-th of C, and what joined_op.py
+has besides, `conv1d`: [W (I, O)], `fp8`: as in kernels/fp8.py, `nf4`
 and `fp4`: as in kernels/four_bit.py.
 """
 
@@ -115,6 +116,7 @@ STORAGES: Mapping[str, Storage] = {
     "bordered:before": _PLAIN,
     "bordered:behind": _PLAIN,
     "bordered:below": _PLAIN,
+    **{f"joined:{which}/{count}": _PLAIN for count in range(1, 5) for which in range(count)},
     "conv1d": Storage(
         _conv1d,
         lambda dy, base: dy @ base[0].t(),

@@ -19,7 +19,7 @@ from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorabank.kernels.gpu import bordered, lora, siblings, sums
+from lorabank.kernels.gpu import bordered, gated_mlp, lora, outer_joined, siblings, sums
 from lorabank.kernels.tables import RouteTables, drop_tables, route_tables
 
 LAUNCHED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -70,26 +70,37 @@ def record(width: int, dtype: torch.dtype) -> None:
             for count in (1, 2):
                 more = [torch.empty_like(part) for _ in range(count)]
                 siblings.change([narrow] * (count + 1), [A] * (count + 1), few, [ranks] * (count + 1), out_NF=part, more=more)
-        if width <= bordered.WIDEST_RANK:
-            record_mlp(part, narrow, A, few, ranks, scaling, width)
+            record_borders(part, narrow, A, few, ranks, scaling, width)
+        if width <= gated_mlp.WIDEST_RANK:
+            for activation in gated_mlp.ACTIVATIONS:
+                gated_mlp.activate(part, part, activation)
+                gated_mlp.middle(part, part, part, [narrow] * 3, [A] * 3, few, [ranks] * 3, activation)
 
 
-def record_mlp(
+def record_borders(
     x: torch.Tensor, narrow: torch.Tensor, A: torch.Tensor, tables: RouteTables, ranks: torch.Tensor, scaling: torch.Tensor,
     width: int,
 ) -> None:  # fmt: skip
-    """Start what a gated MLP with borders has of its own."""
-    pad, three = bordered.border_width(len(A)), [ranks] * 3
-    poison = bordered.poison_like(ranks, x.shape[1])
-    columns, rows = torch.empty(x.shape[1], pad, dtype=x.dtype), torch.empty(pad, x.shape[1], dtype=x.dtype)
-    bordered.write([columns, torch.empty_like(columns), rows], [A] * 3, three, poison)
-    for count in (1, 2):
-        same = [A] * count, tables, [ranks] * count, [scaling] * count, [poison[0]] * count, pad, width
-        wide, _ = bordered.widen(x, *same)
-        bordered.finish(wide, *same)
-    for activation in bordered.ACTIVATIONS:
-        bordered.activate(x, x, activation)
-        bordered.middle(x, x, x, [narrow] * 3, [A] * 3, tables, three, activation)
+    """Start what frozen weights with borders need."""
+    features = x.shape[1]
+    for count in (1, 2, 3, 4):
+        pads = bordered.STEP * (2 if width > 16 or count > 3 else 1)
+        poison, shadow = bordered.poison_like(ranks, count, features), torch.empty(4 * pads, features, dtype=x.dtype)
+        columns = torch.empty(count, features, pads, dtype=x.dtype)
+        entries = [
+            bordered.Border(
+                border=columns[i] if i != 1 else columns[i].view(pads, features).t(), leaf=A, other=A, ranks=ranks,
+                shadow=shadow[i * pads : (i + 1) * pads], poison=poison[i],
+            )
+            for i in range(count)
+        ]  # fmt: skip
+        bordered.write(entries)
+        lists = {"ranks": [ranks] * count, "scalings": [scaling] * count, "poison": list(poison)}
+        layouts = [(pads, pads // count, 0)] + ([(2 * pads, pads, pads)] if count == 2 else [])
+        for wide, share, left in layouts:
+            group = bordered.Group(shadow=shadow, width=width, pads=wide, share=share, left=left, **lists)
+            group.finish(group.widen(x, tables)[0], tables)
+        outer_joined.outer_joined([narrow] * count, x.repeat(1, count), [A] * count, tables, lists["ranks"])
 
 
 def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> str:

@@ -60,7 +60,7 @@ def divide(bank: AdapterBank, way: str) -> dict[str, Any]:
     torch._dynamo.reset()
     blocks = repeated_blocks(bank.model)
     for block in blocks:
-        block._compiled_call_impl = FusedBlock(block, kept=kept, mlps=bool(mlps), backend=f"divided_{kept}{mlps}")
+        block._compiled_call_impl = FusedBlock(block, kept=kept, borders=bool(mlps), backend=f"divided_{kept}{mlps}")
     body: Any = bank.model.get_submodule(bank.model.base_model_prefix)  # pyright: ignore[reportArgumentType]
     with bank.route("a"), own_attention(bank.model.modules(), torch.device("cuda"), maskless=True):
         hidden = body(input_ids=torch.ones(ROWS, TOKENS, dtype=torch.int64), use_cache=False).last_hidden_state

@@ -52,14 +52,25 @@ class Mlp:
         self.borders = [borders[layer] for layer in self.layers]
         for layer, view in self.views.items():
             view.copy_(layer.weight)
-        self.poison = bordered.poison_like(self.gate.ranks, middle)
+        self.poison = bordered.poison_like(self.gate.ranks, 3, middle)
+        both, last = torch.full((2 * self.pad, inputs), NAN, device=device), torch.full((self.pad, inputs), NAN, device=device)
+        self.shadows = {left: both, right: both, self.down: last}
+        self.mine = {left: both[: self.pad], right: both[self.pad :], self.down: last}
         self.poisons = self.poison.unbind()
         self.storages = {left: "bordered:before", right: "bordered:behind", self.down: "bordered:below"}
 
     def write(self) -> None:
         """Fill the borders from the adapters."""
-        sources = [self.gate.B, self.up.B, self.down.A]
-        bordered.write(self.borders, [s.detach() for s in sources], [layer.ranks for layer in self.layers], self.poison)
+        entries: list[bordered.Border] = []
+        for layer, border, poison in zip(self.layers, self.borders, self.poisons, strict=True):
+            leaf, other = (layer.A, layer.B) if layer is self.down else (layer.B, layer.A)
+            entries.append(
+                bordered.Border(
+                    border=border.t() if layer is self.down else border, leaf=leaf.detach(), shadow=self.mine[layer],
+                    other=other.detach(), ranks=layer.ranks, poison=poison,
+                )
+            )  # fmt: skip
+        bordered.write(entries)
 
     def plain(self, x: Tensor, batch: RouteTables, act: Callable[[Tensor], Tensor]) -> Tensor:
         """One layer after the other."""
@@ -70,7 +81,7 @@ class Mlp:
 
         def layer(which: int, x: Tensor) -> Tensor:
             one = self.layers[which]
-            base = [self.views[one], self.wide[one], self.poisons[which]]
+            base = [self.views[one], self.wide[one], self.shadows[one], self.poisons[which]]
             return torch.ops.lorabank.lora_linear(
                 x, base, None, one.A, one.B, one.ranks, one.scaling, *batch.tensors, self.storages[one], WIDTH, []
             )[0]
@@ -98,7 +109,30 @@ def test_a_gated_mlp_equals_its_layers(
     joint = compiled(lambda x: mlp.with_borders(x, batch, act), True, seen, again=again)
     for _ in range(2):
         close(run(mlp.layers, x, joint), expected)
-    assert seen == {"mlps": 1, "siblings": 0}
+    assert seen == {"mlps": 1, "siblings": 0, "onto": 0}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_residual_is_added_by_the_op(turned: bool, x: Tensor, device: torch.device) -> None:
+    """And only where nothing else becomes of y."""
+    mlp, batch = Mlp(device), tables(device)
+    mlp.write()
+
+    def block(layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        residual = x.sin()
+        y = layers(x)
+        return (y + residual if turned else residual + y).tanh()
+
+    def twice(layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        y = layers(x)
+        return (x + y) * y.mean()
+
+    for function, onto in ((block, True), (twice, False)):
+        seen: dict[str, int] = {}
+        expected = run(mlp.layers, x, lambda x, f=function: f(lambda x: mlp.plain(x, batch, F.silu), x))
+        joint = compiled(lambda x, f=function: f(lambda x: mlp.with_borders(x, batch, F.silu), x), True, seen)
+        close(run(mlp.layers, x, joint), expected)
+        assert seen == {"mlps": 1, "siblings": 0, "onto": int(onto)}
 
 
 def test_without_gradient_of_x(x: Tensor, device: torch.device) -> None:
