@@ -23,11 +23,29 @@ Bordered = tuple[LoRALayer, str, tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Wide:
-    """A tensor with room for a border: its size, and where in it the weights of some layers begin, by (layer, row, column)."""
+    """A tensor with room for a border beside or below a layer's weight."""
 
-    rows: int
-    columns: int
-    parts: tuple[tuple[int, int, int], ...]
+    weight_rows: int
+    weight_columns: int
+    which: int
+    """The layer."""
+    rows: int = 0
+    """Further ones, below."""
+    columns: int = 0
+    """Further ones, behind."""
+    before: int = 0
+    """Further columns before the weight."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of all of it."""
+        return self.weight_rows + self.rows, self.before + self.weight_columns + self.columns
+
+    @property
+    def numbers(self) -> int:
+        """In it."""
+        rows, columns = self.size
+        return rows * columns
 
 
 class Borders:
@@ -109,19 +127,15 @@ class Borders:
             return False
         weights = self._weights
         for wide, place in zip(self._layout(self._pad), self._places, strict=True):
-            for which, _, _ in wide.parts:
-                storage, item = weights[which].untyped_storage(), weights[which].element_size()
-                if storage.data_ptr() != place or storage.nbytes() != wide.rows * wide.columns * item:
-                    return False
+            storage, item = weights[wide.which].untyped_storage(), weights[wide.which].element_size()
+            if storage.data_ptr() != place or storage.nbytes() != wide.numbers * item:
+                return False
         return True
 
     def _wide(self) -> list[Tensor]:
         """The wide tensors."""
         weights = self._weights
-        return [
-            weights[wide.parts[0][0]].data.as_strided((wide.rows, wide.columns), (wide.columns, 1), 0)
-            for wide in self._layout(self._pad)
-        ]
+        return [weights[w.which].data.as_strided(w.size, (w.size[1], 1), 0) for w in self._layout(self._pad)]
 
     def _place(self, pad: int) -> None:
         weights = self._weights
@@ -130,14 +144,13 @@ class Borders:
             raise RuntimeError("weights of compiled blocks were replaced; they can't be moved while a CUDA graph is captured")
         places: list[int] = []
         for wide in self._layout(pad):
-            room = weights[wide.parts[0][0]].new_zeros((wide.rows, wide.columns))
-            for which, row, column in wide.parts:
-                rows, columns = weights[which].size()
-                view = room[row : row + rows, column : column + columns]
-                with torch.no_grad():
-                    view.copy_(weights[which])
-                weights[which].data = view
-                self.layers[which].__dict__["moved"] = True
+            weight = weights[wide.which]
+            room = weight.new_zeros(wide.size)
+            view = room[: wide.weight_rows, wide.before : wide.before + wide.weight_columns]
+            with torch.no_grad():
+                view.copy_(weight)
+            weight.data = view
+            self.layers[wide.which].__dict__["moved"] = True
             places.append(room.untyped_storage().data_ptr())
         self._shadows = [weights[0].new_zeros(size).detach() for size in self._shadow_sizes(pad)]
         self._places, self._pad = places, pad
@@ -159,12 +172,8 @@ class MlpBorders(Borders):
         return gated_mlp.WIDEST_RANK
 
     def _layout(self, pad: int) -> list[Wide]:
-        (rows, columns), (outputs, inputs) = self._weights[0].size(), self._weights[2].size()
-        return [
-            Wide(rows, columns + pad, ((0, 0, pad),)),
-            Wide(rows, columns + pad, ((1, 0, 0),)),
-            Wide(outputs + pad, inputs, ((2, 0, 0),)),
-        ]
+        gate, up, down = (weight.size() for weight in self._weights)
+        return [Wide(*gate, which=0, before=pad), Wide(*up, which=1, columns=pad), Wide(*down, which=2, rows=pad)]
 
     def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
         return [(2 * pad, self._weights[0].shape[1]), (pad, self._weights[2].shape[0])]
@@ -191,7 +200,7 @@ class MlpBorders(Borders):
 
 
 class JoinedBorders(Borders):
-    """Those of up to four layers with inputs of one size, whose weights stand above one another with a border behind them."""
+    """Those of up to four layers that read one x: borders behind their weights with columns for the ranks of all of them."""
 
     @property
     def _each(self) -> int:
@@ -204,10 +213,7 @@ class JoinedBorders(Borders):
         return siblings.WIDEST
 
     def _layout(self, pad: int) -> list[Wide]:
-        sizes = [tuple(weight.size()) for weight in self._weights]
-        starts = [sum(rows for rows, _ in sizes[:which]) for which in range(len(sizes))]
-        rows = sum(rows for rows, _ in sizes)
-        return [Wide(rows, sizes[0][1] + pad, tuple((which, start, 0) for which, start in enumerate(starts)))]
+        return [Wide(*weight.size(), columns=pad, which=which) for which, weight in enumerate(self._weights)]
 
     def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
         return [(pad, self._weights[0].shape[1])]
@@ -215,17 +221,16 @@ class JoinedBorders(Borders):
     def filled(self, tables: Sequence[LayerTables]) -> tuple[list[Any], list[Bordered]]:
         from lorabank.kernels.gpu.bordered import Border  # here, since it imports Triton
 
-        (wide,), (shadow,), count = self._wide(), self._shadows, len(self.layers)
+        (shadow,), count = self._shadows, len(self.layers)
         share, inputs = self._pad // count, self._weights[0].shape[1]
         entries: list[Any] = []
         given: list[Bordered] = []
-        for (which, row, _), layer, table in zip(self._layout(self._pad)[0].parts, self.layers, tables, strict=True):
-            A, B = layer.store.buffers
-            mine, columns = slice(which * share, (which + 1) * share), slice(inputs + which * share, inputs + (which + 1) * share)
+        for which, (layer, wide, table) in enumerate(zip(self.layers, self._wide(), tables, strict=True)):
+            (A, B), begin = layer.store.buffers, which * share
             entries.append(
                 Border(
-                    border=wide[row : row + B.shape[1], columns], leaf=B, shadow=shadow[mine], other=A, ranks=table.ranks_P2,
-                    poison=self._poison[which],
+                    border=wide[:, inputs + begin : inputs + begin + share], leaf=B, shadow=shadow[begin : begin + share],
+                    other=A, ranks=table.ranks_P2, poison=self._poison[which],
                 )
             )  # fmt: skip
             given.append((layer, f"joined:{which}/{count}", (wide, shadow, self._poison[which])))

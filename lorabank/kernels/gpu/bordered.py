@@ -36,7 +36,7 @@ WIDEST = 128
 MOST_SLOTS = 64
 """Slot numbers that `_write` compares every column with."""
 WRITTEN = 64
-"""Features that one program writes a border and a shadow for."""
+"""Features that one program writes a border and a shadow for at once."""
 WIDENED = 32
 """Tokens that one program widens: a tile, or a part of it."""
 

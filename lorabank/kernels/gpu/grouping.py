@@ -72,18 +72,12 @@ def grouping(name: str, kept: str = "all") -> Backend:
         fuse_mlps(graph_module, again=kept not in KEPT_WHOLE)
         join_layers(graph_module)
         group_siblings(graph_module)
-        with functorch_config.patch(dict(KEEPS[kept])), _dividing(kept), inductor_config.patch(_pieces()):
+        with functorch_config.patch(dict(KEEPS[kept])), _dividing(kept):
             return backend(graph_module, inputs)
 
     if name == "inductor":
         _realize_inputs()
     return compiled
-
-
-def _pieces() -> dict[str, Any]:
-    """Settings with which inductor writes each piece of a joined gradient by itself: a piece costs masks of all others else."""
-    known = inductor_config.get_config_copy()
-    return {name: 2 for name in ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs") if name in known}
 
 
 def _realize_inputs() -> None:
@@ -247,15 +241,14 @@ def join_layers(graph_module: GraphModule) -> int:
     alike: dict[Any, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if _is_layer(node) and _storage(node).startswith("joined:") and not node.args[_FIELDS.index("drops")]:
-            alike[(node.args[0], _base(node)[1], *_shared(node))].append(node)
+            alike[(node.args[0], _base(node)[2], *_shared(node))].append(node)
     joined = 0
     for nodes in alike.values():
         first = nodes[0]  # the others move up to it
         ready = all(places[arg] < places[first] for node in nodes for arg in node.all_input_nodes)
         nodes.sort(key=_storage)
-        sizes = [_base(node)[0].meta["example_value"].shape[0] for node in nodes]
         if ready and [_storage(node) for node in nodes] == [f"joined:{i}/{len(nodes)}" for i in range(len(nodes))]:
-            _replace_joined(graph_module, nodes, first, sizes)
+            _replace_joined(graph_module, nodes, first)
             joined += len(nodes)
     if joined:
         graph.lint()
@@ -267,21 +260,15 @@ def _base(node: Node) -> list[Node]:
     return node.args[_FIELDS.index("base")]  # pyright: ignore[reportReturnType]
 
 
-def _replace_joined(graph_module: GraphModule, nodes: Sequence[Node], first: Node, sizes: Sequence[int]) -> None:
-    graph = graph_module.graph
+def _replace_joined(graph_module: GraphModule, nodes: Sequence[Node], first: Node) -> None:
+    graph, count = graph_module.graph, len(nodes)
     x, bases, biases, As, Bs, ranks, scalings, *shared, _, width, _ = _joined(nodes)
     with graph.inserting_before(first):
         op = graph.call_function(torch.ops.lorabank.lora_joined, (x, bases, biases, As, Bs, ranks, scalings, *shared, width))
-        y = graph.call_function(operator.getitem, (op, 0))
-        ys = [y]
-        if len(nodes) > 1:  # whoever reads a layer's y may count on its rows being close together; a compiler makes no copy
-            parts = graph.call_function(torch.split, (y, list(sizes), -1))
-            views = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
-            ys = [graph.call_method("contiguous", (view,)) for view in views]
-        narrow = [graph.call_function(operator.getitem, (op, 1 + i)) for i in range(len(nodes))]
-    for node, y, xa in zip(nodes, ys, narrow, strict=True):
+        results = [graph.call_function(operator.getitem, (op, i)) for i in range(2 * count)]
+    for i, node in enumerate(nodes):
         for user in list(node.users):
-            user.replace_all_uses_with(y if user.args[1] == 0 else xa)
+            user.replace_all_uses_with(results[i if user.args[1] == 0 else count + i])
             graph.erase_node(user)
         graph.erase_node(node)
 

@@ -19,7 +19,7 @@ from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorabank.kernels.gpu import bordered, gated_mlp, lora, outer_joined, siblings, sums
+from lorabank.kernels.gpu import bordered, gated_mlp, lora, outer_each, siblings, sums
 from lorabank.kernels.tables import RouteTables, drop_tables, route_tables
 
 LAUNCHED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -100,7 +100,7 @@ def record_borders(
         for wide, share, left in layouts:
             group = bordered.Group(shadow=shadow, width=width, pads=wide, share=share, left=left, **lists)
             group.finish(group.widen(x, tables)[0], tables)
-        outer_joined.outer_joined([narrow] * count, x.repeat(1, count), [A] * count, tables, lists["ranks"])
+        outer_each.outer_each([narrow] * count, [x] * count, [A] * count, tables, lists["ranks"])
 
 
 def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> str:

@@ -23,4 +23,4 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     names = {line.split()[0] for line in done.stdout.splitlines()}
     assert names >= {"_shrink", "_gather", "_expand", "_outer", "_through", "_fold", "_change"}
-    assert names >= {"_widen", "_finish", "_activate", "_middle", "_write", "_outer_joined"}
+    assert names >= {"_widen", "_finish", "_activate", "_middle", "_write", "_outer_each"}

@@ -31,16 +31,14 @@ class Joined:
         self.layers = [Layer(inputs, SIZES[i], i, device, bias=bias) for i in range(count)]
         self.pad = bordered.border_width(CAPACITY * count)
         self.share = self.pad // count
-        rows = sum(SIZES[:count])
-        self.wide = torch.full((rows, inputs + self.pad), NAN, device=device)
-        self.wide[:, inputs:] = 0  # of the others' columns
+        self.wide = [torch.full((size, inputs + self.pad), NAN, device=device) for size in SIZES[:count]]
+        for wide in self.wide:
+            wide[:, inputs:] = 0  # of the others' columns
         self.shadow = torch.full((self.pad, inputs), NAN, device=device)
         self.poison = bordered.poison_like(self.layers[0].ranks, count, max(SIZES))
         self.poisons = self.poison.unbind()
-        starts = [sum(SIZES[:i]) for i in range(count)]
-        self.parts = [self.wide[start : start + SIZES[i]] for i, start in enumerate(starts)]
-        self.views = [part[:, :inputs] for part in self.parts]
-        self.borders = [part[:, inputs + i * self.share : inputs + (i + 1) * self.share] for i, part in enumerate(self.parts)]
+        self.views = [wide[:, :inputs] for wide in self.wide]
+        self.borders = [wide[:, inputs + i * self.share : inputs + (i + 1) * self.share] for i, wide in enumerate(self.wide)]
         for view, layer in zip(self.views, self.layers, strict=True):
             view.copy_(layer.weight)
 
@@ -67,7 +65,7 @@ class Joined:
     def one(self, i: int, x: Tensor, batch: RouteTables, drops: list[Tensor] | None = None) -> Tensor:
         """The i-th of these."""
         layer, storage = self.layers[i], f"joined:{i}/{len(self.layers)}"
-        base = [self.views[i], self.wide, self.shadow, self.poisons[i]]
+        base = [self.views[i], self.wide[i], self.shadow, self.poisons[i]]
         given, scaling = ([], layer.scaling) if drops is None else ([*drops, layer.odds], layer.kept_scaling)
         return torch.ops.lorabank.lora_linear(
             x, base, layer.bias, layer.A, layer.B, layer.ranks, scaling, *batch.tensors, storage, WIDTH, given
@@ -191,7 +189,7 @@ def test_a_border_has_the_slots_ranks_and_zeros(device: torch.device) -> None:
             layer.A[spare] = NAN
             layer.B[spare] = NAN
     joined.write()
-    for i, (layer, part) in enumerate(zip(joined.layers, joined.parts, strict=True)):
+    for i, (layer, part) in enumerate(zip(joined.layers, joined.wide, strict=True)):
         expected = torch.zeros(joined.pad, SIZES[i], device=device)
         for start, rank in layer.ranks.tolist():
             mine = slice(i * joined.share + start, i * joined.share + start + rank)
