@@ -26,9 +26,9 @@ WIDEST_RANK = 16
 """More don't fit the registers of `middle`."""
 OUTERS = 3
 """Gradients that `middle` makes: 3, or 1, down's alone; rounding.py's `round_outer_and_shrink` makes the others then."""
-ACTIVATE_SHAPE = (128, 4)
+ACTIVATE_SHAPE = (128, 8)
 """Of `_activate_raw`: features, warps."""
-MIDDLE_SHAPE = (64, 32, 4, 2)
+MIDDLE_SHAPE = (32, 64, 8, 3)
 """Of `_middle_raw`: tokens of a step, features, warps, steps loaded ahead."""
 
 
@@ -70,11 +70,11 @@ def _activate_raw(
         entry = (first + m).to(tl.int64)
         kept, at = (m < count)[:, None] & (f < features)[None, :], rows[:, None] * features + f[None, :]
         dtype: tl.constexpr = h.dtype.element_ty
-        small = _small_tile(n0, k0, slot, entry, m < count, r, WIDTH)
-        g = _changed(tl.load(gate + at, mask=kept, other=0.0), small, _weight_tile(w0, k0, slot, r, f, features, dtype), PRECISION)
+        small, w_tile = _small_tile(n0, k0, slot, entry, m < count, r, WIDTH), _weight_tile(w0, k0, slot, r, f, features, dtype)
+        g = _changed(tl.load(gate + at, mask=kept, other=0.0), small, w_tile, PRECISION)
         value, _ = _activation(g, GELU)  # pyright: ignore[reportGeneralTypeIssues]
-        small = _small_tile(n1, k1, slot, entry, m < count, r, WIDTH)
-        u = _changed(tl.load(up + at, mask=kept, other=0.0), small, _weight_tile(w1, k1, slot, r, f, features, dtype), PRECISION)
+        small, w_tile = _small_tile(n1, k1, slot, entry, m < count, r, WIDTH), _weight_tile(w1, k1, slot, r, f, features, dtype)
+        u = _changed(tl.load(up + at, mask=kept, other=0.0), small, w_tile, PRECISION)
         made = (value.to(dtype).to(tl.float32) * u).to(dtype)
         tl.store(h + at, made, mask=kept)
         if MAXIMA:
@@ -82,10 +82,42 @@ def _activate_raw(
 
 
 @triton.jit
+def _middle_step(
+    rows, n, dh, gate, up, dg, du, n0, n1, n2, w0_tile, w1_tile, w2_tile, t0, t1, t2, k0, k1, k2, maxima, slot, first, count,
+    r, f, features, entries,
+    WIDTH: tl.constexpr, GELU: tl.constexpr, MAXIMA: tl.constexpr, OUTERS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_middle_raw` for some tokens: the sums with them."""
+    dtype: tl.constexpr = dg.dtype.element_ty
+    inside, entry = n < count, (first + n).to(tl.int64)
+    kept, at = inside[:, None] & (f < features)[None, :], rows[:, None] * features + f[None, :]
+    small0 = _small_tile(n0, k0, slot, entry, inside, r, WIDTH)
+    small1 = _small_tile(n1, k1, slot, entry, inside, r, WIDTH)
+    small2 = _small_tile(n2, k2, slot, entry, inside, r, WIDTH)
+    d = _changed(tl.load(dh + at, mask=kept, other=0.0), small2, w2_tile, PRECISION)
+    g = _changed(tl.load(gate + at, mask=kept, other=0.0), small0, w0_tile, PRECISION)
+    u = _changed(tl.load(up + at, mask=kept, other=0.0), small1, w1_tile, PRECISION)
+    value, slope = _activation(g, GELU)  # pyright: ignore[reportGeneralTypeIssues]
+    made_g = (d * u * slope).to(dtype)
+    made_u = (d * value).to(dtype)
+    made_h = (value.to(dtype).to(tl.float32) * u).to(dtype)
+    tl.store(dg + at, made_g, mask=kept)
+    tl.store(du + at, made_u, mask=kept)
+    if MAXIMA:
+        tl.atomic_max(maxima + entry, tl.max(tl.where(kept, _bits(made_g), 0), 1), mask=inside, sem="relaxed")
+        tl.atomic_max(maxima + entries + entry, tl.max(tl.where(kept, _bits(made_u), 0), 1), mask=inside, sem="relaxed")
+    t2 = tl.dot(tl.trans(small2), made_h, t2, input_precision=PRECISION)
+    if OUTERS > 1:
+        t0 = tl.dot(tl.trans(small0), made_g, t0, input_precision=PRECISION)
+        t1 = tl.dot(tl.trans(small1), made_u, t1, input_precision=PRECISION)
+    return t0, t1, t2
+
+
+@triton.jit
 def _middle_raw(
     dh, gate, up, dg, du, n0, n1, n2, w0, w1, w2, g0, g1, g2, q0, q1, q2, k0, k1, k2, maxima, order, chunks, features, entries,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GELU: tl.constexpr, MAXIMA: tl.constexpr,
-    OUTERS: tl.constexpr, PRECISION: tl.constexpr,
+    OUTERS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gate and up from dh + n2·w2, and n2ᵀ · h (n0ᵀ · dgate, n1ᵀ · dup) over a chunk's tokens."""
     chunk, column = tl.program_id(0), tl.program_id(1)
@@ -100,35 +132,23 @@ def _middle_raw(
         t0 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t2 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-        base, last = tl.load(order + first), tl.load(order + first + count - 1)
-        for at in range(0, count, BLOCK_N):
+        base = tl.load(order + first)
+        # entries of a slot are in the order of their tokens: then these are all there are between, and loads need no table, so
+        # that they are started ahead (of themselves compilers do that only for what products read as it is)
+        straight = tl.load(order + first + count - 1) - base == count - 1
+        for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
             n = at + tl.arange(0, BLOCK_N)
-            inside = n < count
-            if last - base == count - 1:  # entries of a slot are in the order of their tokens: these are all there are between
-                rows = (base + n).to(tl.int64)
-            else:
-                rows = tl.load(order + first + n, mask=inside, other=0).to(tl.int64)
-            entry = (first + n).to(tl.int64)
-            kept, place_NF = inside[:, None] & (f < features)[None, :], rows[:, None] * features + f[None, :]
-            small0 = _small_tile(n0, k0, slot, entry, inside, r, WIDTH)
-            small1 = _small_tile(n1, k1, slot, entry, inside, r, WIDTH)
-            small2 = _small_tile(n2, k2, slot, entry, inside, r, WIDTH)
-            d = _changed(tl.load(dh + place_NF, mask=kept, other=0.0), small2, w2_tile, PRECISION)
-            g = _changed(tl.load(gate + place_NF, mask=kept, other=0.0), small0, w0_tile, PRECISION)
-            u = _changed(tl.load(up + place_NF, mask=kept, other=0.0), small1, w1_tile, PRECISION)
-            value, slope = _activation(g, GELU)  # pyright: ignore[reportGeneralTypeIssues]
-            made_g = (d * u * slope).to(dtype)
-            made_u = (d * value).to(dtype)
-            made_h = (value.to(dtype).to(tl.float32) * u).to(dtype)
-            tl.store(dg + place_NF, made_g, mask=kept)
-            tl.store(du + place_NF, made_u, mask=kept)
-            if MAXIMA:
-                tl.atomic_max(maxima + entry, tl.max(tl.where(kept, _bits(made_g), 0), 1), mask=inside, sem="relaxed")
-                tl.atomic_max(maxima + entries + entry, tl.max(tl.where(kept, _bits(made_u), 0), 1), mask=inside, sem="relaxed")
-            t2 = tl.dot(tl.trans(small2), made_h, t2, input_precision=PRECISION)
-            if OUTERS > 1:
-                t0 = tl.dot(tl.trans(small0), made_g, t0, input_precision=PRECISION)
-                t1 = tl.dot(tl.trans(small1), made_u, t1, input_precision=PRECISION)
+            t0, t1, t2 = _middle_step(
+                (base + n).to(tl.int64), n, dh, gate, up, dg, du, n0, n1, n2, w0_tile, w1_tile, w2_tile, t0, t1, t2, k0, k1, k2,
+                maxima, slot, first, count, r, f, features, entries, WIDTH, GELU, MAXIMA, OUTERS, PRECISION,
+            )  # fmt: skip
+        for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
+            n = at + tl.arange(0, BLOCK_N)
+            rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
+            t0, t1, t2 = _middle_step(
+                rows, n, dh, gate, up, dg, du, n0, n1, n2, w0_tile, w1_tile, w2_tile, t0, t1, t2, k0, k1, k2,
+                maxima, slot, first, count, r, f, features, entries, WIDTH, GELU, MAXIMA, OUTERS, PRECISION,
+            )  # fmt: skip
         if slot >= 0:
             _put(t2, g2, q2, k2, slot, chunk, only, r, f, features, WIDTH)
             if OUTERS > 1:
@@ -149,7 +169,7 @@ def activate(
     """h (N, F) from gate's and up's frozen products, narrow xA and B. `maxima_CN`: raised to what is in h."""
     features, width = gate_NF.shape[1], narrow[0].shape[1]
     h = torch.empty_like(gate_NF)
-    block_f, warps = ACTIVATE_SHAPE
+    block_f, warps = ACTIVATE_SHAPE if h.element_size() == 2 else (32, 4)
     sums.launch(_activate_raw)[(tables.tiles_S4.shape[0], -(-features // block_f))](
         gate_NF, up_NF, h, *narrow, *weights, *ranks, tables.order_N if maxima_CN is None else maxima_CN, tables.order_N,
         tables.tiles_S4, features,
@@ -185,7 +205,7 @@ def middle(
         dh_NF, gate_NF, up_NF, dg, du, *narrow, *weights, *_three(grads), *_three(parts), *ranks,
         tables.order_N if maxima_CN is None else maxima_CN, tables.order_N, tables.chunks_C4, features, len(dh_NF),
         WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, GELU=activation == "gelu_tanh", MAXIMA=maxima_CN is not None,
-        OUTERS=outers, PRECISION=_precision(dh_NF.dtype), num_warps=warps, num_stages=stages,
+        OUTERS=outers, STAGES=stages, PRECISION=_precision(dh_NF.dtype), num_warps=warps, num_stages=1,
     )  # fmt: skip
     sums.fold(grads, parts, tables, ranks[-outers:])
     return dg, du, grads

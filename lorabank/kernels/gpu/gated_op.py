@@ -71,19 +71,16 @@ def _close_backward(
     (dB_down,), (last,) = lora.outer_and_shrink([xa], [dy_NO], Bs[2:], tables, ranks[2:], scalings[2:])
     maxima = rounding.maxima_like(gate, 2) if fp8.runs_on(x.device) else None
     outers = 3 if maxima is None else gated.OUTERS
-    dgate, dup, grads = gated.middle(
+    *wide, (*dBs, dA_down) = gated.middle(
         dh_NF, gate, up, [*xas, last], [*Bs[:2], As[2]], tables, ranks, activation, maxima, outers
     )
-    *dBs, dA_down = grads
-    of_two = [dgate, dup], maxima
-    del dh_NF, dgate, dup
+    del dh_NF
+    rest = Bs[:2], tables, ranks[:2], scalings[:2]
     if maxima is not None and outers == 1:
-        rows, dBs, narrow = rounding.round_outer_and_shrink(
-            of_two[0], maxima, xas, Bs[:2], tables, ranks[:2], scalings[:2]
-        )
+        rows, dBs, narrow = rounding.round_outer_and_shrink(wide, maxima, xas, *rest)
     else:
-        rows, narrow = _rounded_and_shrunk(*of_two, Bs[:2], tables, ranks[:2], scalings[:2], width)
-    del of_two
+        rows, narrow = _rounded_and_shrunk(wide, maxima, *rest, width)
+    del wide
     dAs = siblings.outer(narrow, x_NI, As[:2], tables, ranks[:2])
     gradients = [*dAs, dA_down, *dBs, dB_down]
     if not needs_dx:

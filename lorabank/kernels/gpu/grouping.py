@@ -1,8 +1,8 @@
 """Passes over a traced block: adapted layers that belong together become one op.
 
 A gated MLP whose weights have borders becomes `lorabank::lora_mlp_open` and `lora_mlp_close`, one over an fp8 base
-`lora_gated_open` and `lora_gated_close`; other layers that read the same x become one `lorabank::lora_linears`. The passes look at the graph alone, so they serve every model whose block has such layers,
-and leave the others as they are.
+`lora_gated_open` and `lora_gated_close`; other layers that read the same x become one `lorabank::lora_linears`. The passes look
+at the graph alone, so they serve every model whose block has such layers, and leave the others as they are.
 """
 
 from __future__ import annotations

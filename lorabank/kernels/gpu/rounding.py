@@ -31,7 +31,7 @@ SHORTEST_SHARE = 512
 """Features of a split at least."""
 ROUND_SHAPE = (128, 4, 4)
 """Of `_round`: features of a step, warps, steps loaded ahead at most."""
-THROUGH_SHAPE = (64, 256, 8, 3)
+THROUGH_SHAPE = (64, 128, 8, 3)
 """Of `_round_through`: tokens of a step, features, warps, steps loaded ahead."""
 
 
@@ -82,7 +82,7 @@ def _round(
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's rows of the layer that the third index names, and x · weightᵀ: with WHOLE scaled, else a split's share in parts."""
+    """A tile's rows of the layer that the third index names, and x · weightᵀ: scaled with WHOLE, else a split's share."""
     tile, split, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     x, weight, ranks, scaling = x0, w0, k0, s0
     if C > 1:  # noqa: SIM102  decided by the compiler
@@ -99,19 +99,20 @@ def _round(
         scale = _scale(tl.load(maxima + entry, mask=m < count, other=0))
         if split == 0:
             tl.store(scales + layer * entries + rows, scale, mask=m < count)
+        rounded += layer * entries * features
         begin = split * share
         end = tl.minimum(features, begin + share)
         total = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
         for at in range(begin, end, BLOCK_F):
             f = at + tl.arange(0, BLOCK_F)
             inside = (m < count)[:, None] & (f < end)[None, :]
-            x_tile = tl.load(x + rows[:, None] * features + f[None, :], mask=inside, other=0.0)
+            at_MF = rows[:, None] * features + f[None, :]
+            x_tile = tl.load(x + at_MF, mask=inside, other=0.0)
             w_tile = tl.load(
                 weight + (start + r)[:, None] * features + f[None, :], mask=(r < rank)[:, None] & (f < end)[None, :], other=0.0
             )
             total = tl.dot(x_tile, tl.trans(w_tile.to(x_tile.dtype)), total, input_precision=PRECISION)
-            target = rounded + (layer * entries + rows)[:, None] * features + f[None, :]
-            tl.store(target, _round_tile(x_tile, scale, rounded.dtype.element_ty), mask=inside)
+            tl.store(rounded + at_MF, _round_tile(x_tile, scale, rounded.dtype.element_ty), mask=inside)
         kept = (m < count)[:, None] & (r < rank)[None, :]
         if WHOLE:
             scaled = (total * tl.load(scaling + place)).to(narrow.dtype.element_ty)
@@ -122,9 +123,29 @@ def _round(
 
 
 @triton.jit
+def _through_step(
+    rows, n, x, narrow, w_turned, total, rank, maxima, rounded, scales, shares, column, first, count, r, f, features,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_round_through` for some tokens: the sum with them."""
+    entry = first + n
+    scale = _scale(tl.load(maxima + entry, mask=n < count, other=0))
+    if column == 0:
+        tl.store(scales + rows, scale, mask=n < count)
+    kept, within = (n < count)[:, None] & (r < rank)[None, :], (n < count)[:, None] & (f < features)[None, :]
+    at_NF, at_NW = rows[:, None] * features + f[None, :], entry.to(tl.int64)[:, None] * WIDTH + r[None, :]
+    tile = tl.load(x + at_NF, mask=within, other=0.0)
+    total = tl.dot(tl.trans(tl.load(narrow + at_NW, mask=kept, other=0.0)), tile, total, input_precision=PRECISION)
+    tl.store(shares + at_NW, tl.dot(tile, w_turned, input_precision=PRECISION), mask=kept)
+    tl.store(rounded + at_NF, _round_tile(tile, scale, rounded.dtype.element_ty), mask=within)
+    return total
+
+
+@triton.jit
 def _round_through(
     x0, x1, n0, n1, w0, w1, k0, k1, g0, g1, p0, p1, maxima, rounded, scales, shares, order, chunks, features, entries,
-    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A chunk's rows at some features; narrowᵀ · x over the chunk's tokens; each column's share of x · weightᵀ."""
     chunk, column, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -138,27 +159,30 @@ def _round_through(
         place = tl.maximum(slot, 0)
         start = tl.load(ranks + place * 2).to(tl.int64)
         rank = tl.where(slot >= 0, tl.load(ranks + place * 2 + 1), 0)
+        maxima += layer * entries
+        scales += layer * entries
+        rounded += layer * entries * features
+        shares += (layer * tl.num_programs(1) + column) * entries * WIDTH
         r, f = tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
         inside = (r < rank)[:, None] & (f < features)[None, :]
         w_tile = tl.load(weight + (start + r)[:, None] * features + f[None, :], mask=inside, other=0.0).to(x.dtype.element_ty)
         w_turned = tl.trans(w_tile)
         total = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-        for at in range(0, count, BLOCK_N):
+        base = tl.load(order + first)
+        straight = tl.load(order + first + count - 1) - base == count - 1  # as in gated.py
+        for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
+            n = at + tl.arange(0, BLOCK_N)
+            total = _through_step(
+                (base + n).to(tl.int64), n, x, narrow, w_turned, total, rank, maxima, rounded, scales, shares, column,
+                first, count, r, f, features, WIDTH, PRECISION,
+            )  # fmt: skip
+        for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
             n = at + tl.arange(0, BLOCK_N)
             rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
-            entry = (first + n).to(tl.int64)
-            scale = _scale(tl.load(maxima + layer * entries + entry, mask=n < count, other=0))
-            if column == 0:
-                tl.store(scales + layer * entries + rows, scale, mask=n < count)
-            kept, within = (n < count)[:, None] & (r < rank)[None, :], (n < count)[:, None] & (f < features)[None, :]
-            small = tl.load(narrow + entry[:, None] * WIDTH + r[None, :], mask=kept, other=0.0)
-            tile = tl.load(x + rows[:, None] * features + f[None, :], mask=within, other=0.0)
-            total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
-            share = tl.dot(tile, w_turned, input_precision=PRECISION)
-            entry += (layer * tl.num_programs(1) + column) * entries
-            tl.store(shares + entry[:, None] * WIDTH + r[None, :], share, mask=kept)
-            target = rounded + (layer * entries + rows)[:, None] * features + f[None, :]
-            tl.store(target, _round_tile(tile, scale, rounded.dtype.element_ty), mask=within)
+            total = _through_step(
+                rows, n, x, narrow, w_turned, total, rank, maxima, rounded, scales, shares, column,
+                first, count, r, f, features, WIDTH, PRECISION,
+            )  # fmt: skip
         if slot >= 0:
             _put(total, grad, parts, ranks, slot, chunk, only, r, f, features, WIDTH)
 
@@ -220,7 +244,7 @@ def round_outer_and_shrink(
 ) -> tuple[list[Rounded], list[Tensor], list[Tensor]]:
     """(one or two layers' x rounded, `lora.outer` of narrow and x, `lora.shrink` of x by weight), x read once."""
     (entries, features), count, device = x[0].shape, len(x), x[0].device
-    chunks, width, (block_n, block_f, warps, stages) = tables.chunks_C4.shape[0], narrow[0].shape[1], THROUGH_SHAPE
+    chunks, width, (block_n, block_f, warps, stages) = tables.chunks_C4.shape[0], narrow[0].shape[1], _through_shape(x[0])
     columns = -(-features // block_f)
     rounded, scales = _empty(x)
     grads = [torch.empty_like(weight) for weight in weights]
@@ -230,12 +254,16 @@ def round_outer_and_shrink(
     sums.launch(_round_through)[(chunks, columns, count)](
         *_two(x), *_two(narrow), *_two(weights), *_two(ranks), *_two(grads), *_two(parts), maxima_CN, rounded, scales, shares,
         tables.order_N, tables.chunks_C4, features, entries,
-        C=count, WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION=_precision(x[0].dtype),
-        num_warps=warps, num_stages=stages if x[0].element_size() == 2 else 1,
+        C=count, WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, STAGES=stages, PRECISION=_precision(x[0].dtype),
+        num_warps=warps, num_stages=1,
     )  # fmt: skip
     sums.fold(grads, parts, tables, ranks)
     sums.gather(results, shares.unbind(), tables, ranks, scalings)
     return list(zip(rounded.unbind(), scales.unbind(), strict=True)), grads, results
+
+
+def _through_shape(x_NF: Tensor) -> tuple[int, int, int, int]:
+    return THROUGH_SHAPE if x_NF.element_size() == 2 else (32, 32, 4, 1)
 
 
 def _empty(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
