@@ -201,6 +201,7 @@ def middle(
     grads = [torch.empty_like(weight) for weight in weights[-outers:]]
     parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=dh_NF.device) for _ in grads]
     block_n, block_f, warps, stages = MIDDLE_SHAPE if dh_NF.element_size() == 2 else (32, 32, 4, 1)
+    stages = stages if activation == "silu" or outers == 1 else min(stages, 2)  # GELU takes registers
     sums.launch(_middle_raw)[(chunks, -(-features // block_f))](
         dh_NF, gate_NF, up_NF, dg, du, *narrow, *weights, *_three(grads), *_three(parts), *ranks,
         tables.order_N if maxima_CN is None else maxima_CN, tables.order_N, tables.chunks_C4, features, len(dh_NF),
