@@ -80,12 +80,17 @@ def _product(x: Tensor, weight_FK: Tensor, scale_F: Tensor, bias: Tensor | None)
         return F.linear(x, dequantize_rows(weight_FK, scale_F, x.dtype), bias)
     rows, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
     within = bias if bias is not None and bias.dtype == torch.bfloat16 else None
-    y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        rows, weight_FK.t(), scale[:, None], scale_F[None], bias=within, out_dtype=torch.bfloat16, use_fast_accum=True
-    ).to(x.dtype)
+    y = multiply(rows, scale, weight_FK, scale_F, within).to(x.dtype)
     if bias is not None and within is None:
         y = y + bias.to(x.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def multiply(rows: Tensor, scale: Tensor, weight_FK: Tensor, scale_F: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Quantised rows (N, K) times a stored matrix by the GPU's units, (N, F) in bf16."""
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        rows, weight_FK.t(), scale[:, None], scale_F[None], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def emulated_forward(x: Tensor, base: Sequence[Tensor], bias: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorabank.kernels.gpu import sums
-from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision
+from lorabank.kernels.gpu.lora import _precision
 from lorabank.kernels.gpu.sums import four
 from lorabank.kernels.tables import TILE, RouteTables
 
@@ -37,8 +37,8 @@ MOST_SLOTS = 64
 """Slot numbers that `_write` compares every column with."""
 WRITTEN = 64
 """Features that one program writes a border and a shadow for at once."""
-WIDENED = 32
-"""Tokens that one program widens: a tile, or a part of it."""
+FINISHED = 512
+"""Programs of `finish` at least: four a multiprocessor of an H100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,44 +206,43 @@ def _widen(
 @triton.jit
 def _finish(
     wide, out, onto, shadow, n0, n1, n2, n3, k0, k1, k2, k3, s0, s1, s2, s3, p0, p1, p2, p3, order, tiles, features, width,
-    blocks, share, left,
+    blocks, share, left, each,
     C: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCKS: tl.constexpr, ONTO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = wide without its border + s·border·shadow; the first column's programs keep each layer's s·border.
+    """out = wide without its border + s·border·shadow; the first programs of a tile keep each layer's s·border.
 
-    With ONTO that, rounded, is added to onto.
+    With ONTO that, rounded, is added to onto. A program takes `each` features: what comes first, it waits for.
     """
-    tile, column = tl.program_id(0), tl.program_id(1)
+    tile, part = tl.program_id(0), tl.program_id(1)
     slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
     if count > 0:
-        m, f = tl.arange(0, BLOCK_M), column * BLOCK_F + tl.arange(0, BLOCK_F)
+        m, j = tl.arange(0, BLOCK_M), tl.arange(0, PLACES)
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
-        inside = (m < count)[:, None] & (f < features)[None, :]
         line = wide + rows[:, None] * width
-        total = tl.load(line + left + f[None, :], mask=inside, other=0.0).to(tl.float32)
-        if slot >= 0:
-            j = tl.arange(0, PLACES)
-            layer, r = j // WIDTH, j % WIDTH
-            place = tl.maximum(slot, 0) * 2  # loaded here: torch doesn't see that a function loads
-            b0, b1, b2, b3 = tl.load(k0 + place), tl.load(k1 + place), tl.load(k2 + place), tl.load(k3 + place)
-            r0, r1, r2, r3 = tl.load(k0 + place + 1), tl.load(k1 + place + 1), tl.load(k2 + place + 1), tl.load(k3 + place + 1)
-            mine = (r < _by_layer(layer, r0, r1, r2, r3, C)) & (layer < C)
-            row = layer * share + _by_layer(layer, b0, b1, b2, b3, C) + r
-            kept = (m < count)[:, None] & mine[None, :]
-            found = tl.load(line + (row + tl.where(row >= left, features, 0))[None, :], mask=kept, other=0.0).to(tl.float32)
-            scaled = _scale(found, layer, slot, s0, s1, s2, s3, p0, p1, p2, p3, blocks, C, BLOCKS)
-            small = tl.where(kept, scaled, 0.0).to(out.dtype.element_ty)
-            if column == 0:
-                _keep(small, layer, n0, n1, n2, n3, (first + m).to(tl.int64), r, kept, C, WIDTH)
-            taken = mine[:, None] & (f < features)[None, :]
+        layer, r = j // WIDTH, j % WIDTH
+        place = tl.maximum(slot, 0) * 2  # loaded here: torch doesn't see that a function loads
+        b0, b1, b2, b3 = tl.load(k0 + place), tl.load(k1 + place), tl.load(k2 + place), tl.load(k3 + place)
+        r0, r1, r2, r3 = tl.load(k0 + place + 1), tl.load(k1 + place + 1), tl.load(k2 + place + 1), tl.load(k3 + place + 1)
+        mine = (r < _by_layer(layer, r0, r1, r2, r3, C)) & (layer < C) & (slot >= 0)
+        row = layer * share + _by_layer(layer, b0, b1, b2, b3, C) + r
+        kept = (m < count)[:, None] & mine[None, :]
+        found = tl.load(line + (row + tl.where(row >= left, features, 0))[None, :], mask=kept, other=0.0).to(tl.float32)
+        scaled = _scale(found, layer, slot, s0, s1, s2, s3, p0, p1, p2, p3, blocks, C, BLOCKS)
+        small = tl.where(kept, scaled, 0.0).to(out.dtype.element_ty)
+        if part == 0:
+            _keep(small, layer, n0, n1, n2, n3, (first + m).to(tl.int64), r, kept, C, WIDTH)
+        end = tl.minimum(features, (part + 1) * each)
+        for at in range(part * each, end, BLOCK_F):
+            f = at + tl.arange(0, BLOCK_F)
+            inside, taken = (m < count)[:, None] & (f < end)[None, :], mine[:, None] & (f < end)[None, :]
             w_tile = tl.load(shadow + row.to(tl.int64)[:, None] * features + f[None, :], mask=taken, other=0.0)
-            total = tl.dot(small, w_tile, total, input_precision=PRECISION)
-        at = rows[:, None] * features + f[None, :]
-        made = total.to(out.dtype.element_ty)
-        if ONTO:
-            made = (made.to(tl.float32) + tl.load(onto + at, mask=inside, other=0.0).to(tl.float32)).to(out.dtype.element_ty)
-        tl.store(out + at, made, mask=inside)
+            total = tl.load(line + left + f[None, :], mask=inside, other=0.0).to(tl.float32)
+            made = tl.dot(small, w_tile, total, input_precision=PRECISION).to(out.dtype.element_ty)
+            to = rows[:, None] * features + f[None, :]
+            if ONTO:
+                made = (made.to(tl.float32) + tl.load(onto + to, mask=inside, other=0.0).to(tl.float32)).to(out.dtype.element_ty)
+            tl.store(out + to, made, mask=inside)
 
 
 def poison_like(ranks_P2: Tensor, layers: int, features: int) -> Tensor:
@@ -310,12 +309,12 @@ class Group:
         (entries, features), item = x_NF.shape, x_NF.element_size()
         wide = torch.empty((entries, features + self.pads), dtype=x_NF.dtype, device=x_NF.device)
         narrow = [torch.empty((entries, self.width), dtype=x_NF.dtype, device=x_NF.device) for _ in self.ranks]
-        block_f = 128 if item == 2 and self._places <= 128 else 64
-        sums.launch(_widen)[(tables.tiles_S4.shape[0], TILE // WIDENED)](
+        block_m, block_f, warps, stages = (32, 64, 4, 2) if item > 2 else _widen_shape(self._places)
+        sums.launch(_widen)[(tables.tiles_S4.shape[0], TILE // block_m)](
             x_NF, wide, self.shadow, *four(narrow), *self._given(), tables.order_N, tables.tiles_S4, features, wide.shape[1],
             self.poison[0].shape[1], self.share, self.left,
-            **self._settings(x_NF.dtype), PADS=max(16, triton.next_power_of_2(self.pads)), BLOCK_M=WIDENED, BLOCK_F=block_f,
-            num_warps=4, num_stages=max(1, min(4, SHARED_BYTES // (block_f * item * (WIDENED + self._places)))),
+            **self._settings(x_NF.dtype), PADS=max(16, triton.next_power_of_2(self.pads)), BLOCK_M=block_m, BLOCK_F=block_f,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return wide, narrow
 
@@ -327,11 +326,22 @@ class Group:
         entries, features = wide.shape[0], self.shadow.shape[1]
         out = torch.empty((entries, features), dtype=wide.dtype, device=wide.device)
         narrow = [torch.empty((entries, self.width), dtype=wide.dtype, device=wide.device) for _ in self.ranks]
-        block_f = 256 if self._places <= 64 else 128
-        block_f = block_f if wide.element_size() == 2 else max(32, 2048 // self._places)
-        sums.launch(_finish)[(tables.tiles_S4.shape[0], -(-features // block_f))](
+        block_f, stages = (128, 3) if wide.element_size() == 2 else (max(32, 2048 // self._places), 1)
+        tiles = tables.tiles_S4.shape[0]
+        parts = max(1, min(-(-features // (2 * block_f)), FINISHED // tiles))
+        each = -(-features // (parts * block_f)) * block_f
+        sums.launch(_finish)[(tiles, parts)](
             wide, out, wide if onto is None else onto, self.shadow, *four(narrow), *self._given(), tables.order_N,
-            tables.tiles_S4, features, wide.shape[1], self.poison[0].shape[1], self.share, self.left,
-            **self._settings(wide.dtype), BLOCK_M=TILE, BLOCK_F=block_f, ONTO=onto is not None, num_warps=4, num_stages=1,
+            tables.tiles_S4, features, wide.shape[1], self.poison[0].shape[1], self.share, self.left, each,
+            **self._settings(wide.dtype), BLOCK_M=TILE, BLOCK_F=block_f, ONTO=onto is not None, num_warps=4, num_stages=stages,
         )  # fmt: skip
         return out, narrow
+
+
+def _widen_shape(places: int) -> tuple[int, int, int, int]:
+    """(tokens, features, warps, steps loaded ahead) of `_widen`, as an H100 does best: few warps, each with much on its way."""
+    if places <= 16:
+        return 32, 128, 2, 5
+    if places <= 32:
+        return 16, 64, 1, 6
+    return (16, 64, 2, 7) if places <= 64 else (16, 64, 4, 4)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorabank.kernels.gpu import gated_mlp, lora, siblings
 from lorabank.kernels.gpu.bordered import Group
 from lorabank.kernels.gpu.op import custom_op
+from lorabank.kernels.gpu.sums import Later
 from lorabank.kernels.tables import RouteTables
 
 EACH = 4
@@ -82,9 +83,11 @@ def _close_backward(
     if again:
         xa = lora.shrink(gated_mlp.activate(gate, up, activation), A, tables, ranks[2], scaling, width)
     dy_wide, last = _alone(base, ranks[2], scaling, width).widen(dy_NO, tables)
-    dB = lora.outer(xa, dy_NO, B, tables, ranks[2])
+    later = Later()
+    dB = lora.outer(xa, dy_NO, B, tables, ranks[2], later=later)
     dh_NF = dy_wide @ base[1]
-    dgate, dup, (*dBs, dA) = gated_mlp.middle(dh_NF, gate, up, [*xas, *last], [*Bs, A], tables, ranks, activation)
+    dgate, dup, (*dBs, dA) = gated_mlp.middle(dh_NF, gate, up, [*xas, *last], [*Bs, A], tables, ranks, activation, later)
+    later.fold(tables)
     return [dgate, dup, *dBs, dA, dB]
 
 

@@ -14,12 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lorabank.kernels.gpu import sums
-from lorabank.kernels.gpu.lora import _precision
+from lorabank.kernels.gpu.lora import _precision, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import RouteTables
 
 WIDEST_RANK = 16
 """Of one slot: more don't fit the registers of `middle`."""
+MIDDLE_SHAPE = (16, 64, 4, 3)
+"""Of `_middle`: tokens of a step, features, warps, steps loaded ahead."""
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -50,9 +52,36 @@ def _activate(gate, up, h, numbers, BLOCK: tl.constexpr, GELU: tl.constexpr):
 
 
 @triton.jit
+def _middle_step(
+    rows, n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, rank0, rank1, rank2, first, count, r, f, features,
+    WIDTH: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_middle` for some tokens: the sums with them."""
+    dtype: tl.constexpr = dg.dtype.element_ty
+    inside = n < count
+    kept, at = inside[:, None] & (f < features)[None, :], rows[:, None] * features + f[None, :]
+    entry = (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :]
+    d = tl.load(dh + at, mask=kept, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=kept, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=kept, other=0.0).to(tl.float32)
+    value, slope = _activation(g, GELU)  # pyright: ignore[reportGeneralTypeIssues]
+    made_g, made_u, made_h = (d * u * slope).to(dtype), (d * value).to(dtype), (value * u).to(dtype)
+    tl.store(dg + at, made_g, mask=kept)
+    tl.store(du + at, made_u, mask=kept)
+    small = tl.load(n0 + entry, mask=inside[:, None] & (r < rank0)[None, :], other=0.0)
+    t0 = tl.dot(tl.trans(small), made_g, t0, input_precision=PRECISION)
+    small = tl.load(n1 + entry, mask=inside[:, None] & (r < rank1)[None, :], other=0.0)
+    t1 = tl.dot(tl.trans(small), made_u, t1, input_precision=PRECISION)
+    small = tl.load(n2 + entry, mask=inside[:, None] & (r < rank2)[None, :], other=0.0)
+    t2 = tl.dot(tl.trans(small), made_h, t2, input_precision=PRECISION)
+    return t0, t1, t2
+
+
+@triton.jit
 def _middle(
     dh, gate, up, dg, du, n0, n1, n2, g0, g1, g2, q0, q1, q2, k0, k1, k2, order, chunks, features,
-    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gate and up from that of h, and narrowᵀ · dgate, narrowᵀ · dup, narrowᵀ · h over a chunk's tokens."""
     chunk, column = tl.program_id(0), tl.program_id(1)
@@ -67,31 +96,20 @@ def _middle(
         t0 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t2 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-        base, last = tl.load(order + first), tl.load(order + first + count - 1)
-        for at in range(0, count, BLOCK_N):
+        base, straight = _straight(order, first, count)  # pyright: ignore[reportGeneralTypeIssues]
+        for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
             n = at + tl.arange(0, BLOCK_N)
-            inside = n < count
-            if last - base == count - 1:  # entries of a slot are in the order of their tokens: these are all there are between
-                rows = (base + n).to(tl.int64)
-            else:
-                rows = tl.load(order + first + n, mask=inside, other=0).to(tl.int64)
-            entry = (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :]
-            kept, place_NF = inside[:, None] & (f < features)[None, :], rows[:, None] * features + f[None, :]
-            d = tl.load(dh + place_NF, mask=kept, other=0.0).to(tl.float32)
-            g = tl.load(gate + place_NF, mask=kept, other=0.0).to(tl.float32)
-            u = tl.load(up + place_NF, mask=kept, other=0.0).to(tl.float32)
-            value, slope = _activation(g, GELU)  # pyright: ignore[reportGeneralTypeIssues]
-            made_g = (d * u * slope).to(dg.dtype.element_ty)
-            made_u = (d * value).to(dg.dtype.element_ty)
-            made_h = (value * u).to(dg.dtype.element_ty)
-            tl.store(dg + place_NF, made_g, mask=kept)
-            tl.store(du + place_NF, made_u, mask=kept)
-            small = tl.load(n0 + entry, mask=inside[:, None] & (r < rank0)[None, :], other=0.0)
-            t0 = tl.dot(tl.trans(small), made_g, t0, input_precision=PRECISION)
-            small = tl.load(n1 + entry, mask=inside[:, None] & (r < rank1)[None, :], other=0.0)
-            t1 = tl.dot(tl.trans(small), made_u, t1, input_precision=PRECISION)
-            small = tl.load(n2 + entry, mask=inside[:, None] & (r < rank2)[None, :], other=0.0)
-            t2 = tl.dot(tl.trans(small), made_h, t2, input_precision=PRECISION)
+            t0, t1, t2 = _middle_step(  # pyright: ignore[reportGeneralTypeIssues]
+                (base + n).to(tl.int64), n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, rank0, rank1, rank2, first, count, r, f,
+                features, WIDTH, GELU, PRECISION,
+            )  # fmt: skip
+        for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
+            n = at + tl.arange(0, BLOCK_N)
+            rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
+            t0, t1, t2 = _middle_step(  # pyright: ignore[reportGeneralTypeIssues]
+                rows, n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, rank0, rank1, rank2, first, count, r, f, features, WIDTH,
+                GELU, PRECISION,
+            )  # fmt: skip
         if slot >= 0:
             _put(t0, g0, q0, k0, slot, chunk, only, r, f, features, WIDTH)
             _put(t1, g1, q1, k1, slot, chunk, only, r, f, features, WIDTH)
@@ -116,6 +134,7 @@ def middle(
     tables: RouteTables,
     ranks: Sequence[Tensor],
     activation: str,
+    later: sums.Later | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(gradients of gate and up (N, F), and [dB of gate, dB of up, dA of down], fp32 like `likes` (ΣR, F)).
 
@@ -125,11 +144,11 @@ def middle(
     dg, du = torch.empty_like(dh), torch.empty_like(dh)
     grads = [torch.empty_like(like) for like in likes]
     parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=dh.device) for _ in likes]
-    block_n, block_f = (64, 32) if item == 2 else (32, 32)
+    block_n, block_f, warps, stages = MIDDLE_SHAPE if item == 2 else (32, 32, 4, 1)
     sums.launch(_middle)[(chunks, -(-features // block_f))](
         dh, gate, up, dg, du, *narrow, *grads, *parts, *ranks, tables.order_N, tables.chunks_C4, features,
-        WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, GELU=activation == "gelu_tanh", PRECISION=_precision(dh.dtype),
-        num_warps=4, num_stages=2,
+        WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, GELU=activation == "gelu_tanh", STAGES=stages,
+        PRECISION=_precision(dh.dtype), num_warps=warps, num_stages=1,
     )  # fmt: skip
-    sums.fold(grads, parts, tables, ranks)
+    sums.fold_or_leave(grads, parts, tables, ranks, later)
     return dg, du, grads

@@ -1,8 +1,9 @@
 """Passes over a traced block: adapted layers that belong together become one op.
 
-A gated MLP whose weights have borders becomes `lorabank::lora_mlp_open` and `lora_mlp_close`; layers whose joined weights have
-one become `lorabank::lora_joined`, others that read the same x one `lorabank::lora_linears`. The passes look at the graph alone,
-so they serve every model whose block has such layers, and leave the others as they are.
+A gated MLP whose weights have borders becomes `lorabank::lora_mlp_open` and `lora_mlp_close`, one over an fp8 base
+`lora_gated_open` and `lora_gated_close`; layers that read the same x become one `lorabank::lora_joined` where their weights have
+borders, else one `lorabank::lora_linears`. The passes look at the graph alone, so they serve every model whose block has such
+layers, and leave the others as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch._dynamo import lookup_backend
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from lorabank.kernels.gpu import bordered_op as _bordered_op  # noqa: F401  registers lorabank::lora_mlp_open
 from lorabank.kernels.gpu import gated_mlp, keeping, siblings
+from lorabank.kernels.gpu import gated_op as _gated_op  # noqa: F401  registers lorabank::lora_gated_open
 from lorabank.kernels.gpu import joined_op as _joined_op  # noqa: F401  registers lorabank::lora_joined
 from lorabank.kernels.gpu import siblings_op as _siblings_op  # noqa: F401  registers lorabank::lora_linears
 
@@ -31,6 +33,8 @@ _PRODUCT_OPS = (
     torch.ops.lorabank.four_bit_product,
     torch.ops.lorabank.lora_mlp_open,
     torch.ops.lorabank.lora_mlp_close,
+    torch.ops.lorabank.lora_gated_open,
+    torch.ops.lorabank.lora_gated_close,
     torch.ops.lorabank.lora_joined,
 )
 Backend = Callable[[GraphModule, list[Any]], Any]
@@ -101,7 +105,7 @@ def _dividing(kept: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def fuse_mlps(graph_module: GraphModule, *, again: bool = False) -> int:
-    """Put two ops in the place of every down(act(gate(x)) · up(x)) of adapted layers with borders; returns how many.
+    """Put two ops in the place of every down(act(gate(x)) · up(x)) of adapted layers with borders or in fp8; returns how many.
 
     `again`: the block will be computed again in backward.
     """
@@ -110,7 +114,8 @@ def fuse_mlps(graph_module: GraphModule, *, again: bool = False) -> int:
         layers = _gate_and_up(down)
         if layers is not None:
             gate, up, activation = layers
-            _replace_mlp(graph_module, gate, up, down, activation, again)
+            replace = _replace_gated if _storage(down) == "fp8" else _replace_mlp
+            replace(graph_module, gate, up, down, activation, again)
             found += 1
     if found:
         graph.eliminate_dead_code()
@@ -129,7 +134,7 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
         if activation is None or not isinstance(left, Node) or len(left.users) > 1:
             continue
         gate, up = _layer_of(left.args[0]), _layer_of(right)
-        if gate is None or up is None or gate is up or not _alike([gate, up, down]) or not _bordered(gate, up, down):
+        if gate is None or up is None or gate is up or not _alike([gate, up, down]) or not _fits(gate, up, down):
             continue
         width = down.args[_FIELDS.index("width")]
         if gate.args[0] is up.args[0] and isinstance(width, int) and width <= gated_mlp.WIDEST_RANK:
@@ -137,12 +142,12 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
     return None
 
 
-def _bordered(gate: Node, up: Node, down: Node) -> bool:
+def _fits(gate: Node, up: Node, down: Node) -> bool:
     """Whether the ops for an MLP take such layers: its products have no place for a bias, nor for a mask on h."""
     args: dict[str, Any] = dict(zip(_FIELDS, down.args, strict=True))
     sides = {_storage(gate), _storage(up)}
     placed = sides == {"bordered:before", "bordered:behind"} and args["storage"] == "bordered:below"
-    return placed and args["bias"] is None and not args["drops"]
+    return (placed or sides == {"fp8"}) and args["bias"] is None and not args["drops"]
 
 
 def _storage(node: Node) -> str:
@@ -206,6 +211,29 @@ def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, ac
         graph.erase_node(added[0])
     for user in list(down.users):
         user.replace_all_uses_with(y if user.args[1] == 0 else xa)
+        graph.erase_node(user)
+    graph.erase_node(down)
+
+
+def _replace_gated(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str, again: bool) -> None:
+    graph = graph_module.graph
+    x, bases, _, As, Bs, ranks, scalings, *shared, _, width, _ = _joined([gate, up, down])
+    each = len(bases) // 3
+    with graph.inserting_before(down):
+        first = x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width
+        opened = graph.call_function(torch.ops.lorabank.lora_gated_open, first)
+        gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
+        given = x, gate_NF, up_NF, xas, bases, As, Bs, ranks, scalings, *shared, width, activation, again
+        closed = graph.call_function(torch.ops.lorabank.lora_gated_close, given)
+    _take_over(graph, down, closed)
+
+
+def _take_over(graph: Graph, down: Node, closed: Node) -> None:
+    """Whoever read the layer reads the op, whose results are in the same order."""
+    for user in list(down.users):
+        with graph.inserting_after(closed):
+            result = graph.call_function(operator.getitem, (closed, user.args[1]))
+        user.replace_all_uses_with(result)
         graph.erase_node(user)
     graph.erase_node(down)
 

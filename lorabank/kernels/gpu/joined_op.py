@@ -23,6 +23,7 @@ from lorabank.kernels.gpu import lora, siblings
 from lorabank.kernels.gpu.bordered import Group
 from lorabank.kernels.gpu.op import custom_op
 from lorabank.kernels.gpu.outer_each import outer_each
+from lorabank.kernels.gpu.sums import Later
 from lorabank.kernels.tables import RouteTables
 
 EACH = 4
@@ -50,11 +51,13 @@ def _backward(
     for dy, weight in zip(flat[1:], bases[1 + EACH :: EACH], strict=True):
         torch.addmm(wide, dy, weight, out=wide)
     dx_NI, narrow = _group(bases, ranks, scalings, width).finish(wide, tables)
+    later = Later()
     if len(As) == 1:
-        dAs = [lora.outer(narrow[0], x_NI, As[0], tables, ranks[0])]
+        dAs = [lora.outer(narrow[0], x_NI, As[0], tables, ranks[0], later=later)]
     else:
-        dAs = siblings.outer(narrow, x_NI, As, tables, ranks)
-    dBs = outer_each(xas, flat, Bs, tables, ranks)
+        dAs = siblings.outer(narrow, x_NI, As, tables, ranks, later=later)
+    dBs = outer_each(xas, flat, Bs, tables, ranks, later)
+    later.fold(tables)
     return [dx_NI.view(x.shape) if needs_dx else x.new_empty(0), *dAs, *dBs]
 
 

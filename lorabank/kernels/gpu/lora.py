@@ -115,10 +115,38 @@ def _expand(
 
 
 @triton.jit
+def _straight(order, first, count):
+    """(token of a chunk's first entry, whether the others follow it one by one).
+
+    Entries of a slot are in the order of their tokens: where the last is as far off as there are entries, no table is needed.
+    Then loads are started steps ahead, which compilers don't do through a table; hence two loops.
+    """
+    base = tl.load(order + first)
+    return base, tl.load(order + first + count - 1) - base == count - 1
+
+
+@triton.jit
+def _outer_step(
+    rows, n, narrow, wide, total, first, count, rank, r, f, features, columns, bar, odds, steps, draws, slot,
+    WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_outer` for some tokens: the sum with them."""
+    small = tl.load(
+        narrow + (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :],
+        mask=(n < count)[:, None] & (r < rank)[None, :],
+        other=0.0,
+    )
+    tile = tl.load(wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0)
+    key_n = _row_keys(odds, steps, draws, slot, first + n, n < count, DROP)
+    tile = _kept(tile, 0.0, key_n, columns, bar, DROP)
+    return tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _outer(
     narrow, wide, parts, grad, order, chunks, ranks, odds, steps, draws, features,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, DROP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ over a chunk's tokens of narrow[entry, rank] · wide[token, f]: into grad for a slot's only chunk, else into parts."""
     chunk, column, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -130,20 +158,20 @@ def _outer(
         r, f = block * BLOCK_R + tl.arange(0, BLOCK_R), column * BLOCK_F + tl.arange(0, BLOCK_F)
         columns, bar = _column_keys(f, DROP), _bar(odds, slot, DROP)
         total = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
-        for at in range(0, count, BLOCK_N):
+        base, straight = _straight(order, first, count)  # pyright: ignore[reportGeneralTypeIssues]
+        for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
+            n = at + tl.arange(0, BLOCK_N)
+            total = _outer_step(
+                (base + n).to(tl.int64), n, narrow, wide, total, first, count, rank, r, f, features, columns, bar, odds, steps,
+                draws, slot, WIDTH, DROP, PRECISION,
+            )  # fmt: skip
+        for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
             n = at + tl.arange(0, BLOCK_N)
             rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
-            small = tl.load(
-                narrow + (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :],
-                mask=(n < count)[:, None] & (r < rank)[None, :],
-                other=0.0,
-            )
-            tile = tl.load(
-                wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0
-            )
-            key_n = _row_keys(odds, steps, draws, slot, first + n, n < count, DROP)
-            tile = _kept(tile, 0.0, key_n, columns, bar, DROP)
-            total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
+            total = _outer_step(
+                rows, n, narrow, wide, total, first, count, rank, r, f, features, columns, bar, odds, steps, draws, slot, WIDTH,
+                DROP, PRECISION,
+            )  # fmt: skip
         inside = (r < rank)[:, None] & (f < features)[None, :]
         if only == 1:
             tl.store(grad + (start + r)[:, None] * features + f[None, :], total, mask=inside)
@@ -153,9 +181,25 @@ def _outer(
 
 
 @triton.jit
+def _through_step(
+    rows, n, narrow, wide, shares, w_turned, total, column, first, count, rank, r, f, features, entries,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_through` for some tokens: the sum with them."""
+    kept = (n < count)[:, None] & (r < rank)[None, :]
+    at = (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :]
+    small = tl.load(narrow + at, mask=kept, other=0.0)
+    tile = tl.load(wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0)
+    total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
+    share = tl.dot(tile, w_turned, input_precision=PRECISION)
+    tl.store(shares + column.to(tl.int64) * entries * WIDTH + at, share, mask=kept)
+    return total
+
+
+@triton.jit
 def _through(
     narrow, wide, weight, parts, shares, grad, order, chunks, ranks, features, entries,
-    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_outer`, and in the same pass over wide each column's share of `_shrink`: shares[column, entry, rank]. For few ranks."""
     chunk, column = tl.program_id(0), tl.program_id(1)
@@ -169,18 +213,20 @@ def _through(
         w_tile = tl.load(weight + (start + r)[:, None] * features + f[None, :], mask=inside, other=0.0).to(wide.dtype.element_ty)
         w_turned = tl.trans(w_tile)
         total = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-        for at in range(0, count, BLOCK_N):
+        base, straight = _straight(order, first, count)  # pyright: ignore[reportGeneralTypeIssues]
+        for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
+            n = at + tl.arange(0, BLOCK_N)
+            total = _through_step(
+                (base + n).to(tl.int64), n, narrow, wide, shares, w_turned, total, column, first, count, rank, r, f, features,
+                entries, WIDTH, PRECISION,
+            )  # fmt: skip
+        for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
             n = at + tl.arange(0, BLOCK_N)
             rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
-            kept = (n < count)[:, None] & (r < rank)[None, :]
-            small = tl.load(narrow + (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :], mask=kept, other=0.0)
-            tile = tl.load(
-                wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0
-            )
-            total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
-            share = tl.dot(tile, w_turned, input_precision=PRECISION)
-            entry = column.to(tl.int64) * entries + first + n
-            tl.store(shares + entry[:, None] * WIDTH + r[None, :], share, mask=kept)
+            total = _through_step(
+                rows, n, narrow, wide, shares, w_turned, total, column, first, count, rank, r, f, features, entries, WIDTH,
+                PRECISION,
+            )  # fmt: skip
         if only == 1:
             tl.store(grad + (start + r)[:, None] * features + f[None, :], total, mask=inside)
         else:
@@ -271,11 +317,17 @@ def _expand_into(
 
 
 def outer(
-    narrow_NW: Tensor, wide_NF: Tensor, like_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, drops: Drops = ()
+    narrow_NW: Tensor,
+    wide_NF: Tensor,
+    like_RF: Tensor,
+    tables: RouteTables,
+    ranks_P2: Tensor,
+    drops: Drops = (),
+    later: sums.Later | None = None,
 ) -> Tensor:
     """The gradient of a capacity buffer, fp32 (ΣR, F): narrowᵀ·wide for each slot. Rows that belong to no slot stay unwritten.
 
-    `drops`: what wide is dropped by.
+    `drops`: what wide is dropped by. `later`: whose `fold` completes it, together with others.
     """
     width, features = narrow_NW.shape[1], wide_NF.shape[1]
     chunks = tables.chunks_C4.shape[0]
@@ -286,9 +338,9 @@ def outer(
     sums.launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
         narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, *pointers(drops, 1, ranks_P2), features,
         WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),
-        num_warps=4, num_stages=_stages(block_n, block_f + block_r, wide_NF.element_size(), 0),
+        STAGES=_stages(block_n, block_f + block_r, wide_NF.element_size(), 0), num_warps=4, num_stages=1,
     )  # fmt: skip
-    sums.fold([grad], [parts], tables, [ranks_P2])
+    sums.fold_or_leave([grad], [parts], tables, [ranks_P2], later)
     return grad
 
 
@@ -307,7 +359,7 @@ def outer_and_shrink(
         narrowed = [shrink(dy, weight, tables, place, scaling, width) for _, dy, weight, place, scaling in layers]
         return [outer(xa, dy, weight, tables, place) for xa, dy, weight, place, _ in layers], narrowed
     chunks, device, item = tables.chunks_C4.shape[0], wide[0].device, wide[0].element_size()
-    block_f, block_n = 256 if item == 2 else 128, 64
+    block_f, block_n = 256 if item == 2 else 64, 64
     grads, results, parts, shares = [], [], [], []
     for xa, dy, weight, place, _ in layers:
         features = dy.shape[1]
@@ -319,7 +371,7 @@ def outer_and_shrink(
         sums.launch(_through)[(chunks, columns)](
             xa, dy, weight, parts[-1], shares[-1], grads[-1], tables.order_N, tables.chunks_C4, place, features, entries,
             WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION=_precision(dy.dtype),
-            num_warps=8, num_stages=_stages(block_n, block_f + width, item, 0),
+            STAGES=_stages(block_n, block_f + width, item, 0), num_warps=8, num_stages=1,
         )  # fmt: skip
     sums.fold(grads, parts, tables, ranks)
     sums.gather(results, shares, tables, ranks, scalings)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
-from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _precision
+from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _precision, _straight
 from lorabank.kernels.gpu.sums import MOST as MOST
 from lorabank.kernels.gpu.sums import four
 from lorabank.kernels.tables import TILE, RouteTables
@@ -183,10 +183,27 @@ def _add_outer(
 
 
 @triton.jit
+def _outer_step(
+    rows, n, n0, n1, n2, n3, wide, t0, t1, t2, t3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, columns, slot, first, count, r,
+    f, features, C: tl.constexpr, WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_outer` for some tokens: the sums with them."""
+    entry = (first + n).to(tl.int64)
+    tile = tl.load(wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0)
+    t0 = _add_outer(t0, n0, k0, tile, d0, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+    t1 = _add_outer(t1, n1, k1, tile, d1, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+    if C > 2:
+        t2 = _add_outer(t2, n2, k2, tile, d2, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+    if C > 3:
+        t3 = _add_outer(t3, n3, k3, tile, d3, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+    return t0, t1, t2, t3
+
+
+@triton.jit
 def _outer(
     n0, n1, n2, n3, wide, p0, p1, p2, p3, g0, g1, g2, g3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, order, chunks, features,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, DROP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """narrowᵀ · wide for C layers over a chunk's tokens, wide read once."""
     chunk, column = tl.program_id(0), tl.program_id(1)
@@ -199,19 +216,20 @@ def _outer(
         t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t2 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t3 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-        for at in range(0, count, BLOCK_N):
+        base, straight = _straight(order, first, count)  # pyright: ignore[reportGeneralTypeIssues]
+        for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
+            n = at + tl.arange(0, BLOCK_N)
+            t0, t1, t2, t3 = _outer_step(  # pyright: ignore[reportGeneralTypeIssues]
+                (base + n).to(tl.int64), n, n0, n1, n2, n3, wide, t0, t1, t2, t3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws,
+                columns, slot, first, count, r, f, features, C, WIDTH, DROP, PRECISION,
+            )  # fmt: skip
+        for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
             n = at + tl.arange(0, BLOCK_N)
             rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
-            entry = (first + n).to(tl.int64)
-            tile = tl.load(
-                wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0
-            )
-            t0 = _add_outer(t0, n0, k0, tile, d0, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
-            t1 = _add_outer(t1, n1, k1, tile, d1, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
-            if C > 2:
-                t2 = _add_outer(t2, n2, k2, tile, d2, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
-            if C > 3:
-                t3 = _add_outer(t3, n3, k3, tile, d3, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+            t0, t1, t2, t3 = _outer_step(  # pyright: ignore[reportGeneralTypeIssues]
+                rows, n, n0, n1, n2, n3, wide, t0, t1, t2, t3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, columns, slot,
+                first, count, r, f, features, C, WIDTH, DROP, PRECISION,
+            )  # fmt: skip
         _put(t0, g0, p0, k0, slot, chunk, only, r, f, features, WIDTH)
         _put(t1, g1, p1, k1, slot, chunk, only, r, f, features, WIDTH)
         if C > 2:
@@ -287,18 +305,19 @@ def outer(
     tables: RouteTables,
     ranks: Sequence[Tensor],
     drops: Drops = (),
+    later: sums.Later | None = None,
 ) -> list[Tensor]:
     """lora.outer of each layer's narrow with the same wide."""
     width, features, chunks = narrow[0].shape[1], wide_NF.shape[1], tables.chunks_C4.shape[0]
     grads = [torch.empty_like(like) for like in likes]
     parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=wide_NF.device) for _ in likes]
     block_n, item = 64, wide_NF.element_size()
-    block_f = (64 if item == 2 else 32) if drops else 128 if width <= 16 else 64
+    block_f = (64 if drops or width > 16 else 128) if item == 2 else 32  # fp32 takes registers
     sums.launch(_outer)[(chunks, -(-features // block_f))](
         *four(narrow), wide_NF, *four(parts), *four(grads), *four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N,
         tables.chunks_C4, features,
         C=len(narrow), WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),
-        num_warps=4, num_stages=_stages(block_n * (block_f + len(narrow) * width) * item),
+        STAGES=_stages(block_n * (block_f + len(narrow) * width) * item), num_warps=4, num_stages=1,
     )  # fmt: skip
-    sums.fold(grads, parts, tables, ranks)
+    sums.fold_or_leave(grads, parts, tables, ranks, later)
     return grads

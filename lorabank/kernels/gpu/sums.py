@@ -115,6 +115,34 @@ def gather(
     )  # fmt: skip
 
 
+class Later:
+    """Gradients in parts, folded together when there are no more to come: up to four in one start."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, grads: Sequence[Tensor], parts: Sequence[Tensor], ranks: Sequence[Tensor]) -> None:
+        """What `fold` takes."""
+        self._waiting += zip(grads, parts, ranks, strict=True)
+
+    def fold(self, tables: RouteTables) -> None:
+        """All that wait."""
+        for start in range(0, len(self._waiting), MOST):
+            grads, parts, ranks = zip(*self._waiting[start : start + MOST], strict=True)
+            fold(grads, parts, tables, ranks)
+        self._waiting = []
+
+
+def fold_or_leave(
+    grads: Sequence[Tensor], parts: Sequence[Tensor], tables: RouteTables, ranks: Sequence[Tensor], later: Later | None
+) -> None:
+    """`fold` now, or with others where the caller has some."""
+    if later is None:
+        fold(grads, parts, tables, ranks)
+    else:
+        later.add(grads, parts, ranks)
+
+
 def fold(grads: Sequence[Tensor], parts: Sequence[Tensor], tables: RouteTables, ranks: Sequence[Tensor]) -> None:
     """Fill each layer's gradient (ΣR, F) from its parts, fp32 (chunks, W, F), where a slot has more chunks than one."""
     width, features = parts[0].shape[1], [part.shape[2] for part in parts]

@@ -19,9 +19,15 @@ from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorabank.kernels.gpu import bordered, gated_mlp, lora, outer_each, siblings, sums
+from lorabank.kernels import fp8
+from lorabank.kernels.gpu import bordered, gated, gated_mlp, lora, outer_each, rounding, siblings, sums
 from lorabank.kernels.tables import RouteTables, drop_tables, route_tables
 
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", fp8.E4M3: "*fp8e4nv",
+}  # fmt: skip
+E4M3_FROM = 10 * fp8.OLDEST[0] + fp8.OLDEST[1]
+"""Compute capability whose code can make e4m3 numbers."""
 LAUNCHED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
 
@@ -35,7 +41,7 @@ class Recorder:
         return lambda *args, **kwargs: LAUNCHED.append((self.kernel, args, kwargs))
 
 
-def record(width: int, dtype: torch.dtype) -> None:
+def record(width: int, dtype: torch.dtype, capability: int) -> None:
     """Start every product once, on small tensors."""
     tokens, features, capacity = 4096, 1024, 2 * width
     tables = route_tables({0: range(2)}, 2, tokens // 2, 1)
@@ -75,6 +81,8 @@ def record(width: int, dtype: torch.dtype) -> None:
             for activation in gated_mlp.ACTIVATIONS:
                 gated_mlp.activate(part, part, activation)
                 gated_mlp.middle(part, part, part, [narrow] * 3, [A] * 3, few, [ranks] * 3, activation)
+            if capability >= E4M3_FROM:
+                record_rounded(part, narrow, A, few, ranks, scaling, width)
 
 
 def record_borders(
@@ -101,6 +109,23 @@ def record_borders(
             group = bordered.Group(shadow=shadow, width=width, pads=wide, share=share, left=left, **lists)
             group.finish(group.widen(x, tables)[0], tables)
         outer_each.outer_each([narrow] * count, [x] * count, [A] * count, tables, lists["ranks"])
+
+
+def record_rounded(
+    x: torch.Tensor, narrow: torch.Tensor, A: torch.Tensor, tables: RouteTables, ranks: torch.Tensor, scaling: torch.Tensor,
+    width: int,
+) -> None:  # fmt: skip
+    """Start what a gated MLP over an fp8 base has of its own; for GPUs that have e4m3."""
+    rounding.quantize(x)
+    for count in (1, 2):
+        maxima, same = rounding.maxima_like(x, count), ([A] * count, tables, [ranks] * count, [scaling] * count)
+        rounding.round_and_shrink([x] * count, maxima, *same, width)
+        rounding.round_outer_and_shrink([x] * count, maxima, [narrow] * count, *same)
+    for activation in gated_mlp.ACTIVATIONS:
+        for noted in (None, maxima):  # pyright: ignore[reportPossiblyUnboundVariable]
+            gated.activate(x, x, [narrow] * 2, [A] * 2, tables, [ranks] * 2, activation, noted)
+            for outers in (1, 3):
+                gated.middle(x, x, x, [narrow] * 3, [A] * 3, tables, [ranks] * 3, activation, noted, outers)
 
 
 def compile_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int) -> str:
@@ -147,7 +172,7 @@ def check_writes(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _type(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}[value.dtype]
+        return TYPES[value.dtype]
     return "i32"
 
 
@@ -160,8 +185,8 @@ def main() -> None:
     vars(sums)["launch"] = Recorder
     vars(bordered)["_write"] = Recorder(bordered._write)
     for width in map(int, sys.argv[2:] or ("16", "64", "256")):
-        record(width, torch.bfloat16)
-    record(16, torch.float32)
+        record(width, torch.bfloat16, int(sys.argv[1]))
+    record(16, torch.float32, int(sys.argv[1]))
     triton.runtime.driver.set_active(Target(int(sys.argv[1])))
     seen: set[str] = set()
     for kernel, args, kwargs in LAUNCHED:

@@ -1,10 +1,10 @@
 """How torch.compile divides a compiled block into forward and backward for a GPU that isn't there, as a process of its own.
 
-    python partition_blocks.py llama all products inputs inputs:mlps
+    python partition_blocks.py llama all products inputs inputs:mlps inputs:fp8
 
-Prints a JSON line for each way to keep (`:mlps`: with gated MLPs as ops of their own): frozen products, MLP ops and attentions
-in backward's code, bytes a token that forward keeps besides its inputs. Nothing is computed: compiled code gives zeros of the
-right shapes.
+Prints a JSON line for each way to keep (`:mlps`: with gated MLPs as ops of their own, `:fp8`: over an fp8 base): frozen
+products, MLP ops and attentions in backward's code, bytes a token that forward keeps besides its inputs. Nothing is computed:
+compiled code gives zeros of the right shapes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 from triton.backends.compiler import GPUTarget
 
+from lorabank import quantize_base
 from lorabank.bank.bank import AdapterBank
 from lorabank.engine.attention import own_attention
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
@@ -40,7 +41,7 @@ class Target:
 
 def divide(bank: AdapterBank, way: str) -> dict[str, Any]:
     """What forward and backward of the model's first compiled block are made of."""
-    kept, _, mlps = way.partition(":")
+    kept, _, how = way.partition(":")
     seen: list[GraphModule] = []
 
     def record(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -56,11 +57,11 @@ def divide(bank: AdapterBank, way: str) -> dict[str, Any]:
 
     halve = keeping.KeepAttention() if kept == "attention" else min_cut_rematerialization_partition
     partition = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=halve)
-    torch._dynamo.register_backend(partition, name=f"divided_{kept}{mlps}")
+    torch._dynamo.register_backend(partition, name=f"divided_{kept}{how}")
     torch._dynamo.reset()
     blocks = repeated_blocks(bank.model)
     for block in blocks:
-        block._compiled_call_impl = FusedBlock(block, kept=kept, borders=bool(mlps), backend=f"divided_{kept}{mlps}")
+        block._compiled_call_impl = FusedBlock(block, kept=kept, borders=how == "mlps", backend=f"divided_{kept}{how}")
     body: Any = bank.model.get_submodule(bank.model.base_model_prefix)  # pyright: ignore[reportArgumentType]
     with bank.route("a"), own_attention(bank.model.modules(), torch.device("cuda"), maskless=True):
         hidden = body(input_ids=torch.ones(ROWS, TOKENS, dtype=torch.int64), use_cache=False).last_hidden_state
@@ -99,7 +100,8 @@ def _made_again(backward: GraphModule) -> list[str]:
 
 
 def _mlp_ops(module: GraphModule) -> list[str]:
-    return sorted(str(node.target).split(".")[1] for node in module.graph.nodes if "lorabank.lora_mlp" in str(node.target))
+    names = [str(node.target).split(".") for node in module.graph.nodes]
+    return sorted(name[1] for name in names if name[0] == "lorabank" and name[1].startswith(("lora_mlp", "lora_gated")))
 
 
 def _is_attention(node: Node) -> bool:
@@ -132,6 +134,8 @@ def main() -> None:
     family, *ways = sys.argv[1:]
     for kept in ways:
         model = make_model(family, spread=1.0).bfloat16()
+        if kept.endswith(":fp8"):
+            quantize_base(model, "fp8", say=lambda line: None)
         bank = make_bank(family, ("a",), model=model)
         with torch.no_grad(), bank.route("a"):
             model(input_ids=torch.ones(1, 3, dtype=torch.int64))  # every layer has been reached

@@ -12,13 +12,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorabank as lb
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
+from lorabank.kernels.gpu import grouping
 
 ROUTES = ["a", "b", "a", "a"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("storage", ["fp8", "nf4"])
-def test_compiled_blocks_equal_plain_ones(storage: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("storage", "kept", "backend"),
+    [("fp8", "all", "aot_eager"), ("fp8", "inputs", "aot_eager_decomp_partition"), ("nf4", "all", "aot_eager")],
+)
+def test_compiled_blocks_equal_plain_ones(
+    storage: str, kept: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an fp8 base the MLP is two ops, of which recomputation makes the first again."""
     if storage == "nf4":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
     torch.manual_seed(0)
@@ -45,12 +52,15 @@ def test_compiled_blocks_equal_plain_ones(storage: str, device: torch.device) ->
     plain = results()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    fuse, joint = grouping.fuse_mlps, []
+    monkeypatch.setattr(grouping, "fuse_mlps", lambda *args, **kwargs: joint.append((fuse(*args, **kwargs), kwargs["again"])))
     for block in repeated_blocks(model):
-        block._compiled_call_impl = FusedBlock(block, backend="aot_eager")
+        block._compiled_call_impl = FusedBlock(block, kept=kept, backend=backend)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")  # the compiler's own
         compiled = results()
     assert torch._dynamo.utils.counters["frames"]["total"] == 1
+    assert joint == [(int(storage == "fp8"), kept == "inputs")]
     assert plain.keys() == compiled.keys() and len(plain) == 1 + 2 * 2 * 7 * 3
     for key, value in plain.items():
         assert float((value - compiled[key]).norm() / value.norm()) < (2e-2 if device.type == "cuda" else 2e-5), key
