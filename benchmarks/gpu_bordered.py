@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lorabank.bank.fused import table_width
-from lorabank.kernels.gpu import bordered
-from lorabank.kernels.tables import TILE, RouteTables, route_tables
+from lorabank.kernels.gpu import bordered, gated_mlp
+from lorabank.kernels.tables import RouteTables, route_tables
 
 TOKENS, HIDDEN, INNER = 4096, 4096, 14336
 SCALING = 2.0
@@ -54,7 +53,7 @@ class Mlp:
             rank=rank, slots=slots, x=torch.randn(TOKENS, HIDDEN, **bf16), wide=torch.randn(3, TOKENS, INNER, **bf16),
             A=torch.randn(slots * rank, HIDDEN, device=device) / HIDDEN**0.5, B=torch.randn(slots * rank, INNER, device=device),
             narrow=torch.randn(TOKENS, table_width(rank), **bf16), ranks=ranks,
-            scaling=torch.full((slots,), SCALING, device=device), poison=bordered.poison_like(ranks, INNER)[0],
+            scaling=torch.full((slots,), SCALING, device=device), poison=bordered.poison_like(ranks, 1, INNER)[0],
             tables=route_tables(rows, units, TOKENS // units, slots).to(device), pad=bordered.border_width(slots * rank),
         )  # fmt: skip
 
@@ -63,10 +62,30 @@ class Mlp:
         """Of the narrow tensors."""
         return self.narrow.shape[1]
 
-    def same(self, count: int) -> tuple[Any, ...]:
-        """What `widen` and `finish` take for so many layers."""
-        ranks, scaling, poison = [self.ranks] * count, [self.scaling] * count, [self.poison] * count
-        return [self.A] * count, self.tables, ranks, scaling, poison, self.pad, self.width
+    @property
+    def pair(self) -> bordered.Group:
+        """gate and up: a border before x and one behind it."""
+        return self._group(2, pads=2 * self.pad, share=self.pad, left=self.pad)
+
+    @property
+    def down(self) -> bordered.Group:
+        """down, or an attention's output projection."""
+        return self._group(1, pads=self.pad, share=self.pad, left=0)
+
+    def joined(self, count: int) -> bordered.Group:
+        """So many layers that share a border: queries, keys and values."""
+        return self._group(count, pads=self.pad, share=self.pad // count, left=0)
+
+    def _group(self, count: int, *, pads: int, share: int, left: int) -> bordered.Group:
+        shadow = torch.zeros(max(pads, count * share), HIDDEN, dtype=self.x.dtype, device=self.x.device)
+        for layer in range(count):
+            shadow[layer * share : layer * share + len(self.A)] = self.A.to(shadow.dtype)
+        same: dict[str, Any] = {name: [value] * count for name, value in self._tensors.items()}
+        return bordered.Group(shadow=shadow, width=self.width, pads=pads, share=share, left=left, **same)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"ranks": self.ranks, "scalings": self.scaling, "poison": self.poison}
 
     def slot_rows(self) -> Iterator[tuple[slice, slice]]:
         """(tokens, ranks) of each slot."""
@@ -81,15 +100,16 @@ def found_and_expected(p: Mlp) -> Iterator[tuple[str, Tensor, Tensor]]:
     border = torch.zeros(TOKENS, p.pad, device=x.device)
     for tokens, ranks in p.slot_rows():
         border[tokens, ranks] = SCALING * x[tokens] @ A[ranks].t()
-    wide, _ = bordered.widen(p.x, *p.same(2))
+    pair = p.pair
+    wide, _ = pair.widen(p.x, p.tables)
     yield "widen", wide, torch.cat([border, x, border], 1)
     added = x.clone()
     for tokens, ranks in p.slot_rows():
         added[tokens] += 2 * SCALING * wide[tokens, ranks].float() @ A[ranks]
-    yield "finish", bordered.finish(wide, *p.same(2))[0], added
+    yield "finish", pair.finish(wide, p.tables)[0], added
     dh, gate, up = (part.float() for part in p.wide)
     value, slope = torch.sigmoid(gate) * gate, torch.sigmoid(gate) * (1 + gate * (1 - torch.sigmoid(gate)))
-    yield "activate", bordered.activate(p.wide[1], p.wide[2], "silu"), value * up
+    yield "activate", gated_mlp.activate(p.wide[1], p.wide[2], "silu"), value * up
     dgate, dup, grads = middle(p)
     for name, mine, other in (("dgate", dgate, dh * up * slope), ("dup", dup, dh * value)):
         yield f"middle, {name}", mine, other
@@ -100,19 +120,23 @@ def found_and_expected(p: Mlp) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def middle(p: Mlp) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As blocks start it."""
-    return bordered.middle(*p.wide, [p.narrow] * 3, [p.B] * 3, p.tables, [p.ranks] * 3, "silu")
+    return gated_mlp.middle(*p.wide, [p.narrow] * 3, [p.B] * 3, p.tables, [p.ranks] * 3, "silu")
 
 
 def timings(p: Mlp) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """(kernel, its start, bytes that it reads and writes at least)."""
     T, item = TOKENS, 2
-    narrow, wide = item * T * p.width, item * T * (HIDDEN + 2 * p.pad)
-    made = bordered.widen(p.x, *p.same(2))[0]
-    both = 2 * (narrow + 4 * p.A.numel())
-    yield "widen, two layers", lambda: bordered.widen(p.x, *p.same(2)), item * T * HIDDEN + wide + both
-    yield "widen", lambda: bordered.widen(p.x, *p.same(1)), item * T * (2 * HIDDEN + p.pad) + narrow + 4 * p.A.numel()
-    yield "finish, two layers", lambda: bordered.finish(made, *p.same(2)), 2 * item * T * HIDDEN + 2 * narrow + both
-    yield "activate", lambda: bordered.activate(p.wide[1], p.wide[2], "silu"), 3 * item * T * INNER
+    narrow, shadow = item * T * p.width, item * p.rank * p.slots * HIDDEN
+    groups = {"two layers": p.pair, "one layer": p.down}
+    if p.pad // 3 >= p.rank * p.slots:
+        groups["three layers"] = p.joined(3)
+    for name, group in groups.items():
+        count = len(group.ranks)
+        moved = item * T * (2 * HIDDEN + group.pads) + count * (narrow + shadow)
+        made = group.widen(p.x, p.tables)[0]
+        yield f"widen, {name}", lambda group=group: group.widen(p.x, p.tables), moved
+        yield f"finish, {name}", lambda group=group, made=made: group.finish(made, p.tables), moved
+    yield "activate", lambda: gated_mlp.activate(p.wide[1], p.wide[2], "silu"), 3 * item * T * INNER
     yield "middle", lambda: middle(p), 5 * item * T * INNER + 3 * (narrow + 4 * p.B.numel())
 
 
@@ -132,39 +156,24 @@ def middles(p: Mlp) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         (64, 16, 2),
         (32, 32, 4),
     )
-    for (block_n, block_f, warps), stages, registers in itertools.product(blocks, (2, 1, 3), (None, 96, 80)):
-        more = {} if registers is None else {"maxnreg": registers}
+    for (block_n, block_f, warps), stages in itertools.product(blocks, (2, 3, 4)):
 
-        def run(n=block_n, f=block_f, warps=warps, stages=stages, more=more) -> Tensor:
+        def run(n=block_n, f=block_f, warps=warps, stages=stages) -> Tensor:
             dgate, dup = torch.empty_like(p.wide[0]), torch.empty_like(p.wide[0])
-            kernel: Any = bordered._middle
+            kernel: Any = gated_mlp._middle
             kernel[(chunks, -(-INNER // f))](
                 *p.wide, dgate, dup, p.narrow, p.narrow, p.narrow, *grads, *parts, p.ranks, p.ranks, p.ranks, p.tables.order_N,
                 p.tables.chunks_C4, INNER,
-                WIDTH=p.width, BLOCK_N=n, BLOCK_F=f, GELU=False, PRECISION="tf32", num_warps=warps, num_stages=stages, **more,
+                WIDTH=p.width, BLOCK_N=n, BLOCK_F=f, GELU=False, STAGES=stages, PRECISION="tf32", num_warps=warps, num_stages=1,
             )  # fmt: skip
             return dgate
 
-        yield f"tokens {block_n} features {block_f} warps {warps} stages {stages} registers {registers}", run
+        yield f"tokens {block_n} features {block_f} warps {warps} stages {stages}", run
 
 
 def widens(p: Mlp) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Other ways to start `widen` for two layers."""
-    for block_f, warps, stages in itertools.product((64, 128, 256), (2, 4, 8), (2, 3, 4, 6)):
-        if stages * block_f * (TILE * 2 + 2 * p.width * 4) > 200 * 1024:
-            continue
-
-        def run(f=block_f, warps=warps, stages=stages) -> Tensor:
-            wide = torch.empty((TOKENS, HIDDEN + 2 * p.pad), dtype=p.x.dtype, device=p.x.device)
-            narrow = [torch.empty_like(p.narrow) for _ in range(2)]
-            blocks = p.poison.shape[1]
-            kernel: Any = bordered._widen
-            kernel[(p.tables.tiles_S4.shape[0],)](
-                p.x, wide, p.A, p.A, *narrow, p.ranks, p.ranks, p.scaling, p.scaling, p.poison, p.poison, p.tables.order_N,
-                p.tables.tiles_S4, HIDDEN, wide.shape[1], blocks,
-                C=2, PAD=p.pad, WIDTH=p.width, BLOCK_M=TILE, BLOCK_F=f, BLOCKS=triton.next_power_of_2(blocks),
-                PRECISION="tf32", num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-            return wide
-
-        yield f"block_f {block_f} warps {warps} stages {stages}", run
+    group = p.pair
+    for shape in itertools.product((16, 32), (64, 128), (1, 2, 4), (3, 5), (1, 2, 4)):
+        text = "tokens {} features {} warps {} stages {} splits {}".format(*shape)
+        yield text, lambda shape=shape: group.widen(p.x, p.tables, shape=shape)[0]

@@ -131,7 +131,7 @@ def outers(p: Problem) -> Tuning:
                     dxa, p.x, parts, grad, p.tables.order_N, p.tables.chunks_C4, p.ranks,
                     p.ranks, p.ranks, p.ranks, features,
                     WIDTH=p.width, BLOCK_N=block_n, BLOCK_R=p.width, BLOCK_F=block_f, DROP=False, PRECISION="tf32",
-                    num_warps=warps, num_stages=stages,
+                    STAGES=stages, num_warps=warps, num_stages=1,
                 )  # fmt: skip
                 sums.fold([grad], [parts], p.tables, [p.ranks])
                 return grad
@@ -159,7 +159,8 @@ def throughs(p: Problem) -> Tuning:
                 shares = torch.empty((columns, T, p.width), device=p.dy.device)
                 lora._through[(chunks, columns)](
                     xa, p.dy, p.B, parts, shares, grad, p.tables.order_N, p.tables.chunks_C4, p.ranks, features, T,
-                    WIDTH=p.width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION="tf32", num_warps=warps, num_stages=stages,
+                    WIDTH=p.width, BLOCK_N=block_n, BLOCK_F=block_f, PRECISION="tf32", STAGES=stages, num_warps=warps,
+                    num_stages=1,
                 )  # fmt: skip
                 sums.fold([grad], [parts], p.tables, [p.ranks])
                 sums.gather([narrow], [shares], p.tables, [p.ranks], [p.scaling])
@@ -187,7 +188,7 @@ def widens(p: Problem) -> Tuning:
     mlp = gpu_bordered.Mlp.make(p.rank, p.slots, p.x.device)
     moved = next(moved for name, _, moved in gpu_bordered.timings(mlp) if name == "widen, two layers")
     choices = (Choice(text=text, run=run) for text, run in gpu_bordered.widens(mlp))
-    return Tuning(now=lambda: gpu_bordered.bordered.widen(mlp.x, *mlp.same(2))[0], moved=moved, choices=choices)
+    return Tuning(now=lambda: mlp.pair.widen(mlp.x, mlp.tables)[0], moved=moved, choices=choices)
 
 
 KERNELS = {"shrink": shrinks, "change": changes, "outer": outers, "through": throughs, "middle": middles, "widen": widens}

@@ -56,6 +56,8 @@ class Borders:
         self._poison = torch.empty(0)
         self._shadows: list[Tensor] = []
         self._pad = 0
+        self._last = 0
+        """Rows of capacity buffers up to the last in use."""
         self._places: list[int] = []
         """Where the wide tensors lie. Only the parameters hold them, so that a model that is moved takes them along."""
 
@@ -85,6 +87,10 @@ class Borders:
             return False
         if pad > self._pad or not self._in_place():
             self._place(max(pad, self._pad))
+        elif last < self._last:
+            for border in self._parts():
+                border.zero_()  # `write` doesn't come to the places of adapters that are gone
+        self._last = last
         if self._poison.shape[1:2] != ranks.shape[:1] or self._poison.device != ranks.device:
             features = max(max(weight.shape) for weight in self._weights)
             self._poison = bordered.poison_like(ranks, len(self.layers), features)
@@ -94,12 +100,16 @@ class Borders:
         """(what `bordered.write` takes, what the layers are called with). Only where `prepare` said so."""
         raise NotImplementedError
 
+    def _parts(self) -> list[Tensor]:
+        """Each layer's border, (F, share)."""
+        raise NotImplementedError
+
     def release(self) -> None:
         """Make the weights tensors of their own again."""
         if self._in_place():
             for layer in self.layers:
                 layer.bring_home()
-        self._places, self._pad, self._shadows = [], 0, []
+        self._places, self._pad, self._last, self._shadows = [], 0, 0, []
 
     @property
     def _each(self) -> int:
@@ -175,14 +185,17 @@ class MlpBorders(Borders):
         gate, up, down = (weight.size() for weight in self._weights)
         return [Wide(*gate, which=0, before=pad), Wide(*up, which=1, columns=pad), Wide(*down, which=2, rows=pad)]
 
+    def _parts(self) -> list[Tensor]:
+        (gate, up, down), pad = self._wide(), self._pad
+        return [gate[:, :pad], up[:, -pad:], down[-pad:].t()]
+
     def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
         return [(2 * pad, self._weights[0].shape[1]), (pad, self._weights[2].shape[0])]
 
     def filled(self, tables: Sequence[LayerTables]) -> tuple[list[Any], list[Bordered]]:
         from lorabank.kernels.gpu.bordered import Border  # here, since it imports Triton
 
-        (gate, up, down), (both, last), pad = self._wide(), self._shadows, self._pad
-        borders = [gate[:, :pad], up[:, -pad:], down[-pad:].t()]
+        (gate, up, down), (both, last), pad, borders = self._wide(), self._shadows, self._pad, self._parts()
         shadows = [both[:pad], both[pad:], last]
         entries: list[Any] = []
         for which, (layer, table) in enumerate(zip(self.layers, tables, strict=True)):
@@ -191,7 +204,7 @@ class MlpBorders(Borders):
             entries.append(
                 Border(
                     border=borders[which], leaf=leaf, shadow=shadows[which], other=other, ranks=table.ranks_P2,
-                    poison=self._poison[which],
+                    poison=self._poison[which], rows=self._last,
                 )
             )  # fmt: skip
         names = ("bordered:before", "bordered:behind", "bordered:below")
@@ -215,6 +228,11 @@ class JoinedBorders(Borders):
     def _layout(self, pad: int) -> list[Wide]:
         return [Wide(*weight.size(), columns=pad, which=which) for which, weight in enumerate(self._weights)]
 
+    def _parts(self) -> list[Tensor]:
+        share, inputs = self._pad // len(self.layers), self._weights[0].shape[1]
+        starts = [inputs + which * share for which in range(len(self.layers))]
+        return [wide[:, start : start + share] for wide, start in zip(self._wide(), starts, strict=True)]
+
     def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
         return [(pad, self._weights[0].shape[1])]
 
@@ -222,15 +240,15 @@ class JoinedBorders(Borders):
         from lorabank.kernels.gpu.bordered import Border  # here, since it imports Triton
 
         (shadow,), count = self._shadows, len(self.layers)
-        share, inputs = self._pad // count, self._weights[0].shape[1]
+        share, borders = self._pad // count, self._parts()
         entries: list[Any] = []
         given: list[Bordered] = []
         for which, (layer, wide, table) in enumerate(zip(self.layers, self._wide(), tables, strict=True)):
             (A, B), begin = layer.store.buffers, which * share
             entries.append(
                 Border(
-                    border=wide[:, inputs + begin : inputs + begin + share], leaf=B, shadow=shadow[begin : begin + share],
-                    other=A, ranks=table.ranks_P2, poison=self._poison[which],
+                    border=borders[which], leaf=B, shadow=shadow[begin : begin + share], other=A, ranks=table.ranks_P2,
+                    poison=self._poison[which], rows=self._last,
                 )
             )  # fmt: skip
             given.append((layer, f"joined:{which}/{count}", (wide, shadow, self._poison[which])))

@@ -299,15 +299,15 @@ def test_sizes_that_fp8_units_dont_take_stay_and_are_counted() -> None:
     model, said = base(None, intermediate_size=120), []
     report = quantize_base(model, "fp8", say=said.append)
     assert len(report.layers) == 8
-    assert set(report.kept.values()) == {"their sizes aren't multiples of 16"} and len(report.kept) == 6
+    assert set(report.kept.values()) == {"their sizes aren't multiples of 32"} and len(report.kept) == 6
     assert said[-1] == (
-        "6 linear layers are not kept in fp8: 6 because their sizes aren't multiples of 16 (model.layers.0.mlp.gate_proj for one)"
+        "6 linear layers are not kept in fp8: 6 because their sizes aren't multiples of 32 (model.layers.0.mlp.gate_proj for one)"
     )
     bank_over(model)
 
 
 def test_shared_and_hooked_layers_stay() -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
     model[1].weight = model[0].weight
     model[2].register_forward_hook(lambda *_: None)
     report = quantize_base(model, "fp8", say=lambda line: None)
@@ -320,7 +320,7 @@ def test_shared_and_hooked_layers_stay() -> None:
 
 
 def test_a_layer_that_stands_at_two_places_stays_one() -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.GELU())
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU())
     model.append(model[0])
     quantize_base(model, "fp8", say=lambda line: None)
     assert isinstance(model[0], Fp8Linear) and model[0] is model[2]
@@ -356,7 +356,7 @@ def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LorabankError, match=r"this model has a bank. Detach it first"):
         quantize_base(bank.model, "fp8")
     with torch.device("meta"):
-        empty = nn.Sequential(nn.Linear(16, 16))
+        empty = nn.Sequential(nn.Linear(32, 32))
     with pytest.raises(LorabankError, match=r"quantize_base: 0.weight is on the meta device"):
         quantize_base(empty, "fp8")
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)

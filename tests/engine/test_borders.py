@@ -239,6 +239,33 @@ def test_room_follows_the_ranks_in_use(widened: list[int]) -> None:
     assert widened
 
 
+@pytest.mark.parametrize("targets", [MLP, ["q_proj", "k_proj", "v_proj"]])
+def test_places_of_adapters_that_are_gone_are_zero(targets: list[str], widened: list[int]) -> None:
+    """Or what they last were would still be multiplied with zeros, which NaN survives."""
+    plain, fused = pair(targets=targets)
+    for bank in (plain, fused):
+        add(bank, "gone", rank=8, targets=targets)
+    settle(fused)
+    before = {name: border(p).count_nonzero(1).max() for name, p in weights(fused).items() if name.split(".")[-2] in targets}
+    for bank in (plain, fused):
+        bank.remove("gone")
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+    for name, p in weights(fused).items():
+        if name in before:
+            assert border(p).count_nonzero(1).max() == before[name] - 8
+    assert widened
+
+
+def border(weight: Tensor) -> Tensor:
+    """All but the weight itself of what it is a view of, (features, places)."""
+    numbers = weight.untyped_storage().nbytes() // weight.element_size()
+    rows, columns = weight.shape
+    if weight.is_contiguous():
+        return weight.data.as_strided((numbers // columns, columns), (columns, 1), 0)[rows:].t()
+    wide = weight.data.as_strided((rows, numbers // rows), (numbers // rows, 1), 0)
+    return wide[:, columns:] if weight.storage_offset() == 0 else wide[:, : weight.storage_offset()]
+
+
 def test_a_detached_model_has_its_weights_back(widened: list[int]) -> None:
     fused = bank_of(targets=MLP)
     model = fused.model

@@ -37,6 +37,10 @@ MOST_SLOTS = 64
 """Slot numbers that `_write` compares every column with."""
 WRITTEN = 64
 """Features that one program writes a border and a shadow for at once."""
+SHORTEST = 1024
+"""Features that a program of `widen` takes at least."""
+SPLITS = 4
+"""Programs at most that share a tile there."""
 FINISHED = 512
 """Programs of `finish` at least: four a multiprocessor of an H100."""
 
@@ -56,6 +60,8 @@ class Border:
     ranks: Tensor
     poison: Tensor
     """fp32 (P, blocks), contiguous: NaN where a slot's part of `leaf` isn't finite at some features."""
+    rows: int
+    """Up to the last in use; places beyond are zero and stay so."""
 
 
 def border_width(rows: int) -> int:
@@ -163,14 +169,40 @@ def _keep(value, layer, n0, n1, n2, n3, entry, r, kept, C: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _widen(
-    x, wide, shadow, n0, n1, n2, n3, k0, k1, k2, k3, s0, s1, s2, s3, p0, p1, p2, p3, order, tiles, features, width, blocks, share,
-    left,
-    C: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, PADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+def _lay(
+    total, wide, rows, entry, inside, slot, n0, n1, n2, n3, b0, b1, b2, b3, r0, r1, r2, r3, s0, s1, s2, s3, p0, p1, p2, p3,
+    features, width, blocks, share, left,
+    C: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, PADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """x with its border: read once and written once. Places: WIDTH ranks of each layer."""
-    tile, part = tl.program_id(0), tl.program_id(1)
+    """Scale x·shadowᵀ of some rows, a column a place, and store it in each layer's narrow and in the border; zeros beside it."""
+    j, q = tl.arange(0, PLACES), tl.arange(0, PADS)
+    layer, r = j // WIDTH, j % WIDTH
+    mine = (r < _by_layer(layer, r0, r1, r2, r3, C)) & (layer < C) & (slot >= 0)
+    row = layer * share + _by_layer(layer, b0, b1, b2, b3, C) + r
+    made = _scale(total, layer, slot, s0, s1, s2, s3, p0, p1, p2, p3, blocks, C, BLOCKS).to(wide.dtype.element_ty)
+    kept = inside[:, None] & mine[None, :]
+    _keep(made, layer, n0, n1, n2, n3, entry, r, kept, C, WIDTH)
+    line = wide + rows[:, None] * width
+    tl.store(line + (row + tl.where(row >= left, features, 0))[None, :], made, mask=kept)
+    start, rank = _by_layer(q // share, b0, b1, b2, b3, C), _by_layer(q // share, r0, r1, r2, r3, C)
+    own = (q % share >= start) & (q % share < start + rank) & (q // share < C) & (slot >= 0)
+    others = inside[:, None] & ((q < width - features) & ~own)[None, :]
+    to = line + (q + tl.where(q >= left, features, 0))[None, :]
+    tl.store(to, tl.zeros((BLOCK_M, PADS), dtype=wide.dtype.element_ty), mask=others)
+
+
+@triton.jit
+def _widen(
+    x, wide, parts, shadow, n0, n1, n2, n3, k0, k1, k2, k3, s0, s1, s2, s3, p0, p1, p2, p3, order, tiles, features, width, blocks,
+    entries, each, share, left,
+    C: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, PADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCKS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x into its place between borders, and x·shadowᵀ: with WHOLE into the border, else `each` features' share into parts.
+
+    Places: WIDTH ranks of each layer.
+    """
+    tile, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
     if part * BLOCK_M < count:
         m, j = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PLACES)
@@ -182,25 +214,49 @@ def _widen(
         row = layer * share + _by_layer(layer, b0, b1, b2, b3, C) + r
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
         total = tl.zeros((BLOCK_M, PLACES), dtype=tl.float32)
-        for at in range(0, features, BLOCK_F):
+        end = tl.minimum(features, (split + 1) * each)
+        for at in range(split * each, end, BLOCK_F):
             f = at + tl.arange(0, BLOCK_F)
-            kept = (m < count)[:, None] & (f < features)[None, :]
+            kept, taken = (m < count)[:, None] & (f < end)[None, :], mine[:, None] & (f < end)[None, :]
             x_tile = tl.load(x + rows[:, None] * features + f[None, :], mask=kept, other=0.0)
-            taken = mine[:, None] & (f < features)[None, :]
             w_tile = tl.load(shadow + row.to(tl.int64)[:, None] * features + f[None, :], mask=taken, other=0.0)
             tl.store(wide + rows[:, None] * width + left + f[None, :], x_tile, mask=kept)
             total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision=PRECISION)
-        made = _scale(total, layer, slot, s0, s1, s2, s3, p0, p1, p2, p3, blocks, C, BLOCKS).to(wide.dtype.element_ty)
-        kept = (m < count)[:, None] & mine[None, :]
-        _keep(made, layer, n0, n1, n2, n3, (first + m).to(tl.int64), r, kept, C, WIDTH)
-        line = wide + rows[:, None] * width
-        tl.store(line + (row + tl.where(row >= left, features, 0))[None, :], made, mask=kept)
-        q = tl.arange(0, PADS)
-        start, rank = _by_layer(q // share, b0, b1, b2, b3, C), _by_layer(q // share, r0, r1, r2, r3, C)
-        own = (q % share >= start) & (q % share < start + rank) & (q // share < C) & (slot >= 0)
-        others = (m < count)[:, None] & ((q < width - features) & ~own)[None, :]
-        to = line + (q + tl.where(q >= left, features, 0))[None, :]
-        tl.store(to, tl.zeros((BLOCK_M, PADS), dtype=wide.dtype.element_ty), mask=others)
+        if WHOLE:
+            _lay(
+                total, wide, rows, (first + m).to(tl.int64), m < count, slot, n0, n1, n2, n3, b0, b1, b2, b3, r0, r1, r2, r3,
+                s0, s1, s2, s3, p0, p1, p2, p3, features, width, blocks, share, left, C, WIDTH, PLACES, PADS, BLOCK_M, BLOCKS,
+            )  # fmt: skip
+        else:
+            entry = split.to(tl.int64) * entries + first + m
+            tl.store(parts + entry[:, None] * PLACES + j[None, :], total, mask=(m < count)[:, None])
+
+
+@triton.jit
+def _lay_parts(
+    wide, parts, n0, n1, n2, n3, k0, k1, k2, k3, s0, s1, s2, s3, p0, p1, p2, p3, order, tiles, features, width, blocks, entries,
+    splits, share, left,
+    C: tl.constexpr, WIDTH: tl.constexpr, PLACES: tl.constexpr, PADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The border of x from what `_widen` left in parts."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    if part * BLOCK_M < count:
+        m, j = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PLACES)
+        place = tl.maximum(slot, 0) * 2
+        b0, b1, b2, b3 = tl.load(k0 + place), tl.load(k1 + place), tl.load(k2 + place), tl.load(k3 + place)
+        r0, r1, r2, r3 = tl.load(k0 + place + 1), tl.load(k1 + place + 1), tl.load(k2 + place + 1), tl.load(k3 + place + 1)
+        rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
+        entry = (first + m).to(tl.int64)
+        total = tl.zeros((BLOCK_M, PLACES), dtype=tl.float32)
+        for _ in range(splits):
+            total += tl.load(parts + entry[:, None] * PLACES + j[None, :], mask=(m < count)[:, None], other=0.0)
+            parts += entries * PLACES
+        _lay(
+            total, wide, rows, entry, m < count, slot, n0, n1, n2, n3, b0, b1, b2, b3, r0, r1, r2, r3, s0, s1, s2, s3,
+            p0, p1, p2, p3, features, width, blocks, share, left, C, WIDTH, PLACES, PADS, BLOCK_M, BLOCKS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -257,7 +313,7 @@ def write(borders: Sequence[Border]) -> None:
     tensors = zip(*((b.leaf, b.border, b.other, b.shadow, b.ranks, b.poison) for b in borders), strict=True)
     numbers = zip(
         *(
-            (b.leaf.shape[1], b.other.shape[1], b.border.stride(turn), turn, b.border.shape[1], b.poison.shape[-1])
+            (b.leaf.shape[1], b.other.shape[1], b.border.stride(turn), turn, b.rows, b.poison.shape[-1])
             for b, turn in zip(borders, turned, strict=True)
         ),
         strict=True,
@@ -267,7 +323,7 @@ def write(borders: Sequence[Border]) -> None:
         start[(-(-max(sizes) // WRITTEN), len(borders))](
             *(value for values in tensors for value in four(values)), *(value for values in numbers for value in four(values)),
             slots,
-            C=len(borders), ROWS=triton.next_power_of_2(max(16, *(b.border.shape[1] for b in borders))),
+            C=len(borders), ROWS=triton.next_power_of_2(max(16, *(b.rows for b in borders))),
             SLOTS=triton.next_power_of_2(slots), BLOCK=WRITTEN, num_warps=4,
         )  # fmt: skip
 
@@ -304,18 +360,33 @@ class Group:
             "C": len(self.ranks), "WIDTH": self.width, "PLACES": self._places, "BLOCKS": blocks, "PRECISION": _precision(dtype),
         }  # fmt: skip
 
-    def widen(self, x_NF: Tensor, tables: RouteTables) -> tuple[Tensor, list[Tensor]]:
-        """([border, x, border] (N, F + pads), each layer's narrow s·x·shadowᵀ (N, W))."""
+    def widen(
+        self, x_NF: Tensor, tables: RouteTables, *, shape: tuple[int, int, int, int, int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """([border, x, border] (N, F + pads), each layer's narrow s·x·shadowᵀ (N, W)).
+
+        `shape`: (tokens, features, warps, steps loaded ahead, parts of the features) of a program; None: what is fast.
+        """
         (entries, features), item = x_NF.shape, x_NF.element_size()
         wide = torch.empty((entries, features + self.pads), dtype=x_NF.dtype, device=x_NF.device)
         narrow = [torch.empty((entries, self.width), dtype=x_NF.dtype, device=x_NF.device) for _ in self.ranks]
-        block_m, block_f, warps, stages = (32, 64, 4, 2) if item > 2 else _widen_shape(self._places)
-        sums.launch(_widen)[(tables.tiles_S4.shape[0], TILE // block_m)](
-            x_NF, wide, self.shadow, *four(narrow), *self._given(), tables.order_N, tables.tiles_S4, features, wide.shape[1],
-            self.poison[0].shape[1], self.share, self.left,
-            **self._settings(x_NF.dtype), PADS=max(16, triton.next_power_of_2(self.pads)), BLOCK_M=block_m, BLOCK_F=block_f,
-            num_warps=warps, num_stages=stages,
+        block_m, block_f, warps, stages, splits = shape or _widen_shape(self._places, features, item)
+        tiles, halves, places = tables.tiles_S4.shape[0], TILE // block_m, self._places
+        each = -(-features // (splits * block_f)) * block_f
+        parts = wide if splits == 1 else torch.empty((splits, entries, places), device=x_NF.device)
+        pads = max(16, triton.next_power_of_2(self.pads))
+        settings = self._settings(x_NF.dtype)
+        sums.launch(_widen)[(tiles, halves, splits)](
+            x_NF, wide, parts, self.shadow, *four(narrow), *self._given(), tables.order_N, tables.tiles_S4, features,
+            wide.shape[1], self.poison[0].shape[1], entries, each, self.share, self.left,
+            **settings, PADS=pads, BLOCK_M=block_m, BLOCK_F=block_f, WHOLE=splits == 1, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+        if splits > 1:
+            settings.pop("PRECISION")
+            sums.launch(_lay_parts)[(tiles, TILE // 16)](
+                wide, parts, *four(narrow), *self._given(), tables.order_N, tables.tiles_S4, features, wide.shape[1],
+                self.poison[0].shape[1], entries, splits, self.share, self.left, **settings, PADS=pads, BLOCK_M=16, num_warps=4,
+            )  # fmt: skip
         return wide, narrow
 
     def finish(self, wide: Tensor, tables: RouteTables, onto: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -338,10 +409,11 @@ class Group:
         return out, narrow
 
 
-def _widen_shape(places: int) -> tuple[int, int, int, int]:
-    """(tokens, features, warps, steps loaded ahead) of `_widen`, as an H100 does best: few warps, each with much on its way."""
+def _widen_shape(places: int, features: int, item: int) -> tuple[int, int, int, int, int]:
+    """What `_widen` is started with: on an H100 few warps do best, each with much on its way."""
+    if item > 2:
+        return 32, 64, 4, 2, 1
+    splits = max(1, min(SPLITS, features // SHORTEST))
     if places <= 16:
-        return 32, 128, 2, 5
-    if places <= 32:
-        return 16, 64, 1, 6
-    return (16, 64, 2, 7) if places <= 64 else (16, 64, 4, 4)
+        return 32, 128, 2, 4, splits
+    return (32, 64, 2, 5, splits) if places <= 64 else (16, 64, 4, 4, 1)

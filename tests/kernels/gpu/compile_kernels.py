@@ -98,7 +98,7 @@ def record_borders(
         entries = [
             bordered.Border(
                 border=columns[i] if i != 1 else columns[i].view(pads, features).t(), leaf=A, other=A, ranks=ranks,
-                shadow=shadow[i * pads : (i + 1) * pads], poison=poison[i],
+                shadow=shadow[i * pads : (i + 1) * pads], poison=poison[i], rows=len(A),
             )
             for i in range(count)
         ]  # fmt: skip

@@ -253,7 +253,7 @@ def expected(p: Problem) -> dict[str, Tensor]:
     wanted = [x, *(leaf for pair in leaves.values() for leaf in pair)]
     gradients = torch.autograd.grad(y, wanted, p.dy_NO.double().cpu(), allow_unused=True)
     dx, *rest = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, wanted, strict=True)]
-    dA, dB = torch.full_like(p.A, NAN, dtype=torch.float64), torch.full_like(p.B, NAN, dtype=torch.float64)
+    dA, dB = torch.full(p.A.shape, NAN, dtype=torch.float64), torch.full(p.B.shape, NAN, dtype=torch.float64)
     for i, (first, rank) in enumerate(p.spots.values()):
         dA[first : first + rank], dB[first : first + rank] = rest[2 * i], rest[2 * i + 1]
     y = y.detach()

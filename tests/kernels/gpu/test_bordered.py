@@ -50,6 +50,8 @@ class Mlp:
             self.down: self.wide[self.down][inputs:],
         }
         self.borders = [borders[layer] for layer in self.layers]
+        for layer, border in borders.items():  # as engine/borders.py makes them: nobody writes beyond the rows in use
+            (border.t() if layer is self.down else border)[:, CAPACITY:] = 0
         for layer, view in self.views.items():
             view.copy_(layer.weight)
         self.poison = bordered.poison_like(self.gate.ranks, 3, middle)
@@ -67,7 +69,7 @@ class Mlp:
             entries.append(
                 bordered.Border(
                     border=border.t() if layer is self.down else border, leaf=leaf.detach(), shadow=self.mine[layer],
-                    other=other.detach(), ranks=layer.ranks, poison=poison,
+                    other=other.detach(), ranks=layer.ranks, poison=poison, rows=CAPACITY,
                 )
             )  # fmt: skip
         bordered.write(entries)

@@ -48,7 +48,7 @@ class Joined:
             [
                 bordered.Border(
                     border=self.borders[i], leaf=layer.B.detach(), other=layer.A.detach(), ranks=layer.ranks,
-                    shadow=self.shadow[i * self.share : (i + 1) * self.share], poison=self.poisons[i],
+                    shadow=self.shadow[i * self.share : (i + 1) * self.share], poison=self.poisons[i], rows=CAPACITY,
                 )
                 for i, layer in enumerate(self.layers)
             ]
@@ -117,6 +117,28 @@ def test_odd_sizes(device: torch.device) -> None:
     x = torch.randn(UNITS, TOKENS, 300, generator=torch.Generator().manual_seed(1)).to(device)
     expected = run(joined.layers, x, lambda x: together(joined.plain(x, batch)))
     close(run(joined.layers, x, compiled(lambda x: together(joined.with_border(x, batch)), {})), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("rows", ROUTES)
+def test_a_border_made_in_parts_is_that_made_at_once(rows: dict[int, list[int]] | None, count: int, device: torch.device) -> None:
+    """As x of many features is, in half precision; here in fp32, so that both are close."""
+    joined, batch = Joined(device, count, inputs=300), tables(device, rows)
+    joined.write()
+    x = torch.randn(UNITS * TOKENS, 300, generator=torch.Generator().manual_seed(1)).to(device)
+    lists = [layer.ranks for layer in joined.layers], [layer.scaling for layer in joined.layers], joined.poisons
+    ranks, scalings, poison = lists
+    group = bordered.Group(
+        shadow=joined.shadow, ranks=ranks, scalings=scalings, poison=poison, width=WIDTH, pads=joined.pad, share=joined.share
+    )
+    whole, narrow = group.widen(x, batch)
+    parts, narrow_too = group.widen(x, batch, shape=(16, 64, 2, 2, 3))
+    torch.testing.assert_close(parts, whole, rtol=2e-5, atol=2e-5)
+    for mine, other, layer in zip(narrow_too, narrow, joined.layers, strict=True):
+        for slot, first, entries, _ in batch.tiles_S4.tolist():
+            if slot >= 0:
+                made, place = slice(first, first + entries), int(layer.ranks[slot, 1])
+                torch.testing.assert_close(mine[made, :place], other[made, :place], rtol=2e-5, atol=2e-5)
 
 
 def test_without_gradient_of_x(x: Tensor, device: torch.device) -> None:
