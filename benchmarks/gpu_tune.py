@@ -100,10 +100,10 @@ def changes(p: Problem) -> Tuning:
             def run(weight=weight, block_f=block_f, warps=warps) -> Tensor:
                 out = torch.empty_like(p.dy)
                 lora._expand[(p.tables.tiles_S4.shape[0], -(-features // block_f))](
-                    out, xa, weight, weight, p.tables.order_N, p.tables.tiles_S4, p.ranks,
+                    out, xa, weight, weight, weight, p.tables.order_N, p.tables.tiles_S4, p.ranks,
                     p.ranks, p.ranks, p.ranks, features,
-                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, ADD=False, BIAS=False, DROP=False,
-                    PRECISION="tf32",
+                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, ADD=False, BIAS=False, ONTO=False,
+                    DROP=False, PRECISION="tf32",
                     num_warps=warps, num_stages=1,
                 )  # fmt: skip
                 return out

@@ -213,6 +213,7 @@ class FusedBlock:
                 yield
         except TorchDynamoException as error:
             self._failed = True
+            self._borders.release()
             reason = " ".join(str(error).split("\n")[:2])[:300]
             warn_once(
                 f"compile: torch can't compile {type(self.block).__name__}, so it runs uncompiled: the same results, slower "

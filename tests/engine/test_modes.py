@@ -21,10 +21,14 @@ WITH_DROPOUT = ["gpt2", "opt", "bert", "bart"]
 LENGTHS, ROUTES = [6, 9, 5], ["a", "b", BASE]
 
 
+OWN = ("reached", "read")
+"""What an adapted layer notes about its calls."""
+
+
 def _flags(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Every plain attribute of every module: modes, switches, probabilities."""
     return {
-        path: {key: value for key, value in vars(m).items() if isinstance(value, bool | int | float | str) and key != "reached"}
+        path: {key: value for key, value in vars(m).items() if isinstance(value, bool | int | float | str) and key not in OWN}
         for path, m in model.named_modules()
     }
 

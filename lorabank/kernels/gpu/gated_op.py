@@ -38,11 +38,11 @@ def _open(
 
 
 def _close(
-    x: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], bases: list[Tensor], As: list[Tensor], Bs: list[Tensor],
-    ranks: list[Tensor], scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
-    activation: str, again: bool,
+    onto: Tensor | None, x: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], bases: list[Tensor], As: list[Tensor],
+    Bs: list[Tensor], ranks: list[Tensor], scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor,
+    width: int, activation: str, again: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[y, s·hAᵀ of down]. `x`, As and Bs of gate and up are for backward.
+    """[y (N, I), s·hAᵀ of down]. `x`, As and Bs of gate and up are for backward. `onto`: a residual (N, I) that y is added to.
 
     `again`: the block will be computed again, without this op: nothing of it is kept.
     """
@@ -51,8 +51,8 @@ def _close(
     h_NF = gated.activate(gate, up, xas, Bs[:2], tables, ranks[:2], activation, maxima)
     (rows,), (xa,) = _rounded_and_shrunk([h_NF], maxima, As[2:], tables, ranks[2:], scalings[2:], width)
     y_NO = _product(rows, down[0], down[1], x.dtype)
-    lora.expand_(y_NO, xa, Bs[2], tables, ranks[2])
-    return [y_NO.view(*x.shape[:-1], y_NO.shape[-1]), x.new_empty(0) if again else xa]
+    lora.expand_(y_NO, xa, Bs[2], tables, ranks[2], onto=None if onto is None else _flat(onto))
+    return [y_NO, x.new_empty(0) if again else xa]
 
 
 def _close_backward(
@@ -138,9 +138,9 @@ def _fake_open(x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, w
 
 
 def _fake_close(  # type: ignore[no-untyped-def]
-    x, gate, up, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation, again
+    onto, x, gate, up, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation, again
 ):
-    return [x.new_empty(*x.shape[:-1], Bs[2].shape[1]), x.new_empty(0) if again else x.new_empty(order.shape[0], width)]
+    return [x.new_empty(gate.shape[0], Bs[2].shape[1]), x.new_empty(0) if again else x.new_empty(order.shape[0], width)]
 
 
 def _fake_close_backward(  # type: ignore[no-untyped-def]
@@ -158,15 +158,15 @@ def _open_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _setup_close(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, gate, up, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation, again = inputs
+    onto, x, gate, up, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, activation, again = inputs
     xa = order if again else output[1]  # anything, then: an empty result would have to be made again, too
     ctx.save_for_backward(x, gate, up, xa, order, tiles, chunks, spans, *xas, *As, *Bs, *ranks, *scalings, *bases)
-    ctx.width, ctx.activation, ctx.again = width, activation, again
+    ctx.width, ctx.activation, ctx.again, ctx.onto = width, activation, again, onto is not None
 
 
 def _close_gradient(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     x, gate, up, xa, order, tiles, chunks, spans, *rest = ctx.saved_tensors
-    needs_dx, xas, bases = ctx.needs_input_grad[0], rest[:2], rest[14:]
+    needs_dx, xas, bases = ctx.needs_input_grad[1], rest[:2], rest[14:]
     As, Bs, ranks, scalings = (rest[i : i + 3] for i in range(2, 14, 3))
     dx, *more = lora_gated_close_backward(
         grads[0], x, gate, up, xas, xa, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, ctx.width, ctx.activation,
@@ -174,8 +174,8 @@ def _close_gradient(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     )  # fmt: skip
     nothing = [None] * 3
     return (
-        dx if needs_dx else None, None, None, [None, None], [None] * len(bases), more[:3], more[3:], nothing, nothing,
-        *[None] * 7,
+        grads[0] if ctx.onto else None, dx if needs_dx else None, None, None, [None, None], [None] * len(bases), more[:3],
+        more[3:], nothing, nothing, *[None] * 7,
     )  # fmt: skip
 
 

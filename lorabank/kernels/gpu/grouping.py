@@ -188,52 +188,55 @@ def _shared(node: Node) -> tuple[Any, ...]:
 
 
 def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str, again: bool) -> None:
-    graph = graph_module.graph
+    graph, (last, like, onto) = graph_module.graph, _end_of(gate, down)
     x, bases, _, As, Bs, ranks, scalings, *shared, _, width, _ = _joined([gate, up, down])
     each = len(bases) // 3
-    added = _added_to(down)
-    last = down if added is None else added[0]
     with graph.inserting_before(last):
         first = x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width, _storage(up) == "bordered:before"
         opened = graph.call_function(torch.ops.lorabank.lora_mlp_open, first)
         gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
-        like = x if added is None else added[1]
-        onto = None if added is None else graph.call_method("flatten", (like, 0, -2))
         given = (
             onto, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation,
             again,
         )  # fmt: skip
         closed = graph.call_function(torch.ops.lorabank.lora_mlp_close, given)
-        y, xa = (graph.call_function(operator.getitem, (closed, i)) for i in range(2))
-        y = graph.call_method("view_as", (y, like))
-    if added is not None:
-        added[0].replace_all_uses_with(y)
-        graph.erase_node(added[0])
-    for user in list(down.users):
-        user.replace_all_uses_with(y if user.args[1] == 0 else xa)
-        graph.erase_node(user)
-    graph.erase_node(down)
+    _take_over(graph, down, last, like, closed)
 
 
 def _replace_gated(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str, again: bool) -> None:
-    graph = graph_module.graph
+    graph, (last, like, onto) = graph_module.graph, _end_of(gate, down)
     x, bases, _, As, Bs, ranks, scalings, *shared, _, width, _ = _joined([gate, up, down])
     each = len(bases) // 3
-    with graph.inserting_before(down):
+    with graph.inserting_before(last):
         first = x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width
         opened = graph.call_function(torch.ops.lorabank.lora_gated_open, first)
         gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
-        given = x, gate_NF, up_NF, xas, bases, As, Bs, ranks, scalings, *shared, width, activation, again
+        given = onto, x, gate_NF, up_NF, xas, bases, As, Bs, ranks, scalings, *shared, width, activation, again
         closed = graph.call_function(torch.ops.lorabank.lora_gated_close, given)
-    _take_over(graph, down, closed)
+    _take_over(graph, down, last, like, closed)
 
 
-def _take_over(graph: Graph, down: Node, closed: Node) -> None:
-    """Whoever read the layer reads the op, whose results are in the same order."""
+def _end_of(gate: Node, down: Node) -> tuple[Node, Node, Node | None]:
+    """(the node that an MLP ends with, a tensor of y's shape, the residual that y is added to there or None)."""
+    added = _added_to(down)
+    if added is None:
+        return down, gate.args[0], None  # pyright: ignore[reportReturnType]
+    total, residual = added
+    with down.graph.inserting_before(total):
+        return total, residual, down.graph.call_method("flatten", (residual, 0, -2))
+
+
+def _take_over(graph: Graph, down: Node, last: Node, like: Node, closed: Node) -> None:
+    """Whoever read the layer, or the sum that it was added in, reads the op."""
+    with graph.inserting_after(closed):
+        y, xa = (graph.call_function(operator.getitem, (closed, i)) for i in range(2))
+    with graph.inserting_after(y):
+        y = graph.call_method("view_as", (y, like))
+    if last is not down:
+        last.replace_all_uses_with(y)
+        graph.erase_node(last)
     for user in list(down.users):
-        with graph.inserting_after(closed):
-            result = graph.call_function(operator.getitem, (closed, user.args[1]))
-        user.replace_all_uses_with(result)
+        user.replace_all_uses_with(y if user.args[1] == 0 else xa)
         graph.erase_node(user)
     graph.erase_node(down)
 

@@ -75,18 +75,21 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    out, narrow, weight, bias, order, tiles, ranks, odds, steps, draws, features,
+    out, narrow, weight, bias, onto, order, tiles, ranks, odds, steps, draws, features,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, ONTO: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ over ranks of narrow · weight[start + rank, f]: with ADD added to out[token, f], else written there (+ bias)."""
+    """Σ over ranks of narrow · weight[start + rank, f]: with ADD added to out[token, f], else written there (+ bias).
+
+    With ONTO that, rounded, is added to onto, for every token.
+    """
     tile, column = tl.program_id(0), tl.program_id(1)
     slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
     routed = slot >= 0
     place = tl.maximum(slot, 0)
     start = tl.load(ranks + place * 2).to(tl.int64)
     rank = tl.where(routed, tl.load(ranks + place * 2 + 1), 0)
-    if (count > 0) & ((not ADD) | (rank > 0)):
+    if (count > 0) & ((not ADD) | (rank > 0) | ONTO):
         m, f = tl.arange(0, BLOCK_M), column * BLOCK_F + tl.arange(0, BLOCK_F)
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
         total = tl.zeros((BLOCK_M, BLOCK_F), dtype=tl.float32)
@@ -111,7 +114,11 @@ def _expand(
             total += tl.load(bias + f, mask=f < features, other=0.0).to(tl.float32)[None, :]
         if ADD:
             total += tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+        made = total.to(out.dtype.element_ty)
+        if ONTO:
+            more = tl.load(onto + rows[:, None] * features + f[None, :], mask=inside, other=0.0).to(tl.float32)
+            made = (made.to(tl.float32) + more).to(out.dtype.element_ty)
+        tl.store(target, made, mask=inside)
 
 
 @triton.jit
@@ -273,13 +280,20 @@ def shrink(
 
 
 def expand_(
-    out_NF: Tensor, narrow_NW: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, drops: Drops = ()
+    out_NF: Tensor,
+    narrow_NW: Tensor,
+    weight_RF: Tensor,
+    tables: RouteTables,
+    ranks_P2: Tensor,
+    drops: Drops = (),
+    onto: Tensor | None = None,
 ) -> None:
     """out += narrow·weight in place, for tokens with a slot; rounded once. Other rows aren't touched.
 
-    `drops`: what narrow·weight is dropped by, where out is dx.
+    `drops`: what narrow·weight is dropped by, where out is dx. `onto`: (N, F), added to every row of that, which is rounded
+    before and after as two passes would.
     """
-    _expand_into(out_NF, narrow_NW, weight_RF, None, tables, ranks_P2, drops, add=True)
+    _expand_into(out_NF, narrow_NW, weight_RF, None, tables, ranks_P2, drops, add=True, onto=onto)
 
 
 def change(
@@ -304,15 +318,16 @@ def _expand_into(
     drops: Drops,
     *,
     add: bool,
+    onto: Tensor | None = None,
 ) -> None:
     width, features = narrow.shape[1], weight.shape[1]
     block_r = min(width, WIDEST_BLOCK)
     block_f = 256 if block_r <= 64 and narrow.element_size() == 2 else 128
     sums.launch(_expand)[(tables.tiles_S4.shape[0], -(-features // block_f))](
-        out, narrow, weight, weight if bias is None else bias, tables.order_N, tables.tiles_S4, ranks, *pointers(drops, 1, ranks),
-        features,
-        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, ADD=add, BIAS=bias is not None, DROP=bool(drops),
-        PRECISION=_precision(narrow.dtype), num_warps=4, num_stages=1,
+        out, narrow, weight, weight if bias is None else bias, narrow if onto is None else onto, tables.order_N, tables.tiles_S4,
+        ranks, *pointers(drops, 1, ranks), features,
+        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, ADD=add, BIAS=bias is not None, ONTO=onto is not None,
+        DROP=bool(drops), PRECISION=_precision(narrow.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 

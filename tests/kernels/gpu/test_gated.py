@@ -184,7 +184,21 @@ def test_a_gated_mlp_equals_its_layers(
     joint = compiled(lambda x: mlp(x, batch, act), True, seen, again=again)
     for _ in range(2):
         near(run(mlp.layers, x, joint), expected, units)
-    assert seen == {"mlps": 1, "siblings": 0}
+    assert seen == {"mlps": 1, "siblings": 0, "onto": 0}
+
+
+@pytest.mark.parametrize("rows", [None, {}])
+def test_a_residual_is_added_by_the_op(
+    rows: dict[int, list[int]] | None, units: Fp8Units, x: Tensor, device: torch.device
+) -> None:
+    """For rows of the base, too."""
+    mlp, batch, seen = Mlp(device), tables(device, rows), {}
+
+    def block(x: Tensor) -> Tensor:
+        return (x.sin() + mlp(x, batch, F.silu)).tanh()
+
+    near(run(mlp.layers, x, compiled(block, True, seen)), run(mlp.layers, x, block), units)
+    assert seen == {"mlps": 1, "siblings": 0, "onto": 1}
 
 
 def test_in_bf16(units: Fp8Units, device: torch.device) -> None:

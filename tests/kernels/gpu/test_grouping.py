@@ -84,7 +84,8 @@ def compiled(function: Callable[..., Tensor], mlps: bool, seen: dict[str, int], 
     def backend(module: GraphModule, inputs: list[Any]) -> Any:
         if mlps:
             seen["mlps"] = grouping.fuse_mlps(module, again=again)
-            closed = [node for node in module.graph.nodes if node.target is torch.ops.lorabank.lora_mlp_close]
+            ends = torch.ops.lorabank.lora_mlp_close, torch.ops.lorabank.lora_gated_close
+            closed = [node for node in module.graph.nodes if node.target in ends]
             if closed:
                 seen["onto"] = sum(node.args[0] is not None for node in closed)
         seen["siblings"] = grouping.group_siblings(module)
