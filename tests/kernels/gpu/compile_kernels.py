@@ -107,7 +107,8 @@ def record_borders(
         layouts = [(pads, pads // count, 0)] + ([(2 * pads, pads, pads)] if count == 2 else [])
         for wide, share, left in layouts:
             group = bordered.Group(shadow=shadow, width=width, pads=wide, share=share, left=left, **lists)
-            group.finish(group.widen(x, tables)[0], tables)
+            group.finish(group.widen(x, tables)[0], tables, x)
+            group.finish(group.widen(x, tables, shape=(32, 64, 2, 5, 2))[0], tables)
         outer_each.outer_each([narrow] * count, [x] * count, [A] * count, tables, lists["ranks"])
 
 

@@ -23,5 +23,5 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     names = {line.split()[0] for line in done.stdout.splitlines()}
     assert names >= {"_shrink", "_gather", "_expand", "_outer", "_through", "_fold", "_change"}
-    assert names >= {"_widen", "_finish", "_activate", "_middle", "_write", "_outer_each"}
+    assert names >= {"_widen", "_finish", "_activate", "_middle", "_write", "_outer_each", "_lay_parts"}
     assert (names >= {"_quantize", "_round", "_round_through", "_activate_raw", "_middle_raw"}) == (capability >= 89)
