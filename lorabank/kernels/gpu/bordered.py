@@ -413,9 +413,7 @@ def _widen_shape(places: int, features: int, item: int) -> tuple[int, int, int, 
     """What `_widen` is started with: on an H100 few warps do best, each with much on its way."""
     if item > 2:
         return 32, 64, 4, 2, 1
-    splits = max(1, features // SHORTEST)
+    splits = max(1, min(SPLITS, features // SHORTEST))
     if places <= 16:
-        return 16, 64, 1, 6, min(1, splits)
-    if places <= 32:
-        return 32, 128, 2, 5, min(1, splits)
-    return (32, 128, 2, 5, min(1, splits)) if places <= 64 else (16, 64, 4, 4, 1)
+        return 32, 128, 2, 4, splits
+    return (32, 64, 2, 5, splits) if places <= 64 else (16, 64, 4, 4, 1)
