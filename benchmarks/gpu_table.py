@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ TARGET_GPU = "H100"
 LAYERS = 32
 """Blocks of the model that the targets are for."""
 NOT_RUN = "not run"
+LINE = 140
+"""Characters of a line of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +298,7 @@ def notes(measured: Measured) -> Iterator[str]:
         found.setdefault(_origin(run), ["kernels"])
     for (gpu, version, code, date), items in sorted(found.items()):
         which = f" ({', '.join(items)})" if len(found) > 1 else ""
-        yield f"Ours: {gpu}, torch {version}, commit {code}, {date}{which}."
+        yield textwrap.fill(f"Ours: {gpu}, torch {version}, commit {code}, {date}{which}.", LINE, break_on_hyphens=False)
     for gpu, version, _, date in sorted({_origin(run, row) for found in measured.peers.values() for run, row in found}):
         yield f"Peers: {gpu}, torch {version}, {date}."
     if "nf4-2x2048-recompute" in measured.ours:

@@ -176,7 +176,8 @@ class LoRALayer(nn.Module):
         """Make a moved base weight a tensor of its own again."""
         if self.moved:
             weight = self.base.get_parameter("weight")
-            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+            if weight.untyped_storage().nbytes() > weight.numel() * weight.element_size():  # nobody else has replaced it
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
             self.__dict__["moved"] = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:

@@ -105,10 +105,9 @@ class Borders:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Make the weights tensors of their own again."""
-        if self._in_place():
-            for layer in self.layers:
-                layer.bring_home()
+        """Make the weights tensors of their own again; each by itself, since somebody may have replaced others."""
+        for layer in self.layers:
+            layer.bring_home()
         self._places, self._pad, self._last, self._shadows = [], 0, 0, []
 
     @property

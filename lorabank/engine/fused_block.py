@@ -147,7 +147,9 @@ class FusedBlock:
     ) -> tuple[Callable[..., Any], bool]:
         """(what computes this call, whether that is the plain block): `compiled` under the route in force where that can be."""
         x = args[0] if args and isinstance(args[0], Tensor) else None
-        if x is None or self._failed or not self._ready() or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
+        with torch.inference_mode(False):  # what is made here outlives this call, and a pass with gradients may come
+            ready = x is not None and not self._failed and self._ready()
+        if x is None or not ready or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
             return self.block._call_impl, True
         why = runtime.missing(x.device) or runtime.refused(x.device, x.dtype)
         if why is not None:
@@ -158,7 +160,8 @@ class FusedBlock:
             return functools.partial(self._bare, compiled), False
         routing = self._bank.route_in_force(self._layers[0].path)
         inputs = [] if routing is None else [x, *_other_inputs(routing, x, (*args, *kwargs.values()))]
-        batch = None if routing is None else self._batch(self._bank, routing, inputs)
+        with torch.inference_mode(False):
+            batch = None if routing is None else self._batch(self._bank, routing, inputs)
         if routing is None:
             return self.block._call_impl, True
         if batch is None:  # its layers look the route up themselves
@@ -266,7 +269,8 @@ class FusedBlock:
 
     def release(self) -> None:
         """Leave the block's weights as they were found."""
-        self._borders.release()
+        with self._lock:
+            self._borders.release()
 
     def _batch(
         self, bank: AdapterBank, routing: Routing, inputs: Sequence[Tensor]
@@ -309,7 +313,7 @@ class FusedBlock:
 
     def _with_borders(self, calls: list[LayerCall]) -> list[LayerCall]:
         places = {id(layer): i for i, layer in enumerate(self._layers)}
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             filled = self._borders.fill(self._table_of)
         for layer, storage, more in filled:
             _vary(more[2])

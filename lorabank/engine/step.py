@@ -145,7 +145,8 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
         captured = routing.captured(units, length, slots, device, RouteTables(order, tiles, chunks, spans), given_drops)
         return _passed(engine, full, (rows, columns, rows), captured, None)
 
-    places = tuple(block.addresses for block in engine.blocks)  # a graph holds on to the addresses that it was captured with
+    # a graph holds on to the addresses that it was captured with, and to the tables of these very blocks
+    places = tuple((block, block.addresses) for block in engine.blocks)
     key = (bank.structure, places, routing.names, engine.gradient_checkpointing, mask is None)
     return engine.graphs.run(key, tensors, lambda: [p for name in sorted(routing.names) for p in bank.parameters(name)], compute)
 

@@ -249,13 +249,13 @@ def test_training_moves_the_loss_as_over_the_plain_base(storage: str) -> None:
 def test_an_emulated_base_trains_through_the_emulated_products() -> None:
     """The inputs are rounded below an adapter too, forward and backward, on the exact path and on the one that may round."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 48))
+    model = nn.Sequential(nn.Linear(32, 64))
     weight = model[0].weight.detach().clone()
     quantize_base(model, "fp8", emulate=True, say=lambda line: pytest.fail(line))
     assert type(model[0]) is EmulatedFp8Linear and storage_of(model) == "fp8"
     bank = attach(model)
     bank.add("a", lb.AdapterConfig(rank=4, targets="*"))  # its B is zero: y and dx are the base's
-    stored, x, dy = fp8.quantize_weight(weight), torch.randn(3, 32, requires_grad=True), torch.randn(3, 48)
+    stored, x, dy = fp8.quantize_weight(weight), torch.randn(3, 32, requires_grad=True), torch.randn(3, 64)
     bias = model[0].bias
     for exact in (True, False):
         x.grad = None

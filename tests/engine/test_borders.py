@@ -239,6 +239,30 @@ def test_room_follows_the_ranks_in_use(widened: list[int]) -> None:
     assert widened
 
 
+def test_a_first_pass_in_inference_mode_leaves_a_model_that_trains(widened: list[int]) -> None:
+    """What is made in it outlives it."""
+    plain, fused = pair(targets="all-linear")
+    for bank in (plain, fused):
+        with torch.inference_mode(), bank.route("a"):
+            for _ in range(2):
+                bank.model(torch.ones(4, 20, dtype=torch.int64), use_cache=False)
+    assert widened
+    assert not any(p.is_inference() for p in weights(fused).values())
+    assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("targets", [MLP, ["q_proj", "k_proj", "v_proj"]])
+def test_weights_come_home_though_one_was_replaced(targets: list[str], widened: list[int]) -> None:
+    fused = bank_of(targets=targets)
+    fuse(fused)
+    settle(fused)
+    for name, p in weights(fused).items():
+        if targets[0] in name:
+            p.data = p.data.clone()
+    uncompile_blocks(repeated_blocks(fused.model))
+    assert not moved(fused)
+
+
 @pytest.mark.parametrize("targets", [MLP, ["q_proj", "k_proj", "v_proj"]])
 def test_places_of_adapters_that_are_gone_are_zero(targets: list[str], widened: list[int]) -> None:
     """Or what they last were would still be multiplied with zeros, which NaN survives."""

@@ -20,7 +20,7 @@ ROWS = [{"prompt": f"word {i}: ", "completion": "abcdef"[i % 6] * 8} for i in ra
 def test_fp8_quantises_the_linear_layers_and_notes_the_cpu(tiny: Path) -> None:
     base = load_base(str(tiny), dtype="fp8", device="cpu")
     assert base.dtype == torch.float32 and storage_of(base.model) == "fp8"
-    assert sum(isinstance(module, Fp8Linear) for module in base.model.modules()) == 14
+    assert sum(isinstance(module, Fp8Linear) for module in base.model.modules()) == 10  # keys and values have 16 rows
     assert type(base.model.get_output_embeddings()) is nn.Linear
     assert [note for note in base.notes if "no fp8 products here (cpu has none): each product dequantises" in note]
     assert not base.model.training

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorabank.kernels.gpu import sums
-from lorabank.kernels.gpu.lora import _precision
+from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision
 from lorabank.kernels.gpu.sums import four
 from lorabank.kernels.tables import TILE, RouteTables
 
@@ -360,6 +360,15 @@ class Group:
             "C": len(self.ranks), "WIDTH": self.width, "PLACES": self._places, "BLOCKS": blocks, "PRECISION": _precision(dtype),
         }  # fmt: skip
 
+    def _finish_shape(self, item: int) -> tuple[int, int]:
+        """(features, steps loaded ahead) of `_finish`: as many as the shared memory of small GPUs holds."""
+        places = self._places
+        if item > 2:
+            return max(32, 2048 // places), 1
+        block_f = 128 if places <= 128 else 64
+        left = SHARED_BYTES - TILE * places * item
+        return block_f, max(1, min(3, left // (block_f * item * (places + 2 * TILE))))
+
     def widen(
         self, x_NF: Tensor, tables: RouteTables, *, shape: tuple[int, int, int, int, int] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -397,7 +406,7 @@ class Group:
         entries, features = wide.shape[0], self.shadow.shape[1]
         out = torch.empty((entries, features), dtype=wide.dtype, device=wide.device)
         narrow = [torch.empty((entries, self.width), dtype=wide.dtype, device=wide.device) for _ in self.ranks]
-        block_f, stages = (128, 3) if wide.element_size() == 2 else (max(32, 2048 // self._places), 1)
+        block_f, stages = self._finish_shape(wide.element_size())
         tiles = tables.tiles_S4.shape[0]
         parts = max(1, min(-(-features // (2 * block_f)), FINISHED // tiles))
         each = -(-features // (parts * block_f)) * block_f
@@ -412,8 +421,8 @@ class Group:
 def _widen_shape(places: int, features: int, item: int) -> tuple[int, int, int, int, int]:
     """What `_widen` is started with: on an H100 few warps do best, each with much on its way."""
     if item > 2:
-        return 32, 64, 4, 2, 1
+        return (32, 64, 4, 2, 1) if places <= 64 else (16, 32, 4, 1, 1)
     splits = max(1, min(SPLITS, features // SHORTEST))
     if places <= 16:
         return 32, 128, 2, 4, splits
-    return (32, 64, 2, 5, splits) if places <= 64 else (16, 64, 4, 4, 1)
+    return (32, 64, 2, 5, splits) if places <= 64 else (16, 64, 4, 2, 1)

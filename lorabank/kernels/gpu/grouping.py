@@ -112,13 +112,16 @@ def fuse_mlps(graph_module: GraphModule, *, again: bool = False) -> int:
     graph, found = graph_module.graph, 0
     for down in [node for node in graph.nodes if _is_layer(node)]:
         layers = _gate_and_up(down)
-        if layers is not None:
+        if layers is not None and _undisturbed([*layers[:2], _end_of(layers[0], down)[0]]):
             gate, up, activation = layers
+            between = _between(gate, up, down)
             replace = _replace_gated if _storage(down) == "fp8" else _replace_mlp
             replace(graph_module, gate, up, down, activation, again)
+            for node in between:  # these alone: to torch.fx whatever works in place and isn't read again is dead, too
+                if not node.users:
+                    graph.erase_node(node)
             found += 1
     if found:
-        graph.eliminate_dead_code()
         graph.lint()
         graph_module.recompile()
     return found
@@ -142,12 +145,36 @@ def _gate_and_up(down: Node) -> tuple[Node, Node, str] | None:
     return None
 
 
+def _undisturbed(nodes: Sequence[Node]) -> bool:
+    """Whether nothing works in place from the first of the nodes to the last: what they read may be read sooner or later then."""
+    order = list(nodes[0].graph.nodes)
+    places = sorted(order.index(node) for node in nodes)
+    return not any(map(_works_in_place, order[places[0] : places[-1]]))
+
+
+def _works_in_place(node: Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    named = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+    return named or node.target in _IN_PLACE or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+
+
+def _between(gate: Node, up: Node, down: Node) -> list[Node]:
+    """What stands between an MLP's input and its last layer, from the end on: what its ops leave without a reader."""
+    product: Any = down.args[0]
+    acted = next(term for term in product.args if term.target is not operator.getitem)
+    results = [user for layer in (gate, up) for user in layer.users]
+    return [product, acted, *results, gate, up]
+
+
 def _fits(gate: Node, up: Node, down: Node) -> bool:
     """Whether the ops for an MLP take such layers: its products have no place for a bias, nor for a mask on h."""
     args: dict[str, Any] = dict(zip(_FIELDS, down.args, strict=True))
     sides = {_storage(gate), _storage(up)}
     placed = sides == {"bordered:before", "bordered:behind"} and args["storage"] == "bordered:below"
-    return (placed or sides == {"fp8"}) and args["bias"] is None and not args["drops"]
+    if not (placed or sides == {"fp8"}) or args["bias"] is not None or args["drops"]:
+        return False
+    first, last = (_base(layer)[0].meta.get("example_value") for layer in (gate, down))  # (F, I) and (I, F): y is like x
+    return isinstance(first, torch.Tensor) and isinstance(last, torch.Tensor) and first.shape[1] == last.shape[0]
 
 
 def _storage(node: Node) -> str:
@@ -188,13 +215,14 @@ def _shared(node: Node) -> tuple[Any, ...]:
 
 
 def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str, again: bool) -> None:
-    graph, (last, like, onto) = graph_module.graph, _end_of(gate, down)
+    graph, (last, like, residual) = graph_module.graph, _end_of(gate, down)
     x, bases, _, As, Bs, ranks, scalings, *shared, _, width, _ = _joined([gate, up, down])
     each = len(bases) // 3
     with graph.inserting_before(last):
         first = x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width, _storage(up) == "bordered:before"
         opened = graph.call_function(torch.ops.lorabank.lora_mlp_open, first)
         gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
+        onto = None if residual is None else graph.call_method("flatten", (residual, 0, -2))
         given = (
             onto, gate_NF, up_NF, xas, bases[2 * each :], Bs[:2], As[2], Bs[2], ranks, scalings[2], *shared, width, activation,
             again,
@@ -204,13 +232,14 @@ def _replace_mlp(graph_module: GraphModule, gate: Node, up: Node, down: Node, ac
 
 
 def _replace_gated(graph_module: GraphModule, gate: Node, up: Node, down: Node, activation: str, again: bool) -> None:
-    graph, (last, like, onto) = graph_module.graph, _end_of(gate, down)
+    graph, (last, like, residual) = graph_module.graph, _end_of(gate, down)
     x, bases, _, As, Bs, ranks, scalings, *shared, _, width, _ = _joined([gate, up, down])
     each = len(bases) // 3
     with graph.inserting_before(last):
         first = x, bases[: 2 * each], As[:2], Bs[:2], ranks[:2], scalings[:2], *shared, width
         opened = graph.call_function(torch.ops.lorabank.lora_gated_open, first)
         gate_NF, up_NF, *xas = (graph.call_function(operator.getitem, (opened, i)) for i in range(4))
+        onto = None if residual is None else graph.call_method("flatten", (residual, 0, -2))
         given = onto, x, gate_NF, up_NF, xas, bases, As, Bs, ranks, scalings, *shared, width, activation, again
         closed = graph.call_function(torch.ops.lorabank.lora_gated_close, given)
     _take_over(graph, down, last, like, closed)
@@ -219,11 +248,8 @@ def _replace_gated(graph_module: GraphModule, gate: Node, up: Node, down: Node, 
 def _end_of(gate: Node, down: Node) -> tuple[Node, Node, Node | None]:
     """(the node that an MLP ends with, a tensor of y's shape, the residual that y is added to there or None)."""
     added = _added_to(down)
-    if added is None:
-        return down, gate.args[0], None  # pyright: ignore[reportReturnType]
-    total, residual = added
-    with down.graph.inserting_before(total):
-        return total, residual, down.graph.call_method("flatten", (residual, 0, -2))
+    x: Any = gate.args[0]
+    return (down, x, None) if added is None else (*added, added[1])
 
 
 def _take_over(graph: Graph, down: Node, last: Node, like: Node, closed: Node) -> None:
@@ -276,7 +302,7 @@ def join_layers(graph_module: GraphModule) -> int:
     joined = 0
     for nodes in alike.values():
         first = nodes[0]  # the others move up to it
-        ready = all(places[arg] < places[first] for node in nodes for arg in node.all_input_nodes)
+        ready = all(places[arg] < places[first] for node in nodes for arg in node.all_input_nodes) and _undisturbed(nodes)
         nodes.sort(key=_storage)
         if ready and [_storage(node) for node in nodes] == [f"joined:{i}/{len(nodes)}" for i in range(len(nodes))]:
             _replace_joined(graph_module, nodes, first)
@@ -318,7 +344,7 @@ def group_siblings(graph_module: GraphModule) -> int:
         narrow = isinstance(width, int) and width <= siblings.WIDEST
         for start in range(0, len(ready) if narrow else 0, siblings.MOST):
             some = ready[start : start + siblings.MOST]
-            if len(some) > 1:
+            if len(some) > 1 and _undisturbed(some):
                 _replace_siblings(graph_module, some)
                 grouped += len(some)
     if grouped:
@@ -342,3 +368,7 @@ def _replace_siblings(graph_module: GraphModule, nodes: Sequence[Node]) -> None:
 
 _PRODUCTS = (operator.mul, torch.mul)
 _SUMS = (operator.add, torch.add)
+_IN_PLACE = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+     operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.setitem}
+)  # fmt: skip

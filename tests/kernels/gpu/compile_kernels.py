@@ -108,7 +108,7 @@ def record_borders(
         for wide, share, left in layouts:
             group = bordered.Group(shadow=shadow, width=width, pads=wide, share=share, left=left, **lists)
             group.finish(group.widen(x, tables)[0], tables, x)
-            group.finish(group.widen(x, tables, shape=(32, 64, 2, 5, 2))[0], tables)
+            group.finish(group.widen(x, tables, shape=(32, 64, 2, 2, 2) if width == 16 else (16, 64, 4, 2, 2))[0], tables)
         outer_each.outer_each([narrow] * count, [x] * count, [A] * count, tables, lists["ranks"])
 
 

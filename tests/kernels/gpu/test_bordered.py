@@ -81,14 +81,15 @@ class Mlp:
     def with_borders(self, x: Tensor, batch: RouteTables, act: Callable[[Tensor], Tensor]) -> Tensor:
         """What a block's trace has before the passes."""
 
-        def layer(which: int, x: Tensor) -> Tensor:
-            one = self.layers[which]
-            base = [self.views[one], self.wide[one], self.shadows[one], self.poisons[which]]
-            return torch.ops.lorabank.lora_linear(
-                x, base, None, one.A, one.B, one.ranks, one.scaling, *batch.tensors, self.storages[one], WIDTH, []
-            )[0]
+        return self.one(2, act(self.one(0, x, batch)) * self.one(1, x, batch), batch)
 
-        return layer(2, act(layer(0, x)) * layer(1, x))
+    def one(self, which: int, x: Tensor, batch: RouteTables) -> Tensor:
+        """One of the three layers of that."""
+        layer = self.layers[which]
+        base = [self.views[layer], self.wide[layer], self.shadows[layer], self.poisons[which]]
+        return torch.ops.lorabank.lora_linear(
+            x, base, None, layer.A, layer.B, layer.ranks, layer.scaling, *batch.tensors, self.storages[layer], WIDTH, []
+        )[0]
 
 
 @pytest.fixture
@@ -135,6 +136,38 @@ def test_a_residual_is_added_by_the_op(turned: bool, x: Tensor, device: torch.de
         joint = compiled(lambda x, f=function: f(lambda x: mlp.with_borders(x, batch, F.silu), x), True, seen)
         close(run(mlp.layers, x, joint), expected)
         assert seen == {"mlps": 1, "siblings": 0, "onto": int(onto)}
+
+
+def test_what_works_in_place_stays_where_it_is(x: Tensor, device: torch.device) -> None:
+    """Nothing that changes a tensor without being read itself may go with the layers that an op takes the place of."""
+    mlp, batch, places = Mlp(device), tables(device), torch.zeros(5, 7, 1, dtype=torch.int64, device=device)
+    mlp.write()
+
+    def around(layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        mask = torch.zeros_like(x)
+        mask.scatter_(2, places, 1.0)
+        column = mask[..., 3]
+        column += 0.5
+        return layers(x) * mask
+
+    seen: dict[str, int] = {}
+    expected = run(mlp.layers, x, lambda x: around(lambda x: mlp.plain(x, batch, F.silu), x))
+    close(run(mlp.layers, x, compiled(lambda x: around(lambda x: mlp.with_borders(x, batch, F.silu), x), True, seen)), expected)
+    assert seen["mlps"] == 1
+
+    def changed(layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        x = x * 1.0
+        g = layers[0](x)
+        x.mul_(2.0)
+        return layers[2](F.silu(g) * layers[1](x))
+
+    plain = [lambda x, layer=layer: layer(x, batch) for layer in mlp.layers]
+    with_borders = [lambda x, which=which: mlp.one(which, x, batch) for which in range(3)]
+    seen.clear()
+    with torch.no_grad():  # with gradients torch refuses it
+        found = compiled(lambda x: changed(with_borders, x), True, seen)(x)
+        close([found], [changed(plain, x)])
+    assert seen == {"mlps": 0, "siblings": 0}
 
 
 def test_without_gradient_of_x(x: Tensor, device: torch.device) -> None:

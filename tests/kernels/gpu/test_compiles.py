@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SHARED = 99 * 1024
+"""Bytes of shared memory of a program on the smallest GPUs since Ampere."""
 
 
 @pytest.mark.slow
@@ -21,6 +23,8 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    shared = {line: int(line.split(" bytes shared")[0].rpartition(" ")[2]) for line in done.stdout.splitlines()}
+    assert max(shared.values()) <= SHARED, [line for line, size in shared.items() if size > SHARED]
     names = {line.split()[0] for line in done.stdout.splitlines()}
     assert names >= {"_shrink", "_gather", "_expand", "_outer", "_through", "_fold", "_change"}
     assert names >= {"_widen", "_finish", "_activate", "_middle", "_write", "_outer_each", "_lay_parts"}

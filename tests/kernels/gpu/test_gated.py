@@ -37,8 +37,8 @@ Fp8Units = bool
 class Mlp:
     """Three layers over an fp8 base."""
 
-    def __init__(self, device: torch.device, *, inputs: int = INPUTS, middle: int = MIDDLE) -> None:
-        sizes = [(inputs, middle), (inputs, middle), (middle, inputs)]
+    def __init__(self, device: torch.device, *, inputs: int = INPUTS, middle: int = MIDDLE, outputs: int | None = None) -> None:
+        sizes = [(inputs, middle), (inputs, middle), (middle, outputs or inputs)]
         self.layers = [Layer(*size, seed, device) for seed, size in enumerate(sizes)]
         self.bases = [fp8.quantize_weight(layer.weight) for layer in self.layers]
 
@@ -279,6 +279,13 @@ def test_saved_tensors_that_come_back_as_copies(units: Fp8Units, x: Tensor, devi
     expected = run(mlp.layers, x, lambda x: mlp(x, batch, F.silu))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.clone()):
         near(run(mlp.layers, x, compiled(lambda x: mlp(x, batch, F.silu), True, {})), expected, units)
+
+
+def test_a_last_layer_of_another_size_stays_a_layer(x: Tensor, device: torch.device) -> None:
+    mlp, batch, seen = Mlp(device, outputs=96), tables(device), {}
+    expected = run(mlp.layers, x, lambda x: mlp(x, batch, F.silu))
+    close(run(mlp.layers, x, compiled(lambda x: mlp(x, batch, F.silu), True, seen)), expected)
+    assert seen == {"mlps": 0, "siblings": 2}
 
 
 def test_what_the_op_does_not_do_stays_layers(x: Tensor, device: torch.device) -> None:
