@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
@@ -237,6 +237,32 @@ def test_room_follows_the_ranks_in_use(widened: list[int]) -> None:
             bank.remove(f"more{i}")
     assert_same(settle(fused), settle(plain))  # pyright: ignore[reportArgumentType]
     assert widened
+
+
+def test_a_routers_mask_is_filled_beside_an_mlp_as_ops(widened: list[int]) -> None:
+    """DeepSeek's router fills a mask in place, in the graph of its shared experts, a gated MLP."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        config = DeepseekV3Config(
+            vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8, n_group=4, topk_group=1,
+            num_experts_per_tok=2, first_k_dense_replace=0, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4,
+            qk_nope_head_dim=8, v_head_dim=8, pad_token_id=0,
+        )  # fmt: skip
+        model = DeepseekV3ForCausalLM(config).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(8.0 if p.ndim > 1 else 1.0)  # or all experts are much the same
+        bank = make_bank(model=model, targets=MLP)
+        if fused:
+            fuse(bank)
+        with torch.no_grad(), bank.route("a"):
+            for _ in range(2):
+                logits = model(torch.arange(80).view(2, 40) % 58 + 3, use_cache=False).logits
+        found.append(logits)
+    assert widened
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_first_pass_in_inference_mode_leaves_a_model_that_trains(widened: list[int]) -> None:
