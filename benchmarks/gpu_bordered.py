@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorabank.bank.fused import table_width
-from lorabank.kernels.gpu import bordered, gated_mlp
+from lorabank.kernels.gpu import border_writing, bordered, gated_mlp
 from lorabank.kernels.tables import RouteTables, route_tables
 
 TOKENS, HIDDEN, INNER = 4096, 4096, 14336
@@ -53,8 +53,8 @@ class Mlp:
             rank=rank, slots=slots, x=torch.randn(TOKENS, HIDDEN, **bf16), wide=torch.randn(3, TOKENS, INNER, **bf16),
             A=torch.randn(slots * rank, HIDDEN, device=device) / HIDDEN**0.5, B=torch.randn(slots * rank, INNER, device=device),
             narrow=torch.randn(TOKENS, table_width(rank), **bf16), ranks=ranks,
-            scaling=torch.full((slots,), SCALING, device=device), poison=bordered.poison_like(ranks, 1, INNER)[0],
-            tables=route_tables(rows, units, TOKENS // units, slots).to(device), pad=bordered.border_width(slots * rank),
+            scaling=torch.full((slots,), SCALING, device=device), poison=border_writing.poison_like(ranks, 1, INNER)[0],
+            tables=route_tables(rows, units, TOKENS // units, slots).to(device), pad=border_writing.border_width(slots * rank),
         )  # fmt: skip
 
     @property

@@ -29,7 +29,7 @@ from torch import Tensor
 from lorabank.bank.fused import table_width
 from lorabank.kernels import reference
 from lorabank.kernels.gpu import adamw, lora, loss, siblings
-from lorabank.kernels.gpu.bordered import border_width
+from lorabank.kernels.gpu.border_writing import border_width
 from lorabank.kernels.gpu.storage import STORAGES
 from lorabank.kernels.segments import Segment
 from lorabank.kernels.tables import RouteTables, route_tables

@@ -6,6 +6,7 @@ and `bank.detach` make them tensors of their own again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Wide:
         return rows * columns
 
 
-class Borders:
+class Borders(ABC):
     """The borders of layers whose weights are moved together; subclasses say how."""
 
     def __init__(self, layers: Sequence[LoRALayer]) -> None:
@@ -77,11 +78,11 @@ class Borders:
 
         `tables`: of the layers.
         """
-        from lorabank.kernels.gpu import bordered  # here, since it imports Triton
+        from lorabank.kernels.gpu import border_writing  # here, since it imports Triton
 
         last = max((slot.tensors.stop for layer in self.layers for slot in layer.slots.values()), default=0)
-        pad, ranks = bordered.border_width(last * self._each), tables[0].ranks_P2
-        few = len(ranks) <= bordered.MOST_SLOTS and max(table.width for table in tables) <= self._widest
+        pad, ranks = border_writing.border_width(last * self._each), tables[0].ranks_P2
+        few = len(ranks) <= border_writing.MOST_SLOTS and max(table.width for table in tables) <= self._widest
         if pad == 0 or not few:
             self.release()
             return False
@@ -93,16 +94,25 @@ class Borders:
         self._last = last
         if self._poison.shape[1:2] != ranks.shape[:1] or self._poison.device != ranks.device:
             features = max(max(weight.shape) for weight in self._weights)
-            self._poison = bordered.poison_like(ranks, len(self.layers), features)
+            self._poison = border_writing.poison_like(ranks, len(self.layers), features)
         return True
 
     def filled(self, tables: Sequence[LayerTables]) -> tuple[list[Any], list[Bordered]]:
-        """(what `bordered.write` takes, what the layers are called with). Only where `prepare` said so."""
-        raise NotImplementedError
+        """(what `border_writing.write` takes, what the layers are called with). Only where `prepare` said so."""
+        from lorabank.kernels.gpu.border_writing import Border  # here, since it imports Triton
 
-    def _parts(self) -> list[Tensor]:
-        """Each layer's border, (F, share)."""
-        raise NotImplementedError
+        entries: list[Any] = []
+        given: list[Bordered] = []
+        layers = zip(self.layers, tables, self._wide(), self._parts(), self._places_of_shadows(), strict=True)
+        for which, (layer, table, wide, border, (shadow, begin)) in enumerate(layers):
+            A, B = layer.store.buffers
+            leaf, other = (B, A) if self._layout(self._pad)[which].rows == 0 else (A, B)
+            mine, poison = shadow[begin : begin + border.shape[1]], self._poison[which]
+            entries.append(
+                Border(border=border, leaf=leaf, shadow=mine, other=other, ranks=table.ranks_P2, poison=poison, rows=self._last)
+            )
+            given.append((layer, self._names[which], (wide, shadow, poison)))
+        return entries, given
 
     def release(self) -> None:
         """Make the weights tensors of their own again; each by itself, since somebody may have replaced others."""
@@ -111,20 +121,35 @@ class Borders:
         self._places, self._pad, self._last, self._shadows = [], 0, 0, []
 
     @property
-    def _each(self) -> int:
-        """Layers that share one border."""
-        raise NotImplementedError
+    @abstractmethod
+    def _names(self) -> list[str]:
+        """Each layer's storage, in kernels/gpu/storage.py."""
 
     @property
+    @abstractmethod
+    def _each(self) -> int:
+        """Layers that share one border."""
+
+    @property
+    @abstractmethod
     def _widest(self) -> int:
         """The largest table width."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _layout(self, pad: int) -> list[Wide]:
-        raise NotImplementedError
+        """Of each layer."""
 
+    @abstractmethod
+    def _parts(self) -> list[Tensor]:
+        """Each layer's border, (F, share)."""
+
+    @abstractmethod
     def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
-        raise NotImplementedError
+        """Of all shadows."""
+
+    @abstractmethod
+    def _places_of_shadows(self) -> list[tuple[Tensor, int]]:
+        """Each layer's shadow, and its first row in that."""
 
     @property
     def _weights(self) -> list[nn.Parameter]:
@@ -171,6 +196,10 @@ class MlpBorders(Borders):
     """Those of one gated MLP's gate, up and down: before gate's weight, behind up's, below down's."""
 
     @property
+    def _names(self) -> list[str]:
+        return ["bordered:before", "bordered:behind", "bordered:below"]
+
+    @property
     def _each(self) -> int:
         return 1
 
@@ -191,28 +220,17 @@ class MlpBorders(Borders):
     def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
         return [(2 * pad, self._weights[0].shape[1]), (pad, self._weights[2].shape[0])]
 
-    def filled(self, tables: Sequence[LayerTables]) -> tuple[list[Any], list[Bordered]]:
-        from lorabank.kernels.gpu.bordered import Border  # here, since it imports Triton
-
-        (gate, up, down), (both, last), pad, borders = self._wide(), self._shadows, self._pad, self._parts()
-        shadows = [both[:pad], both[pad:], last]
-        entries: list[Any] = []
-        for which, (layer, table) in enumerate(zip(self.layers, tables, strict=True)):
-            A, B = layer.store.buffers
-            leaf, other = (A, B) if which == 2 else (B, A)
-            entries.append(
-                Border(
-                    border=borders[which], leaf=leaf, shadow=shadows[which], other=other, ranks=table.ranks_P2,
-                    poison=self._poison[which], rows=self._last,
-                )
-            )  # fmt: skip
-        names = ("bordered:before", "bordered:behind", "bordered:below")
-        more = zip((gate, up, down), (both, both, last), self._poison.unbind(), strict=True)
-        return entries, list(zip(self.layers, names, more, strict=True))
+    def _places_of_shadows(self) -> list[tuple[Tensor, int]]:
+        both, last = self._shadows
+        return [(both, 0), (both, self._pad), (last, 0)]
 
 
 class JoinedBorders(Borders):
     """Those of up to four layers that read one x: borders behind their weights with columns for the ranks of all of them."""
+
+    @property
+    def _names(self) -> list[str]:
+        return [f"joined:{which}/{len(self.layers)}" for which in range(len(self.layers))]
 
     @property
     def _each(self) -> int:
@@ -235,23 +253,9 @@ class JoinedBorders(Borders):
     def _shadow_sizes(self, pad: int) -> list[tuple[int, int]]:
         return [(pad, self._weights[0].shape[1])]
 
-    def filled(self, tables: Sequence[LayerTables]) -> tuple[list[Any], list[Bordered]]:
-        from lorabank.kernels.gpu.bordered import Border  # here, since it imports Triton
-
-        (shadow,), count = self._shadows, len(self.layers)
-        share, borders = self._pad // count, self._parts()
-        entries: list[Any] = []
-        given: list[Bordered] = []
-        for which, (layer, wide, table) in enumerate(zip(self.layers, self._wide(), tables, strict=True)):
-            (A, B), begin = layer.store.buffers, which * share
-            entries.append(
-                Border(
-                    border=borders[which], leaf=B, shadow=shadow[begin : begin + share], other=A, ranks=table.ranks_P2,
-                    poison=self._poison[which], rows=self._last,
-                )
-            )  # fmt: skip
-            given.append((layer, f"joined:{which}/{count}", (wide, shadow, self._poison[which])))
-        return entries, given
+    def _places_of_shadows(self) -> list[tuple[Tensor, int]]:
+        share = self._pad // len(self.layers)
+        return [(self._shadows[0], which * share) for which in range(len(self.layers))]
 
 
 class BlockBorders:
@@ -292,7 +296,7 @@ class BlockBorders:
 
     def fill(self, tables: Mapping[int, LayerTables]) -> list[Bordered]:
         """Write the adapters into the borders, few starts for all of the block; what those layers are called with."""
-        from lorabank.kernels.gpu import bordered, sums  # here, since they import Triton
+        from lorabank.kernels.gpu import border_writing, sums  # here, since they import Triton
 
         entries: list[Any] = []
         given: list[Bordered] = []
@@ -303,7 +307,7 @@ class BlockBorders:
                 entries += more
                 given += mine
         for start in range(0, len(entries), sums.MOST):
-            bordered.write(entries[start : start + sums.MOST])
+            border_writing.write(entries[start : start + sums.MOST])
         return given
 
     def release(self) -> None:

@@ -385,7 +385,7 @@ def test_passes_without_gradients(calls: list[nn.Module]) -> None:
 
 @pytest.mark.slow
 def test_two_threads_under_different_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorabank.kernels.gpu import bordered, sums
+    from lorabank.kernels.gpu import border_writing, sums
 
     interpreter = threading.RLock()  # which knows one grid at a time
 
@@ -401,7 +401,7 @@ def test_two_threads_under_different_routes(monkeypatch: pytest.MonkeyPatch) -> 
             return launch
 
     monkeypatch.setattr(sums, "launch", Launched)
-    monkeypatch.setattr(bordered, "_write", Launched(bordered._write))
+    monkeypatch.setattr(border_writing, "_write", Launched(border_writing._write))
     _, fused = pair()
     with torch.no_grad(), fused.route("a"):
         fused.model(IDS)

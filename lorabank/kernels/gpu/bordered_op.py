@@ -10,7 +10,7 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import gated_mlp, lora, siblings
 from lorabank.kernels.gpu.bordered import Group
-from lorabank.kernels.gpu.op import custom_op
+from lorabank.kernels.gpu.op import flat_rows, opaque_op
 from lorabank.kernels.gpu.sums import Later
 from lorabank.kernels.tables import RouteTables
 
@@ -34,7 +34,7 @@ def _open(
     tables, sides = RouteTables(order, tiles, chunks, spans), _sides(swapped)
     left, right = _of(bases[1::EACH], sides)
     group = _pair(bases, ranks, scalings, width, sides)
-    wide, narrow = group.widen(_rows(x), tables)
+    wide, narrow = group.widen(flat_rows(x), tables)
     return [*_of([wide[:, : -group.share] @ left.t(), wide[:, group.share :] @ right.t()], sides), *_of(narrow, sides)]
 
 
@@ -43,7 +43,7 @@ def _open_backward(
     order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, swapped: bool, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dA of gate and of up]; dx is empty where it isn't needed."""
-    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), _rows(x), _sides(swapped)
+    tables, x_NI, sides = RouteTables(order, tiles, chunks, spans), flat_rows(x), _sides(swapped)
     (left, right), group = _of(bases[1::EACH], sides), _pair(bases, ranks, scalings, width, sides)
     dleft, dright = _of([dgate.contiguous(), dup.contiguous()], sides)
     pad = group.share
@@ -68,7 +68,7 @@ def _close(
     """
     tables = RouteTables(order, tiles, chunks, spans)
     y_wide = gated_mlp.activate(gate, up, activation) @ base[1].t()
-    y_NO, (xa,) = _alone(base, ranks[2], scaling, width).finish(y_wide, tables, None if onto is None else _rows(onto))
+    y_NO, (xa,) = _alone(base, ranks[2], scaling, width).finish(y_wide, tables, None if onto is None else flat_rows(onto))
     return [y_NO, gate.new_empty(0) if again else xa]
 
 
@@ -79,7 +79,7 @@ def _close_backward(
 ) -> list[Tensor]:  # fmt: skip
     """[dgate, dup, dB of gate and of up, dA and dB of down]."""
     tables = RouteTables(order, tiles, chunks, spans)
-    dy_NO = _rows(dy.to(gate.dtype))
+    dy_NO = flat_rows(dy.to(gate.dtype))
     if again:
         xa = lora.shrink(gated_mlp.activate(gate, up, activation), A, tables, ranks[2], scaling, width)
     dy_wide, last = _alone(base, ranks[2], scaling, width).widen(dy_NO, tables)
@@ -106,10 +106,6 @@ def _alone(base: Sequence[Tensor], ranks: Tensor, scaling: Tensor, width: int) -
     return Group(shadow=base[2], ranks=[ranks], scalings=[scaling], poison=[base[3]], width=width, pads=pad, share=pad)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
 def _sides(swapped: bool) -> tuple[int, int]:
     """Of gate (0) and up (1) the one whose border is before its weight, then the one whose border is behind it."""
     return (1, 0) if swapped else (0, 1)
@@ -120,55 +116,10 @@ def _of(values: Sequence[Tensor], sides: tuple[int, int]) -> list[Tensor]:
     return [values[sides[0]], values[sides[1]]]
 
 
-_steps: dict[str, Callable[..., list[Tensor]]] = {
-    "open": custom_op("lorabank::lora_mlp_open_steps", _open),
-    "open_backward": custom_op("lorabank::lora_mlp_open_backward_steps", _open_backward),
-    "close": custom_op("lorabank::lora_mlp_close_steps", _close),
-    "close_backward": custom_op("lorabank::lora_mlp_close_backward_steps", _close_backward),
-}
-"""What the ops below run: ops that start kernels as they are; outside of one torch would note each start for a compiler."""
-
-
-def _run_open(
-    x: Tensor, bases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
-    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, swapped: bool,
-) -> list[Tensor]:  # fmt: skip
-    return _steps["open"](x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, swapped)
-
-
-def _run_open_backward(
-    dgate: Tensor, dup: Tensor, x: Tensor, bases: list[Tensor], As: list[Tensor], ranks: list[Tensor], scalings: list[Tensor],
-    order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, swapped: bool, needs_dx: bool,
-) -> list[Tensor]:  # fmt: skip
-    return _steps["open_backward"](
-        dgate, dup, x, bases, As, ranks, scalings, order, tiles, chunks, spans, width, swapped, needs_dx
-    )
-
-
-def _run_close(
-    onto: Tensor | None, gate: Tensor, up: Tensor, xas: list[Tensor], base: list[Tensor], Bs: list[Tensor], A: Tensor, B: Tensor,
-    ranks: list[Tensor], scaling: Tensor, order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
-    activation: str, again: bool,
-) -> list[Tensor]:  # fmt: skip
-    return _steps["close"](
-        onto, gate, up, xas, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
-    )
-
-
-def _run_close_backward(
-    dy: Tensor, gate: Tensor, up: Tensor, xas: list[Tensor], xa: Tensor, base: list[Tensor], Bs: list[Tensor], A: Tensor,
-    B: Tensor, ranks: list[Tensor], scaling: Tensor, order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
-    activation: str, again: bool,
-) -> list[Tensor]:  # fmt: skip
-    return _steps["close_backward"](
-        dy, gate, up, xas, xa, base, Bs, A, B, ranks, scaling, order, tiles, chunks, spans, width, activation, again
-    )
-
-
-lora_mlp_open = torch.library.custom_op("lorabank::lora_mlp_open", _run_open, mutates_args=())
-lora_mlp_open_backward = torch.library.custom_op("lorabank::lora_mlp_open_backward", _run_open_backward, mutates_args=())
-lora_mlp_close = torch.library.custom_op("lorabank::lora_mlp_close", _run_close, mutates_args=())
-lora_mlp_close_backward = torch.library.custom_op("lorabank::lora_mlp_close_backward", _run_close_backward, mutates_args=())
+lora_mlp_open = opaque_op("lorabank::lora_mlp_open", _open)
+lora_mlp_open_backward = opaque_op("lorabank::lora_mlp_open_backward", _open_backward)
+lora_mlp_close = opaque_op("lorabank::lora_mlp_close", _close)
+lora_mlp_close_backward = opaque_op("lorabank::lora_mlp_close_backward", _close_backward)
 
 
 def _fake_open(x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, swapped):  # type: ignore[no-untyped-def]

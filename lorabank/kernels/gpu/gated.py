@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.gated_mlp import _activation
-from lorabank.kernels.gpu.lora import _precision
+from lorabank.kernels.gpu.lora import _precision, _straight
 from lorabank.kernels.gpu.rounding import _bits
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import TILE, RouteTables
@@ -132,10 +132,7 @@ def _middle_raw(
         t0 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t2 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-        base = tl.load(order + first)
-        # entries of a slot are in the order of their tokens: then these are all there are between, and loads need no table, so
-        # that they are started ahead (of themselves compilers do that only for what products read as it is)
-        straight = tl.load(order + first + count - 1) - base == count - 1
+        base, straight = _straight(order, first, count)  # pyright: ignore[reportGeneralTypeIssues]
         for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
             n = at + tl.arange(0, BLOCK_N)
             t0, t1, t2 = _middle_step(

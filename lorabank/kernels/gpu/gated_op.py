@@ -10,8 +10,7 @@ dequantise, as in fp8.py, and nothing is rounded. Their twin: the three layers o
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lorabank.kernels import fp8
 from lorabank.kernels.gpu import gated, lora, rounding, siblings
-from lorabank.kernels.gpu.op import custom_op
+from lorabank.kernels.gpu.op import flat_rows, opaque_op
 from lorabank.kernels.tables import RouteTables
 
 EACH = 4
@@ -31,7 +30,7 @@ def _open(
     order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
 ) -> list[Tensor]:  # fmt: skip
     """[gate, up, s·xAᵀ of gate and of up], gate and up being the frozen products alone. Lists are gate's and up's."""
-    x_NI, tables = _flat(x), RouteTables(order, tiles, chunks, spans)
+    x_NI, tables = flat_rows(x), RouteTables(order, tiles, chunks, spans)
     rows = _rounded(x_NI)
     products = [_product(rows, base[0], base[1], x.dtype) for base in _layers(bases)]
     return [*products, *siblings.shrink(x_NI, As, tables, ranks, scalings, width)]
@@ -51,7 +50,7 @@ def _close(
     h_NF = gated.activate(gate, up, xas, Bs[:2], tables, ranks[:2], activation, maxima)
     (rows,), (xa,) = _rounded_and_shrunk([h_NF], maxima, As[2:], tables, ranks[2:], scalings[2:], width)
     y_NO = _product(rows, down[0], down[1], x.dtype)
-    lora.expand_(y_NO, xa, Bs[2], tables, ranks[2], onto=None if onto is None else _flat(onto))
+    lora.expand_(y_NO, xa, Bs[2], tables, ranks[2], onto=None if onto is None else flat_rows(onto))
     return [y_NO, x.new_empty(0) if again else xa]
 
 
@@ -62,7 +61,7 @@ def _close_backward(
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dA of each layer, dB of each layer]; dx is empty where it isn't needed."""
     tables, layers = RouteTables(order, tiles, chunks, spans), _layers(bases)
-    x_NI, dy_NO = _flat(x), _flat(dy.to(x.dtype))
+    x_NI, dy_NO = flat_rows(x), flat_rows(dy.to(x.dtype))
     dh_NF = _product(_rounded(dy_NO), layers[2][2], layers[2][3], x.dtype)
     if again:
         h_NF = gated.activate(gate, up, xas, Bs[:2], tables, ranks[:2], activation)
@@ -88,10 +87,6 @@ def _close_backward(
     dx_NI, more = (_product(row, base[2], base[3], x.dtype) for row, base in zip(rows, layers[:2], strict=True))
     siblings.change(narrow, As[:2], tables, ranks[:2], out_NF=dx_NI, more=[more])
     return [dx_NI.view(x.shape), *gradients]
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _layers(bases: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -120,16 +115,9 @@ def _product(rows: rounding.Rounded | Tensor, weight_FK: Tensor, scale_F: Tensor
     return fp8.multiply(*rows, weight_FK, scale_F).to(dtype)
 
 
-def _opaque(name: str, function: Callable[..., list[Tensor]]) -> Any:
-    """A custom op that compilers don't look into. Inside it runs one that starts kernels as they are: outside of one torch would
-    note each start for a compiler."""
-    steps = custom_op(f"{name}_steps", function)
-    return torch.library.custom_op(name, functools.wraps(function)(lambda *args: steps(*args)), mutates_args=())
-
-
-lora_gated_open = _opaque("lorabank::lora_gated_open", _open)
-lora_gated_close = _opaque("lorabank::lora_gated_close", _close)
-lora_gated_close_backward = _opaque("lorabank::lora_gated_close_backward", _close_backward)
+lora_gated_open = opaque_op("lorabank::lora_gated_open", _open)
+lora_gated_close = opaque_op("lorabank::lora_gated_close", _close)
+lora_gated_close_backward = opaque_op("lorabank::lora_gated_close_backward", _close_backward)
 
 
 def _fake_open(x, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width):  # type: ignore[no-untyped-def]

@@ -12,7 +12,7 @@ sizes, and costs 50 for taking y apart and putting dy together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import lora, siblings
 from lorabank.kernels.gpu.bordered import Group
-from lorabank.kernels.gpu.op import custom_op
+from lorabank.kernels.gpu.op import flat_rows, opaque_op
 from lorabank.kernels.gpu.outer_each import outer_each
 from lorabank.kernels.gpu.sums import Later
 from lorabank.kernels.tables import RouteTables
@@ -36,7 +36,7 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     """[each layer's y, each layer's s·xAᵀ]."""
     tables, weights = RouteTables(order, tiles, chunks, spans), bases[1::EACH]
-    wide, narrow = _group(bases, ranks, scalings, width).widen(_rows(x), tables)
+    wide, narrow = _group(bases, ranks, scalings, width).widen(flat_rows(x), tables)
     ys = [F.linear(wide, weight, biases[i] if biases else None) for i, weight in enumerate(weights)]
     return [*(y.view(*x.shape[:-1], y.shape[-1]) for y in ys), *narrow]
 
@@ -46,7 +46,7 @@ def _backward(
     scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dA of each layer, dB of each layer]; dx is empty where it isn't needed."""
-    tables, x_NI, flat = RouteTables(order, tiles, chunks, spans), _rows(x), [_rows(dy.to(x.dtype)) for dy in dys]
+    tables, x_NI, flat = RouteTables(order, tiles, chunks, spans), flat_rows(x), [flat_rows(dy.to(x.dtype)) for dy in dys]
     wide = flat[0] @ bases[1]
     for dy, weight in zip(flat[1:], bases[1 + EACH :: EACH], strict=True):
         torch.addmm(wide, dy, weight, out=wide)
@@ -67,33 +67,8 @@ def _group(bases: Sequence[Tensor], ranks: Sequence[Tensor], scalings: Sequence[
     return Group(shadow=bases[2], ranks=ranks, scalings=scalings, poison=bases[3::EACH], width=width, pads=pad, share=share)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-_steps: dict[str, Callable[..., list[Tensor]]] = {
-    "forward": custom_op("lorabank::lora_joined_steps", _forward),
-    "backward": custom_op("lorabank::lora_joined_backward_steps", _backward),
-}
-"""What the ops below run: ops that start kernels as they are; outside of one torch would note each start for a compiler."""
-
-
-def _run_forward(
-    x: Tensor, bases: list[Tensor], biases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor],
-    scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int,
-) -> list[Tensor]:  # fmt: skip
-    return _steps["forward"](x, bases, biases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width)
-
-
-def _run_backward(
-    dys: list[Tensor], x: Tensor, xas: list[Tensor], bases: list[Tensor], As: list[Tensor], Bs: list[Tensor], ranks: list[Tensor],
-    scalings: list[Tensor], order: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, width: int, needs_dx: bool,
-) -> list[Tensor]:  # fmt: skip
-    return _steps["backward"](dys, x, xas, bases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width, needs_dx)
-
-
-lora_joined = torch.library.custom_op("lorabank::lora_joined", _run_forward, mutates_args=())
-lora_joined_backward = torch.library.custom_op("lorabank::lora_joined_backward", _run_backward, mutates_args=())
+lora_joined = opaque_op("lorabank::lora_joined", _forward)
+lora_joined_backward = opaque_op("lorabank::lora_joined_backward", _backward)
 
 
 def _fake_forward(x, bases, biases, As, Bs, ranks, scalings, order, tiles, chunks, spans, width):  # type: ignore[no-untyped-def]

@@ -7,6 +7,7 @@ narrow xAᵀ is all that it saves besides x. Its backward is an op of its own. S
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,20 @@ def custom_op(name: str, function: Callable[..., Any]) -> Any:
     if isinstance(lora._shrink, triton.runtime.JITFunction):
         return torch.library.triton_op(name, function, mutates_args=())
     return torch.library.custom_op(name, function, mutates_args=())
+
+
+def opaque_op(name: str, function: Callable[..., list[Tensor]]) -> Any:
+    """A custom op that compilers don't look into: they would copy what products write into views.
+
+    Inside it runs one that starts kernels as they are; outside of one torch would note each start for a compiler.
+    """
+    steps = custom_op(f"{name}_steps", function)
+    return torch.library.custom_op(name, functools.wraps(function)(lambda *args: steps(*args)), mutates_args=())
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """(…, F) as (N, F), rows next to each other."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _forward(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorabank.kernels.fp8 import E4M3
 from lorabank.kernels.gpu import sums
-from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision
+from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import TILE, RouteTables
 
@@ -168,8 +168,7 @@ def _round_through(
         w_tile = tl.load(weight + (start + r)[:, None] * features + f[None, :], mask=inside, other=0.0).to(x.dtype.element_ty)
         w_turned = tl.trans(w_tile)
         total = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
-        base = tl.load(order + first)
-        straight = tl.load(order + first + count - 1) - base == count - 1  # as in gated.py
+        base, straight = _straight(order, first, count)  # pyright: ignore[reportGeneralTypeIssues]
         for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
             n = at + tl.arange(0, BLOCK_N)
             total = _through_step(

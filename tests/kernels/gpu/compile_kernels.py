@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lorabank.kernels import fp8
-from lorabank.kernels.gpu import bordered, gated, gated_mlp, lora, outer_each, rounding, siblings, sums
+from lorabank.kernels.gpu import border_writing, bordered, gated, gated_mlp, lora, outer_each, rounding, siblings, sums
 from lorabank.kernels.tables import RouteTables, drop_tables, route_tables
 
 TYPES = {
@@ -92,17 +92,17 @@ def record_borders(
     """Start what frozen weights with borders need."""
     features = x.shape[1]
     for count in (1, 2, 3, 4):
-        pads = bordered.STEP * (2 if width > 16 or count > 3 else 1)
-        poison, shadow = bordered.poison_like(ranks, count, features), torch.empty(4 * pads, features, dtype=x.dtype)
+        pads = border_writing.STEP * (2 if width > 16 or count > 3 else 1)
+        poison, shadow = border_writing.poison_like(ranks, count, features), torch.empty(4 * pads, features, dtype=x.dtype)
         columns = torch.empty(count, features, pads, dtype=x.dtype)
         entries = [
-            bordered.Border(
+            border_writing.Border(
                 border=columns[i] if i != 1 else columns[i].view(pads, features).t(), leaf=A, other=A, ranks=ranks,
                 shadow=shadow[i * pads : (i + 1) * pads], poison=poison[i], rows=len(A),
             )
             for i in range(count)
         ]  # fmt: skip
-        bordered.write(entries)
+        border_writing.write(entries)
         lists = {"ranks": [ranks] * count, "scalings": [scaling] * count, "poison": list(poison)}
         layouts = [(pads, pads // count, 0)] + ([(2 * pads, pads, pads)] if count == 2 else [])
         for wide, share, left in layouts:
@@ -184,7 +184,7 @@ def _aligned(value: Any) -> bool:
 def main() -> None:
     """Compile for the capability in the first argument."""
     vars(sums)["launch"] = Recorder
-    vars(bordered)["_write"] = Recorder(bordered._write)
+    vars(border_writing)["_write"] = Recorder(border_writing._write)
     for width in map(int, sys.argv[2:] or ("16", "64", "256")):
         record(width, torch.bfloat16, int(sys.argv[1]))
     record(16, torch.float32, int(sys.argv[1]))

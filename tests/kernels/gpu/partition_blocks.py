@@ -27,7 +27,7 @@ from lorabank.engine.attention import own_attention
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.kernels import fp8
-from lorabank.kernels.gpu import bordered, keeping, runtime
+from lorabank.kernels.gpu import border_writing, keeping, runtime
 from tests.engine.tiny import make_bank, make_model
 
 ROWS, TOKENS = 2, 40
@@ -131,7 +131,7 @@ def main() -> None:
     """Divide a family's block once for each way to keep."""
     triton.runtime.driver.set_active(Target())
     vars(runtime)["missing"] = lambda device: None  # or blocks on a CPU would stay as they are
-    vars(bordered)["write"] = lambda *args: None
+    vars(border_writing)["write"] = lambda *args: None
     family, *ways = sys.argv[1:]
     for kept in ways:
         model = make_model(family, spread=1.0).bfloat16()

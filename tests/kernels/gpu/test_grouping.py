@@ -102,6 +102,40 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(mine, other, **TOLERANCE)
 
 
+def stays_alone(layers: list[Layer], x: Tensor, function: Callable[[Tensor], Tensor], spoil: Callable[[], None]) -> None:
+    """Law 4: after `spoil`, others' rows and slot 2's gradients are the same bits, and slot 0's rows aren't finite.
+
+    Rows 0 and 3 are slot 0's, row 1 is slot 2's.
+    """
+    x = x.clone().requires_grad_()
+
+    def found() -> tuple[Tensor, Tensor, list[Tensor]]:
+        x.grad = None
+        y = function(x)
+        weights = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
+        (y * weights)[[1, 2, 4]].sum().backward()  # a loss that isn't finite stays with its rows
+        assert x.grad is not None
+        grads: list[Tensor] = []
+        for layer in layers:
+            start, rank = layer.ranks[2].tolist()
+            for tensor in (layer.A, layer.B):
+                assert tensor.grad is not None
+                grads.append(tensor.grad[start : start + rank].clone())
+                tensor.grad = None
+        return y.detach(), x.grad, grads
+
+    y, dx, grads = found()
+    spoil()
+    y_now, dx_now, grads_now = found()
+    assert not y_now[[0, 3]].isfinite().all(-1).any()
+    for before, now in (
+        (y[[1, 2, 4]], y_now[[1, 2, 4]]),
+        (dx[[1, 2, 4]], dx_now[[1, 2, 4]]),
+        *zip(grads, grads_now, strict=True),
+    ):
+        assert torch.equal(before, now)
+
+
 @pytest.fixture
 def x(device: torch.device) -> Tensor:
     return torch.randn(UNITS, TOKENS, INPUTS, generator=torch.Generator().manual_seed(9)).to(device)
