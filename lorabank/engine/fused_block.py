@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,8 +90,16 @@ class FusedBlock:
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the block's tensors lie: others once the model was moved or cast."""
-        bases = (tensor.data_ptr() for tensor in itertools.islice(self.block.parameters(), 1))
+        bases = [] if self._first is None else [self._first[0][self._first[1]].data_ptr()]
         return (*bases, *(layer.store.buffers[0].data_ptr() for layer in self._layers[:1]), *self._borders.addresses)
+
+    @functools.cached_property
+    def _first(self) -> tuple[dict[str, Any], str] | None:
+        """Where the block's first parameter stands: `parameters()` takes long, and this is asked before every pass."""
+        found = (
+            (module._parameters, name) for module in self.block.modules() for name, p in module._parameters.items() if p is not None
+        )
+        return next(found, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorabank.kernels.gpu import gated_mlp, lora, siblings
+from lorabank.kernels.gpu import gated_mlp, lora, products, siblings
 from lorabank.kernels.gpu.bordered import Group
 from lorabank.kernels.gpu.op import flat_rows, opaque_op
 from lorabank.kernels.gpu.sums import Later
@@ -49,8 +49,8 @@ def _open_backward(
     pad = group.share
     wide = torch.empty((len(x_NI), x_NI.shape[1] + 2 * pad), dtype=x.dtype, device=x.device)
     wide[:, -pad:].zero_()
-    torch.mm(dleft, left, out=wide[:, :-pad])
-    torch.addmm(wide[:, pad:], dright, right, out=wide[:, pad:])
+    products.multiply(dleft, left, wide[:, :-pad])
+    products.multiply(dright, right, wide[:, pad:], onto=True)
     dx_NI, narrow = group.finish(wide, tables)
     dAs = siblings.outer(_of(narrow, sides), x_NI, As, tables, ranks)
     return [dx_NI.view(x.shape) if needs_dx else x.new_empty(0), *dAs]
@@ -67,7 +67,7 @@ def _close(
     kept.
     """
     tables = RouteTables(order, tiles, chunks, spans)
-    y_wide = gated_mlp.activate(gate, up, activation) @ base[1].t()
+    y_wide = products.multiply(gated_mlp.activate(gate, up, activation), base[1].t())
     y_NO, (xa,) = _alone(base, ranks[2], scaling, width).finish(y_wide, tables, None if onto is None else flat_rows(onto))
     return [y_NO, gate.new_empty(0) if again else xa]
 

@@ -18,10 +18,10 @@ CHUNK_NUMBERS = 2**27
 """Logits held at once, 256 MiB in bf16: 1,024 tokens of a vocabulary of 128k, enough for the products to fill an H100."""
 CHUNK_MULTIPLE = 128
 """Tokens of a chunk come in multiples of this where they can: the height of a tile of the product."""
-BLOCK = 8192
-"""Logits of a row that a program looks at together."""
+BLOCK = 32768
+"""Logits of a row that a program looks at together, at most."""
 WARPS = 32
-"""Of a program. Wide, so that fewer rows are in flight and a row's second reading may still find it in the L2 cache."""
+"""Of a program. Wide, so that one row a multiprocessor is in flight and a row's second reading still finds it in the L2 cache."""
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def softmax_(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor | None = No
             logits_CV.stride(0),
             vocabulary,
             WRITE=weights_C is not None,
-            BLOCK=block,
+            BLOCK=min(block, triton.next_power_of_2(vocabulary)),
             num_warps=WARPS,
         )
     return logprobs

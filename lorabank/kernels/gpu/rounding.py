@@ -78,7 +78,7 @@ def _quantize(x, rounded, scales, features, BLOCK: tl.constexpr, WHOLE: tl.const
 
 @triton.jit
 def _round(
-    x0, x1, w0, w1, k0, k1, s0, s1, maxima, rounded, scales, narrow, parts, order, tiles, features, entries, share,
+    x0, x1, w0, w1, k0, k1, s0, s1, maxima, rounded, scales, narrow, parts, order, tiles, features, entries, apart, share,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _round(
         entry = layer * entries + first + m
         scale = _scale(tl.load(maxima + entry, mask=m < count, other=0))
         if split == 0:
-            tl.store(scales + layer * entries + rows, scale, mask=m < count)
+            tl.store(scales + layer * apart + rows, scale, mask=m < count)
         rounded += layer * entries * features
         begin = split * share
         end = tl.minimum(features, begin + share)
@@ -143,7 +143,7 @@ def _through_step(
 
 @triton.jit
 def _round_through(
-    x0, x1, n0, n1, w0, w1, k0, k1, g0, g1, p0, p1, maxima, rounded, scales, shares, order, chunks, features, entries,
+    x0, x1, n0, n1, w0, w1, k0, k1, g0, g1, p0, p1, maxima, rounded, scales, shares, order, chunks, features, entries, apart,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def _round_through(
         start = tl.load(ranks + place * 2).to(tl.int64)
         rank = tl.where(slot >= 0, tl.load(ranks + place * 2 + 1), 0)
         maxima += layer * entries
-        scales += layer * entries
+        scales += layer * apart
         rounded += layer * entries * features
         shares += (layer * tl.num_programs(1) + column) * entries * WIDTH
         r, f = tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -223,7 +223,7 @@ def round_and_shrink(
         parts = torch.empty((count, splits, entries, width), dtype=torch.float32, device=device)
     sums.launch(_round)[(tiles, splits, count)](
         *_two(x), *_two(weights), *_two(ranks), *_two(scalings), maxima_CN, rounded, scales, narrow, parts, tables.order_N,
-        tables.tiles_S4, features, entries, share,
+        tables.tiles_S4, features, entries, scales.stride(0), share,
         C=count, WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, WHOLE=splits == 1, PRECISION=_precision(x[0].dtype),
         num_warps=warps, num_stages=max(1, min(ahead, SHARED_BYTES // (block_f * (TILE * item + width * 4)))),
     )  # fmt: skip
@@ -252,7 +252,7 @@ def round_outer_and_shrink(
     results = [torch.empty((entries, width), dtype=x[0].dtype, device=device) for _ in x]
     sums.launch(_round_through)[(chunks, columns, count)](
         *_two(x), *_two(narrow), *_two(weights), *_two(ranks), *_two(grads), *_two(parts), maxima_CN, rounded, scales, shares,
-        tables.order_N, tables.chunks_C4, features, entries,
+        tables.order_N, tables.chunks_C4, features, entries, scales.stride(0),
         C=count, WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, STAGES=stages, PRECISION=_precision(x[0].dtype),
         num_warps=warps, num_stages=1,
     )  # fmt: skip
@@ -266,9 +266,9 @@ def _through_shape(x_NF: Tensor) -> tuple[int, int, int, int]:
 
 
 def _empty(x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows and scales of so many layers."""
-    rounded = torch.empty((len(x), *x[0].shape), dtype=E4M3, device=x[0].device)
-    return rounded, torch.empty((len(x), x[0].shape[0]), dtype=torch.float32, device=x[0].device)
+    """Rows and scales of so many layers. Each layer's scales begin at a multiple of 16 bytes: cuBLAS refuses others."""
+    rounded, entries = torch.empty((len(x), *x[0].shape), dtype=E4M3, device=x[0].device), x[0].shape[0]
+    return rounded, torch.empty((len(x), -(-entries // 4) * 4), dtype=torch.float32, device=x[0].device)[:, :entries]
 
 
 def _two(values: Sequence[Tensor]) -> list[Tensor]:
