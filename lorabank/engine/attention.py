@@ -3,7 +3,8 @@
 A model that would use torch's scaled_dot_product_attention asks for `lorabank` instead on a CPU: attention.c where it suits
 (fp32, no mask, no dropout), torch's otherwise, with masks as for torch's. On a GPU it asks for `lorabank_causal`, for which no
 masks are built: behind a causal attention, padding on the right reaches no real token, and torch's fastest kernels take no
-mask. Packed rows ask for `lorabank_packed` everywhere: see packed_attention.py.
+mask; or for `lorabank_flash`, which is FlashAttention 4's where that is installed. Packed rows ask for `lorabank_packed`
+everywhere: see packed_attention.py.
 
 A pass on a GPU in which an attention may get a mask does without cuDNN's (see `without_cudnn`), which torch would prefer there.
 The backward of an attention is that of the kernel that forward chose, and a recomputed forward runs inside the pass too.
@@ -25,10 +26,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorabank.kernels.gpu import flash
 from lorabank.kernels.native import attention, library
 
 NAME = "lorabank"
 CAUSAL = "lorabank_causal"
+FLASH = "lorabank_flash"
 MASKED = "lorabank_masked"
 PACKED = "lorabank_packed"
 LONGEST_PROBE = 8192
@@ -92,6 +95,29 @@ def causal_attention(
     )
 
 
+def flash_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`causal_attention` by FlashAttention 4's kernels, where they do what is asked for."""
+    window = sliding_window is not None and sliding_window < key.shape[2]
+    if dropout or window or not asks_nothing(kwargs) or not flash.takes(query, key, value):
+        given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window}
+        return causal_attention(module, query, key, value, attention_mask, **given, **kwargs)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return flash.flash_attention(q, k, v, scale, causal)[0], None
+
+
 def masked_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -107,6 +133,7 @@ AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
 AttentionMaskInterface.register(NAME, sdpa_mask)
 AttentionInterface.register(MASKED, masked_attention)
 AttentionMaskInterface.register(MASKED, sdpa_mask)
+AttentionInterface.register(FLASH, flash_attention)
 AttentionInterface.register(CAUSAL, causal_attention)  # and no masks: transformers builds none for a name without a mask function
 
 
@@ -148,18 +175,20 @@ def own_attention(
     device: torch.device,
     *,
     maskless: bool = False,
+    fast: bool = False,
     packed: bool = False,
     length: int | None = None,
 ) -> Iterator[None]:
     """Our attention for `modules` (`model.modules()`), its own afterwards.
 
-    `maskless`: on a GPU, for a model that `works_without_masks` found fit. `packed`: for packed rows whose boundaries go to the
-    attention (see packing.py). `length`: of the rows, where it is known that no attention but a window's gets a mask: then a GPU
-    may use cuDNN's attention for rows that no window is too short for.
+    `maskless`: on a GPU, for a model that `works_without_masks` found fit; `fast`: by FlashAttention 4 where it is installed.
+    `packed`: for packed rows whose boundaries go to the attention (see packing.py). `length`: of the rows, where it is known that
+    no attention but a window's gets a mask: then a GPU may use cuDNN's attention for rows that no window is too short for.
     """
     configs = configurations(modules)
     usual = MASKED if device.type == "cuda" else NAME if device.type == "cpu" and library.loaded() is not None else None
-    name = PACKED if packed else CAUSAL if maskless else usual
+    causal = FLASH if fast and flash.ready(device) else CAUSAL
+    name = PACKED if packed else causal if maskless else usual
     unmasked = maskless and length is not None and not reached_windows(configs, length)
     changed: list[dict[str, Any]] = []
     with contextlib.nullcontext() if unmasked or device.type != "cuda" else without_cudnn():

@@ -115,7 +115,7 @@ class Engine:
         modules, device, length = self.bank.model.modules(), self.bank.device, batch.input_ids_NL.shape[1]
         if batch.packed:
             return own_attention(modules, device, packed=self.packing(length).by_attention)
-        return own_attention(modules, device, maskless=self.maskless(), length=length)
+        return own_attention(modules, device, maskless=self.maskless(), fast=True, length=length)
 
     def all_fused(self, routing: Routing) -> bool:
         """Whether every adapted layer's product is compiled into a block of the model's, under this route."""

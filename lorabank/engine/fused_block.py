@@ -97,7 +97,10 @@ class FusedBlock:
     def _first(self) -> tuple[dict[str, Any], str] | None:
         """Where the block's first parameter stands: `parameters()` takes long, and this is asked before every pass."""
         found = (
-            (module._parameters, name) for module in self.block.modules() for name, p in module._parameters.items() if p is not None
+            (module._parameters, name)
+            for module in self.block.modules()
+            for name, p in module._parameters.items()
+            if p is not None
         )
         return next(found, None)
 

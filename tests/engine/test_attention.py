@@ -17,8 +17,10 @@ from lorabank.engine.attention import own_attention, without_cudnn
 from lorabank.engine.batch import Batch, make_batch, pack_batch
 from lorabank.engine.compiling import compile_blocks, uncompile_blocks
 from lorabank.engine.step import Engine, forward_backward, logprobs
+from lorabank.kernels.gpu import flash
 from lorabank.kernels.native import attention, library
 from tests.engine.tiny import FAMILIES, backward, batch_of, difference, make_bank, make_model
+from tests.kernels.gpu.stand_in import stand_in
 
 pytestmark = pytest.mark.skipif(library.loaded() is None, reason="no C compiler here, or no OpenMP runtime that torch loads")
 
@@ -283,3 +285,32 @@ def test_a_model_that_asks_for_torchs_by_name_keeps_it() -> None:
         assert model.config._attn_implementation != engine_attention.NAME
     with own_attention(make_model("llama").modules(), CPU):
         pass
+
+
+@pytest.mark.parametrize("length", [9, 40])
+def test_flash_attention_where_it_does_what_is_asked_for(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch here, called as the real kernels are: the model's logits and gradients stay, and short windows get a mask."""
+    model = llama().bfloat16()
+    ids = torch.arange(2 * length).view(2, length) % 61
+    wanted, calls = torch.autograd.grad(model(ids).logits.square().sum(), model.model.embed_tokens.weight)[0], []
+
+    def interface() -> object:
+        calls.append(1)
+        return stand_in()
+
+    monkeypatch.setattr(flash, "_interface", interface)
+    monkeypatch.setattr(flash, "HEADS", (32,))
+    monkeypatch.setattr(flash, "ready", lambda device: True)
+    with own_attention(model.modules(), CPU, maskless=True, fast=True):
+        found = torch.autograd.grad(model(ids).logits.square().sum(), model.model.embed_tokens.weight)[0]
+    assert len(calls) == 4  # two layers, forward and backward
+    assert (found - wanted).float().norm() <= 3e-2 * wanted.float().norm()
+    q = torch.randn(1, 2, length, 32, dtype=torch.bfloat16)
+    asked = {"attention_mask": None, "sliding_window": 16}
+    windowed, _ = engine_attention.flash_attention(model, q, q[:, :1], q[:, :1], **asked)
+    plain, _ = engine_attention.causal_attention(model, q, q[:, :1], q[:, :1], **asked)
+    assert len(calls) == (5 if length < 16 else 4)
+    torch.testing.assert_close(windowed, plain, rtol=2e-2, atol=2e-2)
+    with own_attention(model.modules(), CPU, maskless=True):
+        model(ids)
+    assert len(calls) == (5 if length < 16 else 4)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorabank.kernels.gpu import sums
+from lorabank.kernels.gpu import fast_math, sums
 from lorabank.kernels.gpu.lora import _precision, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import RouteTables
@@ -30,12 +30,12 @@ def _activation(g, GELU: tl.constexpr):
     """(act(g), its derivative), fp32."""
     if GELU:
         inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        tanh = 2.0 * tl.sigmoid(2.0 * inner) - 1.0
+        tanh = 2.0 * fast_math.sigmoid(2.0 * inner) - 1.0
         slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * g * g)
         value = 0.5 * g * (1.0 + tanh)
         derivative = 0.5 * (1.0 + tanh) + 0.5 * g * (1.0 - tanh * tanh) * slope
     else:
-        sigmoid = tl.sigmoid(g)
+        sigmoid = fast_math.sigmoid(g)
         value = g * sigmoid
         derivative = sigmoid * (1.0 + g * (1.0 - sigmoid))
     return value, derivative

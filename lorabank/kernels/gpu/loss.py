@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorabank.kernels.gpu import fast_math
+
 CHUNK_NUMBERS = 2**27
 """Logits held at once, 256 MiB in bf16: 1,024 tokens of a vocabulary of 128k, enough for the products to fill an H100."""
 CHUNK_MULTIPLE = 128
@@ -51,7 +53,7 @@ def _softmax_kernel(
         x = tl.load(logits + start + cols, mask=start + cols < V, other=float("-inf"), eviction_policy="evict_last")
         x = x.to(tl.float32)
         higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)  # a NaN comes through here
+        total = total * tl.exp(top - higher) + tl.sum(fast_math.exp(x - higher), 0)  # a NaN comes through here
         top = higher
     # in this order a common offset of all logits cancels before anything is rounded
     tl.store(logprobs_C + row, (target_logit - top) - tl.log(total))
@@ -64,7 +66,7 @@ def _softmax_kernel(
         for start in range(0, V, BLOCK):
             inside = start + cols < V
             x = tl.load(logits + start + cols, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-            p = tl.exp(x - top) * share
+            p = fast_math.exp(x - top) * share
             gradient = weight * tl.where(start + cols == target, p - 1.0, p)
             gradient = tl.where(idle, 0.0, gradient)
             tl.store(logits + start + cols, gradient.to(logits_CV.dtype.element_ty), mask=inside)
