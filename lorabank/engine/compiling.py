@@ -16,6 +16,7 @@ from torch import nn
 
 from lorabank.config.checks import check_choice
 from lorabank.engine.fused_block import FusedBlock
+from lorabank.engine.fused_norm import FusedNorm, norms_beside
 from lorabank.errors import ConfigError
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
@@ -34,7 +35,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", borders: bool = True) -> list[nn.Module]:
-    """Compile the repeated blocks in place; returns those that weren't compiled before. Results don't change beyond rounding.
+    """Compile the repeated blocks in place; returns what wasn't compiled before. Results don't change beyond rounding.
+
+    On a GPU the norms beside the blocks go with them (fused_norm.py).
 
     `recompute`: the blocks will be recomputed in backward (activation checkpointing), which needs a GPU with Triton here.
     `kept`: on a GPU with Triton, what blocks keep for backward where they aren't recomputed: `products` (what products and
@@ -72,6 +75,11 @@ def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "pr
             block._compiled_call_impl = FusedBlock(block, kept=kept, borders=borders)
         else:
             block.compile()
+    if on_gpu and fresh:
+        norms = [norm for norm in norms_beside(model, blocks) if norm._compiled_call_impl is None]
+        for norm in norms:
+            norm._compiled_call_impl = FusedNorm(norm)
+        fresh += norms
     return fresh
 
 

@@ -244,7 +244,8 @@ def _row_losses(engine: Engine, batch: Batch, trained: Sequence[Tensor], referen
     scale_E = _loss_scales(engine, batch)
     split = engine.head()
     if split is not None and engine.loss_function is nll:
-        hidden = _hidden(engine, split, batch)[rows, columns - 1]
+        places = rows * batch.input_ids_NL.shape[1] + columns - 1  # one index a row: a GPU copies whole rows then
+        hidden = _hidden(engine, split, batch).flatten(0, 1).index_select(0, places)
         targets = batch.input_ids_NL[rows, columns]
         scaled = weights if scale_E is None else weights * scale_E[examples]
         total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, scaled, split.head.bias)
@@ -294,7 +295,8 @@ def _token_logprobs(engine: Engine, batch: Batch, rows: Tensor, columns: Tensor)
     targets = batch.input_ids_NL[rows, columns]
     split = engine.head()
     if split is not None:
-        hidden = _hidden(engine, split, batch)[rows, columns - 1]
+        places = rows * batch.input_ids_NL.shape[1] + columns - 1  # one index a row: a GPU copies whole rows then
+        hidden = _hidden(engine, split, batch).flatten(0, 1).index_select(0, places)
         return token_logprobs(hidden, split.head.weight, targets, split.head.bias)
     arguments = _packed_arguments(engine, batch) if batch.packed else {"attention_mask": batch.attention_mask_NL}
     logits = logits_of(engine.bank.model, batch.input_ids_NL, **arguments)

@@ -1,0 +1,53 @@
+"""The norms that stand beside a model's repeated blocks, such as the one before its head, compiled for passes with gradients.
+
+Written in Python, such a norm is a dozen passes over the hidden states forward and backward, and keeps fp32 copies of them: as
+much as the norms of several compiled blocks. Without gradients it runs as it is, since sampling would wait for the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from lorabank.notices import warn_once
+
+
+class FusedNorm:
+    """Stands in a module's `_compiled_call_impl`, as torch.compile's own wrapper would."""
+
+    def __init__(self, module: nn.Module, *, backend: str = "inductor") -> None:
+        self.module = module
+        self._compiled = torch.compile(module._call_impl, backend=backend)
+        self._failed = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm's output."""
+        if self._failed or not torch.is_grad_enabled():
+            return self.module._call_impl(*args, **kwargs)
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor):
+                for dim in range(tensor.ndim - 1):
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)  # rows and tokens vary
+        try:
+            return self._compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            self._failed = True
+            name, reason = type(self.module).__name__, str(error).splitlines()[0][:200]
+            warn_once(f"compile: torch can't compile {name}, so it runs uncompiled: {type(error).__name__}: {reason}")
+        return self.module._call_impl(*args, **kwargs)
+
+
+def norms_beside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules outside of the blocks whose weights are vectors and that are written in Python: torch's own are one kernel."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    return [module for module in model.modules() if id(module) not in inside and _is_norm(module)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = [p for p in module._parameters.values() if p is not None]
+    plain = not module._modules and bool(own) and all(p.ndim == 1 for p in own)
+    return plain and not type(module).__module__.startswith("torch.")
