@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorabank.kernels.gpu import fast_math, sums
-from lorabank.kernels.gpu.lora import _precision, _straight
+from lorabank.kernels.gpu.lora import _entries, _precision, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import RouteTables
 
@@ -53,14 +53,14 @@ def _activate(gate, up, h, numbers, BLOCK: tl.constexpr, GELU: tl.constexpr):
 
 @triton.jit
 def _middle_step(
-    rows, n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, rank0, rank1, rank2, first, count, r, f, features,
+    rows, n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, first, count, r, f, features,
     WIDTH: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_middle` for some tokens: the sums with them."""
+    """`_middle` for some tokens: the sums with them. Their rows beyond a slot's ranks mean nothing."""
     dtype: tl.constexpr = dg.dtype.element_ty
     inside = n < count
     kept, at = inside[:, None] & (f < features)[None, :], rows[:, None] * features + f[None, :]
-    entry = (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :]
+    entry = (first + n).to(tl.int64)
     d = tl.load(dh + at, mask=kept, other=0.0).to(tl.float32)
     g = tl.load(gate + at, mask=kept, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=kept, other=0.0).to(tl.float32)
@@ -68,11 +68,11 @@ def _middle_step(
     made_g, made_u, made_h = (d * u * slope).to(dtype), (d * value).to(dtype), (value * u).to(dtype)
     tl.store(dg + at, made_g, mask=kept)
     tl.store(du + at, made_u, mask=kept)
-    small = tl.load(n0 + entry, mask=inside[:, None] & (r < rank0)[None, :], other=0.0)
+    small = _entries(n0, entry, inside, r, WIDTH)
     t0 = tl.dot(tl.trans(small), made_g, t0, input_precision=PRECISION)
-    small = tl.load(n1 + entry, mask=inside[:, None] & (r < rank1)[None, :], other=0.0)
+    small = _entries(n1, entry, inside, r, WIDTH)
     t1 = tl.dot(tl.trans(small), made_u, t1, input_precision=PRECISION)
-    small = tl.load(n2 + entry, mask=inside[:, None] & (r < rank2)[None, :], other=0.0)
+    small = _entries(n2, entry, inside, r, WIDTH)
     t2 = tl.dot(tl.trans(small), made_h, t2, input_precision=PRECISION)
     return t0, t1, t2
 
@@ -88,10 +88,6 @@ def _middle(
     slot, first, count = tl.load(chunks + chunk * 4), tl.load(chunks + chunk * 4 + 1), tl.load(chunks + chunk * 4 + 2)
     only = tl.load(chunks + chunk * 4 + 3)
     if count > 0:
-        place = tl.maximum(slot, 0) * 2
-        rank0 = tl.where(slot >= 0, tl.load(k0 + place + 1), 0)
-        rank1 = tl.where(slot >= 0, tl.load(k1 + place + 1), 0)
-        rank2 = tl.where(slot >= 0, tl.load(k2 + place + 1), 0)
         r, f = tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
         t0 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
         t1 = tl.zeros((WIDTH, BLOCK_F), dtype=tl.float32)
@@ -100,15 +96,14 @@ def _middle(
         for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
             n = at + tl.arange(0, BLOCK_N)
             t0, t1, t2 = _middle_step(  # pyright: ignore[reportGeneralTypeIssues]
-                (base + n).to(tl.int64), n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, rank0, rank1, rank2, first, count, r, f,
-                features, WIDTH, GELU, PRECISION,
+                (base + n).to(tl.int64), n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, first, count, r, f, features,
+                WIDTH, GELU, PRECISION,
             )  # fmt: skip
         for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
             n = at + tl.arange(0, BLOCK_N)
             rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
             t0, t1, t2 = _middle_step(  # pyright: ignore[reportGeneralTypeIssues]
-                rows, n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, rank0, rank1, rank2, first, count, r, f, features, WIDTH,
-                GELU, PRECISION,
+                rows, n, dh, gate, up, dg, du, n0, n1, n2, t0, t1, t2, first, count, r, f, features, WIDTH, GELU, PRECISION,
             )  # fmt: skip
         if slot >= 0:
             _put(t0, g0, q0, k0, slot, chunk, only, r, f, features, WIDTH)

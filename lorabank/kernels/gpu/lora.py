@@ -133,16 +133,20 @@ def _straight(order, first, count):
 
 
 @triton.jit
+def _entries(narrow, entry, inside, r, WIDTH: tl.constexpr):
+    """Some entries of a narrow tensor, and beyond their slot's ranks whatever lies there: with a mask for that the load would
+    wait in every step, which it doesn't started ahead.
+    """
+    return tl.load(narrow + entry[:, None] * WIDTH + r[None, :], mask=inside[:, None], other=0.0)
+
+
+@triton.jit
 def _outer_step(
-    rows, n, narrow, wide, total, first, count, rank, r, f, features, columns, bar, odds, steps, draws, slot,
+    rows, n, narrow, wide, total, first, count, r, f, features, columns, bar, odds, steps, draws, slot,
     WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_outer` for some tokens: the sum with them."""
-    small = tl.load(
-        narrow + (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :],
-        mask=(n < count)[:, None] & (r < rank)[None, :],
-        other=0.0,
-    )
+    """`_outer` for some tokens: the sum with them. Its rows beyond the slot's ranks mean nothing."""
+    small = _entries(narrow, (first + n).to(tl.int64), n < count, r, WIDTH)
     tile = tl.load(wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0)
     key_n = _row_keys(odds, steps, draws, slot, first + n, n < count, DROP)
     tile = _kept(tile, 0.0, key_n, columns, bar, DROP)
@@ -169,15 +173,15 @@ def _outer(
         for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
             n = at + tl.arange(0, BLOCK_N)
             total = _outer_step(
-                (base + n).to(tl.int64), n, narrow, wide, total, first, count, rank, r, f, features, columns, bar, odds, steps,
-                draws, slot, WIDTH, DROP, PRECISION,
+                (base + n).to(tl.int64), n, narrow, wide, total, first, count, r, f, features, columns, bar, odds, steps, draws,
+                slot, WIDTH, DROP, PRECISION,
             )  # fmt: skip
         for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
             n = at + tl.arange(0, BLOCK_N)
             rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
             total = _outer_step(
-                rows, n, narrow, wide, total, first, count, rank, r, f, features, columns, bar, odds, steps, draws, slot, WIDTH,
-                DROP, PRECISION,
+                rows, n, narrow, wide, total, first, count, r, f, features, columns, bar, odds, steps, draws, slot, WIDTH, DROP,
+                PRECISION,
             )  # fmt: skip
         inside = (r < rank)[:, None] & (f < features)[None, :]
         if only == 1:
@@ -195,7 +199,7 @@ def _through_step(
     """`_through` for some tokens: the sum with them."""
     kept = (n < count)[:, None] & (r < rank)[None, :]
     at = (first + n).to(tl.int64)[:, None] * WIDTH + r[None, :]
-    small = tl.load(narrow + at, mask=kept, other=0.0)
+    small = _entries(narrow, (first + n).to(tl.int64), n < count, r, WIDTH)  # the sum's rows beyond the ranks mean nothing
     tile = tl.load(wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0)
     total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
     share = tl.dot(tile, w_turned, input_precision=PRECISION)

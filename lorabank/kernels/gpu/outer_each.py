@@ -10,16 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lorabank.kernels.gpu import sums
-from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision, _straight
-from lorabank.kernels.gpu.siblings import _narrow_tile, _put
+from lorabank.kernels.gpu.lora import SHARED_BYTES, _entries, _precision, _straight
+from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.gpu.sums import four
 from lorabank.kernels.tables import RouteTables
 
 
 @triton.jit
-def _step(rows, n, narrow, wide, total, ranks, slot, first, count, r, f, features, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+def _step(rows, n, narrow, wide, total, first, count, r, f, features, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """The sum with some more tokens."""
-    small = _narrow_tile(narrow, ranks, slot, (first + n).to(tl.int64), n, r, count, WIDTH)
+    small = _entries(narrow, (first + n).to(tl.int64), n < count, r, WIDTH)  # the sum's rows beyond the ranks mean nothing
     kept = (n < count)[:, None] & (f < features)[None, :]
     tile = tl.load(wide + rows[:, None] * features + f[None, :], mask=kept, other=0.0)
     return tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
@@ -58,11 +58,11 @@ def _outer_each(
         for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
             n = at + tl.arange(0, BLOCK_N)
             rows = (base + n).to(tl.int64)
-            total = _step(rows, n, narrow, wide, total, ranks, slot, first, count, r, f, features, WIDTH, PRECISION)
+            total = _step(rows, n, narrow, wide, total, first, count, r, f, features, WIDTH, PRECISION)
         for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
             n = at + tl.arange(0, BLOCK_N)
             rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
-            total = _step(rows, n, narrow, wide, total, ranks, slot, first, count, r, f, features, WIDTH, PRECISION)
+            total = _step(rows, n, narrow, wide, total, first, count, r, f, features, WIDTH, PRECISION)
         _put(total, grad, parts, ranks, slot, chunk, only, r, f, features, WIDTH)
 
 

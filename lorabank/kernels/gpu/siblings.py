@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
-from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _precision, _straight
+from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _entries, _precision, _straight
 from lorabank.kernels.gpu.sums import MOST as MOST
 from lorabank.kernels.gpu.sums import four
 from lorabank.kernels.tables import TILE, RouteTables
@@ -99,19 +99,13 @@ def _shrink(
 
 
 @triton.jit
-def _narrow_tile(narrow, ranks, slot, entry, m, r, count, WIDTH: tl.constexpr):
-    """A layer's narrow rows of a tile, zero beyond its slot's ranks."""
-    kept = (m < count)[:, None] & (r < tl.load(ranks + slot * 2 + 1))[None, :]
-    return tl.load(narrow + entry[:, None] * WIDTH + r[None, :], mask=kept, other=0.0)
-
-
-@triton.jit
 def _add_layer(
     total, narrow, weight, ranks, odds, steps, draws, slot, entry, m, r, f, count, features,
     WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total + one layer's narrow · weight, where dropout keeps it."""
-    small = _narrow_tile(narrow, ranks, slot, entry, m, r, count, WIDTH)
+    kept = (m < count)[:, None] & (r < tl.load(ranks + slot * 2 + 1))[None, :]
+    small = tl.load(narrow + entry[:, None] * WIDTH + r[None, :], mask=kept, other=0.0)
     more = _dot_with(total, small, weight, ranks, slot, r, f, features, features, True, PRECISION)
     key_m = _row_keys(odds, steps, draws, slot, entry, m < count, DROP)
     return _kept(more, total, key_m, _column_keys(f, DROP), _bar(odds, slot, DROP), DROP)
@@ -172,11 +166,11 @@ def _put(total, grad, parts, ranks, slot, chunk, only, r, f, features, WIDTH: tl
 
 @triton.jit
 def _add_outer(
-    total, narrow, ranks, tile, odds, steps, draws, columns, slot, entry, n, r, count,
+    total, narrow, tile, odds, steps, draws, columns, slot, entry, n, r, count,
     WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total + one layer's narrowᵀ · tile, of which dropout keeps a part."""
-    small = _narrow_tile(narrow, ranks, slot, entry, n, r, count, WIDTH)
+    small = _entries(narrow, entry, n < count, r, WIDTH)  # rows of the sum beyond the ranks mean nothing
     key_n = _row_keys(odds, steps, draws, slot, entry, n < count, DROP)
     tile = _kept(tile, 0.0, key_n, columns, _bar(odds, slot, DROP), DROP)
     return tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
@@ -184,18 +178,18 @@ def _add_outer(
 
 @triton.jit
 def _outer_step(
-    rows, n, n0, n1, n2, n3, wide, t0, t1, t2, t3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, columns, slot, first, count, r,
-    f, features, C: tl.constexpr, WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    rows, n, n0, n1, n2, n3, wide, t0, t1, t2, t3, d0, d1, d2, d3, steps, draws, columns, slot, first, count, r, f, features,
+    C: tl.constexpr, WIDTH: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_outer` for some tokens: the sums with them."""
     entry = (first + n).to(tl.int64)
     tile = tl.load(wide + rows[:, None] * features + f[None, :], mask=(n < count)[:, None] & (f < features)[None, :], other=0.0)
-    t0 = _add_outer(t0, n0, k0, tile, d0, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
-    t1 = _add_outer(t1, n1, k1, tile, d1, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+    t0 = _add_outer(t0, n0, tile, d0, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+    t1 = _add_outer(t1, n1, tile, d1, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
     if C > 2:
-        t2 = _add_outer(t2, n2, k2, tile, d2, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+        t2 = _add_outer(t2, n2, tile, d2, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
     if C > 3:
-        t3 = _add_outer(t3, n3, k3, tile, d3, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
+        t3 = _add_outer(t3, n3, tile, d3, steps, draws, columns, slot, entry, n, r, count, WIDTH, DROP, PRECISION)
     return t0, t1, t2, t3
 
 
@@ -220,15 +214,15 @@ def _outer(
         for at in tl.range(0, tl.where(straight, count, 0), BLOCK_N, num_stages=STAGES):
             n = at + tl.arange(0, BLOCK_N)
             t0, t1, t2, t3 = _outer_step(  # pyright: ignore[reportGeneralTypeIssues]
-                (base + n).to(tl.int64), n, n0, n1, n2, n3, wide, t0, t1, t2, t3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws,
-                columns, slot, first, count, r, f, features, C, WIDTH, DROP, PRECISION,
+                (base + n).to(tl.int64), n, n0, n1, n2, n3, wide, t0, t1, t2, t3, d0, d1, d2, d3, steps, draws, columns, slot,
+                first, count, r, f, features, C, WIDTH, DROP, PRECISION,
             )  # fmt: skip
         for at in tl.range(0, tl.where(straight, 0, count), BLOCK_N, num_stages=1):
             n = at + tl.arange(0, BLOCK_N)
             rows = tl.load(order + first + n, mask=n < count, other=0).to(tl.int64)
             t0, t1, t2, t3 = _outer_step(  # pyright: ignore[reportGeneralTypeIssues]
-                rows, n, n0, n1, n2, n3, wide, t0, t1, t2, t3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, columns, slot,
-                first, count, r, f, features, C, WIDTH, DROP, PRECISION,
+                rows, n, n0, n1, n2, n3, wide, t0, t1, t2, t3, d0, d1, d2, d3, steps, draws, columns, slot, first, count, r, f,
+                features, C, WIDTH, DROP, PRECISION,
             )  # fmt: skip
         _put(t0, g0, p0, k0, slot, chunk, only, r, f, features, WIDTH)
         _put(t1, g1, p1, k1, slot, chunk, only, r, f, features, WIDTH)
@@ -317,7 +311,8 @@ def outer(
         *four(narrow), wide_NF, *four(parts), *four(grads), *four(ranks), *pointers(drops, MOST, ranks[0]), tables.order_N,
         tables.chunks_C4, features,
         C=len(narrow), WIDTH=width, BLOCK_N=block_n, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),
-        STAGES=_stages(block_n * (block_f + len(narrow) * width) * item), num_warps=4, num_stages=1,
+        STAGES=min(3 if len(narrow) == 2 else 2, _stages(block_n * (block_f + len(narrow) * width) * item)),  # registers, too
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     sums.fold_or_leave(grads, parts, tables, ranks, later)
     return grads
