@@ -244,7 +244,8 @@ def _row_losses(engine: Engine, batch: Batch, trained: Sequence[Tensor], referen
     scale_E = _loss_scales(engine, batch)
     split = engine.head()
     if split is not None and engine.loss_function is nll:
-        places = rows * batch.input_ids_NL.shape[1] + columns - 1  # one index a row: a GPU copies whole rows then
+        # one index a token, so that a GPU copies whole rows; token 0, which indices are filled up with, is predicted by none
+        places = (rows * batch.input_ids_NL.shape[1] + columns - 1).clamp(min=0)
         hidden = _hidden(engine, split, batch).flatten(0, 1).index_select(0, places)
         targets = batch.input_ids_NL[rows, columns]
         scaled = weights if scale_E is None else weights * scale_E[examples]
@@ -295,7 +296,8 @@ def _token_logprobs(engine: Engine, batch: Batch, rows: Tensor, columns: Tensor)
     targets = batch.input_ids_NL[rows, columns]
     split = engine.head()
     if split is not None:
-        places = rows * batch.input_ids_NL.shape[1] + columns - 1  # one index a row: a GPU copies whole rows then
+        # one index a token, so that a GPU copies whole rows; token 0, which indices are filled up with, is predicted by none
+        places = (rows * batch.input_ids_NL.shape[1] + columns - 1).clamp(min=0)
         hidden = _hidden(engine, split, batch).flatten(0, 1).index_select(0, places)
         return token_logprobs(hidden, split.head.weight, targets, split.head.bias)
     arguments = _packed_arguments(engine, batch) if batch.packed else {"attention_mask": batch.attention_mask_NL}
