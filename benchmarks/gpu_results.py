@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("training", "peers", "kernels")
-PACKAGES = ("torch", "triton", "transformers", "peft", "unsloth", "unsloth_zoo", "liger_kernel", "bitsandbytes", "torchao")
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "unsloth", "unsloth_zoo", "liger_kernel", "bitsandbytes", "torchao"),
+    *("flash-attn-4", "nvidia-cutlass-dsl"),
+)
 """Those of them that are installed are named in a run."""
 
 

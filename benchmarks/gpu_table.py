@@ -307,7 +307,9 @@ def notes(measured: Measured) -> Iterator[str]:
 
 def _origin(run: Row, row: Row | None = None) -> tuple[str, str, str, str]:
     gpu = run.get("gpu") or (row or {}).get("gpu")
-    return str(gpu), str(run.get("versions", {}).get("torch", "?")), str(run.get("commit")), str(run.get("date"))
+    versions = run.get("versions", {})
+    flash = f", flash-attn-4 {versions['flash-attn-4']}" if "flash-attn-4" in versions else ""
+    return str(gpu), f"{versions.get('torch', '?')}{flash}", str(run.get("commit")), str(run.get("date"))
 
 
 def table(runs: Sequence[Row]) -> str:

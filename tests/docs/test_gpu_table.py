@@ -345,3 +345,8 @@ def test_what_nvidia_smi_says_of_clock_and_power() -> None:
     found = gpu_power.summary(lines)
     assert found == {"sm_mhz": 1500, "power_w": 699, "power_capped": 0.67, "held_back_by_heat": 0.33}
     assert gpu_power.summary(["[N/A], [N/A], [N/A]", ""]) == {}
+
+
+def test_an_attention_of_another_package_is_named() -> None:
+    run = {**ours(step("one-2x2048", 240.0)), "versions": {"torch": "2.11.0", "flash-attn-4": "4.0.0"}}
+    assert f"Ours: {GPU}, torch 2.11.0, flash-attn-4 4.0.0, commit abc, 2026-01-01." in gpu_table.table([run])

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ def ready(device: torch.device) -> bool:
         return False
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) != CAPABILITY or not _installed():
         return False
+    # said whenever one of its kernels is compiled, and nothing to a user
+    warnings.filterwarnings("ignore", message="Argument aux_data", module=r"cutlass\.")
     why = missing(device)
     if why is not None:
         warn_once(
