@@ -3,7 +3,7 @@
 A model that would use torch's scaled_dot_product_attention asks for `lorabank` instead on a CPU: attention.c where it suits
 (fp32, no mask, no dropout), torch's otherwise, with masks as for torch's. On a GPU it asks for `lorabank_causal`, for which no
 masks are built: behind a causal attention, padding on the right reaches no real token, and torch's fastest kernels take no
-mask; or for `lorabank_flash`, which is FlashAttention 4's where that is installed. Packed rows ask for `lorabank_packed`
+mask; or for `lorabank_fa4`, which is FlashAttention 4's where that is installed. Packed rows ask for `lorabank_packed`
 everywhere: see packed_attention.py.
 
 A pass on a GPU in which an attention may get a mask does without cuDNN's (see `without_cudnn`), which torch would prefer there.
@@ -16,7 +16,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from lorabank.kernels.native import attention, library
 
 NAME = "lorabank"
 CAUSAL = "lorabank_causal"
-FLASH = "lorabank_flash"
+FLASH = "lorabank_fa4"
+"""Without the word that transformers knows its own flash attention by."""
 MASKED = "lorabank_masked"
 PACKED = "lorabank_packed"
 LONGEST_PROBE = 8192
@@ -181,13 +182,13 @@ def own_attention(
 ) -> Iterator[None]:
     """Our attention for `modules` (`model.modules()`), its own afterwards.
 
-    `maskless`: on a GPU, for a model that `works_without_masks` found fit; `fast`: by FlashAttention 4 where it is installed.
+    `maskless`: on a GPU, for a model that `works_without_masks` found fit; `fast`: in half precision, by FlashAttention 4 then.
     `packed`: for packed rows whose boundaries go to the attention (see packing.py). `length`: of the rows, where it is known that
     no attention but a window's gets a mask: then a GPU may use cuDNN's attention for rows that no window is too short for.
     """
     configs = configurations(modules)
     usual = MASKED if device.type == "cuda" else NAME if device.type == "cpu" and library.loaded() is not None else None
-    causal = FLASH if fast and flash.ready(device) else CAUSAL
+    causal = FLASH if maskless and fast and _flash_is_ready(configs, device) else CAUSAL
     name = PACKED if packed else causal if maskless else usual
     unmasked = maskless and length is not None and not reached_windows(configs, length)
     changed: list[dict[str, Any]] = []
@@ -202,6 +203,18 @@ def own_attention(
             for settings in changed:
                 if settings[_KEY] == name:  # unless somebody chose another meanwhile
                     settings[_KEY] = "sdpa"
+
+
+def _flash_is_ready(configs: Sequence[PreTrainedConfig], device: torch.device) -> bool:
+    """Whether FlashAttention 4 takes the heads of all attentions."""
+    kinds: set[tuple[int, int]] = set()
+    for config in configs:
+        heads = getattr(config, "num_attention_heads", None)
+        if not isinstance(heads, int) or not heads:
+            return False
+        size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+        kinds.add((size, heads // (getattr(config, "num_key_value_heads", None) or heads)))
+    return bool(kinds) and all(flash.ready(device, *kind) for kind in kinds)
 
 
 def reached_windows(configs: Iterable[PreTrainedConfig], length: int) -> tuple[int, ...]:

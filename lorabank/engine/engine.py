@@ -26,6 +26,7 @@ from lorabank.engine.offload import Offload
 from lorabank.engine.packing import Packing, find_packing, windows
 from lorabank.engine.parts import Fits
 from lorabank.engine.rows import folds_tokens, row_routing
+from lorabank.kernels.gpu import flash
 from lorabank.notices import warn_once
 
 LOOKED_AT = 16
@@ -115,7 +116,9 @@ class Engine:
         modules, device, length = self.bank.model.modules(), self.bank.device, batch.input_ids_NL.shape[1]
         if batch.packed:
             return own_attention(modules, device, packed=self.packing(length).by_attention)
-        return own_attention(modules, device, maskless=self.maskless(), fast=True, length=length)
+        split = self.head()
+        half = split is not None and split.head.weight.dtype in flash.DTYPES
+        return own_attention(modules, device, maskless=self.maskless(), fast=half, length=length)
 
     def all_fused(self, routing: Routing) -> bool:
         """Whether every adapted layer's product is compiled into a block of the model's, under this route."""

@@ -90,19 +90,27 @@ class FusedBlock:
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the block's tensors lie: others once the model was moved or cast."""
-        bases = [] if self._first is None else [self._first[0][self._first[1]].data_ptr()]
-        return (*bases, *(layer.store.buffers[0].data_ptr() for layer in self._layers[:1]), *self._borders.addresses)
+        return (
+            self._first_address(),
+            *(layer.store.buffers[0].data_ptr() for layer in self._layers[:1]),
+            *self._borders.addresses,
+        )
+
+    def _first_address(self) -> int:
+        """Of the block's first parameter, along its path: `parameters()` takes long, and this is asked before every pass."""
+        module = self.block
+        *path, name = self._first
+        for part in path:
+            module = module._modules.get(part) or module
+        parameter = module._parameters.get(name)
+        if parameter is None:  # modules were replaced by others
+            self.__dict__.pop("_first", None)
+            parameter = next(self.block.parameters(), None)
+        return 0 if parameter is None else parameter.data_ptr()
 
     @functools.cached_property
-    def _first(self) -> tuple[dict[str, Any], str] | None:
-        """Where the block's first parameter stands: `parameters()` takes long, and this is asked before every pass."""
-        found = (
-            (module._parameters, name)
-            for module in self.block.modules()
-            for name, p in module._parameters.items()
-            if p is not None
-        )
-        return next(found, None)
+    def _first(self) -> list[str]:
+        return next((name for name, _ in self.block.named_parameters()), "").split(".")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs."""

@@ -1,7 +1,7 @@
-"""The norms that stand beside a model's repeated blocks, such as the one before its head, compiled for passes with gradients.
+"""The norms that stand beside a model's repeated blocks, such as the one before its head, compiled as the blocks are.
 
 Written in Python, such a norm is a dozen passes over the hidden states forward and backward, and keeps fp32 copies of them: as
-much as the norms of several compiled blocks. Without gradients it runs as it is, since sampling would wait for the compiler.
+much as the norms of several compiled blocks. What has few tokens and no gradients runs as it is, as in blocks.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from lorabank.engine.fused_block import FEW, VARIANTS
 from lorabank.notices import warn_once
 
 
@@ -26,14 +28,16 @@ class FusedNorm:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The norm's output."""
-        if self._failed or not torch.is_grad_enabled():
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        few = not torch.is_grad_enabled() and all(x.numel() < FEW * x.shape[-1] for x in given if x.ndim)
+        if self._failed or few:
             return self.module._call_impl(*args, **kwargs)
-        for tensor in (*args, *kwargs.values()):
-            if isinstance(tensor, Tensor):
-                for dim in range(tensor.ndim - 1):
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)  # rows and tokens vary
+        for tensor in given:
+            for dim in range(tensor.ndim - 1):
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)  # rows and tokens vary
         try:
-            return self._compiled(*args, **kwargs)
+            with dynamo_config.patch(recompile_limit=VARIANTS):
+                return self._compiled(*args, **kwargs)
         except TorchDynamoException as error:
             self._failed = True
             name, reason = type(self.module).__name__, str(error).splitlines()[0][:200]
@@ -49,5 +53,6 @@ def norms_beside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Modul
 
 def _is_norm(module: nn.Module) -> bool:
     own = [p for p in module._parameters.values() if p is not None]
-    plain = not module._modules and bool(own) and all(p.ndim == 1 for p in own)
+    held = [b for b in module._buffers.values() if b is not None]
+    plain = not module._modules and bool(own) and all(p.ndim == 1 for p in own) and all(b.ndim < 2 for b in held)
     return plain and not type(module).__module__.startswith("torch.")

@@ -300,15 +300,17 @@ def test_flash_attention_where_it_does_what_is_asked_for(length: int, monkeypatc
 
     monkeypatch.setattr(flash, "_interface", interface)
     monkeypatch.setattr(flash, "HEADS", (32,))
-    monkeypatch.setattr(flash, "ready", lambda device: True)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(flash, "ready", lambda device, features, shared: asked.append((features, shared)) or True)
     with own_attention(model.modules(), CPU, maskless=True, fast=True):
         found = torch.autograd.grad(model(ids).logits.square().sum(), model.model.embed_tokens.weight)[0]
     assert len(calls) == 4  # two layers, forward and backward
+    assert asked == [(32, 2)]
     assert (found - wanted).float().norm() <= 3e-2 * wanted.float().norm()
     q = torch.randn(1, 2, length, 32, dtype=torch.bfloat16)
-    asked = {"attention_mask": None, "sliding_window": 16}
-    windowed, _ = engine_attention.flash_attention(model, q, q[:, :1], q[:, :1], **asked)
-    plain, _ = engine_attention.causal_attention(model, q, q[:, :1], q[:, :1], **asked)
+    given = {"attention_mask": None, "sliding_window": 16}
+    windowed, _ = engine_attention.flash_attention(model, q, q[:, :1], q[:, :1], **given)
+    plain, _ = engine_attention.causal_attention(model, q, q[:, :1], q[:, :1], **given)
     assert len(calls) == (5 if length < 16 else 4)
     torch.testing.assert_close(windowed, plain, rtol=2e-2, atol=2e-2)
     with own_attention(model.modules(), CPU, maskless=True):

@@ -53,7 +53,7 @@ def test_the_same_numbers_at_every_length(backend: str) -> None:
     assert all(norm._compiled_call_impl is None for norm in norms)
 
 
-def test_without_gradients_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tokens_without_gradients_are_not_worth_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["llama"]()
     (norm,) = norms_beside(model, repeated_blocks(model))
     fused = FusedNorm(norm, backend="aot_eager")

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import warnings
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from lorabank.notices import warn_once
 
 SWITCH = "LORABANK_FLASH"
 """Environment variable: 0 keeps attention on torch's kernels."""
-INTERFACE = "flash_attn.cute.interface"
+PACKAGE, INTERFACE = "flash-attn-4", "flash_attn.cute.interface"
 CAPABILITY = (9, 0)
 """The GPUs that it was measured on; for others torch chooses."""
 DTYPES = (torch.bfloat16, torch.float16)
@@ -41,15 +41,20 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 @functools.cache
-def ready(device: torch.device) -> bool:
-    """Whether attention on `device` goes through these kernels. One that is installed and doesn't work is told about once."""
+def ready(device: torch.device, features: int, shared: int) -> bool:
+    """Whether attention on `device` goes through these kernels, with such heads of which `shared` have a key head together.
+
+    A package that is installed and doesn't work is told about once.
+    """
     if os.environ.get(SWITCH, "1") == "0" or device.type != "cuda" or not torch.cuda.is_available():
         return False
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != CAPABILITY or not _installed():
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != CAPABILITY:
+        return False
+    if features not in HEADS or not _installed():
         return False
     # said whenever one of its kernels is compiled, and nothing to a user
     warnings.filterwarnings("ignore", message="Argument aux_data", module=r"cutlass\.")
-    why = missing(device)
+    why = missing(device, features, shared)
     if why is not None:
         warn_once(
             f"flash-attn-4 is installed but doesn't work here, so torch's attention is used: {why}. {SWITCH}=0 silences this."
@@ -59,17 +64,22 @@ def ready(device: torch.device) -> bool:
 
 def _installed() -> bool:
     try:
-        return importlib.util.find_spec(INTERFACE) is not None
-    except ImportError:  # another package of that name
+        metadata.distribution(PACKAGE)  # importing it takes long, and belongs to the try
+    except metadata.PackageNotFoundError:
         return False
+    return True
 
 
-def missing(device: torch.device) -> str | None:
-    """Why the kernels can't be used, seen on a first try, forward and backward; None when they can."""
+def missing(device: torch.device, features: int = HEADS[0], shared: int = 2) -> str | None:
+    """Why the kernels can't be used, seen on a first try, forward and backward; None when they can.
+
+    What is compiled for it is what models with such heads run. The rows are longer than a block of the kernels.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         generator = torch.Generator(device).manual_seed(0)
+        sizes = (2 * shared, 2, 2, 2 * shared)
         q, k, v, dy = (
-            torch.randn(1, 70, heads, HEADS[0], generator=generator, device=device, dtype=DTYPES[0]) for heads in (4, 2, 2, 4)
+            torch.randn(1, 200, heads, features, generator=generator, device=device, dtype=DTYPES[0]) for heads in sizes
         )
         try:
             y, lse = _forward(q, k, v, 0.1, True)
@@ -77,7 +87,7 @@ def missing(device: torch.device) -> str | None:
         except Exception as error:  # noqa: BLE001  whatever another version does: torch's attention is there
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         leaves = [tensor.float().transpose(1, 2).requires_grad_() for tensor in (q, k, v)]
-        keys, values = (leaf.repeat_interleave(2, 1) for leaf in leaves[1:])
+        keys, values = (leaf.repeat_interleave(shared, 1) for leaf in leaves[1:])
         plain = F.scaled_dot_product_attention(leaves[0], keys, values, is_causal=True, scale=0.1)
         grads = torch.autograd.grad(plain, leaves, dy.float().transpose(1, 2))
     for name, mine, exact in zip(("output", "dq", "dk", "dv"), found, (plain, *grads), strict=True):
@@ -145,6 +155,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.scale, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _gradient(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from tests.kernels.gpu.stand_in import plain, stand_in
 @pytest.fixture
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real ones on a GPU that they are for, torch's otherwise."""
-    if device.type == "cuda" and flash.ready(device):
+    if device.type == "cuda" and flash.ready(device, 64, 2):
         return
     monkeypatch.setattr(flash, "_interface", stand_in)
 
@@ -70,7 +70,7 @@ def test_rows_that_lie_across_each_other(device: torch.device) -> None:
 def test_the_op_says_rightly_what_it_gives(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
         monkeypatch.setattr(flash, "_interface", stand_in)
-    elif not flash.ready(device):
+    elif not flash.ready(device, 64, 2):
         pytest.skip("flash-attn-4 isn't installed, or this GPU isn't for it")
     q, k, v, _ = given(device, torch.bfloat16, 4, 2, 64)
     torch.library.opcheck(flash.flash_attention, (q, k, v, 0.2, True), test_utils=("test_schema", "test_faketensor"))
@@ -94,7 +94,7 @@ def test_what_it_takes(change: dict[str, Any], expected: bool) -> None:
 
 
 def test_a_machine_without_such_a_gpu_does_without() -> None:
-    assert not flash.ready(torch.device("cpu"))
+    assert not flash.ready(torch.device("cpu"), 64, 2)
 
 
 def test_a_first_try_tells_whether_the_package_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +116,34 @@ def test_a_package_that_does_not_work_is_told_about(switch: str, tried: bool, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: flash.CAPABILITY)
     monkeypatch.setattr(flash, "_installed", lambda: True)
-    monkeypatch.setattr(flash, "missing", lambda _: "AttributeError: no such kernel")
+    monkeypatch.setattr(flash, "missing", lambda *_: "AttributeError: no such kernel")
     flash.ready.cache_clear()
     expected = pytest.warns(
         UserWarning, match=r"flash-attn-4 is installed but doesn't work here.*no such kernel.*LORABANK_FLASH=0"
     )
     with expected if tried else contextlib.nullcontext():
-        assert not flash.ready(torch.device("cuda", 7))
+        assert not flash.ready(torch.device("cuda", 7), 64, 2)
     flash.ready.cache_clear()
+
+
+def test_what_is_asked_for_is_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing it takes long and may fail in many ways; another package has a module of that name, too."""
+    monkeypatch.setattr(flash, "PACKAGE", "pytest")
+    assert flash._installed()
+    monkeypatch.setattr(flash, "PACKAGE", "no-such-package")
+    assert not flash._installed()
+
+
+@pytest.mark.parametrize("shared", [1, 4, 7])
+def test_heads_of_all_kinds_are_tried(shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    interface = stand_in()
+
+    def forward(q: Tensor, *args: Any, **more: Any) -> Any:
+        seen.append(tuple(q.shape))
+        return stand_in()._flash_attn_fwd(q, *args, **more)
+
+    interface._flash_attn_fwd = forward
+    monkeypatch.setattr(flash, "_interface", lambda: interface)
+    assert flash.missing(torch.device("cpu"), 128, shared) is None
+    assert seen == [(1, 200, 2 * shared, 128)]
