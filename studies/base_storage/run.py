@@ -1,9 +1,11 @@
 """Does an adapter learn as well over an fp8 or nf4 base as over bf16? Trains the same adapters over each storage and compares.
 
     python studies/base_storage/run.py
+    python studies/base_storage/run.py --device cuda --seeds 1 2 3 4 5 6 7 8 --output studies/base_storage/results/gpu
 
 One run a storage; its seeds are adapters trained jointly over one base. What is there already is kept: `--storages nf4` measures
-one anew. Results go to results/result.json, the curves to results/loss.png. On a CPU; fp8 units are emulated (see README.md).
+one anew. Results go to results/result.json, the curves to results/loss.png. On a CPU fp8 units are emulated (see README.md), on a
+GPU they are its own.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ class Settings:
     learning_rate: float | str
     seeds: tuple[int, ...] = (1, 2)
     """Of initialisation and data order: an adapter each."""
+    device: str = "cpu"
 
     def config(self) -> lb.TrainConfig:
         """The run, but for its base."""
@@ -129,7 +132,7 @@ class Settings:
             defaults=run,
             adapters={f"seed-{seed}": replace(run, seed=seed) for seed in self.seeds},
             eval=lb.EvalConfig(every=self.every, max_rows=self.validation_rows, samples=0, batch_size=16),
-            device="cpu",
+            device=self.device,
             threads=torch.get_num_threads(),
         )
 
@@ -137,9 +140,10 @@ class Settings:
 def measure(name: str, settings: Settings) -> dict[str, Any]:
     """Train over one storage, then merge into the bf16 base: curves, final losses, what `merge` says."""
     storage, config = STORAGES[name], settings.config()
-    base = load_base(settings.model, dtype=storage.dtype, device="cpu")
+    base = load_base(settings.model, dtype=storage.dtype, device=settings.device)
     if storage.quantised is not None:
-        print(lb.quantize_base(base.model, storage.quantised, emulate=storage.emulate, say=lambda line: None), flush=True)
+        emulate = storage.emulate and settings.device == "cpu"
+        print(lb.quantize_base(base.model, storage.quantised, emulate=emulate, say=lambda line: None), flush=True)
     curves, began = Curves(settings.seeds), time.monotonic()
     result = lb.train(config, model=base.model, tokenizer=base.tokenizer, listeners=[curves])
     if result.interrupted:
@@ -178,7 +182,7 @@ def refused(model: torch.nn.Module, adapter: lb.Adapter) -> str:
 
 def merged(settings: Settings, adapter: lb.Adapter, rows: Sequence[TokenRow]) -> dict[str, Any]:
     """Validation loss of the bf16 base with the adapter merged in, and the errors that `merge` states."""
-    model = load_base(settings.model, dtype="bf16", device="cpu").model
+    model = load_base(settings.model, dtype="bf16", device=settings.device).model
     report = lb.merge(model, adapter, say=None).report
     engine = Engine(lb.attach(model))
     loss = validation_losses(engine, {"base": rows}, batch_size=16, busy=lambda activity, done, total: None)["base"]
@@ -229,6 +233,8 @@ def main() -> int:
     parser.add_argument("--validation-rows", type=int, default=100)
     parser.add_argument("--learning-rate", default="auto")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="an adapter each, trained jointly")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; fp8-weight-only is for a CPU")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -236,19 +242,24 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="merge: .* of the adapter's change was lost")
     rate = args.learning_rate if args.learning_rate == "auto" else float(args.learning_rate)
     settings = Settings(
-        args.model, args.data, args.steps, args.every, args.batch_size, args.rank, args.validation_rows, rate
+        args.model, args.data, args.steps, args.every, args.batch_size, args.rank, args.validation_rows, rate,
+        tuple(args.seeds), args.device,
     )  # fmt: skip
     shared = json.loads(json.dumps(settings.__dict__))
     path: Path = args.output / "result.json"
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"settings": shared, "runs": {}}
+    document["settings"].setdefault("device", "cpu")
     if document["settings"] != shared:
         sys.exit(f"{path} holds results of other settings, {document['settings']}: give another --output, or delete it")
-    names = args.storages or [name for name in STORAGES if name not in document["runs"]]
+    usual = [name for name in STORAGES if args.device == "cpu" or name != "fp8-weight-only"]  # the same as fp8 on a GPU
+    names = args.storages or [name for name in usual if name not in document["runs"]]
     args.output.mkdir(parents=True, exist_ok=True)
     for name in names:
         print(f"{time.strftime('%H:%M:%S')}  {name}", flush=True)
         document["runs"][name] = measure(name, settings)
         document["machine"] = {"cpu": cpu_name(), "threads": args.threads, "system": platform.platform()}
+        if args.device != "cpu":
+            document["machine"]["gpu"] = torch.cuda.get_device_name(args.device)
         document["versions"] = {"lorabank": lb.__version__, "python": platform.python_version()} | versions()
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     write(args.output)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.docs.pages import ROOT
 
@@ -20,3 +24,21 @@ def test_the_base_storage_table_is_that_of_its_results() -> None:
     assert report.with_table(text, document) == text, "run python studies/base_storage/report.py"
     document["runs"]["fp8"]["seeds"]["1"]["final"] *= 1.01
     assert report.with_table(text, document) != text
+
+
+def test_many_seeds_have_a_line_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Made of the two that were measured, each moved a little."""
+    document = json.loads((STUDY / "results" / "result.json").read_text(encoding="utf-8"))
+    for name, run in document["runs"].items():
+        seeds = run["seeds"]
+        for number in range(3, 9):
+            seeds[str(number)] = copy.deepcopy(seeds[str(1 + number % 2)])
+            seeds[str(number)]["final"] *= 1 + (0.001 * number if name == "fp8" else 0.0)
+    (tmp_path / "result.json").write_text(json.dumps(document), encoding="utf-8")
+    report.write(tmp_path)
+    table = capsys.readouterr().out
+    fp8 = report.ratios(document, "fp8")
+    assert f"{sum(fp8) / 8:.4f} ± " in table
+    assert f"{min(fp8):.4f}, {max(fp8):.4f}" in table
+    assert "| bf16 | 2.1940 | " in table
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
