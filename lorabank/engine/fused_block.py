@@ -29,7 +29,7 @@ from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
 from lorabank.engine.borders import BlockBorders
 from lorabank.engine.offload import Offload, storages
-from lorabank.engine.packed_attention import BOUNDARIES
+from lorabank.engine.varying import vary, vary_lengths
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
 
@@ -207,7 +207,7 @@ class FusedBlock:
         kwargs: Mapping[str, Any],
     ) -> Any:
         entered, calls = self._enter(routing, tables, rows_U, x)
-        _vary_lengths(entered, args, kwargs)
+        vary_lengths(entered, args, kwargs)
         with self._lock:  # another thread may come to this block under another route
             for layer, call in zip(self._layers, calls, strict=True):
                 layer.__dict__["call"] = call
@@ -221,7 +221,7 @@ class FusedBlock:
 
     def _bare(self, compiled: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """A block without adapters."""
-        _vary_lengths(x, args, kwargs)
+        vary_lengths(x, args, kwargs)
         with self._compiling():
             return compiled(x, *args, **kwargs)
         return self.block._call_impl(x, *args, **kwargs)
@@ -261,7 +261,7 @@ class FusedBlock:
             slots = slot_count(bank)
             self._tables = [layer.slot_tables(bank.slot_numbers, slots) for layer in layers]
             for table in self._tables:
-                _vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
+                vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
             self._structure = bank.structure
             with self._lock:
                 self._table_of = {id(layer): table for layer, table in zip(layers, self._tables, strict=True)}
@@ -303,7 +303,7 @@ class FusedBlock:
                 return None
             found.append(TokenTables(tables, routing.drops(*size)))
         rows_U = torch.empty((inputs[0].shape[0], 0), device=inputs[0].device)
-        _vary(rows_U, *(table for tables in found for table in tables.tensors))
+        vary(rows_U, *(table for tables in found for table in tables.tensors))
         return tuple(found), rows_U
 
     def _enter(
@@ -322,7 +322,7 @@ class FusedBlock:
                     ranges.append(LeafRange(len(buffers), tensors.start, tensors.stop))
                 buffers.append(buffer)
         x, *entered = entering(x, buffers, leaves, ranges, bank.structure, lambda: bank.structure)
-        _vary(*entered)
+        vary(*entered)
         calls = [
             layer.call_for(entered[2 * i], entered[2 * i + 1], self._tables[i], tables, rows_U)
             for i, layer in enumerate(self._layers)
@@ -334,7 +334,7 @@ class FusedBlock:
         with self._lock, torch.inference_mode(False):
             filled = self._borders.fill(self._table_of)
         for layer, storage, more in filled:
-            _vary(more[2])
+            vary(more[2])
             place = places[id(layer)]
             calls[place] = replace(calls[place], storage=storage, more=more)
         return calls
@@ -393,24 +393,3 @@ def _other_inputs(routing: Routing, x: Tensor, given: Sequence[Any]) -> list[Ten
 def _without_cache(value: Any) -> Any:
     """A value for recomputation: an empty cache, which transformers makes unasked, is left out."""
     return None if isinstance(value, Cache) else value
-
-
-def _vary(*tensors: Tensor) -> None:
-    """Tell the compiler that the first size varies from call to call."""
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
-def _vary_lengths(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Tell the compiler that rows and tokens of the block's inputs vary, and the number of examples in packed rows."""
-    given = [value for group in (args, kwargs.values()) for value in group]
-    hidden = [x, *(value for value in given if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == x.ndim)]
-    sizes = {size for tensor in hidden for size in tensor.shape[:-1]} - {1}
-    inside = [part for value in given if isinstance(value, tuple) for part in value]
-    for tensor in [x, *given, *inside]:
-        if isinstance(tensor, Tensor):
-            for dim, size in enumerate(tensor.shape[:-1] if tensor is x or tensor.is_floating_point() else tensor.shape):
-                if size in sizes:
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    if isinstance(boundaries := kwargs.get(BOUNDARIES), Tensor):
-        _vary(boundaries)

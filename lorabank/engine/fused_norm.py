@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.engine.fused_block import FEW, VARIANTS
+from lorabank.engine.varying import vary_lengths
 from lorabank.notices import warn_once
 
 
@@ -32,9 +33,8 @@ class FusedNorm:
         few = not torch.is_grad_enabled() and all(x.numel() < FEW * x.shape[-1] for x in given if x.ndim)
         if self._failed or few:
             return self.module._call_impl(*args, **kwargs)
-        for tensor in given:
-            for dim in range(tensor.ndim - 1):
-                torch._dynamo.maybe_mark_dynamic(tensor, dim)  # rows and tokens vary
+        if given:
+            vary_lengths(given[0], args, kwargs)
         try:
             with dynamo_config.patch(recompile_limit=VARIANTS):
                 return self._compiled(*args, **kwargs)
