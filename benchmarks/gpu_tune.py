@@ -59,8 +59,8 @@ def shrinks(p: Problem) -> Tuning:
     def made() -> Iterator[Choice]:
         T, features = p.x.shape
         tiles = p.tables.tiles_S4.shape[0]
-        for weight, splits, block_f, warps, stages in itertools.product(
-            (p.A, p.A.bfloat16()), (1, 2), (128, 256), (4, 8), (2, 4, 6)
+        for weight, splits, block_f, stages, warps in itertools.product(
+            (p.A, p.A.bfloat16()), (4, 2, 1), (64, 128, 256), (4, 3, 2), (4, 8, 2)
         ):
             if stages * block_f * (TILE * 2 + p.width * weight.element_size()) > 200 * 1024:
                 continue
