@@ -42,6 +42,8 @@ _PLAIN = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "sliding_window"}
 )
 """Arguments that reach the attention function and say nothing about a call without a mask."""
+_NAMED = frozenset({"dropout", "scaling", "is_causal"})
+"""Arguments that are looked at by name."""
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Where a configuration keeps how far back its layers see."""
 
@@ -49,6 +51,16 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 def asks_nothing(kwargs: Mapping[str, Any]) -> bool:
     """Whether what a model gives its attention beside the usual says nothing that would change the result."""
     return all(value is None or value is False or name in _PLAIN for name, value in kwargs.items())
+
+
+def scale_of(query: Tensor, scaling: float | None) -> float:
+    """What scores are multiplied by: the model's own number, or what is usual for its heads."""
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
+def sees_behind_only(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether an attention is causal, by the call or else by the module, as transformers has it."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def attention_forward(
@@ -65,8 +77,7 @@ def attention_forward(
     """What transformers calls: q (B, H, T, D), k and v (B, G, T, D) → (B, T, H, D), and no attention weights."""
     plain = attention_mask is None and not dropout and asks_nothing(kwargs)
     if plain and not torch.is_autocast_enabled("cpu") and attention.suits(query, key, value):
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale, causal = scale_of(query, scaling), sees_behind_only(module, is_causal)
         return attention.attention(query, key, value, scale=scale, causal=causal), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -97,25 +108,15 @@ def causal_attention(
 
 
 def flash_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`causal_attention` by FlashAttention 4's kernels, where they do what is asked for."""
-    window = sliding_window is not None and sliding_window < key.shape[2]
-    if dropout or window or not asks_nothing(kwargs) or not flash.takes(query, key, value):
-        given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "sliding_window": sliding_window}
-        return causal_attention(module, query, key, value, attention_mask, **given, **kwargs)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = given.get("sliding_window")
+    beyond = given.get("dropout") or (window is not None and window < key.shape[2])
+    if beyond or not flash.takes(query, key, value) or not asks_nothing({k: v for k, v in given.items() if k not in _NAMED}):
+        return causal_attention(module, query, key, value, attention_mask, **given)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    scale, causal = scale_of(query, given.get("scaling")), sees_behind_only(module, given.get("is_causal"))
     return flash.flash_attention(q, k, v, scale, causal)[0], None
 
 

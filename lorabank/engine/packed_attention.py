@@ -20,7 +20,7 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lorabank.engine.attention import PACKED, asks_nothing, attention_forward
+from lorabank.engine.attention import PACKED, asks_nothing, attention_forward, scale_of, sees_behind_only
 
 BOUNDARIES = "cu_seq_lens_q"
 """Name of the argument."""
@@ -48,13 +48,13 @@ def packed_attention(
     given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     if cu_seq_lens_q is None or attention_mask is not None or key.shape[2] != query.shape[2]:
         return attention_forward(module, query, key, value, attention_mask, sliding_window=sliding_window, **given)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = sees_behind_only(module, is_causal)
     window = sliding_window if causal else None
     plain = not dropout and asks_nothing(kwargs)
     if plain and query.device.type == "cpu":
         return each_example(module, query, key, value, cu_seq_lens_q, window, **given), None
     if plain and suits_varlen(query, key, value):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale = scale_of(query, scaling)
         return varlen_attention(query, key, value, cu_seq_lens_q, scale=scale, causal=causal, window=window), None
     mask = boundary_mask(cu_seq_lens_q, query.shape[0], query.shape[2], causal=causal, window=window)
     return sdpa_attention_forward(module, query, key, value, mask, **given)

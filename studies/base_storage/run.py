@@ -237,6 +237,8 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda; fp8-weight-only is for a CPU")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     args = parser.parse_args()
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds: each is an adapter of its own, so none may come twice, got {args.seeds}")
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     warnings.filterwarnings("ignore", message="merge: .* of the adapter's change was lost")

@@ -3,8 +3,8 @@
 Triton's ask for denormal numbers and for divisors near the largest number; each costs instructions that results rounded to bf16
 don't show, and flushing denormals to zero is right for both. Being assembly with effects unknown to the compiler, they are also
 computed once where it would rather compute them again in another layout than move the result: in the backward of a gated MLP that
-is half of all instructions. Under the interpreter they are Triton's. Kernels with these are for opaque ops only (op.py): torch
-can't tell what a kernel with assembly writes.
+is half of all instructions. Under the interpreter they are Triton's. Kernels with these are for opaque ops (op.py) and for what
+is never traced, as the loss: torch can't tell what a kernel with assembly writes.
 """
 
 from __future__ import annotations

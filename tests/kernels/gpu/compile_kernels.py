@@ -20,16 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lorabank.kernels import fp8
-from lorabank.kernels.gpu import border_writing, bordered, gated, gated_mlp, lora, outer_each, rounding, siblings, sums
+from lorabank.kernels.gpu import border_writing, bordered, gated, gated_mlp, lora, loss, outer_each, rounding, siblings, sums
 from lorabank.kernels.tables import RouteTables, drop_tables, route_tables
 
 TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", fp8.E4M3: "*fp8e4nv",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    fp8.E4M3: "*fp8e4nv",
 }  # fmt: skip
 E4M3_FROM = 10 * fp8.OLDEST[0] + fp8.OLDEST[1]
 """Compute capability whose code can make e4m3 numbers."""
-ASSEMBLY = {"_activate", "_middle", "_activate_raw", "_middle_raw"}
-"""Kernels that torch can't read (fast_math.py): they belong to opaque ops, whose writes it isn't asked for."""
+ASSEMBLY = {"_activate", "_middle", "_activate_raw", "_middle_raw", "_softmax_kernel"}
+"""Kernels that torch can't read (fast_math.py): they belong to opaque ops or are never traced, so it isn't asked for writes."""
 LAUNCHED: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
 
@@ -187,6 +188,9 @@ def main() -> None:
     """Compile for the capability in the first argument."""
     vars(sums)["launch"] = Recorder
     vars(border_writing)["_write"] = Recorder(border_writing._write)
+    vars(loss)["_softmax_kernel"] = Recorder(loss._softmax_kernel)
+    for dtype in (torch.bfloat16, torch.float32):
+        loss.softmax_(torch.empty(2, 40000, dtype=dtype), torch.zeros(2, dtype=torch.int64), torch.ones(2))
     for width in map(int, sys.argv[2:] or ("16", "64", "256")):
         record(width, torch.bfloat16, int(sys.argv[1]))
     record(16, torch.float32, int(sys.argv[1]))

@@ -27,5 +27,5 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     assert max(shared.values()) <= SHARED, [line for line, size in shared.items() if size > SHARED]
     names = {line.split()[0] for line in done.stdout.splitlines()}
     assert names >= {"_shrink", "_gather", "_expand", "_outer", "_through", "_fold", "_change"}
-    assert names >= {"_widen", "_finish", "_activate", "_middle", "_write", "_outer_each", "_lay_parts"}
+    assert names >= {"_widen", "_finish", "_activate", "_middle", "_write", "_outer_each", "_lay_parts", "_softmax_kernel"}
     assert (names >= {"_quantize", "_round", "_round_through", "_activate_raw", "_middle_raw"}) == (capability >= 89)
