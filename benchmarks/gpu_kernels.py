@@ -11,7 +11,6 @@ moving the bytes that the kernel can't avoid.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,63 +22,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import gpu_bordered
 import torch
+from gpu_problems import MANY, MIXED_RANKS, TOKENS, TOLERANCE, Clock, Problem, disagreements
 from gpu_results import Results
-from torch import Tensor
 
-from lorabank.bank.fused import table_width
 from lorabank.kernels import reference
 from lorabank.kernels.gpu import adamw, lora, loss, siblings
 from lorabank.kernels.gpu.border_writing import border_width
 from lorabank.kernels.gpu.storage import STORAGES
-from lorabank.kernels.segments import Segment
-from lorabank.kernels.tables import RouteTables, route_tables
 
-TOKENS = 4096
 PAIRS = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 RANKS = (16, 64)
 SIBLINGS = (2, 3)
 """Gate and up; queries, keys and values."""
 MLP_RANK = 16
 HIDDEN, VOCABULARY, CHUNK = 4096, 128256, 1024
-SCALING = 2.0
-TOLERANCE = 1e-2
-"""Relative norm: x·Aᵀ·Bᵀ is rounded to bf16 four times on its way (A, the narrow product, B, the result), by 2⁻⁹ at most each."""
-FLUSH_NUMBERS = 2**26
-BUSY_CYCLES = 4_000_000
-"""About 2 ms of a GPU, longer than the host needs to start any of these."""
-
-
-class Clock:
-    """Microseconds with a cold L2 cache."""
-
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
-        self._flush = torch.empty(FLUSH_NUMBERS, device="cuda")
-        self._alone = self._median(lambda: None)
-
-    def _median(self, work: Callable[[], Any]) -> float:
-        times: list[float] = []
-        for i in range(self.repeats + 3):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(BUSY_CYCLES)
-            start.record()
-            self._flush.zero_()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            if i >= 3:
-                times.append(start.elapsed_time(end) * 1e3)
-        return statistics.median(times)
-
-    def us(self, work: Callable[[], Any]) -> float:
-        """What `work` takes on the GPU."""
-        return max(self._median(work) - self._alone, 1e-3)
-
-    def copy_us(self, moved: int) -> float:
-        """A copy that reads and writes `moved` bytes together."""
-        source = torch.empty(moved // 4, device="cuda", dtype=torch.int16)
-        target = torch.empty_like(source)
-        return self.us(lambda: target.copy_(source))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,92 +64,13 @@ class Kernel:
         return row | ({"tflops": round(self.flop / us / 1e6, 1)} if self.flop else {})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One layer's call: `slots` adapters of one rank share the tokens evenly."""
-
-    inputs: int
-    outputs: int
-    rank: int
-    slots: int
-    x: Tensor
-    dy: Tensor
-    A: Tensor
-    B: Tensor
-    ranks: Tensor
-    scaling: Tensor
-    tables: RouteTables
-
-    @classmethod
-    def make(cls, inputs: int, outputs: int, rank: int, slots: int, device: torch.device, tokens: int = TOKENS) -> Problem:
-        """Random x, dy, A and B."""
-        torch.manual_seed(inputs + outputs + rank)
-        units = max(2, slots)
-        share = units // slots
-        rows = {slot: range(slot * share, (slot + 1) * share) for slot in range(slots)}
-        bf16 = {"device": device, "dtype": torch.bfloat16}
-        return cls(
-            inputs=inputs, outputs=outputs, rank=rank, slots=slots,
-            x=torch.randn(tokens, inputs, **bf16), dy=torch.randn(tokens, outputs, **bf16),
-            A=torch.randn(slots * rank, inputs, device=device) / inputs**0.5, B=torch.randn(slots * rank, outputs, device=device),
-            ranks=torch.tensor([[slot * rank, rank] for slot in range(slots)], dtype=torch.int32, device=device),
-            scaling=torch.full((slots,), SCALING, device=device),
-            tables=route_tables(rows, units, tokens // units, slots).to(device),
-        )  # fmt: skip
-
-    @property
-    def width(self) -> int:
-        """Of the narrow tensors."""
-        return table_width(self.rank)
-
-    def products(self) -> dict[str, Tensor]:
-        """Change of y, of dx, and the gradients of A and B, by the kernels."""
-        xa = lora.shrink(self.x, self.A, self.tables, self.ranks, self.scaling, self.width)
-        (dB,), (dxa,) = lora.outer_and_shrink([xa], [self.dy], [self.B], self.tables, [self.ranks], [self.scaling])
-        added = torch.zeros_like(self.dy)
-        lora.expand_(added, xa, self.B, self.tables, self.ranks)
-        return {
-            "shrink, change": lora.change(xa, self.B, None, self.tables, self.ranks),
-            "expand_": added,
-            "outer_and_shrink, change": lora.change(dxa, self.A, None, self.tables, self.ranks),
-            "outer": lora.outer(dxa, self.x, self.A, self.tables, self.ranks),
-            "outer_and_shrink": dB,
-        }
-
-    def expected(self) -> dict[str, Tensor]:
-        """The same by reference.py and autograd, in fp32."""
-        x, A, B = (value.detach().float().requires_grad_() for value in (self.x, self.A, self.B))
-        each = len(x) // self.slots
-        y = torch.cat([self._delta(x, A, B, slot, each) for slot in range(self.slots)])
-        y.backward(self.dy.float())
-        assert x.grad is not None and A.grad is not None and B.grad is not None
-        found = {"shrink, change": y.detach(), "expand_": y.detach(), "outer_and_shrink, change": x.grad}
-        return found | {"outer": A.grad, "outer_and_shrink": B.grad}
-
-    def _delta(self, x: Tensor, A: Tensor, B: Tensor, slot: int, each: int) -> Tensor:
-        mine = slice(slot * self.rank, (slot + 1) * self.rank)
-        segment = Segment(rows=slice(0, 1), A_RI=A[mine], B_RO=B[mine], scaling=SCALING)
-        return reference.lora_delta(x[slot * each : (slot + 1) * each][None], segment)[0]
-
-
-def disagreements(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> list[str]:
-    """What differs by more than rounding explains."""
-    wrong: list[str] = []
-    for name, value in expected.items():
-        off = float((found[name].float() - value).norm() / value.norm())
-        if not off <= TOLERANCE:  # NaN too
-            wrong.append(f"{name} at {where}: off by {off:.2e} of its norm")
-    return wrong
-
-
 def lora_kernels(p: Problem) -> Iterator[Kernel]:
     """The products of one layer's forward and backward."""
     T, I, O = len(p.x), p.inputs, p.outputs  # noqa: E741
-    narrow, a_bytes, b_bytes = 2 * T * p.width, 4 * p.slots * p.rank * I, 4 * p.slots * p.rank * O
+    narrow, a_bytes, b_bytes = p.narrow_bytes, 4 * p.A.numel(), 4 * p.B.numel()
     xa = lora.shrink(p.x, p.A, p.tables, p.ranks, p.scaling, p.width)
     y = torch.randn_like(p.dy)
-    shape = f"{I}→{O}" + (f", {p.slots} slots" if p.slots > 1 else "")
-    call: dict[str, Any] = {"shape": shape, "rank": p.rank}
+    call: dict[str, Any] = {"shape": f"{I}→{O}{p.slots_text}", "rank": p.rank_text}
     yield Kernel(
         kernel="shrink", work=lambda: lora.shrink(p.x, p.A, p.tables, p.ranks, p.scaling, p.width),
         moved=2 * T * I + a_bytes + narrow, **call,
@@ -213,14 +90,14 @@ def lora_kernels(p: Problem) -> Iterator[Kernel]:
     )  # fmt: skip
 
 
-def sibling_case(count: int, rank: int, slots: int, device: torch.device) -> tuple[list[str], list[Kernel]]:
+def sibling_case(count: int, each: Sequence[int], device: torch.device) -> tuple[list[str], list[Kernel]]:
     """What layers that read the same x share; held to the same products one layer after the other."""
-    p = Problem.make(HIDDEN, HIDDEN, rank, slots, device)
+    p = Problem.make(HIDDEN, HIDDEN, each, device)
     weights = [torch.randn_like(p.A) / HIDDEN**0.5 for _ in range(count)]
     ranks, scalings = [p.ranks] * count, [p.scaling] * count
     narrow = [lora.shrink(p.x, weight, p.tables, p.ranks, p.scaling, p.width) for weight in weights]
     alone = {
-        "shrink": torch.cat(narrow),
+        "shrink": torch.cat([p.written(n) for n in narrow]),
         "change": torch.stack([lora.change(n, w, None, p.tables, p.ranks) for n, w in zip(narrow, weights, strict=True)]).sum(0),
         "outer": torch.cat([lora.outer(n, p.x, p.A, p.tables, p.ranks) for n in narrow]),
     }
@@ -229,21 +106,16 @@ def sibling_case(count: int, rank: int, slots: int, device: torch.device) -> tup
         "change": lambda: siblings.change(narrow, weights, p.tables, ranks),
         "outer": lambda: siblings.outer(narrow, p.x, weights, p.tables, ranks),
     }
-    found = {"shrink": torch.cat(calls["shrink"]()), "change": calls["change"](), "outer": torch.cat(calls["outer"]())}
-    kept = {name: (_written(value, p), _written(found[name], p)) for name, value in alone.items()}
+    found = {
+        "shrink": torch.cat([p.written(n) for n in calls["shrink"]()]), "change": calls["change"](),
+        "outer": torch.cat(calls["outer"]()),
+    }  # fmt: skip
     wrong = disagreements(
-        {name: mine for name, (_, mine) in kept.items()},
-        {name: value.float() for name, (value, _) in kept.items()},
-        f"{count} siblings, r {rank}, {slots} slots",
+        found, {name: value.float() for name, value in alone.items()}, f"{count} siblings, r {p.rank_text}, {p.slots} slots"
     )
-    moved = 2 * len(p.x) * HIDDEN + count * (2 * len(p.x) * p.width + 4 * slots * rank * HIDDEN)
-    shape = f"{HIDDEN}, {count} siblings" + (f", {slots} slots" if slots > 1 else "")
-    return wrong, [Kernel(kernel=name, shape=shape, rank=rank, work=work, moved=moved) for name, work in calls.items()]
-
-
-def _written(value: Tensor, p: Problem) -> Tensor:
-    """Without columns of ranks that no slot has: they stay unwritten."""
-    return value[:, : p.rank] if value.shape[1] == p.width else value
+    moved = 2 * len(p.x) * HIDDEN + count * (p.narrow_bytes + 4 * p.A.numel())
+    shape = f"{HIDDEN}, {count} siblings{p.slots_text}"
+    return wrong, [Kernel(kernel=name, shape=shape, rank=p.rank_text, work=work, moved=moved) for name, work in calls.items()]
 
 
 def base_kernels(inputs: int, outputs: int, device: torch.device) -> Iterator[Kernel]:
@@ -328,6 +200,11 @@ def mlp_kernels(slots: int, device: torch.device) -> Iterator[Kernel]:
             yield Kernel(kernel=name, shape=shape, rank=MLP_RANK, work=work, moved=moved)
 
 
+def adapters(slots: int) -> list[tuple[int, ...]]:
+    """Ranks of the adapters in a batch, problem by problem: alike ones, and the many of mixed ranks."""
+    return [*((rank,) * slots for rank in RANKS), MIXED_RANKS * (MANY // len(MIXED_RANKS))]
+
+
 def find_wrong(slots: int, device: torch.device) -> list[str]:
     """Every LoRA kernel against reference.py (those of gated MLPs against torch in fp32), at every shape and rank."""
     wrong: list[str] = []
@@ -335,12 +212,12 @@ def find_wrong(slots: int, device: torch.device) -> list[str]:
         for name, found, value in gpu_bordered.found_and_expected(gpu_bordered.Mlp.make(MLP_RANK, slots, device)):
             wrong += disagreements({name: found}, {name: value}, f"r {MLP_RANK}, {slots} slots")
     for inputs, outputs in PAIRS:
-        for rank in RANKS:
-            problem = Problem.make(inputs, outputs, rank, slots, device)
-            wrong += disagreements(problem.products(), problem.expected(), f"{inputs}→{outputs}, r {rank}, {slots} slots")
+        for each in adapters(slots):
+            p = Problem.make(inputs, outputs, each, device)
+            wrong += disagreements(p.products(), p.expected(), f"{inputs}→{outputs}, r {p.rank_text}, {p.slots} slots")
     for count in SIBLINGS:
-        for rank in RANKS:
-            wrong += sibling_case(count, rank, slots, device)[0]
+        for each in adapters(slots):
+            wrong += sibling_case(count, each, device)[0]
     return wrong
 
 
@@ -348,11 +225,11 @@ def all_kernels(slots: int, device: torch.device) -> Iterator[Kernel]:
     """The LoRA kernels and products, made one problem at a time."""
     for inputs, outputs in PAIRS:
         yield from base_kernels(inputs, outputs, device)
-        for rank in RANKS:
-            yield from lora_kernels(Problem.make(inputs, outputs, rank, slots, device))
+        for each in adapters(slots):
+            yield from lora_kernels(Problem.make(inputs, outputs, each, device))
     for count in SIBLINGS:
-        for rank in RANKS:
-            yield from sibling_case(count, rank, slots, device)[1]
+        for each in adapters(slots):
+            yield from sibling_case(count, each, device)[1]
     yield from mlp_kernels(slots, device)
 
 

@@ -32,6 +32,7 @@ from gpu_check import check
 from gpu_longest import measure_longest
 from gpu_model import GIB, WARM_UP, Bases, Shape, Training, Work, free, llama, peak_gib, series, spread, timed, token_rows
 from gpu_power import Watch
+from gpu_problems import MANY, MIXED_RANKS
 from gpu_results import Results
 
 import lorabank as lb
@@ -48,9 +49,6 @@ STEPS = {
     "nf4-2x2048-recompute": Work(rows=2, tokens=2048, storage="nf4", recompute=True, cap_gib=24.0),
 }
 """Items that are one training step."""
-MIXED_RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
-"""Mean 26, so that one adapter of the same mean rank exists."""
-MANY = 64
 
 
 def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:

@@ -3,8 +3,7 @@
     python benchmarks/gpu_tune.py --kernels shrink change --seconds 60
 
 Each choice is held to the one that lora.py makes before it is timed; the clock is gpu_kernels.py's (cold L2). Prints, shape by
-shape, the choices from the fastest on, beside a copy of the same bytes. `weight bf16`: with A or B rounded beforehand, which the
-kernels would otherwise do in every tile, from twice the bytes.
+shape, the choices from the fastest on, beside a copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu_bordered
 import torch
 import triton
-from gpu_kernels import TOKENS, Clock, Problem
+from gpu_problems import MANY, MIXED_RANKS, TOKENS, Clock, Problem
 from torch import Tensor
 
 from lorabank.kernels.gpu import lora, sums
@@ -51,6 +50,8 @@ class Tuning:
     moved: int
     """Bytes that it reads and writes at least."""
     choices: Iterator[Choice]
+    meant: Callable[[Tensor], Tensor] = lambda found: found
+    """What counts of a result."""
 
 
 def shrinks(p: Problem) -> Tuning:
@@ -59,33 +60,36 @@ def shrinks(p: Problem) -> Tuning:
     def made() -> Iterator[Choice]:
         T, features = p.x.shape
         tiles = p.tables.tiles_S4.shape[0]
-        for weight, splits, block_f, stages, warps in itertools.product(
-            (p.A, p.A.bfloat16()), (4, 2, 1), (64, 128, 256), (4, 3, 2), (4, 8, 2)
-        ):
-            if stages * block_f * (TILE * 2 + p.width * weight.element_size()) > 200 * 1024:
+        options = itertools.product((2, 1, 4), (True, False), (4, 2, 1), (64, 128, 256), (4, 2), (4, 8))
+        for group, turned, splits, block_f, stages, warps in options:
+            pipeline = stages * block_f * (group * TILE * 2 + p.width * 4)
+            if pipeline > 200 * 1024 or (turned and p.width < 64) or group * TILE * block_f > 2**14:
                 continue
             share = -(-features // (splits * block_f)) * block_f
 
-            def run(weight=weight, splits=splits, block_f=block_f, warps=warps, stages=stages, share=share) -> Tensor:
+            def run(
+                group=group, turned=turned, splits=splits, block_f=block_f, warps=warps, stages=stages, share=share
+            ) -> Tensor:
                 narrow = torch.empty((T, p.width), dtype=p.x.dtype, device=p.x.device)
                 parts = narrow if splits == 1 else torch.empty((splits, T, p.width), device=p.x.device)
                 lora._shrink[(tiles, splits, 1)](
-                    p.x, weight, narrow, parts, p.tables.order_N, p.tables.tiles_S4, p.ranks, p.scaling,
-                    p.ranks, p.ranks, p.ranks, features, T, share,
-                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, WHOLE=splits == 1, DROP=False,
-                    PRECISION="tf32",
-                    num_warps=warps, num_stages=stages,
+                    p.x, p.A, narrow, parts, p.tables.order_N, p.tables.tiles_S4, p.ranks, p.scaling,
+                    p.ranks, p.ranks, p.ranks, features, T, share, tiles,
+                    WIDTH=p.width, BLOCK_M=group * TILE, BLOCK_R=p.width, BLOCK_F=block_f, WHOLE=splits == 1, GROUP=group,
+                    TURNED=turned, DROP=False, PRECISION="tf32", num_warps=warps, num_stages=stages,
                 )  # fmt: skip
                 if splits > 1:
                     sums.gather([narrow], [parts], p.tables, [p.ranks], [p.scaling])
                 return narrow
 
-            yield Choice(text=f"{_dtype(weight)} splits {splits} block_f {block_f} warps {warps} stages {stages}", run=run)
+            text = f"tiles {group}{' turned' if turned else ''} splits {splits} block_f {block_f} warps {warps} stages {stages}"
+            yield Choice(text=text, run=run)
 
     return Tuning(
         now=lambda: lora.shrink(p.x, p.A, p.tables, p.ranks, p.scaling, p.width),
-        moved=2 * p.x.numel() + 4 * p.A.numel() + 2 * len(p.x) * p.width,
+        moved=2 * p.x.numel() + 4 * p.A.numel() + p.narrow_bytes,
         choices=made(),
+        meant=p.written,
     )
 
 
@@ -94,23 +98,24 @@ def changes(p: Problem) -> Tuning:
     xa = lora.shrink(p.x, p.A, p.tables, p.ranks, p.scaling, p.width)
 
     def made() -> Iterator[Choice]:
-        features = p.B.shape[1]
-        for weight, block_f, warps in itertools.product((p.B, p.B.bfloat16()), (128, 256, 512), (2, 4, 8)):
+        tiles, features = p.tables.tiles_S4.shape[0], p.B.shape[1]
+        for group, block_f, warps in itertools.product((1, 2, 4), (64, 128, 256, 512), (2, 4, 8)):
+            if group * TILE * block_f > 2**15:
+                continue
 
-            def run(weight=weight, block_f=block_f, warps=warps) -> Tensor:
+            def run(group=group, block_f=block_f, warps=warps) -> Tensor:
                 out = torch.empty_like(p.dy)
-                lora._expand[(p.tables.tiles_S4.shape[0], -(-features // block_f))](
-                    out, xa, weight, weight, weight, p.tables.order_N, p.tables.tiles_S4, p.ranks,
-                    p.ranks, p.ranks, p.ranks, features,
-                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, ADD=False, BIAS=False, ONTO=False,
-                    DROP=False, PRECISION="tf32",
-                    num_warps=warps, num_stages=1,
+                lora._expand[(tiles, -(-features // block_f))](
+                    out, xa, p.B, p.B, p.B, p.tables.order_N, p.tables.tiles_S4, p.ranks, p.ranks, p.ranks, p.ranks, features,
+                    tiles,
+                    WIDTH=p.width, BLOCK_M=group * TILE, BLOCK_R=p.width, BLOCK_F=block_f, GROUP=group, ADD=False, BIAS=False,
+                    ONTO=False, DROP=False, PRECISION="tf32", num_warps=warps, num_stages=1,
                 )  # fmt: skip
                 return out
 
-            yield Choice(text=f"{_dtype(weight)} block_f {block_f} warps {warps}", run=run)
+            yield Choice(text=f"tiles {group} block_f {block_f} warps {warps}", run=run)
 
-    moved = 2 * xa.numel() + 4 * p.B.numel() + 2 * p.dy.numel()
+    moved = p.narrow_bytes + 4 * p.B.numel() + 2 * p.dy.numel()
     return Tuning(now=lambda: lora.change(xa, p.B, None, p.tables, p.ranks), moved=moved, choices=made())
 
 
@@ -138,7 +143,7 @@ def outers(p: Problem) -> Tuning:
 
             yield Choice(text=f"block_f {block_f} block_n {block_n} warps {warps} stages {stages}", run=run)
 
-    moved = 2 * p.x.numel() + 2 * dxa.numel() + 4 * p.A.numel()
+    moved = 2 * p.x.numel() + p.narrow_bytes + 4 * p.A.numel()
     return Tuning(now=lambda: lora.outer(dxa, p.x, p.A, p.tables, p.ranks), moved=moved, choices=made())
 
 
@@ -170,14 +175,14 @@ def throughs(p: Problem) -> Tuning:
 
     return Tuning(
         now=lambda: lora.outer_and_shrink([xa], [p.dy], [p.B], p.tables, [p.ranks], [p.scaling])[0][0],
-        moved=2 * p.dy.numel() + 4 * xa.numel() + 8 * p.B.numel(),
+        moved=2 * p.dy.numel() + 2 * p.narrow_bytes + 8 * p.B.numel(),
         choices=made(),
     )
 
 
 def middles(p: Problem) -> Tuning:
     """The backward of a gated MLP's activation."""
-    mlp = gpu_bordered.Mlp.make(p.rank, p.slots, p.x.device)
+    mlp = gpu_bordered.Mlp.make(p.each[0], p.slots, p.x.device)
     moved = next(moved for name, _, moved in gpu_bordered.timings(mlp) if name == "middle")
     choices = (Choice(text=text, run=run) for text, run in gpu_bordered.middles(mlp))
     return Tuning(now=lambda: gpu_bordered.middle(mlp)[0], moved=moved, choices=choices)
@@ -185,7 +190,7 @@ def middles(p: Problem) -> Tuning:
 
 def widens(p: Problem) -> Tuning:
     """x with both borders of a gated MLP."""
-    mlp = gpu_bordered.Mlp.make(p.rank, p.slots, p.x.device)
+    mlp = gpu_bordered.Mlp.make(p.each[0], p.slots, p.x.device)
     moved = next(moved for name, _, moved in gpu_bordered.timings(mlp) if name == "widen, two layers")
     choices = (Choice(text=text, run=run) for text, run in gpu_bordered.widens(mlp))
     return Tuning(now=lambda: mlp.pair.widen(mlp.x, mlp.tables)[0], moved=moved, choices=choices)
@@ -203,28 +208,25 @@ SHAPES = {
 """(inputs, outputs): what each kernel reads or writes is 4096 and 14336 wide."""
 
 
-def _dtype(weight: Tensor) -> str:
-    return "weight bf16" if weight.dtype == torch.bfloat16 else "weight fp32"
-
-
-def tune(name: str, shape: tuple[int, int], rank: int, clock: Clock, seconds: float) -> None:
+def tune(name: str, shape: tuple[int, int], each: Sequence[int], clock: Clock, seconds: float) -> None:
     """Print the choices of one kernel at one shape, the fastest first."""
-    tuning = KERNELS[name](Problem.make(*shape, rank, 1, torch.device("cuda")))
-    expected, began = tuning.now().float(), time.monotonic()
+    p = Problem.make(*shape, each, torch.device("cuda"))
+    tuning = KERNELS[name](p)
+    expected, began = tuning.meant(tuning.now()).float(), time.monotonic()
     copy, found = clock.copy_us(tuning.moved), [(clock.us(tuning.now), "as it is started now")]
     for choice in tuning.choices:
         if time.monotonic() - began > seconds:
             print(f"  (no further choices after {seconds:.0f} s)")
             break
         try:
-            off = float((choice.run().float() - expected).norm() / expected.norm())
+            off = float((tuning.meant(choice.run()).float() - expected).norm() / expected.norm())
         except triton.runtime.errors.OutOfResources:
             continue
         if off <= TOLERANCE:
             found.append((clock.us(choice.run), choice.text))
         else:
             print(f"  {choice.text}: WRONG, off by {off:.1e}")
-    print(f"{name} {shape[0]}→{shape[1]} r {rank}: copy of the same bytes {copy:.1f} µs")
+    print(f"{name} {shape[0]}→{shape[1]}{p.slots_text}, r {p.rank_text}: copy of the same bytes {copy:.1f} µs")
     for us, text in sorted(found)[:SHOWN]:
         print(f"  {us:7.1f} µs  {copy / us:.2f}  {text}")
     if found[0] not in sorted(found)[:SHOWN]:
@@ -236,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     made.add_argument("--rank", type=int, default=16)
+    made.add_argument("--many", action="store_true", help=f"{MANY} adapters of mixed ranks instead")
     made.add_argument("--repeats", type=int, default=15)
     made.add_argument("--seconds", type=float, default=30.0, help="for one kernel at one shape")
     args = made.parse_args(arguments)
@@ -245,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{TOKENS} tokens, {torch.cuda.get_device_name()}")
     for name in args.kernels:
         for shape in SHAPES[name]:
-            tune(name, shape, args.rank, clock, args.seconds)
+            each = MIXED_RANKS * (MANY // len(MIXED_RANKS)) if args.many else (args.rank,)
+            tune(name, shape, each, clock, args.seconds)
     return 0
 
 

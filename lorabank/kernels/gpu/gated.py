@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.gated_mlp import _activation
-from lorabank.kernels.gpu.lora import _precision, _straight
+from lorabank.kernels.gpu.lora import _precision
 from lorabank.kernels.gpu.rounding import _bits
+from lorabank.kernels.gpu.runs import _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import TILE, RouteTables
 

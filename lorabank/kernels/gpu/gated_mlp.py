@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lorabank.kernels.gpu import fast_math, sums
-from lorabank.kernels.gpu.lora import _entries, _precision, _straight
+from lorabank.kernels.gpu.lora import _precision
+from lorabank.kernels.gpu.runs import _entries, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import RouteTables
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
+from lorabank.kernels.gpu.runs import _entries, _run, _straight, grouped
 from lorabank.kernels.tables import TILE, RouteTables
 
 WIDEST_BLOCK = 128
@@ -35,13 +36,16 @@ SHARED_BYTES = 96 * 1024
 
 @triton.jit
 def _shrink(
-    x, weight, narrow, parts, order, tiles, ranks, scaling, odds, steps, draws, features, entries, share,
+    x, weight, narrow, parts, order, tiles, ranks, scaling, odds, steps, draws, features, entries, share, last,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, TURNED: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ over features of x[token, f] · weight[start + rank, f]: with WHOLE scaled into narrow, else a share into parts."""
+    """Σ over features of x[token, f] · weight[start + rank, f]: with WHOLE scaled into narrow, else a share into parts.
+
+    With TURNED the ranks are the product's rows: rounded in registers, from where such products take their left side only.
+    """
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    slot, first, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     if (count > 0) & (slot >= 0):
         start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
         if block * BLOCK_R < rank:
@@ -50,7 +54,7 @@ def _shrink(
             key_m, bar = _row_keys(odds, steps, draws, slot, first + m, m < count, DROP), _bar(odds, slot, DROP)
             begin = split * share
             end = tl.minimum(features, begin + share)
-            total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            total = tl.zeros((BLOCK_R, BLOCK_M) if TURNED else (BLOCK_M, BLOCK_R), dtype=tl.float32)
             for at in range(begin, end, BLOCK_F):
                 f = at + tl.arange(0, BLOCK_F)
                 x_tile = tl.load(
@@ -62,7 +66,12 @@ def _shrink(
                     other=0.0,
                 )
                 x_tile = _kept(x_tile, 0.0, key_m, _column_keys(f, DROP), bar, DROP)
-                total = tl.dot(x_tile, tl.trans(w_tile.to(x_tile.dtype)), total, input_precision=PRECISION)
+                if TURNED:
+                    total = tl.dot(w_tile.to(x_tile.dtype), tl.trans(x_tile), total, input_precision=PRECISION)
+                else:
+                    total = tl.dot(x_tile, tl.trans(w_tile.to(x_tile.dtype)), total, input_precision=PRECISION)
+            if TURNED:
+                total = tl.trans(total)
             kept = (m < count)[:, None] & (r < rank)[None, :]
             entry = (first + m).to(tl.int64)
             if WHOLE:
@@ -75,16 +84,16 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    out, narrow, weight, bias, onto, order, tiles, ranks, odds, steps, draws, features,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, ONTO: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    out, narrow, weight, bias, onto, order, tiles, ranks, odds, steps, draws, features, last,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, GROUP: tl.constexpr,
+    ADD: tl.constexpr, BIAS: tl.constexpr, ONTO: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ over ranks of narrow · weight[start + rank, f]: with ADD added to out[token, f], else written there (+ bias).
 
     With ONTO that, rounded, is added to onto, for every token.
     """
     tile, column = tl.program_id(0), tl.program_id(1)
-    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    slot, first, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     routed = slot >= 0
     place = tl.maximum(slot, 0)
     start = tl.load(ranks + place * 2).to(tl.int64)
@@ -119,25 +128,6 @@ def _expand(
             more = tl.load(onto + rows[:, None] * features + f[None, :], mask=inside, other=0.0).to(tl.float32)
             made = (made.to(tl.float32) + more).to(out.dtype.element_ty)
         tl.store(target, made, mask=inside)
-
-
-@triton.jit
-def _straight(order, first, count):
-    """(token of a chunk's first entry, whether the others follow it one by one).
-
-    Entries of a slot are in the order of their tokens: where the last is as far off as there are entries, no table is needed.
-    Then loads are started steps ahead, which compilers don't do through a table; hence two loops.
-    """
-    base = tl.load(order + first)
-    return base, tl.load(order + first + count - 1) - base == count - 1
-
-
-@triton.jit
-def _entries(narrow, entry, inside, r, WIDTH: tl.constexpr):
-    """Some entries of a narrow tensor, and beyond their slot's ranks whatever lies there: with a mask for that the load would
-    wait in every step, which it doesn't started ahead.
-    """
-    return tl.load(narrow + entry[:, None] * WIDTH + r[None, :], mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -264,19 +254,22 @@ def shrink(
     entries, features = x_NF.shape
     tiles = tables.tiles_S4.shape[0]
     block_r = min(width, WIDEST_BLOCK)
-    block_f = 128 if x_NF.element_size() == 2 and block_r <= 64 else 64
+    item = x_NF.element_size()
+    group = grouped(block_r, item)
+    block_f = 128 if item == 2 and group == 1 else 64
     # enough programs for a GPU: two a multiprocessor, but no part shorter than 512 features
-    splits = max(1, min(features // 512, PROGRAMS // tiles))
-    block_f = block_f if splits > 1 or block_r > 64 or x_NF.element_size() > 2 else 256
+    splits = max(1, min(features // 512, PROGRAMS * group // tiles))
+    block_f = block_f if splits > 1 or group > 1 or item > 2 else 256
     share = -(-features // (splits * block_f)) * block_f
     block_f = min(block_f, 128) if drops else block_f  # a mask takes registers; sums stay in the same order
     narrow = torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device)
     parts = narrow if splits == 1 else torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device)
     sums.launch(_shrink)[(tiles, splits, width // block_r)](
         x_NF, weight_RF, narrow, parts, tables.order_N, tables.tiles_S4, ranks_P2, scaling_P, *pointers(drops, 1, ranks_P2),
-        features, entries, share,
-        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, WHOLE=splits == 1, DROP=bool(drops),
-        PRECISION=_precision(x_NF.dtype), num_warps=4, num_stages=_stages(TILE, block_f, x_NF.element_size(), block_r),
+        features, entries, share, tiles,
+        WIDTH=width, BLOCK_M=group * TILE, BLOCK_R=block_r, BLOCK_F=block_f, WHOLE=splits == 1, GROUP=group, TURNED=group > 1,
+        DROP=bool(drops), PRECISION=_precision(x_NF.dtype), num_warps=4,
+        num_stages=_stages(group * TILE, block_f, item, block_r),
     )  # fmt: skip
     if splits > 1:
         sums.gather([narrow], [parts], tables, [ranks_P2], [scaling_P])
@@ -325,13 +318,14 @@ def _expand_into(
     onto: Tensor | None = None,
 ) -> None:
     width, features = narrow.shape[1], weight.shape[1]
-    block_r = min(width, WIDEST_BLOCK)
-    block_f = 256 if block_r <= 64 and narrow.element_size() == 2 else 128
-    sums.launch(_expand)[(tables.tiles_S4.shape[0], -(-features // block_f))](
+    block_r, tiles = min(width, WIDEST_BLOCK), tables.tiles_S4.shape[0]
+    group = grouped(block_r, narrow.element_size())
+    block_f = 256 if narrow.element_size() == 2 and group == 1 else 128
+    sums.launch(_expand)[(tiles, -(-features // block_f))](
         out, narrow, weight, weight if bias is None else bias, narrow if onto is None else onto, tables.order_N, tables.tiles_S4,
-        ranks, *pointers(drops, 1, ranks), features,
-        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, ADD=add, BIAS=bias is not None, ONTO=onto is not None,
-        DROP=bool(drops), PRECISION=_precision(narrow.dtype), num_warps=4, num_stages=1,
+        ranks, *pointers(drops, 1, ranks), features, tiles,
+        WIDTH=width, BLOCK_M=group * TILE, BLOCK_R=block_r, BLOCK_F=block_f, GROUP=group, ADD=add, BIAS=bias is not None,
+        ONTO=onto is not None, DROP=bool(drops), PRECISION=_precision(narrow.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 

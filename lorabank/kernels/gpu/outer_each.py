@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lorabank.kernels.gpu import sums
-from lorabank.kernels.gpu.lora import SHARED_BYTES, _entries, _precision, _straight
+from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision
+from lorabank.kernels.gpu.runs import _entries, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.gpu.sums import four
 from lorabank.kernels.tables import RouteTables

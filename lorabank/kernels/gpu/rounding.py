@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorabank.kernels.fp8 import E4M3
 from lorabank.kernels.gpu import sums
-from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision, _straight
+from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision
+from lorabank.kernels.gpu.runs import _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import TILE, RouteTables
 

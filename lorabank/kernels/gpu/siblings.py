@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
-from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _entries, _precision, _straight
+from lorabank.kernels.gpu.lora import PROGRAMS, SHARED_BYTES, _precision
+from lorabank.kernels.gpu.runs import _entries, _run, _straight, grouped
 from lorabank.kernels.gpu.sums import MOST as MOST
 from lorabank.kernels.gpu.sums import four
 from lorabank.kernels.tables import TILE, RouteTables
@@ -26,21 +27,30 @@ WIDEST = 64
 
 
 @triton.jit
-def _dot_with(total, x_tile, weight, ranks, slot, r, f, end, features, TURNED: tl.constexpr, PRECISION: tl.constexpr):
-    """total + x_tile · weight[slot's rows, f]ᵀ, or with TURNED x_tile (ranks) · weight[slot's rows, f]."""
+def _rows_of(weight, ranks, slot, r, f, end, features, dtype):
+    """weight[slot's rows, f], (ranks, features)."""
     start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
     kept = (r < rank)[:, None] & (f < end)[None, :]
-    w_tile = tl.load(weight + (start + r)[:, None] * features + f[None, :], mask=kept, other=0.0).to(x_tile.dtype)
-    if not TURNED:
-        w_tile = tl.trans(w_tile)
-    return tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+    return tl.load(weight + (start + r)[:, None] * features + f[None, :], mask=kept, other=0.0).to(dtype)
+
+
+@triton.jit
+def _add_narrow(total, x_tile, weight, ranks, slot, r, f, end, features, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """total + x_tile · weight[slot's rows, f]ᵀ, with TURNED its transpose."""
+    w_tile = _rows_of(weight, ranks, slot, r, f, end, features, x_tile.dtype)
+    if TURNED:
+        return tl.dot(w_tile, tl.trans(x_tile), total, input_precision=PRECISION)
+    return tl.dot(x_tile, tl.trans(w_tile), total, input_precision=PRECISION)
 
 
 @triton.jit
 def _keep(
-    total, narrow, parts, ranks, scaling, slot, entry, m, r, count, split, entries, WIDTH: tl.constexpr, WHOLE: tl.constexpr
-):
+    total, narrow, parts, ranks, scaling, slot, entry, m, r, count, split, entries,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
     """Store one layer's product: scaled into narrow, or as a split's share into parts."""
+    if TURNED:
+        total = tl.trans(total)
     kept = (m < count)[:, None] & (r < tl.load(ranks + slot * 2 + 1))[None, :]
     if WHOLE:
         scaled = (total * tl.load(scaling + slot)).to(narrow.dtype.element_ty)
@@ -53,13 +63,13 @@ def _keep(
 @triton.jit
 def _shrink(
     x, w0, w1, w2, w3, n0, n1, n2, n3, p0, p1, p2, p3, k0, k1, k2, k3, s0, s1, s2, s3, d0, d1, d2, d3,
-    steps, draws, order, tiles, features, entries, share,
+    steps, draws, order, tiles, features, entries, share, last,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, TURNED: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x · weightᵀ for C weights, x read once."""
+    """x · weightᵀ for C weights, x read once. TURNED as in lora.py."""
     tile, split = tl.program_id(0), tl.program_id(1)
-    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    slot, first, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     if (count > 0) & (slot >= 0):
         m, r = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
@@ -71,31 +81,31 @@ def _shrink(
             h3, b3 = _row_keys(d3, steps, draws, slot, first + m, m < count, DROP), _bar(d3, slot, DROP)
         begin = split * share
         end = tl.minimum(features, begin + share)
-        t0 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-        t1 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-        t2 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-        t3 = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        t0 = tl.zeros((WIDTH, BLOCK_M) if TURNED else (BLOCK_M, WIDTH), dtype=tl.float32)
+        t1 = tl.zeros((WIDTH, BLOCK_M) if TURNED else (BLOCK_M, WIDTH), dtype=tl.float32)
+        t2 = tl.zeros((WIDTH, BLOCK_M) if TURNED else (BLOCK_M, WIDTH), dtype=tl.float32)
+        t3 = tl.zeros((WIDTH, BLOCK_M) if TURNED else (BLOCK_M, WIDTH), dtype=tl.float32)
         for at in range(begin, end, BLOCK_F):
             f = at + tl.arange(0, BLOCK_F)
             x_tile = tl.load(x + rows[:, None] * features + f[None, :], mask=(m < count)[:, None] & (f < end)[None, :], other=0.0)
             columns = _column_keys(f, DROP)
             x0 = _kept(x_tile, 0.0, h0, columns, b0, DROP)
-            t0 = _dot_with(t0, x0, w0, k0, slot, r, f, end, features, False, PRECISION)
+            t0 = _add_narrow(t0, x0, w0, k0, slot, r, f, end, features, TURNED, PRECISION)
             x1 = _kept(x_tile, 0.0, h1, columns, b1, DROP)
-            t1 = _dot_with(t1, x1, w1, k1, slot, r, f, end, features, False, PRECISION)
+            t1 = _add_narrow(t1, x1, w1, k1, slot, r, f, end, features, TURNED, PRECISION)
             if C > 2:
                 x2 = _kept(x_tile, 0.0, h2, columns, b2, DROP)
-                t2 = _dot_with(t2, x2, w2, k2, slot, r, f, end, features, False, PRECISION)
+                t2 = _add_narrow(t2, x2, w2, k2, slot, r, f, end, features, TURNED, PRECISION)
             if C > 3:
                 x3 = _kept(x_tile, 0.0, h3, columns, b3, DROP)
-                t3 = _dot_with(t3, x3, w3, k3, slot, r, f, end, features, False, PRECISION)
+                t3 = _add_narrow(t3, x3, w3, k3, slot, r, f, end, features, TURNED, PRECISION)
         entry = (first + m).to(tl.int64)
-        _keep(t0, n0, p0, k0, s0, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
-        _keep(t1, n1, p1, k1, s1, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
+        _keep(t0, n0, p0, k0, s0, slot, entry, m, r, count, split, entries, WIDTH, WHOLE, TURNED)
+        _keep(t1, n1, p1, k1, s1, slot, entry, m, r, count, split, entries, WIDTH, WHOLE, TURNED)
         if C > 2:
-            _keep(t2, n2, p2, k2, s2, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
+            _keep(t2, n2, p2, k2, s2, slot, entry, m, r, count, split, entries, WIDTH, WHOLE, TURNED)
         if C > 3:
-            _keep(t3, n3, p3, k3, s3, slot, entry, m, r, count, split, entries, WIDTH, WHOLE)
+            _keep(t3, n3, p3, k3, s3, slot, entry, m, r, count, split, entries, WIDTH, WHOLE, TURNED)
 
 
 @triton.jit
@@ -106,23 +116,24 @@ def _add_layer(
     """total + one layer's narrow · weight, where dropout keeps it."""
     kept = (m < count)[:, None] & (r < tl.load(ranks + slot * 2 + 1))[None, :]
     small = tl.load(narrow + entry[:, None] * WIDTH + r[None, :], mask=kept, other=0.0)
-    more = _dot_with(total, small, weight, ranks, slot, r, f, features, features, True, PRECISION)
+    w_tile = _rows_of(weight, ranks, slot, r, f, features, features, small.dtype)
+    more = tl.dot(small, w_tile, total, input_precision=PRECISION)
     key_m = _row_keys(odds, steps, draws, slot, entry, m < count, DROP)
     return _kept(more, total, key_m, _column_keys(f, DROP), _bar(odds, slot, DROP), DROP)
 
 
 @triton.jit
 def _change(
-    out, a1, a2, a3, n0, n1, n2, n3, w0, w1, w2, w3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, order, tiles, features,
-    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, ADD: tl.constexpr,
-    TERMS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    out, a1, a2, a3, n0, n1, n2, n3, w0, w1, w2, w3, k0, k1, k2, k3, d0, d1, d2, d3, steps, draws, order, tiles, features, last,
+    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, GROUP: tl.constexpr,
+    ADD: tl.constexpr, TERMS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ over C layers of narrow · weight: written for every token, or with ADD added for those with a slot.
 
     With TERMS so many tensors like out are added besides, for every token.
     """
     tile, column = tl.program_id(0), tl.program_id(1)
-    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    slot, first, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     if (count > 0) & ((slot >= 0) | (not ADD) | (TERMS > 0)):
         m, r, f = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
@@ -248,8 +259,8 @@ def shrink(
     """lora.shrink of x with each of the weights. Each layer has a mask of its own."""
     entries, features = x_NF.shape
     tiles, count, item = tables.tiles_S4.shape[0], len(weights), x_NF.element_size()
-    block_f = 128 if width <= 16 and item == 2 else 64
-    splits = max(1, min(features // 512, PROGRAMS // tiles))
+    block_f, group = 128 if width <= 16 and item == 2 else 64, grouped(width, item)
+    splits = max(1, min(features // 512, PROGRAMS * group // tiles))
     share = -(-features // (splits * block_f)) * block_f
     block_f = 64 if drops else block_f  # a mask a layer takes registers; sums stay in the same order
     narrow = [torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device) for _ in weights]
@@ -258,9 +269,10 @@ def shrink(
         parts = [torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device) for _ in weights]
     sums.launch(_shrink)[(tiles, splits)](
         x_NF, *four(weights), *four(narrow), *four(parts), *four(ranks), *four(scalings),
-        *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4, features, entries, share,
-        C=count, WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, WHOLE=splits == 1, DROP=bool(drops),
-        PRECISION=_precision(x_NF.dtype), num_warps=4, num_stages=_stages(block_f * (TILE * item + count * width * 4)),
+        *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4, features, entries, share, tiles,
+        C=count, WIDTH=width, BLOCK_M=group * TILE, BLOCK_F=block_f, WHOLE=splits == 1, GROUP=group, TURNED=group > 1,
+        DROP=bool(drops), PRECISION=_precision(x_NF.dtype), num_warps=4,
+        num_stages=_stages(block_f * (group * TILE * item + count * width * 4)),
     )  # fmt: skip
     if splits > 1:
         sums.gather(narrow, parts, tables, ranks, scalings)
@@ -283,11 +295,12 @@ def change(
     (entries, width), features, device = narrow[0].shape, weights[0].shape[1], narrow[0].device
     out = torch.empty((entries, features), dtype=narrow[0].dtype, device=device) if out_NF is None else out_NF
     block_f = 256 if width <= 16 and out.element_size() == 2 and not drops else 128
-    sums.launch(_change)[(tables.tiles_S4.shape[0], -(-features // block_f))](
+    tiles, group = tables.tiles_S4.shape[0], grouped(width, out.element_size())
+    sums.launch(_change)[(tiles, -(-features // block_f))](
         out, *four([*more, narrow[0]])[: MOST - 1], *four(narrow), *four(weights), *four(ranks), *pointers(drops, MOST, ranks[0]),
-        tables.order_N, tables.tiles_S4, features,
-        C=len(narrow), WIDTH=width, BLOCK_M=TILE, BLOCK_F=block_f, ADD=out_NF is not None, TERMS=len(more), DROP=bool(drops),
-        PRECISION=_precision(out.dtype), num_warps=4, num_stages=1,
+        tables.order_N, tables.tiles_S4, features, tiles,
+        C=len(narrow), WIDTH=width, BLOCK_M=group * TILE, BLOCK_F=block_f, GROUP=group, ADD=out_NF is not None, TERMS=len(more),
+        DROP=bool(drops), PRECISION=_precision(out.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
 

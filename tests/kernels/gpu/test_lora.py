@@ -41,6 +41,13 @@ def test_every_rank(device: torch.device, rank: int) -> None:
     check(make(device, rows={0: [1], 2: [0]}, ranks={0: rank, 2: 2}, units=3, tokens=2, inputs=3, outputs=4, seed=rank))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("rows", [{0: [0, 1], 1: [3], 2: [4, 5, 6]}, {1: [1], 0: [0, 2, 3], 2: [6]}, {2: [0, 1, 2, 3, 4, 5, 6]}])
+def test_tiles_of_a_slot_that_one_program_takes(device: torch.device, rows: dict[int, list[int]], dtype: torch.dtype) -> None:
+    # 3, 2 and 4 tiles, pairs of which begin and end anywhere
+    check(make(device, rows=rows, ranks={0: 70, 1: 3, 2: 64}, units=8, tokens=40, inputs=70, outputs=33, dtype=dtype))
+
+
 @pytest.mark.parametrize("outputs", [1, 33, 130, 300])
 @pytest.mark.parametrize("inputs", [1, 7, 130])
 def test_odd_sizes(device: torch.device, inputs: int, outputs: int) -> None:
