@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lorabank.training.trainer import Trainer
 
 BASE_NAME = "base"
+COMPILING = "the model's blocks are compiled: the first step takes about half a minute longer. compile: false leaves that out"
+"""Said where nobody asked for it."""
 
 
 def train(
@@ -88,7 +90,7 @@ def _train(
     dry_run: bool,
     listeners: Sequence[Listener],
 ) -> RunResult:
-    from lorabank.engine.compiling import compile_blocks, uncompile_blocks
+    from lorabank.engine.compiling import uncompile_blocks
     from lorabank.training.run import command_for, resume_run, run_training
     from lorabank.training.run_folder import RunFolder
     from lorabank.training.setup import build_trainer, load_data
@@ -105,12 +107,12 @@ def _train(
     compiled: list[nn.Module] = []
     try:
         with warnings_as(notices):
-            compiled = compile_blocks(model, recompute=trainer.engine.gradient_checkpointing) if config.compile else []
+            compiled = _compiled(config, model, recompute=trainer.engine.gradient_checkpointing)
         resumed_from = None
         if folder is not None:
             resumed_from = resume_run(trainer, folder, resume) if resume else None
             everyone += _open_folder(folder, config, trainer, sets, fresh=not resume)
-        for text in more:
+        for text in [*more, COMPILING] if compiled and config.compile is None else more:
             trainer.notice(text)
         for notice in notices:
             trainer.notice(notice.text, notice.adapter, notice.level)
@@ -125,6 +127,14 @@ def _train(
     finally:
         trainer.bank.detach()
         uncompile_blocks(compiled)
+
+
+def _compiled(config: TrainConfig, model: PreTrainedModel, *, recompute: bool) -> list[nn.Module]:
+    """The blocks that are compiled for this run and weren't before."""
+    from lorabank.engine.compiling import compile_blocks, worth_compiling
+
+    wanted = worth_compiling(model) if config.compile is None else config.compile
+    return compile_blocks(model, recompute=recompute) if wanted else []
 
 
 def preview(config: TrainConfig, *, count: int = 3) -> None:

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lorabank as lb
@@ -107,6 +108,39 @@ def test_a_model_that_was_compiled_for_the_run_is_plain_afterwards(
     assert all(block._compiled_call_impl is None for block in model.model.layers)
     for path, layer in result.trained["default"].layers.items():
         torch.testing.assert_close(layer.B, plain.trained["default"].layers[path].B, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("said", [None, False])
+def test_blocks_are_compiled_on_a_gpu_unless_that_is_switched_off(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, said: bool | None
+) -> None:
+    def compile_blocks(model: nn.Module, *, recompute: bool) -> list[nn.Module]:
+        asked.append(recompute)
+        return list(model.model.layers[:1])  # type: ignore[union-attr,index]
+
+    asked: list[bool] = []
+    monkeypatch.setattr(compiling, "compile_blocks", compile_blocks)
+    monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.float32))
+    monkeypatch.delenv(runtime.SWITCH, raising=False)
+    told = Recorder()
+    lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), compile=said, listeners=[told], **SHORT)
+    assert asked == ([False] if said is None else [])
+    assert [n.text for n in told.notices if "compile: false leaves that out" in n.text] == (
+        [api.COMPILING] if said is None else []
+    )
+
+
+def test_where_blocks_are_compiled_by_themselves(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(runtime.SWITCH, raising=False)
+    assert not compiling.worth_compiling(model.cpu())
+    monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.float32))
+    assert compiling.worth_compiling(model)
+    assert not compiling.worth_compiling(nn.Linear(2, 2))  # nothing repeats
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not compiling.worth_compiling(model)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setenv(runtime.SWITCH, "0")
+    assert not compiling.worth_compiling(model)
 
 
 def test_a_gpu_that_can_not_compile_trains_uncompiled_and_says_so(

@@ -34,6 +34,12 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def worth_compiling(model: nn.Module) -> bool:
+    """Whether blocks are compiled where nobody says: on an NVIDIA GPU, for a model that has repeated ones."""
+    here = _place(model)[0].type == "cuda" and torch.version.hip is None
+    return here and not runtime.switched_off() and bool(repeated_blocks(model))
+
+
 def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", borders: bool = True) -> list[nn.Module]:
     """Compile the repeated blocks in place; returns what wasn't compiled before. Results don't change beyond rounding.
 
@@ -61,7 +67,7 @@ def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "pr
     if why is not None:
         warn_once(
             f"compile: the blocks of {type(model).__name__} stay uncompiled, and steps slower: {why}. "
-            "Leaving compile out silences this."
+            "compile: false silences this."
         )
         return []
     if recompute and not on_gpu:

@@ -238,7 +238,7 @@ class FusedBlock:
             reason = " ".join(str(error).split("\n")[:2])[:300]
             warn_once(
                 f"compile: torch can't compile {type(self.block).__name__}, so it runs uncompiled: the same results, slower "
-                f"({type(error).__name__}: {reason}). Leaving compile out silences this."
+                f"({type(error).__name__}: {reason}). compile: false silences this."
             )
 
     def _ready(self) -> bool:

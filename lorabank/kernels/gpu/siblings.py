@@ -38,9 +38,11 @@ def _rows_of(weight, ranks, slot, r, f, end, features, dtype):
 def _add_narrow(total, x_tile, weight, ranks, slot, r, f, end, features, TURNED: tl.constexpr, PRECISION: tl.constexpr):
     """total + x_tile · weight[slot's rows, f]ᵀ, with TURNED its transpose."""
     w_tile = _rows_of(weight, ranks, slot, r, f, end, features, x_tile.dtype)
-    if TURNED:
-        return tl.dot(w_tile, tl.trans(x_tile), total, input_precision=PRECISION)
-    return tl.dot(x_tile, tl.trans(w_tile), total, input_precision=PRECISION)
+    if TURNED:  # compilers see both sides of an early return
+        total = tl.dot(w_tile, tl.trans(x_tile), total, input_precision=PRECISION)
+    else:
+        total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
