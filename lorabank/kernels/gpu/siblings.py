@@ -261,10 +261,11 @@ def shrink(
     """lora.shrink of x with each of the weights. Each layer has a mask of its own."""
     entries, features = x_NF.shape
     tiles, count, item = tables.tiles_S4.shape[0], len(weights), x_NF.element_size()
-    block_f, group = 128 if width <= 16 and item == 2 else 64, grouped(width, item)
+    group = grouped(width, item)
+    block_f = 32 if group > 1 else 128 if width <= 16 and item == 2 else 64
     splits = max(1, min(features // 512, PROGRAMS * group // tiles))
     share = -(-features // (splits * block_f)) * block_f
-    block_f = 64 if drops else block_f  # a mask a layer takes registers; sums stay in the same order
+    block_f = min(block_f, 64) if drops else block_f  # a mask a layer takes registers; sums stay in the same order
     narrow = [torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device) for _ in weights]
     parts = narrow
     if splits > 1:
