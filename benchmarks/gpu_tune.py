@@ -60,29 +60,26 @@ def shrinks(p: Problem) -> Tuning:
     def made() -> Iterator[Choice]:
         T, features = p.x.shape
         tiles = p.tables.tiles_S4.shape[0]
-        options = itertools.product((2, 1, 4), (True, False), (4, 2, 1), (64, 128, 256), (4, 2), (4, 8))
-        for group, turned, splits, block_f, stages, warps in options:
-            pipeline = stages * block_f * (group * TILE * 2 + p.width * 4)
-            if pipeline > 200 * 1024 or (turned and p.width < 64) or group * TILE * block_f > 2**14:
+        options = itertools.product((True, False), (4, 2, 1), (64, 128, 256), (4, 3, 2), (4, 8))
+        for turned, splits, block_f, stages, warps in options:
+            if stages * block_f * (TILE * 2 + p.width * 4) > 200 * 1024 or (turned and p.width < 64):
                 continue
             share = -(-features // (splits * block_f)) * block_f
 
-            def run(
-                group=group, turned=turned, splits=splits, block_f=block_f, warps=warps, stages=stages, share=share
-            ) -> Tensor:
+            def run(turned=turned, splits=splits, block_f=block_f, warps=warps, stages=stages, share=share) -> Tensor:
                 narrow = torch.empty((T, p.width), dtype=p.x.dtype, device=p.x.device)
                 parts = narrow if splits == 1 else torch.empty((splits, T, p.width), device=p.x.device)
                 lora._shrink[(tiles, splits, 1)](
                     p.x, p.A, narrow, parts, p.tables.order_N, p.tables.tiles_S4, p.ranks, p.scaling,
-                    p.ranks, p.ranks, p.ranks, features, T, share, tiles,
-                    WIDTH=p.width, BLOCK_M=group * TILE, BLOCK_R=p.width, BLOCK_F=block_f, WHOLE=splits == 1, GROUP=group,
-                    TURNED=turned, DROP=False, PRECISION="tf32", num_warps=warps, num_stages=stages,
+                    p.ranks, p.ranks, p.ranks, features, T, share,
+                    WIDTH=p.width, BLOCK_M=TILE, BLOCK_R=p.width, BLOCK_F=block_f, WHOLE=splits == 1, TURNED=turned,
+                    DROP=False, PRECISION="tf32", num_warps=warps, num_stages=stages,
                 )  # fmt: skip
                 if splits > 1:
                     sums.gather([narrow], [parts], p.tables, [p.ranks], [p.scaling])
                 return narrow
 
-            text = f"tiles {group}{' turned' if turned else ''} splits {splits} block_f {block_f} warps {warps} stages {stages}"
+            text = f"{'turned ' if turned else ''}splits {splits} block_f {block_f} warps {warps} stages {stages}"
             yield Choice(text=text, run=run)
 
     return Tuning(

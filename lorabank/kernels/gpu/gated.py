@@ -19,7 +19,7 @@ from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.gated_mlp import _activation
 from lorabank.kernels.gpu.lora import _precision
 from lorabank.kernels.gpu.rounding import _bits
-from lorabank.kernels.gpu.runs import _straight
+from lorabank.kernels.gpu.runs import _entries, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import TILE, RouteTables
 
@@ -46,7 +46,7 @@ def _weight_tile(weight, ranks, slot, r, f, features, dtype):
 def _small_tile(narrow, ranks, slot, entry, inside, r, WIDTH: tl.constexpr):
     """Some entries of a narrow tensor; zeros without a slot."""
     rank = tl.where(slot >= 0, tl.load(ranks + tl.maximum(slot, 0) * 2 + 1), 0)
-    return tl.load(narrow + entry[:, None] * WIDTH + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0.0)
+    return tl.where((r < rank)[None, :], _entries(narrow, entry, inside, r, WIDTH), 0.0)
 
 
 @triton.jit

@@ -36,16 +36,16 @@ SHARED_BYTES = 96 * 1024
 
 @triton.jit
 def _shrink(
-    x, weight, narrow, parts, order, tiles, ranks, scaling, odds, steps, draws, features, entries, share, last,
+    x, weight, narrow, parts, order, tiles, ranks, scaling, odds, steps, draws, features, entries, share,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, WHOLE: tl.constexpr,
-    GROUP: tl.constexpr, TURNED: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ over features of x[token, f] · weight[start + rank, f]: with WHOLE scaled into narrow, else a share into parts.
 
     With TURNED the ranks are the product's rows: rounded in registers, from where such products take their left side only.
     """
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot, first, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
     if (count > 0) & (slot >= 0):
         start, rank = tl.load(ranks + slot * 2).to(tl.int64), tl.load(ranks + slot * 2 + 1)
         if block * BLOCK_R < rank:
@@ -255,21 +255,20 @@ def shrink(
     tiles = tables.tiles_S4.shape[0]
     block_r = min(width, WIDEST_BLOCK)
     item = x_NF.element_size()
-    group = grouped(block_r, item)
-    block_f = 128 if item == 2 and group == 1 else 64
-    # enough programs for a GPU: two a multiprocessor, but no part shorter than 512 features
-    splits = max(1, min(features // 512, PROGRAMS * group // tiles))
-    block_f = block_f if splits > 1 or group > 1 or item > 2 else 256
+    turned = grouped(block_r, item) > 1
+    block_f = 128 if item == 2 and not turned else 64
+    # enough programs for a GPU, twice as many where they take long, but no part shorter than 512 features
+    splits = max(1, min(features // 512, PROGRAMS * (1 + turned) // tiles))
+    block_f = block_f if splits > 1 or turned or item > 2 else 256
     share = -(-features // (splits * block_f)) * block_f
     block_f = min(block_f, 128) if drops else block_f  # a mask takes registers; sums stay in the same order
     narrow = torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device)
     parts = narrow if splits == 1 else torch.empty((splits, entries, width), dtype=torch.float32, device=x_NF.device)
     sums.launch(_shrink)[(tiles, splits, width // block_r)](
         x_NF, weight_RF, narrow, parts, tables.order_N, tables.tiles_S4, ranks_P2, scaling_P, *pointers(drops, 1, ranks_P2),
-        features, entries, share, tiles,
-        WIDTH=width, BLOCK_M=group * TILE, BLOCK_R=block_r, BLOCK_F=block_f, WHOLE=splits == 1, GROUP=group, TURNED=group > 1,
-        DROP=bool(drops), PRECISION=_precision(x_NF.dtype), num_warps=4,
-        num_stages=_stages(group * TILE, block_f, item, block_r),
+        features, entries, share,
+        WIDTH=width, BLOCK_M=TILE, BLOCK_R=block_r, BLOCK_F=block_f, WHOLE=splits == 1, TURNED=turned, DROP=bool(drops),
+        PRECISION=_precision(x_NF.dtype), num_warps=4, num_stages=_stages(TILE, block_f, item, block_r),
     )  # fmt: skip
     if splits > 1:
         sums.gather([narrow], [parts], tables, [ranks_P2], [scaling_P])
@@ -347,7 +346,8 @@ def outer(
     grad = torch.empty_like(like_RF)
     parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
     block_r = min(width, WIDEST_BLOCK)
-    block_f, block_n = 32 if drops and wide_NF.element_size() > 2 else 128, 64
+    block_f = 32 if drops and wide_NF.element_size() > 2 else 128
+    block_n = 32 if grouped(block_r, wide_NF.element_size()) > 1 else 64
     sums.launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
         narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, *pointers(drops, 1, ranks_P2), features,
         WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorabank.kernels.fp8 import E4M3
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.lora import SHARED_BYTES, _precision
-from lorabank.kernels.gpu.runs import _straight
+from lorabank.kernels.gpu.runs import _entries, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import TILE, RouteTables
 
@@ -136,7 +136,8 @@ def _through_step(
     kept, within = (n < count)[:, None] & (r < rank)[None, :], (n < count)[:, None] & (f < features)[None, :]
     at_NF, at_NW = rows[:, None] * features + f[None, :], entry.to(tl.int64)[:, None] * WIDTH + r[None, :]
     tile = tl.load(x + at_NF, mask=within, other=0.0)
-    total = tl.dot(tl.trans(tl.load(narrow + at_NW, mask=kept, other=0.0)), tile, total, input_precision=PRECISION)
+    small = _entries(narrow, entry.to(tl.int64), n < count, r, WIDTH)  # the sum's rows beyond the ranks mean nothing
+    total = tl.dot(tl.trans(small), tile, total, input_precision=PRECISION)
     tl.store(shares + at_NW, tl.dot(tile, w_turned, input_precision=PRECISION), mask=kept)
     tl.store(rounded + at_NF, _round_tile(tile, scale, rounded.dtype.element_ty), mask=within)
     return total

@@ -262,8 +262,8 @@ def shrink(
     entries, features = x_NF.shape
     tiles, count, item = tables.tiles_S4.shape[0], len(weights), x_NF.element_size()
     group = grouped(width, item)
-    block_f = 32 if group > 1 else 128 if width <= 16 and item == 2 else 64
-    splits = max(1, min(features // 512, PROGRAMS * group // tiles))
+    block_f = 128 if width <= 16 and item == 2 else 64
+    splits = max(1, min(features // 512, PROGRAMS * (2 * group if group > 1 else 1) // tiles))
     share = -(-features // (splits * block_f)) * block_f
     block_f = min(block_f, 64) if drops else block_f  # a mask a layer takes registers; sums stay in the same order
     narrow = [torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device) for _ in weights]
@@ -275,7 +275,7 @@ def shrink(
         *pointers(drops, MOST, ranks[0]), tables.order_N, tables.tiles_S4, features, entries, share, tiles,
         C=count, WIDTH=width, BLOCK_M=group * TILE, BLOCK_F=block_f, WHOLE=splits == 1, GROUP=group, TURNED=group > 1,
         DROP=bool(drops), PRECISION=_precision(x_NF.dtype), num_warps=4,
-        num_stages=_stages(block_f * (group * TILE * item + count * width * 4)),
+        num_stages=2 if group > 1 else _stages(block_f * (TILE * item + count * width * 4)),
     )  # fmt: skip
     if splits > 1:
         sums.gather(narrow, parts, tables, ranks, scalings)
