@@ -46,7 +46,7 @@ STEPS = {
     "one-4x2048-recompute": Work(rows=4, tokens=2048, recompute=True, offload=True),
     "fp8-2x2048": Work(rows=2, tokens=2048, storage="fp8"),
     "fp8-4x2048": Work(rows=4, tokens=2048, storage="fp8"),
-    "nf4-2x2048-recompute": Work(rows=2, tokens=2048, storage="nf4", recompute=True, cap_gib=24.0),
+    "nf4-2x2048-recompute": Work(rows=2, tokens=2048, storage="nf4", recompute=True, offload=True, cap_gib=24.0),
 }
 """Items that are one training step."""
 

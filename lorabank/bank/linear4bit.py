@@ -45,7 +45,7 @@ def quant_type(layer: nn.Module) -> str:
 
 
 def stored(parameters: Mapping[str, Any]) -> list[Tensor]:
-    """A layer's parameters → what its product takes as its base. Quantised factors are dequantised here, once."""
+    """A layer's parameters → what its product takes as its base (kernels/four_bit.py)."""
     weight = parameters["weight"]
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
@@ -53,13 +53,16 @@ def stored(parameters: Mapping[str, Any]) -> list[Tensor]:
             "a 4-bit layer was repacked for inference on a CPU, which rounds its factors. Load the model again and attach to it "
             "before its first forward pass, or use base_dtype fp8 or bf16 on a CPU."
         )
-    absmax = state.absmax
-    if state.nested:
-        inner = state.state2
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype)
-        absmax = absmax + state.offset
     packed = weight.detach().as_subclass(Tensor)
-    return [packed if packed.dtype == torch.uint8 else packed.view(torch.uint8), absmax.float()]
+    packed = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)
+    if not state.nested:
+        return [packed, state.absmax.float()]
+    inner = state.state2
+    if inner.blocksize == four_bit.FACTORS:
+        return [packed, state.absmax, inner.absmax.float(), inner.code.float(), state.offset.float()]
+    # no version of bitsandbytes makes these by itself: factors in plain form, once
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(state.absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype)
+    return [packed, (absmax + state.offset).float()]
 
 
 def dequantized(parameters: Mapping[str, Any], dtype: torch.dtype) -> Tensor:

@@ -54,7 +54,7 @@ def quantize_base(
     go, one at a time, so that the whole model never has to fit there unquantised; None leaves each where it is. `say` gets a
     sentence for whatever stays unquantised, or is slow; without it that is a warning, once.
     fp8: y = W x and dx = Wᵀ dy in e4m3, two bytes a weight, for speed; a GPU without fp8 leaves the model as it is.
-    nf4: half a byte a weight, through bitsandbytes, for memory.
+    nf4: half a byte a weight with double quantisation, as QLoRA has it (arXiv:2305.14314), through bitsandbytes, for memory.
     emulate: fp8 with the arithmetic of fp8 units in plain torch (inputs and gradients rounded row by row too), on any device:
     slow, for measuring on a CPU what training on such a GPU would give.
     Raises ConfigError for another storage or a model without linear layers, MissingExtraError without bitsandbytes,
@@ -155,9 +155,9 @@ def _nf4(device: torch.device, say: Say) -> _Make:
     def make(weight_OI: Tensor, bias: nn.Parameter | None) -> nn.Module:
         n_out, n_in = weight_OI.shape
         layer = library.Linear4bit(n_in, n_out, bias=False, compute_dtype=weight_OI.dtype, quant_type="nf4", device="meta")
-        # factors that are quantised in turn would be dequantised for every use, or kept twice
+        # factors in 8 bits in their turn: 0.4 bits a weight less, for a small kernel more before each product
         weight = library.Params4bit(
-            weight_OI.detach().contiguous(), requires_grad=False, compress_statistics=False, quant_type="nf4", module=layer
+            weight_OI.detach().contiguous(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
         )
         layer.weight = weight.to(weight_OI.device)
         layer.register_parameter("bias", bias)

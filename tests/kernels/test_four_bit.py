@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from lorabank.kernels import four_bit
 
@@ -12,6 +13,15 @@ SHAPES = [(96, 64), (32, 32), (7, 10), (3, 6), (2, 4096), (64, 1)]
 
 def weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def doubly_quantised(w: Tensor, quant_type: str) -> list[Tensor]:
+    """A base whose factors are in 8 bits, as bitsandbytes makes it."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes isn't installed")
+    packed, state = functional.quantize_4bit(w, quant_type=quant_type, compress_statistics=True)
+    inner = state.state2
+    assert state.nested and inner.blocksize == four_bit.FACTORS
+    return [packed, state.absmax, inner.absmax, inner.code, state.offset]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -52,6 +62,19 @@ def test_bitsandbytes_does_the_same(shape: tuple[int, int], quant_type: str) -> 
         plain = four_bit.dequantize_plain(base, quant_type, shape, dtype)
         for partial in (shape, (shape[0], -1), (-1, shape[1])):
             assert torch.equal(four_bit.dequantize(base, quant_type, partial, dtype), plain)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 257)])
+def test_factors_in_8_bits(shape: tuple[int, int], quant_type: str) -> None:
+    w = weight(shape)
+    base = doubly_quantised(w, quant_type)
+    assert base[1].dtype == torch.uint8 and base[2].shape == (-(-base[1].numel() // four_bit.FACTORS),)
+    plain = four_bit.dequantize_plain(base, quant_type, shape, torch.float32)
+    for partial in (shape, (shape[0], -1), (-1, shape[1])):
+        torch.testing.assert_close(four_bit.dequantize(base, quant_type, partial, torch.float32), plain, rtol=1e-6, atol=1e-7)
+    once = four_bit.dequantize_plain(four_bit.quantize(w, quant_type), quant_type, shape, torch.float32)
+    assert (plain - once).norm() <= 0.02 * once.norm()  # of factors in 8 bits
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -34,28 +34,28 @@ class Storage:
 
 _LIBRARY = torch.library.Library("lorabank", "FRAGMENT")
 _LIBRARY.define("add_product(Tensor(a!) out, Tensor left, Tensor right) -> ()")
-_LIBRARY.define("four_bit_product(Tensor x, Tensor packed, Tensor absmax, str quant_type, bool turned) -> Tensor")
-_LIBRARY.define("add_four_bit(Tensor(a!) out, Tensor x, Tensor packed, Tensor absmax, str quant_type, bool turned) -> ()")
+_LIBRARY.define("four_bit_product(Tensor x, Tensor[] base, str quant_type, bool turned) -> Tensor")
+_LIBRARY.define("add_four_bit(Tensor(a!) out, Tensor x, Tensor[] base, str quant_type, bool turned) -> ()")
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     torch.addmm(out, left, right, out=out)
 
 
-def _add_four_bit(out: Tensor, x: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, turned: bool) -> None:
+def _add_four_bit(out: Tensor, x: Tensor, base: Sequence[Tensor], quant_type: str, turned: bool) -> None:
     shape = (x.shape[1], out.shape[1]) if turned else (out.shape[1], x.shape[1])
-    weight_OI = four_bit.dequantize((packed, absmax), quant_type, shape, x.dtype)
+    weight_OI = four_bit.dequantize(base, quant_type, shape, x.dtype)
     torch.addmm(out, x, weight_OI if turned else weight_OI.t(), out=out)
 
 
-def _four_bit_product(x: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, turned: bool) -> Tensor:
+def _four_bit_product(x: Tensor, base: Sequence[Tensor], quant_type: str, turned: bool) -> Tensor:
     shape = (x.shape[1], -1) if turned else (-1, x.shape[1])
-    weight_OI = four_bit.dequantize((packed, absmax), quant_type, shape, x.dtype)
+    weight_OI = four_bit.dequantize(base, quant_type, shape, x.dtype)
     return x @ (weight_OI if turned else weight_OI.t())
 
 
-def _four_bit_shape(x: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, turned: bool) -> Tensor:
-    return x.new_empty(x.shape[0], 2 * packed.numel() // x.shape[1])
+def _four_bit_shape(x: Tensor, base: Sequence[Tensor], quant_type: str, turned: bool) -> Tensor:
+    return x.new_empty(x.shape[0], 2 * base[0].numel() // x.shape[1])
 
 
 # registered by hand rather than through `custom_op`, whose wrapper costs the host more than the call
@@ -64,7 +64,7 @@ for _backend in ("CPU", "CUDA"):
     _LIBRARY.impl("add_four_bit", _add_four_bit, _backend)
     _LIBRARY.impl("four_bit_product", _four_bit_product, _backend)
 _LIBRARY.impl("add_product", lambda out, left, right: None, "Meta")
-_LIBRARY.impl("add_four_bit", lambda out, x, packed, absmax, quant_type, turned: None, "Meta")
+_LIBRARY.impl("add_four_bit", lambda out, x, base, quant_type, turned: None, "Meta")
 _LIBRARY.impl("four_bit_product", _four_bit_shape, "Meta")
 
 
@@ -75,12 +75,12 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 def four_bit_product(x: Tensor, base: Sequence[Tensor], quant_type: str, *, turned: bool) -> Tensor:
     """x Wᵀ, or x W where `turned`. One op that also frees W: a compiler that saw W would keep it for backward."""
-    return torch.ops.lorabank.four_bit_product(x, base[0], base[1], quant_type, turned)
+    return torch.ops.lorabank.four_bit_product(x, list(base), quant_type, turned)
 
 
 def add_four_bit(out: Tensor, x: Tensor, base: Sequence[Tensor], quant_type: str, *, turned: bool) -> None:
     """The same, added to `out` in place."""
-    torch.ops.lorabank.add_four_bit(out, x, base[0], base[1], quant_type, turned)
+    torch.ops.lorabank.add_four_bit(out, x, list(base), quant_type, turned)
 
 
 def _linear(x: Tensor, base: Sequence[Tensor], bias: Tensor | None) -> Tensor:

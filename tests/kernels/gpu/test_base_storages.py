@@ -14,9 +14,18 @@ from lorabank.kernels.gpu import op
 from lorabank.kernels.gpu.storage import STORAGES
 from lorabank.kernels.segments import Segment
 from lorabank.kernels.tables import route_tables
+from tests.kernels.test_four_bit import doubly_quantised
 
 OUT, IN, RANKS = 32, 64, {0: (0, 3), 2: (3, 5)}
 ROWS = {0: [0, 3], 2: [1]}
+
+
+QUANTISED = ["fp8", "nf4", "fp4", "nf4, factors too"]
+
+
+def plain_name(storage: str) -> str:
+    """As `STORAGES` has it."""
+    return storage.partition(",")[0]
 
 
 def stored(weight: Tensor, storage: str) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -26,14 +35,15 @@ def stored(weight: Tensor, storage: str) -> tuple[list[Tensor], Tensor, Tensor]:
         back = fp8.dequantize_rows(base[2], base[3], weight.dtype).t()
         return base, fp8.dequantize_rows(base[0], base[1], weight.dtype), back
     pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
-    base = four_bit.quantize(weight, storage)
-    plain = four_bit.dequantize_plain(base, storage, (OUT, IN), weight.dtype)
+    kind = plain_name(storage)
+    base = four_bit.quantize(weight, kind) if storage == kind else doubly_quantised(weight, kind)
+    plain = four_bit.dequantize_plain(base, kind, (OUT, IN), weight.dtype)
     return base, plain, plain
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("storage", ["fp8", "nf4", "fp4"])
+@pytest.mark.parametrize("storage", QUANTISED)
 def test_the_op_over_a_quantised_base(storage: str, bias: bool, compiled: bool, device: torch.device) -> None:
     g = torch.Generator().manual_seed(0)
 
@@ -53,7 +63,7 @@ def test_the_op_over_a_quantised_base(storage: str, bias: bool, compiled: bool, 
     scaling = torch.ones(8, device=device)
 
     def call(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return op.lora_linear(x, base, b, A, B, ranks, scaling, *tables.tensors, storage, table_width(5), [])[0]
+        return op.lora_linear(x, base, b, A, B, ranks, scaling, *tables.tensors, plain_name(storage), table_width(5), [])[0]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")  # the compiler's own
@@ -76,10 +86,10 @@ def test_the_op_over_a_quantised_base(storage: str, bias: bool, compiled: bool, 
         assert error < tolerance, (name, error)
 
 
-@pytest.mark.parametrize("storage", ["fp8", "nf4", "fp4"])
+@pytest.mark.parametrize("storage", QUANTISED)
 def test_both_forms_of_a_storages_products_agree(storage: str) -> None:
     base, weight, back = stored(torch.randn(OUT, IN), storage)
-    x, dy, bias, kind = torch.randn(5, IN), torch.randn(5, OUT), torch.randn(OUT), STORAGES[storage]
+    x, dy, bias, kind = torch.randn(5, IN), torch.randn(5, OUT), torch.randn(OUT), STORAGES[plain_name(storage)]
     y, dx = kind.forward(x, base, None), kind.input_grad(dy, base)
     torch.testing.assert_close(y, x @ weight.t())
     torch.testing.assert_close(dx, dy @ back)
@@ -89,9 +99,9 @@ def test_both_forms_of_a_storages_products_agree(storage: str) -> None:
             out = torch.ones_like(fresh)
             add(out, given, base)
             torch.testing.assert_close(out, fresh + 1)
-    for op_name, args in (("four_bit_product", (x, *base, storage, False)), ("four_bit_product", (dy, *base, storage, True))):
-        if storage != "fp8":
-            torch.library.opcheck(getattr(torch.ops.lorabank, op_name).default, args)
+    if storage != "fp8":
+        for given, turned in ((x, False), (dy, True)):
+            torch.library.opcheck(torch.ops.lorabank.four_bit_product.default, (given, base, plain_name(storage), turned))
 
 
 def test_every_storage_gives_fresh_contiguous_tensors() -> None:
