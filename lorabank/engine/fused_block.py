@@ -26,6 +26,7 @@ from transformers import Cache
 from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, entering
 from lorabank.bank.layers import LoRALayer
+from lorabank.bank.quantized import count_parameters
 from lorabank.bank.routing import Routing
 from lorabank.engine.borders import BlockBorders
 from lorabank.engine.offload import Offload, storages
@@ -140,7 +141,7 @@ class FusedBlock:
 
     @functools.cached_property
     def _weights(self) -> int:
-        return sum(p.numel() for p in self.block.parameters() if not p.requires_grad)
+        return count_parameters(self.block, (p for p in self.block.parameters() if not p.requires_grad))
 
     def _worth_more(self, args: tuple[Any, ...]) -> bool:
         """Whether this call takes long enough for more than its input to cross the bus meanwhile."""

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.backends.registry import register_backend
 
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
+from lorabank.bank.quantized import quantize_base
 from lorabank.engine import fused_block
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
@@ -133,6 +135,14 @@ def test_small_blocks_keep_their_inputs_alone(monkeypatch: pytest.MonkeyPatch) -
     for least, worth in ((frozen // 32, True), (frozen // 32 + 1, False)):
         monkeypatch.setattr(fused_block, "WORTH_MORE", least)
         assert compiled._worth_more((x,)) == worth
+
+
+def test_a_quantised_block_counts_as_what_it_stands_for() -> None:
+    block = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32, bias=False)).requires_grad_(False)
+    numbers = FusedBlock(block)._weights
+    assert numbers == 2 * 32 * 64 + 64
+    quantize_base(block, "fp8", say=lambda text: None)  # which keeps a weight twice, in rows and in columns
+    assert FusedBlock(block)._weights == numbers
 
 
 class Saving(torch.autograd.Function):
