@@ -299,7 +299,8 @@ def notes(measured: Measured) -> Iterator[str]:
     for (gpu, version, code, date), items in sorted(found.items()):
         which = f" ({', '.join(items)})" if len(found) > 1 else ""
         yield textwrap.fill(f"Ours: {gpu}, torch {version}, commit {code}, {date}{which}.", LINE, break_on_hyphens=False)
-    for gpu, version, _, date in sorted({_origin(run, row) for found in measured.peers.values() for run, row in found}):
+    origins = (_origin(run, row) for found in measured.peers.values() for run, row in found)
+    for gpu, version, date in sorted({(gpu, version, date) for gpu, version, _, date in origins}):
         yield f"Peers: {gpu}, torch {version}, {date}."
     if "nf4-2x2048-recompute" in measured.ours:
         yield "NF4: memory was capped on that GPU; no 24 GB card was run."

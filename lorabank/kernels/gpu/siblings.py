@@ -24,6 +24,8 @@ from lorabank.kernels.tables import TILE, RouteTables
 
 WIDEST = 64
 """Ranks up to which they do."""
+WIDE_PROGRAMS = 512
+"""As lora.py's `PROGRAMS`, for `shrink` of many ranks; where tiles go together some have nothing to do."""
 
 
 @triton.jit
@@ -263,7 +265,7 @@ def shrink(
     tiles, count, item = tables.tiles_S4.shape[0], len(weights), x_NF.element_size()
     group = grouped(width, item)
     block_f = 128 if width <= 16 and item == 2 else 64
-    splits = max(1, min(features // 512, PROGRAMS * (2 * group if group > 1 else 1) // tiles))
+    splits = max(1, min(features // 512, (WIDE_PROGRAMS if group > 1 else PROGRAMS) // tiles))
     share = -(-features // (splits * block_f)) * block_f
     block_f = min(block_f, 64) if drops else block_f  # a mask a layer takes registers; sums stay in the same order
     narrow = [torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device) for _ in weights]
