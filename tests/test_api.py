@@ -121,6 +121,7 @@ def test_blocks_are_compiled_on_a_gpu_unless_that_is_switched_off(
     asked: list[bool] = []
     monkeypatch.setattr(compiling, "compile_blocks", compile_blocks)
     monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv(runtime.SWITCH, raising=False)
     told = Recorder()
     lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), compile=said, listeners=[told], **SHORT)
@@ -134,6 +135,9 @@ def test_where_blocks_are_compiled_by_themselves(model: LlamaForCausalLM, monkey
     monkeypatch.delenv(runtime.SWITCH, raising=False)
     assert not compiling.worth_compiling(model.cpu())
     monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not compiling.worth_compiling(model)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert compiling.worth_compiling(model)
     assert not compiling.worth_compiling(nn.Linear(2, 2))  # nothing repeats
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -157,7 +161,7 @@ def test_a_gpu_that_can_not_compile_trains_uncompiled_and_says_so(
     (notice,) = [notice for notice in told.notices if notice.text.startswith("compile: ")]
     assert notice.level == "warning"
     assert "LlamaForCausalLM stay uncompiled, and steps slower: Triton is not installed (pip install triton)" in notice.text
-    plain = lb.train(model=model, tokenizer=tokenizer, data=data, gradient_checkpointing=True, **SHORT)
+    plain = lb.train(model=model, tokenizer=tokenizer, data=data, compile=False, gradient_checkpointing=True, **SHORT)
     assert torch.equal(
         result.trained["default"].layers["model.layers.0.mlp.up_proj"].B,
         plain.trained["default"].layers["model.layers.0.mlp.up_proj"].B,

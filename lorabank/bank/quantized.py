@@ -155,7 +155,7 @@ def _nf4(device: torch.device, say: Say) -> _Make:
     def make(weight_OI: Tensor, bias: nn.Parameter | None) -> nn.Module:
         n_out, n_in = weight_OI.shape
         layer = library.Linear4bit(n_in, n_out, bias=False, compute_dtype=weight_OI.dtype, quant_type="nf4", device="meta")
-        # factors in 8 bits in their turn: 0.4 bits a weight less, for a small kernel more before each product
+        # factors in 8 bits in their turn: 0.4 bits a weight less, for two small kernels more before each product
         weight = library.Params4bit(
             weight_OI.detach().contiguous(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
         )

@@ -82,6 +82,7 @@ ALIASES: dict[str, Alias] = {
     "fp16": Alias("run.base_dtype", "HF, axolotl", convert.fp16),
     "torch_dtype": Alias("run.base_dtype", "HF", convert.dtype),
     "dtype": Alias("run.base_dtype", "HF, TRL", convert.dtype),
+    "torch_compile": Alias("run.compile", "HF, axolotl", convert.torch_compile),
     "use_cpu": Alias("run.device", "HF", convert.use_cpu),
     "no_cuda": Alias("run.device", "HF", convert.use_cpu),
     # the rows

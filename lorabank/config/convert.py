@@ -200,6 +200,11 @@ def fp16(value: object) -> Mapping[str, object]:
     return {"run.base_dtype": "fp16"} if truth(value) else {}
 
 
+def torch_compile(value: object) -> Mapping[str, object]:
+    """transformers' switch, and axolotl's `auto`."""
+    return {"run.compile": None if value == "auto" else truth(value)}
+
+
 def use_cpu(value: object) -> Mapping[str, object]:
     """transformers' switch for the CPU."""
     return {"run.device": "cpu"} if truth(value) else {}

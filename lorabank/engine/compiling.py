@@ -35,9 +35,14 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def worth_compiling(model: nn.Module) -> bool:
-    """Whether blocks are compiled where nobody says: on an NVIDIA GPU, for a model that has repeated ones."""
-    here = _place(model)[0].type == "cuda" and torch.version.hip is None
-    return here and not runtime.switched_off() and bool(repeated_blocks(model))
+    """Whether blocks are compiled where nobody says: on an NVIDIA GPU from Ampere on, for a model that has repeated ones.
+
+    Older ones lack registers for the kernels, which nobody has measured there.
+    """
+    device, _ = _place(model)
+    if device.type != "cuda" or torch.version.hip is not None or runtime.switched_off():
+        return False
+    return torch.cuda.get_device_capability(device) >= runtime.OLDEST_BF16 and bool(repeated_blocks(model))
 
 
 def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", borders: bool = True) -> list[nn.Module]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 TILE = 32
-"""Tokens that one program of the products with A and B takes."""
+"""Tokens that one program of the products with A and B takes, or twice as many where ranks are (kernels/gpu/runs.py)."""
 CHUNKS = 8
 """Into at least so many parts the tokens are cut for the gradients of A and B, so that a GPU has enough to do at once."""
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512

@@ -12,7 +12,7 @@ STORAGES = ("fp8", "nf4", "fp4")
 
 
 def rounded(weight_OI: Tensor, storage: str) -> Tensor:
-    """The weight as `storage` would hold it, fp32."""
+    """The weight as `storage` would hold it, fp32; of 4 bits with factors that aren't rounded in turn."""
     if storage == "fp8":
         return fp8.dequantize_rows(*fp8.quantize_rows(weight_OI), torch.float32)
     shape = (weight_OI.shape[0], weight_OI.shape[1])

@@ -29,7 +29,18 @@ from lorabank.training.setup import run_plan
 from lorabank.training.trainer import Trainer
 
 HARDEST_ROWS = 20
-FREE_SETTINGS = ("output", "save", "report_to", "device", "threads", "metrics", "samples", "max_prompts", "max_new_tokens")
+FREE_SETTINGS = (
+    "output",
+    "save",
+    "report_to",
+    "device",
+    "threads",
+    "compile",
+    "metrics",
+    "samples",
+    "max_prompts",
+    "max_new_tokens",
+)
 """What a resumed run may have otherwise."""
 
 

@@ -49,6 +49,7 @@ EXAMPLES: dict[str, tuple[object, str, object]] = {
     "fp16": (True, "base_dtype", "fp16"),
     "torch_dtype": ("bfloat16", "base_dtype", "bf16"),
     "dtype": ("float32", "base_dtype", "fp32"),
+    "torch_compile": ("auto", "compile", None),
     "use_cpu": (True, "device", "cpu"),
     "no_cuda": (True, "device", "cpu"),
     "sequence_len": (512, "data.max_length", 512),

@@ -85,7 +85,7 @@ def test_flags_before_the_first_checkpoint(tmp_path: Path, whole: bytes) -> None
         assert code == 2, log
         assert f"lorabank: ../out: the run there has other settings: {said}. Nothing was changed." in log
         assert files_of(tmp_path / "out") == before
-    code, log = command(elsewhere, "../out", "--resume", "--data", "../rows.jsonl", "--model", "../base")
+    code, log = command(elsewhere, "../out", "--resume", "--data", "../rows.jsonl", "--model", "../base", "--no-compile")
     assert code == 0, log
     assert weights(tmp_path) == whole
 

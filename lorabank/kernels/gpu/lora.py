@@ -93,7 +93,8 @@ def _expand(
     With ONTO that, rounded, is added to onto, for every token.
     """
     tile, column = tl.program_id(0), tl.program_id(1)
-    slot, first, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    slot, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    first = tl.load(tiles + tile * 4 + 1)
     routed = slot >= 0
     place = tl.maximum(slot, 0)
     start = tl.load(ranks + place * 2).to(tl.int64)

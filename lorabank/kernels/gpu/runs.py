@@ -23,18 +23,19 @@ def grouped(ranks: int, item: int) -> int:
 
 @triton.jit
 def _run(tiles, tile, last, GROUP: tl.constexpr):
-    """(slot, first entry, entries) of a tile and of the next ones in its group of GROUP that have its slot.
+    """(slot, entries) of a tile and of the next ones in its group of GROUP that have its slot.
 
-    No entries for a tile that another program has with it. `last`: tiles in all.
+    No entries for a tile that another program has with it. `last`: tiles in all. The first entry is for callers to load: torch
+    would think that what is stored there goes into the table.
     """
-    slot, first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    slot, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 2)
     if GROUP > 1:
         at = tile // GROUP * GROUP + tl.arange(0, GROUP)
         mine = tl.load(tiles + at * 4, mask=at < last, other=-2) == slot
         counts = tl.load(tiles + at * 4 + 2, mask=at < last, other=0)
         before = tl.sum(tl.where(mine & (at < tile), counts, 0), 0)
         count = tl.where(before > 0, 0, tl.sum(tl.where(mine, counts, 0), 0))
-    return slot, first, count
+    return slot, count
 
 
 @triton.jit

@@ -73,7 +73,8 @@ def _shrink(
 ):  # fmt: skip
     """x · weightᵀ for C weights, x read once. TURNED as in lora.py."""
     tile, split = tl.program_id(0), tl.program_id(1)
-    slot, first, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    slot, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    first = tl.load(tiles + tile * 4 + 1)
     if (count > 0) & (slot >= 0):
         m, r = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
@@ -137,7 +138,8 @@ def _change(
     With TERMS so many tensors like out are added besides, for every token.
     """
     tile, column = tl.program_id(0), tl.program_id(1)
-    slot, first, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    slot, count = _run(tiles, tile, last, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    first = tl.load(tiles + tile * 4 + 1)
     if (count > 0) & ((slot >= 0) | (not ADD) | (TERMS > 0)):
         m, r, f = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH), column * BLOCK_F + tl.arange(0, BLOCK_F)
         rows = tl.load(order + first + m, mask=m < count, other=0).to(tl.int64)
