@@ -304,6 +304,8 @@ def notes(measured: Measured) -> Iterator[str]:
         yield f"Peers: {gpu}, torch {version}, {date}."
     if "nf4-2x2048-recompute" in measured.ours:
         yield "NF4: memory was capped on that GPU; no 24 GB card was run."
+        if not measured.ours["nf4-2x2048-recompute"][1].get("offload"):
+            yield "In that run of NF4 ours kept what is computed again from on the GPU; Unsloth's keeps it on the host."
 
 
 def _origin(run: Row, row: Row | None = None) -> tuple[str, str, str, str]:

@@ -142,6 +142,9 @@ def test_the_target_that_is_the_peer_itself(ms: float, peak: float, met: str) ->
     text = gpu_table.table([ours(step(item, ms, peak=peak)), peers({**step(item, 450.0, peak=10.0), "impl": "unsloth-qlora"})])
     assert line_of(text, "4-bit base")[5] == met
     assert "no 24 GB card was run" in text
+    note = "ours kept what is computed again from on the GPU"
+    assert note in text
+    assert note not in gpu_table.table([ours({**step(item, ms, peak=peak), "offload": True})])
 
 
 def test_kernels_are_one_line_and_a_table() -> None:
