@@ -47,6 +47,8 @@ class Trainer:
     _started: float = field(init=False, default_factory=time.monotonic)
     _unsaved: bool = field(init=False, default=True)
     """Whether anything has happened since the last checkpoint."""
+    _paced: dict[str, tuple[int, float]] = field(init=False, default_factory=dict)
+    """Each adapter's first step here and the seconds until then: it may have compiled, and says nothing about others."""
     _tried: int = field(init=False, default=-1)
     """Pass of the last attempt at a checkpoint: on a full disk there is one attempt a pass."""
 
@@ -162,10 +164,14 @@ class Trainer:
             tokens=int(tokens),
             tokens_seen=int(p.tokens_seen),
             tokens_per_second=tokens_per_second,
-            seconds_left=elapsed / p.step * (job.total_steps - p.step),
+            seconds_left=self._seconds_a_step(name, p.step, elapsed) * (job.total_steps - p.step),
         )
         for listener in self.listeners:
             listener.on_step(record)
+
+    def _seconds_a_step(self, name: str, step: int, elapsed: float) -> float:
+        first, then = self._paced.setdefault(name, (step, elapsed))
+        return (elapsed - then) / (step - first) if step > first else elapsed / step
 
     def _skip_step(self, name: str) -> None:
         p = self.progress.adapters[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,23 @@ def run(tokenizer: PreTrainedTokenizerFast, adapters: dict[str, Any], **settings
         model=tiny_model(), tokenizer=tokenizer, data=data, adapters=adapters, listeners=[told], **{**common, **settings}
     )
     return result, told
+
+
+def test_a_slow_first_step_says_nothing_about_the_time_left(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where blocks are compiled in it."""
+    forward_backward, passes = lorabank.training.trainer.forward_backward, iter([20.0, *[1.0] * 7])
+    clock = [0.0]
+
+    def slow_at_first(*args: Any, **kwargs: Any) -> dict[str, SlotLoss]:
+        clock[0] += next(passes)
+        return forward_backward(*args, **kwargs)
+
+    monkeypatch.setattr(lorabank.training.trainer, "forward_backward", slow_at_first)
+    monkeypatch.setattr(lorabank.training.trainer, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    _, told = run(tokenizer, {"a": {}}, max_steps=8)
+    assert [record.seconds_left for record in told.steps] == [7 * 20.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
 
 
 def assert_same_adapter(name: str, one: RunResult, other: RunResult) -> None:
