@@ -108,3 +108,17 @@ def uncompile_blocks(blocks: Sequence[nn.Module]) -> None:
         if isinstance(block._compiled_call_impl, FusedBlock):
             block._compiled_call_impl.release()
         block._compiled_call_impl = None
+
+
+def give_up(model: nn.Module, error: Exception) -> bool:
+    """Uncompile `model`'s blocks because a kernel doesn't run on its GPU, and say so once; False where `error` isn't that."""
+    blocks = [m for m in model.modules() if isinstance(m._compiled_call_impl, FusedBlock | FusedNorm)]
+    if not blocks or not runtime.is_tritons(error):
+        return False
+    uncompile_blocks(blocks)
+    reason = " ".join(str(error).split())[:300]
+    warn_once(
+        f"compile: a kernel doesn't run on this GPU, so the blocks of {type(model).__name__} run uncompiled from here on: the "
+        f"same results, slower ({type(error).__name__}: {reason}). compile: false silences this."
+    )
+    return True

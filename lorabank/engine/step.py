@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorabank.bank.routing import Routing, RowRoute
 from lorabank.engine.batch import Batch, send
+from lorabank.engine.compiling import give_up
 from lorabank.engine.engine import Engine as Engine
 from lorabank.engine.fused_block import slot_count
 from lorabank.engine.gradients import copied, fresh_gradients, put_back
@@ -27,7 +28,7 @@ from lorabank.engine.head import (
 from lorabank.engine.losses import LossInputs, nll
 from lorabank.engine.modes import evaluation_mode, step_mode
 from lorabank.engine.packing import packed_tensors
-from lorabank.engine.parts import Rows, whole
+from lorabank.engine.parts import Compute, Rows, whole
 from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
@@ -68,12 +69,26 @@ def forward_backward(
         return _one_pass(engine, part, [names[row] for row in rows], steps, reference)
 
     try:
-        parts = engine.fits.in_parts(batch, compute, engine.release)
+        parts = engine.fits.in_parts(batch, _or_uncompiled(engine, compute), engine.release)
     except BaseException:
         put_back(before)
         raise
     losses_E = whole([(batch.examples_of(rows), losses) for rows, losses in parts], len(batch.examples_E))
     return by_slot(_single_slots(batch.example_routes), losses_E, batch.example_weights())
+
+
+def _or_uncompiled(engine: Engine, compute: Compute) -> Compute:
+    """`compute`, again without compiled blocks where a kernel of theirs doesn't run on this GPU: a failed try changes nothing."""
+
+    def tried(part: Batch, rows: Rows) -> Tensor:
+        try:
+            return compute(part, rows)
+        except Exception as error:
+            if not give_up(engine.bank.model, error):
+                raise
+        return compute(part, rows)
+
+    return tried
 
 
 def _one_pass(
@@ -174,7 +189,7 @@ def logprobs(engine: Engine, batch: Batch) -> Tensor:
         out[list(rows), : found.shape[1]] = found
         return found[:, 0]
 
-    engine.fits.in_parts(batch, compute, engine.release)
+    engine.fits.in_parts(batch, _or_uncompiled(engine, compute), engine.release)
     return out
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from triton.runtime.errors import OutOfResources
 
 from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
@@ -20,9 +21,9 @@ from lorabank.engine import compiling
 from lorabank.engine.compiling import compile_blocks, repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.graphs import SEEN_BEFORE, PassGraphs
-from lorabank.engine.step import Engine
+from lorabank.engine.step import Engine, logprobs
 from lorabank.errors import ConfigError
-from lorabank.kernels.gpu import runtime
+from lorabank.kernels.gpu import lora, runtime
 from lorabank.kernels.native import library as native_library
 from lorabank.notices import warn_once
 from tests.engine.tiny import backward, batch_of, difference, gradients, make_bank, make_model
@@ -262,6 +263,48 @@ def test_a_block_that_torch_can_not_compile_runs_uncompiled(broken_backend: str,
     assert losses == expected[0]
     for name, leaves in expected[1].items():
         assert difference(found[name], leaves) < 1e-5
+
+
+@pytest.mark.parametrize("which", ["change", "outer_and_shrink"])  # forward, backward
+def test_a_kernel_that_the_gpu_can_not_run_leaves_blocks_uncompiled(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        tried.append(which)
+        raise OutOfResources(122880, 101376, "shared memory")
+
+    tried: list[str] = []
+    plain, fused = (make_bank(targets=["q", "down_proj"], model=make_model("llama", spread=1.5)) for _ in range(2))
+    blocks = repeated_blocks(fused.model)
+    for block in blocks:
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager", borders=False)
+    batch, engine = batch_of((5, 9, 7), ["a", BASE, "b"]), Engine(fused)
+    expected = backward(plain, batch, Engine(plain))
+    backward(fused, batch, engine)  # shows which layers a block reaches
+    monkeypatch.setattr(lora, which, refuse)
+    with said_once("compile: a kernel doesn't run on this GPU.*shared memory, Required: 122880.*compile: false silences this"):
+        for _ in range(2):
+            losses, found = backward(fused, batch, engine)
+    assert tried == [which]
+    assert all(block._compiled_call_impl is None for block in blocks)
+    assert losses == expected[0]
+    for name, leaves in expected[1].items():
+        assert difference(found[name], leaves) < 1e-5
+    assert torch.equal(logprobs(engine, batch), logprobs(Engine(plain), batch))
+
+
+def test_other_errors_leave_blocks_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("nothing to do with a kernel")
+
+    bank = make_bank(targets=["q"], model=make_model("llama", spread=1.5))
+    blocks = repeated_blocks(bank.model)
+    for block in blocks:
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager", borders=False)
+    batch, engine = batch_of((5, 9), ["a", "b"]), Engine(bank)
+    backward(bank, batch, engine)
+    monkeypatch.setattr(lora, "change", fail)
+    with pytest.raises(ValueError, match="nothing to do with a kernel"):
+        backward(bank, batch, engine)
+    assert all(isinstance(block._compiled_call_impl, FusedBlock) for block in blocks)
 
 
 def test_a_block_without_adapters_that_can_not_be_compiled_runs(broken_backend: str) -> None:

@@ -53,6 +53,15 @@ def bf16_missing(device: torch.device) -> str | None:
     return None if device.type != "cuda" or torch.version.hip is not None else _older_than(OLDEST_BF16, "bf16", device)
 
 
+def is_tritons(error: Exception) -> bool:
+    """Whether Triton raised this: it can't compile a kernel, or the GPU lacks what the kernel needs."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton.errors import TritonError
+
+    return isinstance(error, TritonError)
+
+
 @functools.cache
 def refused(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels don't take numbers of `dtype` on `device`, where they run at all; None when they do."""
