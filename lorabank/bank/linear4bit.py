@@ -35,6 +35,10 @@ def obstacle(layer: nn.Module) -> str | None:
     size: tuple[int, int] = (said.out_features, said.in_features)
     if tuple(state.shape) != size or (size[0] * size[1]) % 2:
         return f"Linear4bit holds a weight of shape {tuple(state.shape)} for {size[1]} → {size[0]} features"
+    if state.nested and state.state2.blocksize != four_bit.FACTORS:
+        return (
+            f"Linear4bit has its factors quantised in blocks of {state.state2.blocksize}, bitsandbytes' are of {four_bit.FACTORS}"
+        )
     return None
 
 
@@ -58,11 +62,7 @@ def stored(parameters: Mapping[str, Any]) -> list[Tensor]:
     if not state.nested:
         return [packed, state.absmax.float()]
     inner = state.state2
-    if inner.blocksize == four_bit.FACTORS:
-        return [packed, state.absmax, inner.absmax.float(), inner.code.float(), state.offset.float()]
-    # no version of bitsandbytes makes these by itself: factors in plain form, once
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise(state.absmax, inner.absmax, inner.code, inner.blocksize, inner.dtype)
-    return [packed, (absmax + state.offset).float()]
+    return [packed, state.absmax, inner.absmax.float(), inner.code.float(), state.offset.float()]
 
 
 def dequantized(parameters: Mapping[str, Any], dtype: torch.dtype) -> Tensor:

@@ -254,8 +254,8 @@ class TrainConfig:
     activation_offloading: bool = False
     """Keep what `gradient_checkpointing` keeps in the host's memory: less GPU memory, a little slower. Switches it on."""
     compile: bool | None = None
-    """Compile the model's repeated blocks: a slower start, then faster steps. None: on an NVIDIA GPU. On a CPU it needs a C++
-    compiler."""
+    """Compile the model's repeated blocks: a slower start, then faster steps. None: on an NVIDIA GPU from Ampere on. On a CPU it
+    needs a C++ compiler."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU if there is one."""
     threads: int | None = None

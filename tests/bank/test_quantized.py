@@ -404,6 +404,12 @@ def test_a_linear4bit_that_cant_be_adapted_says_why() -> None:
     fresh = nn.Sequential(library.Linear4bit(64, 128, quant_type="nf4"))
     with pytest.raises(TargetError, match=r"0 \(Linear4bit is not quantised yet: move the model to its device first\)"):
         add(attach(fresh), "a")
+    layer = linear4bit("nf4", nested=True)
+    layer.weight.quant_state.state2.blocksize = 128
+    with pytest.raises(
+        TargetError, match=r"0 \(Linear4bit has its factors quantised in blocks of 128, bitsandbytes' are of 256\)"
+    ):
+        add(attach(nn.Sequential(layer)), "a")
     layer = linear4bit("nf4", nested=False)
     layer.weight.quant_state.packing_format_for_cpu = True  # as bitsandbytes does in the first forward pass on some CPUs
     with pytest.raises(LorabankError, match=r"repacked for inference on a CPU.*attach to it before its first forward pass"):

@@ -269,7 +269,7 @@ def shrink(
     block_f = 128 if width <= 16 and item == 2 else 64
     splits = max(1, min(features // 512, (WIDE_PROGRAMS if group > 1 else PROGRAMS) // tiles))
     share = -(-features // (splits * block_f)) * block_f
-    block_f = min(block_f, 64) if drops else block_f  # a mask a layer takes registers; sums stay in the same order
+    block_f = 64 if drops else block_f  # a mask a layer takes registers; sums stay in the same order
     narrow = [torch.empty((entries, width), dtype=x_NF.dtype, device=x_NF.device) for _ in weights]
     parts = narrow
     if splits > 1:
