@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import sums
 from lorabank.kernels.gpu.dropout import Drops, _bar, _column_keys, _kept, _row_keys, pointers
-from lorabank.kernels.gpu.runs import _entries, _run, _straight, grouped
+from lorabank.kernels.gpu.runs import _entries, _run, _straight, grouped, many
 from lorabank.kernels.tables import TILE, RouteTables
 
 WIDEST_BLOCK = 128
@@ -256,7 +256,7 @@ def shrink(
     tiles = tables.tiles_S4.shape[0]
     block_r = min(width, WIDEST_BLOCK)
     item = x_NF.element_size()
-    turned = grouped(block_r, item) > 1
+    turned = many(block_r, item)
     block_f = 128 if item == 2 and not turned else 64
     # enough programs for a GPU, twice as many where they take long, but no part shorter than 512 features
     splits = max(1, min(features // 512, PROGRAMS * (1 + turned) // tiles))
@@ -348,7 +348,7 @@ def outer(
     parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
     block_r = min(width, WIDEST_BLOCK)
     block_f = 32 if drops and wide_NF.element_size() > 2 else 128
-    block_n = 32 if grouped(block_r, wide_NF.element_size()) > 1 else 64
+    block_n = 32 if many(block_r, wide_NF.element_size()) else 64
     sums.launch(_outer)[(chunks, -(-features // block_f), width // block_r)](
         narrow_NW, wide_NF, parts, grad, tables.order_N, tables.chunks_C4, ranks_P2, *pointers(drops, 1, ranks_P2), features,
         WIDTH=width, BLOCK_N=block_n, BLOCK_R=block_r, BLOCK_F=block_f, DROP=bool(drops), PRECISION=_precision(wide_NF.dtype),

@@ -16,9 +16,14 @@ TOGETHER = 2
 """Tiles that a program then takes at most: 64 rows are what tensor cores of a whole warp group multiply."""
 
 
+def many(ranks: int, item: int) -> bool:
+    """Whether a program that holds so many ranks turns its products; `item`: bytes of a number of x. fp32 lacks the registers."""
+    return item == 2 and ranks >= MANY
+
+
 def grouped(ranks: int, item: int) -> int:
-    """Tiles that one program takes, by the ranks that it holds and the bytes of a number of x: fp32 lacks the registers."""
-    return TOGETHER if item == 2 and ranks >= MANY else 1
+    """Tiles that one program takes."""
+    return TOGETHER if many(ranks, item) else 1
 
 
 @triton.jit
