@@ -9,15 +9,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_model import GIB, Bases, Training, Work, peak_gib
+from gpu_model import GIB, Bases, Training, Work, at_most, peak_gib
 
 from lorabank.errors import TooLargeError
 
 LONGEST_GRANULE = 1024
+CARD_GIB = 78.0
+"""What tensors can have of an 80 GB card: 79.2 GiB, less what the driver and cuBLAS take. A larger card is held to it."""
 
 
 def measure_longest(bases: Bases, args: argparse.Namespace) -> dict[str, Any]:
-    """Longest single row whose whole training step fits the card, with recomputation."""
+    """Longest single row whose whole training step fits a card of 80 GB, with recomputation."""
+    with at_most(CARD_GIB):
+        return _measure(bases, args)
+
+
+def _measure(bases: Bases, args: argparse.Namespace) -> dict[str, Any]:
     training = Training(bases.get(), Work(rows=1, tokens=2048, recompute=True), graphs=False)
     tried: dict[int, float | None] = {}
     began = time.perf_counter()
@@ -35,7 +42,7 @@ def measure_longest(bases: Bases, args: argparse.Namespace) -> dict[str, Any]:
     small, large = tried[4096], tried[8192]
     if small is None or large is None:
         raise RuntimeError("8,192 tokens don't fit, so there is nothing to search")
-    limit = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
+    limit = min(CARD_GIB, (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB)
     guess = guess_longest(small, large, limit)
     longest, refused = bisect_longest(fits, 8192, guess, tries=args.longest_tries, in_time=in_time)
     training.close()

@@ -30,7 +30,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from gpu_check import check
 from gpu_longest import measure_longest
-from gpu_model import GIB, WARM_UP, Bases, Shape, Training, Work, free, llama, peak_gib, series, spread, timed, token_rows
+from gpu_model import (
+    GIB,
+    WARM_UP,
+    Bases,
+    Shape,
+    Training,
+    Work,
+    at_most,
+    free,
+    llama,
+    peak_gib,
+    series,
+    spread,
+    timed,
+    token_rows,
+)
 from gpu_power import Watch
 from gpu_problems import MANY, MIXED_RANKS
 from gpu_results import Results
@@ -53,54 +68,50 @@ STEPS = {
 
 def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
     """One training step: time, memory, start."""
-    _cap(work.cap_gib)
     try:
-        model = bases.get(work.storage)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        training = Training(model, work)
-        losses = training.step()
-        torch.cuda.synchronize()
-        first = time.perf_counter() - began
-        row: Row = {
-            "layers": bases.shape.layers, "adapters": len(work.ranks), "rows": work.rows, "tokens": work.tokens,
-            "storage": work.storage, "recompute": work.recompute,
-            "offload": work.offload, "kept": work.kept, "borders": work.borders,
-            "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
-            "first_step_peak_gib": peak_gib(),
-        }  # fmt: skip
-        torch.cuda.reset_peak_memory_stats()  # before the pass that is captured: a replay allocates nothing, its pool counts
-        for _ in range(WARM_UP - 1):
-            training.step()
-        times = timed(training.step, args.steps)
-        with Watch() as seen:
-            series(training.step, args.steps)
-        row |= spread(times) | {"series_ms": round(series(training.step, args.steps), 3), "steps": len(times)} | seen.row
-        losses = training.step()
-        if training.engine.fits.times:
-            raise RuntimeError("the step ran out of memory and went through in parts: that isn't the work to be measured")
-        tokens, ms = work.rows * work.tokens, row["ms"]
-        row |= {
-            "tokens_per_s": round(tokens / ms * 1e3),
-            "useful_tflops": round(bases.shape.useful_tflop(work.rows, work.tokens) / ms * 1e3, 1),
-            "peak_gib": peak_gib(),
-            "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-            "loss": losses[training.names[0]].mean,
-            "graph_refused": training.engine.graphs.refused,
-        }
-        training.close()
-        return row
+        with at_most(work.cap_gib):
+            return _measure_step(bases, work, args)
     finally:
         if work.cap_gib is not None:
             bases.drop()
-            torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _cap(gib: float | None) -> None:
-    if gib is not None:
-        free()
-        total = torch.cuda.get_device_properties(0).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total))
+def _measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
+    model = bases.get(work.storage)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    training = Training(model, work)
+    losses = training.step()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - began
+    row: Row = {
+        "layers": bases.shape.layers, "adapters": len(work.ranks), "rows": work.rows, "tokens": work.tokens,
+        "storage": work.storage, "recompute": work.recompute,
+        "offload": work.offload, "kept": work.kept, "borders": work.borders,
+        "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
+        "first_step_peak_gib": peak_gib(),
+    }  # fmt: skip
+    torch.cuda.reset_peak_memory_stats()  # before the pass that is captured: a replay allocates nothing, its pool counts
+    for _ in range(WARM_UP - 1):
+        training.step()
+    times = timed(training.step, args.steps)
+    with Watch() as seen:
+        series(training.step, args.steps)
+    row |= spread(times) | {"series_ms": round(series(training.step, args.steps), 3), "steps": len(times)} | seen.row
+    losses = training.step()
+    if training.engine.fits.times:
+        raise RuntimeError("the step ran out of memory and went through in parts: that isn't the work to be measured")
+    tokens, ms = work.rows * work.tokens, row["ms"]
+    row |= {
+        "tokens_per_s": round(tokens / ms * 1e3),
+        "useful_tflops": round(bases.shape.useful_tflop(work.rows, work.tokens) / ms * 1e3, 1),
+        "peak_gib": peak_gib(),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "loss": losses[training.names[0]].mean,
+        "graph_refused": training.engine.graphs.refused,
+    }
+    training.close()
+    return row
 
 
 def measure_many(bases: Bases, args: argparse.Namespace) -> Row:

@@ -38,7 +38,7 @@ def bank_of(size: int, shared: int) -> AdapterBank:
     """Two adapters over a small Llama with such heads."""
     heads = 2 * shared
     config = hf.LlamaConfig(
-        vocab_size=128, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=heads,
+        vocab_size=128, hidden_size=32 * heads, intermediate_size=192, num_hidden_layers=2, num_attention_heads=heads,
         num_key_value_heads=2, head_dim=size, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import RowRoute
-from lorabank.engine.compiling import compile_blocks, repeated_blocks
+from lorabank.engine.compiling import compile_blocks, repeated_blocks, uncompile_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.step import Engine, SlotLoss, forward_backward, optim_step
 from lorabank.optim.slot_optimizer import SlotOptimizer
@@ -156,8 +156,7 @@ def test_law1_a_detached_model_is_the_old_one_bit_for_bit() -> None:
     bank = make_bank()
     forward_backward(Engine(bank), batch_of(LENGTHS, MIXED))
     model = bank.detach()
-    for block in repeated_blocks(model):
-        block._compiled_call_impl = None
+    uncompile_blocks(list(model.modules()))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, make()(ids).logits)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+STRENGTH = 0.03
+"""Of adapters. With the usual 0.2 attention is so sharp here that bf16's gradients have nothing in common with fp32's."""
 
 
 def model(kind: str) -> PreTrainedModel:
@@ -68,12 +72,19 @@ def test_variable_length_attention_is_the_mask(window: int | None, groups: int) 
         assert (a.float() - b.float()).norm() < 2e-2 * b.float().norm()
 
 
+def distance(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """‖found − exact‖ / ‖exact‖ over all leaves."""
+    off = torch.cat([(found[name] - wanted).flatten() for name, wanted in exact.items()]).norm()
+    return float(off / torch.cat([wanted.flatten() for wanted in exact.values()]).norm())
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_packed_rows_equal_rows_of_their_own(
     kind: str, checkpointing: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As near to fp32 as rows of their own are, up to half as much again: bf16 rounds each way's sums differently."""
     calls: list[int] = []
     real = ours.varlen_attention
 
@@ -82,20 +93,23 @@ def test_packed_rows_equal_rows_of_their_own(
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ours, "varlen_attention", counted)
-    bank = make_bank(model=model(kind))
+    bank = make_bank(model=model(kind), strength=STRENGTH)
     if compiled:
         compile_blocks(bank.model, recompute=checkpointing)
     engine = Engine(bank, gradient_checkpointing=checkpointing)
     packed, plain = pair([[40, 30, 7], [64], [9, 1, 50], [33]], ["a", "b", "a", BASE])
     assert engine.packing(packed.input_ids_NL.shape[1]).way == "attention"
-    expected_losses, expected = backward(bank, plain, Engine(bank, gradient_checkpointing=checkpointing))
+    _, found = backward(bank, plain, Engine(bank, gradient_checkpointing=checkpointing))
+    exact_bank = make_bank(model=model(kind).float(), strength=STRENGTH)
+    exact_losses, exact = backward(exact_bank, plain, Engine(exact_bank))
+    rounding = {name: distance(found[name], wanted) for name, wanted in exact.items()}
+    assert max(rounding.values()) < 0.05
     calls.clear()
     for _ in range(2):
         losses, found = backward(bank, packed, engine)
-        for name, wanted in expected.items():
-            assert losses[name].row_losses == pytest.approx(expected_losses[name].row_losses, rel=2e-2, abs=1e-2)
-            off = torch.cat([(found[name][k] - g).flatten() for k, g in wanted.items()]).norm()
-            assert off < 5e-2 * torch.cat([g.flatten() for g in wanted.values()]).norm()
+        for name, wanted in exact.items():
+            assert losses[name].row_losses == pytest.approx(exact_losses[name].row_losses, rel=2e-2, abs=1e-2)
+            assert distance(found[name], wanted) < 1.5 * rounding[name]
     assert calls
 
 
