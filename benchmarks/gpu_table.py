@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_table.py ours.json peers.json kernels.json                       # Markdown on standard output
     python benchmarks/gpu_table.py ours.json peers.json --save benchmarks/results/gpu-h100.json   # the runs in one file
-    python benchmarks/gpu_table.py --readme benchmarks/results/gpu-h100.json               # between the markers in README.md
+    python benchmarks/gpu_table.py --readme                                                # between the markers in README.md
 
-Of an item that was run twice the later one counts. A run of ours whose check isn't recorded as passed is refused; a ratio to a
+Of an item that was run twice the later one counts; of one whose target is a time, or a rate of a copy, on the targets' GPU that
+one before any other. A run of ours whose check isn't recorded as passed is refused; a ratio to a
 peer that ran on another GPU isn't printed; a model cut to fewer blocks gets no verdict.
 """
 
@@ -25,7 +26,7 @@ from gpu_results import load_runs, save_runs
 Row = Mapping[str, Any]
 
 README = Path(__file__).parents[1] / "README.md"
-RESULTS = Path(__file__).parent / "results" / "gpu-h100.json"
+RESULTS = tuple(Path(__file__).parent / "results" / f"gpu-{card}.json" for card in ("h100", "h200"))
 START, END = "<!-- gpu-table:start -->", "<!-- gpu-table:end -->"
 NOTHING = "No run of the GPU table is recorded yet."
 TARGET_GPU = "H100"
@@ -87,6 +88,8 @@ class Line:
     """What the ratio is of."""
     cut: bool = False
     """Whether fewer blocks are part of the work."""
+    anywhere: bool = False
+    """Whether it is judged on any GPU, beside its peer or by its memory, so that the latest run counts."""
 
 
 def _faster(goal: float, least: float) -> Bound:
@@ -132,7 +135,7 @@ LINES = (
     ),
     Line(
         item="nf4-2x2048-recompute", work="4-bit base (NF4), 2 × 2048, recompute, capped at 24 GiB", ours=STEP,
-        peer_item="nf4-2x2048-recompute", beat_peer=True,
+        peer_item="nf4-2x2048-recompute", beat_peer=True, anywhere=True,
     ),
     Line(
         item="inference-peak", work="training peak over inference peak, recompute, 1 × 2048", ours="{peak_gib:.2f} GiB",
@@ -147,8 +150,12 @@ LINES = (
         item="start", work="a loaded model to its first step, no cached code", ours="{first_step_s:.0f} s",
         bounds=(Bound(key="first_step_s", goal=60, text="{:.0f} s"),),
     ),
-    Line(item="longest", work="longest row that trains, recompute", ours="{tokens:,} tokens · {peak_gib:.1f} GiB"),
+    Line(
+        item="longest", work="longest row that trains on a card of 80 GB, recompute", ours="{tokens:,} tokens · {peak_gib:.1f} GiB",
+        anywhere=True,
+    ),
 )  # fmt: skip
+ANYWHERE = frozenset(line.item for line in LINES if line.anywhere)
 KERNELS = Bound(key="fraction", goal=0.85, at_most=False, text="{:.2f}")
 """Of the rate of a copy of the same bytes, or of torch's own product."""
 
@@ -167,24 +174,39 @@ class Measured:
     def of(cls, runs: Sequence[Row]) -> Measured:
         """Sort the rows of all runs. Exits for a run of ours whose check isn't recorded as passed."""
         ours: dict[str, tuple[Row, Row]] = {}
-        peers: dict[str, dict[str, tuple[Row, Row]]] = {}
+        peers: dict[str, dict[tuple[str, str], tuple[Row, Row]]] = {}
         kernels: dict[tuple[object, ...], tuple[Row, Row]] = {}
         for run in runs:
             if run["kind"] != "peers":
                 _refuse_unchecked(run)
             for row in run["rows"]:
                 if run["kind"] == "training":
-                    ours[row["item"]] = (run, row)
+                    if row["item"] in ANYWHERE or _at_least_as_near(run, ours.get(row["item"])):
+                        ours[row["item"]] = (run, row)
                 elif run["kind"] == "peers":
-                    peers.setdefault(row["item"], {})[row["name"]] = (run, row)
+                    peers.setdefault(row["item"], {})[row["name"], str(row.get("gpu"))] = (run, row)
                 else:
-                    kernels[tuple(row.get(key) for key in ("kernel", "shape", "rank"))] = (run, row)
+                    key = tuple(row.get(key) for key in ("kernel", "shape", "rank"))
+                    if _at_least_as_near(run, kernels.get(key)):
+                        kernels[key] = (run, row)
         return cls(ours, {item: list(found.values()) for item, found in peers.items()}, list(kernels.values()))
 
     def best_peer(self, line: Line) -> Row | None:
-        """The fastest peer of a line's work, None where none was run."""
+        """The fastest peer of a line's work, on the GPU of our own run if any ran there; None where none was run."""
         found = [row for _, row in self.peers.get(line.peer_item or "", ()) if row.get("ms")]
-        return min(found, key=lambda row: row["ms"], default=None)
+        gpu = self.ours[line.item][0].get("gpu") if line.item in self.ours else None
+        there = [row for row in found if row.get("gpu") == gpu]
+        return min(there or found, key=lambda row: row["ms"], default=None)
+
+
+def _on_target(run: Row) -> bool:
+    """Whether a run was on the GPU that the targets are for."""
+    return TARGET_GPU in str(run.get("gpu"))
+
+
+def _at_least_as_near(run: Row, other: tuple[Row, Row] | None) -> bool:
+    """Whether a later run counts before one that is known: on the targets' GPU, or where the other wasn't there either."""
+    return other is None or _on_target(run) or not _on_target(other[0])
 
 
 def _refuse_unchecked(run: Row) -> None:
@@ -211,7 +233,7 @@ def cells(line: Line, measured: Measured) -> list[str]:
         return [line.work.replace(" ({layers} blocks)", ""), _peer_cell(line, peer), NOT_RUN, "–", target, "–"]
     run, row = measured.ours[line.item]
     beside = line.beside.format_map(row) if line.beside else _peer_cell(line, peer)
-    work = line.work.format_map(row)
+    work = line.work.format_map(row) + ("" if _on_target(run) or not line.anywhere else f" (on an {run.get('gpu')})")
     return [work, beside, line.ours.format_map(row), _ratio_cell(line, run, row, peer), target, verdict(line, run, row, peer)]
 
 
@@ -240,7 +262,7 @@ def verdict(line: Line, run: Row, row: Row, peer: Row | None) -> str:
     """Whether the target is met, and else by how much it is missed."""
     if not line.bounds and not line.beat_peer:
         return "–"
-    if TARGET_GPU not in str(run.get("gpu")):
+    if not line.anywhere and not _on_target(run):
         return f"not judged: the target is for an {TARGET_GPU}"
     if row.get("layers") != LAYERS and not line.cut:
         return f"not judged: {row.get('layers')} of {LAYERS} blocks"
@@ -275,7 +297,7 @@ def kernel_cells(measured: Measured) -> list[str]:
     lowest = f"lowest of {len(measured.kernels)}: {row['kernel']} {row['shape']}, r {row['rank']}"
     below = sum(not KERNELS.reached(found["fraction"], KERNELS.goal) for _, found in measured.kernels)
     judged = f"no: {below} of {len(measured.kernels)} below" if below else "yes"
-    if TARGET_GPU not in str(run.get("gpu")):
+    if not _on_target(run):
         judged = f"not judged: the target is for an {TARGET_GPU}"
     return [*start, lowest, f"{row['fraction']:.2f} of its rate", str(KERNELS), judged]
 
@@ -340,9 +362,10 @@ def kernel_table(runs: Sequence[Row]) -> str:
     return markdown(("kernel", "shape", "rank", "ours", "beside", "fraction"), rows) if rows else ""
 
 
-def readme_block(results: Path) -> str:
-    """What stands between README.md's markers: the table of a results file, or that there is none."""
-    return table(load_runs([results])) if results.exists() else NOTHING
+def readme_block(results: Sequence[Path] = RESULTS) -> str:
+    """What stands between README.md's markers: the table of results files, or that there is none."""
+    found = [path for path in results if path.exists()]
+    return table(load_runs(found)) if found else NOTHING
 
 
 def put_between(text: str, block: str) -> str:
@@ -357,17 +380,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="what gpu_training.py, gpu_peers.py and gpu_kernels.py wrote")
     parser.add_argument("--save", type=Path, help="keep the runs in one file")
-    parser.add_argument("--readme", type=Path, metavar="RESULTS", help="write the table of this file into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the table of the recorded runs into README.md")
     args = parser.parse_args(arguments)
     if not args.files and not args.readme:
-        parser.error("give result files, or --readme and one")
+        parser.error("give result files, or --readme")
     if args.files:
         runs = load_runs(args.files)
         print("\n\n".join(part for part in (table(runs), kernel_table(runs)) if part))
         if args.save:
             save_runs(args.save, runs)
     if args.readme:
-        page = put_between(README.read_text(encoding="utf-8"), readme_block(args.readme))
+        page = put_between(README.read_text(encoding="utf-8"), readme_block())
         README.write_text(page, encoding="utf-8")
     return 0
 

@@ -1,6 +1,6 @@
-"""The table and the plot of results/result.json.
+"""Tables and plots of results/result.json, a CPU's, and results/gpu/result.json.
 
-python studies/base_storage/report.py      # draws and writes README.md's table anew
+python studies/base_storage/report.py      # draws and writes README.md's tables anew
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- table: written by report.py -->", "<!-- end -->"
+MARKS: Mapping[str, str] = {"": "<!-- table: written by report.py -->", "gpu": "<!-- table of gpu: written by report.py -->"}
+"""Folder below results/ to what its table stands behind in README.md."""
+END = "<!-- end -->"
 REFERENCE = "bf16"
 FEW_SEEDS = 3
 """Up to which each has a column and a panel of its own."""
@@ -74,11 +76,11 @@ def _table_of_many(document: Mapping[str, Any], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, document: Mapping[str, Any]) -> str:
-    """README.md with the table of `document` between its marks."""
-    before, _, rest = text.partition(BEGIN)
+def with_table(text: str, document: Mapping[str, Any], name: str = "") -> str:
+    """README.md with the table of `document` between the marks of results/`name`."""
+    before, mark, rest = text.partition(MARKS[name])
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(document)}\n{END}{after}"
+    return f"{before}{mark}\n{table(document)}\n{END}{after}"
 
 
 def write(folder: Path) -> None:
@@ -86,9 +88,10 @@ def write(folder: Path) -> None:
     document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     draw(document, folder / "loss.png")
     print(table(document))
-    if folder.resolve() == HERE / "results":
-        readme = HERE / "README.md"
-        readme.write_text(with_table(readme.read_text(encoding="utf-8"), document), encoding="utf-8")
+    for name in MARKS:
+        if folder.resolve() == HERE / "results" / name:
+            readme = HERE / "README.md"
+            readme.write_text(with_table(readme.read_text(encoding="utf-8"), document, name), encoding="utf-8")
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
@@ -141,4 +144,5 @@ def _percent(values: list[float], reference: list[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    write(HERE / "results")
+    for name in MARKS:
+        write(HERE / "results" / name)

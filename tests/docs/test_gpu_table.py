@@ -50,9 +50,7 @@ def line_of(text: str, work: str) -> list[str]:
 
 def test_readme_shows_the_results_file() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert gpu_table.put_between(text, gpu_table.readme_block(gpu_table.RESULTS)) == text, (
-        "run python benchmarks/gpu_table.py --readme benchmarks/results/gpu-h100.json"
-    )
+    assert gpu_table.put_between(text, gpu_table.readme_block()) == text, "run python benchmarks/gpu_table.py --readme"
 
 
 def test_every_item_has_its_line_and_every_peer_its_item() -> None:
@@ -164,6 +162,33 @@ def test_a_later_run_of_an_item_counts() -> None:
     assert line_of(gpu_table.table(runs), "one adapter, 1 × 512")[2].startswith("50.0 ms")
 
 
+def elsewhere(run: dict[str, Any]) -> dict[str, Any]:
+    """The same on another GPU."""
+    return {**run, "gpu": "NVIDIA H200", "rows": [{**row, "gpu": "NVIDIA H200"} for row in run["rows"]]}
+
+
+def test_a_time_on_the_targets_gpu_counts_before_a_later_one_elsewhere() -> None:
+    there = [ours(step("one-2x2048", 235.0)), peers({**step("one-2x2048", 280.0), "impl": "unsloth"})]
+    later = [elsewhere(ours(step("one-2x2048", 200.0))), elsewhere(peers({**step("one-2x2048", 250.0), "impl": "unsloth"}))]
+    for runs in ([*there, *later], [*later, *there]):
+        work = line_of(gpu_table.table(runs), "bf16, 2 × 2048")
+        assert (work[2][:8], work[3]) == ("235.0 ms", "1.19 × as fast")
+
+
+def test_what_is_judged_beside_its_peer_is_judged_on_any_gpu() -> None:
+    item = "nf4-2x2048-recompute"
+    runs = [ours(step(item, 400.0, peak=12.0)), peers({**step(item, 450.0, peak=10.0), "impl": "unsloth-qlora"})]
+    assert line_of(gpu_table.table(runs), "4-bit base")[5] == "no: more memory"
+    runs += [elsewhere(ours({**step(item, 350.0, peak=9.0), "offload": True}))]
+    work = line_of(gpu_table.table(runs), "4-bit base")
+    assert work[3] == f"none: the peer ran on {GPU}, ours on NVIDIA H200"
+    assert work[5] == "not judged: no peer to compare with"
+    runs += [elsewhere(peers({**step(item, 385.0, peak=10.0), "impl": "unsloth-qlora"}))]
+    work = line_of(gpu_table.table(runs), "4-bit base")
+    assert work[0].endswith("(on an NVIDIA H200)")
+    assert work[3:] == ["1.10 × as fast", "faster, no more memory", "yes"]
+
+
 def test_files_are_kept_row_by_row_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "deep" / "ours.json"
     results = gpu_results.Results.start("training", path, gpu=GPU, revision="abc", check={"passed": True})
@@ -176,7 +201,7 @@ def test_files_are_kept_row_by_row_and_merged(tmp_path: Path, capsys: pytest.Cap
     assert gpu_table.main([str(path), str(theirs), "--save", str(tmp_path / "both.json")]) == 0
     printed = capsys.readouterr().out
     assert "4.20 × as fast" in printed
-    assert gpu_table.readme_block(tmp_path / "both.json") == printed.strip()
+    assert gpu_table.readme_block([tmp_path / "both.json"]) == printed.strip()
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

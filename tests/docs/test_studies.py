@@ -18,12 +18,13 @@ sys.path.insert(0, str(STUDY))  # a script, which is imported by name
 report = importlib.import_module("report")
 
 
-def test_the_base_storage_table_is_that_of_its_results() -> None:
-    document = json.loads((STUDY / "results" / "result.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["", "gpu"])
+def test_the_base_storage_tables_are_those_of_their_results(name: str) -> None:
+    document = json.loads((STUDY / "results" / name / "result.json").read_text(encoding="utf-8"))
     text = (STUDY / "README.md").read_text(encoding="utf-8")
-    assert report.with_table(text, document) == text, "run python studies/base_storage/report.py"
+    assert report.with_table(text, document, name) == text, "run python studies/base_storage/report.py"
     document["runs"]["fp8"]["seeds"]["1"]["final"] *= 1.01
-    assert report.with_table(text, document) != text
+    assert report.with_table(text, document, name) != text
 
 
 def test_many_seeds_have_a_line_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
