@@ -60,10 +60,7 @@ def _peak_of_step(training: Training, length: int) -> float | None:
     try:
         training.step()
         torch.cuda.synchronize()
-    except RuntimeError as error:
-        ran_out = isinstance(error, torch.OutOfMemoryError | TooLargeError)
-        if not ran_out and "ALLOC_FAILED" not in str(error):  # cuBLAS has an error of its own
-            raise
+    except TooLargeError:
         peak = None
     else:
         peak = peak_gib()

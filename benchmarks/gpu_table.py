@@ -151,8 +151,8 @@ LINES = (
         bounds=(Bound(key="first_step_s", goal=60, text="{:.0f} s"),),
     ),
     Line(
-        item="longest", work="longest row that trains on a card of 80 GB, recompute", ours="{tokens:,} tokens · {peak_gib:.1f} GiB",
-        anywhere=True,
+        item="longest", work="longest row that trains on a card of 80 GB, recompute",
+        ours="{tokens:,} tokens · {peak_gib:.1f} GiB", anywhere=True,
     ),
 )  # fmt: skip
 ANYWHERE = frozenset(line.item for line in LINES if line.anywhere)

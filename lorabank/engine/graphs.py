@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.engine.gradients import add
+from lorabank.engine.parts import is_out_of_memory
 
 SEEN_BEFORE = 2
 """Passes of a shape that run kernel by kernel, which compiles and warms up what they need, before it is captured."""
@@ -126,11 +127,11 @@ class PassGraphs:
                 self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone can't be used again
             with torch.cuda.graph(graph, pool=self._pool):
                 row_losses = compute(inputs)
-        except torch.OutOfMemoryError:
-            self._too_large.add(key)
-            _cleared(leaves)
-            return None
         except Exception as error:  # noqa: BLE001  whatever a model does that can't be captured: it still trains without a graph
+            if is_out_of_memory(error):
+                self._too_large.add(key)
+                _cleared(leaves)
+                return None
             self.refused = f"{type(error).__name__}: {error}"
             _cleared(leaves)
             warnings.warn(

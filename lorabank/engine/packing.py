@@ -22,6 +22,7 @@ from lorabank.engine.batch import Batch, Example, make_batch, pack_batch, send
 from lorabank.engine.head import SplitHead, logits_of
 from lorabank.engine.modes import evaluation_mode
 from lorabank.engine.packed_attention import BOUNDARIES, boundary_mask
+from lorabank.engine.parts import is_out_of_memory
 from lorabank.errors import ConfigError, Setting
 
 SHORT = 6
@@ -155,9 +156,9 @@ def _objection(bank: AdapterBank, split: SplitHead | None, packing: Packing, len
             with torch.no_grad():
                 out = _outputs(model, split, packed, packing.arguments(packed))
             sees = _sees_another(model, split, packing, short)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001  whatever a model makes of a mask it can't take: it is told
+        except Exception as error:  # whatever a model makes of a mask it can't take: it is told
+            if is_out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     off = _difference([out[row, start:stop] for row, start, stop in packed.spans], expected, packed.spans)
     if not off <= (1e-3 if _is_single(model) else 5e-2):

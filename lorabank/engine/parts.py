@@ -5,6 +5,7 @@ Losses and gradients are sums over rows, so parts of a batch add up to the whole
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from lorabank.engine.batch import Batch
 from lorabank.errors import TooLargeError
 
+_OTHERS = re.compile(r"\b(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED|\bCUDA(?: error|\]): out of memory")
+"""What libraries that take memory themselves say where they get none: torch passes it on as a RuntimeError of no kind."""
 Rows = Sequence[int]
 Compute = Callable[[Batch, Rows], Tensor]
 """(part, its rows in the batch) → a tensor whose first dimension is those rows. Changes nothing where it raises."""
@@ -59,8 +62,15 @@ def _attempt(compute: Compute, part: Batch, rows: Rows) -> Tensor | str:
     """The result, or what torch says of the memory that it lacked. The failed pass's tensors are gone once this returns."""
     try:
         return compute(part, rows)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return (str(error).splitlines() or [""])[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory was too small: torch says so, or a library that it calls (cuBLAS, cuDNN, Triton, CUDA itself)."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and bool(_OTHERS.search(str(error))))
 
 
 def whole(found: Sequence[tuple[Rows, Tensor]], rows: int) -> Tensor:

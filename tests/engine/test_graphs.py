@@ -166,8 +166,11 @@ def test_a_graph_that_lies_idle_makes_room(world: World) -> None:
     assert world.gradients() == [None, 3.0, 3.0]
 
 
-def test_a_pass_too_large_to_capture_is_run_plainly_and_not_tried_again(world: World) -> None:
-    world.fails = torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")]
+)
+def test_a_pass_too_large_to_capture_is_run_plainly_and_not_tried_again(world: World, error: RuntimeError) -> None:
+    world.fails = error
     for i in range(6):
         assert world.run([0], float(i)) == 2.0 * i
     assert world.gradients() == [15.0, None, None]

@@ -23,22 +23,24 @@ ROUTES: Sequence[RowRoute] = ["a", "b", BASE, "a", "b", "a"]
 
 
 @contextmanager
-def memory_for(engine: Engine, tokens: int, *, in_backward: bool = False) -> Iterator[list[tuple[int, ...]]]:
+def memory_for(
+    engine: Engine, tokens: int, *, in_backward: bool = False, error: RuntimeError | None = None
+) -> Iterator[list[tuple[int, ...]]]:
     """A device that runs out of memory above so many padded tokens, in the last block; yields the shapes that were tried."""
     engine.head()  # whose probe isn't counted
     engine.folded()
     tried: list[tuple[int, ...]] = []
-    said = "CUDA out of memory. Tried to allocate 1.00 GiB.\nmore"
+    error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nmore")
 
     def fail(gradient: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError(said)
+        raise error
 
     def look(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
         tried.append(tuple(hidden.shape[:2]))
         if hidden.shape[0] * hidden.shape[1] > tokens:
             if not in_backward or not hidden.requires_grad:
-                raise torch.OutOfMemoryError(said)
+                raise error
             args[0].register_hook(fail)  # when the later blocks have their gradients already
 
     handle = engine.bank.model.get_submodule("model.layers.1").register_forward_hook(look)
@@ -71,6 +73,34 @@ def test_parts_add_up_to_the_whole(tokens: int, in_backward: bool) -> None:
         assert_same(found(engine, steps={"a": 3, "b": 5}), expected)
     assert tried[0] == (6, 12)
     assert engine.fits.times >= 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    ],
+)
+def test_memory_that_a_library_did_not_get(said: str) -> None:
+    """cuBLAS, cuDNN, Triton and CUDA have errors of their own, none of them a kind that torch knows."""
+    expected = found(Engine(make_bank()))
+    engine = Engine(make_bank())
+    with memory_for(engine, 40, error=RuntimeError(said)):
+        assert_same(found(engine), expected)
+    assert engine.fits.times >= 1
+
+
+def test_other_errors_are_raised_as_they_are() -> None:
+    engine = Engine(make_bank())
+    with (
+        memory_for(engine, 40, error=RuntimeError("CUDA error: an illegal memory access")),
+        pytest.raises(RuntimeError, match="illegal"),
+    ):
+        found(engine)
+    assert engine.fits.times == 0
 
 
 def test_a_pass_that_broke_off_leaves_gradients_as_they_were() -> None:
