@@ -35,7 +35,6 @@ FLASH = "lorabank_fa4"
 """Without the word that transformers knows its own flash attention by."""
 MASKED = "lorabank_masked"
 PACKED = "lorabank_packed"
-LONGEST_PROBE = 8192
 _KEY = "_attn_implementation_internal"
 """Where a configuration keeps the name; its public setter would pass it on to sub-configurations too."""
 _PLAIN = frozenset(
@@ -97,8 +96,8 @@ def causal_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The same for a causal model whose rows are padded on the right, if at all. A window that is too short gets a mask."""
-    mask, length = None, key.shape[2]
-    if sliding_window is not None and sliding_window < length:
+    mask, length = attention_mask, key.shape[2]  # none, unless the model makes masks of its own
+    if mask is None and sliding_window is not None and sliding_window < length:
         place = torch.arange(length, device=key.device)
         behind = place[:, None] - place[None, :]
         mask = ((behind >= 0) & (behind < sliding_window))[None, None]
@@ -112,7 +111,7 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`causal_attention` by FlashAttention 4's kernels, where they do what is asked for."""
     window = given.get("sliding_window")
-    beyond = given.get("dropout") or (window is not None and window < key.shape[2])
+    beyond = attention_mask is not None or given.get("dropout") or (window is not None and window < key.shape[2])
     if beyond or not flash.takes(query, key, value) or not asks_nothing({k: v for k, v in given.items() if k not in _NAMED}):
         return causal_attention(module, query, key, value, attention_mask, **given)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -183,7 +182,7 @@ def own_attention(
 ) -> Iterator[None]:
     """Our attention for `modules` (`model.modules()`), its own afterwards.
 
-    `maskless`: on a GPU, for a model that `works_without_masks` found fit; `fast`: in half precision, by FlashAttention 4 then.
+    `maskless`: on a GPU, for a model that maskless.py found fit; `fast`: in half precision, by FlashAttention 4 then.
     `packed`: for packed rows whose boundaries go to the attention (see packing.py). `length`: of the rows, where it is known that
     no attention but a window's gets a mask: then a GPU may use cuDNN's attention for rows that no window is too short for.
     """
@@ -222,20 +221,6 @@ def reached_windows(configs: Iterable[PreTrainedConfig], length: int) -> tuple[i
     """Sizes of the windows that rows of `length` tokens reach beyond."""
     sizes = {getattr(config, name, None) for config in configs for name in WINDOWS}
     return tuple(sorted(size for size in sizes if isinstance(size, int) and 0 < size < length))
-
-
-def probe_length(modules: Iterable[nn.Module]) -> int | None:
-    """Tokens that show whether a model does without masks, more than any window of its; None where it is known not to."""
-    longest = 6
-    configs = configurations(modules)
-    for config in configs:
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if config._attn_implementation != "sdpa" or not kinds <= {"full_attention", "sliding_attention"}:
-            return None
-        if getattr(config, "attention_chunk_size", None):
-            return None
-        longest = max(longest, (getattr(config, "sliding_window", None) or 0) + 4)
-    return longest if configs and longest <= LONGEST_PROBE else None
 
 
 def configurations(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.config.checks import check_choice
 from lorabank.engine.fused_block import FusedBlock
@@ -111,14 +112,19 @@ def uncompile_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def give_up(model: nn.Module, error: Exception) -> bool:
-    """Uncompile `model`'s blocks because a kernel doesn't run on its GPU, and say so once; False where `error` isn't that."""
+    """Uncompile `model`'s blocks because a kernel of theirs doesn't run or torch can't compile their backward, and say so once.
+
+    False where `error` is neither.
+    """
     blocks = [m for m in model.modules() if isinstance(m._compiled_call_impl, FusedBlock | FusedNorm)]
-    if not blocks or not runtime.is_tritons(error):
+    kernels, compilers = runtime.is_tritons(error), isinstance(error, TorchDynamoException)
+    if not blocks or not (kernels or compilers):
         return False
     uncompile_blocks(blocks)
+    why = "a kernel doesn't run on this GPU" if kernels else "torch can't compile their backward pass"
     reason = " ".join(str(error).split())[:300]
     warn_once(
-        f"compile: a kernel doesn't run on this GPU, so the blocks of {type(model).__name__} run uncompiled from here on: the "
-        f"same results, slower ({type(error).__name__}: {reason}). compile: false silences this."
+        f"compile: {why}, so the blocks of {type(model).__name__} run uncompiled from here on: the same results, slower "
+        f"({type(error).__name__}: {reason}). compile: false silences this."
     )
     return True

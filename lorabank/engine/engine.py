@@ -18,9 +18,10 @@ from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch
 from lorabank.engine.fused_block import FusedBlock, fused_blocks, left_out, takes_tables
 from lorabank.engine.graphs import PassGraphs
-from lorabank.engine.head import SplitHead, check_decoder, output_head, split_head, works_without_masks
+from lorabank.engine.head import SplitHead, check_decoder, output_head, split_head
 from lorabank.engine.loss_scale import LossScales
 from lorabank.engine.losses import LOSSES, Loss
+from lorabank.engine.maskless import longest_without_masks
 from lorabank.engine.modes import no_random_draws
 from lorabank.engine.offload import Offload
 from lorabank.engine.packing import Packing, find_packing, windows
@@ -64,7 +65,7 @@ class Engine:
     """The bank's structure count, and whether the model folds rows and tokens."""
     _fused: tuple[int, Sequence[FusedBlock]] = field(init=False, default=(-1, ()), repr=False)
     """The bank's structure count, and its fused blocks if they hold all adapted layers."""
-    _maskless: tuple[SplitHead | None, bool] | None = field(init=False, default=None, repr=False)
+    _maskless: tuple[SplitHead | None, int] | None = field(init=False, default=None, repr=False)
     _packing: dict[tuple[int, ...], Packing] = field(init=False, default_factory=dict, repr=False)
     """How the model takes packed rows, by the windows that they reach beyond."""
     _routes: OrderedDict[Hashable, Routing] = field(init=False, default_factory=OrderedDict, repr=False)
@@ -97,12 +98,17 @@ class Engine:
             self._folded = (self.bank.structure, folds_tokens(self.bank))
         return self._folded[1]
 
-    def maskless(self) -> bool:
-        """Whether passes do without attention masks: a causal model on a GPU, whose batches are padded on the right."""
+    def maskless(self, length: int) -> bool:
+        """Whether passes over rows of `length` tokens do without attention masks.
+
+        So they do for a causal model on a GPU, since batches are padded on the right.
+        """
         split = self.head()
+        if split is None or self.bank.device.type != "cuda":
+            return False
         if self._maskless is None or self._maskless[0] is not split:
-            self._maskless = (split, split is not None and works_without_masks(self.bank, split))
-        return self._maskless[1]
+            self._maskless = split, longest_without_masks(self.bank, split)
+        return length <= self._maskless[1]
 
     def packing(self, length: int) -> Packing:
         """How the model takes packed rows of `length` tokens. Raises ConfigError for a model that can't."""
@@ -118,7 +124,7 @@ class Engine:
             return own_attention(modules, device, packed=self.packing(length).by_attention)
         split = self.head()
         half = split is not None and split.head.weight.dtype in flash.DTYPES
-        return own_attention(modules, device, maskless=self.maskless(), fast=half, length=length)
+        return own_attention(modules, device, maskless=self.maskless(length), fast=half, length=length)
 
     def all_fused(self, routing: Routing) -> bool:
         """Whether every adapted layer's product is compiled into a block of the model's, under this route."""

@@ -118,10 +118,12 @@ class FusedBlock:
         if not args and self._input in kwargs:
             args, kwargs = (kwargs[self._input],), {name: value for name, value in kwargs.items() if name != self._input}
         again = self.recompute and torch.is_grad_enabled()
+        cached = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        if cached and not torch.is_grad_enabled():  # each block has a place of its own there, and would get a form of its own
+            return self.block._call_impl(*args, **kwargs)
         more = again and self.offload is not None and self._worth_more(args)
         recomputing = self._offloading if more else self._recomputing
         run, plain = self._chosen(args, kwargs, recomputing if again else self._compiled)
-        cached = torch.is_grad_enabled() and [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         if not again:
             if cached and not plain:
                 warn_once(

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import BASE
-from lorabank.engine.attention import own_attention, probe_length
 from lorabank.engine.modes import evaluation_mode
 from lorabank.errors import ConfigError, DataError
 
@@ -64,27 +63,6 @@ def split_head(bank: AdapterBank) -> SplitHead | None:
         found = head(out["last_hidden_state"].to(head.weight.dtype))
     # equal to the last bit: where logits are small, a cap is a difference of few bits, which grows with the logits in training
     return SplitHead(body, head) if torch.equal(expected, found.to(expected.dtype)) else None
-
-
-def works_without_masks(bank: AdapterBank, split: SplitHead) -> bool:
-    """Whether the body gives real tokens the same hidden states without an attention mask for a padded batch, seen on a probe.
-
-    That is so for causal models with padding on the right; see engine/attention.py.
-    """
-    modules = list(bank.model.modules())
-    length = probe_length(modules)
-    if length is None or bank.device.type != "cuda":
-        return False
-    ids = torch.arange(2 * length, device=bank.device).view(2, length) % max(1, split.head.out_features)
-    mask = torch.ones_like(ids)
-    mask[1, length - 2 :] = 0
-    with torch.no_grad(), evaluation_mode(modules), bank.route(BASE):
-        with own_attention(modules, bank.device):
-            expected = split.hidden(ids, mask)[mask.bool()].float()
-        with own_attention(modules, bank.device, maskless=True, length=length):
-            found = split.hidden(ids, None)[mask.bool()].float()
-    allowed = 1e-4 if split.head.weight.dtype == torch.float32 else 5e-2
-    return bool((found - expected).norm() <= allowed * expected.norm())
 
 
 def logits_of(model: nn.Module, input_ids_NL: Tensor, attention_mask: Any, **more: Any) -> Tensor:

@@ -95,7 +95,7 @@ def _one_pass(
     engine: Engine, batch: Batch, names: list[str | None], steps: Mapping[str, int] | None, reference_NL: Tensor | None
 ) -> Tensor:
     trained = _trained(batch)
-    if engine.cuda_graphs and not batch.packed and engine.maskless():
+    if engine.cuda_graphs and not batch.packed and engine.maskless(batch.input_ids_NL.shape[1]):
         batch = batch.lengthened(LENGTH_GRANULE, longest_row(engine.bank.model))
     batch = batch.to(engine.bank.device)
     routing = _routing(engine, batch, names, steps)
@@ -147,7 +147,7 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
     if tables is None:
         return _passed(engine, batch, (rows, columns, rows), routing, None)
     drops = routing.drops(units, length, bank.slot_numbers, slots, device)
-    mask = None if engine.maskless() else batch.mask
+    mask = None if engine.maskless(batch.input_ids_NL.shape[1]) else batch.mask
     tensors = [batch.input_ids_NL, batch.weights_NL, rows, columns, *tables.tensors, *([] if mask is None else [mask])]
     tensors += [] if drops is None else drops.tensors
 
@@ -291,7 +291,7 @@ def _loss_scales(engine: Engine, batch: Batch) -> Tensor | None:
 def _hidden(engine: Engine, split: SplitHead, batch: Batch) -> Tensor:
     """The body's last hidden states (N, L, H)."""
     if not batch.packed:
-        return split.hidden(batch.input_ids_NL, None if engine.maskless() else batch.mask)
+        return split.hidden(batch.input_ids_NL, None if engine.maskless(batch.input_ids_NL.shape[1]) else batch.mask)
     return split.hidden(batch.input_ids_NL, **_packed_arguments(engine, batch))
 
 

@@ -156,7 +156,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, maskless: bool) -> list[tupl
         return sdpa(*args, **kwargs)
 
     monkeypatch.setattr(engine, "own_attention", lambda modules, device, **more: own(modules, torch.device("cuda"), **more))
-    monkeypatch.setattr(Engine, "maskless", lambda self: maskless)
+    monkeypatch.setattr(Engine, "maskless", lambda self, length: maskless)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     return calls
 

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.exc import InductorError
 from triton.runtime.errors import OutOfResources
 
 from lorabank import BASE, AdapterConfig, attach
@@ -20,10 +23,12 @@ from lorabank.bank.layers import LoRALayer
 from lorabank.engine import compiling
 from lorabank.engine.compiling import compile_blocks, repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
+from lorabank.engine.generate import sample
 from lorabank.engine.graphs import SEEN_BEFORE, PassGraphs
+from lorabank.engine.sampling import SamplingConfig
 from lorabank.engine.step import Engine, logprobs
 from lorabank.errors import ConfigError
-from lorabank.kernels.gpu import lora, runtime
+from lorabank.kernels.gpu import grouping, lora, runtime
 from lorabank.kernels.native import library as native_library
 from lorabank.notices import warn_once
 from tests.engine.tiny import backward, batch_of, difference, gradients, make_bank, make_model
@@ -232,13 +237,28 @@ def test_a_cache_in_training_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(cached.logits, bank.model(ids, use_cache=False).logits)
 
 
+def test_sampling_compiles_nothing() -> None:
+    """Each block has a place of its own in the cache, so each would be compiled by itself while the user waits."""
+    bank = make_bank(targets=["q"])
+    for block in repeated_blocks(bank.model):
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager")
+    backward(bank, batch_of((5, 9), ["a", "b"]), Engine(bank))
+    backward(bank, batch_of((5, 9), ["a", "b"]), Engine(bank))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert before
+    prompts = [list(range(14, 14 + 40))] * 2
+    texts = sample(bank, prompts, ["a", BASE], config=SamplingConfig(max_new_tokens=3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    compiling.uncompile_blocks(repeated_blocks(bank.model))
+    assert texts == sample(bank, prompts, ["a", BASE], config=SamplingConfig(max_new_tokens=3))
+
+
 # ---- compilers that fail ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def broken_backend(monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend of torch.compile that fails as inductor does without a compiler."""
-    from lorabank.kernels.gpu import grouping
 
     def fail(graph_module: Any, inputs: Any) -> Any:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
@@ -260,6 +280,36 @@ def test_a_block_that_torch_can_not_compile_runs_uncompiled(broken_backend: str,
     with said_once(r"torch can't compile LlamaDecoderLayer, so it runs uncompiled: .*Failed to find C compiler"):
         for _ in range(2):
             losses, found = backward(fused, batch, engines[1])
+    assert losses == expected[0]
+    for name, leaves in expected[1].items():
+        assert difference(found[name], leaves) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_backward_that_torch_can_not_compile_leaves_blocks_uncompiled(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled when it is first run, in the midst of another pass."""
+
+    def runs(graph_module: Any, inputs: Any) -> Any:
+        return make_boxed_func(graph_module.forward)
+
+    def fail(graph_module: Any, inputs: Any) -> Any:
+        raise InductorError(RuntimeError("lowering failed"), None)
+
+    known = grouping.lookup_backend
+    half = aot_autograd(fw_compiler=runs, bw_compiler=fail)
+    grouping.grouping.cache_clear()
+    monkeypatch.setattr(grouping, "lookup_backend", lambda name: half if name == "half" else known(name))
+    plain, fused = (make_bank(targets=["q", "down_proj"], model=make_model("llama", spread=1.5)) for _ in range(2))
+    blocks = repeated_blocks(fused.model)
+    for block in blocks:
+        block._compiled_call_impl = FusedBlock(block, backend="half")
+    batch = batch_of((5, 9, 7), ["a", BASE, "b"])
+    expected = backward(plain, batch, Engine(plain, gradient_checkpointing=recompute))
+    engine = Engine(fused, gradient_checkpointing=recompute)
+    with said_once("compile: torch can't compile their backward pass.*lowering failed.*compile: false silences this"):
+        for _ in range(2):
+            losses, found = backward(fused, batch, engine)
+    assert all(block._compiled_call_impl is None for block in blocks)
     assert losses == expected[0]
     for name, leaves in expected[1].items():
         assert difference(found[name], leaves) < 1e-5
