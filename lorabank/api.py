@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BASE_NAME = "base"
 COMPILING = "the model's blocks are compiled: the first step takes about half a minute longer. compile: false leaves that out"
 """Said where nobody asked for it."""
+UNCOMPILED = "the model's blocks aren't compiled, so steps are slower: {}. compile: false silences this"
 
 
 def train(
@@ -107,12 +108,14 @@ def _train(
     compiled: list[nn.Module] = []
     try:
         with warnings_as(notices):
-            compiled = _compiled(config, model, recompute=trainer.engine.gradient_checkpointing)
+            compiled, why_not = _compiled(config, model, recompute=trainer.engine.gradient_checkpointing)
         resumed_from = None
         if folder is not None:
             resumed_from = resume_run(trainer, folder, resume) if resume else None
             everyone += _open_folder(folder, config, trainer, sets, fresh=not resume)
-        for text in [*more, COMPILING] if compiled and config.compile is None else more:
+        if config.compile is None and (compiled or why_not):
+            more = [*more, COMPILING if compiled else UNCOMPILED.format(why_not)]
+        for text in more:
             trainer.notice(text)
         for notice in notices:
             trainer.notice(notice.text, notice.adapter, notice.level)
@@ -129,12 +132,13 @@ def _train(
         uncompile_blocks(compiled)
 
 
-def _compiled(config: TrainConfig, model: PreTrainedModel, *, recompute: bool) -> list[nn.Module]:
-    """The blocks that are compiled for this run and weren't before."""
-    from lorabank.engine.compiling import compile_blocks, worth_compiling
+def _compiled(config: TrainConfig, model: PreTrainedModel, *, recompute: bool) -> tuple[list[nn.Module], str | None]:
+    """(the blocks that are compiled for this run and weren't before, why there are none where nobody says)."""
+    from lorabank.engine.compiling import compile_blocks, uncompiled_because
 
-    wanted = worth_compiling(model) if config.compile is None else config.compile
-    return compile_blocks(model, recompute=recompute) if wanted else []
+    why_not = uncompiled_because(model) if config.compile is None else None
+    wanted = why_not is None if config.compile is None else config.compile
+    return compile_blocks(model, recompute=recompute) if wanted else [], why_not
 
 
 def preview(config: TrainConfig, *, count: int = 3) -> None:

@@ -133,18 +133,33 @@ def test_blocks_are_compiled_on_a_gpu_unless_that_is_switched_off(
 
 def test_where_blocks_are_compiled_by_themselves(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(runtime.SWITCH, raising=False)
-    assert not compiling.worth_compiling(model.cpu())
+    assert compiling.uncompiled_because(model.cpu()) == ""
     monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not compiling.worth_compiling(model)
+    assert compiling.uncompiled_because(model) == (
+        "Tesla T4 has compute capability 7.5; compiling unasked needs 8.0 or newer, so compile: true tries it"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert compiling.worth_compiling(model)
-    assert not compiling.worth_compiling(nn.Linear(2, 2))  # nothing repeats
+    assert compiling.uncompiled_because(model) is None
+    assert compiling.uncompiled_because(nn.Linear(2, 2)) == "Linear has no row of blocks of one class"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not compiling.worth_compiling(model)
+    assert "AMD" in str(compiling.uncompiled_because(model))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setenv(runtime.SWITCH, "0")
-    assert not compiling.worth_compiling(model)
+    assert compiling.uncompiled_because(model) == ""
+
+
+def test_a_gpu_on_which_nothing_is_compiled_unasked_is_told(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "uncompiled_because", lambda model: "Tesla T4 is too old")
+    told, quiet = Recorder(), Recorder()
+    lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), listeners=[told], **SHORT)
+    lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), compile=False, listeners=[quiet], **SHORT)
+    said = [n.text for n in told.notices if "aren't compiled" in n.text]
+    assert said == ["the model's blocks aren't compiled, so steps are slower: Tesla T4 is too old. compile: false silences this"]
+    assert not [n for n in quiet.notices if "compiled" in n.text]
 
 
 def test_a_gpu_that_can_not_compile_trains_uncompiled_and_says_so(

@@ -1,8 +1,8 @@
 """Regional compilation: each of a model's repeated blocks through torch.compile, so that element-wise work is fused.
 
 Blocks of one class share their compiled code, which keeps the start short. On a GPU with Triton the LoRA products are part of
-it (see `FusedBlock`); elsewhere they stay the eager ones (kernels/ops.py). Either way adding adapters or changing the route
-compiles nothing again.
+it (see `FusedBlock`); elsewhere they stay the eager ones (kernels/ops.py). Either way another route compiles nothing again, nor
+does another adapter of ranks that are known: there is one form for largest ranks up to 16, 64, 128 and so on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lorabank.errors import ConfigError
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
 
+_TRY = "so compile: true tries it"
+
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost modules that stand in a list with others of their class: a transformer's layers."""
@@ -35,15 +37,21 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def worth_compiling(model: nn.Module) -> bool:
-    """Whether blocks are compiled where nobody says: on an NVIDIA GPU from Ampere on, for a model that has repeated ones.
+def uncompiled_because(model: nn.Module) -> str | None:
+    """Why blocks aren't compiled where nobody says, as a clause for people; "" where nobody would expect it; None: they are.
 
-    Older ones lack registers for the kernels, which nobody has measured there.
+    They are on an NVIDIA GPU from Ampere on, for a model that has repeated ones. Older ones lack registers for the kernels, which
+    nobody has measured there.
     """
     device, _ = _place(model)
-    if device.type != "cuda" or torch.version.hip is not None or runtime.switched_off():
-        return False
-    return torch.cuda.get_device_capability(device) >= runtime.OLDEST_BF16 and bool(repeated_blocks(model))
+    if device.type != "cuda" or runtime.switched_off():
+        return ""
+    if torch.version.hip is not None:
+        return f"nobody has measured that on AMD GPUs, {_TRY}"
+    if not repeated_blocks(model):
+        return f"{type(model).__name__} has no row of blocks of one class"
+    why = runtime.bf16_missing(device, what="compiling unasked")
+    return None if why is None else f"{why}, {_TRY}"
 
 
 def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", borders: bool = True) -> list[nn.Module]:

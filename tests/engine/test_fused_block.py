@@ -199,6 +199,26 @@ def test_nothing_is_compiled_again(calls: list[nn.Module]) -> None:
     assert len(calls) == 2 * 7
 
 
+def test_the_first_adapter_of_a_class_of_ranks_compiles_once() -> None:
+    """Up to 16, then up to 64; what was compiled before is still there when it is gone again. Borders have forms of their own."""
+    torch._dynamo.reset()
+    plain, fused = pair()
+    for block in repeated_blocks(fused.model):
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager", borders=False)
+    engines = Engine(plain), Engine(fused)
+    made = []
+    for name, rank in ((None, 0), ("c", 16), ("d", 20), ("e", 30), ("d", 0), ("e", 0)):
+        for bank in (plain, fused):
+            if rank:
+                add(bank, str(name), rank=rank, targets=TWO)
+            elif name is not None:
+                bank.remove(name)
+        batch = batch_of((6, 4, 8, 5), [name if rank else "b", "a", BASE, "b"])
+        assert_same(backward(fused, batch, engines[1]), backward(plain, batch, engines[0]))
+        made.append(graphs())
+    assert [count - made[0] for count in made] == [0, 0, 1, 1, 1, 1]
+
+
 def test_more_slots_and_a_higher_rank_are_right_too() -> None:
     plain, fused = pair()
     engines = Engine(plain), Engine(fused)

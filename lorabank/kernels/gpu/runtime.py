@@ -48,9 +48,12 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def bf16_missing(device: torch.device) -> str | None:
-    """Why the GPU `device` has no bf16 products, as a clause for people; None when it has them, and for any other device."""
-    return None if device.type != "cuda" or torch.version.hip is not None else _older_than(OLDEST_BF16, "bf16", device)
+def bf16_missing(device: torch.device, *, what: str = "bf16") -> str | None:
+    """Why the GPU `device` has no bf16 products, as a clause for people; None when it has them, and for any other device.
+
+    `what`: that needs such a GPU.
+    """
+    return None if device.type != "cuda" or torch.version.hip is not None else _older_than(OLDEST_BF16, what, device)
 
 
 def is_tritons(error: Exception) -> bool:
