@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lorabank.bank.bank import AdapterBank
+from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import BASE, Routing, RowRoute
 from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
@@ -34,6 +36,20 @@ LOOKED_AT = 16
 """Of the model's parameters, for its dtype: the rest are in the same."""
 ROUTES = 16
 """Routings kept: batches of the same adapters in the same order share theirs, and its tables on the device."""
+MANY_LOGITS = 16384
+"""A token's logits from which on it is told that those of all tokens are held."""
+
+
+def _tell_of_logits(model: nn.Module, head: nn.Module) -> None:
+    """Say what a model costs whose loss can't go through its head in chunks."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) if isinstance(model, PreTrainedModel) else None
+    if not isinstance(vocabulary, int) or vocabulary < MANY_LOGITS:
+        return
+    why = "its output head is adapted" if isinstance(head, LoRALayer) else "they aren't its head's output alone"
+    warn_once(
+        f"{type(model).__name__}: a pass holds the {vocabulary:,} logits of every token at once, which takes memory, since "
+        f"{why}. A smaller batch_size with gradient_accumulation needs less."
+    )
 
 
 @dataclass
@@ -90,6 +106,8 @@ class Engine:
         head = output_head(self.bank.model)
         if not self._probed or head is not self._probed_head:
             self._split, self._probed_head, self._probed = split_head(self.bank), head, True
+            if self._split is None and isinstance(head, nn.Module):
+                _tell_of_logits(self.bank.model, head)
         return self._split
 
     def folded(self) -> bool:

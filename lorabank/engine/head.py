@@ -1,14 +1,16 @@
 """Where a causal language model's body ends and its output head begins, so that the loss can go through the head in chunks.
 
-The split is believed only after a probe: body and head apart must give the model's own logits, bit for bit. A model that does
-more between them (scaled or capped logits) fails the probe and takes the plain path, which holds all logits.
+The split is believed only after a probe: body and head apart must give the model's own logits, bit for bit. Scales and caps that
+a configuration names are tried; a model that does anything else between them, or whose logits on the probe are too small to tell,
+takes the plain path, which holds all logits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +22,17 @@ from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import BASE
 from lorabank.engine.modes import evaluation_mode
 from lorabank.errors import ConfigError, DataError
+from lorabank.kernels.logit_shape import LogitShape
 
 PROBE_TOKENS = 4
 PLAIN_OUTPUTS = {"return_dict": True, "output_router_logits": False}
 """Asked of every model that knows them: a mixture of experts computes an auxiliary loss only from its router's logits."""
+
+
+FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling",)
+CAPS = ("final_logit_softcapping",)
+"""Where configurations keep what is done to logits. A name means one thing here and another there: the probe tells."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class SplitHead:
 
     body: nn.Module
     head: nn.Linear
+    shape: LogitShape | None = None
+    """What the model does to the head's logits."""
 
     def hidden(self, input_ids: Tensor, attention_mask: Any, **more: Any) -> Tensor:
         """Last hidden states (N, L, H). `more`: what packed rows need, see packing.py."""
@@ -61,8 +72,26 @@ def split_head(bank: AdapterBank) -> SplitHead | None:
         if "last_hidden_state" not in out or out["last_hidden_state"].shape[-1] != head.in_features:
             return None
         found = head(out["last_hidden_state"].to(head.weight.dtype))
-    # equal to the last bit: where logits are small, a cap is a difference of few bits, which grows with the logits in training
-    return SplitHead(body, head) if torch.equal(expected, found.to(expected.dtype)) else None
+        # equal to the last bit: where logits are small, a cap is a difference of few bits, which grows with them in training
+        given = [s for s in _shapes(model) if torch.equal(expected, (s(found) if s is not None else found).to(expected.dtype))]
+    return SplitHead(body, head, given[0]) if len(given) == 1 else None
+
+
+def _shapes(model: PreTrainedModel) -> Iterator[LogitShape | None]:
+    """What may be done to logits, by the model's configuration."""
+    config = model.config.get_text_config()
+
+    def known(names: Sequence[str]) -> list[float]:
+        values = (getattr(config, name, None) for name in names)
+        return [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool) and value]
+
+    scales: list[LogitShape] = [LogitShape(factor=value) for value in known(FACTORS) if value != 1]
+    scales += [LogitShape(divisor=value) for value in known(DIVISORS) if value != 1]
+    for cap in known(CAPS):
+        yield from (replace(scale, cap=cap) for scale in scales)
+        yield LogitShape(cap=cap)
+    yield from scales
+    yield None
 
 
 def logits_of(model: nn.Module, input_ids_NL: Tensor, attention_mask: Any, **more: Any) -> Tensor:

@@ -264,7 +264,7 @@ def _row_losses(engine: Engine, batch: Batch, trained: Sequence[Tensor], referen
         hidden = _hidden(engine, split, batch).flatten(0, 1).index_select(0, places)
         targets = batch.input_ids_NL[rows, columns]
         scaled = weights if scale_E is None else weights * scale_E[examples]
-        total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, scaled, split.head.bias)
+        total, logprobs_T = weighted_nll(hidden, split.head.weight, targets, scaled, split.head.bias, shape=split.shape)
         return total, nll(LossInputs(logprobs_T=logprobs_T, weights_T=weights, rows_T=examples, rows=count))
     logprobs_T = _token_logprobs(engine, batch, rows, columns)
     if batch.references is not None:
@@ -314,7 +314,7 @@ def _token_logprobs(engine: Engine, batch: Batch, rows: Tensor, columns: Tensor)
         # one index a token, so that a GPU copies whole rows; token 0, which indices are filled up with, is predicted by none
         places = (rows * batch.input_ids_NL.shape[1] + columns - 1).clamp(min=0)
         hidden = _hidden(engine, split, batch).flatten(0, 1).index_select(0, places)
-        return token_logprobs(hidden, split.head.weight, targets, split.head.bias)
+        return token_logprobs(hidden, split.head.weight, targets, split.head.bias, shape=split.shape)
     arguments = _packed_arguments(engine, batch) if batch.packed else {"attention_mask": batch.attention_mask_NL}
     logits = logits_of(engine.bank.model, batch.input_ids_NL, **arguments)
     return logits[rows, columns - 1].float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)

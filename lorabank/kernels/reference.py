@@ -10,7 +10,7 @@ not finite in one slot reaches no other row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,14 @@ def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, segments: S
     return add_lora(F.linear(x, weight_OI, bias_O), x, segments, units)
 
 
-def token_logprobs(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """log p(target | hidden) for every token, fp32 (T,), with all logits held at once."""
+def token_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    bias_V: Tensor | None = None,
+    shape: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """log p(target | hidden) for every token, fp32 (T,), with all logits held at once. `shape`: what is done to them."""
     logits = F.linear(hidden_TH, weight_VH, bias_V).float()
+    logits = logits if shape is None else shape(logits)
     return logits.log_softmax(-1).gather(1, targets_T[:, None]).squeeze(1)

@@ -80,8 +80,8 @@ TARGETS: Mapping[str, Sequence[str]] = {
     "mamba": ["in_proj", "out_proj"],
     "mixtral": ["q", "v", "o"],
 }
-SPLITS = {"llama", "qwen3", "mistral", "gpt2", "opt", "bloom", "neox", "mamba", "mixtral"}
-"""Families whose logits are a linear head's, with nothing after it."""
+SPLITS = {"llama", "qwen3", "mistral", "gemma2", "cohere", "granite", "gpt2", "opt", "bloom", "neox", "mamba", "mixtral"}
+"""Families whose logits are a linear head's, with nothing after it but a scale or a cap that the configuration names."""
 
 
 def make_model(family: str = "llama", *, spread: float = 4.0) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lorabank.kernels import reference
+from lorabank.kernels.logit_shape import LogitShape
 from lorabank.kernels.loss import token_logprobs, weighted_nll
 
 V, H = 13, 8
@@ -50,6 +51,33 @@ def test_weighted_nll(chunk_tokens: int, bias: bool) -> None:
     torch.testing.assert_close(total, -(weights * expected).sum())
     torch.testing.assert_close(torch.autograd.grad(total * 3, hidden)[0], dh)
     assert not logprobs.requires_grad
+
+
+SHAPES = [
+    LogitShape(factor=0.25),
+    LogitShape(divisor=3.0),
+    LogitShape(cap=2.0),
+    LogitShape(factor=0.5, divisor=0.7, cap=1.5),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunk_tokens", [2, 100])
+def test_what_is_done_to_logits(chunk_tokens: int, shape: LogitShape) -> None:
+    """Logits here reach ±8, so a cap bends most of them."""
+    hidden, weight, targets, bias_V = _inputs(bias=True)
+    weights, upstream = _weights(7), torch.randn(7)
+    expected = reference.token_logprobs(hidden, weight, targets, bias_V, shape)
+    plain = reference.token_logprobs(hidden, weight, targets, bias_V)
+    assert (expected - plain).abs().max() > 0.1
+    found = token_logprobs(hidden, weight, targets, bias_V, shape=shape, chunk_numbers=chunk_tokens * V)
+    torch.testing.assert_close(found, expected)
+    (dh,) = torch.autograd.grad(expected, hidden, upstream, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden, upstream)[0], dh)
+    total, logprobs = weighted_nll(hidden, weight, targets, weights, bias_V, shape=shape, chunk_numbers=chunk_tokens * V)
+    torch.testing.assert_close(logprobs, expected.detach())
+    (dh,) = torch.autograd.grad(-(weights * expected).sum(), hidden)
+    torch.testing.assert_close(torch.autograd.grad(total, hidden)[0], dh)
 
 
 def test_a_vocabulary_above_the_chunk_goes_token_by_token() -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorabank.kernels.gpu import fast_math
+from lorabank.kernels.logit_shape import LogitShape
 
 CHUNK_NUMBERS = 2**27
 """Logits held at once, 256 MiB in bf16: 1,024 tokens of a vocabulary of 128k, enough for the products to fill an H100."""
@@ -99,9 +100,22 @@ def softmax_(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor | None = No
 
 
 def chunk(
-    hidden_CH: Tensor, weight_VH: Tensor, targets_C: Tensor, bias_V: Tensor | None, scale_C: Tensor | None
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    targets_C: Tensor,
+    bias_V: Tensor | None,
+    scale_C: Tensor | None,
+    shape: LogitShape | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(log p(target) (C,), scale · (p − onehot(target)) @ W (C, H) in the weight's dtype); no gradient without `scale_C`."""
-    logits = F.linear(hidden_CH.to(weight_VH.dtype), weight_VH, bias_V)
+    """(log p(target) (C,), scale · d(−log p)/d hidden (C, H) in the weight's dtype); no gradient without `scale_C`."""
+    logits, bend = F.linear(hidden_CH.to(weight_VH.dtype), weight_VH, bias_V), None
+    if shape is not None:
+        logits = shape(logits)
+        if scale_C is not None:
+            bend, scale_C = shape.bend(logits), scale_C * shape.slope
     logprobs = softmax_(logits, targets_C, scale_C)
-    return logprobs, None if scale_C is None else logits.to(weight_VH.dtype) @ weight_VH
+    if scale_C is None:
+        return logprobs, None
+    if bend is not None:
+        logits.mul_(bend.nan_to_num_(0.0))  # a row of weight 0 has exact zeros, and another NaN as it is
+    return logprobs, logits.to(weight_VH.dtype) @ weight_VH

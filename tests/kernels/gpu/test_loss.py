@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorabank.kernels import loss, reference
 from lorabank.kernels.gpu import loss as gpu
+from lorabank.kernels.logit_shape import LogitShape
 
 H = 8
 TOLERANCES = {
@@ -94,6 +95,39 @@ def test_weighted_nll(device: torch.device, tokens: int, V: int, chunk_tokens: i
     (found_dh,) = torch.autograd.grad(total * 3, hidden)
     torch.testing.assert_close(found_dh, dh, rtol=TOLERANCES[dtype]["rtol"], atol=6 * TOLERANCES[dtype]["atol"])  # 3 · weight ≤ 6
     assert not found_dh[weights == 0].any()
+
+
+SHAPES = [LogitShape(factor=0.25), LogitShape(cap=2.0), LogitShape(factor=0.5, divisor=0.7, cap=1.5)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_done_to_logits(device: torch.device, shape: LogitShape, dtype: torch.dtype) -> None:
+    hidden, weight, targets, bias = _inputs(device, 6, 97, dtype)
+    weights, path = _weights(6, device), loss.triton_path()
+    expected = reference.token_logprobs(hidden, weight, targets, bias, shape)
+    found = loss.token_logprobs(hidden, weight, targets, bias, shape=shape, chunk_numbers=4 * 97, path=path)
+    torch.testing.assert_close(found, expected, **TOLERANCES[dtype])
+    (dh,) = torch.autograd.grad(-(weights * expected).sum(), hidden, retain_graph=True)
+    total, logprobs = loss.weighted_nll(hidden, weight, targets, weights, bias, shape=shape, chunk_numbers=4 * 97, path=path)
+    torch.testing.assert_close(logprobs, expected.detach(), **TOLERANCES[dtype])
+    (found_dh,) = torch.autograd.grad(total, hidden)
+    near = {"rtol": TOLERANCES[dtype]["rtol"], "atol": 2 * TOLERANCES[dtype]["atol"]}  # weight ≤ 2
+    torch.testing.assert_close(found_dh, dh, **near)
+    assert not found_dh[weights == 0].any()
+    (dh,) = torch.autograd.grad(expected, hidden, weights)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden, weights)[0], dh, **near)
+
+
+def test_an_idle_row_that_is_not_finite_has_no_gradient(device: torch.device) -> None:
+    hidden, weight, targets, _ = _inputs(device, 4, 97, torch.float32)
+    with torch.no_grad():
+        hidden[2] = float("nan")
+    weights = torch.tensor([1.0, 2.0, 0.0, 1.0], device=device)
+    total, _ = loss.weighted_nll(hidden, weight, targets, weights, shape=LogitShape(cap=2.0), path=loss.triton_path())
+    (found,) = torch.autograd.grad(total, hidden)
+    assert not found[2].any()
 
 
 def test_the_two_agree_where_no_gradient_is_wanted(device: torch.device) -> None:
