@@ -99,7 +99,7 @@ class DataError(LorabankError, ValueError):
 
 
 class TooLargeError(LorabankError, RuntimeError):
-    """A row doesn't fit into the device's memory, even alone."""
+    """A row doesn't fit into the device's memory, even alone, or what training needs besides doesn't."""
 
 
 class OutputError(LorabankError, OSError):

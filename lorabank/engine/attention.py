@@ -207,14 +207,20 @@ def own_attention(
 
 def _flash_is_ready(configs: Sequence[PreTrainedConfig], device: torch.device) -> bool:
     """Whether FlashAttention 4 takes the heads of all attentions."""
+    kinds = head_kinds(configs)
+    return bool(kinds) and all(flash.ready(device, *kind) for kind in kinds)
+
+
+def head_kinds(configs: Iterable[PreTrainedConfig]) -> set[tuple[int, int]]:
+    """(features of a head, query heads that share a key head) of all attentions; empty where a configuration doesn't say."""
     kinds: set[tuple[int, int]] = set()
     for config in configs:
         heads = getattr(config, "num_attention_heads", None)
         if not isinstance(heads, int) or not heads:
-            return False
+            return set()
         size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
         kinds.add((size, heads // (getattr(config, "num_key_value_heads", None) or heads)))
-    return bool(kinds) and all(flash.ready(device, *kind) for kind in kinds)
+    return kinds
 
 
 def reached_windows(configs: Iterable[PreTrainedConfig], length: int) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ from lorabank.engine.attention import PACKED, asks_nothing, attention_forward, s
 
 BOUNDARIES = "cu_seq_lens_q"
 """Name of the argument."""
+MOST_FEATURES = 256
+"""Of a head, for torch's variable-length attention."""
 _TAKES = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 """Arguments of the installed torch's variable-length attention: they have grown from version to version."""
 
@@ -106,18 +108,21 @@ def _short(q_HTD: Tensor, window: int | None) -> Tensor | None:
 
 def suits_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether torch's variable-length attention takes these: half precision on an Ampere GPU or newer, heads of one size."""
-    features = query.shape[-1]
-    return (
-        query.is_cuda
-        and {"scale", "window_size"} <= _TAKES
-        and query.dtype == key.dtype == value.dtype
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and key.shape[-1] == value.shape[-1] == features
-        and features % 8 == 0
-        and features <= 256
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    same = query.dtype == key.dtype == value.dtype and key.shape[-1] == value.shape[-1] == query.shape[-1]
+    return query.is_cuda and same and varlen_missing(query.device, query.dtype, query.shape[-1]) is None
+
+
+def varlen_missing(device: torch.device, dtype: torch.dtype, features: int) -> str | None:
+    """Why torch's variable-length attention doesn't take heads of so many features on the GPU `device`; None when it does."""
+    if not {"scale", "window_size"} <= _TAKES:
+        return "this torch has none that takes a scale and a window"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "it is for fp16 and bf16"
+    if features % 8 or features > MOST_FEATURES:
+        return f"it takes heads of multiples of 8 features up to {MOST_FEATURES}"
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "it is for NVIDIA GPUs from Ampere on"
+    return None
 
 
 def varlen_attention(

@@ -17,13 +17,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import BASE
-from lorabank.engine.attention import configurations, own_attention, reached_windows
+from lorabank.engine.attention import configurations, head_kinds, own_attention, reached_windows
 from lorabank.engine.batch import Batch, Example, make_batch, pack_batch, send
 from lorabank.engine.head import SplitHead, logits_of
 from lorabank.engine.modes import evaluation_mode
-from lorabank.engine.packed_attention import BOUNDARIES, boundary_mask
+from lorabank.engine.packed_attention import BOUNDARIES, boundary_mask, varlen_missing
 from lorabank.engine.parts import is_out_of_memory
 from lorabank.errors import ConfigError, Setting
+from lorabank.notices import warn_once
 
 SHORT = 6
 """Tokens of the longest example of a probe whose model has no window, or none that matters."""
@@ -127,6 +128,7 @@ def find_packing(bank: AdapterBank, split: SplitHead | None, length: int) -> Pac
         for way in WAYS:
             reason = _objection(bank, split, Packing(model, way), length)
             if reason is None:
+                _tell_of_masks(bank, way)
                 return Packing(model, way)
             reasons.append(f"{way}: {reason}")
     raise ConfigError(
@@ -135,6 +137,25 @@ def find_packing(bank: AdapterBank, split: SplitHead | None, length: int) -> Pac
         f"their own ({'; '.join(reasons)}). Set ",
         Setting("data.packing"),
         ": false; batches are bucketed by length then.",
+    )
+
+
+def _tell_of_masks(bank: AdapterBank, way: str) -> None:
+    """Say, on a GPU, that packed rows of this model take masks, where they do."""
+    if bank.device.type != "cuda":
+        return
+    why: str | None = "the model's attention takes nothing else"
+    if way == "attention":
+        sizes = {size for size, _ in head_kinds(configurations(list(bank.model.modules())))}
+        dtypes = {p.dtype for p in bank.model.parameters() if p.is_floating_point() and p.element_size() > 1}
+        missing = [varlen_missing(bank.device, dtype, size) for size in sizes for dtype in dtypes]
+        if all(missing) and missing:
+            why = f"torch's variable-length attention isn't for it: {missing[0]}"
+        else:
+            return
+    warn_once(
+        f"packed rows of {type(bank.model).__name__} take a mask in every attention, whose memory and time grow with the square "
+        f"of a row's length: {why}. Shorter packed rows cost less."
     )
 
 

@@ -34,6 +34,7 @@ from lorabank.engine.rows import dropout_routing, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
 from lorabank.kernels.tables import DropTables, RouteTables
+from lorabank.notices import warn_once
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
 LENGTH_GRANULE = 64
@@ -130,7 +131,10 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
     """Whether this pass can be one of those that are captured: all of it runs on one GPU, without a look at what is on it."""
     if not engine.cuda_graphs or engine.bank.device.type != "cuda" or engine.base_dropout or engine.loss_function is not nll:
         return False
-    if engine.scales_losses or engine.activation_offloading:
+    if engine.scales_losses:
+        warn_once("passes over a base in fp16 aren't captured as CUDA graphs, so small ones wait for the host.")
+        return False
+    if engine.activation_offloading:
         return False
     plain = reference_NL is None and batch.references is None and not batch.packed and engine.head() is not None
     return plain and engine.deterministic and engine.all_fused(routing)

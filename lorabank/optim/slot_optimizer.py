@@ -7,7 +7,7 @@ steps all slots together on a GPU, without waiting for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class SlotOptimizer:
     def config(self, name: str) -> OptimizerConfig:
         """How an adapter is optimised."""
         return self._known(name).config
+
+    def make_room(self, names: Iterable[str]) -> None:
+        """Allocate the state that the first step of these adapters needs: before passes fill the memory, not after."""
+        for name in names:
+            slot = self._slot(name)
+            slot.place()
+            slot.ready_state()
 
     def steps(self, name: str) -> int:
         """Optimizer steps that an adapter has made. Waits for one that is under way on a GPU."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import TrainConfig
 from lorabank.engine.batch import Batch, Example, make_batch, pack_batch
+from lorabank.engine.parts import is_out_of_memory
 from lorabank.engine.state import EngineState, load_state, save_state
 from lorabank.engine.step import Engine, SlotLoss, forward_backward, logprobs, optim_step
 from lorabank.errors import OutputError, TooLargeError
@@ -60,8 +61,13 @@ class Trainer:
     def run(self, flag: InterruptFlag) -> bool:
         """Train until every adapter is done. False when interrupted. A checkpoint is written at the end in both cases."""
         self._started = time.monotonic() - self.progress.seconds
+        self._make_room()
         while True:
-            self._validate(flag)
+            try:
+                self._validate(flag)
+            except TooLargeError:
+                self.save_checkpoint()
+                raise
             if self._save_due() or flag.set:
                 self.save_checkpoint()
             if flag.set:
@@ -76,6 +82,20 @@ class Trainer:
             except TooLargeError:
                 self.save_checkpoint()  # nothing of this pass is in it
                 raise
+
+    def _make_room(self) -> None:
+        """For the optimizer, before anything else fills the memory that its first step would ask for."""
+        names = [name for name, p in self.progress.adapters.items() if p.status == RUNNING]
+        try:
+            self.optimizer.make_room(names)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TooLargeError(
+                f"out of memory: there is no room for the optimizer's state of {len(names)} adapters "
+                f"({(str(error).splitlines() or [''])[0]}). Train fewer adapters at once or lower ranks, or keep the base in "
+                "fewer bits (base_dtype: nf4)."
+            ) from error
 
     def rehearse(self) -> None:
         """A forward pass of each adapter's first row, so that what would fail in the first step fails here."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
 from lorabank.engine import packed_attention as ours
+from lorabank.engine import packing
 from lorabank.engine.packed_attention import boundary_mask, packed_attention, suits_varlen, varlen_attention
 from lorabank.engine.step import Engine, forward_backward
 from lorabank.kernels.native import attention, library
+from lorabank.notices import warn_once
 from tests.engine.test_attention import counted, llama
 from tests.engine.test_packing import assert_same_pass, pair
 from tests.engine.tiny import backward, difference, make_bank
@@ -172,3 +176,42 @@ def test_the_call_is_traced_once_for_all_shapes(monkeypatch: pytest.MonkeyPatch)
         assert out.shape == (rows, length, 4, 64)
         assert [g.shape for g in torch.autograd.grad(out.sum(), inputs)] == [x.shape for x in inputs]
         assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "capability", "why"),
+    [
+        (torch.bfloat16, 64, (8, 0), None),
+        (torch.float16, 256, (9, 0), None),
+        (torch.float32, 64, (9, 0), "fp16 and bf16"),
+        (torch.bfloat16, 20, (9, 0), "multiples of 8"),
+        (torch.bfloat16, 512, (9, 0), "up to 256"),
+        (torch.float16, 64, (7, 5), "Ampere"),
+    ],
+)
+def test_why_packed_rows_take_masks(
+    dtype: torch.dtype, features: int, capability: tuple[int, int], why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = ours.varlen_missing(torch.device("cuda"), dtype, features)
+    assert (found is None) if why is None else (why in str(found))
+
+
+def test_masks_of_packed_rows_are_told_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    warn_once.cache_clear()
+    config = hf.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    full: Any = hf.LlamaForCausalLM(config)
+    gpu = SimpleNamespace(device=torch.device("cuda"), model=full)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM take a mask in every attention.*it is for fp16 and bf16") as said:
+        for _ in range(2):
+            packing._tell_of_masks(gpu, "attention")  # type: ignore[arg-type]
+    assert len(said) == 1
+    full.to(torch.bfloat16)
+    packing._tell_of_masks(gpu, "attention")  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="takes nothing else"):
+        packing._tell_of_masks(gpu, "mask")  # type: ignore[arg-type]
+    packing._tell_of_masks(SimpleNamespace(device=torch.device("cpu"), model=full), "mask")  # type: ignore[arg-type]
+    warn_once.cache_clear()

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import lorabank as lb
 from lorabank.engine.loss_scale import LossScale
 from lorabank.errors import TooLargeError
+from lorabank.optim.slots import Slot
 from lorabank.training.events import RunResult
 from tests.training.test_joint import Recorder
 from tests.training.tiny import assert_same_run, delta_weights, tiny_model, tiny_rows
@@ -103,6 +104,36 @@ class TooLong(Recorder):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
             self.hook = nn.modules.module.register_module_forward_hook(look)
+
+
+def test_a_validation_that_does_not_fit_keeps_what_was_trained(base_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "model": str(base_folder), "data": {"train": str(rows_file)}, "adapters": TWO, "defaults": {"batch_size": 4},
+        "eval": {"every": 3, "samples": 0}, "save": {"every": 0}, "device": "cpu", "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    told = TooLong(3)
+    with pytest.raises(TooLargeError, match="a stopped run can be resumed"):
+        try:
+            lb.train(**common, listeners=[told])
+        finally:
+            told.hook.remove()
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-3"]
+    assert lb.train(**common, resume=True).adapters["formal"].steps == 6
+
+
+def test_no_room_for_the_optimizer_is_told_before_any_pass(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(self: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17.00 GiB.")
+
+    monkeypatch.setattr(Slot, "ready_state", none_left)
+    told = Recorder()
+    with pytest.raises(
+        TooLargeError, match=r"optimizer's state of 2 adapters \(CUDA out of memory.*17.00 GiB.\).*base_dtype: nf4"
+    ):
+        lb.train(model=tiny_model(), tokenizer=tokenizer, data=tiny_rows(), adapters=TWO, listeners=[told])
+    assert not told.steps
 
 
 def test_fp16_ends_where_fp32_does(tokenizer: PreTrainedTokenizerFast) -> None:

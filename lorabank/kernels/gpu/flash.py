@@ -52,7 +52,11 @@ def ready(device: torch.device, features: int, shared: int) -> bool:
         return False
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) != CAPABILITY:
         return False
-    if features not in HEADS or not _installed():
+    if not _installed():
+        return False
+    if features not in HEADS:
+        why = f"heads of {features} features were not tried, those of {' and '.join(map(str, HEADS))} were"
+        warn_once(f"flash-attn-4 isn't used for this model, torch's attention is: {why}. {SWITCH}=0 silences this.")
         return False
     why = missing(device, features, shared)
     if why is not None:

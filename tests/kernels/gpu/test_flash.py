@@ -126,6 +126,22 @@ def test_a_package_that_does_not_work_is_told_about(switch: str, tried: bool, mo
     flash.ready.cache_clear()
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_heads_that_were_not_tried_are_told_about_where_the_package_is_there(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: flash.CAPABILITY)
+    monkeypatch.setattr(flash, "_installed", lambda: installed)
+    flash.ready.cache_clear()
+    expected = pytest.warns(
+        UserWarning, match="isn't used for this model.*heads of 96 features were not tried, those of 64 and 128"
+    )
+    with expected if installed else contextlib.nullcontext():
+        assert not flash.ready(torch.device("cuda", 7), 96, 2)
+    flash.ready.cache_clear()
+
+
 def test_what_is_asked_for_is_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing it takes long and may fail in many ways; another package has a module of that name, too."""
     monkeypatch.setattr(flash, "PACKAGE", "pytest")
