@@ -26,6 +26,10 @@ SEEN_BEFORE = 2
 """Passes of a shape that run kernel by kernel, which compiles and warms up what they need, before it is captured."""
 KEPT = 4
 """Graphs kept at a time: each holds on to gradients of its own."""
+MOST = 16
+"""The same where gradients are small beside the device's memory: rows of many lengths have many shapes."""
+SHARE = 1 / 64
+"""Of the device's memory, for gradients of all graphs beyond the first `KEPT`."""
 IDLE = 64
 """Passes for which a graph wasn't used before another may take its place: capturing takes longer than it saves in a few."""
 
@@ -54,7 +58,8 @@ class PassGraphs:
         self._last: _Captured | None = None
         self._too_large: set[Hashable] = set()
         self._passes = 0
-        self._kept = KEPT
+        self._halved = 0
+        """How often memory ran out, and half of the graphs had to do from then on."""
         self._pool: Any = None
         self.refused: str | None = None
         """Why passes aren't captured any more, if one couldn't be."""
@@ -92,7 +97,14 @@ class PassGraphs:
         if self.refused is not None or self._seen[key] < SEEN_BEFORE or key in self._too_large:
             return False
         oldest = next(iter(self._captured.values()), None)
-        return oldest is None or len(self._captured) < self._kept or self._passes - oldest.used > IDLE
+        return oldest is None or len(self._captured) < self.kept or self._passes - oldest.used > IDLE
+
+    @property
+    def kept(self) -> int:
+        """Graphs kept at a time."""
+        largest = max((sum(g.nbytes for g in made.gradients) for made in self._captured.values()), default=0)
+        fit = int(SHARE * _memory(next(iter(self._captured.values())).gradients) / largest) if largest else KEPT
+        return max(1, min(MOST, max(KEPT, fit)) >> self._halved)
 
     def _rescue(self) -> None:
         """Copy gradients of the graph that ran last out of the pool: what runs now may write over them."""
@@ -108,14 +120,14 @@ class PassGraphs:
         held = bool(self._captured)
         self._rescue()
         self._captured.clear()
-        self._kept = max(1, self._kept // 2)
+        self._halved += 1
         self._seen.clear()
         return held
 
     def _capture(
         self, key: Hashable, tensors: Sequence[Tensor], leaves: Sequence[nn.Parameter], compute: Pass
     ) -> _Captured | None:
-        while len(self._captured) >= self._kept:
+        while len(self._captured) >= self.kept:
             self._captured.popitem(last=False)
         inputs = [tensor.clone() for tensor in tensors]
         # an old pass that only a cycle of references keeps alive has accumulators of gradients on another stream, which is
@@ -143,6 +155,11 @@ class PassGraphs:
         given = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         self._captured[key] = _Captured(graph, inputs, row_losses, [leaf for leaf, _ in given], [grad for _, grad in given])
         return self._captured[key]
+
+
+def _memory(tensors: Sequence[Tensor]) -> int:
+    """Bytes that the device has on which these lie; 0 where it isn't a GPU."""
+    return torch.cuda.get_device_properties(tensors[0].device).total_memory if tensors and tensors[0].is_cuda else 0
 
 
 def _taken_off(leaves: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:

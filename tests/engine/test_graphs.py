@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorabank.engine.graphs import IDLE, KEPT, SEEN_BEFORE, PassGraphs
+from lorabank.engine import graphs
+from lorabank.engine.graphs import IDLE, KEPT, MOST, SEEN_BEFORE, PassGraphs
 
 BETWEEN = 100.0
 """What stands in a gradient's memory once another graph has run."""
@@ -153,6 +154,29 @@ def test_shapes_that_come_and_go_are_not_captured_over_and_over(world: World) ->
         for number in range(2 * KEPT):
             world.graphs.run(("shape", number), [torch.ones(2)], list, lambda given: given[0].sum()[None])
     assert world.captured == KEPT
+
+
+@pytest.mark.parametrize(("memory", "kept"), [(0, KEPT), (64 * 8 * 6, 6), (10**9, MOST)])
+def test_more_graphs_are_kept_where_gradients_are_small(
+    memory: int, kept: int, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient here has two numbers of fp32."""
+    monkeypatch.setattr(graphs, "_memory", lambda tensors: memory)
+    for _ in range(SEEN_BEFORE + 2):
+        for number in range(2 * MOST):
+            world.graphs.run(("shape", number), [torch.ones(2)], lambda: [world.leaves[0]], lambda given: _through(world, given))
+    assert world.captured == kept
+    assert world.graphs.kept == kept
+    assert world.graphs.drop()
+    assert world.graphs.kept == KEPT // 2
+
+
+def _through(world: World, given: Sequence[Tensor]) -> Tensor:
+    (world.leaves[0] * given[0]).sum().backward()
+    losses = given[0].sum()[None].clone()
+    if world._current is not None:
+        world._current.losses, world._current.given = losses, given[0]
+    return losses
 
 
 def test_a_graph_that_lies_idle_makes_room(world: World) -> None:
