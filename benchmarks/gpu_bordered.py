@@ -76,6 +76,12 @@ class Mlp:
         """So many layers that share a border: queries, keys and values."""
         return self._group(count, pads=self.pad, share=self.pad // count, left=0)
 
+    @property
+    def groups(self) -> dict[str, bordered.Group]:
+        """What the layers of a block share borders by: three where there is room."""
+        found = {"two layers": self.pair, "one layer": self.down}
+        return found | ({"three layers": self.joined(3)} if self.pad // 3 >= self.rank * self.slots else {})
+
     def _group(self, count: int, *, pads: int, share: int, left: int) -> bordered.Group:
         shadow = torch.zeros(max(pads, count * share), HIDDEN, dtype=self.x.dtype, device=self.x.device)
         for layer in range(count):
@@ -96,17 +102,8 @@ class Mlp:
 
 def found_and_expected(p: Mlp) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Each kernel's result and the same by torch in fp32."""
-    x, A = p.x.float(), p.A.bfloat16().float()
-    border = torch.zeros(TOKENS, p.pad, device=x.device)
-    for tokens, ranks in p.slot_rows():
-        border[tokens, ranks] = SCALING * x[tokens] @ A[ranks].t()
-    pair = p.pair
-    wide, _ = pair.widen(p.x, p.tables)
-    yield "widen", wide, torch.cat([border, x, border], 1)
-    added = x.clone()
-    for tokens, ranks in p.slot_rows():
-        added[tokens] += 2 * SCALING * wide[tokens, ranks].float() @ A[ranks]
-    yield "finish", pair.finish(wide, p.tables)[0], added
+    for name, group in p.groups.items():
+        yield from _group_found_and_expected(p, name, group)
     dh, gate, up = (part.float() for part in p.wide)
     value, slope = torch.sigmoid(gate) * gate, torch.sigmoid(gate) * (1 + gate * (1 - torch.sigmoid(gate)))
     yield "activate", gated_mlp.activate(p.wide[1], p.wide[2], "silu"), value * up
@@ -118,6 +115,31 @@ def found_and_expected(p: Mlp) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield f"middle, {name}", mine, torch.cat(parts)
 
 
+def _group_found_and_expected(p: Mlp, name: str, group: bordered.Group) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """`widen` and `finish` for so many layers: a layer's border columns are `share` behind those of the one before."""
+    x, A = p.x.float(), p.A.bfloat16().float()
+    places = [
+        (layer, tokens, slice(layer * group.share + ranks.start, layer * group.share + ranks.stop), ranks)
+        for layer in range(len(group.ranks))
+        for tokens, ranks in p.slot_rows()
+    ]
+    border = torch.zeros(len(x), group.pads, device=x.device)
+    for _, tokens, columns, ranks in places:
+        border[tokens, columns] = SCALING * x[tokens] @ A[ranks].t()
+    wide, narrow = group.widen(p.x, p.tables)
+    yield f"widen, {name}", wide, torch.cat([border[:, : group.left], x, border[:, group.left :]], 1)
+    made = torch.cat([wide[:, : group.left], wide[:, group.left + x.shape[1] :]], 1).float()
+    added = x.clone()
+    for _, tokens, columns, ranks in places:
+        added[tokens] += SCALING * made[tokens, columns] @ A[ranks]
+    out, scaled = group.finish(wide, p.tables)
+    yield f"finish, {name}", out, added
+    for kernel, found, scaling in (("widen", narrow, 1.0), ("finish", scaled, SCALING)):
+        mine = torch.cat([found[layer][tokens, : p.rank] for layer, tokens, _, _ in places])
+        other = torch.cat([scaling * made[tokens, columns] for _, tokens, columns, _ in places])
+        yield f"{kernel}, {name}, narrow", mine, other
+
+
 def middle(p: Mlp) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As blocks start it."""
     return gated_mlp.middle(*p.wide, [p.narrow] * 3, [p.B] * 3, p.tables, [p.ranks] * 3, "silu")
@@ -127,10 +149,7 @@ def timings(p: Mlp) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """(kernel, its start, bytes that it reads and writes at least)."""
     T, item = TOKENS, 2
     narrow, shadow = item * T * p.width, item * p.rank * p.slots * HIDDEN
-    groups = {"two layers": p.pair, "one layer": p.down}
-    if p.pad // 3 >= p.rank * p.slots:
-        groups["three layers"] = p.joined(3)
-    for name, group in groups.items():
+    for name, group in p.groups.items():
         count = len(group.ranks)
         moved = item * T * (2 * HIDDEN + group.pads) + count * (narrow + shadow)
         made = group.widen(p.x, p.tables)[0]

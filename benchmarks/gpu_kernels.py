@@ -1,11 +1,11 @@
-"""The hot kernels, shape by shape, beside a copy of the same bytes; the frozen products beside torch's own.
+"""The hot kernels, shape by shape, beside a copy of the same bytes; the frozen products and attention beside torch's own.
 
     python benchmarks/gpu_kernels.py --output kernels.json
 
-Every kernel is held to kernels/reference.py (AdamW to torch's) first; one that is wrong ends the run without a number. Each
-timing starts with a cold L2 cache: a fill of 256 MiB runs right before the kernel and its own time is taken off. The GPU is
-kept busy beforehand, so that the host has started everything by then. `fraction`: the copy's time over the kernel's, both
-moving the bytes that the kernel can't avoid.
+Every kernel is held to kernels/reference.py or to plain torch first; one that is wrong ends the run without a number. What this
+GPU lacks (fp8 units, FlashAttention) is named and left out. Each timing starts with a cold L2 cache: a fill of 256 MiB runs right
+before the kernel and its own time is taken off. The GPU is kept busy beforehand, so that the host has started everything by then.
+`fraction`: the copy's time over the kernel's, both moving the bytes that the kernel can't avoid.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the machine with the GPU may have the folder only
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_attention
 import gpu_bordered
+import gpu_fp8
 import torch
-from gpu_problems import MANY, MIXED_RANKS, TOKENS, TOLERANCE, Clock, Problem, disagreements
+from gpu_problems import MANY, MIXED_RANKS, TOKENS, TOLERANCE, Clock, Problem, Several, disagreements
 from gpu_results import Results
 
 from lorabank.kernels import reference
@@ -36,6 +38,8 @@ SIBLINGS = (2, 3)
 """Gate and up; queries, keys and values."""
 MLP_RANK = 16
 HIDDEN, VOCABULARY, CHUNK = 4096, 128256, 1024
+JOINED = (4096, 1024, 1024)
+"""Outputs of queries, keys and values, whose gradients of B are made in one start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +122,49 @@ def sibling_case(count: int, each: Sequence[int], device: torch.device) -> tuple
     return wrong, [Kernel(kernel=name, shape=shape, rank=p.rank_text, work=work, moved=moved) for name, work in calls.items()]
 
 
-def base_kernels(inputs: int, outputs: int, device: torch.device) -> Iterator[Kernel]:
+def joined_case(each: Sequence[int], device: torch.device, tokens: int = TOKENS) -> tuple[list[str], list[Kernel]]:
+    """`outer_each`, with the sum of its parts, and that sum alone, where there is anything to add."""
+    several = Several.make(Problem.make(HIDDEN, HIDDEN, each, device, tokens), JOINED)
+    p = several.p
+    wrong = disagreements(several.found(), several.expected(), f"{len(JOINED)} layers, r {p.rank_text}, {p.slots} slots")
+    shape = f"{HIDDEN}→{' + '.join(map(str, JOINED))}{p.slots_text}"
+    wide, leaves = 2 * len(p.x) * sum(JOINED), 4 * sum(p.each) * sum(JOINED)
+    moved = wide + leaves + len(JOINED) * p.narrow_bytes
+    kernels = [Kernel(kernel="outer_each", shape=shape, rank=p.rank_text, work=several.outer_each, moved=moved)]
+    if several.folds_bytes:
+        kernels.append(Kernel(kernel="fold", shape=shape, rank=p.rank_text, work=several.fold, moved=several.folds_bytes))
+    return wrong, kernels
+
+
+def product_case(inputs: int, outputs: int, device: torch.device, tokens: int = TOKENS) -> tuple[list[str], list[Kernel]]:
     """The frozen products, added in place to a tensor that exists, beside torch's plain ones."""
-    x, dy = (torch.randn(TOKENS, n, device=device, dtype=torch.bfloat16) for n in (inputs, outputs))
+    torch.manual_seed(inputs + outputs)
+    x, dy = (torch.randn(tokens, n, device=device, dtype=torch.bfloat16) for n in (inputs, outputs))
     W = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
     kind = STORAGES["linear"]
     assert kind.add_forward is not None and kind.add_input_grad is not None
     forward, backward = kind.add_forward, kind.add_input_grad
+    y, dx = torch.randn_like(dy) * inputs**0.5, torch.randn_like(x) * outputs**0.5  # as large as what is added
+    expected = {
+        "frozen product": y.float() + x.float() @ W.float().t(), "frozen input gradient": dx.float() + dy.float() @ W.float(),
+    }  # fmt: skip
+    forward(y, x, [W])
+    backward(dx, dy, [W])
+    wrong = disagreements({"frozen product": y, "frozen input gradient": dx}, expected, f"{inputs}→{outputs}")
+    call: dict[str, Any] = {"shape": f"{inputs}→{outputs}", "rank": "–", "flop": 2 * tokens * inputs * outputs}
     y, dx = torch.zeros_like(dy), torch.zeros_like(x)
-    call: dict[str, Any] = {"shape": f"{inputs}→{outputs}", "rank": "–", "flop": 2 * TOKENS * inputs * outputs}
-    yield Kernel(kernel="frozen product", work=lambda: forward(y, x, [W]), beside=lambda: torch.mm(x, W.t()), **call)
-    yield Kernel(kernel="frozen input gradient", work=lambda: backward(dx, dy, [W]), beside=lambda: torch.mm(dy, W), **call)
+    return wrong, [
+        Kernel(kernel="frozen product", work=lambda: forward(y, x, [W]), beside=lambda: torch.mm(x, W.t()), **call),
+        Kernel(kernel="frozen input gradient", work=lambda: backward(dx, dy, [W]), beside=lambda: torch.mm(dy, W), **call),
+    ]
+
+
+def attention_kernels(device: torch.device) -> Iterator[Kernel]:
+    """Causal attention at the table's sizes, where ours isn't torch's."""
+    if gpu_attention.missing(device) is None:
+        a = gpu_attention.Attention.make(device)
+        for name, work, beside, flop in gpu_attention.timings(a):
+            yield Kernel(kernel=name, shape=a.shape, rank="–", work=work, beside=beside, flop=flop)
 
 
 def softmax_case(tokens: int, vocabulary: int, device: torch.device) -> tuple[list[str], Kernel]:
@@ -192,11 +228,14 @@ def adapter_sizes(rank: int, layers: int = 32) -> list[int]:
 
 
 def mlp_kernels(slots: int, device: torch.device) -> Iterator[Kernel]:
-    """Those of gated MLPs whose weights carry borders, where there is room for so many adapters."""
+    """Those of gated MLPs: with borders where there is room for so many adapters, over an fp8 base where there are units."""
+    p = gpu_bordered.Mlp.make(MLP_RANK, slots, device)
+    shape = f"{HIDDEN}, {gpu_bordered.INNER}{f', {slots} slots' if slots > 1 else ''}"
     if border_width(slots * MLP_RANK):
-        p = gpu_bordered.Mlp.make(MLP_RANK, slots, device)
-        shape = f"{HIDDEN}, {gpu_bordered.INNER}" + (f", {slots} slots" if slots > 1 else "")
         for name, work, moved in gpu_bordered.timings(p):
+            yield Kernel(kernel=name, shape=shape, rank=MLP_RANK, work=work, moved=moved)
+    if gpu_fp8.missing(device) is None:
+        for name, work, moved in gpu_fp8.timings(p):
             yield Kernel(kernel=name, shape=shape, rank=MLP_RANK, work=work, moved=moved)
 
 
@@ -205,32 +244,51 @@ def adapters(slots: int) -> list[tuple[int, ...]]:
     return [*((rank,) * slots for rank in RANKS), MIXED_RANKS * (MANY // len(MIXED_RANKS))]
 
 
+def left_out(device: torch.device) -> dict[str, str]:
+    """Kernels that this GPU can't be asked for, and why."""
+    reasons = {"attention": gpu_attention.missing(device), "fp8": gpu_fp8.missing(device)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def find_wrong(slots: int, device: torch.device) -> list[str]:
-    """Every LoRA kernel against reference.py (those of gated MLPs against torch in fp32), at every shape and rank."""
-    wrong: list[str] = []
-    if border_width(slots * MLP_RANK):
-        for name, found, value in gpu_bordered.found_and_expected(gpu_bordered.Mlp.make(MLP_RANK, slots, device)):
-            wrong += disagreements({name: found}, {name: value}, f"r {MLP_RANK}, {slots} slots")
+    """What `all_kernels` has, at every shape and rank: LoRA's products against reference.py, the others against torch in fp32."""
+    wrong = [*_wrong_in_mlps(slots, device)]
+    if gpu_attention.missing(device) is None:
+        a = gpu_attention.Attention.make(device)
+        wrong += disagreements(gpu_attention.found(a), gpu_attention.expected(a), a.shape, gpu_attention.TOLERANCE)
     for inputs, outputs in PAIRS:
+        wrong += product_case(inputs, outputs, device)[0]
         for each in adapters(slots):
             p = Problem.make(inputs, outputs, each, device)
             wrong += disagreements(p.products(), p.expected(), f"{inputs}→{outputs}, r {p.rank_text}, {p.slots} slots")
-    for count in SIBLINGS:
-        for each in adapters(slots):
+    for each in adapters(slots):
+        wrong += joined_case(each, device)[0]
+        for count in SIBLINGS:
             wrong += sibling_case(count, each, device)[0]
     return wrong
 
 
+def _wrong_in_mlps(slots: int, device: torch.device) -> Iterator[str]:
+    p = gpu_bordered.Mlp.make(MLP_RANK, slots, device)
+    pairs = [gpu_bordered.found_and_expected(p)] if border_width(slots * MLP_RANK) else []
+    pairs += [gpu_fp8.found_and_expected(p)] if gpu_fp8.missing(device) is None else []
+    for each in pairs:
+        for name, found, value in each:
+            yield from disagreements({name: found}, {name: value}, f"r {MLP_RANK}, {slots} slots")
+
+
 def all_kernels(slots: int, device: torch.device) -> Iterator[Kernel]:
-    """The LoRA kernels and products, made one problem at a time."""
+    """All but softmax and AdamW, made one problem at a time."""
     for inputs, outputs in PAIRS:
-        yield from base_kernels(inputs, outputs, device)
+        yield from product_case(inputs, outputs, device)[1]
         for each in adapters(slots):
             yield from lora_kernels(Problem.make(inputs, outputs, each, device))
-    for count in SIBLINGS:
-        for each in adapters(slots):
+    for each in adapters(slots):
+        for count in SIBLINGS:
             yield from sibling_case(count, each, device)[1]
+        yield from joined_case(each, device)[1]
     yield from mlp_kernels(slots, device)
+    yield from attention_kernels(device)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -257,8 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("every kernel agrees with its reference", flush=True)
     passed = {"passed": True, "tolerance": TOLERANCE}
     results = Results.start(
-        "kernels", args.output, gpu=torch.cuda.get_device_name(), revision=args.commit, check=passed, slots=args.slots
-    )
+        "kernels", args.output, gpu=torch.cuda.get_device_name(), revision=args.commit, check=passed, slots=args.slots,
+        left_out=left_out(device),
+    )  # fmt: skip
+    for name, reason in results.record["left_out"].items():
+        print(f"{name:22s} left out: {reason}", flush=True)
     clock = Clock(args.repeats)
     # none of them is kept: their tensors go as soon as they were measured
     for kernel in (*(case for _, case in steps), softmax):

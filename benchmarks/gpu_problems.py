@@ -1,4 +1,4 @@
-"""One layer's call as kernels see it, for gpu_kernels.py and gpu_tune.py: problems, what is expected of them, a clock."""
+"""Layers' calls as kernels see them, for gpu_kernels.py and gpu_tune.py: problems, what is expected of them, a clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorabank.bank.fused import table_width
 from lorabank.kernels import reference
-from lorabank.kernels.gpu import lora
+from lorabank.kernels.gpu import lora, outer_each, sums
 from lorabank.kernels.segments import Segment
 from lorabank.kernels.tables import RouteTables, route_tables
 
@@ -163,11 +163,83 @@ class Problem:
         return reference.lora_delta(x[slot * share : (slot + 1) * share][None], segment)[0]
 
 
-def disagreements(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> list[str]:
-    """What differs by more than rounding explains."""
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """Gradients of B of layers of several sizes, as queries, keys and values have: products, and sums of parts made up."""
+
+    p: Problem
+    features: tuple[int, ...]
+    narrow: list[Tensor]
+    wide: list[Tensor]
+    likes: list[Tensor]
+    """A layer's B (ΣR, F), for its size."""
+    parts: list[Tensor]
+    """fp32 (chunks, W, F) of each layer."""
+    folded: list[Tensor]
+    """What `fold` fills, (ΣR, F): zeros where it has nothing to do."""
+
+    @classmethod
+    def make(cls, p: Problem, features: Sequence[int]) -> Several:
+        """Random tensors for the tokens and adapters of a problem."""
+        device, tokens, chunks = p.x.device, len(p.x), p.tables.chunks_C4.shape[0]
+        bf16 = {"device": device, "dtype": torch.bfloat16}
+        return cls(
+            p=p, features=tuple(features), narrow=[torch.randn(tokens, p.width, **bf16) for _ in features],
+            wide=[torch.randn(tokens, size, **bf16) for size in features],
+            likes=[torch.empty(sum(p.each), size, device=device) for size in features],
+            parts=[torch.randn(chunks, p.width, size, device=device) for size in features],
+            folded=[torch.zeros(sum(p.each), size, device=device) for size in features],
+        )  # fmt: skip
+
+    @property
+    def _lists(self) -> list[Tensor]:
+        return [self.p.ranks] * len(self.features)
+
+    @property
+    def folds_bytes(self) -> int:
+        """Bytes that `fold` reads and writes at least: nothing of a slot with a single chunk."""
+        chunks = self.p.tables.spans_P2[:, 1].tolist()
+        return sum(4 * sum(self.features) * rank * (n + 1) for rank, n in zip(self.p.each, chunks, strict=True) if n != 1)
+
+    def outer_each(self) -> list[Tensor]:
+        """The products, their parts folded."""
+        return outer_each.outer_each(self.narrow, self.wide, self.likes, self.p.tables, self._lists)
+
+    def fold(self) -> list[Tensor]:
+        """The sums."""
+        sums.fold(self.folded, self.parts, self.p.tables, self._lists)
+        return self.folded
+
+    def found(self) -> dict[str, Tensor]:
+        """Both, all layers' numbers one after the other."""
+        return {"outer_each": torch.cat(self.outer_each(), 1), "fold": torch.cat(self.fold(), 1)}
+
+    def expected(self) -> dict[str, Tensor]:
+        """The same slot by slot, in fp32."""
+        wide, parts = torch.cat(self.wide, 1).float(), torch.cat(self.parts, 2)
+        products, added = (torch.zeros(sum(self.p.each), wide.shape[1], device=wide.device) for _ in range(2))
+        share = len(wide) // self.p.slots
+        for slot, ((start, rank), (first, chunks)) in enumerate(
+            zip(self.p.ranks.tolist(), self.p.tables.spans_P2.tolist(), strict=True)
+        ):
+            tokens, ranks = slice(slot * share, (slot + 1) * share), slice(start, start + rank)
+            for narrow, columns in zip(self.narrow, self._columns, strict=True):
+                products[ranks, columns] = narrow[tokens, :rank].float().t() @ wide[tokens, columns]
+            if chunks != 1:
+                added[ranks] = parts[first : first + chunks, :rank].sum(0)
+        return {"outer_each": products, "fold": added}
+
+    @property
+    def _columns(self) -> list[slice]:
+        starts = [sum(self.features[:i]) for i in range(len(self.features))]
+        return [slice(start, start + size) for start, size in zip(starts, self.features, strict=True)]
+
+
+def disagreements(found: dict[str, Tensor], expected: dict[str, Tensor], where: str, allowed: float = TOLERANCE) -> list[str]:
+    """What differs by more than rounding explains, relative to its norm."""
     wrong: list[str] = []
     for name, value in expected.items():
-        off = float((found[name].float() - value).norm() / value.norm())
-        if not off <= TOLERANCE:  # NaN too
+        off = float((found[name].float() - value).norm() / value.norm().clamp_min(1e-30))
+        if not off <= allowed:  # NaN too
             wrong.append(f"{name} at {where}: off by {off:.2e} of its norm")
     return wrong

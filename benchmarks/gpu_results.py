@@ -1,17 +1,20 @@
 """Result files of the GPU benchmarks: one JSON a run, rewritten after every row: a run that is killed keeps what it had.
 
-A run is `{kind, date, commit, gpu, versions, check, rows}`; several runs may be kept in one file as `{"runs": [...]}`. Nothing
-here imports torch: the table is made on any machine.
+A run is `{kind, date, commit, gpu, gpu_uuid, versions, check, rows}`; several runs may be kept in one file as `{"runs": [...]}`.
+`gpu_uuid` names the very card, None where nobody could tell; runs recorded before 2026-11-29 lack it. Nothing here imports torch:
+the table is made on any machine.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +49,38 @@ def commit() -> str:
     return out or "unknown"
 
 
+def gpu_uuid() -> str | None:
+    """The first visible GPU's own number, as 32 hexadecimal digits and dashes; None where neither torch nor nvidia-smi has it.
+
+    torch is asked where this process has a GPU open through it; opening one here would take its memory from the peers.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        found = plain_uuid(str(getattr(torch.cuda.get_device_properties(0), "uuid", "")))
+        if found is not None:
+            return found
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader", "-i", first]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):  # a machine without it, or one that hangs
+        return None
+    return plain_uuid(out.stdout) if out.returncode == 0 else None
+
+
+def plain_uuid(text: str) -> str | None:
+    """What torch and nvidia-smi write differently, GPU-… or without, in one form."""
+    found = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text.lower())
+    return found[0] if found else None
+
+
+def same_session(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs were one after the other on one machine: same card and date, or same commit and date without a card."""
+    key = "gpu_uuid" if run.get("gpu_uuid") and other.get("gpu_uuid") else "commit"
+    known = run.get(key) not in (None, "unknown")
+    return known and run.get(key) == other.get(key) and run.get("date") == other.get("date")
+
+
 @dataclass
 class Results:
     """One run and the file that it is kept in."""
@@ -58,8 +93,8 @@ class Results:
     def start(cls, kind: str, path: Path | None, *, gpu: str | None, revision: str | None, **more: Any) -> Results:
         """An empty run. `revision`: the commit, None to ask git for it."""
         record = {
-            "kind": kind, "date": time.strftime("%Y-%m-%d"), "commit": revision or commit(), "gpu": gpu, "versions": versions(),
-            **more, "rows": [],
+            "kind": kind, "date": time.strftime("%Y-%m-%d"), "commit": revision or commit(), "gpu": gpu,
+            "gpu_uuid": gpu_uuid(), "versions": versions(), **more, "rows": [],
         }  # fmt: skip
         return cls(path, record)
 

@@ -5,8 +5,9 @@
     python benchmarks/gpu_table.py --readme                                                # between the markers in README.md
 
 Of an item that was run twice the later one counts; of one whose target is a time, or a rate of a copy, on the targets' GPU that
-one before any other. A run of ours whose check isn't recorded as passed is refused; a ratio to a
-peer that ran on another GPU isn't printed; a model cut to fewer blocks gets no verdict.
+one before any other; of a peer's that of our own run's session, where there is one. A run of ours whose check isn't recorded as
+passed is refused; a ratio to a peer that ran on another GPU isn't printed, one to a peer of another session says so; a model cut
+to fewer blocks gets no verdict.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_results import load_runs, save_runs
+from gpu_results import load_runs, same_session, save_runs
 
 Row = Mapping[str, Any]
 
@@ -78,6 +79,8 @@ class Line:
     """The peers' item that is compared with."""
     peer_repeats: int = 1
     """Steps of the peer that do our step's work."""
+    anchor_ms: float | None = None
+    """What a step of the peer took when the target was set, if the issue gives it as a ratio too."""
     beat_peer: bool = False
     """The target is the best peer itself: faster, with no more memory."""
     beside: str | None = None
@@ -122,7 +125,7 @@ LINES = (
     Line(item="one-1x512", work="one adapter, 1 × 512", ours=STEP, bounds=(_ms(60),), peer_item="one-1x512"),
     Line(
         item="eight-8x512", work="eight adapters, 512 tokens each", ours=STEP, bounds=(_ms(250),), peer_item="one-1x512",
-        peer_repeats=8,
+        peer_repeats=8, anchor_ms=210,
     ),
     Line(
         item="many-64", work="64 adapters, ranks 4 to 64, 4,096 tokens: forward and backward ({layers} blocks)",
@@ -167,14 +170,14 @@ class Measured:
     ours: Mapping[str, tuple[Row, Row]]
     """Item to (run, row)."""
     peers: Mapping[str, Sequence[tuple[Row, Row]]]
-    """Item to every peer's."""
+    """Item to every peer's, older ones first."""
     kernels: Sequence[tuple[Row, Row]]
 
     @classmethod
     def of(cls, runs: Sequence[Row]) -> Measured:
         """Sort the rows of all runs. Exits for a run of ours whose check isn't recorded as passed."""
         ours: dict[str, tuple[Row, Row]] = {}
-        peers: dict[str, dict[tuple[str, str], tuple[Row, Row]]] = {}
+        peers: dict[str, list[tuple[Row, Row]]] = {}
         kernels: dict[tuple[object, ...], tuple[Row, Row]] = {}
         for run in runs:
             if run["kind"] != "peers":
@@ -184,19 +187,25 @@ class Measured:
                     if row["item"] in ANYWHERE or _at_least_as_near(run, ours.get(row["item"])):
                         ours[row["item"]] = (run, row)
                 elif run["kind"] == "peers":
-                    peers.setdefault(row["item"], {})[row["name"], str(row.get("gpu"))] = (run, row)
+                    peers.setdefault(row["item"], []).append((run, row))
                 else:
                     key = tuple(row.get(key) for key in ("kernel", "shape", "rank"))
                     if _at_least_as_near(run, kernels.get(key)):
                         kernels[key] = (run, row)
-        return cls(ours, {item: list(found.values()) for item, found in peers.items()}, list(kernels.values()))
+        return cls(ours, peers, list(kernels.values()))
 
-    def best_peer(self, line: Line) -> Row | None:
-        """The fastest peer of a line's work, on the GPU of our own run if any ran there; None where none was run."""
-        found = [row for _, row in self.peers.get(line.peer_item or "", ()) if row.get("ms")]
-        gpu = self.ours[line.item][0].get("gpu") if line.item in self.ours else None
-        there = [row for row in found if row.get("gpu") == gpu]
-        return min(there or found, key=lambda row: row["ms"], default=None)
+    def best_peer(self, line: Line) -> tuple[Row, Row] | None:
+        """(run, row) of the fastest peer of a line's work; None where none was run.
+
+        On the GPU of our own run if any ran there; of a peer that was run twice the row of our run's session, else the last.
+        """
+        found = [(run, row) for run, row in self.peers.get(line.peer_item or "", ()) if row.get("ms")]
+        mine = self.ours[line.item][0] if line.item in self.ours else {}
+        there = [pair for pair in found if pair[1].get("gpu") == mine.get("gpu")] or found
+        named: dict[tuple[str, str], tuple[Row, Row]] = {}
+        for pair in sorted(there, key=lambda pair: same_session(mine, pair[0])):  # stable: the last of a kind stays last
+            named[pair[1]["name"], str(pair[1].get("gpu"))] = pair
+        return min(named.values(), key=lambda pair: pair[1]["ms"], default=None)
 
 
 def _on_target(run: Row) -> bool:
@@ -227,14 +236,24 @@ def ratio_to_peer(line: Line, run: Row, row: Row, peer: Row | None) -> float | N
 
 def cells(line: Line, measured: Measured) -> list[str]:
     """A line of the table."""
-    peer = measured.best_peer(line)
+    peer_run, peer = measured.best_peer(line) or ({}, None)
     target = "; ".join(map(str, line.bounds)) or ("faster, no more memory" if line.beat_peer else "–")
+    if line.anchor_ms is not None:
+        target += f" ({_anchored(line):.1f} × the anchor's {line.peer_repeats} × {line.anchor_ms:g} ms)"
     if line.item not in measured.ours:
         return [line.work.replace(" ({layers} blocks)", ""), _peer_cell(line, peer), NOT_RUN, "–", target, "–"]
     run, row = measured.ours[line.item]
     beside = line.beside.format_map(row) if line.beside else _peer_cell(line, peer)
     work = line.work.format_map(row) + ("" if _on_target(run) or not line.anywhere else f" (on an {run.get('gpu')})")
-    return [work, beside, line.ours.format_map(row), _ratio_cell(line, run, row, peer), target, verdict(line, run, row, peer)]
+    ratio = _ratio_cell(line, run, row, peer)
+    if ratio_to_peer(line, run, row, peer) is not None and not same_session(run, peer_run):
+        ratio += " (peer of another run)"
+    return [work, beside, line.ours.format_map(row), ratio, target, verdict(line, run, row, peer)]
+
+
+def _anchored(line: Line) -> float:
+    """How much faster than the anchor the target's time is."""
+    return line.peer_repeats * (line.anchor_ms or 0) / line.bounds[0].goal
 
 
 def _peer_cell(line: Line, peer: Row | None) -> str:
@@ -290,7 +309,8 @@ def _beats(line: Line, run: Row, row: Row, peer: Row | None) -> str:
 
 def kernel_cells(measured: Measured) -> list[str]:
     """All kernels in one line: the slowest of them beside its copy."""
-    start = ["hot kernels beside a copy of the same bytes, frozen products beside torch's", "–"]
+    others = "frozen products" + " and attention" * any(row["kernel"].startswith("attention") for _, row in measured.kernels)
+    start = [f"hot kernels beside a copy of the same bytes, {others} beside torch's", "–"]
     if not measured.kernels:
         return [*start, NOT_RUN, "–", str(KERNELS), "–"]
     run, row = min(measured.kernels, key=lambda pair: pair[1]["fraction"])
@@ -313,24 +333,50 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def notes(measured: Measured) -> Iterator[str]:
     """What the table must be read with."""
-    found: dict[tuple[str, str, str, str], list[str]] = {}
+    ours: dict[tuple[str, ...], list[str]] = {}
     for item, (run, _) in measured.ours.items():
-        found.setdefault(_origin(run), []).append(item)
+        ours.setdefault(_origin(run), []).append(item)
     for run, _ in measured.kernels:
-        found.setdefault(_origin(run), ["kernels"])
-    for (gpu, version, code, date), items in sorted(found.items()):
-        which = f" ({', '.join(items)})" if len(found) > 1 else ""
-        yield textwrap.fill(f"Ours: {gpu}, torch {version}, commit {code}, {date}{which}.", LINE, break_on_hyphens=False)
-    origins = (_origin(run, row) for found in measured.peers.values() for run, row in found)
-    for gpu, version, date in sorted({(gpu, version, date) for gpu, version, _, date in origins}):
-        yield f"Peers: {gpu}, torch {version}, {date}."
+        ours.setdefault(_origin(run), ["kernels"])
+    yield from _origins("Ours", ours)
+    peers: dict[tuple[str, ...], list[str]] = {}
+    for line in LINES:
+        if (best := measured.best_peer(line)) is not None:
+            peers.setdefault(_origin(*best), []).append(line.item)
+    yield from _origins("Peers", peers)
+    for line in LINES:
+        yield from _anchor_note(line, measured)
     if "nf4-2x2048-recompute" in measured.ours:
         yield "NF4: memory was capped on that GPU; no 24 GB card was run."
         if not measured.ours["nf4-2x2048-recompute"][1].get("offload"):
             yield "In that run of NF4 ours kept what is computed again from on the GPU; Unsloth's keeps it on the host."
 
 
-def _origin(run: Row, row: Row | None = None) -> tuple[str, str, str, str]:
+def _origins(whose: str, found: Mapping[tuple[str, ...], Sequence[str]]) -> Iterator[str]:
+    """Where the numbers are from, a line for each origin; which lines of the table, if there are several."""
+    for (gpu, version, code, date), items in sorted(found.items()):
+        which = f" ({', '.join(items)})" if len(found) > 1 else ""
+        yield textwrap.fill(f"{whose}: {gpu}, torch {version}, commit {code}, {date}{which}.", LINE, break_on_hyphens=False)
+
+
+def _anchor_note(line: Line, measured: Measured) -> Iterator[str]:
+    """That a target which the issue gives as a ratio too is judged by its time, and what the ratio is to the peer as it ran."""
+    best = measured.best_peer(line)
+    if line.anchor_ms is None or best is None or line.item not in measured.ours:
+        return
+    peer = best[1]
+    ratio = ratio_to_peer(line, *measured.ours[line.item], peer)
+    if ratio is not None:
+        yield textwrap.fill(
+            f"{line.item}: judged by its time. {_anchored(line):.1f} × was that time's ratio to {line.peer_repeats} × "
+            f"{line.anchor_ms:g} ms of the peer when the target was set; against the peer as it ran here, {line.peer_repeats} × "
+            f"{peer['ms']:,.1f} ms, ours is {ratio:.2f} × as fast.",
+            LINE,
+            break_on_hyphens=False,
+        )
+
+
+def _origin(run: Row, row: Row | None = None) -> tuple[str, ...]:
     gpu = run.get("gpu") or (row or {}).get("gpu")
     versions = run.get("versions", {})
     flash = f", flash-attn-4 {versions['flash-attn-4']}" if "flash-attn-4" in versions else ""

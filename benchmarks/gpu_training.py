@@ -4,10 +4,11 @@
     python benchmarks/gpu_training.py --items one-2x2048 eight-8x512 --output ours.json
     python benchmarks/gpu_training.py --check-only
 
-First the results are compared with PEFT's and a joint pass with single ones (gpu_check.py): a failed check prints no number,
-writes no file and exits 1. Each item prints a line and is in the file as soon as it is measured. `ms` is the median over steps
-by CUDA events around the whole step, optimizer included, the GPU idle before each: what peers_gpu.py measures. `series_ms` is
-the wall clock of as many steps that follow each other, divided by their number. Peers: gpu_peers.py. The table: gpu_table.py.
+First the results are compared with PEFT's, a joint pass with single ones and what the items run in besides (gpu_check.py): a
+failed check prints no number, writes no file and exits 1. Each item prints a line and is in the file as soon as it is measured.
+`ms` is the median over steps by CUDA events around the whole step, optimizer included, the GPU idle before each: what
+peers_gpu.py measures. `series_ms` is the wall clock of as many steps that follow each other, divided by their number. Peers:
+gpu_peers.py. The table: gpu_table.py.
 """
 
 from __future__ import annotations
@@ -276,10 +277,13 @@ _SHOWN = {
 
 def run_checks(args: argparse.Namespace, shape: Shape) -> tuple[dict[str, Any], frozenset[str]]:
     """(the record, storages whose own check failed). Exits when our bf16 path is wrong."""
-    storages = sorted({STEPS[item].storage for item in args.items if item in STEPS} - {"bf16"})
+    works = [STEPS[item] for item in args.items if item in STEPS]
+    storages = sorted({work.storage for work in works} - {"bf16"})
+    offloaded = sorted({work.storage for work in works if work.offload})
+    mixed = "many-64" in args.items
     record: dict[str, Any] = {"passed": True}
     failed: set[str] = set()
-    for outcome in check(shape, torch.device("cuda"), storages=storages):
+    for outcome in check(shape, torch.device("cuda"), storages=storages, offloaded=offloaded, mixed=mixed):
         print(outcome, flush=True)
         record[outcome.name] = outcome.record()
         if outcome.passed:
