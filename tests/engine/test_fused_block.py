@@ -31,7 +31,7 @@ from tests.engine.tiny import add, backward, batch_of, clear, difference, gradie
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for a GPU here: see tests/gpu/test_fused.py"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's look at its inputs
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # numpy, in the interpreter
+    pytest.mark.filterwarnings("ignore:overflow encountered in (exp|add):RuntimeWarning"),  # numpy, in the interpreter
     pytest.mark.filterwarnings("ignore:compile. LlamaDecoderLayer doesn't take"),  # said once: see test_fallbacks.py
 ]
 TOLERANCE = 1e-3

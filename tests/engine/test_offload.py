@@ -27,7 +27,7 @@ from tests.engine.tiny import batch_of, clear, difference, gradients, make_bank,
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's look
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # numpy, in the interpreter
+    pytest.mark.filterwarnings("ignore:overflow encountered in (exp|add):RuntimeWarning"),  # numpy, in the interpreter
 ]
 LENGTHS, ROUTES = (5, 9, 7, 12), ["a", "b", BASE, "a"]
 

@@ -6,7 +6,7 @@ Everything takes its device, dtype and way of compiling from a `Setting`, so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -44,6 +44,8 @@ class Setting:
     """Passes that come again are captured as CUDA graphs."""
     fuse: Callable[[nn.Module], object]
     device: str = "cuda"
+    ranks: Mapping[str, int] = field(default_factory=lambda: {"a": 4, "b": 11})
+    """Of the adapters, for laws that don't ask for others."""
 
     @property
     def tolerance(self) -> float:
@@ -74,9 +76,9 @@ class Setting:
         return model.to(self.device, self.dtype)
 
     def bank(self, ranks: Mapping[str, int] | None = None, *, filled: bool = True, **config: Any) -> AdapterBank:
-        """Compiled blocks under a bank with adapters `a` (rank 4) and `b` (rank 11), or those of `ranks`, that do something."""
+        """Compiled blocks under a bank with adapters `a` and `b`, or those of `ranks`, that do something."""
         bank = attach(self.model())
-        for name, rank in ({"a": 4, "b": 11} if ranks is None else ranks).items():
+        for name, rank in (self.ranks if ranks is None else ranks).items():
             add(bank, name, rank, filled=filled, **config)
         self.compile(bank.model)
         if bank.names:

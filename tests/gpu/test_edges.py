@@ -90,8 +90,9 @@ def test_a_rank_beyond_a_layers_sizes() -> None:
     check(plain, fused, 1e-4, graphs=True)
 
 
-def test_an_fp16_base() -> None:
-    plain, fused = (bank_of(torch.float16, (5, 3)) for _ in range(2))
+@pytest.mark.parametrize("ranks", [(5, 3), (24, 40)])
+def test_an_fp16_base(ranks: tuple[int, int]) -> None:
+    plain, fused = (bank_of(torch.float16, ranks) for _ in range(2))
     fuse(fused.model)
     check(plain, fused, 3e-2, graphs=False)  # whose loss scales change from pass to pass
 

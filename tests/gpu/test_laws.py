@@ -1,4 +1,6 @@
-"""Laws 1, 2, 4 and 8 on a GPU: compiled blocks, fp32 and bf16, with CUDA graphs and without. Tolerances are in laws.py.
+"""Laws 1, 2, 4 and 8 on a GPU: compiled blocks, fp32 and bf16, with CUDA graphs and without, few ranks and many.
+
+Tolerances are in laws.py.
 
 The other laws are in test_laws_of_training.py, the same path against the plain one in test_fused.py.
 """
@@ -6,6 +8,7 @@ The other laws are in test_laws_of_training.py, the same path against the plain 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +16,11 @@ import torch
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
-from lorabank.engine.compiling import uncompile_blocks
+from lorabank.engine.compiling import compile_blocks, uncompile_blocks
 from lorabank.engine.step import forward_backward, logprobs, optim_step
 from lorabank.optim.slot_optimizer import OptimizerConfig, SlotOptimizer
 from tests.engine.tiny import backward, clear, gradients, values
+from tests.gpu.conftest import SETTINGS
 from tests.gpu.laws import MIXED, Setting, assert_same, content, distance, mixed_batch
 
 pytestmark = [
@@ -26,6 +30,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
 ]
 RATE = 1e-2
+WIDE = {"a": 32, "b": 64}
+"""Ranks whose tiles go together, in 16 bits; too many for a border but that of the output projection."""
+
+
+@pytest.fixture(params=[*SETTINGS, pytest.param((torch.bfloat16, True, WIDE), id="bfloat16-graphs-ranks 32 and 64")])
+def setting(request: pytest.FixtureRequest) -> Setting:
+    """One more than other laws have."""
+    dtype, graphs, *more = request.param
+    few = Setting(dtype=dtype, graphs=graphs, fuse=compile_blocks)
+    return replace(few, ranks=more[0]) if more else few
 
 
 def optimizer_of(bank: AdapterBank) -> SlotOptimizer:
@@ -92,7 +106,7 @@ def test_law2_a_mixed_batch_equals_the_separate_ones(setting: Setting, recompute
 
 
 def test_law4_a_step_leaves_every_other_slot_byte_identical(setting: Setting) -> None:
-    bank = setting.bank({"a": 4, "b": 11, "c": 2})
+    bank = setting.bank({**setting.ranks, "c": 2})
     optimizer, engine = optimizer_of(bank), setting.engine(bank)
     for seed in range(5):  # so that "b" has state, and gradients that wait
         losses = forward_backward(engine, mixed_batch(seed=seed))
@@ -140,7 +154,7 @@ def test_law4_a_slot_that_is_not_finite_stops_alone(setting: Setting, broken: fl
 
 
 def test_law8_spare_capacity_is_neither_read_nor_written(setting: Setting) -> None:
-    bank = setting.bank({"a": 4, "gone": 8, "b": 11})
+    bank = setting.bank({"a": setting.ranks["a"], "gone": 8, "b": setting.ranks["b"]})
     bank.remove("gone")  # which leaves a hole between the two
     setting.reach(bank)
     engine, batch = setting.engine(bank), mixed_batch()
@@ -157,7 +171,7 @@ def test_law8_spare_capacity_is_neither_read_nor_written(setting: Setting) -> No
     for name in ("a", "b"):
         layers = bank.adapter(name).layers.values()
         assert all(t.isfinite().all() for layer in layers for t in (layer.A, layer.B))
-        assert {layer.A.shape[0] for layer in layers} == {4 if name == "a" else 11}
+        assert {layer.A.shape[0] for layer in layers} == {setting.ranks[name]}
         assert all(t.isfinite().all() for t in optimizer.state(name)[1].values())
     assert spoiled(bank) == spare
 

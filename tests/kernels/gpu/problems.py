@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from lorabank.bank.fused import table_width
 from lorabank.kernels import reference
-from lorabank.kernels.gpu import lora, siblings
+from lorabank.kernels.gpu import bordered, bordered_op, gated_mlp, lora, outer_each, products, siblings
 from lorabank.kernels.segments import DropoutDraw, Segment, drop_threshold
 from lorabank.kernels.tables import RouteTables, bits32, drop_tables, route_tables
 
@@ -54,7 +54,7 @@ class _Poisoned:
 def poisoned() -> Iterator[None]:
     """An element that is read before it was written, or never written, shows."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lora, siblings):
+        for module in (bordered, bordered_op, gated_mlp, lora, outer_each, products, siblings):
             patch.setattr(module, "torch", _Poisoned())
         yield
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorabank.kernels.gpu import border_writing
 from lorabank.kernels.tables import RouteTables
+from tests.kernels.gpu.problems import poisoned  # noqa: F401
 from tests.kernels.gpu.test_grouping import (
     CAPACITY,
     INPUTS,

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from lorabank.kernels.gpu import grouping, op, siblings
 from lorabank.kernels.segments import drop_threshold
 from lorabank.kernels.tables import DropTables, RouteTables, bits32, drop_tables, route_tables
+from tests.kernels.gpu.problems import poisoned  # noqa: F401
 
 UNITS, TOKENS, INPUTS, MIDDLE, CAPACITY, WIDTH = 5, 7, 20, 36, 24, 16
 pytestmark = pytest.mark.filterwarnings(

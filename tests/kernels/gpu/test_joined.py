@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from lorabank.kernels.gpu import border_writing, bordered, grouping
 from lorabank.kernels.tables import RouteTables
+from tests.kernels.gpu.problems import poisoned  # noqa: F401
 from tests.kernels.gpu.test_grouping import CAPACITY, INPUTS, TOKENS, UNITS, WIDTH, Layer, close, drawn, run, stays_alone, tables
 
 pytestmark = [  # numpy, inside the interpreter
