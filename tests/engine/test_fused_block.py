@@ -392,13 +392,14 @@ def test_mixtures_take_the_plain_path(calls: list[nn.Module]) -> None:
 
 
 def test_passes_without_gradients(calls: list[nn.Module]) -> None:
+    """Few tokens, and a cache, in which each block has a place of its own, go through the plain blocks."""
     plain, fused = pair()
     long = torch.randint(14, 61, (4, FEW // 4), generator=torch.Generator().manual_seed(6))
-    for ids, fused_calls in ((IDS, 0), (long, 2), (long[:, :-1], 2)):
+    for ids, cache, fused_calls in ((IDS, False, 0), (long, True, 0), (long, False, 2), (long[:, :-1], False, 2)):
         found = []
         for bank in (plain, fused):
             with torch.no_grad(), bank.route(MIXED):
-                found.append(bank.model(ids).logits)
+                found.append(bank.model(ids, use_cache=cache).logits)
         torch.testing.assert_close(found[1], found[0], rtol=TOLERANCE, atol=TOLERANCE)
         assert len(calls) == fused_calls
 
