@@ -98,6 +98,8 @@ class Work:
     recompute: bool = False
     offload: bool = False
     """Keep what recomputation starts from on the host."""
+    capture: bool = False
+    """Capture passes with `offload`, too."""
     kept: str = "products"
     """What blocks keep for backward, as `compile_blocks` takes it."""
     borders: bool = True
@@ -125,7 +127,11 @@ class Training:
             self.bank.add(name, lb.AdapterConfig(rank=rank, alpha=ALPHA, targets=TARGETS))
         self._compiled = compile_blocks(model, kept=work.kept, borders=work.borders) if compiled else []
         self.engine = Engine(
-            self.bank, gradient_checkpointing=work.recompute, activation_offloading=work.offload, cuda_graphs=graphs
+            self.bank,
+            gradient_checkpointing=work.recompute,
+            activation_offloading=work.offload,
+            capture_offloading=work.capture,
+            cuda_graphs=graphs,
         )
         self.optimizer = SlotOptimizer(self.bank)
         for name in self.names:

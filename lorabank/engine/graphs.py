@@ -45,6 +45,8 @@ class _Captured:
     leaves: list[nn.Parameter]
     gradients: list[Tensor]
     """Of each leaf."""
+    held: tuple[object, ...] = ()
+    """What must live as long, such as host memory that is copied to."""
     used: int = 0
     """Number of the pass that it was used in last."""
 
@@ -65,9 +67,17 @@ class PassGraphs:
         """Why passes aren't captured any more, if one couldn't be."""
 
     def run(
-        self, key: Hashable, tensors: Sequence[Tensor], leaves: Callable[[], Sequence[nn.Parameter]], compute: Pass
+        self,
+        key: Hashable,
+        tensors: Sequence[Tensor],
+        leaves: Callable[[], Sequence[nn.Parameter]],
+        compute: Pass,
+        holds: list[object] | None = None,
     ) -> Tensor:
-        """Each row's loss, gradients added to `leaves()`. `key`: all that a pass depends on besides the values of `tensors`."""
+        """Each row's loss, gradients added to `leaves()`. `key`: all that a pass depends on besides the values of `tensors`.
+
+        `holds`: where `compute` puts what a captured pass needs as long as it is kept; None: nothing beyond device memory.
+        """
         key = (key, tuple((t.shape, t.dtype) for t in tensors))
         self._passes += 1
         found = self._captured.get(key)
@@ -79,7 +89,7 @@ class PassGraphs:
         trained = found.leaves if found is not None else leaves()
         before = _taken_off(trained)
         if found is None:
-            found = self._capture(key, tensors, trained, compute)
+            found = self._capture(key, tensors, trained, compute, holds)
         if found is None:
             add(before)
             return compute(tensors)
@@ -125,7 +135,12 @@ class PassGraphs:
         return held
 
     def _capture(
-        self, key: Hashable, tensors: Sequence[Tensor], leaves: Sequence[nn.Parameter], compute: Pass
+        self,
+        key: Hashable,
+        tensors: Sequence[Tensor],
+        leaves: Sequence[nn.Parameter],
+        compute: Pass,
+        holds: list[object] | None,
     ) -> _Captured | None:
         while len(self._captured) >= self.kept:
             self._captured.popitem(last=False)
@@ -137,7 +152,10 @@ class PassGraphs:
         try:
             if not self._captured:
                 self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone can't be used again
-            with torch.cuda.graph(graph, pool=self._pool):
+            # pinned memory may be asked for inside, which only the relaxed mode allows
+            plain = holds is None
+            begun = torch.cuda.graph(graph, self._pool) if plain else torch.cuda.graph(graph, self._pool, None, "relaxed")
+            with begun:
                 row_losses = compute(inputs)
         except Exception as error:  # noqa: BLE001  whatever a model does that can't be captured: it still trains without a graph
             if is_out_of_memory(error):
@@ -153,7 +171,8 @@ class PassGraphs:
             )
             return None
         given = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
-        self._captured[key] = _Captured(graph, inputs, row_losses, [leaf for leaf, _ in given], [grad for _, grad in given])
+        trained, gradients = [leaf for leaf, _ in given], [gradient for _, gradient in given]
+        self._captured[key] = _Captured(graph, inputs, row_losses, trained, gradients, tuple(holds or ()))
         return self._captured[key]
 
 

@@ -62,6 +62,24 @@ class Offload:
         for kind in self._free.keys() - used if used else ():
             del self._free[kind]  # another shape's: rows of many lengths would pin more and more of the host's memory
 
+    def for_capture(self) -> Offload:
+        """For one pass that is captured as a CUDA graph, whose replays copy to and from the same host memory.
+
+        It takes free buffers along and never gives one back: whoever holds the graph must hold it. Call `start` on this one
+        before the capture begins: what was put on a stream before can't be waited for inside.
+        """
+        own = Offload()
+        own._free, own._streams = self._free, self._streams
+        return own
+
+    def end_capture(self) -> None:
+        """Join the copies' streams, without which a capture can't end, and let go of all but the host's memory."""
+        self._let_go()
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+        for kept in (kept for block in self._blocks for kept in block):
+            kept.back = kept.given = None
+
     def around(self, recompute: Callable[..., Any], lasting: Set[int] | None = None) -> Callable[..., Any]:
         """A checkpoint function, `recompute(block, x, …)`, that keeps x on the host.
 

@@ -27,6 +27,7 @@ from lorabank.engine.head import (
 )
 from lorabank.engine.losses import LossInputs, nll
 from lorabank.engine.modes import evaluation_mode, step_mode
+from lorabank.engine.offload import Offload
 from lorabank.engine.packing import packed_tensors
 from lorabank.engine.parts import Compute, Rows, whole
 from lorabank.engine.results import SlotLoss, by_slot
@@ -105,15 +106,25 @@ def _one_pass(
     return _passed(engine, batch, trained, routing, reference_NL)
 
 
-def _passed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing, reference_NL: Tensor | None) -> Tensor:
-    """Forward and backward; each example's loss (E,). Leaves' gradients are as before where it raises."""
+def _passed(
+    engine: Engine,
+    batch: Batch,
+    trained: Sequence[Tensor],
+    routing: Routing,
+    reference_NL: Tensor | None,
+    offload: Offload | None = None,
+) -> Tensor:
+    """Forward and backward; each example's loss (E,). Leaves' gradients are as before where it raises.
+
+    `offload`: where block inputs go with activation_offloading; None: the engine's own.
+    """
     bank = engine.bank
     leaves = engine.leaves(sorted(routing.names))
     mode = step_mode(
         bank,
         gradient_checkpointing=engine.gradient_checkpointing,
         base_dropout=engine.base_dropout,
-        offload=engine.offload if engine.activation_offloading else None,
+        offload=(offload or engine.offload) if engine.activation_offloading else None,
     )
     attention = engine.attention(batch)
     fresh = fresh_gradients([leaf for mine in leaves.values() for leaf in mine])
@@ -134,7 +145,7 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
     if engine.scales_losses:
         warn_once("passes over a base in fp16 aren't captured as CUDA graphs, so small ones wait for the host.")
         return False
-    if engine.activation_offloading:
+    if engine.activation_offloading and not engine.capture_offloading:
         return False
     plain = reference_NL is None and batch.references is None and not batch.packed and engine.head() is not None
     return plain and engine.deterministic and engine.all_fused(routing)
@@ -154,6 +165,9 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
     mask = None if engine.maskless(batch.input_ids_NL.shape[1]) else batch.mask
     tensors = [batch.input_ids_NL, batch.weights_NL, rows, columns, *tables.tensors, *([] if mask is None else [mask])]
     tensors += [] if drops is None else drops.tensors
+    holds: list[object] = []
+    if engine.activation_offloading:
+        engine.offload.start()  # ends the pass before, which a capture can't
 
     def compute(given: Sequence[Tensor]) -> Tensor:
         ids, weights, rows, columns, order, tiles, chunks, spans, *rest = given
@@ -162,12 +176,22 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
         )
         given_drops = None if drops is None else DropTables(*given[-2:])
         captured = routing.captured(units, length, slots, device, RouteTables(order, tiles, chunks, spans), given_drops)
-        return _passed(engine, full, (rows, columns, rows), captured, None)
+        if not engine.activation_offloading or not torch.cuda.is_current_stream_capturing():
+            return _passed(engine, full, (rows, columns, rows), captured, None)
+        offload = engine.offload.for_capture()
+        row_losses = _passed(engine, full, (rows, columns, rows), captured, None, offload)
+        offload.end_capture()
+        holds.append(offload)
+        return row_losses
 
     # a graph holds on to the addresses that it was captured with, and to the tables of these very blocks
     places = tuple((block, block.addresses) for block in engine.blocks)
-    key = (bank.structure, places, routing.names, engine.gradient_checkpointing, mask is None)
-    return engine.graphs.run(key, tensors, lambda: [p for name in sorted(routing.names) for p in bank.parameters(name)], compute)
+    key = (bank.structure, places, routing.names, engine.gradient_checkpointing, engine.activation_offloading, mask is None)
+
+    def leaves() -> list[nn.Parameter]:
+        return [p for name in sorted(routing.names) for p in bank.parameters(name)]
+
+    return engine.graphs.run(key, tensors, leaves, compute, holds if engine.activation_offloading else None)
 
 
 def _lengthened(index_T: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from torch._dynamo.backends.registry import register_backend
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.quantized import quantize_base
-from lorabank.engine import fused_block
+from lorabank.engine import fused_block, step
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
+from lorabank.engine.graphs import SEEN_BEFORE
 from lorabank.engine.offload import Offload, storages
 from lorabank.engine.step import Engine, forward_backward
 from lorabank.kernels.gpu.keeping import KeepAttention
@@ -225,6 +228,71 @@ def test_buffers_of_other_shapes_are_given_back() -> None:
     for lengths in ((5, 9), (7, 3), (12, 4), (5, 9)):
         forward_backward(engine, batch_of(lengths, ["a", "b"]))
     assert {kind[0][1] for kind in engine.offload._free} <= {12, 9}
+
+
+def test_a_captured_pass_keeps_its_host_memory() -> None:
+    """It takes buffers that are free, which no other pass gets as long as it is held."""
+    x = torch.randn(2, 6, 8, requires_grad=True)
+
+    def call(block: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        return block(*args)
+
+    def passed(offload: Offload) -> set[int]:
+        offload.start()
+        y = x
+        for _ in range(3):
+            y = offload.around(call)(lambda x: x.square() / 2, y)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(gradient, x * x.square() / 2 * (x.square() / 2).square() / 2)
+        return {kept.host.data_ptr() for block in offload._blocks for kept in block}
+
+    usual = Offload()
+    first = passed(usual)
+    usual.start()
+    captured = usual.for_capture()
+    mine = passed(captured)
+    captured.end_capture()
+    assert mine == first
+    assert all(kept.back is None for block in captured._blocks for kept in block)
+    for _ in range(2):
+        assert passed(usual).isdisjoint(mine)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_passes_are_captured_where_that_is_asked_for(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA's graphs, which computes in the capture, and replays nothing."""
+    begun: list[tuple[Any, ...]] = []
+
+    @contextlib.contextmanager
+    def capture(graph: Any, *more: Any) -> Iterator[None]:
+        begun.append(more)
+        capturing.append(True)
+        yield
+        capturing.clear()
+
+    capturing: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(step, "_graphed", lambda engine, *_: engine.capture_offloading)
+    engine = Engine(fused(bank_of("llama")), activation_offloading=True, capture_offloading=wanted)
+    plain = Engine(bank_of("llama"))
+    batch = batch_of(LENGTHS, ROUTES)
+    forward_backward(plain, batch)
+    for _ in range(SEEN_BEFORE + 1):
+        clear(engine.bank)
+        forward_backward(engine, batch)
+    assert [more[-1] for more in begun] == (["relaxed"] if wanted else [])
+    for name in "ab":
+        assert difference(gradients(engine.bank, name), gradients(plain.bank, name)) < 1e-3
+    (*held,) = (thing for made in engine.graphs._captured.values() for thing in made.held)
+    assert [type(thing) for thing in held] == ([Offload] if wanted else [])
+    hosts = {kept.host.data_ptr() for offload in held for block in offload._blocks for kept in block}  # type: ignore[attr-defined]
+    assert len(hosts) == (2 if wanted else 0)
+    engine.graphs.drop()
+    forward_backward(engine, batch)
+    assert hosts.isdisjoint(kept.host.data_ptr() for block in engine.offload._blocks for kept in block)
 
 
 def test_nothing_leaves_without_being_asked() -> None:

@@ -156,6 +156,36 @@ def test_what_attention_gave_waits_on_the_host_too(monkeypatch: pytest.MonkeyPat
     assert peaks[1] < peaks[0] - 16
 
 
+def test_captured_passes_whose_inputs_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shapes by turns, fresh rows each time: a replay copies to and from the host memory of its own capture."""
+    monkeypatch.setattr(fused_block, "WORTH_MORE", 0)
+    work: list[tuple[list[int], list[Any]]] = [([512] * 4, ["a", "b", BASE, "a"]), ([256] * 2, ["b", "a"])]
+    banks = [bank_of(torch.bfloat16, layers=6) for _ in range(2)]
+    plain = Engine(banks[0], activation_offloading=True, cuda_graphs=False)
+    engine = Engine(banks[1], activation_offloading=True, capture_offloading=True)
+    for one in (plain, engine):
+        found(one, [64, 64], ["a", "b"])
+        compile_blocks(one.bank.model, recompute=True)
+    for seed in range(8):
+        for lengths, routes in work:
+            mine, theirs = (found(one, lengths, routes, seed) for one in (engine, plain))
+            for name in "ab":
+                assert difference(mine[name], theirs[name]) < 2e-2, (seed, lengths, name)
+    assert engine.graphs.refused is None
+    assert len(engine.graphs._captured) == 2
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for seed in range(4):
+        found(engine, *work[0], seed=seed)
+    clear(engine.bank)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + MIB  # a replay takes nothing
+    engine.release()
+    mine, theirs = (found(one, *work[0], seed=9) for one in (engine, plain))
+    for name in "ab":
+        assert difference(mine[name], theirs[name]) < 2e-2
+
+
 def test_captured_passes_of_several_shapes_keep_each_others_gradients() -> None:
     plain = Engine(bank_of(dropout=0.0), cuda_graphs=False)
     engine = Engine(bank_of(dropout=0.0))
