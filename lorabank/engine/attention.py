@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -101,6 +102,12 @@ def causal_attention(
         place = torch.arange(length, device=key.device)
         behind = place[:, None] - place[None, :]
         mask = ((behind >= 0) & (behind < sliding_window))[None, None]
+    if mask is None and query.is_cuda and query.dtype == torch.float32 and key.shape[1] != query.shape[1]:
+        # torch's kernels that share key heads are for half precision; fp32 would hold all scores
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        behind_only = query.shape[2] > 1 and sees_behind_only(module, is_causal)
+        y = scaled_dot_product_attention(query, key, value, None, dropout, behind_only, scale=scaling)
+        return y.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )

@@ -23,11 +23,11 @@ from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.head import SplitHead, check_decoder, output_head, split_head
 from lorabank.engine.loss_scale import LossScales
 from lorabank.engine.losses import LOSSES, Loss
-from lorabank.engine.maskless import longest_without_masks
+from lorabank.engine.maskless import ANY, longest_without_masks
 from lorabank.engine.modes import no_random_draws
 from lorabank.engine.offload import Offload
 from lorabank.engine.packing import Packing, find_packing, windows
-from lorabank.engine.parts import Fits
+from lorabank.engine.parts import Fits, is_out_of_memory
 from lorabank.engine.rows import folds_tokens, row_routing
 from lorabank.kernels.gpu import flash
 from lorabank.notices import warn_once
@@ -83,7 +83,7 @@ class Engine:
     """The bank's structure count, and whether the model folds rows and tokens."""
     _fused: tuple[int, Sequence[FusedBlock]] = field(init=False, default=(-1, ()), repr=False)
     """The bank's structure count, and its fused blocks if they hold all adapted layers."""
-    _maskless: tuple[SplitHead | None, int] | None = field(init=False, default=None, repr=False)
+    _maskless: tuple[SplitHead | None, int, int] | None = field(init=False, default=None, repr=False)
     _packing: dict[tuple[int, ...], Packing] = field(init=False, default_factory=dict, repr=False)
     """How the model takes packed rows, by the windows that they reach beyond."""
     _routes: OrderedDict[Hashable, Routing] = field(init=False, default_factory=OrderedDict, repr=False)
@@ -127,8 +127,22 @@ class Engine:
         if split is None or self.bank.device.type != "cuda":
             return False
         if self._maskless is None or self._maskless[0] is not split:
-            self._maskless = split, longest_without_masks(self.bank, split)
-        return length <= self._maskless[1]
+            self._maskless = split, 0, 0
+        _, limit, asked = self._maskless
+        if limit < length and asked < length:
+            limit = self._longest_without_masks(split, length)
+            self._maskless = split, limit, length if limit else ANY  # what needs masks does so in longer rows too
+        return length <= limit
+
+    def _longest_without_masks(self, split: SplitHead, length: int) -> int:
+        try:
+            return longest_without_masks(self.bank, split, length)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()
+        warn_once("there was no memory to find out whether attention does without masks, so it gets them: slower.")
+        return 0
 
     def packing(self, length: int) -> Packing:
         """How the model takes packed rows of `length` tokens. Raises ConfigError for a model that can't."""

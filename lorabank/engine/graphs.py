@@ -47,6 +47,8 @@ class _Captured:
     """Of each leaf."""
     held: tuple[object, ...] = ()
     """What must live as long, such as host memory that is copied to."""
+    nbytes: int = 0
+    """Of the gradients."""
     used: int = 0
     """Number of the pass that it was used in last."""
 
@@ -112,7 +114,7 @@ class PassGraphs:
     @property
     def kept(self) -> int:
         """Graphs kept at a time."""
-        largest = max((sum(g.nbytes for g in made.gradients) for made in self._captured.values()), default=0)
+        largest = max((made.nbytes for made in self._captured.values()), default=0)
         fit = int(SHARE * _memory(next(iter(self._captured.values())).gradients) / largest) if largest else KEPT
         return max(1, min(MOST, max(KEPT, fit)) >> self._halved)
 
@@ -148,7 +150,7 @@ class PassGraphs:
         # an old pass that only a cycle of references keeps alive has accumulators of gradients on another stream, which is
         # not allowed beside a capture
         gc.collect()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), _current_stream(inputs)
         try:
             if not self._captured:
                 self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone can't be used again
@@ -158,6 +160,8 @@ class PassGraphs:
             with begun:
                 row_losses = compute(inputs)
         except Exception as error:  # noqa: BLE001  whatever a model does that can't be captured: it still trains without a graph
+            if stream is not None:
+                torch.cuda.set_stream(stream)  # where ending the capture fails, too, torch leaves another
             if is_out_of_memory(error):
                 self._too_large.add(key)
                 _cleared(leaves)
@@ -172,8 +176,14 @@ class PassGraphs:
             return None
         given = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         trained, gradients = [leaf for leaf, _ in given], [gradient for _, gradient in given]
-        self._captured[key] = _Captured(graph, inputs, row_losses, trained, gradients, tuple(holds or ()))
+        self._captured[key] = _Captured(
+            graph, inputs, row_losses, trained, gradients, tuple(holds or ()), sum(gradient.nbytes for gradient in gradients)
+        )  # fmt: skip
         return self._captured[key]
+
+
+def _current_stream(tensors: Sequence[Tensor]) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(tensors[0].device) if tensors and tensors[0].is_cuda else None
 
 
 def _memory(tensors: Sequence[Tensor]) -> int:

@@ -7,7 +7,7 @@ and without, which is exact whatever the model's dtype. Hidden states are compar
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,14 @@ _HIDDEN = -1e4
 """A number of a mask that hides a key, or less."""
 
 
-def longest_without_masks(bank: AdapterBank, split: SplitHead) -> int:
-    """Tokens of the longest rows for which the body needs no attention masks: `ANY`, or a window too long to be probed; 0: none.
+def longest_without_masks(bank: AdapterBank, split: SplitHead, rows: int = ANY) -> int:
+    """Tokens of the longest rows for which the body needs no attention masks; `ANY`: no limit; 0: none.
 
-    Right for real tokens; what comes out behind them, in the padding, is another matter. See engine/attention.py.
+    `rows`: tokens of those that are asked about. A window that they don't reach beyond, or one too long to be probed, isn't
+    looked at and is the limit. Right for real tokens; what comes out behind them, in the padding, is another matter.
     """
     modules = list(bank.model.modules())
-    found = _probe_length(modules)
+    found = _probe_length(modules, rows)
     if found is None:
         return 0
     length, limit = found
@@ -53,13 +54,16 @@ def longest_without_masks(bank: AdapterBank, split: SplitHead) -> int:
         return 0
     if any(sight.own for sight in free.sights):
         return 0  # the model makes masks of its own, which may say more for longer rows
-    allowed = 1e-4 if split.head.weight.dtype == torch.float32 else 5e-2
-    return limit if bool((hidden - expected).norm() <= allowed * expected.norm()) else 0
+    coarse = split.head.weight.dtype != torch.float32
+    if not bool((hidden - expected).norm() <= (5e-2 if coarse else 1e-4) * expected.norm()):
+        return 0
+    if coarse and not free.sights:  # an attention of the model's own, whose window this wouldn't show
+        return min([limit, *_windows(modules)])
+    return limit
 
 
-def _probe_length(modules: Iterable[nn.Module]) -> tuple[int, int] | None:
+def _probe_length(modules: Sequence[nn.Module], rows: int) -> tuple[int, int] | None:
     """(tokens that show every window that can be shown, tokens above which others begin); None: masks are known to be needed."""
-    length, limit = _SHORTEST, ANY
     configs = configurations(modules)
     for config in configs:
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -67,12 +71,14 @@ def _probe_length(modules: Iterable[nn.Module]) -> tuple[int, int] | None:
             return None
         if getattr(config, "attention_chunk_size", None):
             return None
-        window = getattr(config, WINDOWS[0], None) or 0
-        if window + 4 <= LONGEST_PROBE:
-            length = max(length, window + 4)
-        else:
-            limit = min(limit, window)
-    return (length, limit) if configs else None
+    shown = [window for window in _windows(modules) if window < rows and window + 4 <= LONGEST_PROBE]
+    others = [window for window in _windows(modules) if window not in shown]
+    return (max([_SHORTEST, *(window + 4 for window in shown)]), min([ANY, *others])) if configs else None
+
+
+def _windows(modules: Sequence[nn.Module]) -> list[int]:
+    found = (getattr(config, WINDOWS[0], None) for config in configurations(modules))
+    return [window for window in found if isinstance(window, int) and window > 0]
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,10 @@ class _Sight:
         if self.biased or other.biased:
             return False
         for mine, theirs in ((self.first, other.first), (self.last, other.last), (self.count, other.count)):
+            if mine.ndim != 3 or theirs.ndim != 3 or mine.shape[2] != theirs.shape[2]:
+                return False
             rows, heads = max(mine.shape[0], theirs.shape[0]), max(mine.shape[1], theirs.shape[1])
-            if rows > 2 or mine.shape[2] != theirs.shape[2]:
+            if rows > 2:
                 return False
             a, b = (x.expand(2, heads, -1) for x in (mine, theirs))
             if not torch.equal(a[0], b[0]) or not torch.equal(a[1, :, :-2], b[1, :, :-2]):

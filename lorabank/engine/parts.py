@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from lorabank.engine.batch import Batch
 from lorabank.errors import TooLargeError
 
-_OTHERS = re.compile(r"\b(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED|\bCUDA(?: error|\]): out of memory")
+_OTHERS = re.compile(
+    r"_STATUS_(?:INTERNAL_ERROR_(?:DEVICE_|HOST_)?)?ALLOC(?:ATION)?_FAILED|\bCUDA(?: driver)?(?: error|\]): out of memory"
+    r"|\bCUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate"
+)
 """What libraries that take memory themselves say where they get none: torch passes it on as a RuntimeError of no kind."""
 Rows = Sequence[int]
 Compute = Callable[[Batch, Rows], Tensor]
@@ -69,8 +73,22 @@ def _attempt(compute: Compute, part: Batch, rows: Rows) -> Tensor | str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device's memory was too small: torch says so, or a library that it calls (cuBLAS, cuDNN, Triton, CUDA itself)."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and bool(_OTHERS.search(str(error))))
+    """Whether a device's memory was too small: torch says so, or a library that it calls (cuBLAS, cuDNN, Triton, CUDA itself).
+
+    Also where that stopped something else, such as torch's compiler.
+    """
+    met: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in met:
+            continue
+        if isinstance(one, torch.OutOfMemoryError) or (isinstance(one, RuntimeError) and _OTHERS.search(str(one))):
+            return True
+        met.append(one)
+        inner = one.inner_exception if isinstance(one, BackendCompilerFailed) else None
+        waiting += [inner, one.__cause__, one.__context__]
+    return False
 
 
 def whole(found: Sequence[tuple[Rows, Tensor]], rows: int) -> Tensor:

@@ -88,6 +88,7 @@ def _or_uncompiled(engine: Engine, compute: Compute) -> Compute:
         except Exception as error:
             if not give_up(engine.bank.model, error):
                 raise
+            engine.graphs.drop()  # of blocks that are no more
         return compute(part, rows)
 
     return tried
@@ -179,8 +180,10 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
         if not engine.activation_offloading or not torch.cuda.is_current_stream_capturing():
             return _passed(engine, full, (rows, columns, rows), captured, None)
         offload = engine.offload.for_capture()
-        row_losses = _passed(engine, full, (rows, columns, rows), captured, None, offload)
-        offload.end_capture()
+        try:
+            row_losses = _passed(engine, full, (rows, columns, rows), captured, None, offload)
+        finally:
+            offload.end_capture()  # or the capture can't end, however it went
         holds.append(offload)
         return row_losses
 

@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 from lorabank import attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import BASE
+from lorabank.engine import engine as engine_file
 from lorabank.engine.attention import own_attention
+from lorabank.engine.engine import Engine
 from lorabank.engine.head import SplitHead, split_head
 from lorabank.engine.maskless import ANY, longest_without_masks
 from lorabank.engine.modes import evaluation_mode
+from lorabank.notices import warn_once
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -66,6 +69,48 @@ def model(family: str, dtype: torch.dtype) -> tuple[AdapterBank, SplitHead]:
 @pytest.mark.parametrize("family", MODELS)
 def test_what_is_found(family: str, dtype: torch.dtype) -> None:
     assert longest_without_masks(*model(family, dtype)) == FOUND[family]
+
+
+@pytest.mark.parametrize("family", ["mistral", "phimoe"])
+def test_a_window_beyond_the_rows_is_not_looked_at(family: str) -> None:
+    """It is the limit then: rows of a few tokens must not need memory for a long probe."""
+    bank, split = model(family, torch.bfloat16)
+    assert longest_without_masks(bank, split, WINDOW) == WINDOW
+    assert longest_without_masks(bank, split, WINDOW + 1) == FOUND[family]
+
+
+def test_an_engine_asks_again_for_longer_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    limits = {10: 40, 50: 0}
+
+    def found(bank: AdapterBank, split: SplitHead, rows: int) -> int:
+        asked.append(rows)
+        return limits[rows]
+
+    monkeypatch.setattr(engine_file, "longest_without_masks", found)
+    monkeypatch.setattr(AdapterBank, "device", torch.device("cuda"))
+    bank, split = model("llama", torch.float32)
+    engine = Engine(bank)
+    monkeypatch.setattr(engine, "head", lambda: split)
+    assert [engine.maskless(length) for length in (10, 40, 50, 60, 30)] == [True, True, False, False, False]
+    assert asked == [10, 50]
+
+
+def test_no_memory_for_the_probe_means_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17.00 GiB.")
+
+    monkeypatch.setattr(engine_file, "longest_without_masks", none_left)
+    monkeypatch.setattr(AdapterBank, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    bank, split = model("llama", torch.float32)
+    engine = Engine(bank)
+    monkeypatch.setattr(engine, "head", lambda: split)
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="no memory to find out whether attention does without masks") as said:
+        assert [engine.maskless(10), engine.maskless(10)] == [False, False]
+    assert len(said) == 1
+    warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("family", [family for family, found in FOUND.items() if found])

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InductorError
 
 from lorabank import BASE
 from lorabank.bank.routing import RowRoute
 from lorabank.engine.batch import with_base_references
+from lorabank.engine.parts import is_out_of_memory
 from lorabank.engine.step import Engine, forward_backward, logprobs
 from lorabank.errors import TooLargeError
 from tests.engine.tiny import batch_of, gradients, make_bank
@@ -80,6 +82,10 @@ def test_parts_add_up_to_the_whole(tokens: int, in_backward: bool) -> None:
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA driver error: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY (2)",
         "Triton Error [CUDA]: out of memory",
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
     ],
@@ -91,6 +97,16 @@ def test_memory_that_a_library_did_not_get(said: str) -> None:
     with memory_for(engine, 40, error=RuntimeError(said)):
         assert_same(found(engine), expected)
     assert engine.fits.times >= 1
+
+
+@pytest.mark.parametrize("way", ["inner", "cause", "context", "none"])
+def test_memory_that_a_compiler_did_not_get(way: str) -> None:
+    """Backward is compiled when it is first run, with memory full."""
+    lacking = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    error: Exception = InductorError(lacking if way == "inner" else RuntimeError("lowering failed"), None)
+    error.__cause__ = lacking if way == "cause" else None
+    error.__context__ = lacking if way == "context" else error  # a circle is no trap
+    assert is_out_of_memory(error) == (way != "none")
 
 
 def test_other_errors_are_raised_as_they_are() -> None:

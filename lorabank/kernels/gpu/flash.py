@@ -8,12 +8,10 @@ Shapes: N rows, T tokens, H query heads, G key heads, D features a head.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -58,6 +56,8 @@ def ready(device: torch.device, features: int, shared: int) -> bool:
         why = f"heads of {features} features were not tried, those of {' and '.join(map(str, HEADS))} were"
         warn_once(f"flash-attn-4 isn't used for this model, torch's attention is: {why}. {SWITCH}=0 silences this.")
         return False
+    # said whenever one of its kernels is compiled, and nothing to a user
+    warnings.filterwarnings("ignore", message="Argument aux_data", module=r"cutlass\.")
     why = missing(device, features, shared)
     if why is not None:
         warn_once(
@@ -86,8 +86,10 @@ def missing(device: torch.device, features: int = HEADS[0], shared: int = 2) -> 
             torch.randn(1, 200, heads, features, generator=generator, device=device, dtype=DTYPES[0]) for heads in sizes
         )
         try:
-            y, lse = _forward(q, k, v, 0.1, True)
-            found = [y, *_backward(dy, q, k, v, y, lse, 0.1, True)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it says of itself is no failure where warnings are errors
+                y, lse = _forward(q, k, v, 0.1, True)
+                found = [y, *_backward(dy, q, k, v, y, lse, 0.1, True)]
         except Exception as error:  # noqa: BLE001  whatever another version does: torch's attention is there
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         leaves = [tensor.float().transpose(1, 2).requires_grad_() for tensor in (q, k, v)]
@@ -106,20 +108,12 @@ def _interface() -> Any:
     return importlib.import_module(INTERFACE)
 
 
-@contextlib.contextmanager
-def _quietly(tensor: Tensor) -> Iterator[None]:
-    """On `tensor`'s GPU, where kernels start, and without what the package says of itself whenever it compiles one."""
-    with torch.cuda.device_of(tensor), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no failure where warnings are errors
-        yield
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """(y (N, T, H, D), its log-sum-exp (N, H, T) in fp32)."""
     rows, tokens, heads, _ = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, heads, tokens), dtype=torch.float32, device=q.device)
-    with _quietly(q):
+    with torch.cuda.device_of(q):  # kernels start on the current GPU
         _interface()._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, out=y, lse=lse)
     return y, lse
 
@@ -129,7 +123,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), rows next to each other."""
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
-    with _quietly(q):
+    with torch.cuda.device_of(q):  # kernels start on the current GPU
         _interface()._flash_attn_bwd(
             q, k, v, y, dy.contiguous(), lse, softmax_scale=scale, causal=causal, dq=dq, dk=dk, dv=dv,
             deterministic=torch.are_deterministic_algorithms_enabled(),
