@@ -28,6 +28,8 @@ KEPT = 4
 """Graphs kept at a time: each holds on to gradients of its own."""
 MOST = 16
 """The same where gradients are small beside the device's memory: rows of many lengths have many shapes."""
+HELD = 2
+"""Those among which some hold the host's memory, of which a large model's pass takes gigabytes."""
 SHARE = 1 / 64
 """Of the device's memory, for gradients of all graphs beyond the first `KEPT`."""
 IDLE = 64
@@ -75,10 +77,12 @@ class PassGraphs:
         leaves: Callable[[], Sequence[nn.Parameter]],
         compute: Pass,
         holds: list[object] | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> Tensor:
         """Each row's loss, gradients added to `leaves()`. `key`: all that a pass depends on besides the values of `tensors`.
 
         `holds`: where `compute` puts what a captured pass needs as long as it is kept; None: nothing beyond device memory.
+        `prepare`: what must be done before a capture, and can't be inside.
         """
         key = (key, tuple((t.shape, t.dtype) for t in tensors))
         self._passes += 1
@@ -91,6 +95,8 @@ class PassGraphs:
         trained = found.leaves if found is not None else leaves()
         before = _taken_off(trained)
         if found is None:
+            if prepare is not None:
+                prepare()
             found = self._capture(key, tensors, trained, compute, holds)
         if found is None:
             add(before)
@@ -116,7 +122,8 @@ class PassGraphs:
         """Graphs kept at a time."""
         largest = max((made.nbytes for made in self._captured.values()), default=0)
         fit = int(SHARE * _memory(next(iter(self._captured.values())).gradients) / largest) if largest else KEPT
-        return max(1, min(MOST, max(KEPT, fit)) >> self._halved)
+        most = HELD if any(made.held for made in self._captured.values()) else MOST
+        return max(1, min(most, max(KEPT, fit)) >> self._halved)
 
     def _rescue(self) -> None:
         """Copy gradients of the graph that ran last out of the pool: what runs now may write over them."""
@@ -131,6 +138,8 @@ class PassGraphs:
         """Give the graphs' memory back; shapes are captured again when they come again. True when there were any."""
         held = bool(self._captured)
         self._rescue()
+        if any(made.held for made in self._captured.values()):
+            torch.cuda.synchronize()  # a replay may still copy to what is held
         self._captured.clear()
         self._halved += 1
         self._seen.clear()
@@ -154,10 +163,7 @@ class PassGraphs:
         try:
             if not self._captured:
                 self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone can't be used again
-            # pinned memory may be asked for inside, which only the relaxed mode allows
-            plain = holds is None
-            begun = torch.cuda.graph(graph, self._pool) if plain else torch.cuda.graph(graph, self._pool, None, "relaxed")
-            with begun:
+            with torch.cuda.graph(graph, pool=self._pool):
                 row_losses = compute(inputs)
         except Exception as error:  # noqa: BLE001  whatever a model does that can't be captured: it still trains without a graph
             if stream is not None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,9 @@ class Offload:
         self._leaving: list[tuple[_Kept, Tensor, torch.cuda.Event | None]] = []
         """The last block's tensors, held until they are copied out."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._needed: dict[Hashable, Counter[_Kind]] = {}
+        """What passes of a shape were seen to keep."""
+        self._captured = False
         self.bytes = 0
         """Copied to the host so far, over all passes."""
 
@@ -62,14 +65,23 @@ class Offload:
         for kind in self._free.keys() - used if used else ():
             del self._free[kind]  # another shape's: rows of many lengths would pin more and more of the host's memory
 
+    def remember(self, shape: Hashable) -> None:
+        """Note what the pass that was just made kept: the next of its shape will keep as much."""
+        self._needed[shape] = Counter(kept.kind for block in self._blocks for kept in block)
+
+    def reserve(self, shape: Hashable) -> None:
+        """Set aside what a pass of that shape keeps: torch never frees pinned memory that it gave away inside a capture."""
+        for kind, count in self._needed.get(shape, {}).items():
+            self._free[kind] += [_host(kind) for _ in range(count - len(self._free[kind]))]
+
     def for_capture(self) -> Offload:
         """For one pass that is captured as a CUDA graph, whose replays copy to and from the same host memory.
 
-        It takes free buffers along and never gives one back: whoever holds the graph must hold it. Call `start` on this one
+        It takes reserved buffers along and never gives one back: whoever holds the graph must hold it. Call `start` on this one
         before the capture begins: what was put on a stream before can't be waited for inside.
         """
         own = Offload()
-        own._free, own._streams = self._free, self._streams
+        own._free, own._streams, own._captured = self._free, self._streams, True
         return own
 
     def end_capture(self) -> None:
@@ -125,7 +137,11 @@ class Offload:
             self._blocks.append(block)
         strides = x.stride() if _dense(x) else torch.empty(x.shape, device="meta").stride()
         free = self._free[x.shape, strides, x.dtype, x.device]
-        host = free.pop() if free else torch.empty_strided(x.shape, strides, dtype=x.dtype, pin_memory=x.is_cuda)
+        if not free and self._captured:
+            raise RuntimeError(
+                f"no host memory was set aside for {tuple(x.shape)}, {x.dtype}, which the passes before didn't keep"
+            )
+        host = free.pop() if free else _host((x.shape, strides, x.dtype, x.device))
         kept, left = _Kept(len(self._blocks) - 1, host, x.device), None
         stream = self._stream(x.device)
         if stream is None:
@@ -193,6 +209,11 @@ class Offload:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
+
+
+def _host(kind: _Kind) -> Tensor:
+    shape, strides, dtype, device = kind
+    return torch.empty_strided(shape, strides, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def storages(tensors: Iterable[Tensor]) -> frozenset[int]:

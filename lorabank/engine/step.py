@@ -177,8 +177,12 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
         )
         given_drops = None if drops is None else DropTables(*given[-2:])
         captured = routing.captured(units, length, slots, device, RouteTables(order, tiles, chunks, spans), given_drops)
-        if not engine.activation_offloading or not torch.cuda.is_current_stream_capturing():
+        if not engine.activation_offloading:
             return _passed(engine, full, (rows, columns, rows), captured, None)
+        if not torch.cuda.is_current_stream_capturing():
+            row_losses = _passed(engine, full, (rows, columns, rows), captured, None)
+            engine.offload.remember(ids.shape)
+            return row_losses
         offload = engine.offload.for_capture()
         try:
             row_losses = _passed(engine, full, (rows, columns, rows), captured, None, offload)
@@ -194,7 +198,9 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
     def leaves() -> list[nn.Parameter]:
         return [p for name in sorted(routing.names) for p in bank.parameters(name)]
 
-    return engine.graphs.run(key, tensors, leaves, compute, holds if engine.activation_offloading else None)
+    if not engine.activation_offloading:
+        return engine.graphs.run(key, tensors, leaves, compute)
+    return engine.graphs.run(key, tensors, leaves, compute, holds, lambda: engine.offload.reserve(batch.input_ids_NL.shape))
 
 
 def _lengthened(index_T: Tensor) -> Tensor:
