@@ -102,8 +102,7 @@ def causal_attention(
         place = torch.arange(length, device=key.device)
         behind = place[:, None] - place[None, :]
         mask = ((behind >= 0) & (behind < sliding_window))[None, None]
-    if mask is None and query.is_cuda and query.dtype == torch.float32 and key.shape[1] != query.shape[1]:
-        # torch's kernels that share key heads are for half precision; fp32 would hold all scores
+    if mask is None and key.shape[1] != query.shape[1] and query.is_cuda and not _fast_with_shared_keys(query):
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         behind_only = query.shape[2] > 1 and sees_behind_only(module, is_causal)
         y = scaled_dot_product_attention(query, key, value, None, dropout, behind_only, scale=scaling)
@@ -111,6 +110,11 @@ def causal_attention(
     return sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
+
+
+def _fast_with_shared_keys(query: Tensor) -> bool:
+    """Whether torch's fast kernels take fewer key heads than query heads on this GPU; otherwise all scores would be held."""
+    return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def flash_attention(
