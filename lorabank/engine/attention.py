@@ -102,7 +102,7 @@ def causal_attention(
         place = torch.arange(length, device=key.device)
         behind = place[:, None] - place[None, :]
         mask = ((behind >= 0) & (behind < sliding_window))[None, None]
-    if mask is None and key.shape[1] != query.shape[1] and query.is_cuda and not _fast_with_shared_keys(query):
+    if mask is None and _repeats_keys(query, key):
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         behind_only = query.shape[2] > 1 and sees_behind_only(module, is_causal)
         y = scaled_dot_product_attention(query, key, value, None, dropout, behind_only, scale=scaling)
@@ -112,9 +112,11 @@ def causal_attention(
     )
 
 
-def _fast_with_shared_keys(query: Tensor) -> bool:
-    """Whether torch's fast kernels take fewer key heads than query heads on this GPU; otherwise all scores would be held."""
-    return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+def _repeats_keys(query: Tensor, key: Tensor) -> bool:
+    """Whether key heads are shared on a GPU whose fast kernels don't take that, so that all scores would be held."""
+    if not query.is_cuda or key.shape[1] == query.shape[1]:
+        return False
+    return query.dtype == torch.float32 or torch.cuda.get_device_capability(query.device) < (8, 0)
 
 
 def flash_attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,6 +145,20 @@ def test_a_model_elsewhere_takes_torchs() -> None:
     with own_attention(model.modules(), torch.device("cuda")):
         assert model.config._attn_implementation == engine_attention.MASKED
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_repeated_for_kernels_that_do_not_share_them(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_attention, "_repeats_keys", lambda query, key: True)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 9, 16, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    layer: Any = SimpleNamespace(is_causal=causal, num_key_value_groups=2)
+    mine, _ = engine_attention.causal_attention(layer, *inputs, None, scaling=0.3)  # type: ignore[arg-type]
+    theirs, _ = engine_attention.sdpa_attention_forward(layer, *inputs, None, scaling=0.3)  # type: ignore[arg-type]
+    torch.testing.assert_close(mine, theirs)
+    weights = torch.randn(mine.shape, generator=generator)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (mine, theirs)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, maskless: bool) -> list[tuple[bool, bool]]:
