@@ -130,8 +130,9 @@ class Engine:
             self._maskless = split, 0, 0
         _, limit, asked = self._maskless
         if limit < length and asked < length:
-            limit = self._longest_without_masks(split, length)
-            self._maskless = split, limit, length if limit else ANY  # what needs masks does so in longer rows too
+            found = self._longest_without_masks(split, length)
+            limit = max(limit, found)  # shorter rows do without all the same
+            self._maskless = split, limit, length if found else ANY  # what needs masks does so in longer rows too
         return length <= limit
 
     def _longest_without_masks(self, split: SplitHead, length: int) -> int:
