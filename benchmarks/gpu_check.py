@@ -159,7 +159,6 @@ def check(
     compiled: bool = True,
     storages: Sequence[str] = (),
     offloaded: Sequence[str] = (),
-    capture: bool = False,
     mixed: bool = False,
     adapters: int = ADAPTERS,
     tokens: int = TOKENS,
@@ -167,11 +166,11 @@ def check(
     """Every comparison in turn: PEFT, recomputation, all adapters in one pass, then other storages of the base.
 
     `offloaded`: storages (bf16 too) over which steps are timed that recompute and keep what they start from on the host: a form
-    of the blocks of its own; `capture`: as CUDA graphs. `mixed`: also adapters of ranks 4 to 64 in one pass.
+    of the blocks of its own. `mixed`: also adapters of ranks 4 to 64 in one pass.
     """
     shape = replace(shape, layers=2)
     ids = token_rows(ROWS * adapters, tokens, shape.vocabulary)
-    work = Work(rows=ROWS * adapters, tokens=tokens, ranks=(RANK,) * adapters, capture=capture)
+    work = Work(rows=ROWS * adapters, tokens=tokens, ranks=(RANK,) * adapters)
     passes = 4 if device.type == "cuda" else 1
 
     training = _filled(llama(shape, device), work, compiled)

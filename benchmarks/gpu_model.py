@@ -98,8 +98,6 @@ class Work:
     recompute: bool = False
     offload: bool = False
     """Keep what recomputation starts from on the host."""
-    capture: bool = False
-    """Capture passes with `offload`, too."""
     kept: str = "products"
     """What blocks keep for backward, as `compile_blocks` takes it."""
     borders: bool = True
@@ -130,7 +128,6 @@ class Training:
             self.bank,
             gradient_checkpointing=work.recompute,
             activation_offloading=work.offload,
-            capture_offloading=work.capture,
             cuda_graphs=graphs,
         )
         self.optimizer = SlotOptimizer(self.bank)

@@ -88,7 +88,7 @@ def _measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
     row: Row = {
         "layers": bases.shape.layers, "adapters": len(work.ranks), "rows": work.rows, "tokens": work.tokens,
         "storage": work.storage, "recompute": work.recompute,
-        "offload": work.offload, "capture": work.capture, "kept": work.kept, "borders": work.borders,
+        "offload": work.offload, "kept": work.kept, "borders": work.borders,
         "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
         "first_step_peak_gib": peak_gib(),
     }  # fmt: skip
@@ -236,9 +236,7 @@ def measure(item: str, bases: Bases, args: argparse.Namespace) -> Row:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = (
-        measure_step(
-            bases, replace(STEPS[item], kept=args.kept, borders=not args.no_borders, capture=args.capture_offloading), args
-        )
+        measure_step(bases, replace(STEPS[item], kept=args.kept, borders=not args.no_borders), args)
         if item in STEPS
         else OTHERS[item](bases, args)
     )
@@ -285,9 +283,7 @@ def run_checks(args: argparse.Namespace, shape: Shape) -> tuple[dict[str, Any], 
     mixed = "many-64" in args.items
     record: dict[str, Any] = {"passed": True}
     failed: set[str] = set()
-    for outcome in check(
-        shape, torch.device("cuda"), storages=storages, offloaded=offloaded, capture=args.capture_offloading, mixed=mixed
-    ):
+    for outcome in check(shape, torch.device("cuda"), storages=storages, offloaded=offloaded, mixed=mixed):
         print(outcome, flush=True)
         record[outcome.name] = outcome.record()
         if outcome.passed:
@@ -335,7 +331,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--kept", choices=("products", "all"), default="products", help="what blocks keep for backward")
     made.add_argument("--no-borders", action="store_true", help="without LoRA in the borders of weights")
-    made.add_argument("--capture-offloading", action="store_true", help="capture passes that keep inputs on the host, too")
     made.add_argument("--steps", type=int, default=8, help="timed steps, at least 8 for the table")
     made.add_argument("--longest-tries", type=int, default=5)
     made.add_argument("--longest-seconds", type=float, default=150.0, help="no further try after so long")

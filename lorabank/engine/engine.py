@@ -63,8 +63,6 @@ class Engine:
     """Recompute each block's activations in backward: less memory, about a third more time."""
     activation_offloading: bool = False
     """Keep what `gradient_checkpointing` keeps in the host's memory; switches it on."""
-    capture_offloading: bool = False
-    """Let passes with `activation_offloading` be captured as CUDA graphs, too. Off, since no GPU has run it yet."""
     base_dropout: bool = False
     """Keep the base's own dropout in training; joint training then no longer equals training alone."""
     cuda_graphs: bool = True

@@ -87,7 +87,7 @@ class PassGraphs:
         key = (key, tuple((t.shape, t.dtype) for t in tensors))
         self._passes += 1
         found = self._captured.get(key)
-        if found is None and not self._worth_capturing(key):
+        if found is None and not (self._worth_capturing(key) and self._prepared(key, prepare)):
             self._seen[key] += 1
             return compute(tensors)
         if found is None or found is not self._last:
@@ -95,8 +95,6 @@ class PassGraphs:
         trained = found.leaves if found is not None else leaves()
         before = _taken_off(trained)
         if found is None:
-            if prepare is not None:
-                prepare()
             found = self._capture(key, tensors, trained, compute, holds)
         if found is None:
             add(before)
@@ -116,6 +114,18 @@ class PassGraphs:
             return False
         oldest = next(iter(self._captured.values()), None)
         return oldest is None or len(self._captured) < self.kept or self._passes - oldest.used > IDLE
+
+    def _prepared(self, key: Hashable, prepare: Callable[[], None] | None) -> bool:
+        """Whether all is there that a capture needs. Nothing has been changed where it isn't."""
+        try:
+            if prepare is not None:
+                prepare()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._too_large.add(key)
+            return False
+        return True
 
     @property
     def kept(self) -> int:

@@ -7,6 +7,7 @@ does. So they cost time only where a block is done faster than what it keeps cro
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Set
@@ -17,6 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lorabank.engine import host_memory
+
+SHARE = 0.25
+"""Of the host's available memory, for what one captured pass keeps there for good."""
 _Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
 
@@ -48,7 +53,7 @@ class Offload:
         self._leaving: list[tuple[_Kept, Tensor, torch.cuda.Event | None]] = []
         """The last block's tensors, held until they are copied out."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._needed: dict[Hashable, Counter[_Kind]] = {}
+        self._needed: defaultdict[Hashable, Counter[_Kind]] = defaultdict(Counter)
         """What passes of a shape were seen to keep."""
         self._captured = False
         self.bytes = 0
@@ -70,9 +75,16 @@ class Offload:
         self._needed[shape] = Counter(kept.kind for block in self._blocks for kept in block)
 
     def reserve(self, shape: Hashable) -> None:
-        """Set aside what a pass of that shape keeps: torch never frees pinned memory that it gave away inside a capture."""
-        for kind, count in self._needed.get(shape, {}).items():
-            self._free[kind] += [_host(kind) for _ in range(count - len(self._free[kind]))]
+        """Set aside what a pass of that shape keeps: torch never frees pinned memory that it gave away inside a capture.
+
+        Raises torch.OutOfMemoryError where that takes much of what the host has left: a captured pass never gives it back.
+        """
+        missing = {kind: count - len(self._free[kind]) for kind, count in self._needed[shape].items()}
+        total = sum(host_memory.pinned(_nbytes(kind)) * max(0, count) for kind, count in missing.items() if _on_gpu(kind))
+        if total:
+            host_memory.check_pinning(total, SHARE)
+        for kind, count in missing.items():
+            self._free[kind] += [_host(kind) for _ in range(count)]
 
     def for_capture(self) -> Offload:
         """For one pass that is captured as a CUDA graph, whose replays copy to and from the same host memory.
@@ -212,8 +224,18 @@ class Offload:
 
 
 def _host(kind: _Kind) -> Tensor:
-    shape, strides, dtype, device = kind
-    return torch.empty_strided(shape, strides, dtype=dtype, pin_memory=device.type == "cuda")
+    shape, strides, dtype, _ = kind
+    if _on_gpu(kind):
+        host_memory.check_pinning(host_memory.pinned(_nbytes(kind)))
+    return torch.empty_strided(shape, strides, dtype=dtype, pin_memory=_on_gpu(kind))
+
+
+def _on_gpu(kind: _Kind) -> bool:
+    return kind[3].type == "cuda"
+
+
+def _nbytes(kind: _Kind) -> int:
+    return math.prod(kind[0]) * kind[2].itemsize
 
 
 def storages(tensors: Iterable[Tensor]) -> frozenset[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from lorabank.engine.batch import Batch
+from lorabank.engine.host_memory import WANTED
 from lorabank.errors import TooLargeError
 
 _OTHERS = re.compile(
@@ -126,8 +127,10 @@ def _within(batch: Batch, groups: Sequence[Sequence[int]], tokens: int | None) -
 
 def _too_large(part: Batch, said: str) -> TooLargeError:
     device = part.input_ids_NL.device
+    way = "Set activation_offloading: true (a stopped run can be resumed with it), or start anew with the base in fewer bits "
+    if WANTED in said:
+        way = "Set activation_offloading: false where the GPU has room for it, or start anew with the base in fewer bits "
     return TooLargeError(
         f"out of memory: a row of {max(part.lengths)} tokens alone doesn't fit ({said or f'on {device}'}). "
-        "Set activation_offloading: true (a stopped run can be resumed with it), or start anew with the base in fewer bits "
-        "(base_dtype: nf4) or shorter rows (data.max_length)."
+        f"{way}(base_dtype: nf4) or shorter rows (data.max_length)."
     )

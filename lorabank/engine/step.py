@@ -146,8 +146,6 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
     if engine.scales_losses:
         warn_once("passes over a base in fp16 aren't captured as CUDA graphs, so small ones wait for the host.")
         return False
-    if engine.activation_offloading and not engine.capture_offloading:
-        return False
     plain = reference_NL is None and batch.references is None and not batch.packed and engine.head() is not None
     return plain and engine.deterministic and engine.all_fused(routing)
 

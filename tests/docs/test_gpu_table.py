@@ -450,14 +450,14 @@ def test_the_check_is_told_what_the_items_run(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gpu_training, "check", lambda shape, device, **more: asked.append(more) or [])
     for items in (
         ["one-2x2048"],
-        ["one-4x2048-recompute", "many-64", "--capture-offloading"],
+        ["one-4x2048-recompute", "many-64"],
         ["fp8-2x2048", "nf4-2x2048-recompute"],
     ):
         gpu_training.run_checks(gpu_training.parser().parse_args(["--items", *items]), gpu_model.Shape(layers=2, **TINY))
     assert asked == [
-        {"storages": [], "offloaded": [], "capture": False, "mixed": False},
-        {"storages": [], "offloaded": ["bf16"], "capture": True, "mixed": True},
-        {"storages": ["fp8", "nf4"], "offloaded": ["nf4"], "capture": False, "mixed": False},
+        {"storages": [], "offloaded": [], "mixed": False},
+        {"storages": [], "offloaded": ["bf16"], "mixed": True},
+        {"storages": ["fp8", "nf4"], "offloaded": ["nf4"], "mixed": False},
     ]
 
 

@@ -135,7 +135,7 @@ def test_what_attention_gave_waits_on_the_host_too(monkeypatch: pytest.MonkeyPat
     expected: dict[str, dict[str, Tensor]] = {}
     for offloading in (False, True):
         bank = bank_of(torch.bfloat16, layers=16)  # torch's fast attentions of grouped heads are for half precision
-        engine = Engine(bank, gradient_checkpointing=True, activation_offloading=offloading, cuda_graphs=offloading)
+        engine = Engine(bank, gradient_checkpointing=True, activation_offloading=offloading, cuda_graphs=False)
         found(engine, [64, 64], ["a", "b"])
         compile_blocks(bank.model, recompute=True)
         mine = found(engine, lengths, routes)
@@ -149,7 +149,6 @@ def test_what_attention_gave_waits_on_the_host_too(monkeypatch: pytest.MonkeyPat
                 assert difference(mine[name], expected[name]) < 5e-2
         peaks.append((torch.cuda.max_memory_allocated() - before) / MIB)
         if offloading:
-            assert not engine.graphs._captured  # although the shape came again
             # of each token: the input, attention's output, the state behind it, and a sum in fp32 for each head
             assert engine.offload.bytes - copied == 3 * 16 * 4 * 2048 * (3 * 256 * 2 + 4 * 4)
         del engine, bank
@@ -164,7 +163,7 @@ def test_captured_passes_whose_inputs_wait_on_the_host(monkeypatch: pytest.Monke
     work: list[tuple[list[int], list[Any]]] = [([512] * 4, ["a", "b", BASE, "a"]), ([256] * 2, ["b", "a"])]
     banks = [bank_of(torch.bfloat16, layers=6) for _ in range(2)]
     plain = Engine(banks[0], activation_offloading=True, cuda_graphs=False)
-    engine = Engine(banks[1], activation_offloading=True, capture_offloading=True)
+    engine = Engine(banks[1], activation_offloading=True)
     for one in (plain, engine):
         found(one, [64, 64], ["a", "b"])
         compile_blocks(one.bank.model, recompute=True)
