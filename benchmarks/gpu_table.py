@@ -5,7 +5,7 @@
     python benchmarks/gpu_table.py --readme           # between the markers in README.md, other GPUs and families in benchmarks/
 
 Of an item that was run twice the later one counts; of one whose target is a time, or a rate of a copy, on the targets' GPU that
-one before any other; of a peer's that of our own run's session, where there is one. A run of ours whose check isn't recorded as
+one before any other; of a peer's that of our own run's session, else the fastest. A run of ours whose check isn't recorded as
 passed is refused; a ratio to a peer that ran on another GPU isn't printed, one to a peer of another session says so; a model cut
 to fewer blocks gets no verdict.
 """
@@ -75,13 +75,13 @@ class Measured:
     def best_peer(self, line: Line) -> tuple[Row, Row] | None:
         """(run, row) of the fastest peer of a line's work; None where none was run.
 
-        On the GPU of our own run if any ran there; of a peer that was run twice the row of our run's session, else the last.
+        On the GPU of our own run if any ran there; of a peer that was run twice the row of our run's session, else the fastest.
         """
         found = [(run, row) for run, row in self.peers.get(line.peer_item or "", ()) if row.get("ms")]
         mine = self.ours[line.item][0] if line.item in self.ours else {}
         there = [pair for pair in found if pair[1].get("gpu") == mine.get("gpu")] or found
         named: dict[tuple[str, str], tuple[Row, Row]] = {}
-        for pair in sorted(there, key=lambda pair: same_session(mine, pair[0])):  # stable: the last of a kind stays last
+        for pair in sorted(there, key=lambda pair: (same_session(mine, pair[0]), -pair[1]["ms"])):
             named[pair[1]["name"], str(pair[1].get("gpu"))] = pair
         return min(named.values(), key=lambda pair: pair[1]["ms"], default=None)
 
@@ -214,8 +214,8 @@ def notes(measured: Measured) -> Iterator[str]:
     ours: dict[tuple[str, ...], list[str]] = {}
     for item, (run, _) in measured.ours.items():
         ours.setdefault(_origin(run), []).append(item)
-    for run, _ in measured.kernels:
-        ours.setdefault(_origin(run), ["kernels"])
+    for origin in dict.fromkeys(_origin(run) for run, _ in measured.kernels):
+        ours.setdefault(origin, []).append("kernels")
     yield from _origins("Ours", ours)
     peers: dict[tuple[str, ...], list[str]] = {}
     for line in LINES:
@@ -301,16 +301,21 @@ def elsewhere(runs: Sequence[Row]) -> str:
             reached = sum(KERNELS.reached(row["fraction"], KERNELS.goal) for _, row in measured.kernels)
             rows.append([start, peer, f"{reached} of {len(measured.kernels)} at {KERNELS}; {lowest}", rate])
         parts += [f"On an {gpu} (the targets are for an {TARGET_GPU}):", markdown(("work", "best peer", "ours", "ratio"), rows)]
-        named = {line.item for line in here}
-        parts.append("\n".join(notes(replace(measured, ours={k: v for k, v in measured.ours.items() if k in named}))))
+        ours = {line.item: measured.ours[line.item] for line in here}
+        peers = {name: rows for name, rows in measured.peers.items() if any(line.peer_item == name for line in here)}
+        parts.append("\n".join(notes(replace(measured, ours=ours, peers=peers))))
     return "\n\n".join(parts)
 
 
 def family_table(runs: Sequence[Row]) -> str:
-    """Other families of models beside PEFT; empty without such a run."""
-    found = {row["item"]: (run, row) for run in runs if run["kind"] == "families" for row in run["rows"]}
-    if not found:
-        return ""
+    """For each GPU other families of models beside PEFT; empty without such a run."""
+    mine = [run for run in runs if run["kind"] == "families"]
+    return "\n\n".join(_families_on(gpu, mine) for gpu in sorted({str(run.get("gpu")) for run in mine}))
+
+
+def _families_on(gpu: str, runs: Sequence[Row]) -> str:
+    here = [run for run in runs if str(run.get("gpu")) == gpu]
+    found = {row["item"]: (run, row) for run in here for row in run["rows"]}
     header = ("a step of", "tokens", "PEFT", "ours, not compiled", "ours", "ratio to PEFT", "captured")
     rows = [
         [
@@ -327,10 +332,10 @@ def family_table(runs: Sequence[Row]) -> str:
     origins: dict[tuple[str, ...], list[str]] = {}
     for item, (run, _) in found.items():
         origins.setdefault(_origin(run), []).append(item)
-    missing = sorted({name for run in runs if run["kind"] == "families" for name in run.get("failures", {})})
-    missing = [name for name in missing if not any(row["family"] == name for _, row in found.values())]
-    more = [f"No number yet: {', '.join(missing)}."] if missing else []
-    return markdown(header, rows) + "\n\n" + "\n".join([*_origins("Families", origins), *more])
+    failed = {name for run in here for name in run.get("failures", {})} - {row["family"] for _, row in found.values()}
+    more = [f"No number yet: {', '.join(sorted(failed))}."] if failed else []
+    parts = [f"Other families on an {gpu}:", markdown(header, rows), "\n".join([*_origins("Families", origins), *more])]
+    return "\n\n".join(parts)
 
 
 def further(runs: Sequence[Row]) -> str:

@@ -308,6 +308,9 @@ def test_other_families_stand_beside_peft() -> None:
     assert line_of(text, "bert")[2:6] == ["20.0 ms", "30.0 ms", "40.0 ms", "0.50 × as fast"]  # of two runs the later one
     assert line_of(text, "vit")[2:6] == ["not run", "30.0 ms", "5.0 ms", "–"]
     assert "No number yet: whisper." in text
+    other = {**families(bert=(20.0, 5.0)), "gpu": "NVIDIA H200"}
+    assert gpu_table.family_table([*runs, other]).startswith(text)  # another GPU's are beside, not instead
+    assert line_of(gpu_table.family_table([other]), "bert")[5] == "4.00 × as fast"
     assert gpu_table.further([ours(step("one-2x2048", 250.0))]) == ""
     assert "bert" not in gpu_table.table([*runs, ours(step("one-2x2048", 250.0))])
 

@@ -108,11 +108,12 @@ def _dividing(kept: str) -> contextlib.AbstractContextManager[Any]:
 def hoist_weights(graph_module: GraphModule) -> None:
     """Take the weights out of the tensors that they lie in before anything else: what reads one is free to move up then."""
     places = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    given, sizes = set(places), set[Node]()
+    given = set(places)
+    sizes = {node for node in places if isinstance(node.meta.get("example_value"), torch.SymInt)}
     for node in list(graph_module.graph.nodes):
         inputs = node.all_input_nodes
         sized = node.target == "size" and given.issuperset(inputs)
-        if sized or (node.target in _OF_SIZES and sizes.issuperset(inputs)):
+        if sized or (node.target in _OF_SIZES and inputs and sizes.issuperset(inputs)):
             sizes.add(node)
         elif node.target != "narrow" or not (given | sizes).issuperset(inputs):
             continue
