@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorabank.engine.gradients import add
 from lorabank.engine.parts import is_out_of_memory
+from lorabank.notices import warn_once
 
 SEEN_BEFORE = 2
 """Passes of a shape that run kernel by kernel, which compiles and warms up what they need, before it is captured."""
@@ -129,6 +130,9 @@ class PassGraphs:
             if not is_out_of_memory(error):
                 raise
             self._too_large.add(key)
+            warn_once(
+                f"some passes aren't captured as CUDA graphs, so small ones wait for the host: {str(error).splitlines()[0]}."
+            )
             return False
         return True
 

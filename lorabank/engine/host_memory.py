@@ -24,7 +24,7 @@ _ROOT = Path("/")
 
 
 @dataclass(frozen=True)
-class _Groups:
+class _ControlGroups:
     """A kind of Linux's control groups."""
 
     controller: str
@@ -36,8 +36,8 @@ class _Groups:
     """Of what is used, in memory.stat: what the kernel gives to others first."""
 
 
-_SECOND = _Groups("", "sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file"))
-_FIRST = _Groups(
+_SECOND = _ControlGroups("", "sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file"))
+_FIRST = _ControlGroups(
     "memory",
     "sys/fs/cgroup/memory",
     "memory.limit_in_bytes",
@@ -148,7 +148,7 @@ def _of_machine(root: Path) -> int | None:
     return None
 
 
-def _of_group(here: Path, kind: _Groups) -> int | None:
+def _of_group(here: Path, kind: _ControlGroups) -> int | None:
     limits, uses = _read(here / kind.limit).strip(), _read(here / kind.used).strip()
     if not (limits.isdecimal() and uses.isdecimal()):  # "max": no limit
         return None
