@@ -364,9 +364,9 @@ def slot_count(bank: AdapterBank) -> int:
     return -(-(max(bank.slot_numbers.values(), default=0) + 1) // SLOTS) * SLOTS
 
 
-def fused_blocks(bank: AdapterBank) -> list[FusedBlock]:
-    """The model's fused blocks; none where an adapted layer's product isn't compiled into one of them."""
-    return [] if left_out(bank) else _found_blocks(bank)
+def fused_blocks(bank: AdapterBank, *, whole: bool = True) -> list[FusedBlock]:
+    """The model's fused blocks; with `whole` none where an adapted layer's product isn't compiled into one of them."""
+    return [] if whole and left_out(bank) else _found_blocks(bank)
 
 
 def left_out(bank: AdapterBank) -> list[str]:

@@ -56,9 +56,11 @@ class _Captured:
 
 
 class PassGraphs:
-    """The graphs of one engine."""
+    """The graphs of one engine, or of one loop of a user's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, switch: str = "Engine(cuda_graphs=False)") -> None:
+        """`switch`: what leaves captures out, for messages."""
+        self._switch = switch
         self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._last: _Captured | None = None
@@ -84,7 +86,7 @@ class PassGraphs:
         `holds`: where `compute` puts what a captured pass needs as long as it is kept; None: nothing beyond device memory.
         `prepare`: what must be done before a capture, and can't be inside.
         """
-        key = (key, tuple((t.shape, t.dtype) for t in tensors))
+        key = _whole(key, tensors)
         self._passes += 1
         found = self._captured.get(key)
         if found is None and not (self._worth_capturing(key) and self._prepared(key, prepare)):
@@ -108,6 +110,19 @@ class PassGraphs:
             leaf.grad = gradient
         add(before)
         return found.row_losses.clone()
+
+    def seen(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
+        """Count a pass that showed only once it had run what others like it are given."""
+        self._seen[_whole(key, tensors)] += 1
+
+    def refuse(self, reason: str) -> None:
+        """Capture no passes from here on, and say so."""
+        self.refused = reason
+        warnings.warn(
+            "this model's passes can't be captured as CUDA graphs, so they run kernel by kernel and small ones wait for the "
+            f"host ({reason}). {self._switch} silences this.",
+            stacklevel=3,
+        )
 
     def _worth_capturing(self, key: Hashable) -> bool:
         if self.refused is not None or self._seen[key] < SEEN_BEFORE or key in self._too_large:
@@ -182,13 +197,8 @@ class PassGraphs:
                 self._too_large.add(key)
                 _cleared(leaves)
                 return None
-            self.refused = f"{type(error).__name__}: {error}"
             _cleared(leaves)
-            warnings.warn(
-                "this model's passes can't be captured as CUDA graphs, so they run kernel by kernel and small ones wait for the "
-                f"host ({self.refused}). Engine(cuda_graphs=False) silences this.",
-                stacklevel=2,
-            )
+            self.refuse(f"{type(error).__name__}: {error}")
             return None
         given = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         trained, gradients = [leaf for leaf, _ in given], [gradient for _, gradient in given]
@@ -196,6 +206,10 @@ class PassGraphs:
             graph, inputs, row_losses, trained, gradients, tuple(holds or ()), sum(gradient.nbytes for gradient in gradients)
         )  # fmt: skip
         return self._captured[key]
+
+
+def _whole(key: Hashable, tensors: Sequence[Tensor]) -> Hashable:
+    return key, tuple((t.shape, t.dtype) for t in tensors)
 
 
 def _current_stream(tensors: Sequence[Tensor]) -> torch.cuda.Stream | None:
