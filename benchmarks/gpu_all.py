@@ -1,6 +1,6 @@
-"""The whole GPU table on one machine, one part after the other: ours, the peers, the kernels; then the table.
+"""All GPU tables on one machine, one part after the other: ours, the peers, the kernels, other families; then the tables.
 
-    python benchmarks/gpu_all.py --tokenizer FOLDER --output out      # out/training.json, peers.json, kernels.json, all.json
+    python benchmarks/gpu_all.py --tokenizer FOLDER --output out      # out/training.json, peers.json, … all.json
     python benchmarks/gpu_all.py --output out                         # without peers
 
 Each part is a process of its own. One that fails is named, what it had measured counts, and the others go on; the exit status is
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_results import load_runs, save_runs
-from gpu_table import kernel_table, table
+from gpu_table import page
 
 HERE = Path(__file__).parent
 """Where the parts are."""
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "training": ["--items", *args.items] if args.items else [],
         "peers": ["--tokenizer", str(args.tokenizer), *(["--peers", *args.peers] if args.peers else [])],
         "kernels": [],
+        "families": [],
     }
     (args.output / "all.json").unlink(missing_ok=True)  # likewise
     why = peers_missing(args)
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if paths:
         runs = load_runs(paths)
         save_runs(args.output / "all.json", runs)
-        print("\n\n".join(part for part in (table(runs), kernel_table(runs)) if part))
+        print(page(runs))
     return int(not all(through for _, through in done))
 
 

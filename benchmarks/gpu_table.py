@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_table.py ours.json peers.json kernels.json                       # Markdown on standard output
     python benchmarks/gpu_table.py ours.json peers.json --save benchmarks/results/gpu-h100.json   # the runs in one file
-    python benchmarks/gpu_table.py --readme                                                # between the markers in README.md
+    python benchmarks/gpu_table.py --readme           # between the markers in README.md, other GPUs and families in benchmarks/
 
 Of an item that was run twice the later one counts; of one whose target is a time, or a rate of a copy, on the targets' GPU that
-one before any other; of a peer's that of our own run's session, where there is one. A run of ours whose check isn't recorded as
+one before any other; of a peer's that of our own run's session, else the fastest. A run of ours whose check isn't recorded as
 passed is refused; a ratio to a peer that ran on another GPU isn't printed, one to a peer of another session says so; a model cut
 to fewer blocks gets no verdict.
 """
@@ -15,152 +15,27 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from gpu_lines import ANYWHERE, KERNELS, LAYERS, LINES, TARGET_GPU, Bound, Line
 from gpu_results import load_runs, same_session, save_runs
 
 Row = Mapping[str, Any]
 
 README = Path(__file__).parents[1] / "README.md"
+FURTHER = Path(__file__).parent / "README.md"
+"""Where other GPUs and families are."""
 RESULTS = tuple(Path(__file__).parent / "results" / f"gpu-{card}.json" for card in ("h100", "h200"))
 START, END = "<!-- gpu-table:start -->", "<!-- gpu-table:end -->"
 NOTHING = "No run of the GPU table is recorded yet."
-TARGET_GPU = "H100"
-LAYERS = 32
-"""Blocks of the model that the targets are for."""
 NOT_RUN = "not run"
 LINE = 140
 """Characters of a line of text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """A number of a row that a target asks for."""
-
-    key: str
-    goal: float
-    least: float | None = None
-    """What it must reach to count as done, where the goal is more than that."""
-    at_most: bool = True
-    text: str
-    """How a value is shown, a format of one number."""
-
-    def reached(self, value: float, bound: float) -> bool:
-        """Whether `value` keeps to `bound`."""
-        return value <= bound if self.at_most else value >= bound
-
-    @property
-    def needed(self) -> float:
-        """What it must reach to count as done."""
-        return self.goal if self.least is None else self.least
-
-    def __str__(self) -> str:
-        sign = "≤" if self.at_most else "≥"
-        least = "" if self.least is None else f" (done from {self.text.format(self.least)})"
-        return f"{sign} {self.text.format(self.goal)}{least}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A line of the table."""
-
-    item: str
-    work: str
-    ours: str
-    """What is shown of our row, a format of its numbers."""
-    bounds: tuple[Bound, ...] = ()
-    """Targets of issue 3, none of them a result."""
-    peer_item: str | None = None
-    """The peers' item that is compared with."""
-    peer_repeats: int = 1
-    """Steps of the peer that do our step's work."""
-    anchor_ms: float | None = None
-    """What a step of the peer took when the target was set, if the issue gives it as a ratio too."""
-    beat_peer: bool = False
-    """The target is the best peer itself: faster, with no more memory."""
-    beside: str | None = None
-    """Without a peer: what of our own row is compared with, a format of its numbers."""
-    ratio: str | None = None
-    """Then the number that is the ratio."""
-    what: str = "the time"
-    """What the ratio is of."""
-    cut: bool = False
-    """Whether fewer blocks are part of the work."""
-    anywhere: bool = False
-    """Whether it is judged on any GPU, beside its peer or by its memory, so that the latest run counts."""
-
-
-def _faster(goal: float, least: float) -> Bound:
-    return Bound(key="tokens_per_s", goal=goal, least=least, at_most=False, text="{:,.0f} tok/s")
-
-
-def _within(gib: float) -> Bound:
-    return Bound(key="peak_gib", goal=gib, text="{:g} GiB")
-
-
-def _ms(limit: float) -> Bound:
-    return Bound(key="ms", goal=limit, text="{:,.0f} ms")
-
-
-def _ratio(key: str, limit: float) -> Bound:
-    return Bound(key=key, goal=limit, text="{:.2f} ×")
-
-
-STEP = "{ms:,.1f} ms · {tokens_per_s:,} tok/s · {peak_gib:.1f} GiB"
-LINES = (
-    Line(
-        item="one-2x2048", work="bf16, 2 × 2048", ours=STEP, bounds=(_faster(18000, 17000), _within(28)), peer_item="one-2x2048"
-    ),
-    Line(item="fp8-2x2048", work="frozen base in fp8, 2 × 2048", ours=STEP, bounds=(_faster(25000, 22500),)),
-    Line(item="fp8-4x2048", work="frozen base in fp8, 4 × 2048", ours=STEP),
-    Line(
-        item="one-4x2048-recompute", work="bf16, 4 × 2048, recompute", ours=STEP, bounds=(_faster(14000, 12500), _within(18)),
-        peer_item="one-4x2048-recompute",
-    ),
-    Line(item="one-1x512", work="one adapter, 1 × 512", ours=STEP, bounds=(_ms(60),), peer_item="one-1x512"),
-    Line(
-        item="eight-8x512", work="eight adapters, 512 tokens each", ours=STEP, bounds=(_ms(250),), peer_item="one-1x512",
-        peer_repeats=8, anchor_ms=210,
-    ),
-    Line(
-        item="many-64", work="64 adapters, ranks 4 to 64, 4,096 tokens: forward and backward ({layers} blocks)",
-        ours="{ms:,.1f} ms", beside="one adapter of rank {mean_rank}: {one_ms:,.1f} ms", ratio="ratio",
-        bounds=(_ratio("ratio", 1.1),), cut=True,
-    ),
-    Line(
-        item="many-64", work="the same, whole step ({layers} blocks)", ours="{step_ms:,.1f} ms",
-        beside="one adapter: {one_step_ms:,.1f} ms", ratio="step_ratio", bounds=(_ratio("step_ratio", 1.1),), cut=True,
-    ),
-    Line(
-        item="nf4-2x2048-recompute", work="4-bit base (NF4), 2 × 2048, recompute, capped at 24 GiB", ours=STEP,
-        peer_item="nf4-2x2048-recompute", beat_peer=True, anywhere=True,
-    ),
-    Line(
-        item="inference-peak", work="training peak over inference peak, recompute, 1 × 2048", ours="{peak_gib:.2f} GiB",
-        beside="inference: {inference_peak_gib:.2f} GiB", ratio="ratio", what="the memory", bounds=(_ratio("ratio", 1.15),),
-    ),
-    Line(
-        item="merged-forward", work="merged model's forward, 2 × 2048", ours="{ms:,.2f} ms",
-        beside="plain base: {base_ms:,.2f} ms",
-        ratio="ratio", bounds=(_ratio("ratio", 1.01),),
-    ),
-    Line(
-        item="start", work="a loaded model to its first step, no cached code", ours="{first_step_s:.0f} s",
-        bounds=(Bound(key="first_step_s", goal=60, text="{:.0f} s"),),
-    ),
-    Line(
-        item="longest", work="longest row that trains on a card of 80 GB, recompute",
-        ours="{tokens:,} tokens · {peak_gib:.1f} GiB", anywhere=True,
-    ),
-)  # fmt: skip
-ANYWHERE = frozenset(line.item for line in LINES if line.anywhere)
-KERNELS = Bound(key="fraction", goal=0.85, at_most=False, text="{:.2f}")
-"""Of the rate of a copy of the same bytes, or of torch's own product."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +55,8 @@ class Measured:
         peers: dict[str, list[tuple[Row, Row]]] = {}
         kernels: dict[tuple[object, ...], tuple[Row, Row]] = {}
         for run in runs:
+            if run["kind"] == "families":
+                continue
             if run["kind"] != "peers":
                 _refuse_unchecked(run)
             for row in run["rows"]:
@@ -190,20 +67,21 @@ class Measured:
                     peers.setdefault(row["item"], []).append((run, row))
                 else:
                     key = tuple(row.get(key) for key in ("kernel", "shape", "rank"))
-                    if _at_least_as_near(run, kernels.get(key)):
+                    if _at_least_as_near(run, kernels.get(key)):  # of kernels that were never there none counts beside others
                         kernels[key] = (run, row)
-        return cls(ours, peers, list(kernels.values()))
+        there = [pair for pair in kernels.values() if _on_target(pair[0])]
+        return cls(ours, peers, there or list(kernels.values()))
 
     def best_peer(self, line: Line) -> tuple[Row, Row] | None:
         """(run, row) of the fastest peer of a line's work; None where none was run.
 
-        On the GPU of our own run if any ran there; of a peer that was run twice the row of our run's session, else the last.
+        On the GPU of our own run if any ran there; of a peer that was run twice the row of our run's session, else the fastest.
         """
         found = [(run, row) for run, row in self.peers.get(line.peer_item or "", ()) if row.get("ms")]
         mine = self.ours[line.item][0] if line.item in self.ours else {}
         there = [pair for pair in found if pair[1].get("gpu") == mine.get("gpu")] or found
         named: dict[tuple[str, str], tuple[Row, Row]] = {}
-        for pair in sorted(there, key=lambda pair: same_session(mine, pair[0])):  # stable: the last of a kind stays last
+        for pair in sorted(there, key=lambda pair: (same_session(mine, pair[0]), -pair[1]["ms"])):
             named[pair[1]["name"], str(pair[1].get("gpu"))] = pair
         return min(named.values(), key=lambda pair: pair[1]["ms"], default=None)
 
@@ -336,8 +214,8 @@ def notes(measured: Measured) -> Iterator[str]:
     ours: dict[tuple[str, ...], list[str]] = {}
     for item, (run, _) in measured.ours.items():
         ours.setdefault(_origin(run), []).append(item)
-    for run, _ in measured.kernels:
-        ours.setdefault(_origin(run), ["kernels"])
+    for origin in dict.fromkeys(_origin(run) for run, _ in measured.kernels):
+        ours.setdefault(origin, []).append("kernels")
     yield from _origins("Ours", ours)
     peers: dict[tuple[str, ...], list[str]] = {}
     for line in LINES:
@@ -408,10 +286,72 @@ def kernel_table(runs: Sequence[Row]) -> str:
     return markdown(("kernel", "shape", "rank", "ours", "beside", "fraction"), rows) if rows else ""
 
 
-def readme_block(results: Sequence[Path] = RESULTS) -> str:
-    """What stands between README.md's markers: the table of results files, or that there is none."""
+def elsewhere(runs: Sequence[Row]) -> str:
+    """For each other GPU a table of ours beside its peers there, without a verdict; empty where there is none."""
+    known = sorted({str(run.get("gpu")) for run in runs if run.get("gpu") and not _on_target(run)})
+    parts: list[str] = []
+    for gpu in known:
+        measured = Measured.of([run for run in runs if run.get("gpu") == gpu])
+        here = [line for line in LINES if line.item in measured.ours and not line.anywhere]
+        if not here and not measured.kernels:
+            continue
+        rows = [cells(line, measured)[:4] for line in here]
+        if measured.kernels:
+            start, peer, lowest, rate, *_ = kernel_cells(measured)
+            reached = sum(KERNELS.reached(row["fraction"], KERNELS.goal) for _, row in measured.kernels)
+            rows.append([start, peer, f"{reached} of {len(measured.kernels)} at {KERNELS}; {lowest}", rate])
+        parts += [f"On an {gpu} (the targets are for an {TARGET_GPU}):", markdown(("work", "best peer", "ours", "ratio"), rows)]
+        ours = {line.item: measured.ours[line.item] for line in here}
+        peers = {name: rows for name, rows in measured.peers.items() if any(line.peer_item == name for line in here)}
+        parts.append("\n".join(notes(replace(measured, ours=ours, peers=peers))))
+    return "\n\n".join(parts)
+
+
+def family_table(runs: Sequence[Row]) -> str:
+    """For each GPU other families of models beside PEFT; empty without such a run."""
+    mine = [run for run in runs if run["kind"] == "families"]
+    return "\n\n".join(_families_on(gpu, mine) for gpu in sorted({str(run.get("gpu")) for run in mine}))
+
+
+def _families_on(gpu: str, runs: Sequence[Row]) -> str:
+    here = [run for run in runs if str(run.get("gpu")) == gpu]
+    found = {row["item"]: (run, row) for run in here for row in run["rows"]}
+    header = ("a step of", "tokens", "PEFT", "ours, not compiled", "ours", "ratio to PEFT", "captured")
+    rows = [
+        [
+            f"{row['family']} ({row['blocks']} blocks, width {row['width']:,})",
+            f"{row['tokens']:,}",
+            f"{row['peft_ms']:,.1f} ms" if "peft_ms" in row else NOT_RUN,
+            f"{row['plain_ms']:,.1f} ms",
+            f"{row['ms']:,.1f} ms",
+            f"{row['peft_ms'] / row['ms']:.2f} × as fast" if "peft_ms" in row else "–",
+            row["captured"],
+        ]
+        for _, row in found.values()
+    ]
+    origins: dict[tuple[str, ...], list[str]] = {}
+    for item, (run, _) in found.items():
+        origins.setdefault(_origin(run), []).append(item)
+    failed = {name for run in here for name in run.get("failures", {})} - {row["family"] for _, row in found.values()}
+    more = [f"No number yet: {', '.join(sorted(failed))}."] if failed else []
+    parts = [f"Other families on an {gpu}:", markdown(header, rows), "\n".join([*_origins("Families", origins), *more])]
+    return "\n\n".join(parts)
+
+
+def further(runs: Sequence[Row]) -> str:
+    """What the targets aren't about: other GPUs, other families."""
+    return "\n\n".join(part for part in (elsewhere(runs), family_table(runs)) if part)
+
+
+def page(runs: Sequence[Row]) -> str:
+    """All tables that the runs have rows for."""
+    return "\n\n".join(part for part in (table(runs), further(runs), kernel_table(runs)) if part)
+
+
+def recorded(make: Callable[[Sequence[Row]], str], results: Sequence[Path] = RESULTS) -> str:
+    """What stands between a page's markers: `make` of the results files, or that there are none."""
     found = [path for path in results if path.exists()]
-    return table(load_runs(found)) if found else NOTHING
+    return make(load_runs(found)) if found else NOTHING
 
 
 def put_between(text: str, block: str) -> str:
@@ -421,23 +361,27 @@ def put_between(text: str, block: str) -> str:
     return f"{text[: text.index(START)]}{START}\n{block}\n{text[text.index(END) :]}"
 
 
+PAGES: Mapping[Path, Callable[[Sequence[Row]], str]] = {README: table, FURTHER: further}
+"""Generated pages."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print, save or write into the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="what gpu_training.py, gpu_peers.py and gpu_kernels.py wrote")
     parser.add_argument("--save", type=Path, help="keep the runs in one file")
-    parser.add_argument("--readme", action="store_true", help="write the table of the recorded runs into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables of the recorded runs into the README files")
     args = parser.parse_args(arguments)
     if not args.files and not args.readme:
         parser.error("give result files, or --readme")
     if args.files:
         runs = load_runs(args.files)
-        print("\n\n".join(part for part in (table(runs), kernel_table(runs)) if part))
+        print(page(runs))
         if args.save:
             save_runs(args.save, runs)
     if args.readme:
-        page = put_between(README.read_text(encoding="utf-8"), readme_block())
-        README.write_text(page, encoding="utf-8")
+        for path, make in PAGES.items():
+            path.write_text(put_between(path.read_text(encoding="utf-8"), recorded(make)), encoding="utf-8")
     return 0
 
 

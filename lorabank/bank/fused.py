@@ -68,6 +68,18 @@ class LayerCall:
     """How the base weight is kept: a name in kernels/gpu/storage.py."""
     more: tuple[Tensor, ...] = ()
     """What that storage has besides the base layer's own tensors."""
+    within: tuple[int, int, bool] | None = None
+    """(dimension, length, whether it is at the end) of the base weight in the first of `more`, if it is a part of that."""
+
+    def base_of(self, stored: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The base layer's own tensors, `stored()`. Traced by torch.compile, which would compile anew for other strides.
+
+        The parameter's are those of the tensor that it lies in, and change when that grows.
+        """
+        if self.within is None:
+            return stored()
+        (dim, length, at_end), wide = self.within, self.more[0]
+        return [wide.narrow(dim, wide.shape[dim] - length if at_end else 0, length)]
 
     def suits(self, x: Tensor, base: Sequence[Tensor]) -> bool:
         """Whether the layer's input has the tokens that some tables are about, in their order."""

@@ -197,6 +197,9 @@ class LoRALayer(nn.Module):
     @property
     def stored(self) -> list[Tensor]:
         """The frozen weight as its products take it."""
+        return self._stored()
+
+    def _stored(self) -> list[Tensor]:
         return self.kind.tensors(self._parameters) if self.held is None else self.held
 
     def call_for(self, A: Tensor, B: Tensor, tables: LayerTables, tokens: tuple[TokenTables, ...], rows_U: Tensor) -> LayerCall:
@@ -228,7 +231,7 @@ class LoRALayer(nn.Module):
         """The base layer's output and the changes of the adapters that each row is routed to."""
         call = self.call
         if call is not None:
-            base = self.stored
+            base = call.base_of(self._stored)
             if call.suits(x, base):
                 return call.run(x, base, self._parameters["bias"])
             self._unsuited(x)

@@ -18,8 +18,9 @@ from lorabank.bank.fused import LayerTables
 from lorabank.bank.layers import LoRALayer
 from lorabank.engine.border_groups import gated_mlps, joined_layers, weight_of
 
-Bordered = tuple[LoRALayer, str, tuple[Tensor, Tensor, Tensor]]
-"""A layer, its storage's name in kernels/gpu/storage.py, and what that has besides the weight: wide weight, shadow, poison."""
+Bordered = tuple[LoRALayer, str, tuple[Tensor, Tensor, Tensor], tuple[int, int, bool]]
+"""A layer, its storage's name in kernels/gpu/storage.py, what that has besides the weight (wide weight, shadow, poison), and
+where the weight is in the wide one, as `LayerCall.within` has it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Wide:
     def size(self) -> tuple[int, int]:
         """Of all of it."""
         return self.weight_rows + self.rows, self.before + self.weight_columns + self.columns
+
+    @property
+    def within(self) -> tuple[int, int, bool]:
+        """(dimension that the border is along, the weight's length there, whether the border is before it)."""
+        return (0, self.weight_rows, False) if self.rows else (1, self.weight_columns, self.before > 0)
 
     @property
     def numbers(self) -> int:
@@ -103,15 +109,16 @@ class Borders(ABC):
 
         entries: list[Any] = []
         given: list[Bordered] = []
-        layers = zip(self.layers, tables, self._wide(), self._parts(), self._places_of_shadows(), strict=True)
-        for which, (layer, table, wide, border, (shadow, begin)) in enumerate(layers):
+        layout = self._layout(self._pad)
+        layers = zip(self.layers, tables, layout, self._wide(), self._parts(), self._places_of_shadows(), strict=True)
+        for which, (layer, table, place, wide, border, (shadow, begin)) in enumerate(layers):
             A, B = layer.store.buffers
-            leaf, other = (B, A) if self._layout(self._pad)[which].rows == 0 else (A, B)
+            leaf, other = (B, A) if place.rows == 0 else (A, B)
             mine, poison = shadow[begin : begin + border.shape[1]], self._poison[which]
             entries.append(
                 Border(border=border, leaf=leaf, shadow=mine, other=other, ranks=table.ranks_P2, poison=poison, rows=self._last)
             )
-            given.append((layer, self._names[which], (wide, shadow, poison)))
+            given.append((layer, self._names[which], (wide, shadow, poison), place.within))
         return entries, given
 
     def release(self) -> None:

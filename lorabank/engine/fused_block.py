@@ -339,10 +339,11 @@ class FusedBlock:
         places = {id(layer): i for i, layer in enumerate(self._layers)}
         with self._lock, torch.inference_mode(False):
             filled = self._borders.fill(self._table_of)
-        for layer, storage, more in filled:
-            vary(more[2])
+        for layer, storage, more, within in filled:
+            vary(more[1], more[2])
+            torch._dynamo.maybe_mark_dynamic(more[0], within[0])
             place = places[id(layer)]
-            calls[place] = replace(calls[place], storage=storage, more=more)
+            calls[place] = replace(calls[place], storage=storage, more=more, within=within)
         return calls
 
     def _prepare_borders(self) -> None:

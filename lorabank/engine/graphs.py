@@ -131,7 +131,12 @@ class PassGraphs:
         return oldest is None or len(self._captured) < self.kept or self._passes - oldest.used > IDLE
 
     def _prepared(self, key: Hashable, prepare: Callable[[], None] | None) -> bool:
-        """Whether all is there that a capture needs. Nothing has been changed where it isn't."""
+        """Whether all is there that a capture needs, and room for its graph. No gradient has been touched."""
+        while len(self._captured) >= self.kept:
+            self._captured.popitem(last=False)
+        # an old pass that only a cycle of references keeps alive has accumulators of gradients on another stream, which is
+        # not allowed beside a capture
+        gc.collect()
         try:
             if prepare is not None:
                 prepare()
@@ -178,12 +183,7 @@ class PassGraphs:
         compute: Pass,
         holds: list[object] | None,
     ) -> _Captured | None:
-        while len(self._captured) >= self.kept:
-            self._captured.popitem(last=False)
         inputs = [tensor.clone() for tensor in tensors]
-        # an old pass that only a cycle of references keeps alive has accumulators of gradients on another stream, which is
-        # not allowed beside a capture
-        gc.collect()
         graph, stream = torch.cuda.CUDAGraph(), _current_stream(inputs)
         try:
             if not self._captured:

@@ -7,9 +7,7 @@ does. So they cost time only where a block is done faster than what it keeps cro
 from __future__ import annotations
 
 import functools
-import math
 import weakref
-from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorabank.engine import host_memory
+from lorabank.engine.host_memory import HostMemory
 
 SHARE = 0.25
-"""Of the host's available memory, for what one captured pass keeps there for good."""
-_Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+"""Of the host's memory that is left, for what one captured pass keeps there."""
 
 
 @dataclass
@@ -37,11 +34,6 @@ class _Kept:
     given: weakref.ref[Tensor] | None = None
     """What was handed back, for who asks twice."""
 
-    @property
-    def kind(self) -> _Kind:
-        """Whose buffer may be used again for what."""
-        return self.host.shape, self.host.stride(), self.host.dtype, self.device
-
 
 class Offload:
     """What the blocks of one pass after the other keep."""
@@ -49,12 +41,13 @@ class Offload:
     def __init__(self) -> None:
         self._blocks: list[list[_Kept]] = []
         """What each block of this pass keeps: it leaves together and comes back together."""
-        self._free: defaultdict[_Kind, list[Tensor]] = defaultdict(list)
+        self._memory: dict[torch.device, HostMemory] = {}
+        """Of the host, for what comes from a device."""
         self._leaving: list[tuple[_Kept, Tensor, torch.cuda.Event | None]] = []
         """The last block's tensors, held until they are copied out."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._needed: defaultdict[Hashable, Counter[_Kind]] = defaultdict(Counter)
-        """What passes of a shape were seen to keep."""
+        self._needed: dict[Hashable, dict[torch.device, list[int]]] = {}
+        """Bytes of each tensor that passes of a kind were seen to keep, in order."""
         self._captured = False
         self.bytes = 0
         """Copied to the host so far, over all passes."""
@@ -62,38 +55,39 @@ class Offload:
     def start(self) -> None:
         """Begin a pass: what the last one left, where it had no backward, is given up."""
         self._let_go()
-        left = [kept for block in self._blocks for kept in block]
-        used = {kept.kind for kept in left}
-        for kept in left:
-            self._give_up(kept)
+        for kept in (kept for block in self._blocks for kept in block):
+            # copies are put on one stream in order, so what comes into this memory next comes after what left it
+            if kept.back is not None and kept.back[1] is not None:
+                torch.cuda.current_stream(kept.device).wait_event(kept.back[1])
+            kept.back = kept.given = None
         self._blocks.clear()
-        for kind in self._free.keys() - used if used else ():
-            del self._free[kind]  # another shape's: rows of many lengths would pin more and more of the host's memory
+        for memory in self._memory.values():
+            memory.restart()
 
-    def remember(self, shape: Hashable) -> None:
-        """Note what the pass that was just made kept: the next of its shape will keep as much."""
-        self._needed[shape] = Counter(kept.kind for block in self._blocks for kept in block)
+    def remember(self, key: Hashable) -> None:
+        """Note what the pass that was just made kept: the next of its kind will keep as much."""
+        self._needed[key] = {device: memory.sizes for device, memory in self._memory.items()}
 
-    def reserve(self, shape: Hashable) -> None:
-        """Set aside what a pass of that shape keeps: torch never frees pinned memory that it gave away inside a capture.
+    def reserve(self, key: Hashable) -> None:
+        """Set aside what such a pass keeps: torch never frees pinned memory that it gave away inside a capture.
 
-        Raises torch.OutOfMemoryError where that takes much of what the host has left: a captured pass never gives it back.
+        Raises torch.OutOfMemoryError where that takes much of what the host has left: a captured pass keeps it.
         """
-        missing = {kind: count - len(self._free[kind]) for kind, count in self._needed[shape].items()}
-        total = sum(host_memory.pinned(_nbytes(kind)) * max(0, count) for kind, count in missing.items() if _on_gpu(kind))
-        if total:
-            host_memory.check_pinning(total, SHARE)
-        for kind, count in missing.items():
-            self._free[kind] += [_host(kind) for _ in range(count)]
+        for device, sizes in self._needed.get(key, {}).items():
+            self._memory[device].make_room(sizes, SHARE)
 
-    def for_capture(self) -> Offload:
-        """For one pass that is captured as a CUDA graph, whose replays copy to and from the same host memory.
+    def for_capture(self, key: Hashable) -> Offload:
+        """For one such pass that is captured as a CUDA graph, whose replays copy to and from the same host memory.
 
-        It takes reserved buffers along and never gives one back: whoever holds the graph must hold it. Call `start` on this one
-        before the capture begins: what was put on a stream before can't be waited for inside.
+        It takes reserved memory along and gives it back when it is gone: whoever holds the graph must hold it. Call `start` on
+        this one before the capture begins: what was put on a stream before can't be waited for inside.
         """
         own = Offload()
-        own._free, own._streams, own._captured = self._free, self._streams, True
+        own._streams, own._captured = self._streams, True
+        for device, sizes in self._needed.get(key, {}).items():
+            pieces = self._memory[device].split_off(sizes)
+            own._memory[device] = HostMemory(pieces, grows=False)
+            weakref.finalize(own, self._memory[device].add, pieces)
         return own
 
     def end_capture(self) -> None:
@@ -148,12 +142,8 @@ class Offload:
             self._let_go()  # of the block before
             self._blocks.append(block)
         strides = x.stride() if _dense(x) else torch.empty(x.shape, device="meta").stride()
-        free = self._free[x.shape, strides, x.dtype, x.device]
-        if not free and self._captured:
-            raise RuntimeError(
-                f"no host memory was set aside for {tuple(x.shape)}, {x.dtype}, which the passes before didn't keep"
-            )
-        host = free.pop() if free else _host((x.shape, strides, x.dtype, x.device))
+        memory = self._memory_of(x.device)
+        host = memory.take(x.numel() * x.element_size()).view(x.dtype).as_strided(x.shape, strides)
         kept, left = _Kept(len(self._blocks) - 1, host, x.device), None
         stream = self._stream(x.device)
         if stream is None:
@@ -208,12 +198,10 @@ class Offload:
         self._leaving.clear()
         return gone
 
-    def _give_up(self, kept: _Kept) -> None:
-        # copies are put on one stream in order, so what comes into this memory next comes after what left it
-        self._free[kept.kind].append(kept.host)
-        if kept.back is not None and kept.back[1] is not None:
-            torch.cuda.current_stream(kept.device).wait_event(kept.back[1])
-        kept.back = kept.given = None
+    def _memory_of(self, device: torch.device) -> HostMemory:
+        if device not in self._memory:
+            self._memory[device] = HostMemory(pinned=device.type == "cuda", grows=not self._captured)
+        return self._memory[device]
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
         if device.type != "cuda":
@@ -221,21 +209,6 @@ class Offload:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
-
-
-def _host(kind: _Kind) -> Tensor:
-    shape, strides, dtype, _ = kind
-    if _on_gpu(kind):
-        host_memory.check_pinning(host_memory.pinned(_nbytes(kind)))
-    return torch.empty_strided(shape, strides, dtype=dtype, pin_memory=_on_gpu(kind))
-
-
-def _on_gpu(kind: _Kind) -> bool:
-    return kind[3].type == "cuda"
-
-
-def _nbytes(kind: _Kind) -> int:
-    return math.prod(kind[0]) * kind[2].itemsize
 
 
 def storages(tensors: Iterable[Tensor]) -> frozenset[int]:

@@ -179,9 +179,9 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
             return _passed(engine, full, (rows, columns, rows), captured, None)
         if not torch.cuda.is_current_stream_capturing():
             row_losses = _passed(engine, full, (rows, columns, rows), captured, None)
-            engine.offload.remember(ids.shape)
+            engine.offload.remember((key, ids.shape))
             return row_losses
-        offload = engine.offload.for_capture()
+        offload = engine.offload.for_capture((key, ids.shape))
         try:
             row_losses = _passed(engine, full, (rows, columns, rows), captured, None, offload)
         finally:
@@ -198,7 +198,8 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
 
     if not engine.activation_offloading:
         return engine.graphs.run(key, tensors, leaves, compute)
-    return engine.graphs.run(key, tensors, leaves, compute, holds, lambda: engine.offload.reserve(batch.input_ids_NL.shape))
+    kept = key, batch.input_ids_NL.shape
+    return engine.graphs.run(key, tensors, leaves, compute, holds, lambda: engine.offload.reserve(kept))
 
 
 def _lengthened(index_T: Tensor) -> Tensor:

@@ -57,14 +57,28 @@ def peers(*rows: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "peers", **HEAD, "rows": named}
 
 
+def families(**ms: tuple[float | None, float]) -> dict[str, Any]:
+    """PEFT's time and ours by family."""
+    rows = [
+        {"item": f"family-{name}-512", "family": name, "tokens": 512, "blocks": 4, "width": 1024, "plain_ms": 30.0, "ms": mine}
+        | {"captured": "yes"}
+        | ({} if theirs is None else {"peft_ms": theirs})
+        for name, (theirs, mine) in ms.items()
+    ]
+    return {"kind": "families", **HEAD, "check": {}, "rows": rows}
+
+
 def line_of(text: str, work: str) -> list[str]:
     found = next(line for line in text.splitlines() if line.startswith(f"| {work}"))
     return [cell.strip() for cell in found.split("|")[1:-1]]
 
 
-def test_readme_shows_the_results_file() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert gpu_table.put_between(text, gpu_table.readme_block()) == text, "run python benchmarks/gpu_table.py --readme"
+@pytest.mark.parametrize("page", gpu_table.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_show_the_results_files(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    block = gpu_table.recorded(gpu_table.PAGES[page])
+    assert block.startswith(("| work |", "On an "))
+    assert gpu_table.put_between(text, block) == text, "run python benchmarks/gpu_table.py --readme"
 
 
 def test_every_item_has_its_line_and_every_peer_its_item() -> None:
@@ -284,7 +298,38 @@ def test_files_are_kept_row_by_row_and_merged(tmp_path: Path, capsys: pytest.Cap
     assert gpu_table.main([str(path), str(theirs), "--save", str(tmp_path / "both.json")]) == 0
     printed = capsys.readouterr().out
     assert "4.20 × as fast" in printed
-    assert gpu_table.readme_block([tmp_path / "both.json"]) == printed.strip()
+    assert gpu_table.recorded(gpu_table.table, [tmp_path / "both.json"]) == printed.strip()
+    assert gpu_table.recorded(gpu_table.table, [tmp_path / "none.json"]) == gpu_table.NOTHING
+
+
+def test_other_families_stand_beside_peft() -> None:
+    runs = [families(bert=(20.0, 10.0), vit=(None, 5.0)), {**families(bert=(20.0, 40.0)), "failures": {"vit": "", "whisper": ""}}]
+    text = gpu_table.further(runs)
+    assert line_of(text, "bert")[2:6] == ["20.0 ms", "30.0 ms", "40.0 ms", "0.50 × as fast"]  # of two runs the later one
+    assert line_of(text, "vit")[2:6] == ["not run", "30.0 ms", "5.0 ms", "–"]
+    assert "No number yet: whisper." in text
+    other = {**families(bert=(20.0, 5.0)), "gpu": "NVIDIA H200"}
+    assert gpu_table.family_table([*runs, other]).startswith(text)  # another GPU's are beside, not instead
+    assert line_of(gpu_table.family_table([other]), "bert")[5] == "4.00 × as fast"
+    assert gpu_table.further([ours(step("one-2x2048", 250.0))]) == ""
+    assert "bert" not in gpu_table.table([*runs, ours(step("one-2x2048", 250.0))])
+
+
+def test_other_gpus_have_a_table_of_their_own() -> None:
+    there = {"gpu": "NVIDIA H200", "commit": "def"}
+    theirs = peers({**step("one-2x2048", 300.0), "impl": "unsloth", "gpu": "NVIDIA H200"}) | there
+    runs = [ours(step("one-2x2048", 250.0)), ours(step("one-2x2048", 200.0)) | there, theirs]
+    assert line_of(gpu_table.table(runs), "bf16, 2 × 2048")[2].startswith("250.0 ms")
+    text = gpu_table.further(runs)
+    assert text.startswith("On an NVIDIA H200 (the targets are for an H100):")
+    assert line_of(text, "bf16, 2 × 2048")[2:] == ["200.0 ms · 20,480 tok/s · 27.0 GiB", "1.50 × as fast"]
+    assert "met?" not in text
+    assert "not run" not in text
+    kernel = {"kernel": "outer", "shape": "4096→1024", "rank": 64, "us": 20.0, "beside_us": 10.0, "fraction": 0.5}
+    here = {"kind": "kernels", **HEAD, "check": {"passed": True}, "rows": [kernel]}
+    runs += [here, {**here, **there, "rows": [kernel | {"kernel": "fold", "fraction": 0.2}, kernel | {"fraction": 0.9}]}]
+    assert line_of(gpu_table.table(runs), "hot kernels")[2:4] == ["lowest of 1: outer 4096→1024, r 64", "0.50 of its rate"]
+    assert line_of(gpu_table.further(runs), "hot kernels")[2].startswith("1 of 2 at ≥ 0.85; lowest of 2: fold")
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -342,6 +387,7 @@ def test_one_command_runs_all_parts_and_names_what_failed(
     _script(tmp_path, "gpu_training.py", _writes(ours(step("one-2x2048", 250.0))) + "sys.exit(1)\n")
     _script(tmp_path, "gpu_peers.py", _writes(peers({**step("one-2x2048", 300.0), "impl": "unsloth"})))
     _script(tmp_path, "gpu_kernels.py", "sys.exit('kernels disagree')\n")
+    _script(tmp_path, "gpu_families.py", _writes(families(bert=(20.0, 10.0))))
     folder = tmp_path / "out"
     line = ["--output", str(folder), "--tokenizer", "words", "--items", "one-2x2048", "--commit", "abc"]
     assert gpu_all.main(line) == 1
@@ -352,8 +398,10 @@ def test_one_command_runs_all_parts_and_names_what_failed(
     assert [(run["kind"], run["commit"]) for run in runs] == [
         ("training", f"--output {folder / 'training.json'} --commit abc --items one-2x2048"),
         ("peers", f"--output {folder / 'peers.json'} --commit abc --tokenizer words"),
+        ("families", f"--output {folder / 'families.json'} --commit abc"),
     ]
     assert gpu_table.table(runs) in printed
+    assert line_of(printed, "bert")[5] == "2.00 × as fast"
 
 
 def test_peers_that_are_not_here_are_left_out_with_a_sentence(
@@ -362,6 +410,7 @@ def test_peers_that_are_not_here_are_left_out_with_a_sentence(
     monkeypatch.setattr(gpu_all, "HERE", tmp_path)
     _script(tmp_path, "gpu_training.py", _writes(ours(step("one-2x2048", 250.0))))
     _script(tmp_path, "gpu_kernels.py", _writes({"kind": "kernels", **HEAD, "check": {"passed": True}, "rows": []}))
+    _script(tmp_path, "gpu_families.py", _writes(families()))
     assert gpu_all.main(["--output", str(tmp_path / "out")]) == 0
     printed = capfd.readouterr().out
     assert "gpu_peers.py skipped: no --tokenizer" in printed
@@ -375,7 +424,7 @@ def test_results_of_an_earlier_call_are_not_taken_for_this_ones(tmp_path: Path, 
     monkeypatch.setattr(gpu_all, "HERE", tmp_path)
     (tmp_path / "all.json").write_text("{}")
     (tmp_path / "training.json").write_text(json.dumps(ours(step("one-2x2048", 250.0))))
-    for name in ("gpu_training.py", "gpu_kernels.py"):
+    for name in ("gpu_training.py", "gpu_kernels.py", "gpu_families.py"):
         _script(tmp_path, name, "sys.exit(1)\n")
     assert gpu_all.main(["--output", str(tmp_path)]) == 1
     assert not (tmp_path / "all.json").exists()

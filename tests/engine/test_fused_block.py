@@ -219,6 +219,27 @@ def test_the_first_adapter_of_a_class_of_ranks_compiles_once() -> None:
     assert [count - made[0] for count in made] == [0, 0, 1, 1, 1, 1]
 
 
+def test_borders_that_grow_compile_nothing() -> None:
+    """Nor those that don't beside them; borders that are given up, since they no longer pay, do once."""
+    torch._dynamo.reset()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "mlp"]
+    plain, fused = pair(targets=targets)
+    engines = Engine(plain), Engine(fused)
+    batch = batch_of((5, 9), ["a", "b"])
+    assert_same(backward(fused, batch, engines[1]), backward(plain, batch, engines[0]))
+    made = graphs()
+    # columns for the MLP, for joined queries, keys and values, for the output projection; forms compiled since
+    steps = (("c", [64, 128, 64], 0), ("d", [64, 128, 64], 0), ("e", [64, 0, 64], 1), ("f", [128, 0, 128], 1))
+    for name, *expected in steps:
+        for bank in (plain, fused):
+            add(bank, name, rank=16, targets=targets)
+        batch = batch_of((6, 4, 8), [name, "a", BASE])
+        assert_same(backward(fused, batch, engines[1]), backward(plain, batch, engines[0]))
+        block = repeated_blocks(fused.model)[0]._compiled_call_impl
+        assert isinstance(block, FusedBlock)
+        assert [[borders._pad for borders in block._borders._all], graphs() - made] == expected
+
+
 def test_more_slots_and_a_higher_rank_are_right_too() -> None:
     plain, fused = pair()
     engines = Engine(plain), Engine(fused)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -18,12 +19,14 @@ from torch._dynamo.backends.registry import register_backend
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.quantized import quantize_base
-from lorabank.engine import fused_block, step
+from lorabank.engine import fused_block, host_memory, offload, step
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.graphs import SEEN_BEFORE
+from lorabank.engine.host_memory import SMALLEST
 from lorabank.engine.offload import Offload, storages
 from lorabank.engine.step import Engine, forward_backward
+from lorabank.errors import TooLargeError
 from lorabank.kernels.gpu.keeping import KeepAttention
 from lorabank.kernels.native import library
 from tests.engine.tiny import batch_of, clear, difference, gradients, make_bank, make_model
@@ -223,11 +226,44 @@ def test_inputs_are_gone_from_the_device_after_forward(
     assert alive == [False] * (len(blocks) - 1) + [True]  # backward begins with the last one's
 
 
-def test_buffers_of_other_shapes_are_given_back() -> None:
+def test_passes_of_all_shapes_share_the_hosts_memory() -> None:
     engine = Engine(bank_of("llama"), activation_offloading=True)
-    for lengths in ((5, 9), (7, 3), (12, 4), (5, 9)):
-        forward_backward(engine, batch_of(lengths, ["a", "b"]))
-    assert {kind[0][1] for kind in engine.offload._free} <= {12, 9}
+    for lengths in ((12, 9), (7, 3), (5, 9, 4), (12, 4)):
+        forward_backward(engine, batch_of(lengths, ["a", "b", "a"][: len(lengths)]))
+    (memory,) = engine.offload._memory.values()
+    assert memory.nbytes == SMALLEST
+
+
+def test_a_pass_that_the_host_has_no_room_for_goes_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs out in the middle of a pass; parts of it use what was pinned by then."""
+    monkeypatch.setattr(host_memory, "SMALLEST", 512)
+    plain, engine = Engine(bank_of("llama")), Engine(bank_of("llama"), activation_offloading=True)
+    batch = batch_of([12] * 8, ["a", "b"] * 4)
+    for one in (plain, engine):
+        forward_backward(one, batch)
+    (memory,) = engine.offload._memory.values()
+    most = sum(memory.sizes)  # of two blocks
+    assert most == 2 * 8 * 12 * 32 * 4
+    for share, least in ((0.6, 2), (0.3, 4), (0.2, 8)):
+        tight = Engine(bank_of("llama"), activation_offloading=True)
+        most_left = host_memory.KEPT_FREE + int(share * most)
+
+        def available(tight: Engine = tight, most_left: int = most_left) -> int:
+            return most_left - sum(memory.nbytes for memory in tight.offload._memory.values())
+
+        monkeypatch.setattr(host_memory, "available", available)
+        forward_backward(tight, batch)
+        assert tight.fits.tokens is not None
+        assert tight.fits.tokens <= 8 * 12 // least
+        for name in "ab":
+            assert difference(gradients(tight.bank, name), gradients(plain.bank, name)) < 1e-4
+        (memory,) = tight.offload._memory.values()
+        assert memory.nbytes <= share * most
+        clear(tight.bank)
+        forward_backward(tight, batch)  # and again, knowing
+    monkeypatch.setattr(host_memory, "available", lambda: 0)
+    with pytest.raises(TooLargeError, match=r"of the host's memory are wanted .* Set activation_offloading: false where"):
+        forward_backward(Engine(bank_of("llama"), activation_offloading=True), batch)
 
 
 def test_a_captured_pass_keeps_its_host_memory() -> None:
@@ -251,30 +287,31 @@ def test_a_captured_pass_keeps_its_host_memory() -> None:
     usual.remember("this")
     usual.start()
     usual.reserve("this")
-    captured = usual.for_capture()
+    captured = usual.for_capture("this")
     mine = passed(captured)
     captured.end_capture()
     assert mine == first
-    with pytest.raises(RuntimeError, match=r"no host memory was set aside for \(2, 6, 8\), torch.float32"):
-        passed(usual.for_capture())
+    with pytest.raises(torch.OutOfMemoryError, match=r"weren't set aside: the passes before kept less"):
+        passed(usual.for_capture("that"))
+    assert passed(usual).isdisjoint(mine)
+    usual.start()
     usual.reserve("this")
-    assert passed(usual.for_capture()).isdisjoint(mine)
+    assert passed(usual.for_capture("this")).isdisjoint(mine)
     assert all(kept.back is None for block in captured._blocks for kept in block)
-    for _ in range(2):
-        assert passed(usual).isdisjoint(mine)
+    held = usual._memory[x.device].nbytes
+    del captured
+    gc.collect()
+    assert usual._memory[x.device].nbytes == held + SMALLEST  # it is back
+    usual.start()
+    assert passed(usual)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_passes_are_captured_where_the_host_has_room(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for CUDA's graphs, which computes in the capture, and replays nothing."""
 
-    def reserve(offload: Offload, shape: object) -> None:
-        if not wanted:
-            raise torch.OutOfMemoryError("as check_pinning does")
-        reserved(offload, shape)
-
-    reserved = Offload.reserve
-    monkeypatch.setattr(Offload, "reserve", reserve)
+    monkeypatch.setattr(host_memory, "available", lambda: 2**40 if wanted else host_memory.KEPT_FREE + SMALLEST)
+    monkeypatch.setattr(offload, "SHARE", 0.25 if wanted else 1e-4)
     begun: list[Any] = []
 
     @contextlib.contextmanager

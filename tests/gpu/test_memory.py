@@ -73,14 +73,12 @@ def limit(mib: float) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_that_does_not_fit_goes_through_in_parts(compiled: bool) -> None:
-    lengths, routes = [512] * 8, ["a", "b", BASE, "a", "b", "a", "b", "b"]
+    lengths, routes = [1024] * 8, ["a", "b", BASE, "a", "b", "a", "b", "b"]
     engine = Engine(bank_of())
     found(engine, [8, 8], ["a", "b"])
     if compiled:
         compile_blocks(engine.bank.model)
     expected = found(engine, lengths, routes)
-    for rows in (4, 2, 1):  # what compiles a new shape times its kernels, with a buffer of the L2 cache's size: 60 MiB on an H200
-        found(engine, lengths[:rows], routes[:rows])
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -88,12 +86,12 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts(compiled: bool) -> None
     found(engine, lengths, routes)
     needed = (torch.cuda.max_memory_allocated() - before) / MIB
     engine.release()
-    limit(needed * 0.6)
+    limit(needed * 0.6)  # a part of another shape may be compiled, which takes as much as the L2 cache has: 60 MiB on an H200
     for _ in range(4):  # the third would be captured
         assert_same(found(engine, lengths, routes), expected)
     assert engine.fits.times >= 1
     assert engine.fits.tokens is not None
-    assert engine.fits.tokens < 8 * 512
+    assert engine.fits.tokens < 8 * 1024
 
 
 def test_a_row_that_does_not_fit_at_all() -> None:

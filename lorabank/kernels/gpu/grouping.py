@@ -73,6 +73,7 @@ def grouping(name: str, kept: str = "all") -> Backend:
     backend: Any = lookup_backend(name)
 
     def compiled(graph_module: GraphModule, inputs: list[Any]) -> Any:
+        hoist_weights(graph_module)
         fuse_mlps(graph_module, again=kept not in KEPT_WHOLE)
         join_layers(graph_module)
         group_siblings(graph_module)
@@ -102,6 +103,24 @@ def _dividing(kept: str) -> contextlib.AbstractContextManager[Any]:
     if kept != "attention" or not keeping.SUPPORTED:
         return contextlib.nullcontext()
     return inductor_config.patch(custom_partitioner_fn=keeping.KeepAttention())
+
+
+def hoist_weights(graph_module: GraphModule) -> None:
+    """Take the weights out of the tensors that they lie in before anything else: what reads one is free to move up then."""
+    places = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    given = set(places)
+    sizes = {node for node in places if isinstance(node.meta.get("example_value"), torch.SymInt)}
+    for node in list(graph_module.graph.nodes):
+        inputs = node.all_input_nodes
+        sized = node.target == "size" and given.issuperset(inputs)
+        if sized or (node.target in _OF_SIZES and inputs and sizes.issuperset(inputs)):
+            sizes.add(node)
+        elif node.target != "narrow" or not (given | sizes).issuperset(inputs):
+            continue
+        if places:
+            places[-1].append(node)
+        places.append(node)
+    graph_module.recompile()
 
 
 def fuse_mlps(graph_module: GraphModule, *, again: bool = False) -> int:
@@ -366,6 +385,8 @@ def _replace_siblings(graph_module: GraphModule, nodes: Sequence[Node]) -> None:
         graph.erase_node(node)
 
 
+_OF_SIZES = frozenset({operator.getitem, operator.sub})
+"""What `LayerCall.base_of` is traced as, besides `size` and `narrow`."""
 _PRODUCTS = (operator.mul, torch.mul)
 _SUMS = (operator.add, torch.add)
 _IN_PLACE = frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -239,3 +240,47 @@ def test_a_slot_that_is_not_finite_stays_alone_in_a_group(x: Tensor, device: tor
 def test_the_backend_of_a_name_is_one_object() -> None:
     assert grouping.grouping("aot_eager", "all") is grouping.grouping("aot_eager", "all")
     assert op.lora_linear is not None
+
+
+def test_weights_are_taken_out_of_what_they_lie_in_before_anything_else() -> None:
+    """Views and sizes of inputs alone: what copies, or counts with anything but sizes, stays where it is."""
+
+    def f(x: Tensor, wide: Tensor, index: Tensor) -> Tensor:
+        y = x.mul_(2)
+        weight = wide.narrow(1, wide.size()[1] - 3, 3)
+        picked = x[index]
+        return y @ weight + picked - (x - index)
+
+    x, wide, index = torch.randn(3, 3), torch.randn(3, 5), torch.tensor([2, 0, 1])
+    module = torch.fx.symbolic_trace(f)
+    grouping.hoist_weights(module)
+    module.graph.lint()
+    targets = [node.target for node in module.graph.nodes if node.op.startswith("call")]
+    assert targets[:4] == ["size", operator.getitem, operator.sub, "narrow"]
+    assert targets[4:6] == ["mul_", operator.getitem]
+    torch.testing.assert_close(module(x.clone(), wide, index), f(x.clone(), wide, index))
+    assert grouping.hoist_weights(torch.fx.symbolic_trace(lambda: torch.ones(2))) is None
+
+
+def test_weights_behind_a_border_too() -> None:
+    """As torch.compile has them, where a size that varies is an input of its own."""
+    seen: list[list[Any]] = []
+
+    def backend(module: GraphModule, inputs: list[Any]) -> Any:
+        grouping.hoist_weights(module)
+        seen.append([node.target for node in module.graph.nodes if node.op.startswith("call")])
+        return module
+
+    def f(x: Tensor, wide: Tensor, other: Tensor) -> Tensor:
+        return torch.sin(x) @ wide.narrow(1, wide.shape[1] - 3, 3) + torch.cos(x) @ other.narrow(1, 0, 3)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=backend)
+    for border in (2, 5):
+        x, wide, other = torch.randn(3, 3), torch.randn(3, 3 + border), torch.randn(3, 4 + border)
+        for tensor in (wide, other):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        torch.testing.assert_close(compiled(x, wide, other), f(x, wide, other))
+    (targets,) = seen
+    assert targets.index(torch.sin) == 3
+    assert targets[:3].count("narrow") == 2
