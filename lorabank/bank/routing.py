@@ -90,6 +90,8 @@ class Routing:
     """The pass is being captured as a graph, so a layer that reads more of this route than its tables must refuse."""
     rows_follow: bool = False
     """In such a pass: the slots' rows are the graph's inputs too, so a layer may read these."""
+    nested: dict[tuple[frozenset[str], bool], Routing] | None = field(default=None, repr=False)
+    """By their names and `exact`: routes for all rows that were put in force inside of this one, whose tables a capture needs."""
     _tables: dict[Size, RouteTables | None] = field(init=False, default_factory=dict, repr=False)
     _drops: dict[Size, DropTables | None] = field(init=False, default_factory=dict, repr=False)
     _rows: dict[torch.device, list[Tensor]] = field(init=False, default_factory=dict, repr=False)
@@ -159,6 +161,25 @@ class Routing:
         made = replace(self, plans=plans, tensors_only=True, rows_follow=rows is not None)
         made._tables.update(tables)
         return made
+
+    def inside(self, inner: Routing) -> Routing:
+        """What is in force where `inner` is put in force inside of this one: the same, with tables that last as long as a graph.
+
+        Raises RoutingError in a pass that is being captured, for a route that its graph couldn't follow.
+        """
+        if self.nested is None or inner.tensors_only or inner.set_in_backward:
+            return inner
+        same_for_all = inner.per == "all" and inner.dropout is None
+        if not same_for_all or any(part.weights_U is not None for part in inner.plans[1]):
+            if self.tensors_only:
+                raise RoutingError(
+                    "a captured pass can't follow a route with rows of its own, or a mixture, that is put in force inside of the "
+                    "pass's. BASE or one adapter's name can be; name rows in the pass's own route"
+                )
+            return inner
+        kept = self.nested.setdefault((inner.names, inner.exact), inner)
+        tables = {size: made for size, made in kept._tables.items() if made is not None}
+        return kept.following(tables, ()) if self.tensors_only else kept
 
     def units_of(self, x: Tensor, layer: str) -> int:
         """How many units the input x of `layer` has under this routing. Raises RoutingError when it doesn't fit."""

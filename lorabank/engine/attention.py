@@ -36,7 +36,7 @@ FLASH = "lorabank_fa4"
 """Without the word that transformers knows its own flash attention by."""
 MASKED = "lorabank_masked"
 BLIND = "lorabank_blind"
-"""As `MASKED`, but what a mask hides is never looked at: a captured pass can't, and must do as those before it."""
+"""As `MASKED`, but no mask is left out for what it hides: a captured pass can't look, and must do as those before it."""
 PACKED = "lorabank_packed"
 _KEY = "_attn_implementation_internal"
 """Where a configuration keeps the name; its public setter would pass it on to sub-configurations too."""
@@ -144,11 +144,25 @@ def masked_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def blind_mask(*, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:
-    """What `sdpa_mask` makes, but a mask that hides nothing is made too. Without `attention_mask` there is nothing to look at."""
-    if attention_mask is not None:
-        given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(attention_mask=attention_mask, **given)
+def blind_mask(
+    *,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    **given: Any,
+) -> Tensor | None:
+    """What `sdpa_mask` makes, but of the same shape whatever it hides, and in a capture as elsewhere.
+
+    A causal mask is always made: without `attention_mask`, transformers looks at positions for rows that are packed, and in a
+    capture, where it can't look, takes them for such (5.10 makes the others there too).
+    """
+    windowed = local_size is not None and kv_length >= local_size
+    if allow_is_bidirectional_skip and attention_mask is None and not windowed:
+        return None
+    given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask = sdpa_mask(kv_length=kv_length, attention_mask=attention_mask, local_size=local_size, **given)
+    return None if mask is None else mask.contiguous()  # compiled code depends on strides
 
 
 # pointers in a struct are nothing to trace: under torch.compile each of our attentions is a graph break, and right
@@ -209,8 +223,8 @@ def own_attention(
 
     `maskless`: on a GPU, for a model that maskless.py found fit; `fast`: in half precision, by FlashAttention 4 then.
     `packed`: for packed rows whose boundaries go to the attention (see packing.py). `blind`: on a GPU, with masks whose values
-    aren't looked at. `length`: of the rows, where it is known that
-    no attention but a window's gets a mask: then a GPU may use cuDNN's attention for rows that no window is too short for.
+    aren't looked at, for passes that are captured. `length`: of the rows, where it is known that no attention but a window's gets
+    a mask: then a GPU may use cuDNN's attention for rows that no window is too short for.
     """
     configs = configurations(modules)
     usual = (

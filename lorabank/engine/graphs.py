@@ -10,6 +10,7 @@ and their gradients. A gradient that still lies in there is copied out before an
 from __future__ import annotations
 
 import gc
+import traceback
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.engine.gradients import add
 from lorabank.engine.parts import is_out_of_memory
@@ -37,6 +39,10 @@ IDLE = 64
 
 Pass = Callable[[Sequence[Tensor]], Tensor]
 """(the batch's tensors on the device) → each row's loss, once backward has left its gradients in the leaves."""
+
+
+class UnforeseenError(Exception):
+    """Raised by a pass that is being captured, for what passes before didn't show: it isn't kept, and a later one may be."""
 
 
 @dataclass
@@ -198,7 +204,10 @@ class PassGraphs:
                 _cleared(leaves)
                 return None
             _cleared(leaves)
-            self.refuse(f"{type(error).__name__}: {error}")
+            if isinstance(error, UnforeseenError):
+                del self._seen[key]
+            else:
+                self.refuse(_reason(error))
             return None
         given = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         trained, gradients = [leaf for leaf, _ in given], [gradient for _, gradient in given]
@@ -206,6 +215,18 @@ class PassGraphs:
             graph, inputs, row_losses, trained, gradients, tuple(holds or ()), sum(gradient.nbytes for gradient in gradients)
         )  # fmt: skip
         return self._captured[key]
+
+
+def _reason(error: Exception) -> str:
+    """Why a pass couldn't be captured, in a line."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
+    if not isinstance(error, TorchDynamoException) and "torch._dynamo.convert_frame" not in frames:
+        return said
+    return (
+        "a capture can't compile, and a block or norm got other arguments in it than in passes before. Where those are masks or "
+        f"positions that the model makes itself, give it an attention mask and position_ids from the batch. {said[:300]}"
+    )
 
 
 def _whole(key: Hashable, tensors: Sequence[Tensor]) -> Hashable:

@@ -10,27 +10,49 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.bank import AdapterBank
+from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.routing import BASE, Routing, RowRoute, Size
 from lorabank.engine.attention import own_attention
 from lorabank.engine.compiling import give_up
 from lorabank.engine.fused_block import FusedBlock, fused_blocks, left_out, takes_tables
 from lorabank.engine.gradients import fresh_gradients, leaves_of
-from lorabank.engine.graphs import PassGraphs
+from lorabank.engine.graphs import PassGraphs, UnforeseenError
 from lorabank.engine.modes import step_mode
 from lorabank.engine.parts import is_out_of_memory
-from lorabank.errors import ConfigError, DataError, RoutingError
+from lorabank.errors import ConfigError, DataError
 from lorabank.kernels.tables import RouteTables, send
+from lorabank.notices import warn_once
 
 ROUTES = 64
 """Routings kept, with their tables on the device: batches of one shape and one route share theirs."""
-Route = RowRoute | Sequence[RowRoute]
+Route = RowRoute | Sequence[RowRoute] | Routing
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the bank's model is like, until it changes."""
+
+    structure: int = -1
+    """The bank's count."""
+    blocks: Sequence[FusedBlock] = ()
+    """Those that are compiled."""
+    alone: bool = False
+    """Whether adapted layers are in none of them."""
+    only_alone: bool = False
+    """Whether all are, so that no block asks for tables."""
+    parameters: Sequence[nn.Parameter] = ()
+    """All of them, adapters' leaves too."""
+
+    @property
+    def trained(self) -> bytes:
+        """Which parameters are trained; of thousands, before every pass."""
+        return bytes([parameter.requires_grad for parameter in self.parameters])
 
 
 @dataclass
@@ -42,10 +64,11 @@ class _Known:
     others: dict[int, nn.Parameter] = field(default_factory=dict)
     """By id: what gets a gradient beside adapters, such as a head that is trained too."""
 
-    def state(self, blocks: Sequence[FusedBlock]) -> Hashable:
-        """With the addresses that a graph holds on to."""
-        places = tuple((block, block.addresses) for block in blocks)
-        return self.sizes, places, tuple(leaf.data_ptr() for leaf in self.others.values())
+    def state(self, model: _Model) -> Hashable:
+        """With what is trained, and the addresses that a graph holds on to."""
+        places = tuple((block, block.addresses) for block in model.blocks)
+        others = tuple((leaf.data_ptr(), leaf.requires_grad) for leaf in self.others.values())
+        return self.sizes, places, others, model.trained
 
 
 @dataclass
@@ -65,10 +88,11 @@ class TrainingPass:
     cuda_graphs: bool = True
     """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU."""
     graphs: PassGraphs = field(init=False, repr=False)
-    _blocks: tuple[int, Sequence[FusedBlock], bool] = field(init=False, default=(-1, (), False), repr=False)
-    """The bank's structure count, its compiled blocks, and whether adapted layers are in none of them."""
+    _model: _Model = field(init=False, default_factory=_Model, repr=False)
     _known: dict[Hashable, _Known] = field(init=False, default_factory=dict, repr=False)
     _routes: OrderedDict[Hashable, Routing] = field(init=False, default_factory=OrderedDict, repr=False)
+    _nested: tuple[int, dict[Any, Routing]] = field(init=False, default=(-1, {}), repr=False)
+    """The bank's structure count, and routes that `loss_of` puts in force itself, which graphs read."""
 
     def __post_init__(self) -> None:
         self.graphs = PassGraphs("TrainingPass(cuda_graphs=False)")
@@ -76,11 +100,13 @@ class TrainingPass:
     def __call__(self, batch: Mapping[str, Tensor], route: Route) -> Tensor:
         """`loss_of`'s loss, () or (N,), detached, on the device. Adds its sum's gradients to the leaves, adapters' and others.
 
-        `batch`: tensors of any shapes, moved to the model's device. `route`: as `bank.route` takes it, for all rows or one a row.
-        LoRA's own dropout isn't drawn. Raises DataError for what is no batch of tensors, RoutingError or AdapterNameError for a
-        route that doesn't fit, ConfigError for another kind of loss; gradients are then as they were.
+        `batch`: tensors of any shapes, moved to the model's device. `route`: as `bank.route` takes it, for all rows, one a row of
+        what the model gets, or a Routing (which isn't captured). LoRA's own dropout isn't drawn unless that says so.
+
+        Raises DataError for what is no batch of tensors, RoutingError or AdapterNameError for a route that doesn't fit,
+        ConfigError for another kind of loss; gradients are then as they were.
         """
-        tensors = _checked(batch, route)
+        tensors = _checked(batch)
         given = [send(tensor, self.bank.device) for tensor in tensors.values()]
         try:
             return self._pass(tuple(tensors), given, route)
@@ -98,10 +124,10 @@ class TrainingPass:
         routing, plain = self._routing(route, shape)
         if not plain or not self._capturable(routing):
             return self._run(dict(zip(names, given, strict=True)), routing, None)
-        _, blocks, alone = self._blocks
-        key = (bank.structure, bank.device, routing.names, routing.per, self.gradient_checkpointing, shape)
+        seen, units = self._model, tuple(routing.plans)
+        key = (bank.structure, bank.device, routing.names, routing.per, units, self.gradient_checkpointing, shape)
         known = self._known.setdefault(key, _Known())
-        rows = routing.slot_rows(bank.device) if alone else []
+        rows = routing.slot_rows(bank.device) if seen.alone else []
 
         def inputs() -> list[Tensor]:
             tables = [routing.tables(*size[:2], bank.slot_numbers, *size[2:]) for size in known.sizes]
@@ -112,14 +138,14 @@ class TrainingPass:
             if not torch.cuda.is_current_stream_capturing():
                 return self._run(batch, routing, known)
             tables = {size: RouteTables(*(rest.pop(0) for _ in range(4))) for size in known.sizes}
-            return self._run(batch, routing.following(tables, rest if alone else None), known)
+            return self._run(batch, routing.following(tables, rest if seen.alone else None), known)
 
-        before = known.state(blocks)
+        before = known.state(seen)
         if known.sizes:
             loss = self.graphs.run((key, before), inputs(), lambda: [*self._leaves(routing), *known.others.values()], compute)
         else:  # blocks ask for no tables until each of their layers has been reached once
             loss = compute(given)
-        if known.sizes and (after := known.state(blocks)) != before:
+        if known.sizes and (after := known.state(seen)) != before:
             self.graphs.seen((key, after), inputs())
         return loss
 
@@ -127,38 +153,52 @@ class TrainingPass:
         """`known`: where to note what the pass needs."""
         model, drawn = self.bank.model, torch.get_rng_state()
         mode = step_mode(self.bank, gradient_checkpointing=self.gradient_checkpointing, base_dropout=self.base_dropout)
-        # transformers looks at a mask, and leaves it out where it hides nothing, but not in a capture
-        masked = known is not None and any("mask" in name for name in batch)
-        attention = own_attention(model.modules(), self.bank.device, blind=True) if masked else contextlib.nullcontext()
+        # transformers looks at what masks hide, but not in a capture
+        on_gpu, blind = _on_gpu(self.bank.device), known is not None
+        attention = own_attention(model.modules(), self.bank.device, blind=blind) if on_gpu else contextlib.nullcontext()
         with mode, attention, self.bank.route(routing), torch.enable_grad():
             loss = self.loss_of(batch)
             if not isinstance(loss, Tensor) or loss.ndim > 1 or not loss.is_floating_point():
                 got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ConfigError(f"loss_of: expected a scalar or one number a row, a float tensor () or (N,), got {got}.")
-            leaves = {id(leaf): leaf for leaf in self._leaves(routing)}
-            if known is not None:
-                known.others |= {id(leaf): leaf for leaf in leaves_of(loss) if id(leaf) not in leaves}
-                leaves |= known.others
+            leaves = self._all_leaves(loss, routing, known)
             if loss.requires_grad:
-                with fresh_gradients(list(leaves.values())):
+                with fresh_gradients(leaves):
                     loss.sum().backward()
         if known is not None:
+            settled = bool(known.sizes)  # what a first pass draws may be for something that it sets up
             known.sizes += tuple(size for size in routing.sizes if size not in known.sizes)
-            if self.graphs.refused is None and not torch.equal(drawn, torch.get_rng_state()):
+            if settled and self.graphs.refused is None and not torch.equal(drawn, torch.get_rng_state()):
                 self.graphs.refuse("random numbers are drawn on the host, and a replay would draw none")
         return loss.detach()
+
+    def _all_leaves(self, loss: Tensor, routing: Routing, known: _Known | None) -> list[nn.Parameter]:
+        """All that backward may give a gradient; `known` notes what of it isn't the route's adapters'."""
+        leaves = {id(leaf): leaf for leaf in self._leaves(routing)}
+        others = {id(leaf): leaf for leaf in leaves_of(loss) if id(leaf) not in leaves}
+        if known is not None:
+            if torch.cuda.is_current_stream_capturing() and not others.keys() <= known.others.keys():
+                raise UnforeseenError("a leaf that got no gradient in passes before")
+            known.others |= others
+            others = known.others
+        return [*leaves.values(), *others.values()]
 
     def _leaves(self, routing: Routing) -> list[nn.Parameter]:
         return [leaf for name in sorted(routing.names) for leaf in self.bank.parameters(name)]
 
     def _routing(self, route: Route, shape: Hashable) -> tuple[Routing, bool]:
         """(the routing, whether it is of one adapter a row), kept for each shape, so that its tables are those that it needs."""
+        if isinstance(route, Routing):
+            return route, False
         rows = tuple(route) if isinstance(route, Sequence) and not isinstance(route, str) else (route,)
         if not all(isinstance(row, str) or row is BASE for row in rows):
             return self.bank.routing(route, exact=False), False
-        key = (self.bank.structure, self.bank.device, rows == (route,), rows, shape)
+        structure = self.bank.structure
+        key = (structure, self.bank.device, rows == (route,), rows, shape)
         if key not in self._routes:
-            self._routes[key] = self.bank.routing(route, exact=False)
+            if self._nested[0] != structure:
+                self._nested = structure, {}
+            self._routes[key] = replace(self.bank.routing(route, exact=False), nested=self._nested[1])
             if len(self._routes) > ROUTES:
                 self._routes.popitem(last=False)
         self._routes.move_to_end(key)
@@ -168,20 +208,31 @@ class TrainingPass:
         """Whether this pass can be one of those that are captured: in compiled blocks, and in layers that can follow a route."""
         if not self.cuda_graphs or self.base_dropout or self.graphs.refused is not None or not _on_gpu(self.bank.device):
             return False
-        structure, blocks, _ = self._blocks
-        if structure != self.bank.structure or not blocks or not all(block.in_place for block in blocks):
-            blocks = fused_blocks(self.bank, whole=False)
-            self._blocks = self.bank.structure, blocks, bool(left_out(self.bank))
+        seen, bank = self._model, self.bank
+        if seen.structure != bank.structure or not seen.blocks or not all(block.in_place for block in seen.blocks):
+            blocks, alone, layers = fused_blocks(bank, whole=False), left_out(bank), list(all_layers(bank))
+            only_alone = len(alone) == len(layers) > 0
+            seen = self._model = _Model(bank.structure, blocks, bool(alone), only_alone, list(bank.model.parameters()))
             self._known.clear()
-        return bool(blocks) and takes_tables(routing) and not torch.is_autocast_enabled(self.bank.device.type)
+        if seen.only_alone:
+            warn_once(
+                "TrainingPass: none of the adapted layers is in a compiled block, so passes run kernel by kernel, and small ones "
+                "wait for the host. TrainingPass(cuda_graphs=False) silences this."
+            )
+        return (
+            bool(seen.blocks)
+            and not seen.only_alone
+            and takes_tables(routing)
+            and not torch.is_autocast_enabled(self.bank.device.type)
+        )
 
 
 def _on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _checked(batch: Mapping[str, Any], route: Route) -> dict[str, Tensor]:
-    """The batch in the order of its names. Raises DataError, and RoutingError where a list can't be about its rows."""
+def _checked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The batch in the order of its names. Raises DataError."""
     if not isinstance(batch, Mapping) or not batch:
         raise DataError(f"batch: expected tensors by name, got {'none' if isinstance(batch, Mapping) else type(batch).__name__}.")
     for name, value in batch.items():
@@ -192,8 +243,4 @@ def _checked(batch: Mapping[str, Any], route: Route) -> dict[str, Tensor]:
             raise DataError(
                 f"batch[{name!r}]: {'requires a gradient' if value.numel() else 'has no elements'}, {tuple(value.shape)}."
             )
-    rows = len(route) if isinstance(route, Sequence) and not isinstance(route, str) else 0
-    if rows and not any(tensor.ndim and len(tensor) == rows for tensor in batch.values()):
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
-        raise RoutingError(f"the route names {rows} rows, and no tensor of the batch has as many: {shapes}. Name one a row.")
     return {name: batch[name] for name in sorted(batch)}

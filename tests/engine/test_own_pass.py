@@ -10,20 +10,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 import lorabank as lb
 from lorabank import BASE
+from lorabank.bank import routing
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.engine import own_pass
+from lorabank.engine.attention import BLIND, MASKED, own_attention
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
+from lorabank.engine.fused_norm import FusedNorm, norms_beside
 from lorabank.engine.graphs import SEEN_BEFORE, PassGraphs
 from lorabank.errors import AdapterNameError, ConfigError, DataError, RoutingError
 from lorabank.kernels.native import library
+from lorabank.kernels.tables import route_tables
 from tests.engine import zoo
 from tests.engine.tiny import clear, difference, gradients
-from tests.engine.zoo import LIKE, MIXED, ROWS, LossOf, batch_of, loss_of, plainly, reached
+from tests.engine.zoo import LIKE, MIXED, ROWS, LossOf, batch_of, loss_of, plainly, reached, weighed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's look
@@ -33,6 +38,7 @@ on_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are compiled for a GPU: tests/gpu/test_own_pass.py"
 )
 WIDTH = 32
+CUDA = torch.device("cuda")
 RANKS = {"a": 2, "b": 3}
 
 
@@ -117,7 +123,7 @@ def test_a_batch_that_is_none_is_refused(wrong: Any) -> None:
 def test_routes_and_losses_that_do_not_fit_are_refused() -> None:
     bank = bank_of("bert")
     train, batch = lb.TrainingPass(bank, loss_of(bank.model)), batch_of("bert", 0)
-    with pytest.raises(RoutingError, match=r"names 3 rows, and no tensor of the batch has as many: input_ids \(4, 7\)"):
+    with pytest.raises(RoutingError, match=r"names 3 rows, but the layer's input has 4"):
         train(batch, ["a", "b", BASE])
     with pytest.raises(RoutingError, match="an empty list"):
         train(batch, [])
@@ -164,6 +170,16 @@ class Graphs:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.inside)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(own_pass, "_on_gpu", lambda device: True)
+        monkeypatch.setattr(own_pass, "own_attention", lambda modules, _, **more: own_attention(modules, CUDA, **more))
+        set_state = torch.random.set_rng_state
+
+        def set_rng_state(state: Tensor) -> None:
+            """Which Dynamo does after each look at code, on a GPU too, where a capture doesn't allow it."""
+            set_state(state)
+            if self.inside:
+                raise TorchDynamoException("a block was compiled in a capture")
+
+        monkeypatch.setattr(torch.random, "set_rng_state", set_rng_state)
         monkeypatch.setattr(library, "loaded", lambda: None)  # attention that is traced with its block, as on a GPU
 
     def _again(self, made: Any, compute: Any) -> None:
@@ -207,6 +223,211 @@ def test_the_third_pass_of_a_shape_is_captured_and_follows_the_route(family: str
         assert graphs.captured == (seed >= SEEN_BEFORE)
     assert graphs.replays == len(LIKE) - SEEN_BEFORE
     assert train.graphs.refused is None
+
+
+def unmasked(model: Any) -> LossOf:
+    """A causal model's loss, without an attention mask."""
+    return lambda batch: weighed(model(input_ids=batch["input_ids"], use_cache=False).logits)
+
+
+@on_interpreter
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_causal_models_without_masks_are_captured(family: str, graphs: Graphs) -> None:
+    """transformers would make none outside of a capture and one inside."""
+    mine, other = (reached(bank_of(family, targets="attention"), family) for _ in range(2))
+    train, plain = lb.TrainingPass(fused(mine), unmasked(mine.model)), unmasked(other.model)
+    for seed in range(SEEN_BEFORE + 2):
+        batch = {"input_ids": batch_of(family, seed)["input_ids"]}
+        torch.testing.assert_close(train(batch, LIKE[seed]), plainly(other, plain, batch, LIKE[seed]), rtol=1e-4, atol=1e-4)
+        assert_same(mine, other, 1e-3)
+    assert graphs.captured == 1
+    assert train.graphs.refused is None
+
+
+@on_interpreter
+def test_rows_that_are_packed_by_their_positions_stay_apart_in_a_replay(graphs: Graphs) -> None:
+    mine, other = (reached(bank_of("llama", targets=["q"]), "llama") for _ in range(2))
+
+    def loss(model: Any) -> LossOf:
+        return lambda batch: weighed(model(**batch, use_cache=False).logits)
+
+    train, plain = lb.TrainingPass(fused(mine), loss(mine.model)), loss(other.model)
+    for seed in range(SEEN_BEFORE + 3):
+        places = torch.arange(7).expand(ROWS, 7) if seed % 2 else torch.tensor([0, 1, 2, 0, 1, 2, 3]).expand(ROWS, 7)
+        batch = {"input_ids": batch_of("llama", seed)["input_ids"], "position_ids": places.contiguous()}
+        torch.testing.assert_close(train(batch, MIXED), plainly(other, plain, batch, MIXED), rtol=1e-4, atol=1e-4)
+        assert_same(mine, other, 1e-3)
+    assert graphs.captured == 1
+
+
+@on_interpreter
+def test_a_block_that_a_capture_would_compile_stays_compiled(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for models whose masks aren't ours."""
+    monkeypatch.setattr(own_pass, "own_attention", lambda *_, **__: contextlib.nullcontext())
+    mine, other = (reached(bank_of("llama", targets=["q"]), "llama") for _ in range(2))
+    norms = norms_beside(mine.model, repeated_blocks(mine.model))
+    for norm in norms:
+        norm._compiled_call_impl = FusedNorm(norm, backend="aot_eager")
+    train, plain = lb.TrainingPass(fused(mine), unmasked(mine.model)), unmasked(other.model)
+    with pytest.warns(UserWarning, match=r"a capture can't compile.*give it an attention mask and position_ids") as caught:
+        for seed in range(SEEN_BEFORE + 2):
+            batch = {"input_ids": batch_of("llama", seed)["input_ids"]}
+            torch.testing.assert_close(train(batch, MIXED), plainly(other, plain, batch, MIXED), rtol=1e-4, atol=1e-4)
+            assert_same(mine, other, 1e-3)
+    assert not [item for item in caught if "runs uncompiled" in str(item.message)]
+    compiled = [module._compiled_call_impl for module in (*repeated_blocks(mine.model), *norms)]
+    assert not any(each._failed for each in compiled if isinstance(each, FusedBlock | FusedNorm))
+    assert len(norms) == 1
+    assert graphs.captured == 0
+
+
+@on_interpreter
+@pytest.mark.parametrize("error", [TorchDynamoException("no"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_norm_that_a_capture_would_compile_stays_compiled(
+    error: Exception, capturing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = FusedNorm(nn.LayerNorm(4))
+
+    def failing(*_: Any) -> None:
+        raise error
+
+    norm._compiled = failing
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    if not capturing and isinstance(error, TorchDynamoException):
+        with pytest.warns(UserWarning, match="torch can't compile LayerNorm"):
+            norm(torch.ones(2, 4))
+        return
+    with pytest.raises(type(error)):
+        norm(torch.ones(2, 4))
+    assert not norm._failed
+
+
+@on_interpreter
+@pytest.mark.parametrize("captured", [True, False])
+def test_attention_on_a_gpu_does_without_cudnns(captured: bool, graphs: Graphs) -> None:
+    """With masks, which any model may make itself, its gradients can be NaN."""
+    bank = reached(bank_of("bert", targets=["q"]), "bert")
+    plain, seen = loss_of(bank.model), list[tuple[bool, str]]()
+
+    def watched(batch: Mapping[str, Tensor]) -> Tensor:
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), bank.model.config._attn_implementation))  # type: ignore[union-attr]
+        return plain(batch)
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    lb.TrainingPass(fused(bank), watched, cuda_graphs=captured)(batch_of("bert", 0), MIXED)
+    assert seen == [(False, BLIND if captured else MASKED)]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@on_interpreter
+@pytest.mark.parametrize("what", ["leaf", "base", "own"])
+def test_what_is_frozen_or_unfrozen_is_noticed(what: str, graphs: Graphs) -> None:
+    """A parameter that was trained and isn't, or wasn't and is: an adapter's, the model's, the user's own."""
+    banks = [reached(bank_of("bert", targets=["q"]), "bert") for _ in range(2)]
+    heads = [nn.Linear(3, 1) for _ in banks]
+    heads[1].load_state_dict(heads[0].state_dict())
+
+    def loss(which: int) -> LossOf:
+        return lambda batch: heads[which](banks[which].model(batch["input_ids"]).logits).tanh().sum()
+
+    def switched(which: int) -> list[nn.Parameter]:
+        classifier: Any = banks[which].model.get_submodule("classifier")
+        return {"leaf": banks[which].parameters("a")[:1], "base": [classifier.weight], "own": [heads[which].weight]}[what]
+
+    train = lb.TrainingPass(fused(banks[0]), loss(0))
+    for seed in range(3 * (SEEN_BEFORE + 1) + 1):
+        if seed and seed % (SEEN_BEFORE + 1) == 0:
+            for leaf in (*switched(0), *switched(1)):
+                leaf.requires_grad_(not leaf.requires_grad)
+        batch = {"input_ids": batch_of("bert", seed)["input_ids"]}
+        torch.testing.assert_close(train(batch, MIXED), plainly(banks[1], loss(1), batch, MIXED), rtol=1e-4, atol=1e-4)
+        assert_same(banks[0], banks[1], 1e-3)
+        for mine, other in zip((*switched(0), *heads[0].parameters()), (*switched(1), *heads[1].parameters()), strict=True):
+            assert (mine.grad is None) == (other.grad is None)
+            if mine.grad is not None and other.grad is not None:
+                torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
+    assert graphs.captured >= 2
+    assert train.graphs.refused is None
+
+
+@on_interpreter
+def test_a_capture_that_finds_another_leaf_is_not_kept(graphs: Graphs) -> None:
+    """The user's own, unfrozen where nothing that is looked at shows it."""
+    banks = [reached(bank_of("bert", targets=["q"]), "bert") for _ in range(2)]
+    heads = [nn.Linear(3, 1).requires_grad_(False) for _ in banks]
+    heads[1].load_state_dict(heads[0].state_dict())
+
+    def loss(which: int) -> LossOf:
+        return lambda batch: heads[which](banks[which].model(batch["input_ids"]).logits).tanh().sum()
+
+    train = lb.TrainingPass(fused(banks[0]), loss(0))
+    for seed in range(2 * SEEN_BEFORE + 2):
+        if seed == SEEN_BEFORE:
+            for head in heads:
+                head.requires_grad_(True)
+        batch = {"input_ids": batch_of("bert", seed)["input_ids"]}
+        torch.testing.assert_close(train(batch, MIXED), plainly(banks[1], loss(1), batch, MIXED), rtol=1e-4, atol=1e-4)
+        assert_same(banks[0], banks[1], 1e-3)
+        for mine, other in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
+            assert (mine.grad is None) == (other.grad is None)
+            if mine.grad is not None and other.grad is not None:
+                torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
+        assert graphs.captured == (seed > SEEN_BEFORE + 1)  # which is counted anew, less the pass that showed it
+    assert train.graphs.refused is None
+
+
+@on_interpreter
+def test_rows_that_the_loss_puts_together(graphs: Graphs) -> None:
+    """As for preferences: no tensor of the batch has as many rows as the route. A Routing is taken, but not captured."""
+    mine, other = (reached(bank_of("bert", targets=["q"]), "bert") for _ in range(2))
+
+    def loss(bank: AdapterBank) -> LossOf:
+        return lambda batch: weighed(bank.model(torch.cat([batch["chosen"], batch["rejected"]])).logits)
+
+    train, plain = lb.TrainingPass(fused(mine), loss(mine)), loss(other)
+    for seed in range(SEEN_BEFORE + 3):
+        ids = batch_of("bert", seed)["input_ids"]
+        batch = {"chosen": ids[:2], "rejected": ids[2:]}
+        route = mine.routing(MIXED) if seed == SEEN_BEFORE + 2 else MIXED
+        torch.testing.assert_close(train(batch, route), plainly(other, plain, batch, MIXED), rtol=1e-4, atol=1e-4)
+        assert_same(mine, other, 1e-3)
+    assert graphs.captured == 1
+    assert graphs.replays == 2
+
+
+@on_interpreter
+@pytest.mark.parametrize("inner", [BASE, "b", ["b", "a", BASE, "b"], {"a": 0.5, "b": 0.5}])
+@pytest.mark.filterwarnings("ignore:compile. BertLayer doesn't take a mixture")
+def test_a_route_that_the_loss_puts_in_force_itself(inner: Any, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BASE, as a reference, or one name: captured, with tables made before. Others can't be followed, which is said."""
+    mine, other = (reached(bank_of("bert", targets=["q", "classifier"]), "bert") for _ in range(2))
+
+    def loss(bank: AdapterBank) -> LossOf:
+        def both(batch: Mapping[str, Tensor]) -> Tensor:
+            with bank.route(inner):
+                reference = bank.model(batch["input_ids"]).logits
+            return weighed(bank.model(batch["input_ids"]).logits * reference)
+
+        return both
+
+    def tables(*given: Any) -> Any:
+        assert not graphs.inside, "tables were made in a capture"
+        return route_tables(*given)
+
+    monkeypatch.setattr(routing, "route_tables", tables)
+    train, plain = lb.TrainingPass(fused(mine), loss(mine)), loss(other)
+    fixed = inner is BASE or inner == "b"
+    said = contextlib.nullcontext() if fixed else pytest.warns(UserWarning, match="put in force inside of the pass's")
+    with said:
+        for seed in range(SEEN_BEFORE + 2):
+            batch = {"input_ids": batch_of("bert", seed)["input_ids"]}
+            torch.testing.assert_close(
+                train(batch, LIKE[seed]), plainly(other, plain, batch, LIKE[seed]), rtol=1e-4, atol=1e-4
+            )  # fmt: skip
+            assert_same(mine, other, 1e-3)
+    assert graphs.captured == fixed
+    assert (train.graphs.refused is None) == fixed
 
 
 @on_interpreter
@@ -261,6 +482,34 @@ def test_random_numbers_of_the_host_keep_passes_from_being_captured(graphs: Grap
 
 
 @on_interpreter
+def test_adapters_outside_of_blocks_alone_are_said_to_keep_passes_from_being_captured(graphs: Graphs) -> None:
+    bank = fused(reached(bank_of("bert", targets=["classifier"]), "bert"))
+    train = lb.TrainingPass(bank, loss_of(bank.model))
+    with pytest.warns(UserWarning, match="none of the adapted layers is in a compiled block"):
+        train(batch_of("bert", 0), MIXED)
+    for seed in range(SEEN_BEFORE + 1):
+        train(batch_of("bert", seed), MIXED)
+    assert graphs.captured == 0
+
+
+@on_interpreter
+def test_a_first_passs_own_draws_on_the_host_are_not_judged(graphs: Graphs) -> None:
+    """What a pass sets up once, at its first, may be drawn."""
+    bank = reached(bank_of("bert", targets=["q"]), "bert")
+    plain, first = loss_of(bank.model), [True]
+
+    def loss(batch: Mapping[str, Tensor]) -> Tensor:
+        if first:
+            torch.rand(int(first.pop()))
+        return plain(batch)
+
+    train = lb.TrainingPass(fused(bank), loss)
+    for seed in range(SEEN_BEFORE + 1):
+        train(batch_of("bert", seed), MIXED)
+    assert graphs.captured == 1
+
+
+@on_interpreter
 @pytest.mark.filterwarnings("ignore:compile. BertLayer doesn't take a mixture")
 @pytest.mark.parametrize("why", ["asked", "mixture", "uncompiled", "base_dropout"])
 def test_passes_that_are_not_captured(why: str, graphs: Graphs) -> None:
@@ -311,13 +560,36 @@ def test_memory_that_graphs_hold_is_given_back_first() -> None:
     assert torch.isfinite(train(batch, "a"))
 
 
+def test_a_second_try_adds_no_gradient_twice() -> None:
+    """An own head's, whose gradient was there before memory ran out."""
+    bank, head, fails = bank_of("bert"), nn.Linear(3, 1), [True]
+
+    def full(gradient: Tensor) -> None:
+        if fails:
+            fails.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def lacking(batch: Mapping[str, Tensor]) -> Tensor:
+        logits = bank.model(batch["input_ids"]).logits
+        logits.register_hook(full)
+        return head(logits).tanh().sum()
+
+    train, batch = lb.TrainingPass(bank, lacking), {"input_ids": batch_of("bert", 0)["input_ids"]}
+    train.graphs.drop = lambda: True  # type: ignore[method-assign]
+    train(batch, "a")
+    found = [leaf.grad.clone() for leaf in head.parameters() if leaf.grad is not None]
+    head.zero_grad()
+    train(batch, "a")
+    torch.testing.assert_close(found, [leaf.grad for leaf in head.parameters()])
+
+
 def test_a_captured_route_refuses_what_it_was_not_given() -> None:
     bank = bank_of("bert")
-    routing = bank.routing(MIXED)
+    route = bank.routing(MIXED)
     size = (ROWS, 7, 8, torch.device("cpu"))
-    tables = routing.tables(*size[:2], bank.slot_numbers, *size[2:])
+    tables = route.tables(*size[:2], bank.slot_numbers, *size[2:])
     assert tables is not None
-    followed = routing.following({size: tables}, None)
+    followed = route.following({size: tables}, None)
     assert followed.tables(*size[:2], bank.slot_numbers, *size[2:]) is tables
     with pytest.raises(RoutingError, match="no tables of 4 × 5 tokens"):
         followed.tables(ROWS, 5, bank.slot_numbers, 8, torch.device("cpu"))

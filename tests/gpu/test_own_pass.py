@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import lorabank as lb
+from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.engine.compiling import compile_blocks
 from tests.engine import zoo
 from tests.engine.tiny import clear, difference, gradients
-from tests.engine.zoo import LIKE, ROWS, batch_of, loss_of, plainly, reached
+from tests.engine.zoo import LIKE, ROWS, batch_of, loss_of, plainly, reached, weighed
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
@@ -69,6 +70,42 @@ def test_captured_passes_are_a_plain_loops(family: str, recomputed: bool) -> Non
         assert_same(mine, other)
     assert train.graphs.refused is None
     assert len(train.graphs._captured) == len(lengths)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_causal_models_without_masks(family: str) -> None:
+    """transformers would make none outside of a capture and one inside. A reference is computed, too."""
+    mine, other = banks_of(family)
+
+    def loss(bank: AdapterBank) -> zoo.LossOf:
+        def found(batch: Mapping[str, Tensor]) -> Tensor:
+            with bank.route(BASE), torch.no_grad():
+                reference = bank.model(input_ids=batch["ids"], use_cache=False).logits
+            return weighed(bank.model(input_ids=batch["ids"], use_cache=False).logits * reference)
+
+        return found
+
+    train, plain = lb.TrainingPass(mine, loss(mine)), loss(other)
+    for seed in range(PASSES):
+        batch, route = {"ids": batch_of(family, seed)["input_ids"].cuda()}, LIKE[seed % len(LIKE)]
+        torch.testing.assert_close(train(batch, route), plainly(other, plain, batch, route), rtol=TOLERANCE, atol=TOLERANCE)
+        assert_same(mine, other)
+    assert (train.graphs.refused, len(train.graphs._captured)) == (None, 1)
+
+
+def test_what_is_frozen_after_a_capture_is_noticed() -> None:
+    mine, other = banks_of("bert")
+    train, plain = lb.TrainingPass(mine, loss_of(mine.model)), loss_of(other.model)
+    for seed in range(PASSES):
+        if seed == PASSES - 2:
+            for bank in (mine, other):
+                clear(bank)
+                bank.parameters("a")[0].requires_grad_(False)
+        batch = there(batch_of("bert", seed))
+        torch.testing.assert_close(train(batch, "a"), plainly(other, plain, batch, "a"), rtol=TOLERANCE, atol=TOLERANCE)
+        assert difference(gradients(mine, "a"), gradients(other, "a")) < TOLERANCE
+    assert mine.parameters("a")[0].grad is None
+    assert train.graphs.refused is None
 
 
 def test_one_route_for_all_rows_and_masks_that_hide_nothing_until_late() -> None:
