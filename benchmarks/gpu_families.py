@@ -7,10 +7,10 @@ Random weights in bf16, true widths, few blocks, a vocabulary of 32,000; one ada
 whole training step over compiled blocks, `plain_ms` ours uncompiled and kernel by kernel, `peft_ms` PEFT over transformers as
 peers_gpu.py runs it (autocast, adapters in fp32, fused AdamW). The base draws no random numbers on either side.
 
-Text models train through our engine, which captures passes as CUDA graphs; the others in a loop of one's own, whose blocks are
-compiled but not captured: column `captured`. Loss and gradients are checked first, in the form that is timed, at every size: ours
-against ours uncompiled, and PEFT against that, within what rounding to bf16 does to it (its distance from a copy in fp32). A
-family whose check fails prints no number; the exit status is then 1.
+Text models train through our engine, the others in a loop of one's own with `lb.TrainingPass`. Both capture passes as CUDA
+graphs: column `captured`. Loss and gradients are checked first, in the form that is timed, at every size: ours against ours
+uncompiled, and PEFT against that, within what rounding to bf16 does to it (its distance from a copy in fp32). A family whose
+check fails prints no number; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from transformers.pytorch_utils import Conv1D
 import lorabank as lb
 from lorabank.engine.batch import Batch
 from lorabank.engine.compiling import compile_blocks
+from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.step import Engine, forward_backward, optim_step
 from lorabank.optim.slot_optimizer import SlotOptimizer
 
@@ -137,10 +138,8 @@ def build(name: str, family: Family, device: torch.device, dtype: torch.dtype) -
 class Given:
     """A batch on the device."""
 
-    inputs: Mapping[str, Any]
-    """The model's arguments. With `labels` among them, as causal models take them, the loss is the model's own."""
-    targets: Tensor
-    """What its logits are for otherwise."""
+    inputs: Mapping[str, Tensor]
+    """The model's arguments, and `targets`. With `labels` among them, as causal models take them, the loss is the model's own."""
     tokens: int
     """That blocks work on, an encoder's and a decoder's together."""
     batch: Batch | None = None
@@ -156,15 +155,15 @@ def given_to(name: str, work: tuple[int, int], like: Tensor) -> Given:
     ids, classes = torch.randint(14, VOCABULARY, (rows, length)), torch.randint(LABELS, (rows,)).to(like.device)
     there = ids.to(like.device)
     if name == "bert":
-        return Given({"input_ids": there}, classes, rows * length)
+        return Given({"input_ids": there, "targets": classes}, rows * length)
     if name == "vit":
-        return Given({"pixel_values": torch.randn(rows, 3, 224, 224).bfloat16().to(like)}, classes, rows * PATCHES)
+        return Given({"pixel_values": torch.randn(rows, 3, 224, 224).bfloat16().to(like), "targets": classes}, rows * PATCHES)
     if name == "whisper":
         heard = torch.randn(rows, BANDS, 2 * HEARD).bfloat16().to(like)
-        inputs = {"input_features": heard, "decoder_input_ids": there, "use_cache": False}
-        return Given(inputs, there.roll(-1, 1), rows * (HEARD + length))
-    inputs = {"input_ids": there, "labels": there, "use_cache": False}
-    return Given(inputs, there, rows * length, as_batch(ids, [NAME]), rows * (length - 1))
+        inputs = {"input_features": heard, "decoder_input_ids": there, "targets": there.roll(-1, 1)}
+        return Given(inputs, rows * (HEARD + length))
+    inputs = {"input_ids": there, "labels": there, "targets": there}
+    return Given(inputs, rows * length, as_batch(ids, [NAME]), rows * (length - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +180,9 @@ class System:
     turned: bool = False
     """Whether B is (out, rank), as PEFT has it."""
     bank: lb.AdapterBank | None = None
-    engine: Engine | None = None
-    """Whose gradients are sums over tokens."""
+    summed: bool = False
+    """Whether gradients are sums over tokens, as our engine's are."""
+    graphs: PassGraphs = field(default_factory=PassGraphs)
 
     def step(self, given: Given) -> None:
         """A whole training step."""
@@ -195,7 +195,7 @@ class System:
         for _ in range(passes):
             read = self.run(given)
             gradients = {key: leaf.grad.float() for key, leaf in self.leaves.items() if leaf.grad is not None}
-            scale = 1 if self.engine is None else given.summed
+            scale = given.summed if self.summed else 1
             turned = {key: g.t() if self.turned and key.endswith(".B") else g for key, g in gradients.items()}
             found = read(), {key: g / scale for key, g in turned.items()}
             for leaf in self.leaves.values():
@@ -203,10 +203,11 @@ class System:
         return found
 
 
-def own_loss(model: Callable[..., Any], given: Given) -> Tensor:
+def own_loss(model: Callable[..., Any], given: Mapping[str, Tensor]) -> Tensor:
     """The mean loss, in fp32."""
-    out = model(**given.inputs)
-    return out.loss if "labels" in given.inputs else cross_entropy(out.logits.float().flatten(0, -2), given.targets.flatten())
+    inputs: dict[str, Any] = {key: value for key, value in given.items() if key != "targets"}
+    out = model(**inputs, **({"use_cache": False} if inputs.keys() & {"labels", "decoder_input_ids"} else {}))
+    return out.loss if "labels" in inputs else cross_entropy(out.logits.float().flatten(0, -2), given["targets"].flatten())
 
 
 def ours(model: PreTrainedModel, given: Given, *, compiled: bool) -> System:
@@ -218,25 +219,25 @@ def ours(model: PreTrainedModel, given: Given, *, compiled: bool) -> System:
             leaf.copy_(torch.randn(leaf.shape, generator=torch.Generator().manual_seed(i)) * 0.02)
     if compiled:
         compile_blocks(model)
-    engine = None if given.batch is None else Engine(bank, cuda_graphs=compiled)
-    optimizer, routing = SlotOptimizer(bank), bank.routing(NAME, exact=False)
+    optimizer = SlotOptimizer(bank)
     optimizer.add(NAME)
+    train = lb.TrainingPass(bank, partial(own_loss, model), cuda_graphs=compiled)
+    engine = None if given.batch is None else Engine(bank, cuda_graphs=compiled)
 
     def run(given: Given) -> Callable[[], float]:
         if engine is not None and given.batch is not None:
             found = forward_backward(engine, given.batch)[NAME]
             return lambda: found.mean
-        with bank.route(routing):
-            loss = own_loss(model, given)
-        loss.backward()
-        return lambda: float(loss.detach())
+        loss = train(given.inputs, NAME)
+        return lambda: float(loss)
 
     def update(given: Given) -> object:
         return optim_step(optimizer, {NAME: RATE}, {NAME: given.summed})
 
     leaves = dict(bank.named_parameters(NAME))
     trained = sum(leaf.numel() for leaf in bank.parameters())
-    return System(leaves=leaves, trained=trained, run=run, update=update, bank=bank, engine=engine)
+    graphs = (engine or train).graphs
+    return System(leaves=leaves, trained=trained, run=run, update=update, bank=bank, summed=engine is not None, graphs=graphs)
 
 
 def pefts(model: PreTrainedModel, adapter: lb.Adapter) -> System:
@@ -257,7 +258,7 @@ def pefts(model: PreTrainedModel, adapter: lb.Adapter) -> System:
 
     def run(given: Given) -> Callable[[], float]:
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            loss = own_loss(wrapped, given)
+            loss = own_loss(wrapped, given.inputs)
         loss.backward()
         return lambda: float(loss.detach())
 
@@ -313,9 +314,7 @@ def check(systems: Mapping[str, System], given: Given, exactly: Given, dtype: to
 
 def captured(system: System, shapes: int) -> str:
     """Whether passes of so many shapes are replayed as CUDA graphs."""
-    if system.engine is None:
-        return "no: own loop"
-    graphs = system.engine.graphs
+    graphs = system.graphs
     return "yes" if len(graphs._captured) >= shapes and not graphs.refused else f"no: {graphs.refused or 'see warnings'}"
 
 
@@ -331,8 +330,8 @@ def measure(name: str, args: argparse.Namespace, results: Results) -> None:
         results.record["check"][f"{name}-{given.tokens}"] = found
         print(f"check {name}-{given.tokens}: passed, in parts of what is allowed {found}", flush=True)
     for given in [] if args.tiny else batches:
-        row: Row = {"item": f"family-{name}-{given.tokens}", "family": name, "tokens": given.tokens, "rows": len(given.targets)}
-        row |= {"blocks": family.blocks, "width": family.width, "trained": systems["ours"].trained}
+        row: Row = {"item": f"family-{name}-{given.tokens}", "family": name, "tokens": given.tokens, "blocks": family.blocks}
+        row |= {"rows": len(given.inputs["targets"]), "width": family.width, "trained": systems["ours"].trained}
         for which, prefix in (("peft", "peft_"), ("plain", "plain_"), ("ours", "")):
             if which in systems:
                 step = partial(systems[which].step, given)

@@ -32,6 +32,7 @@ _WHERE = {
     "combine": "lorabank.merging.combine",
     "merge": "lorabank.merging.merge",
     "train": "lorabank.api",
+    "TrainingPass": "lorabank.engine.own_pass",
     "SaveAdapterCallback": "lorabank.training.hf",
     "LorabankError": "lorabank.errors",
 }
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from lorabank.config.train import EvalConfig as EvalConfig
     from lorabank.config.train import SaveConfig as SaveConfig
     from lorabank.config.train import TrainConfig as TrainConfig
+    from lorabank.engine.own_pass import TrainingPass as TrainingPass
     from lorabank.errors import LorabankError as LorabankError
     from lorabank.formats.adapter import Adapter as Adapter
     from lorabank.formats.adapter import AdapterLayer as AdapterLayer
@@ -70,6 +72,7 @@ __all__ = [
     "SaveAdapterCallback",
     "SaveConfig",
     "TrainConfig",
+    "TrainingPass",
     "attach",
     "combine",
     "merge",

@@ -247,6 +247,8 @@ class AdapterBank:
         routing = rows if given else self.routing(rows, tokens=tokens, repeat=repeat)
         if _in_backward():
             routing = replace(routing, set_in_backward=True)
+        if (outer := self._current.get()) is not None:
+            routing = outer.inside(routing)
         previous = self._current.set(routing)
         try:
             yield routing

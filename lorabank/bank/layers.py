@@ -249,7 +249,7 @@ class LoRALayer(nn.Module):
         routing = self.router.route_in_force(self.path)
         if routing is None or x.numel() == 0:
             return self.base(x)
-        if routing.tensors_only:
+        if routing.tensors_only and not routing.rows_follow:
             raise RoutingError(
                 f"layer {self.path!r} takes its plain path, which a captured pass can't follow from batch to batch"
             )

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ RowRoute = str | _Base | Mapping[str, float]
 """One row's route: an adapter's name, `BASE`, or a weighted mixture {"formal": 0.7, "terse": 0.3}."""
 Repeat = tuple[Literal["interleave", "tile"], int]
 """How a library multiplies rows: beams interleave (row i of the batch is row i // k), guidance tiles (row i mod n)."""
+
+Size = tuple[int, int, int, torch.device]
+"""What tables are made for: (units, tokens of each, slots, device)."""
 
 _ROUTE_IDS = itertools.count(1)
 
@@ -85,8 +88,13 @@ class Routing:
     """`id` as a tensor, saved with the activations."""
     tensors_only: bool = False
     """The pass is being captured as a graph, so a layer that reads more of this route than its tables must refuse."""
-    _tables: dict[tuple[Any, ...], RouteTables | None] = field(init=False, default_factory=dict, repr=False)
-    _drops: dict[tuple[Any, ...], DropTables | None] = field(init=False, default_factory=dict, repr=False)
+    rows_follow: bool = False
+    """In such a pass: the slots' rows are the graph's inputs too, so a layer may read these."""
+    nested: dict[tuple[frozenset[str], bool], Routing] | None = field(default=None, repr=False)
+    """By their names and `exact`: routes for all rows that were put in force inside of this one, whose tables a capture needs."""
+    _tables: dict[Size, RouteTables | None] = field(init=False, default_factory=dict, repr=False)
+    _drops: dict[Size, DropTables | None] = field(init=False, default_factory=dict, repr=False)
+    _rows: dict[torch.device, list[Tensor]] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token", torch.tensor(self.id))
@@ -98,6 +106,8 @@ class Routing:
         """
         key = (units, tokens, slots, device)
         if key not in self._tables:
+            if self.tensors_only:
+                raise RoutingError(f"a captured pass has no tables of {units} × {tokens} tokens: passes before it had none such")
             rows: dict[int, Sequence[int]] = {}
             for part in self.plans[units]:
                 rows[numbers[part.slot]] = part.units
@@ -125,6 +135,51 @@ class Routing:
         made, key = replace(self, tensors_only=True), (units, tokens, slots, device)
         made._tables[key], made._drops[key] = tables, drops
         return made
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Those that tables were asked for, of a route that is all in its tables."""
+        return tuple(key for key, tables in self._tables.items() if tables is not None)
+
+    def slot_rows(self, device: torch.device) -> list[Tensor]:
+        """int64 rows of each adapter, in the order of their names, on `device`. None where all rows are routed alike."""
+        if self.per == "all":
+            return []
+        if device not in self._rows:
+            parts = (part for units in sorted(self.plans) for part in sorted(self.plans[units], key=lambda part: part.slot))
+            self._rows[device] = [send(torch.tensor(part.units), device) for part in parts]
+        return self._rows[device]
+
+    def following(self, tables: Mapping[Size, RouteTables], rows: Sequence[Tensor] | None) -> Routing:
+        """The same route without dropout, read off `tables` and `rows` (as `slot_rows` gives them; None: by no layer) alone."""
+        plans, given = self.plans, iter(rows or ())
+        if rows:
+            plans = {
+                units: tuple(replace(p, rows=next(given)) for p in sorted(plans[units], key=lambda part: part.slot))
+                for units in sorted(plans)
+            }
+        made = replace(self, plans=plans, tensors_only=True, rows_follow=rows is not None)
+        made._tables.update(tables)
+        return made
+
+    def inside(self, inner: Routing) -> Routing:
+        """What is in force where `inner` is put in force inside of this one: the same, with tables that last as long as a graph.
+
+        Raises RoutingError in a pass that is being captured, for a route that its graph couldn't follow.
+        """
+        if self.nested is None or inner.tensors_only or inner.set_in_backward:
+            return inner
+        same_for_all = inner.per == "all" and inner.dropout is None
+        if not same_for_all or any(part.weights_U is not None for part in inner.plans[1]):
+            if self.tensors_only:
+                raise RoutingError(
+                    "a captured pass can't follow a route with rows of its own, or a mixture, that is put in force inside of the "
+                    "pass's. BASE or one adapter's name can be; name rows in the pass's own route"
+                )
+            return inner
+        kept = self.nested.setdefault((inner.names, inner.exact), inner)
+        tables = {size: made for size, made in kept._tables.items() if made is not None}
+        return kept.following(tables, ()) if self.tensors_only else kept
 
     def units_of(self, x: Tensor, layer: str) -> int:
         """How many units the input x of `layer` has under this routing. Raises RoutingError when it doesn't fit."""

@@ -35,6 +35,8 @@ CAUSAL = "lorabank_causal"
 FLASH = "lorabank_fa4"
 """Without the word that transformers knows its own flash attention by."""
 MASKED = "lorabank_masked"
+BLIND = "lorabank_blind"
+"""As `MASKED`, but no mask is left out for what it hides: a captured pass can't look, and must do as those before it."""
 PACKED = "lorabank_packed"
 _KEY = "_attn_implementation_internal"
 """Where a configuration keeps the name; its public setter would pass it on to sub-configurations too."""
@@ -142,11 +144,34 @@ def masked_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+def blind_mask(
+    *,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    **given: Any,
+) -> Tensor | None:
+    """What `sdpa_mask` makes, but of the same shape whatever it hides, and in a capture as elsewhere.
+
+    A causal mask is always made: without `attention_mask`, transformers looks at positions for rows that are packed, and in a
+    capture, where it can't look, takes them for such (5.10 makes the others there too).
+    """
+    windowed = local_size is not None and kv_length >= local_size
+    if allow_is_bidirectional_skip and attention_mask is None and not windowed:
+        return None
+    given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask = sdpa_mask(kv_length=kv_length, attention_mask=attention_mask, local_size=local_size, **given)
+    return None if mask is None else mask.contiguous()  # compiled code depends on strides
+
+
 # pointers in a struct are nothing to trace: under torch.compile each of our attentions is a graph break, and right
 AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
 AttentionMaskInterface.register(NAME, sdpa_mask)
 AttentionInterface.register(MASKED, masked_attention)
 AttentionMaskInterface.register(MASKED, sdpa_mask)
+AttentionInterface.register(BLIND, masked_attention)
+AttentionMaskInterface.register(BLIND, blind_mask)
 AttentionInterface.register(FLASH, flash_attention)
 AttentionInterface.register(CAUSAL, causal_attention)  # and no masks: transformers builds none for a name without a mask function
 
@@ -191,16 +216,24 @@ def own_attention(
     maskless: bool = False,
     fast: bool = False,
     packed: bool = False,
+    blind: bool = False,
     length: int | None = None,
 ) -> Iterator[None]:
     """Our attention for `modules` (`model.modules()`), its own afterwards.
 
     `maskless`: on a GPU, for a model that maskless.py found fit; `fast`: in half precision, by FlashAttention 4 then.
-    `packed`: for packed rows whose boundaries go to the attention (see packing.py). `length`: of the rows, where it is known that
-    no attention but a window's gets a mask: then a GPU may use cuDNN's attention for rows that no window is too short for.
+    `packed`: for packed rows whose boundaries go to the attention (see packing.py). `blind`: on a GPU, with masks whose values
+    aren't looked at, for passes that are captured. `length`: of the rows, where it is known that no attention but a window's gets
+    a mask: then a GPU may use cuDNN's attention for rows that no window is too short for.
     """
     configs = configurations(modules)
-    usual = MASKED if device.type == "cuda" else NAME if device.type == "cpu" and library.loaded() is not None else None
+    usual = (
+        (BLIND if blind else MASKED)
+        if device.type == "cuda"
+        else NAME
+        if device.type == "cpu" and library.loaded() is not None
+        else None
+    )
     causal = FLASH if maskless and fast and _flash_is_ready(configs, device) else CAUSAL
     name = PACKED if packed else causal if maskless else usual
     unmasked = maskless and length is not None and not reached_windows(configs, length)

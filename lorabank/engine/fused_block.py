@@ -30,7 +30,7 @@ from lorabank.bank.quantized import count_parameters
 from lorabank.bank.routing import Routing
 from lorabank.engine.borders import BlockBorders
 from lorabank.engine.offload import Offload, storages
-from lorabank.engine.parts import is_out_of_memory
+from lorabank.engine.parts import capturing, is_out_of_memory
 from lorabank.engine.varying import vary, vary_lengths
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
@@ -237,8 +237,8 @@ class FusedBlock:
             with dynamo_config.patch(recompile_limit=VARIANTS):
                 yield
         except TorchDynamoException as error:
-            if is_out_of_memory(error):
-                raise  # a smaller pass compiles
+            if is_out_of_memory(error) or capturing():
+                raise  # a smaller pass compiles, and so does one that isn't being captured
             self._failed = True
             self._borders.release()
             reason = " ".join(str(error).split("\n")[:2])[:300]
@@ -365,9 +365,9 @@ def slot_count(bank: AdapterBank) -> int:
     return -(-(max(bank.slot_numbers.values(), default=0) + 1) // SLOTS) * SLOTS
 
 
-def fused_blocks(bank: AdapterBank) -> list[FusedBlock]:
-    """The model's fused blocks; none where an adapted layer's product isn't compiled into one of them."""
-    return [] if left_out(bank) else _found_blocks(bank)
+def fused_blocks(bank: AdapterBank, *, whole: bool = True) -> list[FusedBlock]:
+    """The model's fused blocks; with `whole` none where an adapted layer's product isn't compiled into one of them."""
+    return [] if whole and left_out(bank) else _found_blocks(bank)
 
 
 def left_out(bank: AdapterBank) -> list[str]:

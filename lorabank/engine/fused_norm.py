@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.engine.fused_block import FEW, VARIANTS
-from lorabank.engine.parts import is_out_of_memory
+from lorabank.engine.parts import capturing, is_out_of_memory
 from lorabank.engine.varying import vary_lengths
 from lorabank.notices import warn_once
 
@@ -40,8 +40,8 @@ class FusedNorm:
             with dynamo_config.patch(recompile_limit=VARIANTS):
                 return self._compiled(*args, **kwargs)
         except TorchDynamoException as error:
-            if is_out_of_memory(error):
-                raise  # a smaller pass compiles
+            if is_out_of_memory(error) or capturing():
+                raise  # a smaller pass compiles, and so does one that isn't being captured
             self._failed = True
             name, reason = type(self.module).__name__, str(error).splitlines()[0][:200]
             warn_once(f"compile: torch can't compile {name}, so it runs uncompiled: {type(error).__name__}: {reason}")

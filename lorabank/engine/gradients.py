@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,3 +48,16 @@ def add(before: Sequence[tuple[nn.Parameter, Tensor | None]]) -> None:
         torch._foreach_add_([o for _, o, _ in both], [n for _, _, n in both])  # pyright: ignore[reportPrivateImportUsage]
     for leaf, old in before:
         leaf.grad = old
+
+
+def leaves_of(loss: Tensor) -> list[nn.Parameter]:
+    """All that backward gives a gradient, each once."""
+    waiting, met, found = [loss.grad_fn], set[Any](), dict[int, Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            if (leaf := getattr(node, "variable", None)) is not None:
+                found[id(leaf)] = leaf
+            waiting += [following for following, _ in node.next_functions]
+    return list(found.values())

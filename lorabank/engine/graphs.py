@@ -10,6 +10,7 @@ and their gradients. A gradient that still lies in there is copied out before an
 from __future__ import annotations
 
 import gc
+import traceback
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.engine.gradients import add
 from lorabank.engine.parts import is_out_of_memory
@@ -40,6 +42,10 @@ Pass = Callable[[Sequence[Tensor]], Tensor]
 """(the batch's tensors on the device) → each row's loss, once backward has left its gradients in the leaves."""
 
 
+class UnforeseenError(Exception):
+    """Raised by a pass that is being captured, for what passes before didn't show: it isn't kept, and a later one may be."""
+
+
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -57,9 +63,11 @@ class _Captured:
 
 
 class PassGraphs:
-    """The graphs of one engine."""
+    """The graphs of one engine, or of one loop of a user's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, switch: str = "Engine(cuda_graphs=False)") -> None:
+        """`switch`: what leaves captures out, for messages."""
+        self._switch = switch
         self._seen: Counter[Hashable] = Counter()
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._last: _Captured | None = None
@@ -85,7 +93,7 @@ class PassGraphs:
         `holds`: where `compute` puts what a captured pass needs as long as it is kept; None: nothing beyond device memory.
         `prepare`: what must be done before a capture, and can't be inside.
         """
-        key = (key, tuple((t.shape, t.dtype) for t in tensors))
+        key = _whole(key, tensors)
         self._passes += 1
         found = self._captured.get(key)
         if found is None and not (self._worth_capturing(key) and self._prepared(key, prepare)):
@@ -109,6 +117,19 @@ class PassGraphs:
             leaf.grad = gradient
         add(before)
         return found.row_losses.clone()
+
+    def seen(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
+        """Count a pass that showed only once it had run what others like it are given."""
+        self._seen[_whole(key, tensors)] += 1
+
+    def refuse(self, reason: str) -> None:
+        """Capture no passes from here on, and say so."""
+        self.refused = reason
+        warnings.warn(
+            "this model's passes can't be captured as CUDA graphs, so they run kernel by kernel and small ones wait for the "
+            f"host ({reason}). {self._switch} silences this.",
+            stacklevel=3,
+        )
 
     def _worth_capturing(self, key: Hashable) -> bool:
         if self.refused is not None or self._seen[key] < SEEN_BEFORE or key in self._too_large:
@@ -186,13 +207,11 @@ class PassGraphs:
                 self._too_large.add(key)
                 _cleared(leaves)
                 return None
-            self.refused = f"{type(error).__name__}: {error}"
             _cleared(leaves)
-            warnings.warn(
-                "this model's passes can't be captured as CUDA graphs, so they run kernel by kernel and small ones wait for the "
-                f"host ({self.refused}). Engine(cuda_graphs=False) silences this.",
-                stacklevel=2,
-            )
+            if isinstance(error, UnforeseenError):
+                del self._seen[key]
+            else:
+                self.refuse(_reason(error))
             return None
         given = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         trained, gradients = [leaf for leaf, _ in given], [gradient for _, gradient in given]
@@ -200,6 +219,22 @@ class PassGraphs:
             graph, inputs, row_losses, trained, gradients, tuple(holds or ()), sum(gradient.nbytes for gradient in gradients)
         )  # fmt: skip
         return self._captured[key]
+
+
+def _reason(error: Exception) -> str:
+    """Why a pass couldn't be captured, in a line."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
+    if not isinstance(error, TorchDynamoException) and "torch._dynamo.convert_frame" not in frames:
+        return said
+    return (
+        "a capture can't compile, and a block or norm got other arguments in it than in passes before. Where those are masks or "
+        f"positions that the model makes itself, give it an attention mask and position_ids from the batch. {said[:300]}"
+    )
+
+
+def _whole(key: Hashable, tensors: Sequence[Tensor]) -> Hashable:
+    return key, tuple((t.shape, t.dtype) for t in tensors)
 
 
 def _current_stream(tensors: Sequence[Tensor]) -> torch.cuda.Stream | None:

@@ -73,6 +73,14 @@ def _attempt(compute: Compute, part: Batch, rows: Rows) -> Tensor | str:
         return (str(error).splitlines() or [""])[0]
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured. A torch that was built without CUDA raises where it is asked."""
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:
+        return False
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device's memory was too small: torch says so, or a library that it calls (cuBLAS, cuDNN, Triton, CUDA itself).
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from lorabank import BASE, AdapterConfig, attach
@@ -24,6 +25,16 @@ from tests.engine.tiny import clear, difference, gradients
 MIXED: Sequence[RowRoute] = ["a", "b", BASE, "a"]
 ROWS = len(MIXED)
 WORDS = 61
+Batch = dict[str, Tensor]
+LossOf = Callable[[Mapping[str, Tensor]], Tensor]
+LIKE: Sequence[Sequence[RowRoute]] = [
+    MIXED,
+    ["b", BASE, "a", "a"],
+    [BASE, "a", "a", "b"],
+    ["a", "a", "b", BASE],
+    ["a", BASE, "b", "a"],
+]
+"""Routes of as many rows for each adapter."""
 STRONG, USUAL = 16.0, 1.0
 """Adapters' alpha: their change is 5 to 10 times the frozen product in gpt2 of width 128; 0.3 to 0.6 times."""
 _TOKENS: dict[str, Any] = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -273,3 +284,39 @@ def one_pass(bank: AdapterBank, family: str, length: int, seed: int) -> tuple[Te
 def off(mine: Tensor, other: Tensor) -> float:
     """Relative to the other's norm."""
     return float((mine - other).norm() / other.norm())
+
+
+def batch_of(family: str, seed: int, length: int = 7) -> Batch:
+    """Inputs and `targets`: a class for each row, the next tokens for Whisper."""
+    g = torch.Generator().manual_seed(seed)
+    inputs = ZOO[family].inputs(g, length)
+    labels = inputs["decoder_input_ids"].roll(-1, 1) if family == "whisper" else torch.randint(3, (ROWS,), generator=g)
+    return {**inputs, "targets": labels}
+
+
+def loss_of(model: Callable[..., Any], *, rows: bool = False) -> LossOf:
+    """The mean loss of each row, or the sum of them."""
+
+    def loss(batch: Mapping[str, Tensor]) -> Tensor:
+        cache = {"use_cache": False} if "decoder_input_ids" in batch else {}
+        logits = model(**{name: value for name, value in batch.items() if name != "targets"}, **cache).logits.float()
+        targets = batch["targets"]
+        each = cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(len(targets), -1).mean(1)
+        return each if rows else each.sum()
+
+    return loss
+
+
+def plainly(bank: AdapterBank, loss: LossOf, batch: Batch, route: Any) -> Tensor:
+    """A pass of a plain loop."""
+    with bank.route(route):
+        found = loss(batch)
+    found.sum().backward()
+    return found.detach()
+
+
+def reached(bank: AdapterBank, family: str) -> AdapterBank:
+    """Its layers, by a pass before: until then a block runs plainly."""
+    with torch.no_grad(), bank.route("a"):
+        outputs(bank, family)
+    return bank
