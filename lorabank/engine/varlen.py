@@ -14,6 +14,8 @@ from torch.nn.attention import varlen
 
 MOST_FEATURES = 256
 """Of a head."""
+_LARGE, _TAKE_LARGE = range(193, 225), ((8, 0), (9, 0))
+"""Features of a head whose backward needs more shared memory than GPUs other than these have, as torch's own choice has it."""
 _TAKES = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 """Arguments of the installed torch's: they have grown from version to version."""
 
@@ -32,8 +34,10 @@ def varlen_missing(device: torch.device, dtype: torch.dtype, features: int) -> s
         return "it is for fp16 and bf16"
     if features % 8 or features > MOST_FEATURES:
         return f"it takes heads of multiples of 8 features up to {MOST_FEATURES}"
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.cuda is None or (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return "it is for NVIDIA GPUs from Ampere on"
+    if features in _LARGE and capability not in _TAKE_LARGE:
+        return f"its backward doesn't take heads of {features} features on this GPU"
     return None
 
 

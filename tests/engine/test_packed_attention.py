@@ -148,6 +148,15 @@ def test_windows_shorter_than_rows_need_no_mask(groups: int, monkeypatch: pytest
         same(found, our_attention.causal_attention(module, *theirs, None, **given)[0], mine, theirs)
 
 
+def test_flash_attention_leaves_windows_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_on_a_cpu)
+    monkeypatch.setattr(our_attention, "suits_varlen", lambda q, k, v: True)
+    mine, theirs = qkv(4, 2, 8), qkv(4, 2, 8)
+    given: dict[str, Any] = {"scaling": 0.3, "sliding_window": 3}
+    found, _ = our_attention.flash_attention(_Layer(2), *mine, None, **given)
+    same(found, our_attention.causal_attention(_Layer(2), *theirs, None, **given)[0], mine, theirs)
+
+
 def test_torch_has_what_the_call_needs() -> None:
     assert {"scale", "window_size"} <= our_varlen._TAKES
     half = torch.zeros(1, 1, 4, 8, dtype=torch.float16)
@@ -211,6 +220,9 @@ def test_the_call_is_traced_once_for_all_shapes(monkeypatch: pytest.MonkeyPatch)
         (torch.bfloat16, 20, (9, 0), "multiples of 8"),
         (torch.bfloat16, 512, (9, 0), "up to 256"),
         (torch.float16, 64, (7, 5), "Ampere"),
+        (torch.bfloat16, 208, (8, 9), "backward"),
+        (torch.bfloat16, 208, (9, 0), None),
+        (torch.bfloat16, 256, (8, 9), None),
     ],
 )
 def test_why_packed_rows_take_masks(
