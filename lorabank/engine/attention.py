@@ -3,7 +3,8 @@
 A model that would use torch's scaled_dot_product_attention asks for `lorabank` instead on a CPU: attention.c where it suits
 (fp32, no mask, no dropout), torch's otherwise, with masks as for torch's. On a GPU it asks for `lorabank_causal`, for which no
 masks are built: behind a causal attention, padding on the right reaches no real token, and torch's fastest kernels take no
-mask; or for `lorabank_fa4`, which is FlashAttention 4's where that is installed. Packed rows ask for `lorabank_packed`
+mask; in half precision for `lorabank_windowed`, which needs none for a window that is shorter than the rows either, or for
+`lorabank_fa4`, which is FlashAttention 4's where that is installed. Packed rows ask for `lorabank_packed`
 everywhere: see packed_attention.py.
 
 A pass on a GPU in which an attention may get a mask does without cuDNN's (see `without_cudnn`), which torch would prefer there.
@@ -27,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorabank.engine.varlen import suits_varlen, varlen_attention
 from lorabank.kernels.gpu import flash
 from lorabank.kernels.native import attention, library
 
@@ -34,6 +36,7 @@ NAME = "lorabank"
 CAUSAL = "lorabank_causal"
 FLASH = "lorabank_fa4"
 """Without the word that transformers knows its own flash attention by."""
+WINDOWED = "lorabank_windowed"
 MASKED = "lorabank_masked"
 BLIND = "lorabank_blind"
 """As `MASKED`, but no mask is left out for what it hides: a captured pass can't look, and must do as those before it."""
@@ -121,14 +124,28 @@ def _repeats_keys(query: Tensor, key: Tensor) -> bool:
     return query.dtype == torch.float32 or torch.cuda.get_device_capability(query.device) < (8, 0)
 
 
+def windowed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`causal_attention`, without a mask where torch's variable-length attention takes a window that is shorter than the rows."""
+    window, (rows, _, length, _) = given.get("sliding_window"), query.shape
+    short = attention_mask is None and window is not None and window < length and key.shape[2] == length
+    plain = short and not given.get("dropout") and asks_nothing({k: v for k, v in given.items() if k not in _NAMED})
+    if window is None or not plain or not sees_behind_only(module, given.get("is_causal")) or not suits_varlen(query, key, value):
+        return causal_attention(module, query, key, value, attention_mask, **given)
+    starts_S = torch.arange(rows + 1, device=query.device, dtype=torch.int32) * length
+    scale = scale_of(query, given.get("scaling"))
+    return varlen_attention(query, key, value, starts_S, scale=scale, causal=True, window=window), None
+
+
 def flash_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """`causal_attention` by FlashAttention 4's kernels, where they do what is asked for."""
+    """`windowed_attention`, and rows without a window by FlashAttention 4's kernels, where they do what is asked for."""
     window = given.get("sliding_window")
     beyond = attention_mask is not None or given.get("dropout") or (window is not None and window < key.shape[2])
     if beyond or not flash.takes(query, key, value) or not asks_nothing({k: v for k, v in given.items() if k not in _NAMED}):
-        return causal_attention(module, query, key, value, attention_mask, **given)
+        return windowed_attention(module, query, key, value, attention_mask, **given)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     scale, causal = scale_of(query, given.get("scaling")), sees_behind_only(module, given.get("is_causal"))
     return flash.flash_attention(q, k, v, scale, causal)[0], None
@@ -173,6 +190,7 @@ AttentionMaskInterface.register(MASKED, sdpa_mask)
 AttentionInterface.register(BLIND, masked_attention)
 AttentionMaskInterface.register(BLIND, blind_mask)
 AttentionInterface.register(FLASH, flash_attention)
+AttentionInterface.register(WINDOWED, windowed_attention)
 AttentionInterface.register(CAUSAL, causal_attention)  # and no masks: transformers builds none for a name without a mask function
 
 
@@ -221,10 +239,11 @@ def own_attention(
 ) -> Iterator[None]:
     """Our attention for `modules` (`model.modules()`), its own afterwards.
 
-    `maskless`: on a GPU, for a model that maskless.py found fit; `fast`: in half precision, by FlashAttention 4 then.
-    `packed`: for packed rows whose boundaries go to the attention (see packing.py). `blind`: on a GPU, with masks whose values
-    aren't looked at, for passes that are captured. `length`: of the rows, where it is known that no attention but a window's gets
-    a mask: then a GPU may use cuDNN's attention for rows that no window is too short for.
+    `maskless`: on a GPU, for a model that maskless.py found fit; `fast`: in half precision, by FlashAttention 4 then, and windows
+    by torch's variable-length attention. `packed`: for packed rows whose boundaries go to the attention (see packing.py).
+    `blind`: on a GPU, with masks whose values aren't looked at, for passes that are captured. `length`: of the rows, where it is
+    known that no attention but a window's gets a mask: then a GPU may use cuDNN's attention for rows that no window is too short
+    for.
     """
     configs = configurations(modules)
     usual = (
@@ -234,7 +253,7 @@ def own_attention(
         if device.type == "cpu" and library.loaded() is not None
         else None
     )
-    causal = FLASH if maskless and fast and _flash_is_ready(configs, device) else CAUSAL
+    causal = (FLASH if _flash_is_ready(configs, device) else WINDOWED) if maskless and fast else CAUSAL
     name = PACKED if packed else causal if maskless else usual
     unmasked = maskless and length is not None and not reached_windows(configs, length)
     changed: list[dict[str, Any]] = []

@@ -21,8 +21,9 @@ from lorabank.engine.attention import configurations, head_kinds, own_attention,
 from lorabank.engine.batch import Batch, Example, make_batch, pack_batch, send
 from lorabank.engine.head import SplitHead, logits_of
 from lorabank.engine.modes import evaluation_mode
-from lorabank.engine.packed_attention import BOUNDARIES, boundary_mask, varlen_missing
+from lorabank.engine.packed_attention import BOUNDARIES, boundary_mask
 from lorabank.engine.parts import is_out_of_memory
+from lorabank.engine.varlen import varlen_missing
 from lorabank.errors import ConfigError, Setting
 from lorabank.notices import warn_once
 

@@ -13,10 +13,13 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
+from lorabank.engine import attention as our_attention
 from lorabank.engine import packed_attention as ours
 from lorabank.engine import packing
-from lorabank.engine.packed_attention import boundary_mask, packed_attention, suits_varlen, varlen_attention
+from lorabank.engine import varlen as our_varlen
+from lorabank.engine.packed_attention import boundary_mask, packed_attention
 from lorabank.engine.step import Engine, forward_backward
+from lorabank.engine.varlen import suits_varlen, varlen_attention
 from lorabank.kernels.native import attention, library
 from lorabank.notices import warn_once
 from tests.engine.test_attention import counted, llama
@@ -110,7 +113,7 @@ def varlen_on_a_cpu(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, cu_k: Tensor, m
     return torch.cat([out[0].transpose(0, 1) for out in outs])
 
 
-@pytest.mark.parametrize("takes", [ours._TAKES | {"enable_gqa"}, ours._TAKES - {"enable_gqa"}])
+@pytest.mark.parametrize("takes", [our_varlen._TAKES | {"enable_gqa"}, our_varlen._TAKES - {"enable_gqa"}])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("window", "causal"), [(None, True), (3, True), (50, True), (None, False)])
 def test_the_call_of_torchs_variable_length_attention(
@@ -118,14 +121,44 @@ def test_the_call_of_torchs_variable_length_attention(
 ) -> None:
     """Its arguments, against what its documentation says they mean; tests/gpu/test_packing.py calls the real one."""
     monkeypatch.setattr(varlen, "varlen_attn", varlen_on_a_cpu)
-    monkeypatch.setattr(ours, "_TAKES", takes)
+    monkeypatch.setattr(our_varlen, "_TAKES", takes)
     mine, theirs = qkv(4, groups, 8), qkv(4, groups, 8)
     found = varlen_attention(*mine, CU, scale=0.3, causal=causal, window=window)
     same(found, by_mask(*theirs, window, causal, 0.3), mine, theirs)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_windows_shorter_than_rows_need_no_mask(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In plain rows that are padded on the right. What the kernels can't do gets its mask, as before."""
+    calls: list[int] = []
+
+    def seen(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return varlen_on_a_cpu(*args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", seen)
+    monkeypatch.setattr(our_attention, "suits_varlen", lambda q, k, v: True)
+    module = _Layer(groups)
+    for window, more, by_kernel in ((3, {}, True), (50, {}, False), (None, {}, False), (3, {"unheard_of": 2.0}, False)):
+        mine, theirs = qkv(4, groups, 8), qkv(4, groups, 8)
+        given: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, **more}
+        calls.clear()
+        found, _ = our_attention.windowed_attention(module, *mine, None, **given)
+        assert len(calls) == by_kernel
+        same(found, our_attention.causal_attention(module, *theirs, None, **given)[0], mine, theirs)
+
+
+def test_flash_attention_leaves_windows_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_on_a_cpu)
+    monkeypatch.setattr(our_attention, "suits_varlen", lambda q, k, v: True)
+    mine, theirs = qkv(4, 2, 8), qkv(4, 2, 8)
+    given: dict[str, Any] = {"scaling": 0.3, "sliding_window": 3}
+    found, _ = our_attention.flash_attention(_Layer(2), *mine, None, **given)
+    same(found, our_attention.causal_attention(_Layer(2), *theirs, None, **given)[0], mine, theirs)
+
+
 def test_torch_has_what_the_call_needs() -> None:
-    assert {"scale", "window_size"} <= ours._TAKES
+    assert {"scale", "window_size"} <= our_varlen._TAKES
     half = torch.zeros(1, 1, 4, 8, dtype=torch.float16)
     assert not suits_varlen(half, half, half), "not on a CPU"
 
@@ -187,6 +220,9 @@ def test_the_call_is_traced_once_for_all_shapes(monkeypatch: pytest.MonkeyPatch)
         (torch.bfloat16, 20, (9, 0), "multiples of 8"),
         (torch.bfloat16, 512, (9, 0), "up to 256"),
         (torch.float16, 64, (7, 5), "Ampere"),
+        (torch.bfloat16, 208, (8, 9), "backward"),
+        (torch.bfloat16, 208, (9, 0), None),
+        (torch.bfloat16, 256, (8, 9), None),
     ],
 )
 def test_why_packed_rows_take_masks(
@@ -194,7 +230,7 @@ def test_why_packed_rows_take_masks(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    found = ours.varlen_missing(torch.device("cuda"), dtype, features)
+    found = our_varlen.varlen_missing(torch.device("cuda"), dtype, features)
     assert (found is None) if why is None else (why in str(found))
 
 

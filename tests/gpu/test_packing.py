@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from lorabank import BASE
+from lorabank import BASE, attach
+from lorabank.engine import attention
 from lorabank.engine import packed_attention as ours
 from lorabank.engine.compiling import compile_blocks
-from lorabank.engine.packed_attention import boundary_mask, suits_varlen, varlen_attention
+from lorabank.engine.packed_attention import boundary_mask
 from lorabank.engine.packing import WAYS, Packing
-from lorabank.engine.step import Engine
+from lorabank.engine.step import Engine, forward_backward
+from lorabank.engine.varlen import suits_varlen, varlen_attention
 from tests.engine.test_packing import pair
-from tests.engine.tiny import backward, make_bank
+from tests.engine.tiny import add, backward, batch_of, clear, difference, gradients, make_bank
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
@@ -70,6 +72,38 @@ def test_variable_length_attention_is_the_mask(window: int | None, groups: int) 
     theirs = torch.autograd.grad((expected * weights).sum(), inputs)
     for a, b in zip(mine, theirs, strict=True):
         assert (a.float() - b.float()).norm() < 2e-2 * b.float().norm()
+
+
+def test_windows_of_plain_rows_train_without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16, captured, rows longer than the window and padded: as fp32 with the model's own masks has it."""
+    calls: list[int] = []
+    real = attention.varlen_attention
+
+    def counted(*args: object, **kwargs: object) -> Tensor:
+        calls.append(1)
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "varlen_attention", counted)
+    torch._dynamo.reset()  # compiled code calls nobody here
+    lengths, routes = [40, 24, 33], ["a", "b", "a"]
+    found: list[dict[str, dict[str, Tensor]]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        bank = attach(model("mistral").to(dtype))
+        for rank, name in ((4, "a"), (8, "b")):
+            add(bank, name, rank=rank, strength=0.02, targets="all-linear")
+        engine = Engine(bank, cuda_graphs=dtype == torch.bfloat16)
+        forward_backward(engine, batch_of([8, 8], ["a", "b"]))
+        if dtype == torch.bfloat16:
+            compile_blocks(bank.model)
+        for _ in range(4):
+            clear(bank)
+            forward_backward(engine, batch_of(lengths, routes))
+        assert bool(calls) == (dtype == torch.bfloat16)
+        assert len(engine.graphs._captured) == (dtype == torch.bfloat16)
+        calls.clear()
+        found.append({name: gradients(bank, name) for name in "ab"})
+    for name in "ab":
+        assert difference(found[0][name], found[1][name]) < 6e-2
 
 
 def distance(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
