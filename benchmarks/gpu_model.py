@@ -123,7 +123,9 @@ class Training:
         self.names = [f"adapter{i}" for i in range(len(work.ranks))]
         for name, rank in zip(self.names, work.ranks, strict=True):
             self.bank.add(name, lb.AdapterConfig(rank=rank, alpha=ALPHA, targets=TARGETS))
-        self._compiled = compile_blocks(model, kept=work.kept, borders=work.borders) if compiled else []
+        self._compiled: list[torch.nn.Module] = []
+        if compiled:
+            self._compiled = compile_blocks(model, blocks=model.model.layers, kept=work.kept, borders=work.borders)
         self.engine = Engine(
             self.bank,
             gradient_checkpointing=work.recompute,

@@ -55,11 +55,19 @@ def uncompiled_because(model: nn.Module) -> str | None:
     return None if why is None else f"{why}, {_TRY}"
 
 
-def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "products", borders: bool = True) -> list[nn.Module]:
+def compile_blocks(
+    model: nn.Module,
+    *,
+    blocks: Sequence[nn.Module] | None = None,
+    recompute: bool = False,
+    kept: str = "products",
+    borders: bool = True,
+) -> list[nn.Module]:
     """Compile the repeated blocks in place; returns what wasn't compiled before. Results don't change beyond rounding.
 
     On a GPU the norms beside the blocks go with them (fused_norm.py).
 
+    `blocks`: modules of the model to compile instead, each of which takes hidden states first; for a model that has one block.
     `recompute`: the blocks will be recomputed in backward (activation checkpointing), which needs a GPU with Triton here.
     `kept`: on a GPU with Triton, what blocks keep for backward where they aren't recomputed: `products` (what products and
     attention need; the rest is computed again in passing) or `all` that saves time. `borders`: put LoRA into
@@ -69,7 +77,7 @@ def compile_blocks(model: nn.Module, *, recompute: bool = False, kept: str = "pr
     ConfigError when there is nothing to compile, and on a CPU for recomputation or without a C++ compiler.
     """
     check_choice("kept", kept, ("products", "all"))
-    blocks = repeated_blocks(model)
+    blocks = repeated_blocks(model) if blocks is None else list(blocks)
     if not blocks:
         raise ConfigError(f"compile: {type(model).__name__} has no repeated blocks to compile. Leave compile out.")
     device, dtype = _place(model)

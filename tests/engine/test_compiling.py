@@ -26,6 +26,17 @@ def test_a_model_without_blocks_is_refused() -> None:
         compile_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_blocks_that_are_named_are_compiled() -> None:
+    model = FAMILIES["llama"]()
+    first, second = repeated_blocks(model)
+    assert compile_blocks(model, blocks=[second]) == [second]
+    assert first._compiled_call_impl is None
+    assert compile_blocks(model, blocks=[second]) == []
+    with pytest.raises(ConfigError, match="no repeated blocks"):
+        compile_blocks(model, blocks=[])
+
+
 def test_recomputation_needs_a_gpu() -> None:
     model = FAMILIES["llama"]()
     with pytest.raises(ConfigError, match="gradient_checkpointing"):
