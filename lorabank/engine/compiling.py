@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from lorabank.config.checks import check_choice
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.fused_norm import FusedNorm, norms_beside
-from lorabank.engine.parts import is_out_of_memory
+from lorabank.engine.parts import is_out_of_memory, stop_if_interrupted
 from lorabank.errors import ConfigError
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
@@ -137,6 +137,7 @@ def give_up(model: nn.Module, error: Exception) -> bool:
     kernels, compilers = runtime.is_tritons(error), isinstance(error, TorchDynamoException)
     if not blocks or not (kernels or compilers) or is_out_of_memory(error):  # a smaller pass compiles
         return False
+    stop_if_interrupted(error)
     uncompile_blocks(blocks)
     why = "a kernel doesn't run on this GPU" if kernels else "torch can't compile their backward pass"
     reason = " ".join(str(error).split())[:300]

@@ -169,7 +169,8 @@ class Engine:
                     f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
                     f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
                 )
-        return bool(self._fused[1]) and takes_tables(routing)
+        compiled = self._fused[1]
+        return bool(compiled) and not any(block.failed for block in compiled) and takes_tables(routing)
 
     @property
     def blocks(self) -> Sequence[FusedBlock]:

@@ -30,7 +30,7 @@ from lorabank.bank.quantized import count_parameters
 from lorabank.bank.routing import Routing
 from lorabank.engine.borders import BlockBorders
 from lorabank.engine.offload import Offload, storages
-from lorabank.engine.parts import capturing, is_out_of_memory
+from lorabank.engine.parts import capturing, is_out_of_memory, stop_if_interrupted
 from lorabank.engine.varying import vary, vary_lengths
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
@@ -70,7 +70,7 @@ class FusedBlock:
         self._recomputing = torch.compile(block._call_impl, backend=grouping(backend, "inputs"))
         self._offloading = torch.compile(block._call_impl, backend=grouping(backend, "attention"))
         self._input = next(iter(inspect.signature(block.forward).parameters), "")
-        self._failed = False
+        self.failed = False
         """Whether torch.compile turned out not to be able to compile this block."""
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
@@ -170,7 +170,7 @@ class FusedBlock:
         """(what computes this call, whether that is the plain block): `compiled` under the route in force where that can be."""
         x = args[0] if args and isinstance(args[0], Tensor) else None
         with torch.inference_mode(False):  # what is made here outlives this call, and a pass with gradients may come
-            ready = x is not None and not self._failed and self._ready()
+            ready = x is not None and not self.failed and self._ready()
         if x is None or not ready or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
             return self.block._call_impl, True
         why = runtime.missing(x.device) or runtime.refused(x.device, x.dtype)
@@ -237,9 +237,10 @@ class FusedBlock:
             with dynamo_config.patch(recompile_limit=VARIANTS):
                 yield
         except TorchDynamoException as error:
+            stop_if_interrupted(error)
             if is_out_of_memory(error) or capturing():
                 raise  # a smaller pass compiles, and so does one that isn't being captured
-            self._failed = True
+            self.failed = True
             self._borders.release()
             reason = " ".join(str(error).split("\n")[:2])[:300]
             warn_once(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.engine.fused_block import FEW, VARIANTS
-from lorabank.engine.parts import capturing, is_out_of_memory
+from lorabank.engine.parts import capturing, is_out_of_memory, stop_if_interrupted
 from lorabank.engine.varying import vary_lengths
 from lorabank.notices import warn_once
 
@@ -26,13 +26,13 @@ class FusedNorm:
     def __init__(self, module: nn.Module, *, backend: str = "inductor") -> None:
         self.module = module
         self._compiled = torch.compile(module._call_impl, backend=backend)
-        self._failed = False
+        self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The norm's output."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         few = not torch.is_grad_enabled() and all(x.numel() < FEW * x.shape[-1] for x in given if x.ndim)
-        if self._failed or few:
+        if self.failed or few:
             return self.module._call_impl(*args, **kwargs)
         if given:
             vary_lengths(given[0], args, kwargs)
@@ -40,9 +40,10 @@ class FusedNorm:
             with dynamo_config.patch(recompile_limit=VARIANTS):
                 return self._compiled(*args, **kwargs)
         except TorchDynamoException as error:
+            stop_if_interrupted(error)
             if is_out_of_memory(error) or capturing():
                 raise  # a smaller pass compiles, and so does one that isn't being captured
-            self._failed = True
+            self.failed = True
             name, reason = type(self.module).__name__, str(error).splitlines()[0][:200]
             warn_once(f"compile: torch can't compile {name}, so it runs uncompiled: {type(error).__name__}: {reason}")
         return self.module._call_impl(*args, **kwargs)

@@ -221,6 +221,7 @@ class TrainingPass:
             )
         return (
             bool(seen.blocks)
+            and not any(block.failed for block in seen.blocks)
             and not seen.only_alone
             and takes_tables(routing)
             and not torch.is_autocast_enabled(self.bank.device.type)

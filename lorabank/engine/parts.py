@@ -81,6 +81,12 @@ def capturing() -> bool:
         return False
 
 
+def stop_if_interrupted(error: Exception) -> None:
+    """Raise KeyboardInterrupt where torch's compiler took one for a failure of its own."""
+    if "KeyboardInterrupt" in str(error):
+        raise KeyboardInterrupt from error
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device's memory was too small: torch says so, or a library that it calls (cuBLAS, cuDNN, Triton, CUDA itself).
 

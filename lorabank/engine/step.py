@@ -29,7 +29,7 @@ from lorabank.engine.losses import LossInputs, nll
 from lorabank.engine.modes import evaluation_mode, step_mode
 from lorabank.engine.offload import Offload
 from lorabank.engine.packing import packed_tensors
-from lorabank.engine.parts import Compute, Rows, whole
+from lorabank.engine.parts import Compute, Rows, capturing, whole
 from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
@@ -173,14 +173,15 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
         full = replace(
             batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=batch.attention_mask_NL if mask is None else rest[0]
         )
+        if not capturing():  # a block may turn out not to compile, and its plain layers read all of the route
+            row_losses = _passed(engine, full, (rows, columns, rows), routing, None)
+            if engine.activation_offloading:
+                engine.offload.remember((key, ids.shape))
+            return row_losses
         given_drops = None if drops is None else DropTables(*given[-2:])
         captured = routing.captured(units, length, slots, device, RouteTables(order, tiles, chunks, spans), given_drops)
         if not engine.activation_offloading:
             return _passed(engine, full, (rows, columns, rows), captured, None)
-        if not torch.cuda.is_current_stream_capturing():
-            row_losses = _passed(engine, full, (rows, columns, rows), captured, None)
-            engine.offload.remember((key, ids.shape))
-            return row_losses
         offload = engine.offload.for_capture((key, ids.shape))
         try:
             row_losses = _passed(engine, full, (rows, columns, rows), captured, None, offload)

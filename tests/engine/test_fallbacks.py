@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
-from lorabank.engine import compiling
+from lorabank.engine import compiling, step
 from lorabank.engine.compiling import compile_blocks, repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.generate import sample
@@ -283,6 +283,48 @@ def test_a_block_that_torch_can_not_compile_runs_uncompiled(broken_backend: str,
     assert losses == expected[0]
     for name, leaves in expected[1].items():
         assert difference(found[name], leaves) < 1e-5
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_block_that_torch_can_not_compile_runs_uncompiled_where_passes_are_captured(
+    broken_backend: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that would be captured once it comes again meets the failure; those after it aren't captured."""
+    plain, fused = (make_bank(targets=["q", "down_proj"], model=make_model("llama", spread=1.5)) for _ in range(2))
+    engine, batch = (
+        Engine(fused, gradient_checkpointing=again, activation_offloading=again),
+        batch_of((5, 9, 7), ["a", BASE, "b"]),
+    )
+    expected = backward(plain, batch, Engine(plain))
+    monkeypatch.setattr(step, "_graphed", lambda engine, batch, routing, reference: engine.all_fused(routing))
+    backward(fused, batch, engine)  # shows which layers a block reaches
+    for block in repeated_blocks(fused.model):
+        block._compiled_call_impl = FusedBlock(block, backend=broken_backend)
+    engine = Engine(fused, gradient_checkpointing=again, activation_offloading=again)
+    with said_once(r"torch can't compile LlamaDecoderLayer, so it runs uncompiled: .*Failed to find C compiler"):
+        for _ in range(SEEN_BEFORE + 2):
+            losses, found = backward(fused, batch, engine)
+    assert losses == expected[0]
+    for name, leaves in expected[1].items():
+        assert difference(found[name], leaves) < 1e-5
+
+
+def test_an_interrupt_is_no_failure_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(graph_module: Any, inputs: Any) -> Any:
+        raise TypeError('argument failed to unpack with error "KeyboardInterrupt: <EMPTY MESSAGE>')  # as torch has it
+
+    known = grouping.lookup_backend
+    grouping.grouping.cache_clear()
+    monkeypatch.setattr(grouping, "lookup_backend", lambda name: stopped if name == "stopped" else known(name))
+    bank = make_bank(targets=["q", "down_proj"], model=make_model("llama"))
+    blocks = repeated_blocks(bank.model)
+    for block in blocks:
+        block._compiled_call_impl = FusedBlock(block, backend="stopped")
+    batch, engine = batch_of((5, 9, 7), ["a", BASE, "b"]), Engine(bank)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(2):  # the first may only show which layers a block reaches
+            backward(bank, batch, engine)
+    assert all(isinstance(block._compiled_call_impl, FusedBlock) for block in blocks)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -159,5 +159,6 @@ def test_a_captured_pass_draws_from_what_it_is_given(family: str, monkeypatch: p
         expected = backward(plain, batch, engines[0], steps=steps)
         with monkeypatch.context() as patch:
             patch.setattr(step_module, "_graphed", lambda engine, batch, routing, reference: engine.all_fused(routing))
+            patch.setattr(step_module, "capturing", lambda: True)
             assert_same(backward(fused, batch, engines[1], steps=steps), expected)
     assert replaying.runs == 2
