@@ -220,11 +220,11 @@ def test_law4_a_slot_that_is_not_finite_stays_alone(storage: str) -> None:
 def test_memory_is_that_of_the_storage(storage: str) -> None:
     base = model()
     layers = [m for m in base.modules() if type(m) is torch.nn.Linear and m is not base.get_output_embeddings()]
-    weights = sum(m.weight.numel() for m in layers)
+    weights, small = sum(m.weight.numel() for m in layers), 4096 * len(layers)
     del layers
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     lb.quantize_base(base, storage)
     grown = torch.cuda.memory_allocated() - before
     expected = {"fp8": 0.0, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256 - 2}[storage] * weights
-    assert abs(grown - expected) < 0.1 * weights  # small tensors take 512 bytes at least
+    assert abs(grown - expected) < 0.1 * weights + small  # a layer has up to six small tensors, which take 512 bytes at least
