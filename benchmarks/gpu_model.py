@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the machine with the GPU m
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 import lorabank as lb
 from lorabank.engine.batch import Batch, make_batch
@@ -72,6 +73,18 @@ def llama(shape: Shape, device: torch.device, *, seed: int = 0) -> PreTrainedMod
     return model.eval()
 
 
+def llama_on_host(shape: Shape, drawn_on: torch.device, *, seed: int = 0) -> PreTrainedModel:
+    """Such a model in the host's memory, its weights drawn one after the other on a device, where it never is as a whole."""
+    with no_init_weights():  # a host is slow at random numbers
+        model = llama(shape, torch.device("cpu"))
+    generator = torch.Generator(drawn_on).manual_seed(seed)
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.dim() > 1):
+            drawn = torch.empty_like(weight, device=drawn_on)
+            weight.copy_(drawn.normal_(std=model.config.initializer_range, generator=generator))
+    return model
+
+
 def token_rows(rows: int, tokens: int, vocabulary: int) -> torch.Tensor:
     """Random token ids (rows, tokens), on the CPU, of the first 128,000 as peers_gpu.py has them."""
     return torch.randint(0, min(128000, vocabulary), (rows, tokens), generator=torch.Generator().manual_seed(rows * tokens))
@@ -106,10 +119,13 @@ class Work:
     """Memory that the process may take."""
 
 
-def quantized(model: PreTrainedModel, storage: str) -> PreTrainedModel:
-    """The model with its frozen weights stored that way. Raises RuntimeError where any of its blocks' layers is not."""
+def quantized(model: PreTrainedModel, storage: str, device: torch.device | None = None) -> PreTrainedModel:
+    """The model with its frozen weights stored that way, those on `device`, one after the other; None: where they are.
+
+    Raises RuntimeError where any of its blocks' layers is not.
+    """
     if storage != "bf16":
-        done = lb.quantize_base(model, storage)
+        done = lb.quantize_base(model, storage, device=device)
         if done.kept or len(done.layers) != len(TARGETS) * model.config.num_hidden_layers:
             raise RuntimeError(f"not all of the base is in {storage}: {done}")
     return model
@@ -166,7 +182,10 @@ class Training:
 
 
 class Bases:
-    """One model at a time, built anew only where another one is asked for."""
+    """One model at a time, built anew only where another one is asked for.
+
+    One that is to be quantised is made on the host, as models/load.py loads one: the device never holds it unquantised.
+    """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -178,7 +197,12 @@ class Bases:
         wanted = (storage, self.shape.layers if layers is None else layers)
         if self._model is None or self._have != wanted:
             self.drop()
-            self._model = quantized(llama(replace(self.shape, layers=wanted[1]), self.device), storage)
+            shape = replace(self.shape, layers=wanted[1])
+            if storage == "bf16":
+                self._model = llama(shape, self.device)
+            else:
+                self._model = quantized(llama_on_host(shape, self.device), storage, self.device)
+                torch.nn.Module.to(self._model, self.device)  # what isn't quantised
             self._have = wanted
         return self._model
 

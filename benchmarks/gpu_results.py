@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-KINDS = ("training", "peers", "kernels", "families")
+KINDS = ("training", "peers", "kernels", "families", "tests")
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "unsloth", "unsloth_zoo", "liger_kernel", "bitsandbytes", "torchao"),
     *("flash-attn-4", "nvidia-cutlass-dsl"),
@@ -59,13 +59,23 @@ def gpu_uuid() -> str | None:
         found = plain_uuid(str(getattr(torch.cuda.get_device_properties(0), "uuid", "")))
         if found is not None:
             return found
+    return plain_uuid(_nvidia_smi("uuid"))
+
+
+def gpu_name() -> str | None:
+    """The first visible GPU's name as torch has it, asked of nvidia-smi, so that nothing is opened there; None without one."""
+    return _nvidia_smi("name") or None
+
+
+def _nvidia_smi(field: str) -> str:
+    """What it says of the first visible GPU; empty where it can't tell."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader", "-i", first]
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "-i", first]
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):  # a machine without it, or one that hangs
-        return None
-    return plain_uuid(out.stdout) if out.returncode == 0 else None
+        return ""
+    return out.stdout.strip() if out.returncode == 0 else ""
 
 
 def plain_uuid(text: str) -> str | None:
@@ -76,9 +86,15 @@ def plain_uuid(text: str) -> str | None:
 
 def same_session(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs were one after the other on one machine: same card and date, or same commit and date without a card."""
-    key = "gpu_uuid" if run.get("gpu_uuid") and other.get("gpu_uuid") else "commit"
-    known = run.get(key) not in (None, "unknown")
-    return known and run.get(key) == other.get(key) and run.get("date") == other.get("date")
+    if run.get("gpu_uuid") and other.get("gpu_uuid"):
+        return same_card(run, other)
+    known = run.get("commit") not in (None, "unknown")
+    return known and run.get("commit") == other.get("commit") and run.get("date") == other.get("date")
+
+
+def same_card(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs are known to be of one card and one day."""
+    return bool(run.get("gpu_uuid")) and run["gpu_uuid"] == other.get("gpu_uuid") and run.get("date") == other.get("date")
 
 
 @dataclass

@@ -80,6 +80,8 @@ def measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
 def _measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
     model = bases.get(work.storage)
     torch.cuda.synchronize()
+    loaded = peak_gib()
+    torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     training = Training(model, work)
     losses = training.step()
@@ -90,7 +92,7 @@ def _measure_step(bases: Bases, work: Work, args: argparse.Namespace) -> Row:
         "storage": work.storage, "recompute": work.recompute,
         "offload": work.offload, "kept": work.kept, "borders": work.borders,
         "cap_gib": work.cap_gib, "first_step_s": round(first, 2),
-        "first_step_peak_gib": peak_gib(),
+        "load_peak_gib": loaded, "first_step_peak_gib": peak_gib(),
     }  # fmt: skip
     torch.cuda.reset_peak_memory_stats()  # before the pass that is captured: a replay allocates nothing, its pool counts
     for _ in range(WARM_UP - 1):
