@@ -185,7 +185,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Score adapters and `base` on held-out rows: `data.test` if given, else the run's test or validation rows.
 
-    `say` gets the lines of the report over rows that aren't the run's own: how many were read, kept, dropped and why, or cut.
+    `say` gets notes about the base, and the lines of the report over rows that aren't the run's own: how many were read, kept,
+    dropped and why, or cut.
     """
     from lorabank.engine.step import Engine
     from lorabank.training.busy import BusyBar
@@ -195,6 +196,8 @@ def evaluate(
 
     check_metrics(metrics)
     run = load_run(source, adapters, device=device, dtype=dtype)
+    for note in run.notes:
+        say(f"note: {note}")
     names = list(dict.fromkeys(adapters)) if adapters else [*run.names, BASE_NAME]
     rows = held_out_rows(run, names, data, say)
     config = EvalConfig(

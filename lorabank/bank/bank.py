@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.configs import as_adapter_config
-from lorabank.bank.fit import check_fits, task_type, warn_ranks
+from lorabank.bank.fit import check_fits, task_type, warn_ranks, warn_storage
 from lorabank.bank.init import initial_A
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.naming import check_new_name
@@ -136,6 +136,7 @@ class AdapterBank:
                 "Load the base that it was trained on, or pass force=True to use it all the same."
             )
         check_fits(self.model, name, adapter)
+        warn_storage(name, adapter, self.model)
         in_order = [path for path in linear_layers(self.model) if path in adapter.layers]  # as `add` has them, not as the file
         shapes = {path: (adapter.layers[path].rank, adapter.layers[path].scaling) for path in in_order}
         slot = _Slot(adapter.config, seed, tuple(shapes), adapter.base_model, adapter.task_type)

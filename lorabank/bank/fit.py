@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from lorabank.bank.layers import layer_kind
+from lorabank.bank.quantized import storage_of
 from lorabank.bank.targets import linear_layers, unsupported_linear_maps
 from lorabank.errors import AdapterFileError, TargetError, closest
-from lorabank.formats.adapter import Adapter
+from lorabank.formats.adapter import BASE_STORAGE, Adapter
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -40,6 +41,18 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter) -> None:
         raise AdapterFileError(
             f"adapter {name!r} doesn't fit this model; nothing was loaded. {'; '.join(wrong[:3])}{more}. "
             "Load the model class that it was trained on."
+        )
+
+
+def warn_storage(name: str, adapter: Adapter, model: nn.Module) -> None:
+    """Warn where the base was stored in 8 or 4 bits while the adapter was trained, and is stored another way now."""
+    trained, now = adapter.metadata.get(BASE_STORAGE), storage_of(model)
+    if trained is not None and trained != now:
+        warnings.warn(
+            f"adapter {name!r}: it was trained over a base in {trained}, and this one isn't in that ({now or 'unquantised'}), so "
+            f"its results may be somewhat worse. base_dtype: {trained}, or lorabank.quantize_base(model, {trained!r}), gives the "
+            "same base.",
+            stacklevel=3,
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabank.cli.parser import CommandParser, names, positive
+from lorabank.cli.train import print_notes
 from lorabank.config.paths import expanded
 from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError
@@ -38,8 +39,8 @@ def add_machine(parser: CommandParser) -> None:
     group.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "fp32", "bf16", "fp8", "nf4"),
-        help="storage of the base (default: %(default)s)",
+        choices=("auto", "fp32", "bf16", "fp16", "fp8", "nf4"),
+        help="storage of the base (default: %(default)s: fp8 or nf4 if it was trained over that)",
     )
 
 
@@ -95,7 +96,9 @@ def load(args: argparse.Namespace) -> LoadedRun:
     from lorabank import api
 
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
-    return api.load_run(args.run_folder, args.adapters, device=args.device, dtype=args.dtype)
+    run = api.load_run(args.run_folder, args.adapters, device=args.device, dtype=args.dtype)
+    print_notes(run.notes)
+    return run
 
 
 def chosen(wanted: Sequence[str] | None, loaded: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 from lorabank import __version__
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return _run(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            return _run(words)
     except LorabankError as error:
         if debug:
             raise
@@ -80,6 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"{type(error).__name__}: {error}"
         print(f"lorabank: unexpected {what}\nThis is a fault in lorabank: please report it.", file=sys.stderr)
         return 1
+
+
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: object) -> None:
+    """A warning as a line; one that isn't for users with where it was raised."""
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
 
 
 def _run(words: list[str]) -> int:

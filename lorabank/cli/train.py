@@ -71,7 +71,7 @@ def add_run_options(parser: CommandParser) -> None:
     rows.add_argument("--completion", metavar="TEXT", help="template for the answer, such as '{ref}'")
     rows.add_argument("--train-on", metavar="WHAT", help="assistant, completion or all tokens (default: by the form of the rows)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--base-dtype", metavar="TYPE", help="auto, bf16, fp32, fp8 or nf4 (default: auto)")
+    machine.add_argument("--base-dtype", metavar="TYPE", help="auto, bf16, fp16, fp32, fp8 or nf4 (default: auto)")
     machine.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)")
     machine.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     machine.add_argument("--seed", metavar="N", help="of initialisation, order and dropout (default: 42)")

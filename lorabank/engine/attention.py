@@ -28,9 +28,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lorabank.engine.varlen import suits_varlen, varlen_attention
+from lorabank.engine.varlen import suits_varlen, varlen_attention, varlen_missing
 from lorabank.kernels.gpu import flash
 from lorabank.kernels.native import attention, library
+from lorabank.notices import warn_once
 
 NAME = "lorabank"
 CAUSAL = "lorabank_causal"
@@ -255,7 +256,10 @@ def own_attention(
     )
     causal = (FLASH if _flash_is_ready(configs, device) else WINDOWED) if maskless and fast else CAUSAL
     name = PACKED if packed else causal if maskless else usual
-    unmasked = maskless and length is not None and not reached_windows(configs, length)
+    reached = length is not None and bool(reached_windows(configs, length))
+    unmasked = maskless and length is not None and not reached
+    if maskless and fast and reached:
+        _tell_of_windows(configs, device)
     changed: list[dict[str, Any]] = []
     with contextlib.nullcontext() if unmasked or device.type != "cuda" else without_cudnn():
         try:
@@ -274,6 +278,17 @@ def _flash_is_ready(configs: Sequence[PreTrainedConfig], device: torch.device) -
     """Whether FlashAttention 4 takes the heads of all attentions."""
     kinds = head_kinds(configs)
     return bool(kinds) and all(flash.ready(device, *kind) for kind in kinds)
+
+
+def _tell_of_windows(configs: Sequence[PreTrainedConfig], device: torch.device) -> None:
+    """Say that windows take masks, where torch's variable-length attention isn't for their heads."""
+    for features, _ in sorted(head_kinds(configs)):
+        if (why := varlen_missing(device, torch.bfloat16, features)) is not None:
+            warn_once(
+                f"rows are longer than the sliding windows of {type(configs[0]).__name__}, so attention takes a mask there, "
+                "whose memory and time grow with the square of a row's length: torch's variable-length attention isn't for it, "
+                f"{why}."
+            )
 
 
 def head_kinds(configs: Iterable[PreTrainedConfig]) -> set[tuple[int, int]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorabank.bank.fused import LayerTables
 from lorabank.bank.layers import LoRALayer
 from lorabank.engine.border_groups import gated_mlps, joined_layers, weight_of
+from lorabank.notices import warn_once
 
 Bordered = tuple[LoRALayer, str, tuple[Tensor, Tensor, Tensor], tuple[int, int, bool]]
 """A layer, its storage's name in kernels/gpu/storage.py, what that has besides the weight (wide weight, shadow, poison), and
@@ -90,6 +91,12 @@ class Borders(ABC):
         pad, ranks = border_writing.border_width(last * self._each), tables[0].ranks_P2
         few = len(ranks) <= border_writing.MOST_SLOTS and max(table.width for table in tables) <= self._widest
         if pad == 0 or not few:
+            if self._pad:
+                warn_once(
+                    f"compile: adapters of {last} ranks together don't fit in the borders of a layer's weight, which have room "
+                    f"for {border_writing.WIDEST // self._each}, and {self._widest} of each. So blocks are compiled once more, "
+                    "and steps are a little slower."
+                )
             self.release()
             return False
         if pad > self._pad or not self._in_place():

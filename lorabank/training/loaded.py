@@ -16,9 +16,17 @@ from lorabank.config.paths import expanded
 from lorabank.config.train import DataConfig, TrainConfig
 from lorabank.data.prepare import prepare
 from lorabank.data.render import TokenRow
-from lorabank.errors import AdapterNameError, CheckpointError, ConfigError, DataError, ModelError, closest
-from lorabank.formats.adapter import Adapter
-from lorabank.models.load import load_base
+from lorabank.errors import (
+    AdapterNameError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    ModelError,
+    closest,
+)
+from lorabank.formats.adapter import BASE_STORAGE, Adapter
+from lorabank.models.load import QUANTIZED, LoadedBase, load_base
 from lorabank.models.names import alias
 from lorabank.models.quiet import quiet_transformers
 from lorabank.training.base_rows import BASE_NAME, base_rows
@@ -40,6 +48,8 @@ class LoadedRun:
     """Adapters in the bank."""
     config: TrainConfig | None
     """Of the run that they came from, when there is one."""
+    notes: tuple[str, ...] = ()
+    """Sentences about the base, for people."""
 
 
 def load_run(
@@ -47,6 +57,7 @@ def load_run(
 ) -> LoadedRun:
     """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
 
+    `dtype`: as `load_base` has it; with `auto` a base that was in fp8 or 4 bits in training is so again.
     The tokenizer is the one that was saved beside the adapters, chat template included; else the base's. Raises
     AdapterNameError for a name that the run doesn't have, CheckpointError for a run that hasn't ended, ModelError for its base.
     """
@@ -62,12 +73,12 @@ def load_run(
     if config is not None and not folders and adapters is None:
         raise CheckpointError(f"{source}: the run has no adapter yet, since it didn't end. To go on with it: {resume_line(path)}")
     loaded = {name: Adapter.load(folders[name]) for name in wanted}
-    base = load_base(_base_name(path, config, folders, loaded), dtype=dtype, device=device)
+    base = _base(_base_name(path, config, folders, loaded), config, loaded, dtype=dtype, device=device)
     bank = attach(base.model)
     for name, adapter in loaded.items():
         bank.load(name, adapter)
     tokenizer = _saved_tokenizer([folders[name] for name in wanted]) or base.tokenizer
-    return LoadedRun(bank, base.model, tokenizer, list(loaded), config)
+    return LoadedRun(bank, base.model, tokenizer, list(loaded), config, base.notes)
 
 
 def adapter_folders(path: Path, config: TrainConfig | None = None) -> dict[str, Path]:
@@ -114,6 +125,21 @@ def _base_name(path: Path, config: TrainConfig | None, folders: Mapping[str, Pat
             "lorabank.attach(model) and bank.load(name, lorabank.Adapter.load(folder))."
         )
     return next((name for name in names if alias(name) or expanded(name, place="model").exists()), names[0])
+
+
+def _base(name: str, config: TrainConfig | None, loaded: Mapping[str, Adapter], *, dtype: str, device: str) -> LoadedBase:
+    storages = {adapter.metadata.get(BASE_STORAGE) for adapter in loaded.values()}
+    if not loaded and config is not None:
+        storages = {config.base_dtype}
+    (storage,) = storages if len(storages) == 1 else (None,)
+    if dtype != "auto" or storage not in QUANTIZED:
+        return load_base(name, dtype=dtype, device=device)
+    try:
+        base = load_base(name, dtype=storage, device=device)
+    except MissingExtraError as error:
+        base = load_base(name, dtype=dtype, device=device)
+        return replace(base, notes=(f"the base was in {storage} in training, and can't be here: {error}", *base.notes))
+    return replace(base, notes=(f"the base is in {storage}, as it was in training (another: dtype)", *base.notes))
 
 
 def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:

@@ -71,7 +71,7 @@ class FakeApi(types.ModuleType):
 
     def load_run(self, folder: str, adapters: list[str] | None, *, device: str, dtype: str) -> Any:
         self.calls.append(("load_run", (folder, adapters, device, dtype)))
-        return types.SimpleNamespace(bank=None, model=None, tokenizer=None, names=self.names)
+        return types.SimpleNamespace(bank=None, model=None, tokenizer=None, names=self.names, notes=("a note",))
 
     def generate_stream(
         self, run: Any, rows: Sequence[Any], max_new_tokens: int, temperature: float, top_p: float, seed: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -53,6 +54,23 @@ def test_every_help_says_what_it_does_with_an_example(command: str, capsys: pyte
     assert "examples:" in text
     assert f"  lorabank {command} " in text
     assert text.startswith(f"usage: lorabank {command} ")
+
+
+def test_warnings_are_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warns(words: list[str]) -> int:
+        warnings.warn("the base isn't the one", stacklevel=1)
+        warnings.warn("an old call", FutureWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(sys.modules["lorabank.cli.main"], "_run", warns)
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["chat"]) == 0
+    assert warnings.showwarning is before
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "warning: the base isn't the one"
+    assert "FutureWarning: an old call" in second
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

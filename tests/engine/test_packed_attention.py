@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -232,6 +233,30 @@ def test_why_packed_rows_take_masks(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = our_varlen.varlen_missing(torch.device("cuda"), dtype, features)
     assert (found is None) if why is None else (why in str(found))
+
+
+def test_masks_of_windows_are_told_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(our_attention, "without_cudnn", contextlib.nullcontext)
+    warn_once.cache_clear()
+
+    def enter(features: int, length: int, **more: bool) -> None:
+        config = hf.MistralConfig(
+            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, head_dim=features
+        )
+        config.sliding_window = 40
+        model = hf.MistralForCausalLM(config)
+        with our_attention.own_attention(model.modules(), torch.device("cuda"), length=length, **more):
+            pass
+
+    enter(64, 64, maskless=True, fast=True)
+    enter(208, 40, maskless=True, fast=True)  # no window is reached
+    enter(208, 64)  # masks are told about elsewhere
+    with pytest.warns(UserWarning, match="sliding windows of MistralConfig.*backward doesn't take heads of 208") as said:
+        for _ in range(2):
+            enter(208, 64, maskless=True, fast=True)
+    assert len(said) == 1
 
 
 def test_masks_of_packed_rows_are_told_about_once(monkeypatch: pytest.MonkeyPatch) -> None:

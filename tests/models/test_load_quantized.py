@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,15 @@ import torch
 from torch import nn
 
 import lorabank as lb
+from lorabank.api import load_run
 from lorabank.bank.fp8_linear import Fp8Linear
 from lorabank.bank.quantized import storage_of
-from lorabank.errors import ConfigError
-from lorabank.models.load import load_base
+from lorabank.cli.main import main
+from lorabank.errors import ConfigError, MissingExtraError
+from lorabank.models.load import LoadedBase, load_base
+from lorabank.training import loaded as loaded_module
+
+OTHER = r"adapter 'a': it was trained over a base in fp8, and this one isn't in that \(unquantised\)"
 
 ROWS = [{"prompt": f"word {i}: ", "completion": "abcdef"[i % 6] * 8} for i in range(24)]
 
@@ -47,8 +55,50 @@ def test_a_run_over_an_fp8_base_learns_as_over_fp32(tiny: Path, tmp_path: Path) 
         adapter = lb.Adapter.load(tmp_path / dtype / "a")
         assert adapter.metadata.get("base_storage") == (None if dtype == "fp32" else "fp8")
         other = load_base(str(tiny), dtype="fp8" if dtype == "fp32" else "fp32", device="cpu")
-        lb.attach(other.model).load("a", adapter)
+        told = contextlib.nullcontext() if dtype == "fp32" else pytest.warns(UserWarning, match=OTHER)
+        with told:
+            lb.attach(other.model).load("a", adapter)
     assert losses["fp8"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+def test_what_was_trained_over_fp8_is_loaded_over_fp8(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    lb.train(
+        model=str(tiny), base_dtype="fp8", device="cpu", data=ROWS, output=str(run), adapters={"a": {"rank": 4, "max_steps": 1}}
+    )
+    adapter = lb.Adapter.load(run / "a")
+    for source, wanted in ((run, None), (run / "a", None), (run, ["base"])):
+        loaded = load_run(source, wanted, device="cpu")
+        assert storage_of(loaded.model) == "fp8"
+        assert loaded.notes[0] == "the base is in fp8, as it was in training (another: dtype)"
+    with pytest.warns(UserWarning, match=OTHER):
+        assert storage_of(load_run(run, device="cpu", dtype="fp32").model) is None
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    assert main(["eval", str(run), "--data", str(tmp_path / "rows.jsonl"), "--device", "cpu", "--max-rows", "1"]) == 0
+    assert "note: the base is in fp8, as it was in training" in capsys.readouterr().err
+    # beside one of another base there is none that is both's
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text((run / "config.yaml").read_text())
+    adapter.save(other / "a")
+    replace(adapter, metadata={}).save(other / "b")
+    with pytest.warns(UserWarning, match=OTHER):
+        assert storage_of(load_run(other, device="cpu").model) is None
+    # without bitsandbytes
+    replace(adapter, metadata={"base_storage": "nf4"}).save(tmp_path / "c")
+
+    def lacking(name: str, **given: object) -> LoadedBase:
+        if given["dtype"] == "nf4":
+            raise MissingExtraError("nf4 needs bitsandbytes")
+        return load_base(name, device="cpu")
+
+    monkeypatch.setattr(loaded_module, "load_base", lacking)
+    with pytest.warns(UserWarning, match="trained over a base in nf4"):
+        loaded = load_run(tmp_path / "c", device="cpu")
+    assert storage_of(loaded.model) is None
+    assert loaded.notes[0] == "the base was in nf4 in training, and can't be here: nf4 needs bitsandbytes"
 
 
 def test_a_model_object_must_be_stored_as_asked_for(tiny: Path) -> None:
