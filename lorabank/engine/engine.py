@@ -7,6 +7,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -164,6 +165,7 @@ class Engine:
         structure, fused = self._fused
         if structure != self.bank.structure or not fused or not all(block.in_place for block in fused):
             self._fused = self.bank.structure, fused_blocks(self.bank)
+            self.graphs.forget()  # of other blocks, or slots
             if not self._fused[1] and (paths := left_out(self.bank)):
                 warn_once(
                     f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
@@ -176,6 +178,13 @@ class Engine:
     def blocks(self) -> Sequence[FusedBlock]:
         """The fused blocks that `all_fused` found."""
         return self._fused[1]
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights beside the blocks lie: others once the vocabulary was resized."""
+        model: Any = self.bank.model
+        split, embeddings = self.head(), model.get_input_embeddings()
+        weights = [None if split is None else split.head.weight, getattr(embeddings, "weight", None)]
+        return tuple(weight.data_ptr() for weight in weights if isinstance(weight, torch.Tensor))
 
     @property
     def deterministic(self) -> bool:

@@ -216,7 +216,7 @@ class FusedBlock:
             for layer, call in zip(self._layers, calls, strict=True):
                 layer.__dict__["call"] = call
             try:
-                with self._compiling():
+                with self._compiling(), torch.cuda.device_of(entered):  # where dynamo is told to run it eagerly
                     return compiled(entered, *args, **kwargs)
             finally:
                 for layer in self._layers:
@@ -250,7 +250,7 @@ class FusedBlock:
 
     def _ready(self) -> bool:
         """Bring the tables up to date with the bank. False while a layer has yet to be seen in a plain pass."""
-        if self._bank is not None and self._bank.structure == self._structure:
+        if self._bank is not None and self._bank.structure == self._structure and not self._moved():
             self._prepare_borders()
             return True
         adapted = [module for module in self.block.modules() if isinstance(module, LoRALayer)]
@@ -279,6 +279,10 @@ class FusedBlock:
         self._layers, self._bank = layers, bank  # last: another thread may look
         self._prepare_borders()
         return True
+
+    def _moved(self) -> bool:
+        """Whether the model is on another GPU than the tables."""
+        return bool(self._layers) and self._tables[0].ranks_P2.device != self._layers[0].store.device
 
     def _wait(self, missed: Sequence[LoRALayer]) -> None:
         """Leave a call to the plain block; not the first such call says so, since others may follow."""

@@ -9,7 +9,9 @@ and their gradients. A gradient that still lies in there is copied out before an
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import threading
 import traceback
 import warnings
 from collections import Counter, OrderedDict
@@ -37,6 +39,9 @@ SHARE = 1 / 64
 """Of the device's memory, for gradients of all graphs beyond the first `KEPT`."""
 IDLE = 64
 """Passes for which a graph wasn't used before another may take its place: capturing takes longer than it saves in a few."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""torch allows one capture in a process."""
 
 Pass = Callable[[Sequence[Tensor]], Tensor]
 """(the batch's tensors on the device) → each row's loss, once backward has left its gradients in the leaves."""
@@ -76,6 +81,8 @@ class PassGraphs:
         self._halved = 0
         """How often memory ran out, and half of the graphs had to do from then on."""
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        """Of the GPU that the pool is on: captures share it as they share the pool."""
         self.refused: str | None = None
         """Why passes aren't captured any more, if one couldn't be."""
 
@@ -103,20 +110,29 @@ class PassGraphs:
             self._rescue()
         trained = found.leaves if found is not None else leaves()
         before = _taken_off(trained)
-        if found is None:
-            found = self._capture(key, tensors, trained, compute, holds)
-        if found is None:
+        try:
+            if found is None:
+                found = self._capture(key, tensors, trained, compute, holds)
+            row_losses = None if found is None else self._replay(key, found, tensors)
+        except BaseException:  # it may be tried again, from where this began
+            for leaf in trained:
+                leaf.grad = None
             add(before)
-            return compute(tensors)
-        self._captured.move_to_end(key)
-        found.used, self._last = self._passes, found
+            raise
+        add(before)
+        return compute(tensors) if row_losses is None else row_losses
+
+    def _replay(self, key: Hashable, found: _Captured, tensors: Sequence[Tensor]) -> Tensor:
+        row_losses = torch.empty_like(found.row_losses)  # now, while nothing has run that would have to be undone
         for mine, given in zip(found.inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
         found.graph.replay()
+        row_losses.copy_(found.row_losses)
         for leaf, gradient in zip(found.leaves, found.gradients, strict=True):
             leaf.grad = gradient
-        add(before)
-        return found.row_losses.clone()
+        self._captured.move_to_end(key)
+        found.used, self._last = self._passes, found
+        return row_losses
 
     def seen(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
         """Count a pass that showed only once it had run what others like it are given."""
@@ -176,14 +192,24 @@ class PassGraphs:
 
     def drop(self) -> bool:
         """Give the graphs' memory back; shapes are captured again when they come again. True when there were any."""
-        held = bool(self._captured)
-        self._rescue()
-        if any(made.held for made in self._captured.values()):
-            torch.cuda.synchronize()  # a replay may still copy to what is held
-        self._captured.clear()
+        held = self.any
+        self.forget()
         self._halved += 1
-        self._seen.clear()
         return held
+
+    @property
+    def any(self) -> bool:
+        """Whether graphs are kept."""
+        return bool(self._captured)
+
+    def forget(self) -> None:
+        """Let go of graphs of a bank or of blocks that have changed since: nothing would replay them again."""
+        self._rescue()
+        for made in self._captured.values():
+            if made.held:
+                _synchronize(made.inputs)  # a replay may still copy to what is held
+        self._captured.clear()
+        self._seen.clear()
 
     def _capture(
         self,
@@ -193,21 +219,27 @@ class PassGraphs:
         compute: Pass,
         holds: list[object] | None,
     ) -> _Captured | None:
-        inputs = [tensor.clone() for tensor in tensors]
-        graph, stream = torch.cuda.CUDAGraph(), _current_stream(inputs)
+        current = _current_stream(tensors)
         try:
+            inputs = [tensor.clone() for tensor in tensors]
+            graph = torch.cuda.CUDAGraph()
             if not self._captured:
                 self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone can't be used again
-            with torch.cuda.graph(graph, pool=self._pool):
+            if current is not None and (self._stream is None or self._stream.device != current.device):
+                self._stream = torch.cuda.Stream(current.device)
+            # torch's own stream for captures is of the GPU that the process captured on first; and other threads may do what they
+            # like meanwhile (a loader pins memory), while what backward's do on this stream is captured all the same
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+            with _ONE_AT_A_TIME, _on_device(current), capture:
                 row_losses = compute(inputs)
         except Exception as error:  # noqa: BLE001  whatever a model does that can't be captured: it still trains without a graph
-            if stream is not None:
-                torch.cuda.set_stream(stream)  # where ending the capture fails, too, torch leaves another
+            if current is not None:
+                _capture_failed(current, self._pool)
             if is_out_of_memory(error):
                 self._too_large.add(key)
-                _cleared(leaves)
+                _cleared(leaves, tensors)
                 return None
-            _cleared(leaves)
+            _cleared(leaves, tensors)
             if isinstance(error, UnforeseenError):
                 del self._seen[key]
             else:
@@ -263,8 +295,25 @@ def _copies(tensors: list[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_mul(tensors, 1.0) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _cleared(leaves: Sequence[nn.Parameter]) -> None:
+def _cleared(leaves: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
     """After a capture that broke off: what it left in the leaves was never computed."""
     for leaf in leaves:
         leaf.grad = None
-    torch.cuda.synchronize()
+    _synchronize(tensors)
+
+
+def _capture_failed(stream: torch.cuda.Stream, pool: Any) -> None:
+    """Where ending a capture fails, too, torch leaves the stream current, and its allocator (2.11) in the capture for good."""
+    with _on_device(stream):
+        torch.cuda.set_stream(stream)
+    with contextlib.suppress(RuntimeError, TypeError):  # it is in none
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+
+
+def _synchronize(tensors: Sequence[Tensor]) -> None:
+    """Wait for the GPU on which these lie."""
+    torch.cuda.synchronize(tensors[0].device if tensors and tensors[0].is_cuda else None)
+
+
+def _on_device(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if stream is None else torch.cuda.device(stream.device)

@@ -112,10 +112,11 @@ class TrainingPass:
             return self._pass(tuple(tensors), given, route)
         except Exception as error:
             lacking = is_out_of_memory(error)
+            if lacking and not self.graphs.any:
+                raise
             if not lacking and not give_up(self.bank.model, error):  # of blocks whose kernels don't run on this GPU
                 raise
-            if not self.graphs.drop() and lacking:
-                raise
+        self.graphs.drop()  # here, where the error holds the pass's memory no longer
         torch.cuda.empty_cache()
         return self._pass(tuple(tensors), given, route)
 
@@ -125,7 +126,8 @@ class TrainingPass:
         if not plain or not self._capturable(routing):
             return self._run(dict(zip(names, given, strict=True)), routing, None)
         seen, units = self._model, tuple(routing.plans)
-        key = (bank.structure, bank.device, routing.names, routing.per, units, self.gradient_checkpointing, shape)
+        own = _Identical(self.loss_of)
+        key = (bank.structure, bank.device, routing.names, routing.per, units, self.gradient_checkpointing, shape, own)
         known = self._known.setdefault(key, _Known())
         rows = routing.slot_rows(bank.device) if seen.alone else []
 
@@ -214,6 +216,7 @@ class TrainingPass:
             only_alone = len(alone) == len(layers) > 0
             seen = self._model = _Model(bank.structure, blocks, bool(alone), only_alone, list(bank.model.parameters()))
             self._known.clear()
+            self.graphs.forget()  # of other blocks, or slots
         if seen.only_alone:
             warn_once(
                 "TrainingPass: none of the adapted layers is in a compiled block, so passes run kernel by kernel, and small ones "
@@ -226,6 +229,19 @@ class TrainingPass:
             and takes_tables(routing)
             and not torch.is_autocast_enabled(self.bank.device.type)
         )
+
+
+class _Identical:
+    """Equal to itself alone, and kept as long as what it is a key of."""
+
+    def __init__(self, of: object) -> None:
+        self._of = of
+
+    def __hash__(self) -> int:
+        return id(self._of)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identical) and self._of is other._of
 
 
 def _on_gpu(device: torch.device) -> bool:

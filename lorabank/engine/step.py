@@ -143,6 +143,8 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
     """Whether this pass can be one of those that are captured: all of it runs on one GPU, without a look at what is on it."""
     if not engine.cuda_graphs or engine.bank.device.type != "cuda" or engine.base_dropout or engine.loss_function is not nll:
         return False
+    if torch.is_autocast_enabled(engine.bank.device.type):  # blocks run as they are there
+        return False
     if engine.scales_losses:
         warn_once("passes over a base in fp16 aren't captured as CUDA graphs, so small ones wait for the host.")
         return False
@@ -191,11 +193,21 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
         return row_losses
 
     # a graph holds on to the addresses that it was captured with, and to the tables of these very blocks
-    places = tuple((block, block.addresses) for block in engine.blocks)
-    key = (bank.structure, places, routing.names, engine.gradient_checkpointing, engine.activation_offloading, mask is None)
+    places = tuple((block, block.addresses) for block in engine.blocks), engine.addresses()
+    own = [leaf for name, mine in sorted(engine.leaves(routing.names).items()) for leaf in mine]
+    trains = bytes([leaf.requires_grad for leaf in own])
+    key = (
+        bank.structure,
+        places,
+        routing.names,
+        trains,
+        engine.gradient_checkpointing,
+        engine.activation_offloading,
+        mask is None,
+    )
 
     def leaves() -> list[nn.Parameter]:
-        return [p for name in sorted(routing.names) for p in bank.parameters(name)]
+        return own
 
     if not engine.activation_offloading:
         return engine.graphs.run(key, tensors, leaves, compute)

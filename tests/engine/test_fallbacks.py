@@ -458,14 +458,14 @@ def test_recomputation_with_the_kernels_switched_off_is_refused(monkeypatch: pyt
 
 def test_a_pass_that_can_not_be_captured_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def capture(graph: object, pool: object) -> Iterator[None]:
+    def capture(graph: object, **more: object) -> Iterator[None]:
         yield
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     leaf, graphs = nn.Parameter(torch.zeros(3)), PassGraphs()
 
     def compute(given: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
 from lorabank.engine.fused_block import FEW, FusedBlock, fused_blocks, takes_tables
 from lorabank.engine.step import Engine, forward_backward
 from lorabank.errors import RoutingError
+from lorabank.kernels.gpu import lora
 from lorabank.kernels.native import library as native_library
+from lorabank.notices import warn_once
 from tests.engine.tiny import add, backward, batch_of, clear, difference, gradients, make_bank, make_model, tokens
 
 pytestmark = [
@@ -222,6 +225,7 @@ def test_the_first_adapter_of_a_class_of_ranks_compiles_once() -> None:
 def test_borders_that_grow_compile_nothing() -> None:
     """Nor those that don't beside them; borders that are given up, since they no longer pay, do once."""
     torch._dynamo.reset()
+    warn_once.cache_clear()
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "mlp"]
     plain, fused = pair(targets=targets)
     engines = Engine(plain), Engine(fused)
@@ -234,7 +238,14 @@ def test_borders_that_grow_compile_nothing() -> None:
         for bank in (plain, fused):
             add(bank, name, rank=16, targets=targets)
         batch = batch_of((6, 4, 8), [name, "a", BASE])
-        assert_same(backward(fused, batch, engines[1]), backward(plain, batch, engines[0]))
+        told = (
+            pytest.warns(UserWarning, match="54 ranks together don't fit in the borders.* room for 42, and 64 of each")
+            if name == "e"
+            else nullcontext()
+        )
+        with told:
+            found = backward(fused, batch, engines[1])
+        assert_same(found, backward(plain, batch, engines[0]))
         block = repeated_blocks(fused.model)[0]._compiled_call_impl
         assert isinstance(block, FusedBlock)
         assert [[borders._pad for borders in block._borders._all], graphs() - made] == expected
@@ -519,3 +530,49 @@ def test_a_detached_model_is_the_old_one_and_can_be_attached_again(calls: list[n
     batch = batch_of((5, 9, 7, 12), MIXED)
     assert_same(backward(again, batch), backward(plain, batch))
     assert {*calls} == {*repeated_blocks(model)}
+
+
+def test_kernels_are_started_on_the_inputs_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where dynamo is told to run a compiled block eagerly, as probes do."""
+    inside, seen = [0], list[bool]()
+
+    class Guard:
+        def __init__(self, tensor: Tensor) -> None:
+            assert tensor.shape[-1] == 32
+
+        def __enter__(self) -> None:
+            inside[0] += 1
+
+        def __exit__(self, *_: object) -> None:
+            inside[0] -= 1
+
+    def shrink(*args: Any, **kwargs: Any) -> Any:
+        seen.append(inside[0] > 0)
+        return real(*args, **kwargs)
+
+    bank = bank_of()
+    for block in repeated_blocks(bank.model):
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager", borders=False)
+    backward(bank, batch_of((5, 9), ["a", "b"]))
+    real = lora.shrink
+    monkeypatch.setattr(lora, "shrink", shrink)
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    with torch.compiler.set_stance("force_eager"):
+        backward(bank, batch_of((5, 9), ["a", "b"]))
+    assert seen
+    assert all(seen)
+
+
+def test_tables_follow_a_model_that_was_moved() -> None:
+    bank = bank_of()
+    fuse(bank)
+    for _ in range(2):
+        backward(bank, batch_of((5, 9), ["a", "b"]))
+    (block, *_) = fused_blocks(bank)
+    assert block._ready()
+    before = block._tables[0].ranks_P2
+    assert block._ready()
+    assert block._tables[0].ranks_P2 is before
+    for layer in block._layers:
+        layer.store.device = torch.device("meta")  # as `RankStore.to` leaves it
+    assert block._moved()

@@ -140,6 +140,9 @@ class Replaying:
         self.compute: Callable[[Sequence[Tensor]], Tensor] | None = None
         self.runs = 0
 
+    def forget(self) -> None:
+        pass
+
     def run(self, key: Any, tensors: Sequence[Tensor], leaves: Any, compute: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
         self.runs += 1
         self.compute = self.compute or compute

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,15 @@ class World:
         self.leaves = [nn.Parameter(torch.ones(2)) for _ in range(3)]
         self.graphs = PassGraphs()
         self.captured = self.run_plainly = 0
-        self.fails: Exception | None = None
+        self.fails: BaseException | None = None
+        self.given: dict[str, object] = {}
+        """To the capture."""
         self._made: list[StandIn] = []
         self._current: StandIn | None = None
 
         @contextlib.contextmanager
-        def capture(graph: StandIn, pool: object) -> Iterator[None]:
+        def capture(graph: StandIn, **more: object) -> Iterator[None]:
+            self.given = more
             if self.fails is not None:
                 raise self.fails
             self._current = graph
@@ -39,7 +43,7 @@ class World:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: StandIn(self._made))
         monkeypatch.setattr(torch.cuda, "graph", capture)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
     def run(self, which: Sequence[int], number: float) -> float:
         """A pass whose gradient of each leaf in `which` is `number`."""
@@ -209,5 +213,68 @@ def test_giving_memory_back_keeps_gradients(world: World) -> None:
     world.run([0], 1.0)
     assert world.graphs.drop()
     assert not world.graphs.drop()
+    world._made[0].results[0].fill_(BETWEEN)
+    assert world.gradients() == [1.0, None, None]
+
+
+@pytest.mark.parametrize("where", ["replay", "losses"])
+def test_what_raises_around_a_replay_leaves_gradients_as_they_were(
+    where: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass may be tried again: nothing of it may be there already, and nothing of those before may be gone."""
+    warmed(world, [0, 1])
+    world.run([0, 1], 1.0)
+    before = world.gradients()
+    with monkeypatch.context() as patch:
+        patch.setattr(*((StandIn, "replay") if where == "replay" else (torch, "empty_like")), lacking)
+        with pytest.raises(torch.OutOfMemoryError):
+            world.run([0, 1], 2.0)
+    assert world.gradients() == before
+    world.run([0, 1], 2.0)
+    assert world.gradients() == [3.0, 3.0, None]
+
+
+def lacking(*args: object, **kwargs: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_capture_without_room_for_its_inputs_is_a_plain_pass(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(SEEN_BEFORE):
+        world.run([0, 1], 1.0)
+    clone, short = torch.Tensor.clone, [True]
+
+    def first(*args: Any, **kwargs: Any) -> Tensor:
+        if short:
+            short.clear()
+            lacking()
+        return clone(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "clone", first)
+    assert world.run([0, 1], 2.0) == 4.0
+    assert world.gradients() == [SEEN_BEFORE + 2.0] * 2 + [None]
+    assert world.captured == 0
+
+
+def test_an_interrupt_in_a_capture_loses_nothing(world: World) -> None:
+    for _ in range(SEEN_BEFORE):
+        world.run([0, 1], 1.0)
+    world.fails = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        world.run([0, 1], 1.0)
+    assert world.gradients() == [float(SEEN_BEFORE)] * 2 + [None]
+
+
+def test_other_threads_may_work_during_a_capture(world: World) -> None:
+    warmed(world, [0])
+    assert world.given["capture_error_mode"] == "thread_local"
+
+
+def test_graphs_that_nothing_replays_again_are_let_go(world: World) -> None:
+    warmed(world, [0])
+    world.run([0], 1.0)
+    kept = world.graphs.kept
+    world.graphs.forget()
+    assert not world.graphs.any
+    assert world.graphs.kept == kept  # no memory was short
     world._made[0].results[0].fill_(BETWEEN)
     assert world.gradients() == [1.0, None, None]

@@ -316,7 +316,7 @@ def test_passes_are_captured_where_the_host_has_room(wanted: bool, monkeypatch: 
     begun: list[Any] = []
 
     @contextlib.contextmanager
-    def capture(graph: Any, pool: Any) -> Iterator[None]:
+    def capture(graph: Any, pool: Any, **more: Any) -> Iterator[None]:
         begun.append(pool)
         capturing.append(True)
         yield
@@ -327,7 +327,7 @@ def test_passes_are_captured_where_the_host_has_room(wanted: bool, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(step, "_graphed", lambda engine, *_: engine.activation_offloading)
     engine = Engine(fused(bank_of("llama")), activation_offloading=True)
     plain = Engine(bank_of("llama"))

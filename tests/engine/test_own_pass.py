@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -155,7 +156,7 @@ class Graphs:
             return made
 
         @contextlib.contextmanager
-        def capturing(graph: Any = None, pool: Any = None) -> Iterator[None]:
+        def capturing(graph: Any = None, **more: Any) -> Iterator[None]:
             self.inside = True
             try:
                 yield
@@ -168,7 +169,7 @@ class Graphs:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.inside)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(own_pass, "_on_gpu", lambda device: True)
         monkeypatch.setattr(own_pass, "own_attention", lambda modules, _, **more: own_attention(modules, CUDA, **more))
         set_state = torch.random.set_rng_state
@@ -525,9 +526,34 @@ def test_passes_that_are_not_captured(why: str, graphs: Graphs) -> None:
 
 
 @on_interpreter
+def test_another_loss_is_captured_by_itself(graphs: Graphs) -> None:
+    bank = reached(bank_of("bert", targets=["q"]), "bert")
+    train = lb.TrainingPass(fused(bank), loss_of(bank.model))
+    batch = batch_of("bert", 0)
+    for _ in range(SEEN_BEFORE + 1):
+        once = train(batch, MIXED)
+    usual = train.loss_of
+    train.loss_of = lambda batch: 2 * usual(batch)
+    torch.testing.assert_close(train(batch, MIXED), 2 * once)
+    assert (graphs.captured, graphs.replays) == (1, 1)
+
+
+@on_interpreter
+def test_graphs_of_a_bank_that_changed_are_let_go(graphs: Graphs) -> None:
+    bank = reached(bank_of("bert", targets=["q"]), "bert")
+    train, batch = lb.TrainingPass(fused(bank), loss_of(bank.model)), batch_of("bert", 0)
+    for _ in range(SEEN_BEFORE + 1):
+        train(batch, MIXED)
+    assert train.graphs.any
+    bank.add("c", lb.AdapterConfig(rank=2, targets=["q"]))
+    train(batch, MIXED)
+    assert not train.graphs.any
+
+
+@on_interpreter
 def test_a_capture_without_memory_leaves_gradients_right(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def capture(graph: Any, pool: Any) -> Iterator[None]:
+    def capture(graph: Any, pool: Any, **more: Any) -> Iterator[None]:
         raise torch.OutOfMemoryError("CUDA out of memory")
         yield
 
@@ -541,14 +567,16 @@ def test_a_capture_without_memory_leaves_gradients_right(graphs: Graphs, monkeyp
     assert graphs.captured == 0
 
 
-def test_memory_that_graphs_hold_is_given_back_first() -> None:
+def test_memory_that_graphs_hold_is_given_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that of the pass that failed, before anything is copied out of the graphs."""
     bank = bank_of("bert")
-    whole, fails = loss_of(bank.model), [True]
+    whole, fails, held = loss_of(bank.model), [True], list[weakref.ref[Tensor]]()
 
     def lacking(batch: Mapping[str, Tensor]) -> Tensor:
         loss = whole(batch)
         if fails:
             fails.clear()
+            held[:] = [weakref.ref(loss)]
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
@@ -556,11 +584,14 @@ def test_memory_that_graphs_hold_is_given_back_first() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         train(batch, "a")  # there is nothing to give back
     fails.append(True)
-    train.graphs.drop = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(PassGraphs, "any", True)
+    dropped: list[bool] = []
+    monkeypatch.setattr(train.graphs, "drop", lambda: dropped.append(held[0]() is None))
     assert torch.isfinite(train(batch, "a"))
+    assert dropped == [True]
 
 
-def test_a_second_try_adds_no_gradient_twice() -> None:
+def test_a_second_try_adds_no_gradient_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """An own head's, whose gradient was there before memory ran out."""
     bank, head, fails = bank_of("bert"), nn.Linear(3, 1), [True]
 
@@ -575,7 +606,7 @@ def test_a_second_try_adds_no_gradient_twice() -> None:
         return head(logits).tanh().sum()
 
     train, batch = lb.TrainingPass(bank, lacking), {"input_ids": batch_of("bert", 0)["input_ids"]}
-    train.graphs.drop = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(PassGraphs, "any", True)
     train(batch, "a")
     found = [leaf.grad.clone() for leaf in head.parameters() if leaf.grad is not None]
     head.zero_grad()
