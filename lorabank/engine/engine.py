@@ -19,7 +19,8 @@ from lorabank.bank.routing import BASE, Routing, RowRoute
 from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch
-from lorabank.engine.fused_block import FusedBlock, fused_blocks, left_out, takes_tables
+from lorabank.engine.compiled import fused_blocks, left_out, takes_tables
+from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.head import SplitHead, check_decoder, output_head, split_head
 from lorabank.engine.loss_scale import LossScales

@@ -23,7 +23,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
-from lorabank.bank.bank import AdapterBank, all_layers
+from lorabank.bank.bank import AdapterBank
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, entering
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.quantized import count_parameters
@@ -368,27 +368,6 @@ def _as_it_is(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def slot_count(bank: AdapterBank) -> int:
     """Slots that tables of this bank are made for."""
     return -(-(max(bank.slot_numbers.values(), default=0) + 1) // SLOTS) * SLOTS
-
-
-def fused_blocks(bank: AdapterBank, *, whole: bool = True) -> list[FusedBlock]:
-    """The model's fused blocks; with `whole` none where an adapted layer's product isn't compiled into one of them."""
-    return [] if whole and left_out(bank) else _found_blocks(bank)
-
-
-def left_out(bank: AdapterBank) -> list[str]:
-    """Adapted layers, by path, whose product isn't compiled into a fused block; none for a model without fused blocks."""
-    found = _found_blocks(bank)
-    inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
-    return [layer.path for layer in all_layers(bank) if not (layer.fusable and id(layer) in inside)] if found else []
-
-
-def _found_blocks(bank: AdapterBank) -> list[FusedBlock]:
-    return [m._compiled_call_impl for m in bank.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
-
-
-def takes_tables(routing: Routing) -> bool:
-    """Whether a route is all in its tables: one slot a row, no weights."""
-    return not any(part.weights_U is not None for plan in routing.plans.values() for part in plan)
 
 
 def _other_inputs(routing: Routing, x: Tensor, given: Sequence[Any]) -> list[Tensor]:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.routing import BASE, Routing, RowRoute, Size
 from lorabank.engine.attention import own_attention
-from lorabank.engine.compiling import give_up
-from lorabank.engine.fused_block import FusedBlock, fused_blocks, left_out, takes_tables
+from lorabank.engine.compiled import fused_blocks, left_out, takes_tables
+from lorabank.engine.compiling import give_up, repeated_blocks
+from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.gradients import fresh_gradients, leaves_of
 from lorabank.engine.graphs import PassGraphs, UnforeseenError
 from lorabank.engine.modes import step_mode
@@ -91,6 +92,8 @@ class TrainingPass:
     _model: _Model = field(init=False, default_factory=_Model, repr=False)
     _known: dict[Hashable, _Known] = field(init=False, default_factory=dict, repr=False)
     _routes: OrderedDict[Hashable, Routing] = field(init=False, default_factory=OrderedDict, repr=False)
+    _given_up: bool = field(init=False, default=False, repr=False)
+    """Whether blocks were compiled, and their kernels didn't run."""
     _nested: tuple[int, dict[Any, Routing]] = field(init=False, default=(-1, {}), repr=False)
     """The bank's structure count, and routes that `loss_of` puts in force itself, which graphs read."""
 
@@ -116,6 +119,7 @@ class TrainingPass:
                 raise
             if not lacking and not give_up(self.bank.model, error):  # of blocks whose kernels don't run on this GPU
                 raise
+            self._given_up |= not lacking
         self.graphs.drop()  # here, where the error holds the pass's memory no longer
         torch.cuda.empty_cache()
         return self._pass(tuple(tensors), given, route)
@@ -217,6 +221,12 @@ class TrainingPass:
             seen = self._model = _Model(bank.structure, blocks, bool(alone), only_alone, list(bank.model.parameters()))
             self._known.clear()
             self.graphs.forget()  # of other blocks, or slots
+        if not seen.blocks and not self._given_up and repeated_blocks(bank.model):
+            warn_once(
+                f"TrainingPass: the blocks of {type(bank.model).__name__} aren't compiled, so passes run kernel by kernel, and "
+                "small ones wait for the host. lorabank.engine.compiling.compile_blocks(model) compiles them; "
+                "TrainingPass(cuda_graphs=False) silences this."
+            )
         if seen.only_alone:
             warn_once(
                 "TrainingPass: none of the adapted layers is in a compiled block, so passes run kernel by kernel, and small ones "

@@ -18,8 +18,8 @@ from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
 from lorabank.engine.border_groups import gated_mlps, joined_layers
+from lorabank.engine.compiled import fused_blocks
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
-from lorabank.engine.fused_block import fused_blocks
 from lorabank.kernels.gpu import bordered
 from lorabank.kernels.tables import RouteTables
 from lorabank.notices import warn_once

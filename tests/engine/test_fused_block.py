@@ -22,8 +22,9 @@ from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import RowRoute
 from lorabank.engine import packed_attention
 from lorabank.engine.batch import pack_batch
+from lorabank.engine.compiled import fused_blocks, takes_tables
 from lorabank.engine.compiling import repeated_blocks, uncompile_blocks
-from lorabank.engine.fused_block import FEW, FusedBlock, fused_blocks, takes_tables
+from lorabank.engine.fused_block import FEW, FusedBlock
 from lorabank.engine.step import Engine, forward_backward
 from lorabank.errors import RoutingError
 from lorabank.kernels.gpu import lora

@@ -16,8 +16,8 @@ from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.engine import step as step_module
+from lorabank.engine.compiled import fused_blocks
 from lorabank.engine.compiling import repeated_blocks
-from lorabank.engine.fused_block import fused_blocks
 from lorabank.engine.step import Engine
 from tests.engine.test_fused_block import (
     MIXED,

@@ -1,0 +1,29 @@
+"""What of a bank's model is compiled into fused blocks, and what isn't."""
+
+from __future__ import annotations
+
+from lorabank.bank.bank import AdapterBank, all_layers
+from lorabank.bank.layers import LoRALayer
+from lorabank.bank.routing import Routing
+from lorabank.engine.fused_block import FusedBlock
+
+
+def fused_blocks(bank: AdapterBank, *, whole: bool = True) -> list[FusedBlock]:
+    """The model's fused blocks; with `whole` none where an adapted layer's product isn't compiled into one of them."""
+    return [] if whole and left_out(bank) else _found_blocks(bank)
+
+
+def left_out(bank: AdapterBank) -> list[str]:
+    """Adapted layers, by path, whose product isn't compiled into a fused block; none for a model without fused blocks."""
+    found = _found_blocks(bank)
+    inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
+    return [layer.path for layer in all_layers(bank) if not (layer.fusable and id(layer) in inside)] if found else []
+
+
+def _found_blocks(bank: AdapterBank) -> list[FusedBlock]:
+    return [m._compiled_call_impl for m in bank.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
+
+
+def takes_tables(routing: Routing) -> bool:
+    """Whether a route is all in its tables: one slot a row, no weights."""
+    return not any(part.weights_U is not None for plan in routing.plans.values() for part in plan)
