@@ -72,7 +72,7 @@ def test_what_was_trained_over_fp8_is_loaded_over_fp8(
     for source, wanted in ((run, None), (run / "a", None), (run, ["base"])):
         loaded = load_run(source, wanted, device="cpu")
         assert storage_of(loaded.model) == "fp8"
-        assert loaded.notes[0] == "the base is in fp8, as it was in training (another: dtype)"
+        assert loaded.notes[0] == "the base is in fp8, as it was in training (dtype, or --dtype, takes another)"
     with pytest.warns(UserWarning, match=OTHER):
         assert storage_of(load_run(run, device="cpu", dtype="fp32").model) is None
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
