@@ -139,7 +139,8 @@ def _base(name: str, config: TrainConfig | None, loaded: Mapping[str, Adapter], 
     except MissingExtraError as error:
         base = load_base(name, dtype=dtype, device=device)
         return replace(base, notes=(f"the base was in {storage} in training, and can't be here: {error}", *base.notes))
-    return replace(base, notes=(f"the base is in {storage}, as it was in training (dtype, or --dtype, takes another)", *base.notes))
+    note = f"the base is in {storage}, as it was in training (dtype, or --dtype, takes another)"
+    return replace(base, notes=(note, *base.notes))
 
 
 def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
