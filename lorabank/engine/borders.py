@@ -92,10 +92,11 @@ class Borders(ABC):
         few = len(ranks) <= border_writing.MOST_SLOTS and max(table.width for table in tables) <= self._widest
         if pad == 0 or not few:
             if self._pad:
+                count = len(self.layers[0].slots)
                 warn_once(
-                    f"compile: adapters of {last} ranks together don't fit in the borders of a layer's weight, which have room "
-                    f"for {border_writing.WIDEST // self._each}, and {self._widest} of each. So blocks are compiled once more, "
-                    "and steps are a little slower."
+                    f"compile: {count} adapters of {last} ranks together don't fit in the borders of a layer's "
+                    f"weight, which have room for {border_writing.WIDEST // self._each} ranks of {border_writing.MOST_SLOTS} "
+                    f"adapters, {self._widest} of each. So blocks are compiled once more, and steps are a little slower."
                 )
             self.release()
             return False

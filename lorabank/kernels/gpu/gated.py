@@ -23,8 +23,6 @@ from lorabank.kernels.gpu.runs import _entries, _straight
 from lorabank.kernels.gpu.siblings import _put
 from lorabank.kernels.tables import TILE, RouteTables
 
-WIDEST_RANK = 16
-"""More don't fit the registers of `middle`."""
 OUTERS = 1
 """Gradients that `middle` makes: 3, or 1, down's alone; rounding.py's `round_outer_and_shrink` makes the others then."""
 ACTIVATE_SHAPE = (64, 4)

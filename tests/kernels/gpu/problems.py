@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from lorabank.bank.fused import table_width
 from lorabank.kernels import reference
-from lorabank.kernels.gpu import bordered, bordered_op, gated_mlp, lora, outer_each, products, siblings
+from lorabank.kernels.gpu import bordered, bordered_op, gated, gated_mlp, lora, outer_each, products, rounding, siblings
 from lorabank.kernels.segments import DropoutDraw, Segment, drop_threshold
 from lorabank.kernels.tables import RouteTables, bits32, drop_tables, route_tables
 
@@ -33,6 +33,9 @@ TOLERANCES = {
     torch.float16: 3e-3,  # to 11 bits
 }
 """Of a tensor's largest entry, against fp64."""
+
+FIRST = 2
+"""Rows of a capacity buffer before those of the first slot."""
 
 
 class _Poisoned:
@@ -54,7 +57,7 @@ class _Poisoned:
 def poisoned() -> Iterator[None]:
     """An element that is read before it was written, or never written, shows."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (bordered, bordered_op, gated_mlp, lora, outer_each, products, siblings):
+        for module in (bordered, bordered_op, gated, gated_mlp, lora, outer_each, products, rounding, siblings):
             patch.setattr(module, "torch", _Poisoned())
         yield
 
@@ -140,6 +143,27 @@ class Problem:
     def tables(self) -> RouteTables:
         return route_tables(self.rows, self.units, self.tokens, self.slots).to(self.A.device)
 
+    def leaves(self) -> dict[int, list[Tensor]]:
+        """A and B of each slot in fp64 on the CPU, for the definition to differentiate."""
+        return {
+            slot: [t[first : first + rank].double().cpu().requires_grad_() for t in (self.A, self.B)]
+            for slot, (first, rank) in self.spots.items()
+        }
+
+    def segments(self, leaves: Mapping[int, Sequence[Tensor]]) -> list[Segment]:
+        """The batch as the definition takes it."""
+        return [
+            Segment(
+                rows=torch.tensor(mine, dtype=torch.int64),
+                A_RI=leaves[slot][0],
+                B_RO=leaves[slot][1],
+                scaling=_scaling(slot),
+                dropout=self.draw(slot, mine) if self.dropout.get(slot) else None,
+            )
+            for slot, mine in self.rows.items()
+            if slot in leaves
+        ]
+
     def tokens_of(self, slot: int) -> list[int]:
         return [unit * self.tokens + t for unit in self.rows.get(slot, ()) for t in range(self.tokens)]
 
@@ -172,13 +196,14 @@ def make(
     slots: int | None = None,
     seed: int = 0,
     dropout: Mapping[int, float] | None = None,
+    gap: int = 1,
 ) -> Problem:
-    """`ranks`: those of the slots that the layer has. They lie apart in the buffers, and between them is NaN."""
+    """`ranks`: those of the slots that the layer has. They lie `gap` rows apart in the buffers, and between them is NaN."""
     g = torch.Generator().manual_seed(seed)
-    spots, place = {}, 2
+    spots, place = {}, FIRST
     for slot in sorted(ranks, reverse=True):
         spots[slot] = (place, ranks[slot])
-        place += ranks[slot] + 1
+        place += ranks[slot] + gap
     A, B = torch.full((place + 3, inputs), NAN), torch.full((place + 3, outputs), NAN)
     for first, rank in spots.values():
         A[first : first + rank] = torch.randn(rank, inputs, generator=g) / inputs**0.5
@@ -233,22 +258,8 @@ def found(p: Problem) -> dict[str, Tensor]:
 def expected(p: Problem) -> dict[str, Tensor]:
     """The same from reference.py and its autograd, in fp64, on the CPU. Gradients of A and B only where a slot has them."""
     x = p.x_NI.double().cpu().requires_grad_()
-    leaves = {
-        slot: [t[first : first + rank].double().cpu().requires_grad_() for t in (p.A, p.B)]
-        for slot, (first, rank) in p.spots.items()
-    }
-    segments = [
-        Segment(
-            rows=torch.tensor(mine, dtype=torch.int64),
-            A_RI=leaves[slot][0],
-            B_RO=leaves[slot][1],
-            scaling=_scaling(slot),
-            dropout=p.draw(slot, mine) if p.dropout.get(slot) else None,
-        )
-        for slot, mine in p.rows.items()
-        if slot in leaves
-    ]
-    y = reference.add_lora(torch.zeros_like(p.dy_NO, dtype=torch.float64, device="cpu"), x, segments, p.units)
+    leaves = p.leaves()
+    y = reference.add_lora(torch.zeros_like(p.dy_NO, dtype=torch.float64, device="cpu"), x, p.segments(leaves), p.units)
     y = y + 0 * x.sum()  # a gradient of zero where no slot is used
     wanted = [x, *(leaf for pair in leaves.values() for leaf in pair)]
     gradients = torch.autograd.grad(y, wanted, p.dy_NO.double().cpu(), allow_unused=True)
@@ -269,6 +280,14 @@ def expected(p: Problem) -> dict[str, Tensor]:
     }
 
 
+def close(name: str, found: Tensor, right: Tensor, tolerance: float) -> None:
+    """Hold a tensor to the definition's, by the largest entry of that. What was never written is NaN."""
+    assert found.shape == right.shape
+    assert found.isfinite().all(), f"{name}: not written everywhere, or not finite"
+    allowed = tolerance * max(float(right.abs().max()) if right.numel() else 0.0, 1e-3)
+    assert not found.numel() or float((found - right).abs().max()) <= allowed, name
+
+
 def check(p: Problem) -> dict[str, Tensor]:
     """Hold the kernels to the definition. Returns what they made."""
     mine, theirs = found(p), expected(p)
@@ -277,10 +296,7 @@ def check(p: Problem) -> dict[str, Tensor]:
         if name in ("A", "B", "B alone"):  # rows of no slot are nobody's
             kept = ~right.isnan().all(1)
             got, right = got[kept], right[kept]
-        assert got.shape == right.shape
-        assert got.isfinite().all(), f"{name}: not written everywhere, or not finite"
-        allowed = TOLERANCES[p.x_NI.dtype] * max(float(right.abs().max()) if right.numel() else 0.0, 1e-3)
-        assert not got.numel() or float((got - right).abs().max()) <= allowed, name
+        close(name, got, right, TOLERANCES[p.x_NI.dtype])
     untouched = p.untouched
     assert torch.equal(mine["added"][untouched], p.y_NO[untouched])  # bit for bit
     for name in ("change", "x", "x added"):

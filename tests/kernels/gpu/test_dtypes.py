@@ -23,6 +23,7 @@ from lorabank.kernels.gpu import siblings_op as _siblings_op  # noqa: F401  regi
 from lorabank.kernels.gpu.border_writing import border_width
 from lorabank.kernels.gpu.outer_each import outer_each
 from lorabank.kernels.tables import RouteTables, route_tables
+from tests.kernels.gpu import wide_weights
 from tests.kernels.gpu.problems import bf16_dots, poisoned  # noqa: F401
 
 NAN = float("nan")
@@ -382,31 +383,14 @@ def test_siblings_op(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> 
     layers.check(op, lambda x: [layers.plain(which, x) for which in range(sizes.count)], batch.wide(sizes.features))
 
 
-def fill(layers: Layers, which: int, view: Tensor, border: Tensor, shadow: Tensor, *, below: bool = False) -> Tensor:
-    """Put a layer's weight and leaves into parts of tensors with borders; its poison."""
-    view.copy_(layers.weights[which])
-    A, B, ranks = layers.As[which].detach(), layers.Bs[which].detach(), layers.batch.ranks[which]
-    leaf, other = (A, B) if below else (B, A)
-    (poison,) = border_writing.poison_like(ranks, 1, max(view.shape))
-    entry = border_writing.Border(
-        border=border, leaf=leaf, shadow=shadow, other=other, ranks=ranks, poison=poison, rows=layers.batch.sizes.room
-    )
-    border_writing.write([entry])
-    return poison
-
-
 @HALVES
 @each(GROUPS)
 def test_joined_op(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> None:
     batch = Batch(sizes, dtype, device)
     count, inputs = sizes.count, sizes.features
     layers = Layers(batch, [(inputs, 20 + 8 * which) for which in range(count)])
-    pad = border_width(sizes.room * count)
-    share, shadow, bases = pad // count, torch.full((pad, inputs), NAN, dtype=dtype, device=device), []
-    for which, weight in enumerate(layers.weights):
-        wide, mine = torch.zeros(len(weight), inputs + pad, dtype=dtype, device=device), slice(which * share, (which + 1) * share)
-        poison = fill(layers, which, wide[:, :inputs], wide[:, inputs:][:, mine], shadow[mine])
-        bases += [wide[:, :inputs], wide, shadow, poison]
+    each_base = wide_weights.joined(layers.weights, layers.As, layers.Bs, batch.ranks, sizes.room)
+    bases = [tensor for base in each_base for tensor in base]
 
     def op(x: Tensor) -> list[Tensor]:
         given = x, bases, [], layers.As, layers.Bs, batch.ranks, batch.scalings, *batch.tables.tensors, sizes.width
@@ -421,20 +405,12 @@ def test_mlp_ops(activation: str, residual: bool, again: bool, dtype: torch.dtyp
     inputs, middle = 40, 70
     batch = Batch(Sizes(count=3, room=70, width=16, features=inputs), dtype, device)
     layers = Layers(batch, [(inputs, middle), (inputs, middle), (middle, inputs)])
-    pad = border_width(70)
-    shadow, last = (torch.full((rows, inputs), NAN, dtype=dtype, device=device) for rows in (2 * pad, pad))
-    before, behind = (torch.zeros(middle, pad + inputs, dtype=dtype, device=device) for _ in range(2))
-    below = torch.zeros(inputs + pad, middle, dtype=dtype, device=device)
-    views = before[:, pad:], behind[:, :inputs], below[:inputs]
-    gate = fill(layers, 0, views[0], before[:, :pad], shadow[:pad])
-    up = fill(layers, 1, views[1], behind[:, inputs:], shadow[pad:])
-    down = [views[2], below, last, fill(layers, 2, views[2], below[inputs:].t(), last, below=True)]
-    bases = [views[0], before, shadow, gate, views[1], behind, shadow, up]
+    gate, up, down = wide_weights.mlp(layers.weights, layers.As, layers.Bs, batch.ranks, batch.sizes.room)
     act = ACTIVATIONS[activation]
 
     def op(x: Tensor) -> list[Tensor]:
         shared = *batch.tables.tensors, batch.sizes.width
-        first = x, bases, layers.As[:2], layers.Bs[:2], batch.ranks[:2], batch.scalings[:2], *shared, False
+        first = x, [*gate, *up], layers.As[:2], layers.Bs[:2], batch.ranks[:2], batch.scalings[:2], *shared, False
         gate_NF, up_NF, *xas = torch.ops.lorabank.lora_mlp_open(*first)
         leaves = layers.Bs[:2], layers.As[2], layers.Bs[2], batch.ranks, batch.scalings[2]
         y = torch.ops.lorabank.lora_mlp_close(

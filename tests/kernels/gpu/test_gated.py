@@ -17,10 +17,10 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from lorabank.kernels import fp8
-from lorabank.kernels.gpu import gated, lora, rounding, siblings
+from lorabank.kernels.gpu import gated, lora, rounding
 from lorabank.kernels.tables import RouteTables
 from tests.kernels.gpu import test_grouping
-from tests.kernels.gpu.problems import _Poisoned, bf16_dots  # noqa: F401
+from tests.kernels.gpu.problems import bf16_dots, poisoned  # noqa: F401
 from tests.kernels.gpu.test_grouping import WIDTH, Layer, close, compiled, drawn, run, tables
 
 pytestmark = [  # numpy, inside the interpreter
@@ -57,13 +57,6 @@ class Mlp:
 @pytest.fixture
 def x(device: torch.device) -> Tensor:
     return torch.randn(5, 7, INPUTS, generator=torch.Generator().manual_seed(9)).to(device)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read before it was written, or never written, shows."""
-    for module in (lora, siblings, gated, rounding):
-        monkeypatch.setattr(module, "torch", _Poisoned())
 
 
 @pytest.fixture(autouse=True)
