@@ -7,7 +7,6 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -182,8 +181,9 @@ class Engine:
 
     def addresses(self) -> tuple[int, ...]:
         """Where the weights beside the blocks lie: others once the vocabulary was resized."""
-        model: Any = self.bank.model
-        split, embeddings = self.head(), model.get_input_embeddings()
+        split, embeddings, model = self.head(), None, self.bank.model
+        with contextlib.suppress(NotImplementedError):  # a model without such a table
+            embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
         weights = [None if split is None else split.head.weight, getattr(embeddings, "weight", None)]
         return tuple(weight.data_ptr() for weight in weights if isinstance(weight, torch.Tensor))
 
