@@ -179,14 +179,6 @@ class Engine:
         """The fused blocks that `all_fused` found."""
         return self._fused[1]
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where the weights beside the blocks lie: others once the vocabulary was resized."""
-        split, embeddings, model = self.head(), None, self.bank.model
-        with contextlib.suppress(NotImplementedError):  # a model without such a table
-            embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-        weights = [None if split is None else split.head.weight, getattr(embeddings, "weight", None)]
-        return tuple(weight.data_ptr() for weight in weights if isinstance(weight, torch.Tensor))
-
     @property
     def deterministic(self) -> bool:
         """Whether the base was seen to draw no random numbers, as it is run now."""

@@ -121,6 +121,16 @@ def longest_row(model: nn.Module) -> int | None:
     return longest if isinstance(longest, int) else None
 
 
+def end_addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where the table of embeddings and the output head lie: elsewhere once the vocabulary was resized."""
+    weights: list[object] = []
+    if isinstance(model, PreTrainedModel):
+        for find in (model.get_input_embeddings, model.get_output_embeddings):
+            with contextlib.suppress(NotImplementedError):  # a model without one
+                weights.append(getattr(find(), "weight", None))
+    return tuple(weight.data_ptr() for weight in weights if isinstance(weight, Tensor))
+
+
 def check_decoder(model: nn.Module) -> None:
     """Raise ConfigError for a model that reads one text and writes another: its two inputs aren't supported yet."""
     if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:

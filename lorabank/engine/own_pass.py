@@ -24,6 +24,7 @@ from lorabank.engine.compiling import give_up, repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.gradients import fresh_gradients, leaves_of
 from lorabank.engine.graphs import PassGraphs, UnforeseenError
+from lorabank.engine.head import end_addresses
 from lorabank.engine.modes import step_mode
 from lorabank.engine.parts import is_out_of_memory
 from lorabank.errors import ConfigError, DataError
@@ -130,8 +131,8 @@ class TrainingPass:
         if not plain or not self._capturable(routing):
             return self._run(dict(zip(names, given, strict=True)), routing, None)
         seen, units = self._model, tuple(routing.plans)
-        own = _Identical(self.loss_of)
-        key = (bank.structure, bank.device, routing.names, routing.per, units, self.gradient_checkpointing, shape, own)
+        own = _Identical(self.loss_of), self.gradient_checkpointing
+        key = (bank.structure, bank.device, routing.names, routing.per, units, shape, own, end_addresses(bank.model))
         known = self._known.setdefault(key, _Known())
         rows = routing.slot_rows(bank.device) if seen.alone else []
 

@@ -22,6 +22,7 @@ from lorabank.engine.gradients import copied, fresh_gradients, put_back
 from lorabank.engine.head import (
     SplitHead,
     check_vocabulary,
+    end_addresses,
     logits_of,
     longest_row,
 )
@@ -193,7 +194,7 @@ def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: 
         return row_losses
 
     # a graph holds on to the addresses that it was captured with, and to the tables of these very blocks
-    places = tuple((block, block.addresses) for block in engine.blocks), engine.addresses()
+    places = tuple((block, block.addresses) for block in engine.blocks), end_addresses(bank.model)
     own = [leaf for name, mine in sorted(engine.leaves(routing.names).items()) for leaf in mine]
     trains = bytes([leaf.requires_grad for leaf in own])
     key = (

@@ -547,6 +547,20 @@ def test_another_loss_is_captured_by_itself(graphs: Graphs) -> None:
 
 
 @on_interpreter
+def test_a_vocabulary_that_was_resized_is_captured_anew(graphs: Graphs) -> None:
+    """A graph holds on to where the table was."""
+    bank = reached(bank_of("bert", targets=["q"]), "bert")
+    train, batch = lb.TrainingPass(fused(bank), loss_of(bank.model)), batch_of("bert", 0)
+    for _ in range(SEEN_BEFORE + 1):
+        train(batch, MIXED)
+    assert graphs.replays == 1
+    model: Any = bank.model
+    model.resize_token_embeddings(zoo.WORDS + 8)
+    train(batch, MIXED)
+    assert graphs.replays == 1
+
+
+@on_interpreter
 def test_graphs_of_a_bank_that_changed_are_let_go(graphs: Graphs) -> None:
     bank = reached(bank_of("bert", targets=["q"]), "bert")
     train, batch = lb.TrainingPass(fused(bank), loss_of(bank.model)), batch_of("bert", 0)
