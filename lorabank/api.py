@@ -109,6 +109,7 @@ def _train(
     try:
         with warnings_as(notices):
             compiled, why_not = _compiled(config, model, recompute=trainer.engine.gradient_checkpointing)
+        trainer.engine.uncompiled = not compiled
         resumed_from = None
         if folder is not None:
             resumed_from = resume_run(trainer, folder, resume) if resume else None

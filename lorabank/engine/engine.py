@@ -19,6 +19,7 @@ from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch
 from lorabank.engine.compiled import fused_blocks, left_out, takes_tables
+from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.head import SplitHead, check_decoder, output_head, split_head
@@ -69,6 +70,8 @@ class Engine:
     cuda_graphs: bool = True
     """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU: small steps need it."""
     graphs: PassGraphs = field(init=False, default_factory=PassGraphs, repr=False)
+    uncompiled: bool = field(init=False, default=False, repr=False)
+    """Whether it was chosen, or said, that the model's blocks run uncompiled."""
     fits: Fits = field(init=False, default_factory=Fits)
     """What the device's memory was found to hold: a batch that doesn't fit goes through in parts."""
     loss_scales: LossScales = field(init=False, default_factory=LossScales, repr=False)
@@ -166,13 +169,25 @@ class Engine:
         if structure != self.bank.structure or not fused or not all(block.in_place for block in fused):
             self._fused = self.bank.structure, fused_blocks(self.bank)
             self.graphs.forget()  # of other blocks, or slots
-            if not self._fused[1] and (paths := left_out(self.bank)):
-                warn_once(
-                    f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
-                    f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
-                )
+            if not self._fused[1]:
+                self._tell_why_not()
         compiled = self._fused[1]
         return bool(compiled) and not any(block.failed for block in compiled) and takes_tables(routing)
+
+    def _tell_why_not(self) -> None:
+        """Say once which layers or blocks keep passes from being captured."""
+        model = self.bank.model
+        if paths := left_out(self.bank):
+            warn_once(
+                f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
+                f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
+            )
+        elif not self.uncompiled and repeated_blocks(model) and not fused_blocks(self.bank, whole=False):
+            warn_once(
+                f"passes aren't captured as CUDA graphs, so small ones wait for the host: the blocks of {type(model).__name__} "
+                "aren't compiled. lorabank.engine.compiling.compile_blocks(model) compiles them; Engine(cuda_graphs=False) "
+                "silences this."
+            )
 
     @property
     def blocks(self) -> Sequence[FusedBlock]:

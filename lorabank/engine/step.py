@@ -41,6 +41,8 @@ from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
 LENGTH_GRANULE = 64
 """Rows are padded to a multiple of so many tokens where passes are captured, so that shapes come again."""
+SMALL = 4096
+"""Tokens of a pass up to which a large GPU may be done before the host has started its kernels."""
 TRAINED_GRANULE = 256
 """Trained tokens of a captured pass are filled up to a multiple of this."""
 
@@ -89,6 +91,7 @@ def _or_uncompiled(engine: Engine, compute: Compute) -> Compute:
         except Exception as error:
             if not give_up(engine.bank.model, error):
                 raise
+            engine.uncompiled = True
             engine.graphs.drop()  # of blocks that are no more
         return compute(part, rows)
 
@@ -142,15 +145,29 @@ def _passed(
 
 def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tensor | None) -> bool:
     """Whether this pass can be one of those that are captured: all of it runs on one GPU, without a look at what is on it."""
-    if not engine.cuda_graphs or engine.bank.device.type != "cuda" or engine.base_dropout or engine.loss_function is not nll:
+    if not engine.cuda_graphs or engine.bank.device.type != "cuda" or engine.base_dropout:
         return False
     if torch.is_autocast_enabled(engine.bank.device.type):  # blocks run as they are there
         return False
+    why = uncaptured(engine, batch, reference_NL)
+    if why is None:
+        return engine.deterministic and engine.all_fused(routing)
+    if batch.input_ids_NL.numel() <= SMALL:
+        warn_once(f"passes {why} aren't captured as CUDA graphs, so small ones wait for the host.")
+    return False
+
+
+def uncaptured(engine: Engine, batch: Batch, reference_NL: Tensor | None) -> str | None:
+    """What keeps passes like this one from being captured on any GPU, if something does."""
     if engine.scales_losses:
-        warn_once("passes over a base in fp16 aren't captured as CUDA graphs, so small ones wait for the host.")
-        return False
-    plain = reference_NL is None and batch.references is None and not batch.packed and engine.head() is not None
-    return plain and engine.deterministic and engine.all_fused(routing)
+        return "over a base in fp16"
+    if engine.loss_function is not nll or reference_NL is not None or batch.references is not None:
+        return "with another loss than nll"
+    if batch.packed:
+        return "of packed rows"
+    if engine.head() is None:
+        return f"of {type(engine.bank.model).__name__}, whose loss isn't computed in chunks,"
+    return None
 
 
 def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing) -> Tensor:

@@ -28,7 +28,10 @@ class RouteTables:
     tiles_S4: Tensor
     """(slot, first entry, entries ≤ TILE, 0) of each tile. Slot −1: tokens without a slot."""
     chunks_C4: Tensor
-    """(slot, first entry, entries, 1 if it is the slot's only chunk) of each chunk. Slot −1: tokens without a slot."""
+    """(slot, first entry, entries, 1 if it is the slot's only chunk) of each chunk; those that share a slot come first.
+
+    Slot −1: tokens without a slot.
+    """
     spans_P2: Tensor
     """(first chunk, chunks) of each slot; chunks = 0 for a slot without tokens."""
 
@@ -36,6 +39,16 @@ class RouteTables:
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in the order of the fields."""
         return self.order_N, self.tiles_S4, self.chunks_C4, self.spans_P2
+
+    @property
+    def summed(self) -> int:
+        """No fewer than the chunks that share a slot: what a kernel needs room for, as only these are summed afterwards.
+
+        A slot of t tokens that is cut after every L has fewer than 2t/L of them, however many slots there are. From shapes
+        alone, so that a size that torch.compile leaves open stays open.
+        """
+        most = torch.sym_max(2 * CHUNKS, self.order_N.shape[0] * 2 // LONGEST_CHUNK)
+        return torch.sym_min(self.chunks_C4.shape[0], most)
 
     def to(self, device: torch.device) -> RouteTables:
         """The same on another device, without waiting for it."""
@@ -96,7 +109,8 @@ def route_tables(rows: Mapping[int, Sequence[int]], units: int, tokens: int, slo
     longest = min(LONGEST_CHUNK, max(SHORTEST_CHUNK, _power_of_two(total // CHUNKS)))
     parts: list[Tensor] = []
     tiles: list[tuple[int, int, int, int]] = []
-    chunks: list[tuple[int, int, int, int]] = []
+    shared: list[tuple[int, int, int, int]] = []
+    alone: list[tuple[int, int, int, int]] = []
     spans = [(0, 0)] * slots
     first = 0
     for slot, mine in {**rows, -1: [unit for unit in range(units) if unit not in routed]}.items():
@@ -104,11 +118,13 @@ def route_tables(rows: Mapping[int, Sequence[int]], units: int, tokens: int, slo
         count = len(mine) * tokens
         tiles += [(slot, first + i, min(TILE, count - i), 0) for i in range(0, count, TILE)]
         pieces = range(0, count, longest)
+        chunks = shared if len(pieces) > 1 and slot >= 0 else alone
         if slot >= 0:
             spans[slot] = (len(chunks), len(pieces))
         chunks += [(slot, first + i, min(longest, count - i), int(len(pieces) == 1)) for i in pieces]
         first += count
-    return RouteTables(torch.cat(parts).to(torch.int32), _table(tiles, 4), _table(chunks, 4), _table(spans, 2))
+    spans = [(len(shared) + begin, count) if count == 1 else (begin, count) for begin, count in spans]
+    return RouteTables(torch.cat(parts).to(torch.int32), _table(tiles, 4), _table(shared + alone, 4), _table(spans, 2))
 
 
 def _power_of_two(number: int) -> int:

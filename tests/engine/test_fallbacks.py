@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from lorabank.engine.compiling import compile_blocks, repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.generate import sample
 from lorabank.engine.graphs import SEEN_BEFORE, PassGraphs
+from lorabank.engine.losses import nll
 from lorabank.engine.sampling import SamplingConfig
 from lorabank.engine.step import Engine, logprobs
 from lorabank.errors import ConfigError
@@ -492,3 +494,31 @@ def test_adapted_layers_outside_of_compiled_blocks_keep_passes_from_being_captur
     with said_once(r"aren't captured as CUDA graphs, .* 1 adapted layers are in no compiled block \('cls.predictions"):
         assert not engine.all_fused(routing)
         assert not engine.all_fused(routing)
+
+
+def test_blocks_that_are_not_compiled_keep_passes_from_being_captured() -> None:
+    bank = make_bank()
+    engine, routing = Engine(bank), bank.routing(["a", BASE])
+    with said_once(r"aren't captured as CUDA graphs, .* blocks of LlamaForCausalLM aren't compiled.*Engine\(cuda_graphs=False\)"):
+        assert not engine.all_fused(routing)
+        assert not engine.all_fused(routing)
+
+
+def test_blocks_that_are_known_to_be_uncompiled_are_not_told_of() -> None:
+    bank = make_bank()
+    engine = Engine(bank)
+    engine.uncompiled = True
+    assert not engine.all_fused(bank.routing(["a", BASE]))
+
+
+def test_what_keeps_a_pass_from_being_captured() -> None:
+    bank = make_bank()
+    batch = batch_of([4, 3], ["a", BASE])
+    packed = replace(batch, segments=((2, 2), (3,)))
+    assert step.uncaptured(Engine(bank), batch, None) is None
+    assert step.uncaptured(Engine(bank), packed, None) == "of packed rows"
+    assert step.uncaptured(Engine(bank), batch, torch.zeros_like(batch.weights_NL)) == "with another loss than nll"
+    own = Engine(bank, loss=lambda inputs: nll(inputs))
+    assert step.uncaptured(own, batch, None) == "with another loss than nll"
+    bank.model.half()
+    assert step.uncaptured(Engine(bank), batch, None) == "over a base in fp16"

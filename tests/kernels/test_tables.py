@@ -37,9 +37,11 @@ def check(tables: RouteTables, rows: Rows, units: int, tokens: int, slots: int) 
     slot_of = [owner.get(token // tokens, -1) for token in order]
     _check_pieces(tables.tiles_S4[:, :3].tolist(), slot_of, list(range(len(order))), TILE)
     assert tables.tiles_S4[:, 3].eq(0).all()
-    _check_pieces(tables.chunks_C4[:, :3].tolist(), slot_of, list(range(len(order))), LONGEST_CHUNK)
-
     chunks, spans = tables.chunks_C4.tolist(), tables.spans_P2.tolist()
+    _check_pieces(sorted((c[:3] for c in chunks), key=lambda c: c[1]), slot_of, list(range(len(order))), LONGEST_CHUNK)
+    shared = [slot >= 0 and only == 0 and entries > 0 for slot, _, entries, only in chunks]
+    assert shared == sorted(shared, reverse=True)
+    assert sum(shared) <= tables.summed <= len(chunks)
     assert len(spans) == slots
     for slot, (first, count) in enumerate(spans):
         mine = [i for i, (of, _, entries, _) in enumerate(chunks) if of == slot and entries > 0]
@@ -85,6 +87,18 @@ def test_a_thousand_segments_of_one_token() -> None:
     tables = route_tables(rows, 1000, 1, 1000)
     check(tables, rows, 1000, 1, 1000)
     assert tables.tiles_S4.shape == tables.chunks_C4.shape == (1000, 4)
+    assert tables.summed == 2 * CHUNKS  # not a thousand
+
+
+@pytest.mark.parametrize("slots", [1, 7, 8, 15, 16, 100])
+@pytest.mark.parametrize("over", [0, 1])
+@pytest.mark.parametrize("longest", [64, 128, 256, 512])
+def test_chunks_that_are_summed_stay_few(slots: int, over: int, longest: int) -> None:
+    tokens = longest + over  # the most chunks that share a slot for so many tokens
+    rows = {slot: [slot] for slot in range(slots)}
+    tables = route_tables(rows, slots + 1, tokens, slots)
+    check(tables, rows, slots + 1, tokens, slots)
+    assert tables.summed <= max(2 * CHUNKS, (slots + 1) * tokens * 2 / LONGEST_CHUNK)
 
 
 def test_base_tokens_come_last_in_tiles_and_chunks_of_no_slot() -> None:

@@ -195,7 +195,7 @@ def middle(
     features, width, chunks = dh_NF.shape[1], narrow[0].shape[1], tables.chunks_C4.shape[0]
     dg, du = torch.empty_like(dh_NF), torch.empty_like(dh_NF)
     grads = [torch.empty_like(weight) for weight in weights[-outers:]]
-    parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=dh_NF.device) for _ in grads]
+    parts = [torch.empty((tables.summed, width, features), dtype=torch.float32, device=dh_NF.device) for _ in grads]
     block_n, block_f, warps, stages = MIDDLE_SHAPE if dh_NF.element_size() == 2 else (32, 32, 4, 1)
     stages = stages if activation == "silu" or outers == 1 else min(stages, 2)  # GELU takes registers
     sums.launch(_middle_raw)[(chunks, -(-features // block_f))](

@@ -139,7 +139,7 @@ def middle(
     features, width, chunks, item = dh.shape[1], narrow[0].shape[1], tables.chunks_C4.shape[0], dh.element_size()
     dg, du = torch.empty_like(dh), torch.empty_like(dh)
     grads = [torch.empty_like(like) for like in likes]
-    parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=dh.device) for _ in likes]
+    parts = [torch.empty((tables.summed, width, features), dtype=torch.float32, device=dh.device) for _ in likes]
     block_n, block_f, warps, stages = MIDDLE_SHAPE if item == 2 else (32, 32, 4, 1)
     sums.launch(_middle)[(chunks, -(-features // block_f))](
         dh, gate, up, dg, du, *narrow, *grads, *parts, *ranks, tables.order_N, tables.chunks_C4, features,

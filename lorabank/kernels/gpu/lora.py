@@ -345,7 +345,7 @@ def outer(
     width, features = narrow_NW.shape[1], wide_NF.shape[1]
     chunks = tables.chunks_C4.shape[0]
     grad = torch.empty_like(like_RF)
-    parts = torch.empty((chunks, width, features), dtype=torch.float32, device=grad.device)
+    parts = torch.empty((tables.summed, width, features), dtype=torch.float32, device=grad.device)
     block_r = min(width, WIDEST_BLOCK)
     block_f = 32 if drops and wide_NF.element_size() > 2 else 128
     block_n = 32 if many(block_r, wide_NF.element_size()) else 64
@@ -380,7 +380,7 @@ def outer_and_shrink(
         columns = -(-features // block_f)
         grads.append(torch.empty_like(weight))
         results.append(torch.empty((entries, width), dtype=dy.dtype, device=device))
-        parts.append(torch.empty((chunks, width, features), dtype=torch.float32, device=device))
+        parts.append(torch.empty((tables.summed, width, features), dtype=torch.float32, device=device))
         shares.append(torch.empty((columns, entries, width), dtype=torch.float32, device=device))
         sums.launch(_through)[(chunks, columns)](
             xa, dy, weight, parts[-1], shares[-1], grads[-1], tables.order_N, tables.chunks_C4, place, features, entries,

@@ -79,7 +79,7 @@ def outer_each(
     width, chunks, item = narrow[0].shape[1], tables.chunks_C4.shape[0], wide[0].element_size()
     features = [like.shape[1] for like in likes]
     grads = [torch.empty_like(like) for like in likes]
-    parts = [torch.empty((chunks, width, size), dtype=torch.float32, device=wide[0].device) for size in features]
+    parts = [torch.empty((tables.summed, width, size), dtype=torch.float32, device=wide[0].device) for size in features]
     block_n, block_f = 64, 128 if width <= 64 else 64
     sums.launch(_outer_each)[(chunks, sum(-(-size // block_f) for size in features))](
         *four(narrow), *four(wide), *four(parts), *four(grads), *four(ranks), tables.order_N, tables.chunks_C4, *four(features),

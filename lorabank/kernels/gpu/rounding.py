@@ -249,7 +249,7 @@ def round_outer_and_shrink(
     columns = -(-features // block_f)
     rounded, scales = _empty(x)
     grads = [torch.empty_like(weight) for weight in weights]
-    parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=device) for _ in x]
+    parts = [torch.empty((tables.summed, width, features), dtype=torch.float32, device=device) for _ in x]
     shares = torch.empty((count, columns, entries, width), dtype=torch.float32, device=device)
     results = [torch.empty((entries, width), dtype=x[0].dtype, device=device) for _ in x]
     sums.launch(_round_through)[(chunks, columns, count)](

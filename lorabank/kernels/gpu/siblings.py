@@ -324,7 +324,7 @@ def outer(
     """lora.outer of each layer's narrow with the same wide."""
     width, features, chunks = narrow[0].shape[1], wide_NF.shape[1], tables.chunks_C4.shape[0]
     grads = [torch.empty_like(like) for like in likes]
-    parts = [torch.empty((chunks, width, features), dtype=torch.float32, device=wide_NF.device) for _ in likes]
+    parts = [torch.empty((tables.summed, width, features), dtype=torch.float32, device=wide_NF.device) for _ in likes]
     block_n, item = 64, wide_NF.element_size()
     block_f = (64 if drops or width > 16 else 128) if item == 2 else 32  # fp32 takes registers
     sums.launch(_outer)[(chunks, -(-features // block_f))](
