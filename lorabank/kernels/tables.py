@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class RouteTables:
         alone, so that a size that torch.compile leaves open stays open.
         """
         most = torch.sym_max(2 * CHUNKS, self.order_N.shape[0] * 2 // LONGEST_CHUNK)
-        return torch.sym_min(self.chunks_C4.shape[0], most)
+        return cast(int, torch.sym_min(self.chunks_C4.shape[0], most))
 
     def to(self, device: torch.device) -> RouteTables:
         """The same on another device, without waiting for it."""
