@@ -10,12 +10,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -171,11 +171,24 @@ def check_writes(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """No tensor may be written under two names, as torch reads the kernel: it would keep the one that isn't really written."""
     names = kernel.arg_names
     given = dict(zip(names, args, strict=False)) | {name: value for name, value in kwargs.items() if name in names}
-    written = sorted(place.name for place in identify_accessed_tensors(kernel, given, {}).read_writes.writes)
+    written = sorted(_written(kernel, given))
     addresses = [given[name].data_ptr() for name in written]
     assert written, f"{kernel.__name__}: torch sees no writes"
     assert not TABLES & set(written) or kernel.__name__ in OPAQUE, f"{kernel.__name__}: torch sees writes to a table: {written}"
     assert len(set(addresses)) == len(addresses), f"{kernel.__name__}: {written} are written, and some are one tensor"
+
+
+def _written(kernel: Any, given: dict[str, Any]) -> Iterable[str]:
+    """The arguments that torch sees the kernel write to."""
+    try:
+        from torch._higher_order_ops.triton_kernel_wrap import identify_accessed_tensors
+    except ImportError:  # before torch 2.13
+        from torch._higher_order_ops.triton_kernel_wrap import (
+            identify_mutated_tensors,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+        return identify_mutated_tensors(kernel, given, {})
+    return (place.name for place in identify_accessed_tensors(kernel, given, {}).read_writes.writes)
 
 
 def _type(value: Any) -> str:
