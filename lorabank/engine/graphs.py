@@ -15,7 +15,7 @@ import threading
 import traceback
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,7 +230,7 @@ class PassGraphs:
             # torch's own stream for captures is of the GPU that the process captured on first; and other threads may do what they
             # like meanwhile (a loader pins memory), while what backward's do on this stream is captured all the same
             capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-            with _ONE_AT_A_TIME, _on_device(current), capture:
+            with _ONE_AT_A_TIME, _on_device(current), _own_workspaces(current), capture:
                 row_losses = compute(inputs)
         except Exception as error:  # noqa: BLE001  whatever a model does that can't be captured: it still trains without a graph
             if current is not None:
@@ -308,6 +308,23 @@ def _capture_failed(stream: torch.cuda.Stream, pool: Any) -> None:
         torch.cuda.set_stream(stream)
     with contextlib.suppress(RuntimeError, TypeError):  # it is in none
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+
+
+@contextlib.contextmanager
+def _own_workspaces(current: torch.cuda.Stream | None) -> Iterator[None]:
+    """Give up what cuBLAS keeps to compute in, 32 MiB on Hopper for each thread and stream that it ran on.
+
+    A capture, whose stream is another, takes such memory out of the graphs' pool, and after it so may another: they never run
+    together. What runs kernel by kernel later gets it anew.
+    """
+    if current is None:
+        yield
+        return
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _synchronize(tensors: Sequence[Tensor]) -> None:

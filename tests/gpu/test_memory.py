@@ -204,6 +204,20 @@ def test_captured_passes_of_several_shapes_keep_each_others_gradients() -> None:
         assert_same({name: gradients(engine.bank, name) for name in "ab"}, {name: gradients(plain.bank, name) for name in "ab"})
 
 
+def test_a_capture_takes_over_what_cublas_computes_in() -> None:
+    engine = Engine(bank_of())
+    found(engine, [8, 8], ["a", "b"])
+    compile_blocks(engine.bank.model)
+    held: list[int] = []
+    for _ in range(graphs.SEEN_BEFORE + 2):
+        found(engine, [64, 64], ["a", "b"])
+        clear(engine.bank)
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert len(engine.graphs._captured) == 1
+    assert max(held[graphs.SEEN_BEFORE :]) < held[graphs.SEEN_BEFORE - 1]  # gradients here are less than one such workspace
+
+
 def test_shapes_that_change_all_the_time_are_not_captured_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST", 4)
     engine = Engine(bank_of())
