@@ -123,9 +123,10 @@ def _beats(line: Line, run: Row, row: Row, peer: Row | None) -> str:
     ratio = ratio_to_peer(line, run, row, peer)
     if peer is None or ratio is None:
         return "not judged: no peer to compare with"
-    failed = ["slower"] * (ratio <= 1) + ["more memory"] * (row["peak_gib"] > peer["peak_gib"])
+    more = f"more memory, {row['peak_gib']:.2f} against {peer['peak_gib']:.2f} GiB"
+    failed = ["slower"] * (ratio <= 1) + [more] * (row["peak_gib"] > peer["peak_gib"])
     if failed:
-        return f"no: {' and '.join(failed)}"
+        return f"no: {' and '.join(failed)}{_in_the_way(line, row) if more in failed else ''}"
     if first_step_spans_loading(row):
         later = f"{row['peak_gib']:.1f} against {peer['peak_gib']:.1f} GiB from the second step on"
         return f"faster; memory not judged: {later}, {row['first_step_peak_gib']:.1f} GiB before, with the making of the model"

@@ -74,7 +74,9 @@ def _later_notes(measured: Measured) -> Iterator[str]:
     """What our latest run of an item gave, where the table has an earlier one, since a peer ran beside that."""
     for item, (run, row) in measured.later.items():
         if item in measured.ours:
-            yield f"{item}: {row['ms']:,.1f} ms in a later run without a peer, commit {run.get('commit')}, {run.get('date')}."
+            took = f" · {row['peak_gib']:.2f} GiB" if "peak_gib" in row else ""
+            when = f"commit {run.get('commit')}, {run.get('date')}"
+            yield f"{item}: {row['ms']:,.1f} ms{took} in a later run without a peer, {when}."
 
 
 def _form_note(measured: Measured) -> Iterator[str]:

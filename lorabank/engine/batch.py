@@ -18,6 +18,16 @@ from lorabank.errors import DataError
 from lorabank.kernels.tables import send as send
 
 
+@dataclass(frozen=True)
+class PackedTensors:
+    """Where the examples of a batch are, for its model. S spans: examples, and the padding behind them."""
+
+    cu_S: Tensor
+    """int32 (S + 1,): cumulative lengths over the rows laid end to end."""
+    positions_NL: Tensor
+    """int64: each token's place in its example; 0 in padding, which may be longer than a model's table of positions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """What one forward pass sees."""
@@ -39,6 +49,8 @@ class Batch:
     """Tokens of each example of each row, in their order; None where every row is one example."""
     references: tuple[int | None, ...] | None = None
     """For each row, the row of the same tokens on BASE whose log-probabilities are its reference; None without."""
+    boundaries: PackedTensors | None = None
+    """What stands in `segments`, on the device; None: it is made of them when it is asked for."""
 
     @property
     def rows(self) -> int:
@@ -128,6 +140,7 @@ class Batch:
             examples_E=self.examples_E[self.examples_of(rows)],
             lengths=lengths,
             segments=None if self.segments is None else tuple(self.segments[i] for i in rows),
+            boundaries=None,
             references=None if self.references is None else _moved_references(self.references, rows),
         )
 

@@ -78,7 +78,8 @@ def _each_example(
     ends, length = cu_S.tolist(), query.shape[2]
     spans: list[list[int]] = [[] for _ in query]
     for start, stop in itertools.pairwise(ends):
-        spans[start // length].append(stop - start)
+        if stop > start:  # behind the last row there may be empty ones
+            spans[start // length].append(stop - start)
     rows: list[Tensor] = []
     for own, *qkv in zip(spans, query, key, value, strict=True):
         parts = zip(*(x.split(own, dim=1) for x in qkv), strict=True)  # whose backward writes each gradient once

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import BASE
 from lorabank.engine.attention import configurations, head_kinds, own_attention, reached_windows
-from lorabank.engine.batch import Batch, Example, make_batch, pack_batch, send
+from lorabank.engine.batch import Batch, Example, PackedTensors, make_batch, pack_batch, send
 from lorabank.engine.head import SplitHead, logits_of
 from lorabank.engine.modes import evaluation_mode
 from lorabank.engine.packed_attention import BOUNDARIES, boundary_mask
@@ -31,24 +31,20 @@ SHORT = 6
 """Tokens of the longest example of a probe whose model has no window, or none that matters."""
 
 
-@dataclass(frozen=True)
-class PackedTensors:
-    """Where the examples of a batch are."""
+def packed_tensors(batch: Batch, device: torch.device, *, multiple: int = 1) -> PackedTensors:
+    """Made of what the host knows of the batch, without waiting for the device.
 
-    cu_S: Tensor
-    """int32 (S + 1,): cumulative lengths over the rows laid end to end."""
-    positions_NL: Tensor
-    """int64: each token's place in its example; 0 in padding, which may be longer than a model's table of positions."""
-
-
-def packed_tensors(batch: Batch, device: torch.device) -> PackedTensors:
-    """Made of what the host knows of the batch, without waiting for the device."""
+    `multiple`: empty spans are added until it divides their number, so that shapes are few.
+    """
+    if batch.boundaries is not None:
+        return batch.boundaries
     rows, length = batch.input_ids_NL.shape
     lengths: list[int] = []
     for row, own in enumerate(batch.segments or [(n,) for n in batch.lengths]):
         lengths += own
         if batch.lengths[row] < length:
             lengths.append(length - batch.lengths[row])
+    lengths += [0] * (-len(lengths) % multiple)
     ends = torch.tensor([0, *lengths]).cumsum(0)
     starts = ends[:-1].repeat_interleave(torch.tensor(lengths))
     real_NL = torch.arange(length) < torch.tensor(batch.lengths)[:, None]

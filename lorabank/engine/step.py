@@ -7,7 +7,6 @@ pile up in the leaves until `optim_step` divides them by the adapter's own token
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,34 +16,23 @@ from lorabank.bank.routing import Routing, RowRoute
 from lorabank.engine.batch import Batch, send
 from lorabank.engine.compiling import give_up
 from lorabank.engine.engine import Engine as Engine
-from lorabank.engine.fused_block import slot_count
 from lorabank.engine.gradients import copied, fresh_gradients, put_back
-from lorabank.engine.head import (
-    SplitHead,
-    check_vocabulary,
-    end_addresses,
-    logits_of,
-    longest_row,
-)
+from lorabank.engine.head import SplitHead, check_vocabulary, logits_of, longest_row
 from lorabank.engine.losses import LossInputs, nll
 from lorabank.engine.modes import evaluation_mode, step_mode
 from lorabank.engine.offload import Offload
 from lorabank.engine.packing import packed_tensors
-from lorabank.engine.parts import Compute, Rows, capturing, whole
+from lorabank.engine.parts import Compute, Rows, whole
+from lorabank.engine.replaying import LENGTH_GRANULE, PACKED_GRANULE, comes_again, replayed, uncaptured
 from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
-from lorabank.kernels.tables import DropTables, RouteTables
 from lorabank.notices import warn_once
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
-LENGTH_GRANULE = 64
-"""Rows are padded to a multiple of so many tokens where passes are captured, so that shapes come again."""
 SMALL = 4096
 """Tokens of a pass up to which a large GPU may be done before the host has started its kernels."""
-TRAINED_GRANULE = 256
-"""Trained tokens of a captured pass are filled up to a multiple of this."""
 
 
 def forward_backward(
@@ -102,12 +90,12 @@ def _one_pass(
     engine: Engine, batch: Batch, names: list[str | None], steps: Mapping[str, int] | None, reference_NL: Tensor | None
 ) -> Tensor:
     trained = _trained(batch)
-    if engine.cuda_graphs and not batch.packed and engine.maskless(batch.input_ids_NL.shape[1]):
-        batch = batch.lengthened(LENGTH_GRANULE, longest_row(engine.bank.model))
+    if engine.cuda_graphs and comes_again(engine, batch, reference_NL):
+        batch = batch.lengthened(PACKED_GRANULE if batch.packed else LENGTH_GRANULE, longest_row(engine.bank.model))
     batch = batch.to(engine.bank.device)
     routing = _routing(engine, batch, names, steps)
     if _graphed(engine, batch, routing, reference_NL):
-        return _replayed(engine, batch, trained, routing)
+        return replayed(engine, batch, trained, routing, _passed)
     return _passed(engine, batch, trained, routing, reference_NL)
 
 
@@ -155,87 +143,6 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
     if batch.input_ids_NL.numel() <= SMALL:
         warn_once(f"passes {why} aren't captured as CUDA graphs, so small ones wait for the host.")
     return False
-
-
-def uncaptured(engine: Engine, batch: Batch, reference_NL: Tensor | None) -> str | None:
-    """What keeps passes like this one from being captured on any GPU, if something does."""
-    if engine.scales_losses:
-        return "over a base in fp16"
-    if engine.loss_function is not nll or reference_NL is not None or batch.references is not None:
-        return "with another loss than nll"
-    if batch.packed:
-        return "of packed rows"
-    if engine.head() is None:
-        return f"of {type(engine.bank.model).__name__}, whose loss isn't computed in chunks,"
-    return None
-
-
-def _replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing) -> Tensor:
-    """The same as `_passed`, from a graph where one was captured."""
-    bank = engine.bank
-    rows, columns = (send(_lengthened(index), bank.device) for index in trained[:2])
-    (units, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
-    if routing.per == "token":
-        units, length = units * length, 1
-    tables = routing.tables(units, length, bank.slot_numbers, slots, device)
-    if tables is None:
-        return _passed(engine, batch, (rows, columns, rows), routing, None)
-    drops = routing.drops(units, length, bank.slot_numbers, slots, device)
-    mask = None if engine.maskless(batch.input_ids_NL.shape[1]) else batch.mask
-    tensors = [batch.input_ids_NL, batch.weights_NL, rows, columns, *tables.tensors, *([] if mask is None else [mask])]
-    tensors += [] if drops is None else drops.tensors
-    holds: list[object] = []
-    if engine.activation_offloading:
-        engine.offload.start()  # ends the pass before, which a capture can't
-
-    def compute(given: Sequence[Tensor]) -> Tensor:
-        ids, weights, rows, columns, order, tiles, chunks, spans, *rest = given
-        full = replace(
-            batch, input_ids_NL=ids, weights_NL=weights, attention_mask_NL=batch.attention_mask_NL if mask is None else rest[0]
-        )
-        if not capturing():  # a block may turn out not to compile, and its plain layers read all of the route
-            row_losses = _passed(engine, full, (rows, columns, rows), routing, None)
-            if engine.activation_offloading:
-                engine.offload.remember((key, ids.shape))
-            return row_losses
-        given_drops = None if drops is None else DropTables(*given[-2:])
-        captured = routing.captured(units, length, slots, device, RouteTables(order, tiles, chunks, spans), given_drops)
-        if not engine.activation_offloading:
-            return _passed(engine, full, (rows, columns, rows), captured, None)
-        offload = engine.offload.for_capture((key, ids.shape))
-        try:
-            row_losses = _passed(engine, full, (rows, columns, rows), captured, None, offload)
-        finally:
-            offload.end_capture()  # or the capture can't end, however it went
-        holds.append(offload)
-        return row_losses
-
-    # a graph holds on to the addresses that it was captured with, and to the tables of these very blocks
-    places = tuple((block, block.addresses) for block in engine.blocks), end_addresses(bank.model)
-    own = [leaf for name, mine in sorted(engine.leaves(routing.names).items()) for leaf in mine]
-    trains = bytes([leaf.requires_grad for leaf in own])
-    key = (
-        bank.structure,
-        places,
-        routing.names,
-        trains,
-        engine.gradient_checkpointing,
-        engine.activation_offloading,
-        mask is None,
-    )
-
-    def leaves() -> list[nn.Parameter]:
-        return own
-
-    if not engine.activation_offloading:
-        return engine.graphs.run(key, tensors, leaves, compute)
-    kept = key, batch.input_ids_NL.shape
-    return engine.graphs.run(key, tensors, leaves, compute, holds, lambda: engine.offload.reserve(kept))
-
-
-def _lengthened(index_T: Tensor) -> Tensor:
-    """Filled up to one of few lengths with token 0 of row 0, which never has a weight."""
-    return torch.nn.functional.pad(index_T, (0, -len(index_T) % TRAINED_GRANULE))
 
 
 def optim_step(optimizer: SlotOptimizer, learning_rates: Mapping[str, float], tokens: Mapping[str, float]) -> dict[str, SlotStep]:

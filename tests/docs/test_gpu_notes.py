@@ -116,7 +116,7 @@ def test_a_run_beside_its_peer_is_shown_before_a_later_one_alone() -> None:
     peer = peers({**step("one-2x2048", 300.0), "impl": "unsloth"}, **CARD)
     runs = [ours(step("one-2x2048", 250.0), **CARD), ours(step("one-2x2048", 240.0), **CARD), peer]
     alone = ours(step("one-2x2048", 200.0), **OTHER)
-    note = "one-2x2048: 200.0 ms in a later run without a peer, commit def, 2026-01-01."
+    note = "one-2x2048: 200.0 ms · 27.00 GiB in a later run without a peer, commit def, 2026-01-01."
     text = gpu_table.table([*runs, alone])
     assert line_of(text, "bf16, 2 × 2048")[2:4] == ["240.0 ms · 17,067 tok/s · 27.0 GiB", "1.25 × as fast"]
     assert note in text
@@ -178,10 +178,14 @@ def test_each_recorded_goal_that_is_missed_has_its_obstacle_and_the_log_has_its_
 # ---- memory -------------------------------------------------------------------------------------------------------------------
 
 
+OBSTACLE = next(line.obstacle for line in gpu_lines.LINES if line.item == NF4)
+MORE = f"more memory, 11.00 against 10.00 GiB; in the way: {OBSTACLE}"
+
+
 def test_memory_is_that_of_all_steps_once_loading_is_known() -> None:
     row = {**step(NF4, 400.0, peak=9.0), "storage": "nf4", "load_peak_gib": 6.0, "first_step_peak_gib": 11.0}
     work = line_of(gpu_table.table([ours(row), peers(QLORA)]), "4-bit base")
-    assert (work[2][-8:], work[5]) == ("11.0 GiB", "no: more memory")
+    assert (work[2][-8:], work[5]) == ("11.0 GiB", f"no: {MORE}")
     work = line_of(gpu_table.table([ours({**row, "first_step_peak_gib": 8.0}), peers(QLORA)]), "4-bit base")
     assert (work[2][-7:], work[5]) == ("9.0 GiB", "yes")
     bf16 = {**step("one-2x2048", 220.0), "storage": "bf16", "first_step_peak_gib": 29.0}
@@ -196,7 +200,7 @@ def test_memory_isnt_judged_where_the_first_step_spans_the_making_of_the_model()
     )
     assert f"{NF4}: its memory is that from the second step on, the peers' that from the fourth on. Until" in flat(text)
     assert "our process had taken 15.1 GiB, since that run made the model in bf16 on the GPU" in flat(text)
-    for other, met in (({**row, "ms": 500.0}, "no: slower"), ({**row, "peak_gib": 11.0}, "no: more memory")):
+    for other, met in (({**row, "ms": 500.0}, "no: slower"), ({**row, "peak_gib": 11.0}, f"no: {MORE}")):
         assert line_of(gpu_table.table([ours(other), peers(QLORA)]), "4-bit base")[5] == met
 
 

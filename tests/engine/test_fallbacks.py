@@ -6,7 +6,6 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -514,9 +513,7 @@ def test_blocks_that_are_known_to_be_uncompiled_are_not_told_of() -> None:
 def test_what_keeps_a_pass_from_being_captured() -> None:
     bank = make_bank()
     batch = batch_of([4, 3], ["a", BASE])
-    packed = replace(batch, segments=((2, 2), (3,)))
     assert step.uncaptured(Engine(bank), batch, None) is None
-    assert step.uncaptured(Engine(bank), packed, None) == "of packed rows"
     assert step.uncaptured(Engine(bank), batch, torch.zeros_like(batch.weights_NL)) == "with another loss than nll"
     own = Engine(bank, loss=lambda inputs: nll(inputs))
     assert step.uncaptured(own, batch, None) == "with another loss than nll"

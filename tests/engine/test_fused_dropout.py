@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
+from lorabank.engine import replaying as replaying_module
 from lorabank.engine import step as step_module
 from lorabank.engine.compiled import fused_blocks
 from lorabank.engine.compiling import repeated_blocks
@@ -162,6 +163,6 @@ def test_a_captured_pass_draws_from_what_it_is_given(family: str, monkeypatch: p
         expected = backward(plain, batch, engines[0], steps=steps)
         with monkeypatch.context() as patch:
             patch.setattr(step_module, "_graphed", lambda engine, batch, routing, reference: engine.all_fused(routing))
-            patch.setattr(step_module, "capturing", lambda: True)
+            patch.setattr(replaying_module, "capturing", lambda: True)
             assert_same(backward(fused, batch, engines[1], steps=steps), expected)
     assert replaying.runs == 2
