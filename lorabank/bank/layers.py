@@ -194,12 +194,8 @@ class LoRALayer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.base._load_from_state_dict(*args, **kwargs)
 
-    @property
     def stored(self) -> list[Tensor]:
         """The frozen weight as its products take it."""
-        return self._stored()
-
-    def _stored(self) -> list[Tensor]:
         return self.kind.tensors(self._parameters) if self.held is None else self.held
 
     def call_for(self, A: Tensor, B: Tensor, tables: LayerTables, tokens: tuple[TokenTables, ...], rows_U: Tensor) -> LayerCall:
@@ -231,14 +227,14 @@ class LoRALayer(nn.Module):
         """The base layer's output and the changes of the adapters that each row is routed to."""
         call = self.call
         if call is not None:
-            base = call.base_of(self._stored)
+            base = call.base_of(self.stored)
             if call.suits(x, base):
                 return call.run(x, base, self._parameters["bias"])
             self._unsuited(x)
         return self._eager(x)
 
     def _say_unsuited(self, x: Tensor) -> None:
-        weight, name = self.stored[0].dtype, self.path.rpartition(".")[2]
+        weight, name = self.stored()[0].dtype, self.path.rpartition(".")[2]
         other = f"inputs in {x.dtype} over a weight in {weight} (autocast?)" if x.dtype != weight else "rows or tokens of its own"
         warn_once(f"compile: layers {name!r} are left out of their compiled blocks, slower: they get {other}")
 
@@ -274,7 +270,7 @@ class LoRALayer(nn.Module):
         product = self.kind.product if routing.exact else self.kind.fast
         if product is None or self._called_as_is() is not None:
             return ops.add_lora(self.base(x), x, plan)
-        return ops.lora_linear(x, self.stored, self.base._parameters["bias"], product, plan)
+        return ops.lora_linear(x, self.stored(), self.base._parameters["bias"], product, plan)
 
     # routing is Python's work: under torch.compile each layer is a graph break, and right
     _eager: Any = torch.compiler.disable(_adapted)

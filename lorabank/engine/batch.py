@@ -105,6 +105,7 @@ class Batch:
             input_ids_NL=send(self.input_ids_NL, device),
             attention_mask_NL=send(self.attention_mask_NL, device),
             weights_NL=send(self.weights_NL, device),
+            boundaries=None,
         )
 
     def lengthened(self, multiple: int, longest: int | None) -> Batch:
@@ -119,6 +120,7 @@ class Batch:
             input_ids_NL=F.pad(self.input_ids_NL, (0, more)),
             attention_mask_NL=F.pad(self.attention_mask_NL, (0, more)),
             weights_NL=F.pad(self.weights_NL, (0, more)),
+            boundaries=None,
         )
 
     def select(self, rows: Sequence[int]) -> Batch:

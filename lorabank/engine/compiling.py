@@ -55,6 +55,14 @@ def uncompiled_because(model: nn.Module) -> str | None:
     return None if why is None else f"{why}, {_TRY}"
 
 
+def compiles(model: nn.Module) -> bool:
+    """Whether `compile_blocks` would compile the model's blocks for the GPU that it is on."""
+    device, dtype = _place(model)
+    if uncompiled_because(model) is not None:
+        return False
+    return (runtime.missing(device) or runtime.refused(device, dtype)) is None
+
+
 def compile_blocks(
     model: nn.Module,
     *,

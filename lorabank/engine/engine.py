@@ -19,7 +19,7 @@ from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch
 from lorabank.engine.compiled import fused_blocks, left_out, takes_tables
-from lorabank.engine.compiling import repeated_blocks
+from lorabank.engine.compiling import compiles
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.graphs import PassGraphs
 from lorabank.engine.head import SplitHead, check_decoder, output_head, split_head
@@ -85,6 +85,8 @@ class Engine:
     """The bank's structure count, and whether the model folds rows and tokens."""
     _fused: tuple[int, Sequence[FusedBlock]] = field(init=False, default=(-1, ()), repr=False)
     """The bank's structure count, and its fused blocks if they hold all adapted layers."""
+    _asked: int = field(init=False, default=-1, repr=False)
+    """The bank's structure count at which it was told why blocks aren't fused."""
     _maskless: tuple[SplitHead | None, int, int] | None = field(init=False, default=None, repr=False)
     _packing: dict[tuple[int, ...], Packing] = field(init=False, default_factory=dict, repr=False)
     """How the model takes packed rows, by the windows that they reach beyond."""
@@ -169,7 +171,8 @@ class Engine:
         if structure != self.bank.structure or not fused or not all(block.in_place for block in fused):
             self._fused = self.bank.structure, fused_blocks(self.bank)
             self.graphs.forget()  # of other blocks, or slots
-            if not self._fused[1]:
+            if not self._fused[1] and self._asked != self.bank.structure:
+                self._asked = self.bank.structure
                 self._tell_why_not()
         compiled = self._fused[1]
         return bool(compiled) and not any(block.failed for block in compiled) and takes_tables(routing)
@@ -182,7 +185,7 @@ class Engine:
                 f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
                 f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
             )
-        elif not self.uncompiled and repeated_blocks(model) and not fused_blocks(self.bank, whole=False):
+        elif not self.uncompiled and compiles(model) and not fused_blocks(self.bank, whole=False):
             warn_once(
                 f"passes aren't captured as CUDA graphs, so small ones wait for the host: the blocks of {type(model).__name__} "
                 "aren't compiled. lorabank.engine.compiling.compile_blocks(model) compiles them; Engine(cuda_graphs=False) "

@@ -154,7 +154,7 @@ class FusedBlock:
         """Where the block's own tensors lie, which no call of it makes."""
         state = (*self.addresses, self._structure)
         if self._own is None or self._own[0] != state:
-            stored = [t for layer in self._layers for t in (*layer.stored, *layer.store.buffers)]
+            stored = [t for layer in self._layers for t in (*layer.stored(), *layer.store.buffers)]
             self._own = state, storages([*self.block.parameters(), *self.block.buffers(), *stored, *self._borders.tensors])
         return self._own[1]
 

@@ -31,6 +31,8 @@ SEEN_BEFORE = 2
 """Passes of a shape that run kernel by kernel, which compiles and warms up what they need, before it is captured."""
 KEPT = 4
 """Graphs kept at a time: each holds on to gradients of its own."""
+WASTED = 3
+"""Times that memory may run out before the graphs that were let go for it were replayed `IDLE` times; then none are captured."""
 MOST = 16
 """The same where gradients are small beside the device's memory: rows of many lengths have many shapes."""
 HELD = 2
@@ -78,6 +80,10 @@ class PassGraphs:
         self._last: _Captured | None = None
         self._too_large: set[Hashable] = set()
         self._passes = 0
+        self._replays = 0
+        """Since graphs were last dropped for want of memory."""
+        self._wasted = 0
+        """How often they were before that many replays that they were worth their captures."""
         self._halved = 0
         """How often memory ran out, and half of the graphs had to do from then on."""
         self._pool: Any = None
@@ -131,6 +137,7 @@ class PassGraphs:
         for leaf, gradient in zip(found.leaves, found.gradients, strict=True):
             leaf.grad = gradient
         self._captured.move_to_end(key)
+        self._replays += 1
         found.used, self._last = self._passes, found
         return row_losses
 
@@ -195,6 +202,10 @@ class PassGraphs:
         held = self.any
         self.forget()
         self._halved += 1
+        if held:
+            self._wasted, self._replays = self._wasted + (self._replays < IDLE), 0
+            if self._wasted == WASTED and self.refused is None:
+                self.refuse("beside graphs there is too little memory for passes of other shapes")
         return held
 
     @property

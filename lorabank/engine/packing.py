@@ -31,10 +31,10 @@ SHORT = 6
 """Tokens of the longest example of a probe whose model has no window, or none that matters."""
 
 
-def packed_tensors(batch: Batch, device: torch.device, *, multiple: int = 1) -> PackedTensors:
+def packed_tensors(batch: Batch, device: torch.device, *, spans: int = 0) -> PackedTensors:
     """Made of what the host knows of the batch, without waiting for the device.
 
-    `multiple`: empty spans are added until it divides their number, so that shapes are few.
+    `spans`: so many at least; those that there aren't are empty, so that shapes are few.
     """
     if batch.boundaries is not None:
         return batch.boundaries
@@ -44,7 +44,7 @@ def packed_tensors(batch: Batch, device: torch.device, *, multiple: int = 1) -> 
         lengths += own
         if batch.lengths[row] < length:
             lengths.append(length - batch.lengths[row])
-    lengths += [0] * (-len(lengths) % multiple)
+    lengths += [0] * (spans - len(lengths))
     ends = torch.tensor([0, *lengths]).cumsum(0)
     starts = ends[:-1].repeat_interleave(torch.tensor(lengths))
     real_NL = torch.arange(length) < torch.tensor(batch.lengths)[:, None]

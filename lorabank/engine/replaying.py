@@ -26,11 +26,16 @@ from lorabank.kernels.tables import DropTables, RouteTables
 LENGTH_GRANULE = 64
 """Rows are padded to a multiple of so many tokens where passes are captured, so that shapes come again."""
 PACKED_GRANULE = 128
-"""The same for packed rows, most of which are nearly as long as they may be."""
+"""The same for packed rows, most of which are nearly as long as they may be; less for rows that are short."""
 EXAMPLE_GRANULE = 16
-"""Examples of a captured pass over packed rows, and the spans that attention is told of, are filled up to a multiple of this."""
+"""Examples of a captured pass over packed rows are filled up to a multiple of this."""
 TRAINED_GRANULE = 256
 """Trained tokens of a captured pass are filled up to a multiple of this."""
+SMALL = 4096
+"""Tokens of a pass up to which a large GPU may be done before the host has started its kernels.
+
+Larger ones over packed rows gain next to nothing by a graph, and their shapes are many.
+"""
 Passed = Callable[..., Tensor]
 """(engine, batch, rows, columns and examples of its trained tokens, routing, no references, offload) → losses (E,)."""
 
@@ -48,9 +53,24 @@ def uncaptured(engine: Engine, batch: Batch, reference_NL: Tensor | None) -> str
 
 def comes_again(engine: Engine, batch: Batch, reference_NL: Tensor | None) -> bool:
     """Whether rows are worth filling up to one of few lengths: on a GPU, where padding needs no mask."""
+    if engine.fits.times and batch.rows == 1:  # it may be one that just fits
+        return False
     if not batch.packed:
         return engine.maskless(batch.input_ids_NL.shape[1])
-    return engine.bank.device.type == "cuda" and uncaptured(engine, batch, reference_NL) is None
+    captures = bool(engine.blocks) and not engine.base_dropout and engine.graphs.refused is None
+    return captures and is_small(batch) and uncaptured(engine, batch, reference_NL) is None
+
+
+def is_small(batch: Batch) -> bool:
+    """Whether a pass over the batch may wait for the host."""
+    return batch.input_ids_NL.numel() <= SMALL
+
+
+def granule(batch: Batch) -> int:
+    """What the length of a batch's rows is filled up to a multiple of: packed ones by a sixteenth, or seven tokens, at most."""
+    if not batch.packed:
+        return LENGTH_GRANULE
+    return min(PACKED_GRANULE, 1 << max(3, (batch.input_ids_NL.shape[1] // 16).bit_length() - 1))
 
 
 def replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing, passed: Passed) -> Tensor:
@@ -68,7 +88,7 @@ def replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: R
     if drops is not None:
         inputs |= {f"drops {i}": table for i, table in enumerate(drops.tensors)}
     if batch.packed:
-        batch = replace(batch, examples_E=pad(batch.examples_E, (0, -examples % EXAMPLE_GRANULE)))
+        batch = replace(batch, examples_E=pad(batch.examples_E, (0, _examples(batch) - examples)))
     holds: list[object] = []
     if engine.activation_offloading:
         engine.offload.start()  # ends the pass before, which a capture can't
@@ -120,7 +140,7 @@ def _inputs(engine: Engine, batch: Batch, trained: Sequence[Tensor]) -> dict[str
     rows, columns = (send(_lengthened(index), device) for index in trained[:2])
     inputs = {"ids": batch.input_ids_NL, "weights": batch.weights_NL, "rows": rows, "columns": columns}
     if batch.packed:
-        packed = packed_tensors(batch, device, multiple=EXAMPLE_GRANULE)
+        packed = packed_tensors(batch, device, spans=_examples(batch) + batch.rows)  # padding is a span of its own
         examples = send(_lengthened(trained[2]), device)
         return inputs | {"examples": examples, "ends": packed.cu_S, "positions": packed.positions_NL}
     mask = None if engine.maskless(batch.input_ids_NL.shape[1]) else batch.mask
@@ -141,6 +161,11 @@ def _from_inputs(batch: Batch, given: Mapping[str, Tensor]) -> tuple[Batch, tupl
 
 def _named(prefix: str, given: Mapping[str, Tensor]) -> list[Tensor]:
     return [tensor for name, tensor in given.items() if name.startswith(prefix)]
+
+
+def _examples(batch: Batch) -> int:
+    """Examples of a packed batch, filled up."""
+    return -(-len(batch.examples_E) // EXAMPLE_GRANULE) * EXAMPLE_GRANULE
 
 
 def _lengthened(index_T: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorabank.bank.routing import Routing, RowRoute
 from lorabank.engine.batch import Batch, send
+from lorabank.engine.compiled import fused_blocks
 from lorabank.engine.compiling import give_up
 from lorabank.engine.engine import Engine as Engine
 from lorabank.engine.gradients import copied, fresh_gradients, put_back
@@ -23,16 +24,13 @@ from lorabank.engine.modes import evaluation_mode, step_mode
 from lorabank.engine.offload import Offload
 from lorabank.engine.packing import packed_tensors
 from lorabank.engine.parts import Compute, Rows, whole
-from lorabank.engine.replaying import LENGTH_GRANULE, PACKED_GRANULE, comes_again, replayed, uncaptured
+from lorabank.engine.replaying import comes_again, granule, is_small, replayed, uncaptured
 from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import dropout_routing, row_routing
 from lorabank.errors import ConfigError, DataError, RoutingError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
 from lorabank.notices import warn_once
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
-
-SMALL = 4096
-"""Tokens of a pass up to which a large GPU may be done before the host has started its kernels."""
 
 
 def forward_backward(
@@ -91,7 +89,7 @@ def _one_pass(
 ) -> Tensor:
     trained = _trained(batch)
     if engine.cuda_graphs and comes_again(engine, batch, reference_NL):
-        batch = batch.lengthened(PACKED_GRANULE if batch.packed else LENGTH_GRANULE, longest_row(engine.bank.model))
+        batch = batch.lengthened(granule(batch), longest_row(engine.bank.model))
     batch = batch.to(engine.bank.device)
     routing = _routing(engine, batch, names, steps)
     if _graphed(engine, batch, routing, reference_NL):
@@ -138,11 +136,11 @@ def _graphed(engine: Engine, batch: Batch, routing: Routing, reference_NL: Tenso
     if torch.is_autocast_enabled(engine.bank.device.type):  # blocks run as they are there
         return False
     why = uncaptured(engine, batch, reference_NL)
-    if why is None:
-        return engine.deterministic and engine.all_fused(routing)
-    if batch.input_ids_NL.numel() <= SMALL:
-        warn_once(f"passes {why} aren't captured as CUDA graphs, so small ones wait for the host.")
-    return False
+    if why is not None:
+        if is_small(batch) and not engine.uncompiled and fused_blocks(engine.bank, whole=False):
+            warn_once(f"passes {why} aren't captured as CUDA graphs, so small ones wait for the host.")
+        return False
+    return (is_small(batch) or not batch.packed) and engine.deterministic and engine.all_fused(routing)
 
 
 def optim_step(optimizer: SlotOptimizer, learning_rates: Mapping[str, float], tokens: Mapping[str, float]) -> dict[str, SlotStep]:

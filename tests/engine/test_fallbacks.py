@@ -21,6 +21,7 @@ from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
 from lorabank.engine import compiling, step
+from lorabank.engine import engine as engine_module
 from lorabank.engine.compiling import compile_blocks, repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.generate import sample
@@ -495,7 +496,8 @@ def test_adapted_layers_outside_of_compiled_blocks_keep_passes_from_being_captur
         assert not engine.all_fused(routing)
 
 
-def test_blocks_that_are_not_compiled_keep_passes_from_being_captured() -> None:
+def test_blocks_that_are_not_compiled_keep_passes_from_being_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "compiles", lambda model: True)
     bank = make_bank()
     engine, routing = Engine(bank), bank.routing(["a", BASE])
     with said_once(r"aren't captured as CUDA graphs, .* blocks of LlamaForCausalLM aren't compiled.*Engine\(cuda_graphs=False\)"):
@@ -503,10 +505,12 @@ def test_blocks_that_are_not_compiled_keep_passes_from_being_captured() -> None:
         assert not engine.all_fused(routing)
 
 
-def test_blocks_that_are_known_to_be_uncompiled_are_not_told_of() -> None:
+@pytest.mark.parametrize("could", [False, True])
+def test_blocks_that_are_known_to_be_uncompiled_are_not_told_of(could: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "compiles", lambda model: could)
     bank = make_bank()
     engine = Engine(bank)
-    engine.uncompiled = True
+    engine.uncompiled = could
     assert not engine.all_fused(bank.routing(["a", BASE]))
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
-from lorabank.engine import step
+from lorabank.engine import replaying, step
 from lorabank.engine.batch import Batch
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
-from lorabank.engine.graphs import SEEN_BEFORE, PassGraphs, _Captured
+from lorabank.engine.graphs import IDLE, SEEN_BEFORE, PassGraphs, _Captured
 from lorabank.engine.packing import packed_tensors
-from lorabank.engine.replaying import EXAMPLE_GRANULE, uncaptured
+from lorabank.engine.replaying import EXAMPLE_GRANULE, LENGTH_GRANULE, comes_again, granule, uncaptured
 from lorabank.engine.step import Engine
 from lorabank.kernels.native import library
 from tests.engine.test_packing import pair
@@ -139,7 +139,7 @@ def test_packed_rows(dropout: float, recomputing: list[int]) -> None:
 def test_spans_are_filled_up_to_few_numbers() -> None:
     for lengths in PACKED:
         batch = pair(lengths, ROUTES)[0]
-        exact, filled = (packed_tensors(batch, torch.device("cpu"), multiple=each) for each in (1, EXAMPLE_GRANULE))
+        exact, filled = (packed_tensors(batch, torch.device("cpu"), spans=each) for each in (0, EXAMPLE_GRANULE))
         assert len(filled.cu_S) == EXAMPLE_GRANULE + 1
         assert filled.cu_S.unique().tolist() == exact.cu_S.tolist()
         assert torch.equal(filled.positions_NL, exact.positions_NL)
@@ -148,4 +148,52 @@ def test_spans_are_filled_up_to_few_numbers() -> None:
 def test_parts_of_a_batch_have_boundaries_of_their_own() -> None:
     batch = pair(PACKED[0], ROUTES)[0]
     told = replace(batch, boundaries=packed_tensors(batch, torch.device("cpu")))
-    assert told.select([1, 0]).boundaries is None
+    assert (
+        told.select([1, 0]).boundaries is told.lengthened(64, None).boundaries is told.to(torch.device("cpu")).boundaries is None
+    )
+
+
+@pytest.mark.parametrize(("length", "expected"), [(7, 8), (130, 8), (520, 32), (1000, 32), (2047, 64), (2048, 128), (8000, 128)])
+def test_short_packed_rows_are_filled_up_by_little(length: int, expected: int) -> None:
+    batch = pair([[length - 2, 2]], ["a"])[0]
+    assert granule(batch) == expected
+    assert batch.lengthened(expected, None).input_ids_NL.shape[1] <= max(8, length * 17 / 16)
+    assert granule(batch_of([length], "a")) == LENGTH_GRANULE
+
+
+def test_what_is_lengthened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows only where a graph may come of it."""
+    engine, batch = Engine(make_bank()), pair(PACKED[0], ROUTES)[0]
+    monkeypatch.setattr(Engine, "blocks", [object()])
+    assert comes_again(engine, batch, None)
+    monkeypatch.setattr(replaying, "SMALL", 20)  # the batch has 21 tokens
+    assert not comes_again(engine, batch, None)
+    monkeypatch.setattr(replaying, "SMALL", 21)
+    engine.base_dropout = True
+    assert not comes_again(engine, batch, None)
+    engine.base_dropout = False
+    engine.fits.times = 1
+    assert comes_again(engine, batch, None)
+    assert not comes_again(engine, batch.select([0]), None)  # a row that may just fit
+    engine.fits.times = 0
+    engine.graphs.refused = "why"
+    assert not comes_again(engine, batch, None)
+    engine.graphs.refused = None
+    monkeypatch.setattr(Engine, "blocks", [])
+    assert not comes_again(engine, batch, None)
+
+
+def test_graphs_that_memory_has_no_room_for_are_not_captured_over_and_over() -> None:
+    graphs = PassGraphs()
+
+    def drop(replays: int) -> bool:
+        graphs._captured["key"] = _Captured(torch.cuda.CUDAGraph(), [], torch.zeros(1), [], [])
+        graphs._replays = replays
+        return graphs.drop()
+
+    for replays in (0, IDLE, 0, 10 * IDLE):
+        assert drop(replays)
+        assert graphs.refused is None
+    with pytest.warns(UserWarning, match="too little memory for passes of other shapes"):
+        drop(IDLE - 1)
+    assert graphs.refused is not None

@@ -144,7 +144,7 @@ def fold_or_leave(
 
 
 def fold(grads: Sequence[Tensor], parts: Sequence[Tensor], tables: RouteTables, ranks: Sequence[Tensor]) -> None:
-    """Fill each layer's gradient (ΣR, F) from its parts, fp32 (chunks, W, F), where a slot has more chunks than one."""
+    """Fill each layer's gradient (ΣR, F) from its parts, fp32 (`summed`, W, F), where a slot has more chunks than one."""
     width, features = parts[0].shape[1], [part.shape[2] for part in parts]
     slots, blocks = ranks[0].shape[0], -(-width * max(features) // FOLD_BLOCK)
     launch(_fold)[(slots, (SLOTS_AT_ONCE * blocks - 1) // slots + 1, len(grads))](
