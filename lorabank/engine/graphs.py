@@ -31,8 +31,6 @@ SEEN_BEFORE = 2
 """Passes of a shape that run kernel by kernel, which compiles and warms up what they need, before it is captured."""
 KEPT = 4
 """Graphs kept at a time: each holds on to gradients of its own."""
-WASTED = 3
-"""Times that memory may run out before the graphs that were let go for it were replayed `IDLE` times; then none are captured."""
 MOST = 16
 """The same where gradients are small beside the device's memory: rows of many lengths have many shapes."""
 HELD = 2
@@ -41,6 +39,8 @@ SHARE = 1 / 64
 """Of the device's memory, for gradients of all graphs beyond the first `KEPT`."""
 IDLE = 64
 """Passes for which a graph wasn't used before another may take its place: capturing takes longer than it saves in a few."""
+WASTED = 3
+"""Times that memory may run out before the graphs that were let go for it were replayed `IDLE` times; then none are captured."""
 
 _ONE_AT_A_TIME = threading.Lock()
 """torch allows one capture in a process."""

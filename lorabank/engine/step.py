@@ -78,7 +78,7 @@ def _or_uncompiled(engine: Engine, compute: Compute) -> Compute:
             if not give_up(engine.bank.model, error):
                 raise
             engine.uncompiled = True
-            engine.graphs.drop()  # of blocks that are no more
+            engine.graphs.forget()  # of blocks that are no more
         return compute(part, rows)
 
     return tried

@@ -546,13 +546,19 @@ def test_another_loss_is_captured_by_itself(graphs: Graphs) -> None:
     assert (graphs.captured, graphs.replays) == (1, 1)
 
 
-@on_interpreter
-def test_a_vocabulary_that_was_resized_is_captured_anew(graphs: Graphs) -> None:
-    """A graph holds on to where the table was."""
+def captured() -> tuple[AdapterBank, lb.TrainingPass, dict[str, Tensor]]:
+    """(bank, passes, batch): the passes were captured for such a batch."""
     bank = reached(bank_of("bert", targets=["q"]), "bert")
     train, batch = lb.TrainingPass(fused(bank), loss_of(bank.model)), batch_of("bert", 0)
     for _ in range(SEEN_BEFORE + 1):
         train(batch, MIXED)
+    return bank, train, batch
+
+
+@on_interpreter
+def test_a_vocabulary_that_was_resized_is_captured_anew(graphs: Graphs) -> None:
+    """A graph holds on to where the table was."""
+    bank, train, batch = captured()
     assert graphs.replays == 1
     model: Any = bank.model
     model.resize_token_embeddings(zoo.WORDS + 8)
@@ -562,10 +568,7 @@ def test_a_vocabulary_that_was_resized_is_captured_anew(graphs: Graphs) -> None:
 
 @on_interpreter
 def test_graphs_of_a_bank_that_changed_are_let_go(graphs: Graphs) -> None:
-    bank = reached(bank_of("bert", targets=["q"]), "bert")
-    train, batch = lb.TrainingPass(fused(bank), loss_of(bank.model)), batch_of("bert", 0)
-    for _ in range(SEEN_BEFORE + 1):
-        train(batch, MIXED)
+    bank, train, batch = captured()
     assert train.graphs.any
     bank.add("c", lb.AdapterConfig(rank=2, targets=["q"]))
     train(batch, MIXED)
