@@ -47,6 +47,8 @@ TWIN_LAYERS = 1
 show is dx of queries, keys and values, below which no adapter is: that is seen by the direction alone."""
 FOUR_BITS = ("nf4",)
 ADAPTERS, TOKENS, RANK = 8, 128, 16
+EXAMPLES = 4
+"""Of a packed row."""
 ROWS = 2
 """Of each adapter: code that is compiled for one row is another."""
 
@@ -103,9 +105,11 @@ def peft_gradients(model: PreTrainedModel, adapter: lb.Adapter, ids_NL: Tensor, 
     return float(loss.detach()), found
 
 
-def our_gradients(training: Training, ids_NL: Tensor, names: Sequence[str], passes: int) -> dict[str, tuple[float, Gradients]]:
+def our_gradients(
+    training: Training, ids_NL: Tensor, names: Sequence[str], passes: int, packed: int = 1
+) -> dict[str, tuple[float, Gradients]]:
     """Each adapter's loss and gradients in the last of some passes: the fourth of a shape is a replay of its captured graph."""
-    training.batch = as_batch(ids_NL, names)
+    training.batch = as_batch(ids_NL, names, packed)
     losses = training.forward_backward()
     for _ in range(passes - 1):
         training.clear()
@@ -160,13 +164,14 @@ def check(
     storages: Sequence[str] = (),
     offloaded: Sequence[str] = (),
     mixed: bool = False,
+    packed: bool = False,
     adapters: int = ADAPTERS,
     tokens: int = TOKENS,
 ) -> Iterator[Outcome]:
     """Every comparison in turn: PEFT, recomputation, all adapters in one pass, then other storages of the base.
 
     `offloaded`: storages (bf16 too) over which steps are timed that recompute and keep what they start from on the host: a form
-    of the blocks of its own. `mixed`: also adapters of ranks 4 to 64 in one pass.
+    of the blocks of its own. `mixed`: also adapters of ranks 4 to 64 in one pass. `packed`: also rows of several examples.
     """
     shape = replace(shape, layers=2)
     ids = token_rows(ROWS * adapters, tokens, shape.vocabulary)
@@ -184,6 +189,7 @@ def check(
     host_bytes = engine.offload.bytes
     engine.gradient_checkpointing = engine.activation_offloading = False
     joint, singles = _joint_and_singles(training, ids, passes, range(adapters))
+    together = _packed_and_apart(training, ids, passes) if packed else None
     training.close()
     del training, engine
 
@@ -199,6 +205,8 @@ def check(
         outcome = compared("offload", kept_away, alone, bounds, host_bytes=host_bytes)
         yield replace(outcome, passed=outcome.passed and host_bytes > 0)
     yield _worst("joint", joint, singles, bounds)
+    if together is not None:
+        yield compared("packed", *together, bounds)
     if mixed:
         yield _check_mixed(llama(shape, device), ids, passes, compiled, bounds)
     for storage in storages:
@@ -229,6 +237,13 @@ def _joint_and_singles(
     joint = our_gradients(training, ids, names, passes)
     alone = {names[i]: our_gradients(training, ids[ROWS * i : ROWS * (i + 1)], [names[i]], 1)[names[i]] for i in which}
     return joint, alone
+
+
+def _packed_and_apart(training: Training, ids: Tensor, passes: int) -> tuple[tuple[float, Gradients], tuple[float, Gradients]]:
+    """The first adapter's over examples that are packed into rows, and over the same in rows of their own."""
+    names = training.names[:1]
+    packed = our_gradients(training, ids, names, passes, EXAMPLES)[names[0]]
+    return packed, our_gradients(training, ids.reshape(EXAMPLES * len(ids), -1), names, passes)[names[0]]
 
 
 def _worst(

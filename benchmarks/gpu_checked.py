@@ -10,6 +10,8 @@ Row = Mapping[str, Any]
 
 QUANTIZED = ("fp8", "nf4")
 """Storages of the base whose own check may fail without ending a run."""
+REQUIRED = (*QUANTIZED, "packed")
+"""Entries of a check without which a row of that kind was never shown; others are younger than some runs."""
 FORMS = {
     "joint": "several adapters in one pass",
     "mixed": "adapters of mixed ranks",
@@ -31,7 +33,7 @@ def refuse_unchecked(run: Row) -> None:
         if run["kind"] == "families" and not _family_passed(check.get(f"{row['family']}-{row['tokens']}"), row):
             _refuse(run, f"no check of {row['item']} recorded as passed")
         if run["kind"] == "training":
-            wrong = sorted(name for name in _needed(row) if not _passed(check, name, must_be_there=name in QUANTIZED))
+            wrong = sorted(name for name in _needed(row) if not _passed(check, name, must_be_there=name in REQUIRED))
             if wrong:
                 _refuse(run, f"no check of {', '.join(wrong)} recorded as passed, which {row['item']} needs")
 
@@ -49,6 +51,8 @@ def _needed(row: Row) -> Iterator[str]:
     """Entries of a check that a training row needs. A name says the storage too: rows of a stranger may lack the key."""
     yield from {str(row.get("storage")), row["item"].split("-")[0]} & set(QUANTIZED)
     yield from (name for name in ("recompute", "offload") if row.get(name))
+    if row.get("packed", 1) > 1:
+        yield "packed"
     if row["item"] == "many-64":
         yield "mixed"
     elif row.get("adapters", 1) > 1:

@@ -101,6 +101,10 @@ LINES = (
     ),
     Line(item="one-1x512", work="one adapter, 1 × 512", ours=STEP, bounds=(_ms(60),), peer_item="one-1x512"),
     Line(
+        item="packed-1x512", work="one adapter, eight examples of 64 packed into a row", ours="{ms:,.1f} ms",
+        beside="kernel by kernel: {uncaptured_ms:,.1f} ms", ratio="ratio", anywhere=True,
+    ),
+    Line(
         item="eight-8x512", work="eight adapters, 512 tokens each", ours=STEP, bounds=(_ms(250),), peer_item="one-1x512",
         peer_repeats=8, anchor_ms=210,
     ),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 import lorabank as lb
-from lorabank.engine.batch import Batch, make_batch
+from lorabank.engine.batch import Batch, make_batch, pack_batch
 from lorabank.engine.compiling import compile_blocks, uncompile_blocks
 from lorabank.engine.results import SlotLoss
 from lorabank.engine.step import Engine, forward_backward, optim_step
@@ -90,11 +90,12 @@ def token_rows(rows: int, tokens: int, vocabulary: int) -> torch.Tensor:
     return torch.randint(0, min(128000, vocabulary), (rows, tokens), generator=torch.Generator().manual_seed(rows * tokens))
 
 
-def as_batch(ids_NL: torch.Tensor, names: Sequence[str]) -> Batch:
-    """Every token but a row's first trained; consecutive rows share an adapter."""
-    count, length = ids_NL.shape
-    rows = [(row.tolist(), [0.0] + [1.0] * (length - 1)) for row in ids_NL]
-    return make_batch(rows, [names[i * len(names) // count] for i in range(count)])
+def as_batch(ids_NL: torch.Tensor, names: Sequence[str], packed: int = 1) -> Batch:
+    """Every token but an example's first trained; consecutive rows share an adapter. `packed`: examples of each row."""
+    count = len(ids_NL)
+    routes = [names[i * len(names) // count] for i in range(count)]
+    rows = [[(part.tolist(), [0.0] + [1.0] * (len(part) - 1)) for part in row.chunk(packed)] for row in ids_NL]
+    return pack_batch(rows, routes) if packed > 1 else make_batch([row[0] for row in rows], routes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,8 @@ class Work:
     """Of each row."""
     ranks: tuple[int, ...] = (16,)
     """One adapter each."""
+    packed: int = 1
+    """Examples of each row."""
     storage: str = "bf16"
     """Of the frozen base: bf16, fp8 or nf4."""
     recompute: bool = False
@@ -151,12 +154,12 @@ class Training:
         self.optimizer = SlotOptimizer(self.bank)
         for name in self.names:
             self.optimizer.add(name)
-        self._vocabulary = model.config.vocab_size
+        self._vocabulary, self._packed = model.config.vocab_size, work.packed
         self.use(work.rows, work.tokens)
 
     def use(self, rows: int, tokens: int) -> None:
         """Train on other rows from now on."""
-        self.batch = as_batch(token_rows(rows, tokens, self._vocabulary), self.names)
+        self.batch = as_batch(token_rows(rows, tokens, self._vocabulary), self.names, self._packed)
 
     def forward_backward(self) -> dict[str, SlotLoss]:
         """One joint pass; gradients pile up until `step` or `clear`."""

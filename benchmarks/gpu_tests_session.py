@@ -40,5 +40,6 @@ class Log:
 
 
 if __name__ == "__main__":  # gpu_tests_session.py TESTS LOG
-    # caches are shared with the sessions beside this one
-    sys.exit(pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", sys.argv[1]], plugins=[Log(Path(sys.argv[2]))]))
+    # caches are shared with the sessions beside this one, and what torch.compile logs would hide why a test failed
+    options = ["-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider"]
+    sys.exit(pytest.main([*options, sys.argv[1]], plugins=[Log(Path(sys.argv[2]))]))

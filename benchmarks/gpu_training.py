@@ -138,6 +138,22 @@ def measure_many(bases: Bases, args: argparse.Namespace) -> Row:
     return row | {"ratio": round(row["ms"] / row["one_ms"], 4), "step_ratio": round(row["step_ms"] / row["one_step_ms"], 4)}
 
 
+def measure_packed(bases: Bases, args: argparse.Namespace) -> Row:
+    """Short examples packed into one row: a step whose pass is replayed as a CUDA graph, beside one kernel by kernel."""
+    work = Work(rows=1, tokens=512, packed=8)
+    row: Row = {"layers": bases.shape.layers, "adapters": 1, "rows": work.rows, "tokens": work.tokens, "packed": work.packed}
+    for prefix, graphs in (("", True), ("uncaptured_", False)):
+        training = Training(bases.get(), work, graphs=graphs)
+        for _ in range(WARM_UP):
+            training.step()
+        row |= spread(timed(training.step, args.steps), prefix)
+        if graphs and not training.engine.graphs.any:
+            raise RuntimeError(f"the pass wasn't captured: {training.engine.graphs.refused or 'nothing says why'}")
+        training.close()
+        del training
+    return row | {"ratio": round(row["ms"] / row["uncaptured_ms"], 4)}
+
+
 def measure_inference_peak(bases: Bases, args: argparse.Namespace) -> Row:
     """Peak of a training step with recomputation over that of sampling from the bare base: a prefill and a decoding step."""
     model, length = bases.get(), 2048
@@ -221,13 +237,14 @@ def start_child(shape: Shape) -> None:
 
 OTHERS: Mapping[str, Callable[[Bases, argparse.Namespace], Row]] = {
     "many-64": measure_many,
+    "packed-1x512": measure_packed,
     "inference-peak": measure_inference_peak,
     "merged-forward": measure_merged,
     "longest": measure_longest,
     "start": measure_start,
 }
 ITEMS = (
-    *("one-2x2048", "eight-8x512", "one-1x512", "one-4x2048-recompute", "inference-peak", "merged-forward"),
+    *("one-2x2048", "eight-8x512", "one-1x512", "packed-1x512", "one-4x2048-recompute", "inference-peak", "merged-forward"),
     *("many-64", "fp8-2x2048", "fp8-4x2048", "nf4-2x2048-recompute", "start", "longest"),
 )
 """In the order in which they run: items on the same base together, the costly ones last."""
@@ -262,6 +279,7 @@ _SHOWN = {
     "step_ms": "whole step {:.1f} ms",
     "one_step_ms": "one adapter's {:.1f} ms",
     "base_ms": "base {:.1f} ms",
+    "uncaptured_ms": "kernel by kernel {:.1f} ms",
     "ratio": "ratio {:.3f}",
     "step_ratio": "of whole steps {:.3f}",
     "tokens_per_s": "{:,} tok/s",
@@ -282,10 +300,10 @@ def run_checks(args: argparse.Namespace, shape: Shape) -> tuple[dict[str, Any], 
     works = [STEPS[item] for item in args.items if item in STEPS]
     storages = sorted({work.storage for work in works} - {"bf16"})
     offloaded = sorted({work.storage for work in works if work.offload})
-    mixed = "many-64" in args.items
+    mixed, packed = "many-64" in args.items, "packed-1x512" in args.items
     record: dict[str, Any] = {"passed": True}
     failed: set[str] = set()
-    for outcome in check(shape, torch.device("cuda"), storages=storages, offloaded=offloaded, mixed=mixed):
+    for outcome in check(shape, torch.device("cuda"), storages=storages, offloaded=offloaded, mixed=mixed, packed=packed):
         print(outcome, flush=True)
         record[outcome.name] = outcome.record()
         if outcome.passed:

@@ -55,11 +55,18 @@ def test_a_row_whose_storage_isnt_checked_gives_no_table(storage: str, entry: An
         ("offload", {**step("one-4x2048-recompute", 600.0), "offload": True}),
         ("joint", {**step("eight-8x512", 240.0), "adapters": 8}),
         ("mixed", {**step("many-64", 110.0), "adapters": 64}),
+        ("packed", {**step("packed-1x512", 40.0, 512), "packed": 8}),
     ],
 )
 def test_a_form_that_failed_its_check_gives_no_table(form: str, row: dict[str, Any]) -> None:
     with pytest.raises(SystemExit, match=f"no check of {form} recorded as passed"):
         gpu_table.table([ours(row, check={**CHECKED, form: {"passed": False}})])
+
+
+def test_packed_rows_that_were_not_checked_give_no_table() -> None:
+    row = {**step("packed-1x512", 40.0, 512), "packed": 8}
+    with pytest.raises(SystemExit, match="no check of packed recorded as passed"):
+        gpu_table.table([ours(row, check={name: found for name, found in CHECKED.items() if name != "packed"})])
 
 
 @pytest.mark.parametrize(

@@ -461,8 +461,8 @@ def _outcomes(**asked: Any) -> dict[str, Any]:
 
 
 def test_the_check_passes_on_a_right_path() -> None:
-    found = _outcomes(offloaded=["bf16"], mixed=True)
-    assert list(found) == ["peft", "recompute", "offload", "joint", "mixed"]
+    found = _outcomes(offloaded=["bf16"], mixed=True, packed=True)
+    assert list(found) == ["peft", "recompute", "offload", "joint", "packed", "mixed"]
     assert all(outcome.passed for outcome in found.values()), "\n".join(map(str, found.values()))
 
 
@@ -473,12 +473,14 @@ def test_the_check_is_told_what_the_items_run(monkeypatch: pytest.MonkeyPatch) -
         ["one-2x2048"],
         ["one-4x2048-recompute", "many-64"],
         ["fp8-2x2048", "nf4-2x2048-recompute"],
+        ["packed-1x512"],
     ):
         gpu_training.run_checks(gpu_training.parser().parse_args(["--items", *items]), gpu_model.Shape(layers=2, **TINY))
     assert asked == [
-        {"storages": [], "offloaded": [], "mixed": False},
-        {"storages": [], "offloaded": ["bf16"], "mixed": True},
-        {"storages": ["fp8", "nf4"], "offloaded": ["nf4"], "mixed": False},
+        {"storages": [], "offloaded": [], "mixed": False, "packed": False},
+        {"storages": [], "offloaded": ["bf16"], "mixed": True, "packed": False},
+        {"storages": ["fp8", "nf4"], "offloaded": ["nf4"], "mixed": False, "packed": False},
+        {"storages": [], "offloaded": [], "mixed": False, "packed": True},
     ]
 
 
@@ -488,19 +490,24 @@ def test_a_pass_that_keeps_nothing_on_the_host_is_no_check_of_that(monkeypatch: 
     assert not _outcomes(offloaded=["bf16"])["offload"].passed
 
 
-@pytest.mark.parametrize("wrong", ["offload", "mixed"])
+@pytest.mark.parametrize("wrong", ["offload", "mixed", "packed"])
 def test_a_wrong_form_fails_its_own_check(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_check.our_gradients
 
-    def spoiled(training: Any, ids: Any, names: Any, passes: int) -> Any:
-        found = copy.deepcopy(right(training, ids, names, passes))
+    def spoiled(training: Any, ids: Any, names: Any, passes: int, packed: int = 1) -> Any:
+        found = copy.deepcopy(right(training, ids, names, passes, packed))
         ranks = {len(p) for p in training.bank.parameters(names[-1])}
-        if training.engine.activation_offloading if wrong == "offload" else len(names) > 1 and 16 not in ranks:
+        forms = {
+            "offload": training.engine.activation_offloading,
+            "mixed": len(names) > 1 and 16 not in ranks,
+            "packed": packed > 1,
+        }
+        if forms[wrong]:
             next(reversed(found[names[-1]][1].values())).mul_(1.5)
         return found
 
     monkeypatch.setattr(gpu_check, "our_gradients", spoiled)
-    found = _outcomes(offloaded=["bf16"], mixed=True)
+    found = _outcomes(offloaded=["bf16"], mixed=True, packed=True)
     assert [name for name, outcome in found.items() if not outcome.passed] == [wrong]
 
 

@@ -144,14 +144,17 @@ def test_packed_rows_equal_rows_of_their_own(
     assert calls
 
 
+@pytest.mark.filterwarnings("ignore:packed rows of .* take a mask in every attention")  # so they do in fp32
+@pytest.mark.parametrize("offloading", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["varlen", "masks"])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_captured_passes_over_packed_rows(kind: str, dtype: torch.dtype) -> None:
+def test_captured_passes_over_packed_rows(kind: str, dtype: torch.dtype, offloading: bool) -> None:
     """Batch after batch of other examples; replayed, or kernel by kernel in other rows."""
     made = [make_bank(model=model(kind).to(dtype), strength=STRENGTH) for _ in range(2)]
     for bank in made:
-        compile_blocks(bank.model)
-    replaying, plain = Engine(made[0]), Engine(made[1], cuda_graphs=False)
+        compile_blocks(bank.model, recompute=offloading)
+    replaying = Engine(made[0], gradient_checkpointing=offloading, activation_offloading=offloading)
+    plain = Engine(made[1], gradient_checkpointing=offloading, cuda_graphs=False)
     few, many = [[40, 30, 50], [64, 56], [120]], [[7, 33, 20, 60], [100, 20], [9, 1, 50, 60]]
     for lengths in [few, many, few, many, few]:
         batch = pair(lengths, ["a", "b", "a"])[0]
@@ -159,7 +162,7 @@ def test_captured_passes_over_packed_rows(kind: str, dtype: torch.dtype) -> None
         expected_losses, expected = backward(made[1], batch, plain)
         for name in "ab":
             assert losses[name].row_losses == pytest.approx(expected_losses[name].row_losses, rel=2e-3, abs=2e-3)
-            assert distance(found[name], expected[name]) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+            assert distance(found[name], expected[name]) < (2e-2 if dtype == torch.bfloat16 else 1e-3)
     assert replaying.graphs.refused is None
     assert len(replaying.graphs._captured) == 1
 
