@@ -165,6 +165,7 @@ def check(
     offloaded: Sequence[str] = (),
     mixed: bool = False,
     packed: bool = False,
+    long: int = 0,
     adapters: int = ADAPTERS,
     tokens: int = TOKENS,
 ) -> Iterator[Outcome]:
@@ -172,6 +173,7 @@ def check(
 
     `offloaded`: storages (bf16 too) over which steps are timed that recompute and keep what they start from on the host: a form
     of the blocks of its own. `mixed`: also adapters of ranks 4 to 64 in one pass. `packed`: also rows of several examples.
+    `long`: also rows of so many tokens, as steps are timed with: long rows have products and attention that short ones haven't.
     """
     shape = replace(shape, layers=2)
     ids = token_rows(ROWS * adapters, tokens, shape.vocabulary)
@@ -190,6 +192,8 @@ def check(
     engine.gradient_checkpointing = engine.activation_offloading = False
     joint, singles = _joint_and_singles(training, ids, passes, range(adapters))
     together = _packed_and_apart(training, ids, passes) if packed else None
+    rows = token_rows(ROWS, long, shape.vocabulary)
+    timed = our_gradients(training, rows, names[:1], passes)[names[0]] if long else None
     training.close()
     del training, engine
 
@@ -205,6 +209,8 @@ def check(
         outcome = compared("offload", kept_away, alone, bounds, host_bytes=host_bytes)
         yield replace(outcome, passed=outcome.passed and host_bytes > 0)
     yield _worst("joint", joint, singles, bounds)
+    if timed is not None:
+        yield _long(shape, device, adapter, rows, timed)
     if together is not None:
         yield compared("packed", *together, bounds)
     if mixed:
@@ -237,6 +243,15 @@ def _joint_and_singles(
     joint = our_gradients(training, ids, names, passes)
     alone = {names[i]: our_gradients(training, ids[ROWS * i : ROWS * (i + 1)], [names[i]], 1)[names[i]] for i in which}
     return joint, alone
+
+
+def _long(shape: Shape, device: torch.device, adapter: lb.Adapter, rows: Tensor, mine: tuple[float, Gradients]) -> Outcome:
+    """Against PEFT on the same rows."""
+    rounded = peft_gradients(llama(shape, device), adapter, rows, bf16=True)
+    free()
+    exact = peft_gradients(llama(shape, device).float(), adapter, rows, bf16=False)
+    free()
+    return compared("long", mine, rounded, bounds_from(rounded[1], exact[1]), tokens=str(rows.shape[1]))
 
 
 def _packed_and_apart(training: Training, ids: Tensor, passes: int) -> tuple[tuple[float, Gradients], tuple[float, Gradients]]:

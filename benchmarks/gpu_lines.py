@@ -133,11 +133,11 @@ LINES = (
         ratio="ratio", bounds=(_ratio("ratio", 1.01),),
     ),
     Line(
-        item="start", work="a loaded model to its first step, no cached code", ours="{first_step_s:.0f} s",
+        item="start", work="a loaded model (bf16, one adapter) to its first step, no cached code", ours="{first_step_s:.0f} s",
         bounds=(Bound(key="first_step_s", goal=60, text="{:.0f} s"),),
     ),
     Line(
-        item="longest", work="longest row that trains on a card of 80 GB, recompute",
+        item="longest", work="longest row that was seen to train on a card of 80 GB, recompute",
         ours="{tokens:,} tokens · {peak_gib:.1f} GiB, held to {limit_gib:g} GiB", anywhere=True,
     ),
 )  # fmt: skip

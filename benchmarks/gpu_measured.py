@@ -26,6 +26,8 @@ class Measured:
     peers: Mapping[str, Sequence[Found]]
     """Item to every peer's, older ones first."""
     kernels: Sequence[Found]
+    all_ours: Mapping[str, Sequence[Found]]
+    """Item to every run of it."""
 
     @classmethod
     def of(cls, runs: Sequence[Row]) -> Measured:
@@ -51,7 +53,7 @@ class Measured:
             shown[item] = _shown(near, peers.get(PEER_ITEMS.get(item, ""), ()))
             if shown[item] is not near[-1]:
                 later[item] = near[-1]
-        return cls(shown, later, peers, there or list(kernels.values()))
+        return cls(shown, later, peers, there or list(kernels.values()), ours)
 
     def best_peer(self, line: Line) -> Found | None:
         """(run, row) of the fastest peer of a line's work; None where none was run.

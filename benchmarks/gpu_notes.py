@@ -15,6 +15,8 @@ Row = Mapping[str, Any]
 
 WIDTH = 140
 """Characters of a line of text."""
+MUCH = 1.1
+"""Times the shortest of several runs, from which on it is said how far they are apart."""
 
 
 def notes(measured: Measured) -> Iterator[str]:
@@ -24,6 +26,7 @@ def notes(measured: Measured) -> Iterator[str]:
     yield from origins("Peers", [(item, found) for item, found in best if found is not None])
     for line in LINES:
         yield from _anchor_note(line, measured)
+        yield from _spread_note(line, measured)
     yield from _later_notes(measured)
     yield from _form_note(measured)
     yield from map(filled, memory_notes(LINES, measured))
@@ -68,6 +71,31 @@ def _anchor_note(line: Line, measured: Measured) -> Iterator[str]:
             f"{line.anchor_ms:g} ms of the peer when the target was set; against the peer as it ran here, {line.peer_repeats} × "
             f"{peer['ms']:,.1f} ms, ours is {ratio:.2f} × as fast."
         )
+
+
+def _spread_note(line: Line, measured: Measured) -> Iterator[str]:
+    """How far runs of the shown peer's are apart, and ours, each on GPUs of the shown kind, where that is much: hosts differ."""
+    best = measured.best_peer(line)
+    if best is None or line.item not in measured.ours:
+        return
+    gpu, name = best[1].get("gpu"), best[1]["name"]
+    peer = name.partition(":")[0]
+    theirs = sorted(
+        row["ms"]
+        for _, row in measured.peers[line.peer_item or ""]
+        if (row.get("gpu"), row["name"], "ms" in row) == (gpu, name, True)
+    )
+    if len(theirs) < 2 or theirs[-1] < MUCH * theirs[0]:
+        return
+    mine = sorted(row["ms"] for run, row in measured.all_ours.get(line.item, ()) if run.get("gpu") == gpu)
+    ours = f"; ours {_range(mine)}" if mine else ""
+    yield filled(f"{line.item}: on machines with such a GPU a step of {peer} took {_range(theirs)}{ours}.")
+
+
+def _range(times: Sequence[float]) -> str:
+    if len(times) == 1:
+        return f"{times[0]:,.1f} ms"
+    return f"{times[0]:,.1f} to {times[-1]:,.1f} ms in {len(times)} runs"
 
 
 def _later_notes(measured: Measured) -> Iterator[str]:

@@ -55,6 +55,8 @@ import lorabank as lb
 
 Row = dict[str, Any]
 
+LONG = 2048
+"""Tokens of a row of most of what is timed."""
 STEPS = {
     "one-2x2048": Work(rows=2, tokens=2048),
     "one-1x512": Work(rows=1, tokens=512),
@@ -303,7 +305,9 @@ def run_checks(args: argparse.Namespace, shape: Shape) -> tuple[dict[str, Any], 
     mixed, packed = "many-64" in args.items, "packed-1x512" in args.items
     record: dict[str, Any] = {"passed": True}
     failed: set[str] = set()
-    for outcome in check(shape, torch.device("cuda"), storages=storages, offloaded=offloaded, mixed=mixed, packed=packed):
+    for outcome in check(
+        shape, torch.device("cuda"), storages=storages, offloaded=offloaded, mixed=mixed, packed=packed, long=LONG
+    ):
         print(outcome, flush=True)
         record[outcome.name] = outcome.record()
         if outcome.passed:

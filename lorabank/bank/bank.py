@@ -45,6 +45,8 @@ class _Slot:
     paths: tuple[str, ...]
     base_model: str | None = None
     task_type: str | None = None
+    base_storage: str | None = None
+    """How the base was stored where a loaded adapter was trained, if in fewer than 16 bits."""
 
 
 class AdapterBank:
@@ -139,7 +141,8 @@ class AdapterBank:
         warn_storage(name, adapter, self.model)
         in_order = [path for path in linear_layers(self.model) if path in adapter.layers]  # as `add` has them, not as the file
         shapes = {path: (adapter.layers[path].rank, adapter.layers[path].scaling) for path in in_order}
-        slot = _Slot(adapter.config, seed, tuple(shapes), adapter.base_model, adapter.task_type)
+        told = adapter.metadata.get(BASE_STORAGE)
+        slot = _Slot(adapter.config, seed, tuple(shapes), adapter.base_model, adapter.task_type, told)
         self._install(name, slot, shapes, lambda path, _: (adapter.layers[path].A, adapter.layers[path].B))
 
     def adapter(self, name: str) -> Adapter:
@@ -151,7 +154,7 @@ class AdapterBank:
             a, b = part.tensors.A_RI.detach(), part.tensors.B_RO.detach()
             layers[path] = AdapterLayer(a.to("cpu", copy=True), b.t().to("cpu", copy=True).contiguous(), part.scaling)
         base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
-        storage = storage_of(self.model)
+        storage = storage_of(self.model) or slot.base_storage
         return Adapter(
             config=slot.config,
             layers=layers,

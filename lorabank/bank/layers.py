@@ -190,6 +190,9 @@ class LoRALayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.base._save_to_state_dict(destination, prefix, keep_vars)
+        if self.moved and not keep_vars:  # what saves a view saves the adapters beside it in the wider tensor
+            weight: Tensor = destination[f"{prefix}weight"]
+            destination[f"{prefix}weight"] = weight.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.base._load_from_state_dict(*args, **kwargs)

@@ -95,6 +95,8 @@ def compile_blocks(
         )
     on_gpu = device.type == "cuda" and not runtime.switched_off()
     why = (runtime.missing(device) or runtime.refused(device, dtype)) if on_gpu else None
+    if device.type == "cuda" and not on_gpu:
+        why = runtime.unusable(device)  # torch's own compiler needs Triton as well
     if why is not None:
         warn_once(
             f"compile: the blocks of {type(model).__name__} stay uncompiled, and steps slower: {why}. "
@@ -139,16 +141,25 @@ def uncompile_blocks(blocks: Sequence[nn.Module]) -> None:
 def give_up(model: nn.Module, error: Exception) -> bool:
     """Uncompile `model`'s blocks because a kernel of theirs doesn't run or torch can't compile their backward, and say so once.
 
-    False where `error` is neither.
+    Where no block is compiled, a kernel beside them (of the loss, of norms) is left out, and all others. False where `error` is
+    neither, or nothing is left to be given up.
     """
     blocks = [m for m in model.modules() if isinstance(m._compiled_call_impl, FusedBlock | FusedNorm)]
     kernels, compilers = runtime.is_tritons(error), isinstance(error, TorchDynamoException)
-    if not blocks or not (kernels or compilers) or is_out_of_memory(error):  # a smaller pass compiles
+    if not (kernels or compilers) or is_out_of_memory(error):  # a smaller pass compiles
         return False
     stop_if_interrupted(error)
+    reason = " ".join(str(error).split())[:300]
+    if not blocks:
+        refused = kernels and runtime.refuse(_place(model)[0], f"a kernel doesn't run there ({type(error).__name__}: {reason})")
+        if refused:
+            warn_once(
+                f"training runs on plain torch from here on, the same results, slower: a kernel doesn't run on this GPU "
+                f"({type(error).__name__}: {reason}). {runtime.SWITCH}=0 silences this."
+            )
+        return refused
     uncompile_blocks(blocks)
     why = "a kernel doesn't run on this GPU" if kernels else "torch can't compile their backward pass"
-    reason = " ".join(str(error).split())[:300]
     warn_once(
         f"compile: {why}, so the blocks of {type(model).__name__} run uncompiled from here on: the same results, slower "
         f"({type(error).__name__}: {reason}). compile: false silences this."

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch._dynamo.config as dynamo_config
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
@@ -234,8 +234,15 @@ class FusedBlock:
     def _compiling(self) -> Iterator[None]:
         """The settings of torch.compile for this block. Ends quietly where it can't compile the block: then it runs plainly."""
         try:
-            with dynamo_config.patch(recompile_limit=VARIANTS):
+            with dynamo_config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
                 yield
+        except FailOnRecompileLimitHit:
+            if capturing():
+                raise
+            warn_once(
+                f"compile: {type(self.block).__name__} is compiled in {VARIANTS} forms by now (for other ranks, masks, dtypes or "
+                "models), so calls of further ones run uncompiled: the same results, slower. compile: false silences this."
+            )
         except TorchDynamoException as error:
             stop_if_interrupted(error)
             if is_out_of_memory(error) or capturing():

@@ -69,17 +69,17 @@ def forward_backward(
 
 
 def _or_uncompiled(engine: Engine, compute: Compute) -> Compute:
-    """`compute`, again without compiled blocks where a kernel of theirs doesn't run on this GPU: a failed try changes nothing."""
+    """`compute`, again without the kernels that don't run on this GPU: a failed try changes nothing."""
 
     def tried(part: Batch, rows: Rows) -> Tensor:
-        try:
-            return compute(part, rows)
-        except Exception as error:
-            if not give_up(engine.bank.model, error):
-                raise
-            engine.uncompiled = True
-            engine.graphs.forget()  # of blocks that are no more
-        return compute(part, rows)
+        while True:
+            try:
+                return compute(part, rows)
+            except Exception as error:
+                if not give_up(engine.bank.model, error):  # nothing is left to be given up in the end
+                    raise
+                engine.uncompiled = True
+                engine.graphs.forget()  # of blocks that are no more
 
     return tried
 

@@ -9,6 +9,7 @@ Shapes: x (…, K) times a stored matrix (F, K).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,24 @@ def missing(device: torch.device) -> str | None:
     if capability < OLDEST:
         have, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
         return f"{torch.cuda.get_device_name(device)} has compute capability {have}; they need {needed} or newer"
-    return None
+    return _try_one(device)
+
+
+@functools.cache
+def _try_one(device: torch.device) -> str | None:
+    """What torch says of a product in fp8 on a GPU whose units ought to do it: its libraries leave some out."""
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.ones(MULTIPLE, MULTIPLE, device=device)
+        values, scale = quantize_rows(rows)
+        try:
+            found = multiply(values, scale, values, scale)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = " ".join(str(error).split())[:200]
+            return f"torch can't multiply in fp8 on {torch.cuda.get_device_name(device)} ({type(error).__name__}: {said})"
+        right = bool((found == MULTIPLE).all())
+    return None if right else f"torch's fp8 products are wrong on {torch.cuda.get_device_name(device)}"
 
 
 @torch.compiler.assume_constant_result

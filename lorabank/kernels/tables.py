@@ -125,13 +125,15 @@ def route_tables(rows: Mapping[int, Sequence[int]], units: int, tokens: int, slo
         chunks += [(slot, first + i, min(longest, count - i), int(len(pieces) == 1)) for i in pieces]
         first += count
     spans = [(len(shared) + begin, count) if count == 1 else (begin, count) for begin, count in spans]
-    return RouteTables(torch.cat(parts).to(torch.int32), _table(tiles, 4), _table(shared + alone, 4), _table(spans, 2))
+    # torch.compile would make a form of its own for one tile or chunk, and be asked for the next when there are two
+    tiles_S4, chunks_C4 = (_table(rows, 4, least=2) for rows in (tiles, shared + alone))
+    return RouteTables(torch.cat(parts).to(torch.int32), tiles_S4, chunks_C4, _table(spans, 2))
 
 
 def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
-    """The rows as int32, at least one: a kernel can't be started for nothing."""
-    return torch.tensor(rows or [(0,) * columns], dtype=torch.int32)
+def _table(rows: Sequence[tuple[int, ...]], columns: int, least: int = 1) -> Tensor:
+    """The rows as int32, filled up with zeros, for which kernels do nothing: they can't be started for no row."""
+    return torch.tensor([*rows, *[(0,) * columns] * (least - len(rows))], dtype=torch.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, MergeError, closest
-from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.patterns import to_patterns
 
 Weighted = Sequence[tuple[Adapter, float]]
+FROM_COARSE = ("fp4", "nf4", "fp8")
+"""Storages of a quantised base, the one that is furthest from it first."""
 LATER_METHODS = ("svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
@@ -63,8 +66,26 @@ def combine(parts: Weighted, method: str = "exact") -> Adapter:
         fingerprint=next((a.fingerprint for a in adapters if a.fingerprint), None),
         base_model=next((a.base_model for a in adapters if a.base_model), None),
         task_type=next((a.task_type for a in adapters if a.task_type), None),
-        metadata={"combine.method": method, "combine.weights": " ".join(f"{weight:g}" for _, weight in parts)},
+        metadata={
+            "combine.method": method,
+            "combine.weights": " ".join(f"{weight:g}" for _, weight in parts),
+            **_base_storage(adapters),
+        },
     )
+
+
+def _base_storage(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """How the base was stored while they were trained, which a merge states the error of; of several storages the coarsest."""
+    met = {adapter.metadata.get(BASE_STORAGE) for adapter in adapters}
+    quantized = [storage for storage in FROM_COARSE if storage in met]
+    if len(met) > 1:
+        each = ", ".join(adapter.metadata.get(BASE_STORAGE, "unquantised") for adapter in adapters)
+        warnings.warn(
+            f"combine: the adapters were trained beside a base that was stored in different ways ({each}), so each learned to "
+            "make up for other rounding. A merge states the error of the coarsest.",
+            stacklevel=3,
+        )
+    return {BASE_STORAGE: quantized[0]} if quantized else {}
 
 
 def _concatenated(terms: list[tuple[AdapterLayer, float]]) -> AdapterLayer:

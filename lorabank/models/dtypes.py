@@ -12,7 +12,7 @@ def dtype_notes(asked: str, dtype: torch.dtype, device: torch.device) -> list[st
     if dtype == torch.float64:
         return ["the base is in fp64: every product takes its slowest path. Convert it: model.to(torch.float32)."]
     why = runtime.bf16_missing(device)
-    if dtype == torch.float16 and asked == "auto" and why is not None:
+    if dtype == torch.float16 and asked in ("auto", "fp8", "nf4") and why is not None:
         return [f"the base is in fp16, with a loss scale for each adapter, since this GPU has no bf16 units ({why})"]
     if dtype == torch.bfloat16 and why is not None:
         return [f"the base is in bf16, which this GPU only emulates, slowly ({why}). Use base_dtype fp16."]

@@ -114,6 +114,21 @@ def test_a_note_names_rows_whose_check_is_older_than_their_form() -> None:
     assert "emulated twin (fp8-4x2048)" in flat(gpu_table.further([later]))
 
 
+def test_a_note_says_how_far_runs_are_apart_where_that_is_much() -> None:
+    note = "a step of unsloth-qlora took"
+    runs = [peers(QLORA), ours({**step(NF4, 400.0), "storage": "nf4"})]
+    assert note not in flat(gpu_table.table([*runs, peers({**QLORA, "ms": 480.0})]))
+    wide = [
+        *runs,
+        peers({**QLORA, "ms": 380.0}),
+        elsewhere(peers({**QLORA, "ms": 90.0})),
+        ours({**step(NF4, 420.0), "storage": "nf4"}),
+    ]
+    assert (f"{NF4}: on machines with such a GPU {note} 380.0 to 450.0 ms in 2 runs; ours 400.0 to 420.0 ms in 2 runs.") in flat(
+        gpu_table.table(wide)
+    )
+
+
 # ---- which of our runs --------------------------------------------------------------------------------------------------------
 
 CARD, OTHER = {"gpu_uuid": "a"}, {"gpu_uuid": "b", "commit": "def"}

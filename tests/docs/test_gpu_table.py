@@ -461,8 +461,8 @@ def _outcomes(**asked: Any) -> dict[str, Any]:
 
 
 def test_the_check_passes_on_a_right_path() -> None:
-    found = _outcomes(offloaded=["bf16"], mixed=True, packed=True)
-    assert list(found) == ["peft", "recompute", "offload", "joint", "packed", "mixed"]
+    found = _outcomes(offloaded=["bf16"], mixed=True, packed=True, long=40)
+    assert list(found) == ["peft", "recompute", "offload", "joint", "long", "packed", "mixed"]
     assert all(outcome.passed for outcome in found.values()), "\n".join(map(str, found.values()))
 
 
@@ -477,10 +477,10 @@ def test_the_check_is_told_what_the_items_run(monkeypatch: pytest.MonkeyPatch) -
     ):
         gpu_training.run_checks(gpu_training.parser().parse_args(["--items", *items]), gpu_model.Shape(layers=2, **TINY))
     assert asked == [
-        {"storages": [], "offloaded": [], "mixed": False, "packed": False},
-        {"storages": [], "offloaded": ["bf16"], "mixed": True, "packed": False},
-        {"storages": ["fp8", "nf4"], "offloaded": ["nf4"], "mixed": False, "packed": False},
-        {"storages": [], "offloaded": [], "mixed": False, "packed": True},
+        {"storages": [], "offloaded": [], "mixed": False, "packed": False, "long": 2048},
+        {"storages": [], "offloaded": ["bf16"], "mixed": True, "packed": False, "long": 2048},
+        {"storages": ["fp8", "nf4"], "offloaded": ["nf4"], "mixed": False, "packed": False, "long": 2048},
+        {"storages": [], "offloaded": [], "mixed": False, "packed": True, "long": 2048},
     ]
 
 

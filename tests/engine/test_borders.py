@@ -73,6 +73,9 @@ def test_a_pass_equals_that_of_plain_blocks(family: str, widened: list[int]) -> 
     assert widened == [2, 2, 1, 1] * 2
     assert moved(fused) == set(MLP)
     assert all(torch.equal(p, before[name]) for name, p in weights(fused).items())
+    saved = fused.model.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in saved.values())  # law 8: no adapter beside it
 
 
 def test_uncompiled_blocks_have_their_weights_back(widened: list[int]) -> None:

@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.layers import LoRALayer
-from lorabank.engine import compiling, step
+from lorabank.engine import compiling, fused_block, step
 from lorabank.engine import engine as engine_module
 from lorabank.engine.compiling import compile_blocks, repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
@@ -30,6 +30,7 @@ from lorabank.engine.losses import nll
 from lorabank.engine.sampling import SamplingConfig
 from lorabank.engine.step import Engine, logprobs
 from lorabank.errors import ConfigError
+from lorabank.kernels import loss
 from lorabank.kernels.gpu import grouping, lora, runtime
 from lorabank.kernels.native import library as native_library
 from lorabank.notices import warn_once
@@ -40,6 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's look at its inputs
 ]
 WIDTH = 16
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -385,6 +387,56 @@ def test_a_kernel_that_the_gpu_can_not_run_leaves_blocks_uncompiled(which: str, 
     assert torch.equal(logprobs(engine, batch), logprobs(Engine(plain), batch))
 
 
+def test_a_kernel_beside_the_blocks_that_the_gpu_can_not_run_leaves_all_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        tried.append("loss")
+        raise OutOfResources(122880, 101376, "shared memory")
+
+    tried: list[str] = []
+    monkeypatch.delenv(runtime.SWITCH, raising=False)
+    monkeypatch.setattr(runtime, "_REFUSING", {})
+    monkeypatch.setattr(runtime, "unusable", lambda device: None)
+    monkeypatch.setattr(
+        loss, "best_path", lambda *args: loss.PLAIN._replace(chunk=refuse) if runtime.missing(CPU) is None else loss.PLAIN
+    )
+    plain, fused = (make_bank(targets=["q", "down_proj"], model=make_model("llama", spread=1.5)) for _ in range(2))
+    with monkeypatch.context() as without:
+        without.setattr(loss, "best_path", lambda *args: loss.PLAIN)
+        batch = batch_of((5, 9, 7), ["a", BASE, "b"])
+        expected = backward(plain, batch, Engine(plain))
+    blocks = repeated_blocks(fused.model)
+    for block in blocks:
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager", borders=False)
+    engine = Engine(fused)
+    said = "on plain torch from here on.*Required: 122880.*LORABANK_TRITON=0 silences"
+    with pytest.warns(UserWarning, match="blocks of LlamaForCausalLM run uncompiled"), pytest.warns(UserWarning, match=said):
+        for _ in range(2):
+            losses, found = backward(fused, batch, engine)
+    assert tried == ["loss"] * 2  # first the blocks are given up, which may have been the reason
+    assert losses == expected[0]
+    for name, leaves in expected[1].items():
+        assert difference(found[name], leaves) < 1e-5
+
+
+def test_more_forms_than_are_compiled_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_block, "VARIANTS", 1)
+    plain, fused = (make_bank(targets=["q", "down_proj"], model=make_model("llama", spread=1.5)) for _ in range(2))
+    for block in repeated_blocks(fused.model):
+        block._compiled_call_impl = FusedBlock(block, backend="aot_eager", borders=False)
+    engines = Engine(plain), Engine(fused)
+    many, one = batch_of((5, 9, 7), ["a", BASE, "b"]), batch_of((9,), ["a"])
+    backward(fused, many, engines[1])  # shows which layers a block reaches
+    backward(fused, many, engines[1])
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with said_once("LlamaDecoderLayer is compiled in 1 forms by now.*further ones run uncompiled.*compile: false silences this"):
+        for batch in (one, many, one):
+            expected, found = (backward(bank, batch, engine) for bank, engine in zip((plain, fused), engines, strict=True))
+            for name, leaves in expected[1].items():
+                assert difference(found[1][name], leaves) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+    assert not any(block._compiled_call_impl.failed for block in repeated_blocks(fused.model))
+
+
 def test_other_errors_leave_blocks_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("nothing to do with a kernel")
@@ -448,8 +500,20 @@ def test_blocks_are_fused_on_a_gpu_that_can(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(isinstance(block._compiled_call_impl, FusedBlock) for block in repeated_blocks(model))
 
 
+def test_the_kernels_switched_off_where_triton_is_missing_leaves_blocks_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own compiler would need it, and fail in the first pass."""
+    monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setattr(runtime, "unusable", lambda device: "Triton is not installed (pip install triton)")
+    monkeypatch.setenv(runtime.SWITCH, "0")
+    model = make_model()
+    with said_once("stay uncompiled, and steps slower: Triton is not installed.*compile: false silences this"):
+        assert compile_blocks(model) == []
+    assert all(block._compiled_call_impl is None for block in repeated_blocks(model))
+
+
 def test_recomputation_with_the_kernels_switched_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_place", lambda model: (torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setattr(runtime, "unusable", lambda device: None)
     monkeypatch.setenv(runtime.SWITCH, "0")
     with pytest.raises(ConfigError, match=r"can't be combined with gradient_checkpointing .* Leave one of them out"):
         compile_blocks(make_model(), recompute=True)

@@ -183,6 +183,8 @@ def test_nothing_is_compiled_again(calls: list[nn.Module]) -> None:
         batch_of((6, 4, 8, 5), ["b", "b", "a", "a"]),
         batch_of((21, 3, 40), ["b", BASE, "b"]),
         batch_of((3,) * 32 + (2,), ["a", "b", BASE] * 11),
+        batch_of((2, 3, 1, 2), ["a", "a", "a", "a"]),  # one tile, and one chunk
+        batch_of((12, 30), ["b", "b"]),
     ]
     before = graphs()
     assert_same(backward(fused, batches[0], engines[1]), backward(plain, batches[0], engines[0]))
@@ -200,7 +202,7 @@ def test_nothing_is_compiled_again(calls: list[nn.Module]) -> None:
     batch = batch_of((6, 4, 8, 5, 4), ["c", "b", "d", BASE, "c"])
     assert_same(backward(fused, batch, engines[1]), backward(plain, batch, engines[0]))
     assert graphs() == made
-    assert len(calls) == 2 * 7
+    assert len(calls) == 2 * 9
 
 
 def test_the_first_adapter_of_a_class_of_ranks_compiles_once() -> None:

@@ -430,6 +430,8 @@ def test_nothing_is_compiled_again() -> None:
         ((6, 7, 8, 9, 10, 11), ["b", "b", "a", BASE, "a", "b"]),
         ((80, 3), ["b", "b"]),
         ((64, 64, 63), [BASE, "a", BASE]),
+        ((7, 5), ["a", "a"]),  # one tile, and one chunk
+        ((40, 33), ["b", "b"]),
     ):
         backward(bank, batch_of(lengths, routes), engine)
     add(bank, "c", 9)

@@ -80,10 +80,28 @@ def test_a_gpu_says_why_it_has_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert fp8.missing(torch.device("cuda")) == "NVIDIA A100 has compute capability 8.0; they need 8.9 or newer"
+    monkeypatch.setattr(fp8, "_try_one", lambda device: None)
     for capability in ((8, 9), (9, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert fp8.missing(torch.device("cuda")) is None
     assert fp8.missing(torch.device("cpu")) == "cpu has none"
+
+
+def test_products_that_torch_refuses_or_gets_wrong_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the GPU's units could do. On a CPU torch has such products itself."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    assert fp8._try_one.__wrapped__(cpu) is None
+    monkeypatch.setattr(fp8, "multiply", lambda *args: torch.zeros(32, 32))
+    assert fp8._try_one.__wrapped__(cpu) == "torch's fp8 products are wrong on NVIDIA L4"
+
+    def refuse(*args: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("torch._scaled_mm is only supported on\nother devices")
+
+    monkeypatch.setattr(fp8, "multiply", refuse)
+    assert fp8._try_one.__wrapped__(cpu) == (
+        "torch can't multiply in fp8 on NVIDIA L4 (RuntimeError: torch._scaled_mm is only supported on other devices)"
+    )
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -42,6 +42,7 @@ def check(tables: RouteTables, rows: Rows, units: int, tokens: int, slots: int) 
     shared = [slot >= 0 and only == 0 and entries > 0 for slot, _, entries, only in chunks]
     assert shared == sorted(shared, reverse=True)
     assert sum(shared) <= tables.summed <= len(chunks)
+    assert min(len(chunks), len(tables.tiles_S4)) >= 2  # torch.compile has a form of its own for one
     assert len(spans) == slots
     for slot, (first, count) in enumerate(spans):
         mine = [i for i, (of, _, entries, _) in enumerate(chunks) if of == slot and entries > 0]
@@ -59,7 +60,7 @@ def _check_pieces(pieces: list[list[int]], slot_of: list[int], entries: list[int
         assert {*slot_of[first : first + count]} <= {slot}
         covered += range(first, first + count)
     assert covered == entries
-    assert sum(count == 0 for _, _, count in pieces) <= (not entries)  # one filler, and only where there is nothing
+    assert sum(count == 0 for _, _, count in pieces) == max(0, 2 - sum(count > 0 for _, _, count in pieces))  # fillers
 
 
 CASES: dict[str, tuple[Rows, int, int, int]] = {
@@ -110,14 +111,14 @@ def test_base_tokens_come_last_in_tiles_and_chunks_of_no_slot() -> None:
 
 def test_tables_are_never_empty() -> None:
     tables = route_tables({}, 0, 0, 0)
-    assert tables.tiles_S4.tolist() == tables.chunks_C4.tolist() == [[0, 0, 0, 0]]
+    assert tables.tiles_S4.tolist() == tables.chunks_C4.tolist() == [[0, 0, 0, 0]] * 2
     assert tables.spans_P2.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize(("tokens", "longest"), [(8, SHORTEST_CHUNK), (1000, 128), (4096, 512), (100_000, LONGEST_CHUNK)])
 def test_chunks_grow_with_the_batch(tokens: int, longest: int) -> None:
     tables = route_tables({0: [0]}, 1, tokens, 1)
-    counts = tables.chunks_C4[:, 2].tolist()
+    counts = [count for count in tables.chunks_C4[:, 2].tolist() if count]
     assert counts[0] == min(longest, tokens)
     assert all(count == counts[0] for count in counts[:-1])
     assert tokens <= CHUNKS * SHORTEST_CHUNK or len(counts) >= CHUNKS

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lorabank import quantize_base
+from lorabank import attach, quantize_base
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter
 from lorabank.kernels import four_bit, fp8
+from lorabank.merging.combine import combine
 from lorabank.merging.merge import merge
 from lorabank.merging.quantized import rounded
 
@@ -62,6 +63,19 @@ def test_a_merge_says_how_far_the_base_is_from_the_one_in_training(
         {"fp8": 0.02, "nf4": 0.07, "fp4": 0.09}[storage] < report.base_error < {"fp8": 0.035, "nf4": 0.11, "fp4": 0.16}[storage]
     )
     assert f"trained on a {storage} base: these weights differ from it by ‖W − Wq‖/‖W‖ = {100 * expected:.1f} %" in said[0]
+
+
+def test_the_storage_of_the_base_outlives_combining_and_a_bank(base: nn.Module, make_adapter: Callable[..., Adapter]) -> None:
+    one, other = (replace(make_adapter(base), metadata={"base_storage": "fp8"}) for _ in range(2))
+    assert merge(base, combine([(one, 0.5), (other, 0.5)]), say=None).report.trained_in == "fp8"
+    with pytest.warns(UserWarning, match="stored in different ways .fp8, unquantised, nf4."):
+        mixed = combine([(one, 1.0), (replace(one, metadata={}), 1.0), (replace(one, metadata={"base_storage": "nf4"}), 1.0)])
+    assert mixed.metadata["base_storage"] == "nf4"
+    bank = attach(base)
+    with pytest.warns(UserWarning, match="trained over a base in fp8"):
+        bank.load("one", one, force=True)
+    assert bank.adapter("one").metadata["base_storage"] == "fp8"
+    bank.detach()
 
 
 def test_a_merge_over_a_plain_base_says_nothing_of_it(base: nn.Module, make_adapter: Callable[..., Adapter]) -> None:

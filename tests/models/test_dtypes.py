@@ -48,6 +48,8 @@ def test_fp16_that_was_not_asked_for_is_said(has_bf16: bool) -> None:
     notes = dtype_notes("auto", torch.float16, GPU)
     assert ["no bf16 units" in note for note in notes] == ([] if has_bf16 else [True])
     assert dtype_notes("fp16", torch.float16, GPU) == []
+    for storage in ("fp8", "nf4"):  # what isn't quantised of it
+        assert dtype_notes(storage, torch.float16, GPU) == notes
 
 
 @pytest.mark.parametrize("device", [GPU, CPU])

@@ -30,11 +30,26 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
 def missing(device: torch.device) -> str | None:
-    """Why Triton kernels can't run for tensors on `device`, as a sentence for people; None when they can."""
-    if switched_off():
-        return f"{SWITCH}=0 is set"
+    """Why our Triton kernels can't run for tensors on `device`, as a sentence for people; None when they can."""
+    return f"{SWITCH}=0 is set" if switched_off() else _REFUSING.get(device) or unusable(device)
+
+
+def refuse(device: torch.device, reason: str) -> bool:
+    """Run no kernels of ours on `device` in this process any more. False where that was so already."""
+    if missing(device) is not None:
+        return False
+    _REFUSING[device] = reason
+    return True
+
+
+_REFUSING: dict[torch.device, str] = {}
+"""What was found out about a GPU when a kernel didn't run, beside what `unusable` finds out."""
+
+
+@functools.cache
+def unusable(device: torch.device) -> str | None:
+    """Why Triton can't run kernels for tensors on `device`, ours or torch.compile's, whatever the user wants."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if interpreted():
@@ -45,7 +60,13 @@ def missing(device: torch.device) -> str | None:
         return too_old
     if not _has_compiler():
         return "Triton starts its kernels through a C compiler, and none was found (install gcc or clang, or set CC)"
-    return None
+    return _try_one(device)
+
+
+def _try_one(device: torch.device) -> str | None:
+    from lorabank.kernels.gpu import first
+
+    return first.failure(device)
 
 
 def bf16_missing(device: torch.device, *, what: str = "bf16") -> str | None:

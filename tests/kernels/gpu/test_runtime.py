@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from lorabank.kernels.gpu import runtime
+from lorabank.kernels.gpu import first, runtime
 from lorabank.notices import warn_once
 
 GPU = torch.device("cuda")
@@ -20,7 +21,9 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delenv(runtime.SWITCH, raising=False)
     monkeypatch.setenv("CC", "cc")
-    caches = (runtime.missing, runtime.refused, warn_once)
+    monkeypatch.setattr(runtime, "_try_one", lambda device: None)
+    monkeypatch.setattr(runtime, "_REFUSING", {})
+    caches = (runtime.unusable, runtime.refused, warn_once)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -81,6 +84,39 @@ def test_what_is_missing_is_said_once_with_the_way_out(monkeypatch: pytest.Monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # and not again
         assert not runtime.available(GPU)
+
+
+def test_a_first_kernel_that_does_not_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a C compiler without Python's headers, which Triton passes on as it comes."""
+
+    class Fails:
+        def __getitem__(self, grid: object) -> object:
+            raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+    pretend(monkeypatch, "NVIDIA H100", (9, 0))
+    monkeypatch.setattr(runtime, "_try_one", lambda device: first.failure(torch.device("cpu")))
+    monkeypatch.setattr(first, "_double", Fails())
+    reason = r"Triton's first kernel can't be run \(CalledProcessError: Command '\['gcc', 'main.c'\]' returned non-zero"
+    with pytest.warns(UserWarning, match=f"training runs on plain torch, slower: {reason}"):
+        assert not runtime.available(GPU)
+
+
+def test_a_first_kernel_that_is_wrong_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *args: None
+
+    assert first.failure(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is None
+    monkeypatch.setattr(first, "_double", Nothing())
+    assert first.failure(torch.device("cpu")) == "Triton's first kernel gives wrong numbers"
+
+
+def test_a_gpu_that_is_refused_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "NVIDIA H100", (9, 0))
+    assert runtime.refuse(GPU, "a kernel doesn't run there")
+    assert runtime.missing(GPU) == "a kernel doesn't run there"
+    assert not runtime.refuse(GPU, "another")
+    assert runtime.unusable(GPU) is None
 
 
 def test_whoever_switches_the_kernels_off_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
