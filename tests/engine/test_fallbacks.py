@@ -227,6 +227,7 @@ def test_ranks_have_no_upper_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compiled) == 2
 
 
+@pytest.mark.slow
 def test_a_cache_in_training_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = make_bank(targets=["q"])
     for block in repeated_blocks(bank.model):

@@ -64,7 +64,6 @@ def test_the_repeated_blocks_are_found(family: str) -> None:
     assert found == [name for name, count in zoo.ZOO[family].blocks.items() for _ in range(count)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", zoo.ZOO)
 def test_outputs_and_all_gradients_are_the_plain_models(family: str, paths: zoo.Paths) -> None:
     zoo.check_fused(family, fuse, paths, width=WIDTH, tolerance=TOLERANCE)
@@ -106,6 +105,7 @@ def test_in_half_precision_fused_blocks_are_as_far_from_fp32(paths: zoo.Paths) -
         zoo.check_fused("bert", wrong, paths, **given)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again_for_another_length_of_what_is_attended_to(paths: zoo.Paths) -> None:
     """Cross-attention: one graph for all decoder blocks, whatever the lengths on both sides."""
     bank = zoo.bank_of("whisper", {"a": 2, "b": 5}, width=WIDTH, targets=["cross-attention"])

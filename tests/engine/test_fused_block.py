@@ -140,7 +140,6 @@ def assert_same_gradients(fused: AdapterBank, plain: AdapterBank) -> None:
 IDS = torch.randint(14, 61, (4, 7), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_the_plain_engines(family: str, calls: list[nn.Module]) -> None:
     plain, fused = pair(family, targets="all-linear")
@@ -173,6 +172,7 @@ def test_with_attention_that_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(backward(fused, batch), backward(plain, batch))
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again(calls: list[nn.Module]) -> None:
     """Over lengths, numbers of rows, routes and adapters that come and go: one graph for all blocks, forward and backward."""
     torch._dynamo.reset()
@@ -205,6 +205,7 @@ def test_nothing_is_compiled_again(calls: list[nn.Module]) -> None:
     assert len(calls) == 2 * 9
 
 
+@pytest.mark.slow
 def test_the_first_adapter_of_a_class_of_ranks_compiles_once() -> None:
     """Up to 16, then up to 64; what was compiled before is still there when it is gone again. Borders have forms of their own."""
     torch._dynamo.reset()
@@ -313,6 +314,7 @@ PACKED: Sequence[Sequence[Sequence[int]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_rows(traced: bool, checkpointing: bool, calls: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ def test_families_and_layers_that_read_one_input(family: str, calls: list[nn.Mod
     assert {*calls} == {*repeated_blocks(fused.model)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("borders", [False, True])
 def test_an_adapter_without_dropout_gets_the_same_beside_one_that_has_it(borders: bool) -> None:
     """To the bit without borders. Those have no place for masks: a pass in which something drops does without them."""
@@ -98,6 +99,7 @@ def test_an_adapter_without_dropout_gets_the_same_beside_one_that_has_it(borders
     assert difference(found["a"], dry["a"]) > 0.1
 
 
+@pytest.mark.slow
 def test_law3_an_adapter_drops_the_same_alone_and_in_company() -> None:
     _, fused = pair(chances=(0.5, 0.3))
     engine, whole, steps = Engine(fused), batch_of(LENGTHS, MIXED, examples=[0, 0, 0, 1]), {"a": 4, "b": 2}
@@ -108,6 +110,7 @@ def test_law3_an_adapter_drops_the_same_alone_and_in_company() -> None:
         assert difference(found[name], expected[name]) < 1e-5
 
 
+@pytest.mark.slow
 def test_other_steps_examples_adapters_and_chances_compile_nothing() -> None:
     torch._dynamo.reset()
     plain, fused = pair()

@@ -153,6 +153,7 @@ def test_losses_stay_what_they_were(world: World) -> None:
     assert float(first) == 6.0
 
 
+@pytest.mark.slow
 def test_shapes_that_come_and_go_are_not_captured_over_and_over(world: World) -> None:
     for _ in range(8):
         for number in range(2 * KEPT):
@@ -160,6 +161,7 @@ def test_shapes_that_come_and_go_are_not_captured_over_and_over(world: World) ->
     assert world.captured == KEPT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory", "kept"), [(0, KEPT), (64 * 8 * 6, 6), (10**9, MOST)])
 def test_more_graphs_are_kept_where_gradients_are_small(
     memory: int, kept: int, world: World, monkeypatch: pytest.MonkeyPatch

@@ -205,6 +205,7 @@ def fused(bank: AdapterBank) -> AdapterBank:
     return bank
 
 
+@pytest.mark.slow
 @on_interpreter
 @pytest.mark.parametrize(
     ("family", "targets"),
@@ -232,6 +233,7 @@ def unmasked(model: Any) -> LossOf:
     return lambda batch: weighed(model(input_ids=batch["input_ids"], use_cache=False).logits)
 
 
+@pytest.mark.slow
 @on_interpreter
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_causal_models_without_masks_are_captured(family: str, graphs: Graphs) -> None:
@@ -398,6 +400,7 @@ def test_rows_that_the_loss_puts_together(graphs: Graphs) -> None:
     assert graphs.replays == 2
 
 
+@pytest.mark.slow
 @on_interpreter
 @pytest.mark.parametrize("inner", [BASE, "b", ["b", "a", BASE, "b"], {"a": 0.5, "b": 0.5}])
 @pytest.mark.filterwarnings("ignore:compile. BertLayer doesn't take a mixture")
@@ -432,6 +435,7 @@ def test_a_route_that_the_loss_puts_in_force_itself(inner: Any, graphs: Graphs, 
     assert (train.graphs.refused is None) == fixed
 
 
+@pytest.mark.slow
 @on_interpreter
 def test_two_shapes_and_one_route_for_all_rows(graphs: Graphs) -> None:
     mine, other = (reached(bank_of("bert", targets=["q", "classifier"]), "bert") for _ in range(2))
@@ -449,6 +453,7 @@ def test_two_shapes_and_one_route_for_all_rows(graphs: Graphs) -> None:
     assert graphs.replays == 4
 
 
+@pytest.mark.slow
 @on_interpreter
 def test_what_else_is_trained_gets_its_gradients_too(graphs: Graphs) -> None:
     """A head of the user's own, whose leaves the bank doesn't know."""
@@ -511,6 +516,7 @@ def test_a_first_passs_own_draws_on_the_host_are_not_judged(graphs: Graphs) -> N
     assert graphs.captured == 1
 
 
+@pytest.mark.slow
 @on_interpreter
 @pytest.mark.filterwarnings("ignore:compile. BertLayer doesn't take a mixture")
 @pytest.mark.parametrize("why", ["asked", "mixture", "uncompiled", "base_dropout"])

@@ -123,12 +123,14 @@ def assert_replayed(batches: Sequence[Batch], dropout: float, replays: Sequence[
     assert len(replays) == len(batches) - SEEN_BEFORE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_rows(dropout: float, recomputing: list[int]) -> None:
     routes = [ROUTES, ROUTES, ROUTES[::-1], ["a", "b", BASE], ["a", BASE, "b"]]
     assert_replayed([batch_of([5, 7, 3], routes[i], seed=i) for i in range(5)], dropout, recomputing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_packed_rows(dropout: float, recomputing: list[int]) -> None:
     batches = [pair(lengths, ROUTES)[0] for lengths in PACKED]

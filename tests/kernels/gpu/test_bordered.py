@@ -267,6 +267,7 @@ def test_what_is_not_finite_stays_with_its_slot(number: float, which: int, leaf:
     stays_alone(mlp.layers, x, function, spoil)
 
 
+@pytest.mark.slow
 def test_what_the_op_does_not_do_stays_layers(x: Tensor, device: torch.device) -> None:
     mlp, batch, seen = Mlp(device), tables(device), {}
     mlp.write()

@@ -44,6 +44,7 @@ def test_odd_sizes(device: torch.device, inputs: int, ranks: dict[int, int]) -> 
     check(make(device, rows={0: [2], 1: [0, 3]}, ranks=ranks, units=4, inputs=inputs, outputs=33, dropout=CHANCES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_that_are_split_along_the_features(device: torch.device, dtype: torch.dtype) -> None:
     for ranks in ({0: 3, 1: 16}, {0: 70}):
@@ -51,6 +52,7 @@ def test_products_that_are_split_along_the_features(device: torch.device, dtype:
         check(make(device, rows=rows, ranks=ranks, units=3, tokens=2, inputs=1700, outputs=3, dtype=dtype, dropout=CHANCES))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(problem=problems(), chances=st.dictionaries(st.integers(0, 4), st.sampled_from([0.0, 1e-6, 0.3, 0.999]), min_size=1))
 def test_random_batches(device: torch.device, problem: dict[str, Any], chances: dict[int, float]) -> None:
