@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.fit import check_fits, task_type, warn_ranks, warn_storage
-from lorabank.bank.init import initial_A
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.places import places_of, rows_lost
@@ -22,10 +21,10 @@ from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
-from lorabank.bank.targets import linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
+from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
-from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
+from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.patterns import pattern_value
 
@@ -118,7 +117,7 @@ class AdapterBank:
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 
         def start(path: str, layer: LoRALayer) -> tuple[Tensor, Tensor | None]:
-            return initial_A(config.init, shapes[path][0], layer.store.in_features, seed, path), None
+            return layer.fresh(config.init, shapes[path][0], seed)
 
         self._install(name, slot, shapes, start)
 
@@ -139,20 +138,19 @@ class AdapterBank:
             )
         check_fits(self.model, name, adapter)
         warn_storage(name, adapter, self.model)
-        in_order = [path for path in linear_layers(self.model) if path in adapter.layers]  # as `add` has them, not as the file
+        # in the order that `add` has them, not the file's
+        in_order = [path for path in adaptable_layers(self.model) if path in adapter.layers]
         shapes = {path: (adapter.layers[path].rank, adapter.layers[path].scaling) for path in in_order}
         told = adapter.metadata.get(BASE_STORAGE)
         slot = _Slot(adapter.config, seed, tuple(shapes), adapter.base_model, adapter.task_type, told)
-        self._install(name, slot, shapes, lambda path, _: (adapter.layers[path].A, adapter.layers[path].B))
+        self._install(name, slot, shapes, lambda path, _: (adapter.layers[path].A.flatten(1), adapter.layers[path].B))
 
     def adapter(self, name: str) -> Adapter:
         """A copy of an adapter's present values, on the CPU, apart from the bank."""
         slot = self._slot(name)
         layers = {}
         for path in slot.paths:
-            part = self._layers[path].slots[name]
-            a, b = part.tensors.A_RI.detach(), part.tensors.B_RO.detach()
-            layers[path] = AdapterLayer(a.to("cpu", copy=True), b.t().to("cpu", copy=True).contiguous(), part.scaling)
+            layers[path] = self._layers[path].adapter_layer(name)
         base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
         storage = storage_of(self.model) or slot.base_storage
         return Adapter(

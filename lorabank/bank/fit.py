@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lorabank.bank.kinds import EMBEDDING
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.quantized import storage_of
-from lorabank.bank.targets import linear_layers, unsupported_linear_maps
+from lorabank.bank.targets import adaptable_layers, unsupported_linear_maps
 from lorabank.errors import AdapterFileError, TargetError, closest
-from lorabank.formats.adapter import BASE_STORAGE, Adapter
+from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -26,22 +28,56 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter) -> None:
     """Raise AdapterFileError, naming the layers that the model lacks or has in another shape."""
     if not adapter.layers:
         raise AdapterFileError(f"adapter {name!r} has no layers, so there is nothing to load")
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     wrong = []
     for path, part in adapter.layers.items():
         if path not in layers:
             wrong.append(_absent(model, path, layers))
             continue
-        fan_in, fan_out = features(layers[path])
-        if part.A.shape[1] != fan_in or part.B.shape[0] != fan_out:
-            got = f"{part.A.shape[1]} → {part.B.shape[0]}"
-            wrong.append(f"{path}: made for {got} features, the model's layer has {fan_in} → {fan_out}")
+        if why := misfit(path, part, layers[path]):
+            wrong.append(why)
+    wrong += [why for path, weight in adapter.base_weights.items() if (why := _other_weight(path, weight, layers.get(path)))]
     if wrong:
         more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise AdapterFileError(
             f"adapter {name!r} doesn't fit this model; nothing was loaded. {'; '.join(wrong[:3])}{more}. "
             "Load the model class that it was trained on."
         )
+
+
+def _other_weight(path: str, weight: Tensor, layer: nn.Module | None) -> str | None:
+    """Why a base weight that came with an adapter isn't this layer's, if it isn't: one that was trained, or has other ids."""
+    if layer is None:
+        return None  # said already
+    mine = layer.get_parameter("weight").detach()
+    if mine.shape != weight.shape:
+        return (
+            f"{path}: the file brings the base's own weight, {tuple(weight.shape)}, and this model's is {tuple(mine.shape)}: "
+            "resize its token embeddings as they were in training"
+        )
+    coarser = max((mine.dtype, weight.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    if not torch.equal(mine.to(coarser), weight.to(mine.device, coarser)):
+        return f"{path}: the file brings the base's own weight, and this model has another: it was trained, or is another base's"
+    return None
+
+
+def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
+    """Why an adapter's layer isn't this layer's, if it isn't."""
+    kind, (fan_in, fan_out) = layer_kind(layer), features(layer)
+    assert kind is not None
+    kernel, looks_up = kind.kernel(layer), kind.storage == EMBEDDING
+    if (part.A.ndim > 2) != bool(kernel) or part.looks_up != looks_up:
+        what = "a convolution" if part.A.ndim > 2 else "an embedding" if part.looks_up else "a linear layer"
+        return f"{path}: made for {what}, the model's layer is a {type(layer).__name__}"
+    if part.size != (fan_in, fan_out):
+        return f"{path}: made for {part.size[0]} → {part.size[1]} features, the model's layer has {fan_in} → {fan_out}"
+    if tuple(part.A.shape[2:]) != kernel or part.groups != kind.groups(layer):
+        mine, theirs = (
+            " × ".join(map(str, sizes)) + (f" in {groups} groups" if groups > 1 else "")
+            for sizes, groups in ((part.A.shape[2:], part.groups), (kernel, kind.groups(layer)))
+        )
+        return f"{path}: made for a kernel of {mine}, the model's layer has {theirs}"
+    return None
 
 
 def warn_storage(name: str, adapter: Adapter, model: nn.Module) -> None:

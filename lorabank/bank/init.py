@@ -1,4 +1,7 @@
-"""How A starts. B starts at zero, so a new adapter changes nothing (LoRA, arXiv:2106.09685, section 4.1)."""
+"""How A and B start. B starts at zero, so a new adapter changes nothing (LoRA, arXiv:2106.09685, section 4.1).
+
+Of an embedding A starts at zero instead and B from N(0, 1), as loralib and PEFT have it: each id's row of A learns at once.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,19 @@ INITS: Mapping[str, InitFunction] = {"uniform": uniform, "gaussian": gaussian}
 
 
 def initial_A(init: str, rank: int, in_features: int, seed: int, path: str) -> Tensor:
-    """A layer's first A. Depends on the seed, the layer's path and the shape alone: not on other adapters, nor on the device."""
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + zlib.crc32(path.encode())) % 2**63)
-    return INITS[init](rank, in_features, generator)
+    """A layer's first A where it is random, whatever B is."""
+    return INITS[init](rank, in_features, _generator(seed, path))
+
+
+def _generator(seed: int, path: str) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + zlib.crc32(path.encode())) % 2**63)
+
+
+def initial(init: str, rank: int, size: tuple[int, int], seed: int, path: str, *, looks_up: bool) -> tuple[Tensor, Tensor | None]:
+    """A layer's first A (rank, in) and B (out, rank), None for zeros; `size` is (in, out), `looks_up` an embedding's.
+
+    They depend on the seed, the layer's path and the shape alone: not on other adapters, nor on the device.
+    """
+    if looks_up:
+        return torch.zeros(rank, size[0]), torch.empty(size[1], rank).normal_(generator=_generator(seed, path))
+    return initial_A(init, rank, size[0], seed, path), None

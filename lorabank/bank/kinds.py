@@ -1,4 +1,8 @@
-"""Which classes of base layer can be adapted, and how: one table, `LAYER_KINDS`, and bitsandbytes' 4-bit layers beside it."""
+"""Which classes of base layer can be adapted, and how: one table, `LAYER_KINDS`, and bitsandbytes' 4-bit layers beside it.
+
+Linear layers have fast products of their own (kernels/ops.py). Others say what their map is (kernels/maps.py), and adapters add
+to what the layer itself computes.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lorabank.bank import fp8_linear, linear4bit
 from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
 from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS, BaseProduct
+from lorabank.kernels.maps import ConvMap, EmbeddingMap, LinearMap, LowRankMap
 
 
 def _weight_alone(parameters: Mapping[str, Any]) -> list[Tensor]:
@@ -28,28 +33,47 @@ def _weight_turned(parameters: Mapping[str, Any], dtype: torch.dtype | None) -> 
     return parameters["weight"].detach().t()
 
 
+def _weight_flat(parameters: Mapping[str, Any], dtype: torch.dtype | None) -> Tensor:
+    return parameters["weight"].detach().flatten(1)
+
+
+def _linear_map(layer: nn.Module) -> LowRankMap:
+    return LinearMap()
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """How a class of base layer is adapted."""
 
     product: BaseProduct | None
     """Bit for bit the layer's own; None where only the layer's own call is that."""
-    fast: BaseProduct
-    """The same to rounding."""
+    fast: BaseProduct | None
+    """The same to rounding; None for a map that isn't linear over features."""
     features: Callable[[nn.Module], tuple[int, int]]
     """(in, out) of a layer of this class."""
     storage: str
-    """The name of its product in kernels/gpu/storage.py."""
+    """The name of its product in kernels/gpu/storage.py, or of what it is."""
     tensors: Callable[[Mapping[str, Any]], list[Tensor]] = _weight_alone
     """A layer's parameters → what these products take as their base."""
     held: bool = False
     """Whether `tensors` is asked once, and again when the layer moves, because its answer takes work."""
     weight_oi: Callable[[Mapping[str, Any], torch.dtype | None], Tensor] = _weight_oi
-    """(parameters, dtype) → the weight as (out, in): a view of the stored one, or of a quantised one a copy in `dtype`."""
+    """(parameters, dtype) → the weight as (out, in): of a quantised one a copy in `dtype`, else a view where that can be."""
     quantized: bool = False
     """Whether the weight is stored in fewer than 16 bits, with factors beside it."""
     in_blocks: bool = True
     """Whether a compiled block may compute the product itself, by `storage`."""
+    low_rank_map: Callable[[nn.Module], LowRankMap] = _linear_map
+    """A layer → what a change of it is made of."""
+    kernel: Callable[[nn.Module], tuple[int, ...]] = lambda layer: ()
+    """A layer → the sizes of its kernel, by which A is shaped in files; none but of a convolution."""
+    groups: Callable[[nn.Module], int] = lambda layer: 1
+    """A layer → how many parts its channels are split into, none of which sees another's."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether the layer is one of those that `all-linear` means."""
+        return self.fast is not None
 
 
 def _linear_features(layer: nn.Module) -> tuple[int, int]:
@@ -60,6 +84,45 @@ def _linear_features(layer: nn.Module) -> tuple[int, int]:
 def _conv1d_features(layer: nn.Module) -> tuple[int, int]:
     n_in, n_out = layer.get_parameter("weight").shape
     return n_in, n_out
+
+
+def _conv_features(layer: nn.Module) -> tuple[int, int]:
+    weight = layer.get_parameter("weight")
+    return weight[0].numel(), weight.shape[0]
+
+
+def _embedding_features(layer: nn.Module) -> tuple[int, int]:
+    ids, features = layer.get_parameter("weight").shape
+    return ids, features
+
+
+def _kernel(layer: nn.Module) -> tuple[int, ...]:
+    return tuple(layer.get_parameter("weight").shape[2:])
+
+
+def _groups(layer: nn.Module) -> int:
+    conv: Any = layer
+    return conv.groups
+
+
+def _conv_map(layer: nn.Module) -> LowRankMap:
+    conv: Any = layer
+    said = isinstance(conv.padding, str)  # "same" may pad one end more than the other
+    filled = conv.padding_mode != "zeros"
+    return ConvMap(
+        kernel=_kernel(layer),
+        stride=conv.stride,
+        padding=(0,) * len(conv.stride) if said or filled else conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        pads=tuple(conv._reversed_padding_repeated_twice) if said or filled else (),
+        mode=conv.padding_mode if filled else "constant",
+    )
+
+
+def _embedding_map(layer: nn.Module) -> LowRankMap:
+    embedding: Any = layer
+    return EmbeddingMap(embedding.padding_idx)
 
 
 def _said_features(layer: nn.Module) -> tuple[int, int]:
@@ -92,9 +155,35 @@ def _fp8(product: str) -> LayerKind:
     )
 
 
+CONV, EMBEDDING = "conv", "embedding"
+"""`LayerKind.storage` of layers that aren't linear over features."""
+_CONV = LayerKind(
+    None,
+    None,
+    _conv_features,
+    CONV,
+    weight_oi=_weight_flat,
+    in_blocks=False,
+    low_rank_map=_conv_map,
+    kernel=_kernel,
+    groups=_groups,
+)
 LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind(BASE_PRODUCTS["linear"], FAST_PRODUCTS["linear"], _linear_features, "linear"),
-    Conv1D: LayerKind(BASE_PRODUCTS["conv1d"], FAST_PRODUCTS["conv1d"], _conv1d_features, "conv1d", weight_oi=_weight_turned),
+    Conv1D: LayerKind(
+        BASE_PRODUCTS["conv1d"],
+        FAST_PRODUCTS["conv1d"],
+        _conv1d_features,
+        "conv1d",
+        weight_oi=_weight_turned,
+        low_rank_map=lambda layer: LinearMap(transposed=True),
+    ),
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Conv3d: _CONV,
+    nn.Embedding: LayerKind(
+        None, None, _embedding_features, EMBEDDING, weight_oi=_weight_turned, in_blocks=False, low_rank_map=_embedding_map
+    ),
     Fp8Linear: _fp8("fp8"),
     EmulatedFp8Linear: replace(_fp8("fp8_emulated"), in_blocks=False),
 }
@@ -102,12 +191,17 @@ FOUR_BIT_KINDS: Mapping[str, LayerKind] = {name: _four_bit(name) for name in ("n
 """By the type that a Linear4bit says it has."""
 
 
+def _renormalises(layer: nn.Module) -> bool:
+    """Whether the layer writes into its own weight as it is called."""
+    return isinstance(layer, nn.Embedding) and layer.max_norm is not None
+
+
 def layer_kind(layer: nn.Module) -> LayerKind | None:
     """How `layer` is adapted, or None. A subclass with a forward of its own is not its base class."""
     for known, kind in LAYER_KINDS.items():
         weight = layer._parameters.get("weight")
         if isinstance(layer, known) and type(layer).forward is known.forward and weight is not None and not is_lazy(weight):
-            return kind
+            return None if _renormalises(layer) else kind
     if linear4bit.is_linear4bit(layer) and linear4bit.obstacle(layer) is None:
         return FOUR_BIT_KINDS.get(linear4bit.quant_type(layer))
     return None

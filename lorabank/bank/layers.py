@@ -17,12 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
+from lorabank.bank.init import initial
+from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
 from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
-from lorabank.bank.kinds import LayerKind, layer_kind
+from lorabank.bank.places import numbers_tokens
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.errors import LorabankError, RoutingError
+from lorabank.formats.adapter import AdapterLayer
 from lorabank.kernels import ops
+from lorabank.kernels.mapped import add_mapped
+from lorabank.kernels.maps import LowRankMap
 from lorabank.kernels.segments import DropoutDraw, Segment, drop_threshold
 from lorabank.kernels.tables import bits32
 from lorabank.notices import warn_once
@@ -102,6 +107,7 @@ class LoRALayer(nn.Module):
         own["moved"] = False
         own["router"] = router
         own["rows_lost"] = rows_lost
+        own["low_rank_map"] = kind.low_rank_map(base)
         own["_path_seed"] = zlib.crc32(path.encode())
         own["_parameters"], own["_buffers"] = base._parameters, base._buffers
         own["_modules"] = {"lora": SlotParameters(own["store"]), **base._modules}
@@ -112,6 +118,7 @@ class LoRALayer(nn.Module):
     base: nn.Module
     path: str
     kind: LayerKind
+    low_rank_map: LowRankMap
     store: RankStore
     slots: dict[str, LayerSlot]
     router: Router
@@ -166,6 +173,20 @@ class LoRALayer(nn.Module):
         self.store.free(name)
         self._slot_parameters.refresh()
 
+    def fresh(self, init: str, rank: int, seed: int) -> tuple[Tensor, Tensor | None]:
+        """A (rank, in) and B (out, rank), None for zeros, that change nothing yet."""
+        size = self.store.in_features, self.store.out_features
+        return initial(init, rank, size, seed, self.path, looks_up=self.kind.storage == EMBEDDING)
+
+    def adapter_layer(self, name: str) -> AdapterLayer:
+        """A copy of an adapter's present values here, on the CPU."""
+        slot, kernel, base = self.slots[name], self.kind.kernel(self.base), self.base
+        A = slot.tensors.A_RI.detach().to("cpu", copy=True)
+        B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
+        if kernel:
+            return AdapterLayer(A.view(slot.rank, -1, *kernel), B, slot.scaling, groups=self.kind.groups(base))
+        return AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING)
+
     @property
     def _slot_parameters(self) -> SlotParameters:
         child = self._modules["lora"]
@@ -213,6 +234,8 @@ class LoRALayer(nn.Module):
     @property
     def alone(self) -> str | None:
         """Why a compiled block must leave the product to this layer itself, None where it need not."""
+        if not self.kind.linear:
+            return "it isn't a linear layer"
         if not self.kind.in_blocks:
             return "its products are emulated"
         return f"its input's rows aren't the batch's ({self.rows_lost})" if self.rows_lost is not None else self._called_as_is()
@@ -257,7 +280,8 @@ class LoRALayer(nn.Module):
                 f"layer {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), "
                 "or bank.route(name)), or leave this layer out of targets."
             )
-        units = routing.units_of(x, self.path)
+        x = self._row_by_row(routing, x)
+        units = self._units(routing, x)
         used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
         if not used:
             return self.base(x)
@@ -270,6 +294,8 @@ class LoRALayer(nn.Module):
             structure=self.router.structure,
             structure_now=lambda: self.router.structure,
         )
+        if not self.kind.linear:
+            return self._mapped(x, self.base(x), routing.per == "token", plan)
         product = self.kind.product if routing.exact else self.kind.fast
         if product is None or self._called_as_is() is not None:
             return ops.add_lora(self.base(x), x, plan)
@@ -277,6 +303,38 @@ class LoRALayer(nn.Module):
 
     # routing is Python's work: under torch.compile each layer is a graph break, and right
     _eager: Any = torch.compiler.disable(_adapted)
+
+    def _row_by_row(self, routing: Routing, x: Tensor) -> Tensor:
+        """Ids that are given once for all rows (positions, types) once for each row: rows may have changes of their own."""
+        if self.kind.storage != EMBEDDING or routing.rows is None:
+            return x
+        if x.ndim == 1 and numbers_tokens(self.path):
+            x = x[None]
+        return x.expand(routing.rows, *x.shape[1:]) if x.ndim > 1 and x.shape[0] == 1 else x
+
+    def _mapped(self, x: Tensor, y: Tensor, by_token: bool, plan: ops.Plan) -> Tensor:
+        """y and the adapters' changes of it, where the layer isn't linear over features."""
+        if by_token:
+            return add_mapped(y.flatten(0, -2), x.flatten(), self.low_rank_map, plan).view(y.shape)
+        if x.ndim < self.base.get_parameter("weight").ndim and self.kind.kernel(self.base):  # one sample, without a batch
+            return add_mapped(y[None], x[None], self.low_rank_map, plan)[0]
+        return add_mapped(y, x, self.low_rank_map, plan)
+
+    def _units(self, routing: Routing, x: Tensor) -> int:
+        """How many units x has under the routing. Raises RoutingError where it can't be split into them."""
+        if not self.kind.kernel(self.base):
+            return routing.units_of(x, self.path, features=self.kind.linear)
+        if routing.per == "token":
+            raise RoutingError(
+                f"layer {self.path!r} is a convolution, which mixes neighbouring tokens, so they can't be routed one by one. "
+                "Give one route a row, or leave the layer out of targets."
+            )
+        if x.ndim == self.base.get_parameter("weight").ndim - 1 and routing.per != "all":
+            raise RoutingError(
+                f"layer {self.path!r} got {tuple(x.shape)}, one sample without a batch dimension, and the route has one entry a "
+                "row. Give it a batch of one row."
+            )
+        return routing.units_of(x, self.path)
 
     def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing) -> Segment:
         draw = None

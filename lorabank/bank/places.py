@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
+
+_DISTANCES = re.compile(r"rel(ative)?_(att|pos|bias)", re.IGNORECASE)
+"""Names of embeddings of pairs of tokens, such as T5's `relative_attention_bias`: their input is (tokens, tokens)."""
+_POSITIONS = re.compile(r"pos|wpe", re.IGNORECASE)
+
+
+def numbers_tokens(path: str) -> bool:
+    """Whether an embedding's ids are places in a row, as its name says: given once, they are those of all rows."""
+    return _POSITIONS.search(path.rpartition(".")[2]) is not None
 
 
 def places_of(model: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -20,9 +31,11 @@ def rows_lost(model: nn.Module, path: str) -> str | None:
 
     Such a layer can only take one route for all rows: an input that happens to be as long as the batch would be misread.
     """
-    if "experts" in path.split("."):
-        return "an expert gets the tokens of all rows in an order of its own"
     parts = path.split(".")
+    if "experts" in parts:
+        return "an expert gets the tokens of all rows in an order of its own"
+    if _DISTANCES.match(parts[-1]):
+        return "its ids are distances between tokens, the same for all rows"
     for end in range(len(parts)):
         owner = model.get_submodule(".".join(parts[:end]))
         if isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and not owner.self_attn.batch_first:

@@ -81,6 +81,8 @@ class Routing:
     dropout: DropoutState | None = None
     exact: bool = True
     """Whether a base row in a mixed batch must be the base's to the last bit; else base products may round otherwise, faster."""
+    rows: int | None = None
+    """Of the batch that the model is given; None where that isn't known: all alike, by token, or multiplied by a library."""
     set_in_backward: bool = False
     """Put in force during a backward pass: by `checkpoint_context` for a recomputation, or on purpose."""
     id: int = field(default_factory=lambda: next(_ROUTE_IDS))
@@ -181,11 +183,14 @@ class Routing:
         tables = {size: made for size, made in kept._tables.items() if made is not None}
         return kept.following(tables, ()) if self.tensors_only else kept
 
-    def units_of(self, x: Tensor, layer: str) -> int:
-        """How many units the input x of `layer` has under this routing. Raises RoutingError when it doesn't fit."""
+    def units_of(self, x: Tensor, layer: str, *, features: bool = True) -> int:
+        """How many units the input x of `layer` has under this routing. Raises RoutingError when it doesn't fit.
+
+        `features`: whether x's last dimension is one token's features; ids have none.
+        """
         if self.per == "all":
             return 1
-        units = x.shape[0] if self.per == "row" else x.numel() // max(1, x.shape[-1])
+        units = x.shape[0] if self.per == "row" else x.numel() // max(1, x.shape[-1] if features else 1)
         if units in self.plans:
             return units
         expected = " or ".join(str(n) for n in sorted(self.plans))
@@ -235,7 +240,8 @@ def per_row(
             raise RoutingError("route: rows that a library multiplies can't draw dropout; leave out repeat= in training.")
         plans[len(multiplied)] = _slot_rows(multiplied, device, None)
     names = frozenset(name for row in rows if not isinstance(row, _Base) for name in ([row] if isinstance(row, str) else row))
-    return Routing(per=per, plans=plans, names=names, dropout=dropout, exact=exact)
+    known = len(rows) if per == "row" and repeat is None else None
+    return Routing(per=per, plans=plans, names=names, dropout=dropout, exact=exact, rows=known)
 
 
 def _multiply(rows: Sequence[RowRoute], repeat: Repeat) -> list[RowRoute]:

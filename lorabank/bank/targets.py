@@ -2,7 +2,8 @@
 
 A part of `targets` is one of
   - `all-linear`: every linear layer but the output head;
-  - a role: `q k v o attention cross-attention mlp`;
+  - `all-conv`, `all-embedding`: every convolution, every embedding, those of positions included;
+  - a role, of linear layers: `q k v o attention cross-attention mlp`;
   - a module name (`q_proj`), or a path's end (`self_attn.q_proj`);
   - a glob (`model.layers.*.mlp.*_proj`), or a regular expression that matches a whole path (`re:.*\\.[qk]_proj`).
 A part that matches no layer is an error: a target never fails in silence.
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorabank.bank import linear4bit
+from lorabank.bank.kinds import CONV, EMBEDDING
 from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
@@ -59,6 +61,8 @@ ROLES: Mapping[str, Callable[[str], bool]] = {
     "mlp": lambda path: _in_block(path) and not _in_attention(path),
 }
 """Role → whether a linear layer's path plays it. Names follow transformers' and diffusers' modules."""
+ALL_OF_A_KIND: Mapping[str, str] = {"all-conv": CONV, "all-embedding": EMBEDDING}
+"""Part of `targets` → the `LayerKind.storage` of the layers that it means."""
 
 
 def output_head_paths(model: nn.Module) -> set[str]:
@@ -74,11 +78,21 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, LoRALayer) else module
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that can be adapted, by path, the output head included. Wrapped ones count as their base."""
     bypassed = _fused_away(model)
     own = {path: _unwrapped(module) for path, module in _own_modules(model) if path not in bypassed}
     return {path: module for path, module in own.items() if layer_kind(module) is not None}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of them that are linear over features."""
+    return {path: layer for path, layer in adaptable_layers(model).items() if _is_linear(layer)}
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    kind = layer_kind(layer)
+    return kind is not None and kind.linear
 
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -143,7 +157,7 @@ def as_list(value: str | Sequence[str]) -> list[str]:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether one part of `targets` (not `all-linear`) matches a linear layer's path."""
+    """Whether one part of `targets` (none of `all-…`) matches a layer's path."""
     if pattern in ROLES:
         return ROLES[pattern](path)
     if pattern.startswith("re:"):
@@ -155,20 +169,21 @@ def matches(pattern: str, path: str) -> bool:
 
 def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The layers that `config` adapts, by path, in the model's order. Raises TargetError when any part matches nothing."""
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     heads = output_head_paths(model)
     chosen: set[str] = set()
     for part in as_list(config.targets):
         if part == ALL_LINEAR:
             _refuse_partial(model, config)
-            found = {path for path in layers if path not in heads}
+            found = {path for path, layer in layers.items() if path not in heads and _is_linear(layer)}
         else:
-            found = {path for path in layers if _part_matches(part, path, "targets")}
+            found = {path for path, layer in layers.items() if _part_names(part, path, layer, "targets")}
         if not found:
             raise TargetError(_no_match("targets", part, layers, model))
         chosen |= found
     for part in as_list(config.exclude):
-        found = {path for path in [*layers, *unsupported_linear_maps(model)] if _part_matches(part, path, "exclude")}
+        found = {path for path, layer in layers.items() if _part_names(part, path, layer, "exclude")}
+        found |= {path for path in unsupported_linear_maps(model) if _part_matches(part, path, "exclude")}
         if not found:
             raise TargetError(_no_match("exclude", part, layers, model))
         chosen -= found
@@ -179,6 +194,14 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mod
     _check_patterns("rank_pattern", config.rank_pattern, chosen)
     _check_patterns("alpha_pattern", config.alpha_pattern, chosen)
     return {path: layer for path, layer in layers.items() if path in chosen}
+
+
+def _part_names(part: str, path: str, layer: nn.Module, setting: str) -> bool:
+    """Whether a part means this layer: by what it is, or by where it is."""
+    if part in ALL_OF_A_KIND:
+        kind = layer_kind(layer)
+        return kind is not None and kind.storage == ALL_OF_A_KIND[part]
+    return _part_matches(part, path, setting) and (part not in ROLES or _is_linear(layer))
 
 
 def _part_matches(part: str, path: str, setting: str) -> bool:
@@ -232,9 +255,10 @@ def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: n
     if modules:
         path, module = next(iter(modules.items()))
         inside = any(name.startswith(f"{path}.") for name in layers)
-        way_out = f"name the linear layers inside it, such as '{part}.*'" if inside else "linear layers can"
+        way_out = f"name the layers inside it, such as '{part}.*'" if inside else "linear layers, convolutions and embeddings can"
         return f"{setting}: {part!r} names {path}, a {type(module).__name__}, which can't be adapted yet; {way_out}"
     names = sorted({_leaf(path) for path in layers})
-    hint = closest(part, [name for name in (*names, *ROLES, ALL_LINEAR) if name != part])
+    hint = closest(part, [name for name in (*names, *ROLES, ALL_LINEAR, *ALL_OF_A_KIND) if name != part])
     fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""
-    return f"{setting}: {part!r} matches no linear layer of the model{hint}{fused}. It has: {', '.join(names) or 'none'}"
+    what = ALL_OF_A_KIND.get(part, "linear layer" if part in ROLES else "layer")
+    return f"{setting}: {part!r} matches no {what} of the model{hint}{fused}. It has: {', '.join(names) or 'none'}"

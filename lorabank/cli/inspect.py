@@ -132,7 +132,7 @@ def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:
         table.add_row(
             name,
             str(len(layers)),
-            _span(f"{layer.A.shape[1]} → {layer.B.shape[0]}" for layer in layers),
+            _span(f"{layer.size[0]} → {layer.size[1]}" for layer in layers),
             _span(layer.rank for layer in layers),
             human.count(parameters),
             *(
@@ -157,7 +157,7 @@ def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:
 
 def norms_of(layer: AdapterLayer) -> tuple[float, float, float]:
     """‖A‖, ‖B‖ and ‖ΔW‖ (Frobenius). ‖BA‖² = tr(BᵀB · AAᵀ), so that ΔW is never formed."""
-    A, B = layer.A.double(), layer.B.double()
+    A, B = layer.A.flatten(1).double(), layer.B.double()
     squared = float(((B.T @ B) * (A @ A.T)).sum())
     delta = abs(layer.scaling) * (math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else squared)
     return float(A.norm()), float(B.norm()), delta

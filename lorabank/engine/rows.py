@@ -6,6 +6,7 @@ N rows × L tokens. A folded layer's input has N·L rows, each row's tokens in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ PROBE_TOKENS = 3
 
 def row_routing(bank: AdapterBank, routes: Sequence[RowRoute], length: int, *, exact: bool = True) -> Routing:
     """Routing for N rows of `length` tokens, whether a layer folds them or not; no dropout."""
-    return bank.routing(list(routes), repeat=("interleave", length) if length > 1 else None, exact=exact)
+    made = bank.routing(list(routes), repeat=("interleave", length) if length > 1 else None, exact=exact)
+    return replace(made, rows=len(routes))
 
 
 def dropout_routing(

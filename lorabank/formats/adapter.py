@@ -1,7 +1,8 @@
 """`Adapter`: the trained tensors of one adapter as a value, apart from any model or slot.
 
 Shapes: A (rank, in), B (out, rank), so that ΔW = scaling · B @ A has the shape (out, in) of the base weight.
-GPT-2's `Conv1D` keeps its weight transposed; A and B here have the linear map's orientation all the same.
+GPT-2's `Conv1D` and embeddings (in: ids) keep their weights transposed; A and B here have the linear map's orientation.
+Of a convolution A is (rank, in/groups, *kernel), and ΔW = scaling · B @ A has the weight's shape (out, in/groups, *kernel).
 """
 
 from __future__ import annotations
@@ -26,11 +27,20 @@ class AdapterLayer:
     """One layer's low-rank change: ΔW = scaling · B @ A."""
 
     A: Tensor
-    """(rank, in)"""
+    """(rank, in), or (rank, in/groups, *kernel) of a convolution."""
     B: Tensor
     """(out, rank)"""
     scaling: float
     """α/r, or α/√r with rsLoRA."""
+    groups: int = 1
+    """Of a convolution: parts of the channels, whose A is the same."""
+    looks_up: bool = False
+    """Whether the layer is an embedding."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(in, out), all of a kernel's numbers counted as in."""
+        return self.A[0].numel(), self.B.shape[0]
 
     @property
     def rank(self) -> int:
@@ -38,8 +48,8 @@ class AdapterLayer:
         return self.A.shape[0]
 
     def delta(self) -> Tensor:
-        """ΔW in the linear map's orientation, (out, in), in A's dtype."""
-        return self.scaling * (self.B @ self.A)
+        """ΔW in the linear map's orientation, (out, in), or (out, in/groups, *kernel), in A's dtype."""
+        return self.scaling * (self.B @ self.A.flatten(1)).view(-1, *self.A.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,8 @@ class Adapter:
     config: AdapterConfig
     layers: Mapping[str, AdapterLayer]
     """Module path in the base model (`model.layers.0.self_attn.q_proj`) to its change."""
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weights of the base that a file holds beside the adapter, by module path: PEFT saves embeddings that carry one along."""
     fingerprint: Fingerprint | None = None
     """Of the base that the adapter was trained on; None when the file didn't say."""
     base_model: str | None = None
@@ -60,9 +72,9 @@ class Adapter:
 
     def __post_init__(self) -> None:
         for path, layer in self.layers.items():
-            if layer.A.ndim != 2 or layer.B.ndim != 2 or layer.A.shape[0] != layer.B.shape[1]:
+            if not 2 <= layer.A.ndim <= 5 or layer.B.ndim != 2 or layer.A.shape[0] != layer.B.shape[1]:
                 raise AdapterFileError(
-                    f"layer {path!r}: expected A (rank, in) and B (out, rank) of one rank, "
+                    f"layer {path!r}: expected A (rank, in …) and B (out, rank) of one rank, "
                     f"got A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}"
                 )
 
@@ -74,7 +86,7 @@ class Adapter:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter with its tensors on another device or in another dtype."""
         moved = {
-            path: AdapterLayer(layer.A.to(device=device, dtype=dtype), layer.B.to(device=device, dtype=dtype), layer.scaling)
+            path: replace(layer, A=layer.A.to(device=device, dtype=dtype), B=layer.B.to(device=device, dtype=dtype))
             for path, layer in self.layers.items()
         }
         return replace(self, layers=moved)

@@ -24,7 +24,7 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.peft_config import PeftSettings, config_from_dict, config_to_dict, read_settings, to_peft
-from lorabank.formats.peft_keys import pair_tensors, tensor_name
+from lorabank.formats.peft_keys import base_name, from_tensors, pair_tensors, split_base_weights, tensor_name, to_tensors
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -55,7 +55,8 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         raise AdapterFileError("the adapter has no layers, so there is nothing to save")
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
-        tensors[tensor_name(path, "A")], tensors[tensor_name(path, "B")] = layer.A, layer.B
+        tensors |= to_tensors(path, layer)
+    tensors |= {base_name(path): weight for path, weight in adapter.base_weights.items()}
     more = {
         key.removeprefix(TENSOR_METADATA): value for key, value in adapter.metadata.items() if key.startswith(TENSOR_METADATA)
     }
@@ -102,6 +103,7 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
             f"{tensors_path}: tensor {bad!r} holds NaN or infinity: its training diverged. Use an earlier checkpoint, "
             "or load_peft(folder, allow_non_finite=True) to look at it."
         )
+    base_weights, tensors = split_base_weights(str(tensors_path), tensors)
     layers = _layers(str(tensors_path), settings, tensors)
     metadata = dict(settings.metadata)
     metadata.update(
@@ -110,6 +112,7 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
     adapter = Adapter(
         config=settings.adapter_config(where, sorted(layers)),
         layers=layers,
+        base_weights=base_weights,
         base_model=_text(settings.raw.get("base_model_name_or_path")),
         task_type=_text(settings.raw.get("task_type")),
         metadata=metadata,
@@ -127,14 +130,15 @@ class _Own:
 
 def _layers(where: str, settings: PeftSettings, tensors: Mapping[str, Tensor]) -> dict[str, AdapterLayer]:
     layers: dict[str, AdapterLayer] = {}
-    for path, (A, B) in pair_tensors(where, tensors).items():
+    for path, (A, B, looks_up) in pair_tensors(where, tensors).items():
         expected = settings.layer_rank(path)
         if A.shape[0] != expected:
+            name = tensor_name(path, "A", looks_up=looks_up)
             raise AdapterFileError(
-                f"{where}: {tensor_name(path, 'A')!r} has the rank {A.shape[0]}, {CONFIG_FILE} says {expected} (r or "
+                f"{where}: {name!r} has the rank {A.shape[0]}, {CONFIG_FILE} says {expected} (r or "
                 "rank_pattern), so its scaling is unknown. The two files don't belong together; fetch both again."
             )
-        layers[path] = AdapterLayer(A, B, settings.layer_scaling(path))
+        layers[path] = from_tensors(where, path, (A, B), settings.layer_scaling(path), looks_up=looks_up)
     return layers
 
 

@@ -15,6 +15,7 @@ from lorabank.config.peft_fields import PEFT_FIELDS, Role, with_role
 from lorabank.errors import AdapterFileError, ConfigError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.patterns import pattern_value, to_patterns
+from lorabank.formats.peft_keys import file_rank
 
 READ = with_role(Role.SETTING, Role.ABOUT)
 """Keys that become fields of our values."""
@@ -26,7 +27,7 @@ METADATA_PREFIX = "peft."
 
 def to_peft(adapter: Adapter) -> dict[str, Any]:
     """The settings PEFT needs to rebuild exactly `adapter`'s layers. Defaults that older versions don't know are left out."""
-    rank, rank_pattern = to_patterns({path: layer.rank for path, layer in adapter.layers.items()})
+    rank, rank_pattern = to_patterns({path: file_rank(layer) for path, layer in adapter.layers.items()})
     alphas = {path: _alpha(path, layer, adapter.config.use_rslora) for path, layer in adapter.layers.items()}
     alpha, alpha_pattern = to_patterns(alphas)
     settings: dict[str, Any] = {
@@ -187,7 +188,7 @@ def _names(value: object) -> str | list[str] | None:
 
 def _alpha(path: str, layer: AdapterLayer, use_rslora: bool) -> float:
     """The alpha whose scaling is exactly the layer's; whole numbers as int, which some readers insist on."""
-    divisor = math.sqrt(layer.rank) if use_rslora else layer.rank
+    divisor = math.sqrt(file_rank(layer)) if use_rslora else file_rank(layer)
     if not (math.isfinite(layer.scaling) and layer.scaling > 0):
         raise AdapterFileError(
             f"layer {path!r}: PEFT's form needs a scaling > 0, got {layer.scaling}. Multiply B by it and use a scaling of 1."
@@ -217,7 +218,9 @@ def _stored_transposed(adapter: Adapter) -> bool:
         return True
     sampled = adapter.fingerprint.tensors if adapter.fingerprint else {}
     for path, layer in adapter.layers.items():
-        shape = (layer.B.shape[0], layer.A.shape[1])
+        shape = layer.size[::-1]
+        if layer.looks_up or layer.A.ndim > 2:
+            continue
         found = sampled.get(f"{path}.weight")
         if found is not None and shape[0] != shape[1] and found.shape == shape[::-1]:
             return True

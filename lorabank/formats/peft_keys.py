@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lorabank.errors import AdapterFileError
+from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.files import SAVED_FLOATS
 
 PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))?")
+_BASE = re.compile(r"(?P<path>.+)\.base_layer\.weight")
 UNSUPPORTED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\.lora_embedding_[AB]"), "an adapted embedding"),
     (re.compile(r"\.lora_magnitude_vector"), "a DoRA magnitude"),
     (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "a bias on a LoRA matrix"),
     (re.compile(r"\.base_layer\.lora_[AB]"), "an adapter on stacked expert parameters"),
@@ -25,13 +28,76 @@ UNSUPPORTED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
-def tensor_name(path: str, role: str) -> str:
-    """PEFT's name for `A` or `B` of a layer."""
-    return f"{PREFIX}{path}.lora_{role}.weight"
+def tensor_name(path: str, role: str, *, looks_up: bool = False) -> str:
+    """PEFT's name for `A` or `B` of a layer; `looks_up`: of an embedding."""
+    return f"{PREFIX}{path}.lora_embedding_{role}" if looks_up else f"{PREFIX}{path}.lora_{role}.weight"
 
 
-def pair_tensors(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path → (A, B), sorted by path. Raises AdapterFileError for a name, a pair or a shape that doesn't fit."""
+def to_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
+    """A layer as PEFT's file has it.
+
+    PEFT's A of a grouped convolution sees all channels, so ours stands in it once for each group, zero where that sees nothing.
+    """
+    A, B = layer.A, layer.B
+    if layer.A.ndim > 2:
+        B = B.view(*B.shape, *(1,) * (A.ndim - 2))
+    if layer.groups > 1:
+        parts = [A.new_zeros(A.shape) for _ in range(layer.groups)]
+        A = torch.cat([torch.cat([*parts[:i], A, *parts[i + 1 :]], dim=1) for i in range(layer.groups)])
+    return {tensor_name(path, role, looks_up=layer.looks_up): value for role, value in (("A", A), ("B", B))}
+
+
+def file_rank(layer: AdapterLayer) -> int:
+    """The rank that PEFT counts."""
+    return layer.rank * layer.groups
+
+
+def from_tensors(where: str, path: str, pair: tuple[Tensor, Tensor], scaling: float, *, looks_up: bool) -> AdapterLayer:
+    """The layer that PEFT's A and B, whose shapes fit each other, stand for."""
+    A, B = pair
+    if A.ndim == 2:
+        return AdapterLayer(A, B, scaling, looks_up=looks_up)
+    groups = len(A) // B.shape[1]
+    B = B.flatten(1)
+    if groups == 1:
+        return AdapterLayer(A, B, scaling)
+    blocks = A.view(groups, len(A) // groups, groups, -1, *A.shape[2:])
+    own = torch.stack([blocks[i, :, i] for i in range(groups)])
+    if sum(int(block.count_nonzero()) for block in own) != int(A.count_nonzero()):
+        raise AdapterFileError(
+            f"{where}: layer {path!r} is a convolution in {groups} groups, and its A reaches from one group into another, as "
+            "PEFT trains it. Such a change isn't one of the base weight (PEFT can't merge it either) and isn't supported yet."
+        )
+    if all(torch.equal(block, own[0]) for block in own):
+        return AdapterLayer(own[0].clone(), B, scaling, groups=groups)
+    rank, out = B.shape[1], len(B) // groups
+    wide = B.new_zeros(len(B), rank * groups)
+    for i in range(groups):
+        wide[i * out : (i + 1) * out, i * rank : (i + 1) * rank] = B[i * out : (i + 1) * out]
+    return AdapterLayer(own.flatten(0, 1).clone(), wide, scaling, groups=groups)
+
+
+def split_base_weights(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights of the base by module path, the other tensors): PEFT saves embeddings that carry an adapter along."""
+    adapted = {_parse(where, name)[0] for name in tensors if not _BASE.fullmatch(name)}
+    found, left = dict[str, Tensor](), dict[str, Tensor]()
+    for name, value in tensors.items():
+        match = _BASE.fullmatch(name)
+        path = None if match is None else _bare(match["path"])
+        if path in adapted:
+            found[path] = value
+        else:
+            left[name] = value
+    return found, left
+
+
+def base_name(path: str) -> str:
+    """PEFT's name for the base weight of an adapted layer."""
+    return f"{PREFIX}{path}.base_layer.weight"
+
+
+def pair_tensors(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, bool]]:
+    """Module path → (A, B, whether it is an embedding), sorted by path. Raises AdapterFileError for what doesn't fit."""
     found: dict[tuple[str, str], str] = {}
     adapters: set[str | None] = set()
     for name in tensors:
@@ -47,7 +113,7 @@ def pair_tensors(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[T
         raise AdapterFileError(f"{where}: tensors of several adapters in one file ({names}). Save one adapter a folder.")
     if not found:
         raise AdapterFileError(f"{where}: holds no tensors")
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor, bool]] = {}
     for path in sorted({path for path, _ in found}):
         for role, other in (("A", "B"), ("B", "A")):
             if (path, role) not in found:
@@ -55,32 +121,42 @@ def pair_tensors(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[T
                     f"{where}: layer {path!r} has {found[path, other]!r} and no lora_{role}: the file is incomplete"
                 )
         names = found[path, "A"], found[path, "B"]
-        pairs[path] = _checked(where, names, tensors[names[0]], tensors[names[1]])
+        kinds = [_EMBEDDING.fullmatch(name) is not None for name in names]
+        if kinds[0] != kinds[1]:
+            raise AdapterFileError(f"{where}: {names[0]!r} and {names[1]!r} are of two kinds of layer, and one path")
+        pairs[path] = *_checked(where, names, tensors[names[0]], tensors[names[1]]), kinds[0]
     return pairs
 
 
 def _parse(where: str, name: str) -> tuple[str, str, str | None]:
-    match = _LORA.fullmatch(name)
+    match = _EMBEDDING.fullmatch(name) or _LORA.fullmatch(name)
     unsupported = next((kind for pattern, kind in UNSUPPORTED_KEYS if pattern.search(name)), None)
     if match is None or ".base_layer." in name:
         what = f"{unsupported}, which is not supported yet" if unsupported else "not a name that PEFT's LoRA writes"
         raise AdapterFileError(f"{where}: tensor {name!r} is {what}. Nothing is dropped in silence, so the file can't be loaded.")
-    path = match["path"]
+    return _bare(match["path"]), match["role"], match["adapter"]
+
+
+def _bare(path: str) -> str:
     while path.startswith(PREFIX):  # files of a wrapped wrapper carry it twice
         path = path.removeprefix(PREFIX)
-    return path, match["role"], match["adapter"]
+    return path
 
 
 def _checked(where: str, names: tuple[str, str], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     for name, value in zip(names, (A, B), strict=True):
         if value.dtype not in SAVED_FLOATS:
             raise AdapterFileError(f"{where}: tensor {name!r} is {value.dtype}; expected float32, bfloat16, float16 or float64")
-        if value.ndim in (3, 4, 5):
+        if not 2 <= value.ndim <= 5 or 0 in value.shape:
             raise AdapterFileError(
-                f"{where}: tensor {name!r} is {tuple(value.shape)}: adapted convolutions are not supported yet"
+                f"{where}: tensor {name!r} is {tuple(value.shape)}; expected two dimensions above 0, or a convolution's"
             )
-        if value.ndim != 2 or 0 in value.shape:
-            raise AdapterFileError(f"{where}: tensor {name!r} is {tuple(value.shape)}; expected two dimensions above 0")
-    if A.shape[0] != B.shape[1]:
+    if A.ndim != B.ndim or any(size != 1 for size in B.shape[2:]):
+        raise AdapterFileError(
+            f"{where}: {names[0]!r} {tuple(A.shape)} and {names[1]!r} {tuple(B.shape)} aren't one convolution's: its B is 1 × 1"
+        )
+    groups, left = divmod(A.shape[0], B.shape[1])
+    grouped = A.ndim > 2 and groups > 0 and not left and A.shape[1] % groups == len(B) % groups == 0
+    if A.shape[0] != B.shape[1] and not grouped:
         raise AdapterFileError(f"{where}: {names[0]!r} {tuple(A.shape)} and {names[1]!r} {tuple(B.shape)} are of different ranks")
     return A, B

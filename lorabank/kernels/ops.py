@@ -114,7 +114,7 @@ def _adapter_gradients(
     shrunk, tensors = saved[:count], saved[count:]
     if places is not None:
         return native.gradients(dx, dy, x, places, tensors[::2], tensors[1::2], shrunk[0], needs)
-    plan = replace(plan, segments=_restored(plan.segments, tensors))
+    plan = replace(plan, segments=restored(plan.segments, tensors))
     dy_UTO, x_UTI = as_units(dy, plan.units), as_units(x, plan.units)
     dx_UTI = None if dx is None else dx.view(plan.units, -1, dx.shape[-1])
     gradients: list[Tensor | None] = []
@@ -142,7 +142,7 @@ def _segment_gradients(
     ]
 
 
-def _check(plan: Plan, route: Tensor) -> None:
+def check_route(plan: Plan, route: Tensor) -> None:
     """Raise RoutingError when the route or the bank changed since the forward pass."""
     if int(route) != plan.route_id:
         raise RoutingError(
@@ -156,12 +156,12 @@ def _check(plan: Plan, route: Tensor) -> None:
         )
 
 
-def _restored(segments: Sequence[Segment], tensors: Sequence[Tensor]) -> tuple[Segment, ...]:
+def restored(segments: Sequence[Segment], tensors: Sequence[Tensor]) -> tuple[Segment, ...]:
     """The segments with the saved A and B in them."""
     return tuple(replace(s, A_RI=tensors[2 * i], B_RO=tensors[2 * i + 1]) for i, s in enumerate(segments))
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Adapters compute in their own dtype, whatever autocast makes of the base."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
@@ -174,7 +174,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx: Any, x: Tensor, base: Sequence[Tensor], bias: Tensor | None, product: BaseProduct, plan: Plan, *tensors: Tensor
     ) -> Tensor:
         y = product.forward(x, base, bias)
-        with _without_autocast(x):
+        with without_autocast(x):
             shrunk, ctx.places = _expand_into(y, x, plan)
         ctx.plan, ctx.product, ctx.x_dtype, ctx.stored = plan, product, x.dtype, len(base)
         ctx.save_for_backward(x, plan.route, *base, *shrunk, *tensors)
@@ -186,9 +186,9 @@ class _LoRALinear(torch.autograd.Function):
         (dy,) = grad_outputs
         x, route, *saved = ctx.saved_tensors
         base, saved = saved[: ctx.stored], saved[ctx.stored :]
-        _check(ctx.plan, route)
+        check_route(ctx.plan, route)
         dx = None
-        with _without_autocast(x):
+        with without_autocast(x):
             if ctx.needs_input_grad[0]:
                 dx = ctx.product.input_grad(dy, base).to(ctx.x_dtype).contiguous()
             gradients = _adapter_gradients(dx, dy, x, ctx.plan, ctx.places, saved, ctx.needs_input_grad[5:])
@@ -201,7 +201,7 @@ class _AddLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, plan: Plan, *tensors: Tensor) -> Tensor:
         out = y.clone(memory_format=torch.contiguous_format)
-        with _without_autocast(x):
+        with without_autocast(x):
             shrunk, ctx.places = _expand_into(out, x, plan)
         ctx.plan = plan
         ctx.save_for_backward(x, plan.route, *shrunk, *tensors)
@@ -212,9 +212,9 @@ class _AddLoRA(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grad_outputs
         x, route, *saved = ctx.saved_tensors
-        _check(ctx.plan, route)
+        check_route(ctx.plan, route)
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
-        with _without_autocast(x):
+        with without_autocast(x):
             gradients = _adapter_gradients(dx, dy, x, ctx.plan, ctx.places, saved, ctx.needs_input_grad[3:])
         return dy, dx, None, *gradients
 

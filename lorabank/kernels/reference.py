@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorabank.kernels.maps import LowRankMap
 from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_units
 
 
@@ -38,6 +39,26 @@ def add_lora(y: Tensor, x: Tensor, segments: Sequence[Segment], units: int) -> T
         changed = take_units(y_UTO, rows).to(segment.A_RI.dtype) + lora_delta(x_UTI, segment)
         y_UTO = y_UTO.index_copy(0, rows, changed.to(y.dtype))
     return y_UTO.reshape(y.shape)
+
+
+def add_mapped(y: Tensor, x: Tensor, layer_map: LowRankMap, segments: Sequence[Segment], units: int) -> Tensor:
+    """y plus every segment's change of it, for any map; x (U · N, …), N samples a unit. Rounded once, into y's dtype."""
+    x_UN, y_UN = (value.reshape(units, -1, *value.shape[1:]) for value in (x, y))
+    for segment in segments:
+        rows = torch.arange(units, device=y.device)[segment.rows]
+        mine = x_UN[rows]
+        if mine.is_floating_point():
+            mine = mine.to(segment.A_RI.dtype)
+        mask = None if segment.dropout is None else layer_map.dropout(segment.dropout, mine)
+        if mask is not None:
+            mine = mine * mask.to(mine.dtype)
+        change = layer_map.expand(layer_map.shrink(mine.flatten(0, 1), segment.A_RI), segment.B_RO) * segment.scaling
+        change = change.view(y_UN[rows].shape)
+        if segment.weights_U is not None:
+            weights_U = segment.weights_U.to(change.device, change.dtype)
+            change = change * weights_U.view(-1, *(1,) * (change.ndim - 1))
+        y_UN = y_UN.index_copy(0, rows, (y_UN[rows].to(change.dtype) + change).to(y.dtype))
+    return y_UN.reshape(y.shape)
 
 
 def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, segments: Sequence[Segment], units: int) -> Tensor:

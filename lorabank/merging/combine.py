@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -92,17 +93,18 @@ def _concatenated(terms: list[tuple[AdapterLayer, float]]) -> AdapterLayer:
     wanted = [layer.A.dtype for layer, _ in terms] + [layer.B.dtype for layer, _ in terms]
     dtype = reduce(torch.promote_types, wanted, torch.float32)  # a 16-bit B would round the weights that go into it
     device = terms[0][0].A.device
+    first = terms[0][0]
     used = [(layer, weight) for layer, weight in terms if weight != 0]
     if not used:  # the layer stays, with a change of exactly zero
-        first = terms[0][0]
-        return AdapterLayer(first.A[:1].to(dtype).clone(), torch.zeros(first.B.shape[0], 1, dtype=dtype, device=device), 1.0)
+        zeros = torch.zeros(first.B.shape[0], 1, dtype=dtype, device=device)
+        return replace(first, A=first.A[:1].to(dtype).clone(), B=zeros, scaling=1.0)
 
     def wide(value: Tensor) -> Tensor:
         return value.detach().to(device, dtype)
 
     A = torch.cat([wide(layer.A) for layer, _ in used])
     B = torch.cat([wide(layer.B) * (weight * layer.scaling) for layer, weight in used], dim=1)
-    return AdapterLayer(A, B, 1.0)
+    return replace(first, A=A, B=B, scaling=1.0)
 
 
 def _check_one_base(adapters: Sequence[Adapter]) -> None:
@@ -118,10 +120,13 @@ def _check_one_base(adapters: Sequence[Adapter]) -> None:
 
 
 def _check_shapes(adapters: Sequence[Adapter]) -> None:
-    shapes: dict[str, tuple[int, tuple[int, int]]] = {}
+    shapes: dict[str, tuple[int, tuple[int, ...]]] = {}
+    kinds: dict[str, tuple[int, bool]] = {}
     for index, adapter in enumerate(adapters):
         for path, layer in adapter.layers.items():
-            shape = (layer.B.shape[0], layer.A.shape[1])
+            shape = (layer.B.shape[0], *layer.A.shape[1:])
+            if kinds.setdefault(path, (layer.groups, layer.looks_up)) != (layer.groups, layer.looks_up):
+                raise MergeError(f"combine: layer {path!r} isn't of one kind in all adapters; they belong to different bases")
             first, known = shapes.setdefault(path, (index, shape))
             if known != shape:
                 raise MergeError(

@@ -14,20 +14,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.fit import misfit
 from lorabank.bank.layers import layer_kind
-from lorabank.bank.targets import linear_layers
+from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
-from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
+from lorabank.kernels.maps import LowRankMap
+from lorabank.merging.outputs import Inputs, LogitsCheck, compare, map_of, merged_outputs, outputs_beside
 from lorabank.merging.quantized import STORAGES, refusal, rounded
 from lorabank.merging.report import LayerLoss, MergeReport
 
 MERGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WARN_ABOVE = 0.5
 """Share of Δ lost to rounding above which a merge warns."""
-CHECK_INPUTS = 4
-"""Random inputs a layer that merged is compared with unmerged on."""
 TF32_EPS = 2.0**-10  # a GPU may be set to multiply float32 in this precision
 
 
@@ -150,7 +150,7 @@ def _fitting_layers(model: nn.Module, adapter: Adapter, strength: float) -> dict
     """The base layers that `adapter` changes, by path, all checked before any is touched."""
     if not adapter.layers:
         raise MergeError("merge: the adapter has no layers")
-    known = linear_layers(model)
+    known = adaptable_layers(model)
     missing = [path for path in adapter.layers if path not in known]
     if missing:
         raise MergeError(_missing(model, missing, known, len(adapter.layers)))
@@ -163,12 +163,8 @@ def _fitting_layers(model: nn.Module, adapter: Adapter, strength: float) -> dict
             raise MergeError(
                 f"merge: {path}.weight is {held}; expected float32, float64, bfloat16 or float16. Load the base unquantised."
             )
-        expected = (layer.B.shape[0], layer.A.shape[1])
-        if tuple(_weight_oi(known[path]).shape) != expected:
-            raise MergeError(
-                f"merge: {path}.weight maps {_weight_oi(known[path]).shape[1]} to {_weight_oi(known[path]).shape[0]} features, "
-                f"the adapter's layer {expected[1]} to {expected[0]}; it belongs to another base"
-            )
+        if wrong := misfit(path, layer, known[path]):
+            raise MergeError(f"merge: {wrong}; the adapter belongs to another base")
         if not (layer.A.isfinite().all() and layer.B.isfinite().all() and math.isfinite(layer.scaling)):
             raise AdapterFileError(f"merge: layer {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
     return {path: known[path] for path in adapter.layers}
@@ -183,7 +179,7 @@ def _missing(model: nn.Module, missing: list[str], known: Mapping[str, nn.Module
         else closest(missing[0], known)
     )
     return (
-        f"merge: {len(missing)} of the adapter's {total} layers are not among the model's linear layers: {shown}{why}. "
+        f"merge: {len(missing)} of the adapter's {total} layers are not among the model's layers: {shown}{why}. "
         "Load the model class that the adapter was trained on."
     )
 
@@ -205,38 +201,40 @@ def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _merge_layer(path: str, base: nn.Module, layer: AdapterLayer, strength: float, check: bool) -> LayerLoss:
-    weight = base.get_parameter("weight")
+    weight, layer_map = base.get_parameter("weight"), map_of(base)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A_RI, B_RO = (value.detach().to(weight.device, wide) for value in (layer.A, layer.B.t()))
+    A_RI, B_RO = (value.detach().to(weight.device, wide) for value in (layer.A.flatten(1), layer.B.t()))
     B_RO = B_RO * (strength * layer.scaling)
     with torch.no_grad():
-        before_OI = _weight_oi(base).to(wide, copy=True)
-        delta_OI = B_RO.t() @ A_RI
-        x_TI = _test_inputs(path, before_OI)
-        y_before = base(x_TI.to(weight.dtype)).to(wide) if check else None
-        _weight_oi(base).copy_(before_OI + delta_OI)
-        after_OI = _weight_oi(base).to(wide)
-        if not after_OI.isfinite().all() and before_OI.isfinite().all():
+        before = weight.to(wide, copy=True)
+        delta = layer_map.shape(B_RO.t() @ A_RI)
+        x = _test_inputs(path, layer_map, A_RI.shape[1], weight)
+        y_before = base(x).to(wide) if check else None
+        weight.copy_(before + delta)
+        after = weight.to(wide)
+        if not after.isfinite().all() and before.isfinite().all():
             raise MergeError(f"merge: {path}.weight + ΔW is too large for {weight.dtype}. Merge into a float32 copy of the base.")
         if y_before is not None:
-            _check_layer(path, base, x_TI, y_before, (before_OI, A_RI, B_RO))
-        lost = torch.linalg.vector_norm(after_OI - before_OI - delta_OI)
+            _check_layer(path, base, x, y_before, (before, A_RI, B_RO))
+        lost = torch.linalg.vector_norm(after - before - delta)
         return LayerLoss(
-            weight=float(torch.linalg.vector_norm(before_OI)), delta=float(torch.linalg.vector_norm(delta_OI)), lost=float(lost)
+            weight=float(torch.linalg.vector_norm(before)), delta=float(torch.linalg.vector_norm(delta)), lost=float(lost)
         )
 
 
-def _check_layer(path: str, base: nn.Module, x_TI: Tensor, y_before: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+def _check_layer(path: str, base: nn.Module, x: Tensor, y_before: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
     """Compare the merged layer's own forward with base plus adapter. The bound is the rounding of the sums that both take."""
-    before_OI, A_RI, B_RO = parts
-    weight = base.get_parameter("weight")
-    x_TI = x_TI.to(weight.dtype).to(x_TI.dtype)
-    expected = y_before + (x_TI @ A_RI.t()) @ B_RO
-    found = base(x_TI.to(weight.dtype)).to(x_TI.dtype)
+    before, A_RI, B_RO = parts
+    weight, layer_map = base.get_parameter("weight"), map_of(base)
+    wide_x = x.to(before.dtype) if x.is_floating_point() else x
+    expected = y_before + layer_map.expand(layer_map.shrink(wide_x, A_RI), B_RO)
+    found = base(x).to(y_before.dtype)
     eps = torch.finfo(weight.dtype).eps
     if weight.is_cuda and torch.backends.cuda.matmul.allow_tf32:
         eps = max(eps, TF32_EPS)
-    terms = x_TI.abs() @ before_OI.abs().t() + (x_TI.abs() @ A_RI.abs().t()) @ B_RO.abs()
+    size = wide_x.abs() if x.is_floating_point() else x
+    terms = layer_map.whole(size, layer_map.flat(before).abs())
+    terms = terms + layer_map.expand(layer_map.shrink(size, A_RI.abs()), B_RO.abs())
     bound = 8 * eps * (terms + y_before.abs())
     excess = (found - expected).abs() - bound
     if not bool((excess <= 0).all()):
@@ -262,9 +260,10 @@ def _hash(weight: Tensor) -> int:
     return int(torch.hash_tensor(weight.detach()).view(torch.int64))
 
 
-def _test_inputs(path: str, weight_OI: Tensor) -> Tensor:
+def _test_inputs(path: str, layer_map: LowRankMap, size: int, weight: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(len(path))  # its own generator: a merge doesn't move the caller's random numbers
-    return torch.randn(CHECK_INPUTS, weight_OI.shape[1], generator=generator).to(weight_OI.device, weight_OI.dtype)
+    x = layer_map.sample(size, generator).to(weight.device)
+    return x.to(weight.dtype) if x.is_floating_point() else x
 
 
 def _weight_oi(base: nn.Module) -> Tensor:

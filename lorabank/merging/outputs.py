@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.kernels.maps import LowRankMap
 from lorabank.merging.report import MergeReport
 
 Inputs = Tensor | Mapping[str, Any]
@@ -85,18 +87,30 @@ def adapter_beside(model: nn.Module, adapter: Adapter, *, strength: float = 1.0)
     hooks = []
     try:
         for path, layer in adapter.layers.items():
-            hooks.append(model.get_submodule(path).register_forward_hook(_adding(layer, strength)))
+            module = model.get_submodule(path)
+            hooks.append(module.register_forward_hook(_adding(layer, map_of(module), strength)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _adding(layer: AdapterLayer, strength: float) -> Any:
+def map_of(module: nn.Module) -> LowRankMap:
+    """How a layer's change is made of two narrow products; of a wrapped layer, its base's."""
+    base = module.base if isinstance(module, LoRALayer) else module
+    kind = layer_kind(base)
+    if kind is None:
+        raise MergeError(f"merge: a {type(base).__name__} can't be merged into")
+    return kind.low_rank_map(base)
+
+
+def _adding(layer: AdapterLayer, layer_map: LowRankMap, strength: float) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        wide = torch.promote_types(args[0].dtype, layer.A.dtype)
-        x, A, B = args[0].to(wide), layer.A.to(args[0].device, wide), layer.B.to(args[0].device, wide)
-        return output + (strength * layer.scaling * ((x @ A.t()) @ B.t())).to(output.dtype)
+        x: Tensor = args[0]
+        wide = torch.promote_types(output.dtype, layer.A.dtype)
+        A, B = layer.A.flatten(1).to(x.device, wide), layer.B.t().to(x.device, wide)
+        shrunk = layer_map.shrink(x.to(wide) if x.is_floating_point() else x, A)
+        return output + (strength * layer.scaling * layer_map.expand(shrunk, B)).to(output.dtype)
 
     return hook
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from lorabank.bank.bank import AdapterBank
-from lorabank.bank.init import initial_A
+from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, TargetError
 from lorabank.formats.adapter import Adapter
@@ -83,15 +82,16 @@ def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
     """Set an adapter's values back to where they started."""
     start = None if job.run.init_from is None else Adapter.load(job.run.init_from)
     with torch.no_grad():
-        for key, leaf in bank.named_parameters(name):
-            path, _, role = key.rpartition(".")
+        for layer in all_layers(bank):
+            slot = layer.slots.get(name)
+            if slot is None:
+                continue
             if start is not None:
-                layer = start.layers[path]
-                leaf.copy_(layer.A if role == "A" else layer.B.t())
-            elif role == "A":
-                leaf.copy_(initial_A(bank.config(name).init, leaf.shape[0], leaf.shape[1], job.seed, path))
+                A, B = start.layers[layer.path].A.flatten(1), start.layers[layer.path].B
             else:
-                leaf.zero_()
+                A, B = layer.fresh(bank.config(name).init, slot.rank, job.seed)
+            slot.tensors.A_RI.copy_(A)
+            slot.tensors.B_RO.zero_() if B is None else slot.tensors.B_RO.copy_(B.t())
 
 
 def adapter_is_finite(bank: AdapterBank, name: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from lorabank import BASE, attach
 from lorabank.bank.bank import all_layers
-from tests.bank.tiny import MODELS, add, clear, gradients, ids, make, outputs, state_bytes, two
+from tests.bank.tiny import MODELS, TARGETS, add, clear, gradients, ids, make, outputs, state_bytes, two
 
 KINDS = list(MODELS)
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
@@ -41,7 +41,7 @@ def test_law1_a_detached_model_is_the_old_model_bit_for_bit(kind: str) -> None:
     before, x = state_bytes(model), ids(4)
     expected = outputs(model, x).detach()
     bank = attach(model)
-    add(bank, "a", targets="*")
+    add(bank, "a", targets=TARGETS.get(kind, "all-linear"))
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora." not in name)
     with bank.route(["a", "a", BASE, BASE]):
         outputs(model, x).square().sum().backward()
@@ -187,8 +187,8 @@ def test_law8_spare_capacity_poisoned_with_nan_leaks_nowhere(kind: str) -> None:
     results = []
     for poisoned in (False, True):
         model, bank = two(kind)
-        add(bank, "gone", targets="*", rank=7)
-        add(bank, "c", targets="*", rank=2)
+        add(bank, "gone", targets=TARGETS.get(kind, "all-linear"), rank=7)
+        add(bank, "c", targets=TARGETS.get(kind, "all-linear"), rank=2)
         bank.remove("gone")  # a gap between slots, and room behind them
         if poisoned:
             for layer in all_layers(bank):
@@ -201,7 +201,7 @@ def test_law8_spare_capacity_poisoned_with_nan_leaks_nowhere(kind: str) -> None:
         with bank.route(["a", "c", {"a": 1, "b": 0.5, "c": 2}, BASE]):
             y = outputs(model, ids(4))
         y.square().mean().backward()
-        add(bank, "d", targets="*", rank=6)  # takes the gap: NaN must not stay in it
+        add(bank, "d", targets=TARGETS.get(kind, "all-linear"), rank=6)  # takes the gap: NaN must not stay in it
         with bank.route("d"):
             y_d = outputs(model, ids(4))
         results.append((y.detach(), y_d.detach(), gradients(bank), {n: bank.adapter(n) for n in bank.names}))

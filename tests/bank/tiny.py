@@ -58,6 +58,31 @@ class TorchEncoder(nn.Module):
         return self.head(self.encoder(self.embed(input_ids)))
 
 
+class Pictures(nn.Module):
+    """Convolutions of every kind over ids that are laid out as pictures: plain, strided, dilated, in groups, depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16, padding_idx=0)
+        self.positions = nn.Embedding(8, 16)
+        self.along = nn.Conv1d(16, 12, 3, padding=1, groups=2)
+        self.blocks = nn.ModuleList(
+            [
+                nn.Conv2d(12, 12, 3, padding="same", dilation=2, padding_mode="circular"),
+                nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
+                nn.Conv2d(12, 16, 1, stride=(2, 1)),
+            ]
+        )
+        self.head = nn.Linear(16, VOCABULARY)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device)[None])
+        h = self.along(h.transpose(1, 2)).unflatten(2, (2, -1))
+        for block in self.blocks:
+            h = torch.tanh(block(h))
+        return self.head(h.flatten(2).mT.contiguous())  # on another layout torch multiplies a frozen weight otherwise
+
+
 def llama(**changes: Any) -> LlamaForCausalLM:
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LlamaForCausalLM(
@@ -120,8 +145,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bart": bart,
     "handwritten": Handwritten,
     "torch encoder": TorchEncoder,
+    "pictures": Pictures,
 }
-TARGETS: dict[str, Any] = {"torch encoder": ["linear1", "linear2", "head"]}
+TARGETS: dict[str, Any] = {
+    "torch encoder": ["linear1", "linear2", "head"],
+    "pictures": ["all-linear", "all-conv", "all-embedding"],
+}
 """What the tests adapt, where it isn't `all-linear`."""
 
 
@@ -139,7 +168,7 @@ def outputs(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The model's answer, rows first, whatever kind it is."""
     if isinstance(model, T5ForConditionalGeneration | BartForConditionalGeneration):
         return model(input_ids=input_ids, decoder_input_ids=input_ids.flip(1), use_cache=False).logits
-    if isinstance(model, Handwritten | TorchEncoder):
+    if isinstance(model, Handwritten | TorchEncoder | Pictures):
         return model(input_ids)
     return model(input_ids=input_ids).logits
 
@@ -149,7 +178,7 @@ def fill(bank: AdapterBank, name: str, size: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
         for key, p in bank.named_parameters(name):
-            if key.endswith(".B"):
+            if key.endswith(".B") or not p.any():  # an embedding's A starts at zero
                 p.copy_(torch.randn(p.shape, generator=generator) * size / p.shape[0] ** 0.5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,21 @@ def test_law3_with_activation_checkpointing(family: str) -> None:
 
     joint = train(base, JOBS, gradient_checkpointing=True)
     _compare(JOBS, joint, {name: leaves for job in JOBS for name, leaves in train(base, [job]).items()}, 5e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_law3_with_embeddings(family: str, checkpointing: bool) -> None:
+    """Of tokens, and GPT-2's of positions, which it gives once for all rows. Beside adapters that have none."""
+    jobs = [replace(job, targets=["all-embedding", "mlp"]) if job.name in ("long", "wide") else job for job in JOBS]
+
+    def base() -> torch.nn.Module:
+        return make_model(family, spread=2.0)
+
+    joint = train(base, jobs, gradient_checkpointing=checkpointing)
+    alone = {name: leaves for job in jobs for name, leaves in train(base, [job]).items()}
+    _compare(jobs, joint, alone, 1e-3 if family == "gpt2" else 1e-4)
+    assert {key.rpartition(".")[0] for key in joint["long"]} >= {"transformer.wte", "transformer.wpe"} or family == "llama"
 
 
 def test_law3_over_a_bf16_base() -> None:

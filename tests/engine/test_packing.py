@@ -61,6 +61,13 @@ def assert_same_pass(bank: AdapterBank, packed: Batch, plain: Batch, engine: Eng
         assert all(bool(g.any()) for g in found[name].values())
 
 
+def test_law2_packed_rows_with_embeddings() -> None:
+    for family in ("llama", "gpt2"):
+        bank = make_bank(family, targets=["all-embedding", "mlp"])
+        packed, plain = pair()
+        assert_same_pass(bank, packed, plain)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", PACKABLE)
 def test_law2_packed_rows_equal_rows_of_their_own(family: str, checkpointing: bool) -> None:

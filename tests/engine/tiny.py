@@ -181,6 +181,7 @@ class Job:
     steps: int = 20
     dropout: float = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    targets: str | Sequence[str] = "all-linear"
 
 
 def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -188,7 +189,7 @@ def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any
     bank = attach(make_base())
     optimizer = SlotOptimizer(bank)
     for job in jobs:
-        bank.add(job.name, AdapterConfig(rank=job.rank, dropout=job.dropout), seed=sum(job.name.encode()))
+        bank.add(job.name, AdapterConfig(rank=job.rank, dropout=job.dropout, targets=job.targets), seed=sum(job.name.encode()))
         optimizer.add(job.name, job.optimizer)
     verbs = Engine(bank, **engine)
     seen = {job.name: 0 for job in jobs}

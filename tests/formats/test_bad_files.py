@@ -152,7 +152,7 @@ def test_half_a_pair(folder: Path, role: str) -> None:
 
 BAD_TENSORS = {
     "int8": (torch.ones(4, 32, dtype=torch.int8), "int8"),
-    "conv": (torch.ones(4, 32, 1, 1), "convolutions"),
+    "conv": (torch.ones(4, 32, 1, 1), "aren't one convolution's"),
     "vector": (torch.ones(4), "two dimensions"),
     "empty": (torch.ones(0, 32), "two dimensions"),
     "rank": (torch.ones(3, 32), "different ranks"),

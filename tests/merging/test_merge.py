@@ -156,11 +156,15 @@ def bad_adapters(adapter: Adapter) -> dict[str, tuple[Adapter, str, type[Excepti
     nan = AdapterLayer(adapter.layers[last].A * float("nan"), adapter.layers[last].B, 1.0)
     return {
         "misspelt": (with_layers(**{path + "x": layer}), f"did you mean '{path}'", MergeError),
-        "unknown": (with_layers(zzz=layer), "not among the model's linear layers: 'zzz'", MergeError),
-        "embedding": (with_layers(**{"model.embed_tokens": layer}), "Embedding, which can't be merged", MergeError),
+        "unknown": (with_layers(zzz=layer), "not among the model's layers: 'zzz'", MergeError),
+        "embedding": (
+            with_layers(**{"model.embed_tokens": layer}),
+            "made for a linear layer, the model's layer is a Embedding",
+            MergeError,
+        ),
         "shape": (
             with_layers(**{last: AdapterLayer(torch.ones(2, 5), torch.ones(7, 2), 1.0)}),
-            "features, the adapter's layer 5 to 7",
+            "made for 5 → 7 features",
             MergeError,
         ),
         "nan": (with_layers(**{last: nan}), f"{last}.*NaN or infinity", AdapterFileError),

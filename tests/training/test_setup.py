@@ -15,7 +15,7 @@ from tests.training.tiny import tiny_rows, write_rows
 def test_wrong_settings_name_their_adapter(base_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", tiny_rows(8))
     good: dict[str, Any] = {"model": str(base_folder), "data": str(rows)}
-    with pytest.raises(TargetError, match=r"^adapters\.b\.targets: 'q_porj' matches no linear layer"):
+    with pytest.raises(TargetError, match=r"^adapters\.b\.targets: 'q_porj' matches no layer"):
         lb.train(**good, adapters={"a": {}, "b": {"targets": ["q_porj"]}})
     with pytest.raises(DataError, match=r"^adapters\.b\.data: no file or folder './rows.jsnl'"):
         lb.train(**good, adapters={"a": {}, "b": {"data": "./rows.jsnl"}})
