@@ -51,6 +51,7 @@ class Work:
     tokens: int = 128
     adapters: int = 1
     compiled: bool = False
+    dora: bool = False
     keeps_memory: bool = False
     """Whether the process reuses freed memory."""
 
@@ -72,9 +73,19 @@ def as_batch(ids: torch.Tensor, names: list[str]) -> Batch:
     return make_batch([(row.tolist(), [1.0] * length) for row in ids], [names[i * len(names) // count] for i in range(count)])
 
 
-def peft_step(model: PreTrainedModel, ids: torch.Tensor, *, compiled: bool = False) -> Step:
+def peft_config(*, dora: bool) -> peft.LoraConfig:
+    """What PEFT trains."""
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora=dora)
+
+
+def bank_config(*, dora: bool) -> lb.AdapterConfig:
+    """What lorabank trains."""
+    return lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets=TARGETS, use_dora=dora)
+
+
+def peft_step(model: PreTrainedModel, ids: torch.Tensor, *, compiled: bool = False, dora: bool = False) -> Step:
     """PEFT's usual loop."""
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = peft_config(dora=dora)
     wrapped = peft.get_peft_model(model.train(), config)
     if compiled:
         wrapped.compile()  # the whole model, as PEFT's users do
@@ -88,7 +99,7 @@ def peft_step(model: PreTrainedModel, ids: torch.Tensor, *, compiled: bool = Fal
     return step
 
 
-def bank_step(model: PreTrainedModel, ids: torch.Tensor, adapters: int, *, compiled: bool) -> Step:
+def bank_step(model: PreTrainedModel, ids: torch.Tensor, adapters: int, *, compiled: bool, dora: bool = False) -> Step:
     """lorabank with `adapters` slots sharing the rows."""
     if compiled:
         compile_blocks(model)
@@ -96,7 +107,7 @@ def bank_step(model: PreTrainedModel, ids: torch.Tensor, adapters: int, *, compi
     names = [f"adapter{i}" for i in range(adapters)]
     engine, optimizer = Engine(bank), SlotOptimizer(bank)
     for name in names:
-        bank.add(name, lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets=TARGETS))
+        bank.add(name, bank_config(dora=dora))
         optimizer.add(name)
     batch = as_batch(ids, names)
 
@@ -107,30 +118,33 @@ def bank_step(model: PreTrainedModel, ids: torch.Tensor, adapters: int, *, compi
     return step
 
 
-def check_equal(folder: Path, layers: int | None) -> dict[str, float]:
-    """Loss and gradients of one adapter on both systems, from the same A and B. Exits when they disagree."""
+def check_equal(folder: Path, layers: int | None, *, dora: bool = False) -> dict[str, float]:
+    """Loss and gradients of one adapter on both systems, from the same values. Exits when they disagree."""
     ids = token_rows(2, 64)
     ours = load(folder, layers)
     bank = lb.attach(ours)
-    bank.add("a", lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets=TARGETS))
+    bank.add("a", bank_config(dora=dora))
     with torch.no_grad():
-        for p in bank.parameters("a"):
-            p.normal_(std=0.02, generator=torch.Generator().manual_seed(p.numel()))
+        for key, p in bank.named_parameters("a"):
+            if not key.endswith(".magnitude"):
+                p.normal_(std=0.02, generator=torch.Generator().manual_seed(p.numel()))
     loss = forward_backward(Engine(bank), as_batch(ids, ["a"]))["a"]
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(load(folder, layers).eval(), config)
+    wrapped = peft.get_peft_model(load(folder, layers).eval(), peft_config(dora=dora))
     theirs = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     adapter = bank.adapter("a")
     with torch.no_grad():
         for path, layer in adapter.layers.items():
             theirs[f"base_model.model.{path}.lora_A.default.weight"].copy_(layer.A)
             theirs[f"base_model.model.{path}.lora_B.default.weight"].copy_(layer.B)
+            if layer.magnitude is not None:
+                theirs[f"base_model.model.{path}.lora_magnitude_vector.default.weight"].copy_(layer.magnitude)
     reference = wrapped(input_ids=ids, labels=ids).loss
     reference.backward()
     worst = 0.0
     for name, p in bank.named_parameters("a"):
         path, _, role = name.rpartition(".")
-        other = theirs[f"base_model.model.{path}.lora_{role}.default.weight"].grad
+        kind = "magnitude_vector" if role == "magnitude" else role
+        other = theirs[f"base_model.model.{path}.lora_{kind}.default.weight"].grad
         assert p.grad is not None and other is not None
         mine = p.grad / loss.tokens
         worst = max(worst, float((mine - (other.t() if role == "B" else other)).norm() / other.norm()))
@@ -146,9 +160,9 @@ def run_worker(work: Work, folder: Path, layers: int | None) -> None:
         keep_freed_memory()
     model, ids = load(folder, layers), token_rows(work.rows, work.tokens)
     if work.system == "peft":
-        serve(peft_step(model, ids, compiled=work.compiled))
+        serve(peft_step(model, ids, compiled=work.compiled, dora=work.dora))
     else:
-        serve(bank_step(model, ids, work.adapters, compiled=work.compiled))
+        serve(bank_step(model, ids, work.adapters, compiled=work.compiled, dora=work.dora))
 
 
 def compare(name: str, mine: Work, other: Work, repeats: int, args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -201,6 +215,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--layers", type=int, help="use only the first blocks")
     parser.add_argument("--compile", action="store_true", help="compiled steps too (needs a C++ compiler)")
+    parser.add_argument("--dora", action="store_true", help="steps with DoRA, beside PEFT's and beside plain LoRA")
     parser.add_argument("--only", default="", help="only the lines whose name holds this text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -214,6 +229,7 @@ def main() -> None:
         run_worker(Work(**json.loads(args.worker)), folder, args.layers)
         return
     check = check_equal(folder, args.layers)
+    decomposed = check_equal(folder, args.layers, dora=True) if args.dora else {}
     loss, gradient = check["loss_difference"], check["largest_gradient_difference"]
     print(f"same loss (to {loss:.1e}) and gradients (to {gradient:.1e} of their norm) as PEFT")
     print(f"{'':58s} {'lorabank':>10s} {'other':>10s}   lorabank / other          peak memory")
@@ -232,6 +248,11 @@ def main() -> None:
     line("one adapter, 4 × 128 tokens (PEFT)", ours(4, 1), theirs(4))
     line("eight adapters, 1 × 128 each (eight PEFT steps)", ours(8, 8), theirs(1), 8)
     line("eight slots, 8 × 128 tokens (one slot)", ours(8, 8), ours(8, 1))
+    if args.dora:
+        dora = [Work(system=system, rows=4, dora=True, keeps_memory=system == "lorabank") for system in ("lorabank", "peft")]
+        line("DoRA, 4 × 128 tokens (PEFT's DoRA)", *dora)
+        line("DoRA, 4 × 128 tokens (plain LoRA)", dora[0], ours(4, 1))
+        line("PEFT's DoRA, 4 × 128 tokens (PEFT's plain LoRA)", dora[1], theirs(4))
     if args.compile:
         line("one adapter, 4 × 128, compiled (PEFT)", ours(4, 1, True), theirs(4))
         line("one adapter, 4 × 128, compiled (PEFT compiled)", ours(4, 1, True), theirs(4, True))
@@ -242,7 +263,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_name(), "threads": args.threads,
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "peft": peft.__version__, "model": args.model, "layers": args.layers, "rounds": args.rounds,
-        "peft_keeps_memory": args.peft_keeps_memory, "check": check, "rows": rows,
+        "peft_keeps_memory": args.peft_keeps_memory, "check": check, "check_dora": decomposed, "rows": rows,
     }  # fmt: skip
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorabank.bank.configs import as_adapter_config
-from lorabank.bank.fit import check_fits, task_type, warn_ranks, warn_storage
-from lorabank.bank.layers import LoRALayer
+from lorabank.bank.fit import check_decomposed, check_fits, task_type, warn_ranks, warn_storage
+from lorabank.bank.layers import LoRALayer, SlotValues
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
@@ -33,8 +33,8 @@ _CAPTURE = (
     "with bank.use(name)."
 )
 
-_Start = Callable[[str, LoRALayer], tuple[Tensor, Tensor | None]]
-"""(path, layer) → A (rank, in) and B (out, rank) to begin with; None for a B of zeros."""
+_Start = Callable[[str, LoRALayer], SlotValues]
+"""(path, layer) → what a slot begins with."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class AdapterBank:
         check_new_name(name, self._slots)
         config = as_adapter_config(config)
         chosen = resolve_targets(self.model, config)
+        check_decomposed(config, chosen)
         shapes: dict[str, tuple[int, float]] = {}
         for path in chosen:
             rank = pattern_value(config.rank_pattern, path, config.rank)
@@ -116,10 +117,7 @@ class AdapterBank:
         slot = _Slot(config=config, seed=seed, paths=tuple(chosen))
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 
-        def start(path: str, layer: LoRALayer) -> tuple[Tensor, Tensor | None]:
-            return layer.fresh(config.init, shapes[path][0], seed)
-
-        self._install(name, slot, shapes, start)
+        self._install(name, slot, shapes, lambda path, layer: layer.fresh(config, shapes[path][0], seed))
 
     def load(self, name: str, adapter: Adapter, *, force: bool = False, seed: int = 0) -> None:
         """Put a trained adapter into the bank under `name`.
@@ -136,14 +134,14 @@ class AdapterBank:
                 f"adapter {name!r} was trained on another base model{of}: {difference}. "
                 "Load the base that it was trained on, or pass force=True to use it all the same."
             )
-        check_fits(self.model, name, adapter)
+        check_fits(self.model, name, adapter, force=force)
         warn_storage(name, adapter, self.model)
         # in the order that `add` has them, not the file's
         in_order = [path for path in adaptable_layers(self.model) if path in adapter.layers]
         shapes = {path: (adapter.layers[path].rank, adapter.layers[path].scaling) for path in in_order}
         told = adapter.metadata.get(BASE_STORAGE)
         slot = _Slot(adapter.config, seed, tuple(shapes), adapter.base_model, adapter.task_type, told)
-        self._install(name, slot, shapes, lambda path, _: (adapter.layers[path].A.flatten(1), adapter.layers[path].B))
+        self._install(name, slot, shapes, lambda path, _: SlotValues.of(adapter.layers[path]))
 
     def adapter(self, name: str) -> Adapter:
         """A copy of an adapter's present values, on the CPU, apart from the bank."""
@@ -175,19 +173,19 @@ class AdapterBank:
         return [p for _, p in self.named_parameters(name)]
 
     def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """`<layer path>.A` / `.B` and the leaf; with name=None `<adapter>:<layer path>.A`."""
+        """`<layer path>.A` / `.B` (and `.magnitude`, DoRA's) and the leaf; with name=None `<adapter>:<layer path>.A`."""
         for adapter in [name] if name is not None else list(self._slots):
             prefix = "" if name is not None else f"{adapter}:"
             for path in self._slot(adapter).paths:
                 tensors = self._layers[path].slots[adapter].tensors
-                yield f"{prefix}{path}.A", tensors.A_RI
-                yield f"{prefix}{path}.B", tensors.B_RO
+                for role, leaf in tensors.by_role.items():
+                    yield f"{prefix}{path}.{role}", leaf
 
     def parameter_groups(self, name: str, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict[str, Any]]:
         """Groups for any torch optimizer: A with `learning_rate`, B with `loraplus_ratio` times it (LoRA+, arXiv:2402.12354)."""
         named = list(self.named_parameters(name))
         return [
-            {"params": [p for key, p in named if key.endswith(".A")], "lr": learning_rate},
+            {"params": [p for key, p in named if not key.endswith(".B")], "lr": learning_rate},
             {"params": [p for key, p in named if key.endswith(".B")], "lr": learning_rate * loraplus_ratio},
         ]
 
@@ -357,12 +355,10 @@ class AdapterBank:
         try:
             for path, (rank, scaling) in shapes.items():
                 layer = self._wrap(path)
-                tensors = layer.add_slot(name, rank, scaling, slot.config.dropout, slot.seed)
+                values = start(path, layer)
+                layer.add_slot(name, rank, scaling, slot.config.dropout, slot.seed, decomposed=values.decomposed)
                 done.append(path)
-                a, b = start(path, layer)
-                with torch.no_grad():
-                    tensors.A_RI.copy_(a)
-                    tensors.B_RO.zero_() if b is None else tensors.B_RO.copy_(b.t())
+                layer.write(name, values)
         except BaseException:
             for path in done:
                 self._layers[path].remove_slot(name)

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorabank.bank.kinds import EMBEDDING
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.quantized import storage_of
 from lorabank.bank.targets import adaptable_layers, unsupported_linear_maps
+from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 
@@ -24,8 +25,11 @@ def features(layer: nn.Module) -> tuple[int, int]:
     return kind.features(layer)
 
 
-def check_fits(model: nn.Module, name: str, adapter: Adapter) -> None:
-    """Raise AdapterFileError, naming the layers that the model lacks or has in another shape."""
+def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = False) -> None:
+    """Raise AdapterFileError, naming the layers that the model lacks or has in another shape.
+
+    `force`: weights of the base that came with the adapter may have other values than this model's.
+    """
     if not adapter.layers:
         raise AdapterFileError(f"adapter {name!r} has no layers, so there is nothing to load")
     layers = adaptable_layers(model)
@@ -34,9 +38,8 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter) -> None:
         if path not in layers:
             wrong.append(_absent(model, path, layers))
             continue
-        if why := misfit(path, part, layers[path]):
+        if why := misfit(path, part, layers[path]) or other_weight(path, adapter, layers[path], force=force):
             wrong.append(why)
-    wrong += [why for path, weight in adapter.base_weights.items() if (why := _other_weight(path, weight, layers.get(path)))]
     if wrong:
         more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise AdapterFileError(
@@ -45,19 +48,30 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter) -> None:
         )
 
 
-def _other_weight(path: str, weight: Tensor, layer: nn.Module | None) -> str | None:
+ROUNDED = 4.0
+"""Parts in the coarser dtype's last place by which two roundings of one number may differ."""
+
+
+def other_weight(path: str, adapter: Adapter, layer: nn.Module, *, force: bool = False) -> str | None:
     """Why a base weight that came with an adapter isn't this layer's, if it isn't: one that was trained, or has other ids."""
-    if layer is None:
-        return None  # said already
+    weight, kind = adapter.base_weights.get(path), layer_kind(layer)
+    if weight is None or kind is None:
+        return None
+    if kind.quantized:
+        return None  # nothing to be compared with
     mine = layer.get_parameter("weight").detach()
     if mine.shape != weight.shape:
         return (
             f"{path}: the file brings the base's own weight, {tuple(weight.shape)}, and this model's is {tuple(mine.shape)}: "
             "resize its token embeddings as they were in training"
         )
-    coarser = max((mine.dtype, weight.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    if not torch.equal(mine.to(coarser), weight.to(mine.device, coarser)):
-        return f"{path}: the file brings the base's own weight, and this model has another: it was trained, or is another base's"
+    eps = max(torch.finfo(mine.dtype).eps, torch.finfo(weight.dtype).eps)
+    a, b = mine.float(), weight.to(mine.device).float()
+    if not force and not torch.allclose(a, b, rtol=ROUNDED * eps, atol=ROUNDED * eps * float(a.abs().max()) * 2**-7):
+        return (
+            f"{path}: the file brings the base's own weight, and this model has another: it was trained, or is another base's. "
+            "force=True leaves that out"
+        )
     return None
 
 
@@ -78,6 +92,14 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
         )
         return f"{path}: made for a kernel of {mine}, the model's layer has {theirs}"
     return None
+
+
+def check_decomposed(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None:
+    """Raise TargetError where DoRA is asked for on layers that have no direction and magnitude."""
+    for path, layer in layers.items():
+        kind = layer_kind(layer)
+        if config.use_dora and kind is not None and kind.storage == EMBEDDING:
+            raise TargetError(f"use_dora: {path!r} is an embedding, which DoRA isn't for. Leave it out of targets, or use_dora.")
 
 
 def warn_storage(name: str, adapter: Adapter, model: nn.Module) -> None:

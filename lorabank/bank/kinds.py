@@ -191,9 +191,17 @@ FOUR_BIT_KINDS: Mapping[str, LayerKind] = {name: _four_bit(name) for name in ("n
 """By the type that a Linear4bit says it has."""
 
 
-def _renormalises(layer: nn.Module) -> bool:
-    """Whether the layer writes into its own weight as it is called."""
-    return isinstance(layer, nn.Embedding) and layer.max_norm is not None
+def own_way(layer: nn.Module) -> str | None:
+    """Why a layer of a class in the table isn't what the table says of it, if it isn't."""
+    if isinstance(layer, nn.Embedding):
+        if layer.max_norm is not None:
+            return "with max_norm it writes into its weight as it is called"
+        return "scale_grad_by_freq weighs its gradient by counts" if layer.scale_grad_by_freq else None
+    for known in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(layer, known):
+            own = type(layer)._conv_forward is not known._conv_forward or "_conv_forward" in layer.__dict__
+            return "it has a convolution of its own" if own else None
+    return None
 
 
 def layer_kind(layer: nn.Module) -> LayerKind | None:
@@ -201,7 +209,7 @@ def layer_kind(layer: nn.Module) -> LayerKind | None:
     for known, kind in LAYER_KINDS.items():
         weight = layer._parameters.get("weight")
         if isinstance(layer, known) and type(layer).forward is known.forward and weight is not None and not is_lazy(weight):
-            return None if _renormalises(layer) else kind
+            return None if own_way(layer) else kind
     if linear4bit.is_linear4bit(layer) and linear4bit.obstacle(layer) is None:
         return FOUR_BIT_KINDS.get(linear4bit.quant_type(layer))
     return None

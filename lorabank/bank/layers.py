@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,17 @@ from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.init import initial
 from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
 from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
-from lorabank.bank.places import numbers_tokens
+from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore, SlotTensors
+from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import LorabankError, RoutingError
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.kernels import ops
 from lorabank.kernels.mapped import add_mapped
 from lorabank.kernels.maps import LowRankMap
-from lorabank.kernels.segments import DropoutDraw, Segment, drop_threshold
+from lorabank.kernels.norms import output_norms
+from lorabank.kernels.segments import Decomposition, DropoutDraw, Segment, drop_threshold
 from lorabank.kernels.tables import bits32
 from lorabank.notices import warn_once
 
@@ -42,6 +44,23 @@ class LayerSlot:
     scaling: float
     dropout: float
     seed: int
+
+
+class SlotValues(NamedTuple):
+    """What an adapter's part in a layer begins with."""
+
+    A: Tensor
+    """(rank, in)"""
+    B: Tensor | None
+    """(out, rank); None for zeros."""
+    magnitude: Tensor | None
+    """(out,)"""
+    decomposed: bool
+
+    @classmethod
+    def of(cls, layer: AdapterLayer) -> SlotValues:
+        """A trained adapter's."""
+        return cls(layer.A.flatten(1), layer.B, layer.magnitude, layer.magnitude is not None)
 
 
 class Router(Protocol):
@@ -63,12 +82,12 @@ class SlotParameters(nn.Module):
         self.__dict__["store"] = store
 
     def refresh(self) -> None:
-        """Register the store's present leaves, named `A_<adapter>` and `B_<adapter>`."""
+        """Register the store's present leaves, named `A_<adapter>`, `B_<adapter>` and so on."""
         self._parameters.clear()
         for name, slot in self.__dict__["store"].slots.items():
             safe = name.replace(".", "%2E")  # a parameter's name can't hold a dot
-            self.register_parameter(f"A_{safe}", slot.A_RI)
-            self.register_parameter(f"B_{safe}", slot.B_RO)
+            for role, leaf in slot.by_role.items():
+                self.register_parameter(f"{role}_{safe}", leaf)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SlotParameters:
         return self  # the wrapper moves the store as a whole
@@ -148,9 +167,11 @@ class LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.base!r}, slots={list(self.slots)}"
 
-    def add_slot(self, name: str, rank: int, scaling: float, dropout: float, seed: int) -> SlotTensors:
-        """Reserve room for an adapter; its values are written by the caller."""
-        tensors = self.store.allocate(name, rank)
+    def add_slot(
+        self, name: str, rank: int, scaling: float, dropout: float, seed: int, *, decomposed: bool = False
+    ) -> SlotTensors:
+        """Reserve room for an adapter; its values are written by `write`."""
+        tensors = self.store.allocate(name, rank, decomposed=decomposed)
         self.slots[name] = LayerSlot(tensors, rank, scaling, dropout, seed)
         self._slot_parameters.refresh()
         return tensors
@@ -173,19 +194,32 @@ class LoRALayer(nn.Module):
         self.store.free(name)
         self._slot_parameters.refresh()
 
-    def fresh(self, init: str, rank: int, seed: int) -> tuple[Tensor, Tensor | None]:
-        """A (rank, in) and B (out, rank), None for zeros, that change nothing yet."""
+    def fresh(self, config: AdapterConfig, rank: int, seed: int) -> SlotValues:
+        """What changes nothing yet."""
         size = self.store.in_features, self.store.out_features
-        return initial(init, rank, size, seed, self.path, looks_up=self.kind.storage == EMBEDDING)
+        A, B = initial(config.init, rank, size, seed, self.path, looks_up=self.kind.storage == EMBEDDING)
+        return SlotValues(A, B, None, config.use_dora)
+
+    def write(self, name: str, values: SlotValues) -> None:
+        """Copy values into an adapter's leaves. A magnitude that isn't given is the norm of what it has become."""
+        slot = self.slots[name]
+        tensors = slot.tensors
+        with torch.no_grad():
+            tensors.A_RI.copy_(values.A)
+            tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
+            if tensors.magnitude_O is not None:
+                tensors.magnitude_O.copy_(self._norms(slot) if values.magnitude is None else values.magnitude)
 
     def adapter_layer(self, name: str) -> AdapterLayer:
         """A copy of an adapter's present values here, on the CPU."""
         slot, kernel, base = self.slots[name], self.kind.kernel(self.base), self.base
         A = slot.tensors.A_RI.detach().to("cpu", copy=True)
         B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
-        if kernel:
-            return AdapterLayer(A.view(slot.rank, -1, *kernel), B, slot.scaling, groups=self.kind.groups(base))
-        return AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING)
+        magnitude = slot.tensors.magnitude_O
+        made = AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING)
+        if magnitude is not None:
+            made = replace(made, magnitude=magnitude.detach().to("cpu", copy=True))
+        return replace(made, A=A.view(slot.rank, -1, *kernel), groups=self.kind.groups(base)) if kernel else made
 
     @property
     def _slot_parameters(self) -> SlotParameters:
@@ -236,6 +270,8 @@ class LoRALayer(nn.Module):
         """Why a compiled block must leave the product to this layer itself, None where it need not."""
         if not self.kind.linear:
             return "it isn't a linear layer"
+        if any(slot.tensors.magnitude_O is not None for slot in self.slots.values()):
+            return "an adapter there is decomposed (DoRA)"
         if not self.kind.in_blocks:
             return "its products are emulated"
         return f"its input's rows aren't the batch's ({self.rows_lost})" if self.rows_lost is not None else self._called_as_is()
@@ -280,7 +316,10 @@ class LoRALayer(nn.Module):
                 f"layer {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), "
                 "or bank.route(name)), or leave this layer out of targets."
             )
-        x = self._row_by_row(routing, x)
+        if self.kind.storage == EMBEDDING and routing.per == "row":
+            if not any(name in self.slots for name in routing.names):
+                return self.base(x)
+            x = ids_of_rows(self.path, x, routing.rows)
         units = self._units(routing, x)
         used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
         if not used:
@@ -294,7 +333,7 @@ class LoRALayer(nn.Module):
             structure=self.router.structure,
             structure_now=lambda: self.router.structure,
         )
-        if not self.kind.linear:
+        if not self.kind.linear or any(segment.decomposition is not None for segment in plan.segments):
             return self._mapped(x, self.base(x), routing.per == "token", plan)
         product = self.kind.product if routing.exact else self.kind.fast
         if product is None or self._called_as_is() is not None:
@@ -304,21 +343,15 @@ class LoRALayer(nn.Module):
     # routing is Python's work: under torch.compile each layer is a graph break, and right
     _eager: Any = torch.compiler.disable(_adapted)
 
-    def _row_by_row(self, routing: Routing, x: Tensor) -> Tensor:
-        """Ids that are given once for all rows (positions, types) once for each row: rows may have changes of their own."""
-        if self.kind.storage != EMBEDDING or routing.rows is None:
-            return x
-        if x.ndim == 1 and numbers_tokens(self.path):
-            x = x[None]
-        return x.expand(routing.rows, *x.shape[1:]) if x.ndim > 1 and x.shape[0] == 1 else x
-
     def _mapped(self, x: Tensor, y: Tensor, by_token: bool, plan: ops.Plan) -> Tensor:
         """y and the adapters' changes of it, where the layer isn't linear over features."""
-        if by_token:
-            return add_mapped(y.flatten(0, -2), x.flatten(), self.low_rank_map, plan).view(y.shape)
+        bias, layer_map = self._parameters.get("bias"), self.low_rank_map
+        if by_token or y.ndim == 1:
+            tokens = x.reshape(-1, x.shape[-1]) if self.kind.linear else x.reshape(-1)
+            return add_mapped(y.reshape(-1, y.shape[-1]), tokens, layer_map, plan, bias).view(y.shape)
         if x.ndim < self.base.get_parameter("weight").ndim and self.kind.kernel(self.base):  # one sample, without a batch
-            return add_mapped(y[None], x[None], self.low_rank_map, plan)[0]
-        return add_mapped(y, x, self.low_rank_map, plan)
+            return add_mapped(y[None], x[None], layer_map, plan, bias)[0]
+        return add_mapped(y, x, layer_map, plan, bias)
 
     def _units(self, routing: Routing, x: Tensor) -> int:
         """How many units x has under the routing. Raises RoutingError where it can't be split into them."""
@@ -353,7 +386,16 @@ class LoRALayer(nn.Module):
             scaling=slot.scaling,
             weights_U=rows.weights_U,
             dropout=draw,
+            decomposition=self._decomposition(slot),
         )
+
+    def _decomposition(self, slot: LayerSlot) -> Decomposition | None:
+        magnitude = slot.tensors.magnitude_O
+        return None if magnitude is None else Decomposition(magnitude_O=magnitude, norm_O=self._norms(slot))
+
+    def _norms(self, slot: LayerSlot) -> Tensor:
+        tensors = slot.tensors
+        return output_norms(self.kind.weight_oi(self._parameters, torch.float32), tensors.A_RI, tensors.B_RO, slot.scaling)
 
 
 def _nothing(module: nn.Module, args: Any, output: Any) -> None:

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import re
 
-from torch import nn
+from torch import Tensor, nn
 
-_DISTANCES = re.compile(r"rel(ative)?_(att|pos|bias)", re.IGNORECASE)
+from lorabank.errors import RoutingError
+
+_DISTANCES = re.compile(r"rel(ative)?_(att|pos|bias|emb)|distance|^pe_k$", re.IGNORECASE)
 """Names of embeddings of pairs of tokens, such as T5's `relative_attention_bias`: their input is (tokens, tokens)."""
-_POSITIONS = re.compile(r"pos|wpe", re.IGNORECASE)
+_POSITIONS = re.compile(r"(^|_)pos(ition|itions|itional)?(_|$)|^wpe$", re.IGNORECASE)
+_LABELS = re.compile(r"label|class", re.IGNORECASE)
 
 
-def numbers_tokens(path: str) -> bool:
-    """Whether an embedding's ids are places in a row, as its name says: given once, they are those of all rows."""
-    return _POSITIONS.search(path.rpartition(".")[2]) is not None
+def ids_of_rows(path: str, ids: Tensor, rows: int | None) -> Tensor:
+    """An embedding's ids with the batch's rows first, where each row has a route of its own. Raises RoutingError where unknown.
+
+    What a model gives once for all rows, (1, …), or (tokens,) of positions, is repeated for each: rows may have changes of
+    their own. `rows`: how many there are, None where they may come multiplied.
+    """
+    if ids.ndim > 1 and ids.shape[0] != 1:
+        return ids
+    if rows is None:
+        raise RoutingError(
+            f"layer {path!r} is given ids {tuple(ids.shape)} once for all rows, and the route says that rows may come "
+            "multiplied, so how many there are isn't known. Leave the layer out of targets, or give one entry for each row that "
+            "there will be."
+        )
+    if ids.ndim > 1:
+        return ids.expand(rows, *ids.shape[1:])
+    name = path.rpartition(".")[2]
+    if len(ids) == rows and (rows == 1 or _LABELS.search(name)):
+        return ids
+    if len(ids) != rows and _POSITIONS.search(name):
+        return ids[None].expand(rows, len(ids))
+    raise RoutingError(
+        f"layer {path!r} is given {len(ids)} ids in one dimension, which may be one a row or one a token, and the route has one "
+        f"entry for each of {rows} rows. Route all rows alike (bank.use(name), or bank.route(name)), or leave the layer out of "
+        "targets."
+    )
 
 
 def places_of(model: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -34,7 +60,7 @@ def rows_lost(model: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     if "experts" in parts:
         return "an expert gets the tokens of all rows in an order of its own"
-    if _DISTANCES.match(parts[-1]):
+    if _DISTANCES.search(parts[-1]) and isinstance(model.get_submodule(path), nn.Embedding):
         return "its ids are distances between tokens, the same for all rows"
     for end in range(len(parts)):
         owner = model.get_submodule(".".join(parts[:end]))

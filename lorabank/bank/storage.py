@@ -26,6 +26,14 @@ class SlotTensors:
     stop: int
     A_RI: nn.Parameter
     B_RO: nn.Parameter
+    magnitude_O: nn.Parameter | None = None
+    """Of a decomposed slot: a tensor of its own."""
+
+    @property
+    def by_role(self) -> dict[str, nn.Parameter]:
+        """The leaves, `A` and `B` first."""
+        found = {"A": self.A_RI, "B": self.B_RO}
+        return found if self.magnitude_O is None else {**found, "magnitude": self.magnitude_O}
 
 
 class RankStore:
@@ -52,13 +60,15 @@ class RankStore:
         """The whole of A and B, spare ranks included."""
         return self._A_RI, self._B_RO
 
-    def allocate(self, name: str, rank: int) -> SlotTensors:
-        """Reserve `rank` rows for `name`; their content is left as it is."""
+    def allocate(self, name: str, rank: int, *, decomposed: bool = False) -> SlotTensors:
+        """Reserve `rank` rows for `name`; their content is left as it is. `decomposed`: and a magnitude for each output."""
         start = self._find(rank)
         if start + rank > self.capacity:
             self._grow(start + rank)
         stop = start + rank
-        slot = SlotTensors(start, stop, nn.Parameter(self._A_RI[start:stop].data), nn.Parameter(self._B_RO[start:stop].data))
+        magnitude = nn.Parameter(torch.ones(self.out_features, device=self.device)) if decomposed else None
+        A, B = nn.Parameter(self._A_RI[start:stop].data), nn.Parameter(self._B_RO[start:stop].data)
+        slot = SlotTensors(start, stop, A, B, magnitude)
         self.slots[name] = slot
         return slot
 
@@ -105,7 +115,8 @@ class RankStore:
     def _replace(self, a: Tensor, b: Tensor) -> None:
         self._A_RI, self._B_RO = a, b
         for slot in self.slots.values():
-            for leaf, buffer in ((slot.A_RI, a), (slot.B_RO, b)):
-                leaf.data = buffer[slot.start : slot.stop]
-                if leaf.grad is not None and leaf.grad.device != buffer.device:
-                    leaf.grad = leaf.grad.to(buffer.device)
+            places = {"A": a[slot.start : slot.stop], "B": b[slot.start : slot.stop]}
+            for role, leaf in slot.by_role.items():
+                leaf.data = places[role] if role in places else leaf.data.to(a.device)
+                if leaf.grad is not None and leaf.grad.device != a.device:
+                    leaf.grad = leaf.grad.to(a.device)

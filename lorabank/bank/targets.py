@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lorabank.bank import linear4bit
-from lorabank.bank.kinds import CONV, EMBEDDING
+from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
@@ -78,6 +78,13 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, LoRALayer) else module
 
 
+BYPASSED: Mapping[str, tuple[Sequence[str], str]] = {
+    "RecurrentGemmaRecurrentBlock": (("conv_1d",), "with a cache its weight is read and it isn't called"),
+    "LearnedPositionEmbedding": (("row_embeddings", "column_embeddings"), "what it gives is kept, whatever the route is later"),
+}
+"""End of a module class's name → its children that are bypassed, and how."""
+
+
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that can be adapted, by path, the output head included. Wrapped ones count as their base."""
     bypassed = _fused_away(model)
@@ -102,12 +109,15 @@ def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _fused_away(model: nn.Module) -> dict[str, str]:
-    """Layers that look linear and are never called, with the reason."""
-    return {
-        f"{path}.out_proj".lstrip("."): "nn.MultiheadAttention reads its weight and never calls it"
-        for path, m in model.named_modules()
-        if isinstance(m, nn.MultiheadAttention)
-    }
+    """Layers that look as if they could be adapted and aren't called, or not always, with the reason."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[f"{path}.out_proj".lstrip(".")] = "nn.MultiheadAttention reads its weight and never calls it"
+        for name, (children, why) in BYPASSED.items():
+            if type(module).__name__.endswith(name):
+                found |= {f"{path}.{child}".lstrip("."): why for child in children if child in module._modules}
+    return found
 
 
 def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
@@ -172,23 +182,30 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mod
     layers = adaptable_layers(model)
     heads = output_head_paths(model)
     chosen: set[str] = set()
+    blocks: dict[str, set[int | None]] = {}
     for part in as_list(config.targets):
         if part == ALL_LINEAR:
             _refuse_partial(model, config)
             found = {path for path, layer in layers.items() if path not in heads and _is_linear(layer)}
         else:
+            if part in ALL_OF_A_KIND:
+                _refuse_others(model, part, config)
             found = {path for path, layer in layers.items() if _part_names(part, path, layer, "targets")}
         if not found:
             raise TargetError(_no_match("targets", part, layers, model))
+        blocks[part] = {part_of_block(path) for path in found}
         chosen |= found
     for part in as_list(config.exclude):
         found = {path for path, layer in layers.items() if _part_names(part, path, layer, "exclude")}
-        found |= {path for path in unsupported_linear_maps(model) if _part_matches(part, path, "exclude")}
+        others = [unsupported_linear_maps(model), *(others_of_a_kind(model, kind) for kind in ALL_OF_A_KIND.values())]
+        found |= {path for each in others for path in each if _part_matches(part, path, "exclude")}
         if not found:
             raise TargetError(_no_match("exclude", part, layers, model))
         chosen -= found
     if config.layers is not None:
         chosen = _in_layers(chosen, config.layers)
+        if lost := [part for part, found in blocks.items() if not found & set(config.layers)]:
+            raise TargetError(f"targets: {lost[0]!r} is in none of the blocks {list(config.layers)} that `layers` names")
     if not chosen:
         raise TargetError(f"targets {as_list(config.targets)!r} less exclude {as_list(config.exclude)!r} leave no layer to adapt")
     _check_patterns("rank_pattern", config.rank_pattern, chosen)
@@ -201,7 +218,7 @@ def _part_names(part: str, path: str, layer: nn.Module, setting: str) -> bool:
     if part in ALL_OF_A_KIND:
         kind = layer_kind(layer)
         return kind is not None and kind.storage == ALL_OF_A_KIND[part]
-    return _part_matches(part, path, setting) and (part not in ROLES or _is_linear(layer))
+    return _part_matches(part, path, setting) and (part not in ROLES or setting == "exclude" or _is_linear(layer))
 
 
 def _part_matches(part: str, path: str, setting: str) -> bool:
@@ -235,9 +252,41 @@ def _refuse_partial(model: nn.Module, config: AdapterConfig) -> None:
         )
 
 
+def others_of_a_kind(model: nn.Module, kind: str) -> dict[str, str]:
+    """Convolutions, or embeddings, that can't be adapted: path to the reason."""
+    bypassed, found = _fused_away(model), dict[str, str]()
+    classes = (nn.modules.conv._ConvNd,) if kind == CONV else (nn.Embedding, nn.EmbeddingBag)
+    for path, module in _own_modules(model):
+        module = _unwrapped(module)
+        if isinstance(module, classes) and (path in bypassed or layer_kind(module) is None):
+            named = f"a {type(module).__name__} isn't supported yet" if type(module).__module__.startswith("torch.") else ""
+            found[path] = bypassed.get(path) or own_way(module) or named or f"{type(module).__name__} has a forward of its own"
+    return found
+
+
+def _refuse_others(model: nn.Module, part: str, config: AdapterConfig) -> None:
+    excluded = as_list(config.exclude)
+    others = others_of_a_kind(model, ALL_OF_A_KIND[part])
+    left = {path: why for path, why in others.items() if not any(_part_matches(e, path, "exclude") for e in excluded)}
+    if left:
+        raise TargetError(
+            f"targets: {part!r} would leave {_listed(left)}. Name the layers that you want, or exclude these on purpose."
+        )
+
+
+def _listed(left: Mapping[str, str]) -> str:
+    shown = "; ".join(f"{path} ({why})" for path, why in list(left.items())[:3])
+    return f"{len(left)} unadapted: {shown}{f'; and {len(left) - 3} more' if len(left) > 3 else ''}"
+
+
+def part_of_block(path: str) -> int | None:
+    """A block's index, the first number in a path."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
 def _in_layers(paths: set[str], wanted: Sequence[int]) -> set[str]:
-    """Paths in the wanted blocks: the block's index is the first number in a path."""
-    indices = {path: next((int(part) for part in path.split(".") if part.isdigit()), None) for path in paths}
+    """Paths in the wanted blocks."""
+    indices = {path: part_of_block(path) for path in paths}
     present = {i for i in indices.values() if i is not None}
     missing = sorted(set(wanted) - present)
     if missing:
@@ -247,7 +296,15 @@ def _in_layers(paths: set[str], wanted: Sequence[int]) -> set[str]:
 
 
 def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: nn.Module) -> str:
-    unsupported = {path: why for path, why in unsupported_linear_maps(model).items() if part not in ROLES and matches(part, path)}
+    others = unsupported_linear_maps(model)
+    for kind in ALL_OF_A_KIND.values():
+        others |= others_of_a_kind(model, kind)
+    meant = ALL_OF_A_KIND.get(part)
+    unsupported = {
+        path: why
+        for path, why in (others if meant is None else others_of_a_kind(model, meant)).items()
+        if meant is not None or (part not in ROLES and matches(part, path))
+    }
     if unsupported:
         path, why = next(iter(unsupported.items()))
         return f"{setting}: {part!r} names {path}, which can't be adapted: {why}"

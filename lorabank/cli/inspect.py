@@ -113,7 +113,7 @@ def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:
 
     config = adapter.config
     console.print(f"\n[bold]adapter {title}[/]")
-    kind = "rsLoRA, α/√r" if config.use_rslora else "LoRA, α/r"
+    kind = ("rsLoRA, α/√r" if config.use_rslora else "LoRA, α/r") + (", DoRA" if config.use_dora else "")
     scaling = _span(f"{layer.scaling:.3g}" for layer in adapter.layers.values())
     patterns = " (patterns differ)" if config.rank_pattern or config.alpha_pattern else ""
     console.print(f"{kind}, rank {config.rank}, alpha {config.alpha:g}{patterns}, scaling {scaling}, dropout {config.dropout:g}")
@@ -128,7 +128,7 @@ def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:
     for head in ("number", "in → out", "rank", "params", "‖A‖", "‖B‖", "‖ΔW‖"):
         table.add_column(head, justify="right", no_wrap=True)
     for name, layers in kinds.items():
-        parameters = sum(layer.A.numel() + layer.B.numel() for layer in layers)
+        parameters = sum(tensor.numel() for layer in layers for tensor in layer.tensors.values())
         table.add_row(
             name,
             str(len(layers)),
@@ -141,13 +141,13 @@ def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:
             ),
         )
     console.print(table)
-    broken = [path for path, layer in adapter.layers.items() if not (layer.A.isfinite().all() and layer.B.isfinite().all())]
-    zero = sum(1 for layer in adapter.layers.values() if not layer.B.any())
+    broken = [path for path, layer in adapter.layers.items() if not all(t.isfinite().all() for t in layer.tensors.values())]
+    zero = sum(1 for layer in adapter.layers.values() if layer.magnitude is None and not (layer.A.any() and layer.B.any()))
     dtypes = sorted({str(layer.A.dtype).removeprefix("torch.") for layer in adapter.layers.values()})
     whole = f"{len(adapter.layers)} layers, {adapter.num_parameters:,} parameters in {', '.join(dtypes)}"
     console.print(f"{whole}; norms are means over the layers")
     if zero:
-        console.print(f"{zero} layers have B = 0 and change nothing", style="yellow")
+        console.print(f"{zero} layers have A or B = 0 and change nothing", style="yellow")
     if broken:
         console.print(f"NaN or infinity in {len(broken)} layers, first {broken[0]}", style="bold red")
     else:
@@ -156,7 +156,7 @@ def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:
 
 
 def norms_of(layer: AdapterLayer) -> tuple[float, float, float]:
-    """‖A‖, ‖B‖ and ‖ΔW‖ (Frobenius). ‖BA‖² = tr(BᵀB · AAᵀ), so that ΔW is never formed."""
+    """‖A‖, ‖B‖ and ‖scaling · B A‖ (Frobenius). ‖BA‖² = tr(BᵀB · AAᵀ), so that ΔW is never formed."""
     A, B = layer.A.flatten(1).double(), layer.B.double()
     squared = float(((B.T @ B) * (A @ A.T)).sum())
     delta = abs(layer.scaling) * (math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else squared)

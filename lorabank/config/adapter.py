@@ -24,7 +24,7 @@ class AdapterConfig:
     alpha: float = 32.0
     """Numerator of the scaling α/r (or α/√r with `use_rslora`)."""
     targets: Targets = "all-linear"
-    """`all-linear`, roles (q k v o attention cross-attention mlp), module names, globs, or regular expressions `re:…`."""
+    """`all-linear`, `all-conv`, `all-embedding`, roles (q k v o attention cross-attention mlp), names, globs, or `re:…`."""
     exclude: Targets = ()
     """Same language as `targets`; what matches stays unadapted."""
     layers: Sequence[int] | None = None
@@ -40,7 +40,7 @@ class AdapterConfig:
     use_rslora: bool = False
     """Scale by α/√r instead of α/r (rsLoRA, arXiv:2312.03732)."""
     use_dora: bool = False
-    """Weight-decomposed adaptation (DoRA). Not available yet: refused."""
+    """Learn each output's magnitude apart from its direction (DoRA, arXiv:2402.09353)."""
     modules_to_save: Sequence[str] = ()
     """Modules trained in full beside the adapter. Not available yet: refused."""
     bias: str = "none"
@@ -60,10 +60,6 @@ class AdapterConfig:
             _check_targets(name, getattr(self, name), may_be_empty=name == "exclude")
         if self.layers is not None and any(not isinstance(i, int) or i < 0 for i in self.layers):
             raise ConfigError(Setting("layers"), f": expected block indices ≥ 0, got {list(self.layers)!r}")
-        if self.use_dora:
-            raise ConfigError(
-                Setting("use_dora"), ": DoRA adapters are not supported yet. Leave use_dora out to train plain LoRA."
-            )
         if self.modules_to_save:
             raise ConfigError(
                 Setting("modules_to_save"),

@@ -42,8 +42,8 @@ def _refused(**features: str) -> dict[str, PeftField]:
 PEFT_FIELDS: Mapping[str, PeftField] = {
     **_fields(
         Role.SETTING,
-        "r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern use_rslora init_lora_weights "
-        "layers_to_transform bias",
+        "r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern use_rslora use_dora "
+        "init_lora_weights layers_to_transform bias",
     ),
     **_fields(Role.ABOUT, "peft_type task_type base_model_name_or_path"),
     **_fields(
@@ -55,7 +55,6 @@ PEFT_FIELDS: Mapping[str, PeftField] = {
         "layers_pattern loftq_config eva_config corda_config lora_ga_config velora_config ensure_weight_tying",
     ),
     **_refused(
-        use_dora="DoRA (weight-decomposed adaptation)",
         lora_bias="a bias on lora_B",
         modules_to_save="modules trained in full",
         trainable_token_indices="trained token embeddings",

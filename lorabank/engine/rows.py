@@ -51,13 +51,14 @@ def dropout_routing(
 
 
 def folds_tokens(bank: AdapterBank) -> bool:
-    """Whether an adapted layer gets rows and tokens in one dimension, seen on a probe of one row of three tokens."""
+    """Whether an adapted linear layer gets rows and tokens in one dimension, seen on a probe of one row of three tokens."""
     seen: list[int] = []
 
     def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.append(inputs[0].shape[0])
 
-    handles = [m.register_forward_pre_hook(see) for m in bank.model.modules() if isinstance(m, LoRALayer)]
+    linear = [m for m in bank.model.modules() if isinstance(m, LoRALayer) and m.kind.linear]
+    handles = [m.register_forward_pre_hook(see) for m in linear]
     ids = torch.arange(PROBE_TOKENS, device=bank.device)[None]
     try:
         with torch.no_grad(), evaluation_mode(bank.model.modules()), bank.route(BASE):

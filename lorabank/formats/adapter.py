@@ -36,6 +36,14 @@ class AdapterLayer:
     """Of a convolution: parts of the channels, whose A is the same."""
     looks_up: bool = False
     """Whether the layer is an embedding."""
+    magnitude: Tensor | None = None
+    """(out,) of a decomposed layer (DoRA), whose weight is magnitude · V / ‖V‖ for each output, V = W + scaling · B A."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by the name of their field."""
+        found = {"A": self.A, "B": self.B}
+        return found if self.magnitude is None else {**found, "magnitude": self.magnitude}
 
     @property
     def size(self) -> tuple[int, int]:
@@ -48,7 +56,7 @@ class AdapterLayer:
         return self.A.shape[0]
 
     def delta(self) -> Tensor:
-        """ΔW in the linear map's orientation, (out, in), or (out, in/groups, *kernel), in A's dtype."""
+        """Scaling · B A in the linear map's orientation, (out, in), or (out, in/groups, *kernel), in A's dtype."""
         return self.scaling * (self.B @ self.A.flatten(1)).view(-1, *self.A.shape[1:])
 
 
@@ -81,12 +89,12 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         """Trained numbers in all layers."""
-        return sum(layer.A.numel() + layer.B.numel() for layer in self.layers.values())
+        return sum(tensor.numel() for layer in self.layers.values() for tensor in layer.tensors.values())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter with its tensors on another device or in another dtype."""
         moved = {
-            path: replace(layer, A=layer.A.to(device=device, dtype=dtype), B=layer.B.to(device=device, dtype=dtype))
+            path: replace(layer, **{name: tensor.to(device=device, dtype=dtype) for name, tensor in layer.tensors.items()})
             for path, layer in self.layers.items()
         }
         return replace(self, layers=moved)

@@ -24,7 +24,16 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.peft_config import PeftSettings, config_from_dict, config_to_dict, read_settings, to_peft
-from lorabank.formats.peft_keys import base_name, from_tensors, pair_tensors, split_base_weights, tensor_name, to_tensors
+from lorabank.formats.peft_keys import (
+    base_name,
+    from_tensors,
+    magnitude_name,
+    pair_tensors,
+    split_base_weights,
+    split_magnitudes,
+    tensor_name,
+    to_tensors,
+)
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -37,6 +46,7 @@ SHARED_SETTINGS = (
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
     "lora_dropout",
     "init_lora_weights",
     "target_modules",
@@ -103,8 +113,9 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
             f"{tensors_path}: tensor {bad!r} holds NaN or infinity: its training diverged. Use an earlier checkpoint, "
             "or load_peft(folder, allow_non_finite=True) to look at it."
         )
+    magnitudes, tensors = split_magnitudes(tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
-    layers = _layers(str(tensors_path), settings, tensors)
+    layers = _decomposed(str(tensors_path), settings, _layers(str(tensors_path), settings, tensors), magnitudes)
     metadata = dict(settings.metadata)
     metadata.update(
         {f"{TENSOR_METADATA}{key}": value for key, value in tensor_metadata.items() if (key, value) != ("format", "pt")}
@@ -140,6 +151,25 @@ def _layers(where: str, settings: PeftSettings, tensors: Mapping[str, Tensor]) -
             )
         layers[path] = from_tensors(where, path, (A, B), settings.layer_scaling(path), looks_up=looks_up)
     return layers
+
+
+def _decomposed(
+    where: str, settings: PeftSettings, layers: Mapping[str, AdapterLayer], magnitudes: Mapping[str, Tensor]
+) -> dict[str, AdapterLayer]:
+    """The layers with DoRA's magnitudes. Raises AdapterFileError where these aren't as the settings say."""
+    expected = [path for path, layer in layers.items() if not layer.looks_up] if settings.use_dora else []
+    if wrong := sorted(set(expected) ^ set(magnitudes)):
+        has = "no lora_magnitude_vector" if wrong[0] in expected else "a lora_magnitude_vector"
+        raise AdapterFileError(
+            f"{where}: layer {wrong[0]!r} has {has} ({magnitude_name(wrong[0])!r}), and {CONFIG_FILE} says use_dora: "
+            f"{str(settings.use_dora).lower()}. The two files don't belong together; fetch both again."
+        )
+    for path, magnitude in magnitudes.items():
+        if len(magnitude) != layers[path].size[1]:
+            raise AdapterFileError(
+                f"{where}: layer {path!r} has {len(magnitude)} magnitudes for {layers[path].size[1]} outputs; fetch it again."
+            )
+    return {path: replace(layer, magnitude=magnitudes[path]) if path in magnitudes else layer for path, layer in layers.items()}
 
 
 def _read_own(folder: Path) -> _Own | None:

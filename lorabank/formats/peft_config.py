@@ -50,6 +50,8 @@ def to_peft(adapter: Adapter) -> dict[str, Any]:
     }
     if adapter.config.use_rslora:
         settings["use_rslora"] = True
+    if any(layer.magnitude is not None for layer in adapter.layers.values()):
+        settings["use_dora"] = True
     return settings
 
 
@@ -62,6 +64,7 @@ class PeftSettings:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
+    use_dora: bool
     raw: Mapping[str, Any]
     metadata: Mapping[str, str]
 
@@ -90,6 +93,7 @@ class PeftSettings:
                 dropout=raw.get("lora_dropout") or 0.0,
                 init="gaussian" if raw.get("init_lora_weights") == "gaussian" else "uniform",
                 use_rslora=self.use_rslora,
+                use_dora=self.use_dora,
             )
         except (ConfigError, TypeError) as error:
             raise AdapterFileError(f"{where}: {error}") from error
@@ -122,6 +126,7 @@ def read_settings(where: str, raw: object) -> PeftSettings:
         rank_pattern=_pattern(where, "rank_pattern", raw.get("rank_pattern"), (int,)),
         alpha_pattern=_pattern(where, "alpha_pattern", raw.get("alpha_pattern"), (int, float)),
         use_rslora=raw.get("use_rslora") is True,
+        use_dora=raw.get("use_dora") is True,
         raw=raw,
         metadata={f"{METADATA_PREFIX}{key}": json.dumps(value, sort_keys=True) for key, value in sorted(kept.items())},
     )

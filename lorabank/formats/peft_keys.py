@@ -11,13 +11,14 @@ from torch import Tensor
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.files import SAVED_FLOATS
+from lorabank.notices import warn_once
 
 PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))?")
+_MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.(?P<adapter>[^.]+))?(?:\.weight)?")
 _BASE = re.compile(r"(?P<path>.+)\.base_layer\.weight")
 UNSUPPORTED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\.lora_magnitude_vector"), "a DoRA magnitude"),
     (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "a bias on a LoRA matrix"),
     (re.compile(r"\.base_layer\.lora_[AB]"), "an adapter on stacked expert parameters"),
     (re.compile(r"\.base_layer\.bias$"), "a trained bias"),
@@ -26,6 +27,10 @@ UNSUPPORTED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.lora_(?!A\b|B\b)\w+"), "a tensor of a LoRA variant"),
     (re.compile(r"\.(weight|bias)$"), "a module saved in full (modules_to_save)"),
 )
+
+
+LARGE = 2**26
+"""Bytes of one layer's A in PEFT's form from which on that is said."""
 
 
 def tensor_name(path: str, role: str, *, looks_up: bool = False) -> str:
@@ -42,9 +47,24 @@ def to_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
     if layer.A.ndim > 2:
         B = B.view(*B.shape, *(1,) * (A.ndim - 2))
     if layer.groups > 1:
-        parts = [A.new_zeros(A.shape) for _ in range(layer.groups)]
-        A = torch.cat([torch.cat([*parts[:i], A, *parts[i + 1 :]], dim=1) for i in range(layer.groups)])
-    return {tensor_name(path, role, looks_up=layer.looks_up): value for role, value in (("A", A), ("B", B))}
+        rank, width = A.shape[:2]
+        wide = A.new_zeros(rank * layer.groups, width * layer.groups, *A.shape[2:])
+        for i in range(layer.groups):
+            wide[i * rank : (i + 1) * rank, i * width : (i + 1) * width] = A
+        if wide.nbytes > LARGE:
+            warn_once(
+                f"layer {path!r} is a convolution in {layer.groups} groups, whose A takes {wide.nbytes >> 20:,} MiB in PEFT's "
+                f"form, nearly all zeros, for {A.nbytes >> 10:,} KiB of numbers. exclude=[...] leaves such layers out of targets."
+            )
+        A = wide
+    found = {tensor_name(path, role, looks_up=layer.looks_up): value for role, value in (("A", A), ("B", B))}
+    if layer.magnitude is not None:
+        found[magnitude_name(path)] = _as_peft_has_it(layer.magnitude, A.ndim)
+    return found
+
+
+def _as_peft_has_it(magnitude: Tensor, ndim: int) -> Tensor:
+    return magnitude if ndim == 2 else magnitude.view(1, -1, *(1,) * (ndim - 2))
 
 
 def file_rank(layer: AdapterLayer) -> int:
@@ -85,10 +105,28 @@ def split_base_weights(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[
         match = _BASE.fullmatch(name)
         path = None if match is None else _bare(match["path"])
         if path in adapted:
+            _check_dtype(where, name, value)
             found[path] = value
         else:
             left[name] = value
     return found, left
+
+
+def split_magnitudes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(DoRA's magnitudes (out,) by module path, the other tensors)."""
+    found, left = dict[str, Tensor](), dict[str, Tensor]()
+    for name, value in tensors.items():
+        match = _MAGNITUDE.fullmatch(name)
+        if match is None:
+            left[name] = value
+        else:
+            found[_bare(match["path"])] = value.reshape(-1)
+    return found, left
+
+
+def magnitude_name(path: str) -> str:
+    """PEFT's name for DoRA's magnitudes of a layer."""
+    return f"{PREFIX}{path}.lora_magnitude_vector"
 
 
 def base_name(path: str) -> str:
@@ -143,10 +181,14 @@ def _bare(path: str) -> str:
     return path
 
 
+def _check_dtype(where: str, name: str, value: Tensor) -> None:
+    if value.dtype not in SAVED_FLOATS:
+        raise AdapterFileError(f"{where}: tensor {name!r} is {value.dtype}; expected float32, bfloat16, float16 or float64")
+
+
 def _checked(where: str, names: tuple[str, str], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     for name, value in zip(names, (A, B), strict=True):
-        if value.dtype not in SAVED_FLOATS:
-            raise AdapterFileError(f"{where}: tensor {name!r} is {value.dtype}; expected float32, bfloat16, float16 or float64")
+        _check_dtype(where, name, value)
         if not 2 <= value.ndim <= 5 or 0 in value.shape:
             raise AdapterFileError(
                 f"{where}: tensor {name!r} is {tuple(value.shape)}; expected two dimensions above 0, or a convolution's"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorabank.kernels.maps import LowRankMap
-from lorabank.kernels.ops import Plan, check_route, restored, without_autocast
+from lorabank.kernels.ops import Plan, check_route, without_autocast
 from lorabank.kernels.segments import Segment, take_units
 
 
@@ -46,47 +46,95 @@ def weighed(shrunk: Tensor, segment: Segment) -> Tensor:
 
 
 class _AddMapped(torch.autograd.Function):
-    """y + Σ segments."""
+    """y + Σ segments. A decomposed one takes part of y too: gain · (y − bias + change) + bias instead of y + change."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, layer_map: LowRankMap, plan: Plan, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, layer_map: LowRankMap, plan: Plan, bias_O: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
         out = y.clone()
-        out_UN, x_UN = samples_of(out, plan.units), samples_of(x, plan.units)
+        out_UN, x_UN, y_UN = (samples_of(value, plan.units) for value in (out, x, y))
         shrunk: list[Tensor] = []
         with without_autocast(x):
             for segment in plan.segments:
                 mine, _ = segment_input(x_UN, segment, layer_map)
                 narrow = weighed(layer_map.shrink(mine, segment.A_RI), segment)
-                _add_rows(out_UN, segment, layer_map.expand(narrow, segment.B_RO).mul_(segment.scaling))
+                change = layer_map.expand(narrow, segment.B_RO).mul_(segment.scaling)
+                if segment.decomposition is not None:
+                    gain = layer_map.outputs(segment.decomposition.gain_O, change)
+                    change = (
+                        weighed(_without_bias(y_UN, segment, layer_map, bias_O), segment).mul_(gain - 1).add_(change.mul_(gain))
+                    )
+                _add_rows(out_UN, segment, change)
                 shrunk.append(narrow)
+        decomposed = any(segment.decomposition is not None for segment in plan.segments)
         ctx.plan, ctx.map = plan, layer_map
-        ctx.save_for_backward(x, plan.route, *shrunk, *tensors)
-        return out_UN.view(y.shape)
+        ctx.save_for_backward(x, plan.route, y if decomposed else None, bias_O, *shrunk, *tensors)
+        return out  # not a view, which nothing could be done to in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grad_outputs
         plan, layer_map = ctx.plan, ctx.map
-        x, route, *saved = ctx.saved_tensors
+        x, route, y, bias_O, *saved = ctx.saved_tensors
         check_route(plan, route)
         shrunk, tensors = saved[: len(plan.segments)], saved[len(plan.segments) :]
-        plan = replace(plan, segments=restored(plan.segments, tensors))
-        needs_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[4:]
+        plan = replace(plan, segments=_restored(plan.segments, tensors))
+        needs_y, needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], iter(ctx.needs_input_grad[5:])
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None
         dy_UN, x_UN = samples_of(dy, plan.units), samples_of(x, plan.units)
+        to_y = dy
         gradients: list[Tensor | None] = []
         with without_autocast(x):
-            for i, (segment, narrow) in enumerate(zip(plan.segments, shrunk, strict=True)):
-                dy_mine = take_units(dy_UN, segment.rows).to(segment.A_RI.dtype).flatten(0, 1).mul(segment.scaling)
-                d_narrow, dB = layer_map.expand_backward(dy_mine, narrow, segment.B_RO, needs[2 * i + 1])
+            for segment, narrow in zip(plan.segments, shrunk, strict=True):
+                dy_mine = take_units(dy_UN, segment.rows).to(segment.A_RI.dtype).flatten(0, 1)
+                needs_A, needs_B = next(needs), next(needs)
+                d_magnitude: list[Tensor | None] = []
+                if segment.decomposition is not None:
+                    assert y is not None
+                    gain = layer_map.outputs(segment.decomposition.gain_O, dy_mine)
+                    if next(needs):
+                        direction = weighed(_without_bias(samples_of(y, plan.units), segment, layer_map, bias_O), segment)
+                        direction.add_(layer_map.expand(narrow, segment.B_RO), alpha=segment.scaling)
+                        d_magnitude = [layer_map.over_places(direction.mul_(dy_mine)) / segment.decomposition.norm_O]
+                    else:
+                        d_magnitude = [None]
+                    if needs_y:
+                        to_y = dy.clone(memory_format=torch.contiguous_format) if to_y is dy else to_y
+                        _add_rows(samples_of(to_y, plan.units), segment, weighed(dy_mine * (gain - 1), segment))
+                    dy_mine = dy_mine * gain
+                dy_mine = dy_mine.mul(segment.scaling)
+                d_narrow, dB = layer_map.expand_backward(dy_mine, narrow, segment.B_RO, needs_B)
                 mine, mask = segment_input(x_UN, segment, layer_map)
-                wanted = (needs_x, needs[2 * i])
-                dx_mine, dA = layer_map.shrink_backward(weighed(d_narrow, segment), mine, segment.A_RI, wanted)
+                dx_mine, dA = layer_map.shrink_backward(weighed(d_narrow, segment), mine, segment.A_RI, (needs_x, needs_A))
                 if dx is not None and dx_mine is not None:
                     _add_rows(samples_of(dx, plan.units), segment, dx_mine if mask is None else dx_mine.mul_(mask))
-                gradients += [dA, dB]
-        return dy, dx, None, None, *gradients
+                gradients += [dA, dB, *d_magnitude]
+        return to_y, dx, None, None, None, *gradients
+
+
+def _without_bias(y_UN: Tensor, segment: Segment, layer_map: LowRankMap, bias_O: Tensor | None) -> Tensor:
+    """W x of the segment's samples, (units · N, …), a copy in A's dtype."""
+    base = take_units(y_UN, segment.rows).flatten(0, 1).to(segment.A_RI.dtype, copy=True)
+    return base if bias_O is None else base.sub_(layer_map.outputs(bias_O.to(base.dtype), base))
+
+
+def _tensors(segment: Segment) -> list[Tensor]:
+    """Those that may have gradients."""
+    more = [] if segment.decomposition is None else [segment.decomposition.magnitude_O]
+    return [segment.A_RI, segment.B_RO, *more]
+
+
+def _restored(segments: Sequence[Segment], tensors: Sequence[Tensor]) -> tuple[Segment, ...]:
+    """The segments with the saved tensors in them."""
+    given, made = iter(tensors), list[Segment]()
+    for segment in segments:
+        A, B, parts = next(given), next(given), segment.decomposition
+        if parts is not None:
+            parts = replace(parts, magnitude_O=next(given))
+        made.append(replace(segment, A_RI=A, B_RO=B, decomposition=parts))
+    return tuple(made)
 
 
 def _add_rows(out_UN: Tensor, segment: Segment, change: Tensor) -> None:
@@ -99,7 +147,7 @@ def _add_rows(out_UN: Tensor, segment: Segment, change: Tensor) -> None:
         out_UN.index_copy_(0, segment.rows, total)
 
 
-def add_mapped(y: Tensor, x: Tensor, layer_map: LowRankMap, plan: Plan) -> Tensor:
-    """y plus every segment's change, for a y that the base layer computed of x."""
-    tensors: Sequence[Tensor] = [tensor for segment in plan.segments for tensor in (segment.A_RI, segment.B_RO)]
-    return _AddMapped.apply(y, x, layer_map, plan, *tensors)
+def add_mapped(y: Tensor, x: Tensor, layer_map: LowRankMap, plan: Plan, bias_O: Tensor | None = None) -> Tensor:
+    """y plus every segment's change, for a y that the base layer computed of x. `bias_O`: in y, for decomposed segments."""
+    tensors = [tensor for segment in plan.segments for tensor in _tensors(segment)]
+    return _AddMapped.apply(y, x, layer_map, plan, bias_O, *tensors)

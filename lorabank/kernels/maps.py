@@ -65,6 +65,14 @@ class LowRankMap(Protocol):
         """(d_shrunk, dB)."""
         ...
 
+    def outputs(self, vector_O: Tensor, y: Tensor) -> Tensor:
+        """A number for each output, such as the bias, in a shape that goes with y."""
+        ...
+
+    def over_places(self, y: Tensor) -> Tensor:
+        """Sums over all but the outputs, (O,)."""
+        ...
+
     def dropout(self, draw: DropoutDraw, x: Tensor) -> Tensor | None:
         """What x (U, N, …) is multiplied by, fp32; None for a map whose input is nothing to multiply."""
         ...
@@ -110,6 +118,14 @@ class LinearMap:
     def expand_backward(self, dy: Tensor, shrunk: Tensor, B_RO: Tensor, needs_B: bool) -> tuple[Tensor, Tensor | None]:
         """(d_shrunk, dB)."""
         return dy @ B_RO.t(), shrunk.flatten(0, -2).t() @ dy.flatten(0, -2) if needs_B else None
+
+    def outputs(self, vector_O: Tensor, y: Tensor) -> Tensor:
+        """(O,)."""
+        return vector_O
+
+    def over_places(self, y: Tensor) -> Tensor:
+        """(O,)."""
+        return y.flatten(0, -2).sum(0)
 
     def dropout(self, draw: DropoutDraw, x: Tensor) -> Tensor | None:
         """A number for each token and feature."""
@@ -176,6 +192,14 @@ class ConvMap:
         dh, dB = self._backward(dy, shrunk, self._up(B_RO), one, (0,) * len(one), one, (True, needs_B))
         assert dh is not None
         return dh, None if dB is None else dB.reshape(dB.shape[:2]).t()
+
+    def outputs(self, vector_O: Tensor, y: Tensor) -> Tensor:
+        """(O, 1, …)."""
+        return vector_O.view(-1, *(1,) * len(self.kernel))
+
+    def over_places(self, y: Tensor) -> Tensor:
+        """(O,)."""
+        return y.sum([0, *range(2, y.ndim)])
 
     def dropout(self, draw: DropoutDraw, x: Tensor) -> Tensor | None:
         """A number for each position and channel; a position counts as a token."""
@@ -262,6 +286,14 @@ class EmbeddingMap:
     def expand_backward(self, dy: Tensor, shrunk: Tensor, B_RO: Tensor, needs_B: bool) -> tuple[Tensor, Tensor | None]:
         """(d_shrunk, dB)."""
         return dy @ B_RO.t(), shrunk.flatten(0, -2).t() @ dy.flatten(0, -2) if needs_B else None
+
+    def outputs(self, vector_O: Tensor, y: Tensor) -> Tensor:
+        """(O,)."""
+        return vector_O
+
+    def over_places(self, y: Tensor) -> Tensor:
+        """(O,)."""
+        return y.flatten(0, -2).sum(0)
 
     def dropout(self, draw: DropoutDraw, x: Tensor) -> Tensor | None:
         """Nothing is dropped: an id is no number (PEFT drops nothing there either)."""

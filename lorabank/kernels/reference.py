@@ -41,9 +41,12 @@ def add_lora(y: Tensor, x: Tensor, segments: Sequence[Segment], units: int) -> T
     return y_UTO.reshape(y.shape)
 
 
-def add_mapped(y: Tensor, x: Tensor, layer_map: LowRankMap, segments: Sequence[Segment], units: int) -> Tensor:
+def add_mapped(
+    y: Tensor, x: Tensor, layer_map: LowRankMap, segments: Sequence[Segment], units: int, bias_O: Tensor | None = None
+) -> Tensor:
     """y plus every segment's change of it, for any map; x (U · N, …), N samples a unit. Rounded once, into y's dtype."""
     x_UN, y_UN = (value.reshape(units, -1, *value.shape[1:]) for value in (x, y))
+    base_UN = y_UN
     for segment in segments:
         rows = torch.arange(units, device=y.device)[segment.rows]
         mine = x_UN[rows]
@@ -53,6 +56,11 @@ def add_mapped(y: Tensor, x: Tensor, layer_map: LowRankMap, segments: Sequence[S
         if mask is not None:
             mine = mine * mask.to(mine.dtype)
         change = layer_map.expand(layer_map.shrink(mine.flatten(0, 1), segment.A_RI), segment.B_RO) * segment.scaling
+        if segment.decomposition is not None:
+            base = base_UN[rows].flatten(0, 1).to(change.dtype)
+            bias = 0 if bias_O is None else layer_map.outputs(bias_O.to(change.dtype), base)
+            gain = layer_map.outputs(segment.decomposition.gain_O, base)
+            change = (gain - 1) * (base - bias) + gain * change
         change = change.view(y_UN[rows].shape)
         if segment.weights_U is not None:
             weights_U = segment.weights_U.to(change.device, change.dtype)

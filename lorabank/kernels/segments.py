@@ -33,6 +33,20 @@ class DropoutDraw:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decomposition:
+    """The magnitude of each output of a layer, learned apart from its direction (DoRA, arXiv:2402.09353, eq. 5)."""
+
+    magnitude_O: Tensor
+    norm_O: Tensor
+    """‖W + scaling · B A‖ of each output, fp32, a constant in backward (section 4.3 there)."""
+
+    @property
+    def gain_O(self) -> Tensor:
+        """What the direction is multiplied by, 1 where nothing has changed."""
+        return self.magnitude_O / self.norm_O
+
+
+@dataclass(frozen=True, kw_only=True)
 class Segment:
     """The rows of one slot in one layer, and that slot's tensors."""
 
@@ -43,6 +57,7 @@ class Segment:
     weights_U: Tensor | None = None
     """Weight of this slot for each of its units; None for 1."""
     dropout: DropoutDraw | None = None
+    decomposition: Decomposition | None = None
 
 
 def take_units(x_UTI: Tensor, rows: Rows) -> Tensor:

@@ -54,6 +54,12 @@ def combine(parts: Weighted, method: str = "exact") -> Adapter:
             raise MergeError(f"combine: the weight of adapter {index} should be a number, got {weight!r}")
         if not adapter.layers:
             raise MergeError(f"combine: adapter {index} has no layers")
+        decomposed = next((path for path, layer in adapter.layers.items() if layer.magnitude is not None), None)
+        if decomposed is not None:
+            raise MergeError(
+                f"combine: adapter {index} is decomposed (DoRA; layer {decomposed!r}): what it does to a weight depends on the "
+                "weight, so it isn't one of several sums. Merge it into the base first, or route rows to a mixture."
+            )
     adapters = [adapter for adapter, _ in parts]
     _check_one_base(adapters)
     _check_shapes(adapters)

@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.fit import misfit
+from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.kernels.maps import LowRankMap
-from lorabank.merging.outputs import Inputs, LogitsCheck, compare, map_of, merged_outputs, outputs_beside
+from lorabank.kernels.norms import output_norms
+from lorabank.merging.outputs import Inputs, LogitsCheck, compare, decomposed, map_of, merged_outputs, outputs_beside
 from lorabank.merging.quantized import STORAGES, refusal, rounded
 from lorabank.merging.report import LayerLoss, MergeReport
 
@@ -96,6 +97,8 @@ def merge(
     """
     if not math.isfinite(strength):
         raise MergeError(f"merge: strength should be a number, got {strength}")
+    if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
+        raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
     if not force:
         check_fingerprint(model, adapter)
     layers = _fitting_layers(model, adapter, strength)
@@ -109,7 +112,8 @@ def merge(
             weight = base.get_parameter("weight")
             copy = weight.detach().to("cpu", copy=True)
             originals[path] = _Original(weight, copy, merged_hash=0)
-            moved = 0.0 if storage is None else _moved(base, storage)
+            kind = layer_kind(base)
+            moved = _moved(base, storage) if storage is not None and kind is not None and kind.linear else 0.0
             losses[path] = replace(_merge_layer(path, base, adapter.layers[path], strength, check), moved=moved)
             originals[path] = replace(originals[path], merged_hash=_hash(weight))
         dtypes = sorted({str(original.copy.dtype).removeprefix("torch.") for original in originals.values()})
@@ -163,7 +167,7 @@ def _fitting_layers(model: nn.Module, adapter: Adapter, strength: float) -> dict
             raise MergeError(
                 f"merge: {path}.weight is {held}; expected float32, float64, bfloat16 or float16. Load the base unquantised."
             )
-        if wrong := misfit(path, layer, known[path]):
+        if wrong := misfit(path, layer, known[path]) or other_weight(path, adapter, known[path]):
             raise MergeError(f"merge: {wrong}; the adapter belongs to another base")
         if not (layer.A.isfinite().all() and layer.B.isfinite().all() and math.isfinite(layer.scaling)):
             raise AdapterFileError(f"merge: layer {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
@@ -208,6 +212,9 @@ def _merge_layer(path: str, base: nn.Module, layer: AdapterLayer, strength: floa
     with torch.no_grad():
         before = weight.to(wide, copy=True)
         delta = layer_map.shape(B_RO.t() @ A_RI)
+        gain_O = _gain(layer, layer_map.flat(before), A_RI, B_RO)
+        if gain_O is not None:
+            delta = layer_map.shape(gain_O[:, None] * layer_map.flat(before + delta)) - before
         x = _test_inputs(path, layer_map, A_RI.shape[1], weight)
         y_before = base(x).to(wide) if check else None
         weight.copy_(before + delta)
@@ -215,19 +222,29 @@ def _merge_layer(path: str, base: nn.Module, layer: AdapterLayer, strength: floa
         if not after.isfinite().all() and before.isfinite().all():
             raise MergeError(f"merge: {path}.weight + ΔW is too large for {weight.dtype}. Merge into a float32 copy of the base.")
         if y_before is not None:
-            _check_layer(path, base, x, y_before, (before, A_RI, B_RO))
+            _check_layer(path, base, x, y_before, (before, A_RI, B_RO), gain_O)
         lost = torch.linalg.vector_norm(after - before - delta)
         return LayerLoss(
             weight=float(torch.linalg.vector_norm(before)), delta=float(torch.linalg.vector_norm(delta)), lost=float(lost)
         )
 
 
-def _check_layer(path: str, base: nn.Module, x: Tensor, y_before: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+def _gain(layer: AdapterLayer, weight_OI: Tensor, A_RI: Tensor, B_RO: Tensor) -> Tensor | None:
+    """What a decomposed layer multiplies each output by; None for one that isn't. `B_RO`: with its scaling in it."""
+    if layer.magnitude is None:
+        return None
+    return layer.magnitude.to(A_RI.device, A_RI.dtype) / output_norms(weight_OI, A_RI, B_RO, 1.0)
+
+
+def _check_layer(
+    path: str, base: nn.Module, x: Tensor, y_before: Tensor, parts: tuple[Tensor, Tensor, Tensor], gain_O: Tensor | None
+) -> None:
     """Compare the merged layer's own forward with base plus adapter. The bound is the rounding of the sums that both take."""
     before, A_RI, B_RO = parts
     weight, layer_map = base.get_parameter("weight"), map_of(base)
     wide_x = x.to(before.dtype) if x.is_floating_point() else x
-    expected = y_before + layer_map.expand(layer_map.shrink(wide_x, A_RI), B_RO)
+    expected = layer_map.expand(layer_map.shrink(wide_x, A_RI), B_RO)
+    expected = y_before + expected if gain_O is None else decomposed(expected, y_before, gain_O, base, layer_map)
     found = base(x).to(y_before.dtype)
     eps = torch.finfo(weight.dtype).eps
     if weight.is_cuda and torch.backends.cuda.matmul.allow_tf32:
@@ -235,6 +252,8 @@ def _check_layer(path: str, base: nn.Module, x: Tensor, y_before: Tensor, parts:
     size = wide_x.abs() if x.is_floating_point() else x
     terms = layer_map.whole(size, layer_map.flat(before).abs())
     terms = terms + layer_map.expand(layer_map.shrink(size, A_RI.abs()), B_RO.abs())
+    if gain_O is not None:
+        terms = terms * layer_map.outputs(gain_O.abs().clamp_min(1), terms)
     bound = 8 * eps * (terms + y_before.abs())
     excess = (found - expected).abs() - bound
     if not bool((excess <= 0).all()):

@@ -14,6 +14,7 @@ from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.kernels.maps import LowRankMap
+from lorabank.kernels.norms import output_norms
 from lorabank.merging.report import MergeReport
 
 Inputs = Tensor | Mapping[str, Any]
@@ -110,9 +111,20 @@ def _adding(layer: AdapterLayer, layer_map: LowRankMap, strength: float) -> Any:
         wide = torch.promote_types(output.dtype, layer.A.dtype)
         A, B = layer.A.flatten(1).to(x.device, wide), layer.B.t().to(x.device, wide)
         shrunk = layer_map.shrink(x.to(wide) if x.is_floating_point() else x, A)
-        return output + (strength * layer.scaling * layer_map.expand(shrunk, B)).to(output.dtype)
+        change = strength * layer.scaling * layer_map.expand(shrunk, B)
+        if layer.magnitude is None:
+            return output + change.to(output.dtype)
+        norms = output_norms(layer_map.flat(module.get_parameter("weight")), A, B, layer.scaling)
+        return decomposed(change, output.to(wide), layer.magnitude.to(norms) / norms, module, layer_map).to(output.dtype)
 
     return hook
+
+
+def decomposed(change: Tensor, y: Tensor, gain_O: Tensor, layer: nn.Module, layer_map: LowRankMap) -> Tensor:
+    """gain · (y − bias + change) + bias, what a decomposed layer gives."""
+    bias = layer._parameters.get("bias")
+    bias = torch.zeros((), dtype=y.dtype, device=y.device) if bias is None else layer_map.outputs(bias.detach().to(y.dtype), y)
+    return layer_map.outputs(gain_O, y) * (y - bias + change) + bias
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:

@@ -53,8 +53,8 @@ def _plain_step(slot: Slot, gradients: Sequence[Tensor], learning_rate: float, d
 
 def _fused_step(slot: Slot, fused: Fused, gradients: Sequence[Tensor], learning_rate: float, divisor: float) -> None:
     leaves = list(slot.leaves.items())
-    for role, ratio in ((".A", 1.0), (".B", slot.config.loraplus_ratio)):
-        mine = [i for i, (key, _) in enumerate(leaves) if key.endswith(role)]
+    for is_b, ratio in ((False, 1.0), (True, slot.config.loraplus_ratio)):
+        mine = [i for i, (key, _) in enumerate(leaves) if key.endswith(".B") == is_b]
         part = LeafStep(
             leaves=[leaves[i][1] for i in mine],
             gradients=[gradients[i] for i in mine],

@@ -138,7 +138,7 @@ def _use(facts: CardFacts) -> str:
         f'model = PeftModel.from_pretrained(model, "path/to/{name}")\n```'
     )
     rank = max([run.rank, *run.rank_pattern.values()])
-    reason = obstacle(rank)
+    reason = obstacle(rank, use_dora=run.use_dora)
     if reason is None:
         patterns = {"rank_pattern": run.rank_pattern, "alpha_pattern": run.alpha_pattern}
         version = " (0.32 or newer: rank and alpha differ between layers)" if has_patterns(patterns) else ""

@@ -30,7 +30,7 @@ def serve_lines(model: str, folders: Mapping[str, str]) -> tuple[str, list[str]]
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
         largest, patterns = max(largest, rank), patterns or has_patterns(config)
-        reason = obstacle(rank)
+        reason = obstacle(rank, use_dora=bool(config.get("use_dora")))
         if reason:
             obstacles.append(f"{name}: {reason}")
     if obstacles:
@@ -44,6 +44,8 @@ def has_patterns(config: Mapping[str, object]) -> bool:
     return bool(config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
-def obstacle(rank: int) -> str | None:
-    """Why vLLM refuses an adapter of this rank; None when it doesn't."""
+def obstacle(rank: int, *, use_dora: bool = False) -> str | None:
+    """Why vLLM refuses an adapter of this rank, or DoRA's; None when it doesn't."""
+    if use_dora:
+        return "vLLM doesn't read DoRA; merge it (lorabank merge) and serve the merged model"
     return f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}" if rank > VLLM_RANKS[-1] else None

@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from lorabank.bank.bank import AdapterBank, all_layers
+from lorabank.bank.layers import SlotValues
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, TargetError
 from lorabank.formats.adapter import Adapter
@@ -81,17 +80,12 @@ def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
 def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
     """Set an adapter's values back to where they started."""
     start = None if job.run.init_from is None else Adapter.load(job.run.init_from)
-    with torch.no_grad():
-        for layer in all_layers(bank):
-            slot = layer.slots.get(name)
-            if slot is None:
-                continue
-            if start is not None:
-                A, B = start.layers[layer.path].A.flatten(1), start.layers[layer.path].B
-            else:
-                A, B = layer.fresh(bank.config(name).init, slot.rank, job.seed)
-            slot.tensors.A_RI.copy_(A)
-            slot.tensors.B_RO.zero_() if B is None else slot.tensors.B_RO.copy_(B.t())
+    for layer in all_layers(bank):
+        slot = layer.slots.get(name)
+        if slot is not None:
+            config = bank.config(name)
+            begin = layer.fresh(config, slot.rank, job.seed) if start is None else SlotValues.of(start.layers[layer.path])
+            layer.write(name, begin)
 
 
 def adapter_is_finite(bank: AdapterBank, name: str) -> bool:

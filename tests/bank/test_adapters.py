@@ -92,7 +92,7 @@ def test_different_ranks_targets_alphas_and_scalings_live_side_by_side() -> None
 
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_the_products_are_the_formula(kind: str) -> None:
-    """Merged by hand into the base weights: y = (W + scaling · B A) x + b."""
+    """Merged by hand into the base weights: y = (W + scaling · B A) x + b, each output to its magnitude where there is one."""
     model, bank = two(kind)
     x = ids(2)
     with bank.route("b"):
@@ -102,7 +102,12 @@ def test_the_products_are_the_formula(kind: str) -> None:
     with torch.no_grad():
         for path, part in adapter.layers.items():
             weight = model.get_parameter(f"{path}.weight")
-            weight += part.delta().t() if isinstance(model.get_submodule(path), Conv1D | nn.Embedding) else part.delta()
+            turned = isinstance(model.get_submodule(path), Conv1D | nn.Embedding)
+            changed = (weight.t() if turned else weight) + part.delta()
+            if part.magnitude is not None:  # DoRA, eq. 5
+                norm = changed.flatten(1).norm(dim=1)
+                changed = (changed.flatten(1) * (part.magnitude / norm)[:, None]).view_as(changed)
+            weight.copy_(changed.t() if turned else changed)
     torch.testing.assert_close(outputs(model, x).detach(), expected, rtol=1e-4, atol=1e-5)
 
 

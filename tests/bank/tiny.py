@@ -146,10 +146,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "handwritten": Handwritten,
     "torch encoder": TorchEncoder,
     "pictures": Pictures,
+    "decomposed llama": llama,
+    "decomposed gpt2": gpt2,
+    "decomposed pictures": Pictures,
 }
 TARGETS: dict[str, Any] = {
     "torch encoder": ["linear1", "linear2", "head"],
     "pictures": ["all-linear", "all-conv", "all-embedding"],
+    "decomposed pictures": ["all-linear", "all-conv"],
 }
 """What the tests adapt, where it isn't `all-linear`."""
 
@@ -178,7 +182,9 @@ def fill(bank: AdapterBank, name: str, size: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
         for key, p in bank.named_parameters(name):
-            if key.endswith(".B") or not p.any():  # an embedding's A starts at zero
+            if key.endswith(".magnitude"):
+                p.mul_(1 + size * torch.randn(p.shape, generator=generator))
+            elif key.endswith(".B") or not p.any():  # an embedding's A starts at zero
                 p.copy_(torch.randn(p.shape, generator=generator) * size / p.shape[0] ** 0.5)
 
 
@@ -192,9 +198,9 @@ def two(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[n
     """A model with a bank of two different adapters, `a` and `b`."""
     model = make(name, seed).to(dtype)
     bank = attach(model)
-    targets = TARGETS.get(name, "all-linear")
-    add(bank, "a", targets=targets)
-    add(bank, "b", targets=targets, rank=5, alpha=2, use_rslora=True)
+    targets, use_dora = TARGETS.get(name, "all-linear"), name.startswith("decomposed")
+    add(bank, "a", targets=targets, use_dora=use_dora)
+    add(bank, "b", targets=targets, rank=5, alpha=2, use_rslora=True, use_dora=use_dora)
     return model, bank
 
 

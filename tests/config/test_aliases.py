@@ -120,7 +120,6 @@ def test_keys_work_inside_an_adapter_and_in_their_section_only() -> None:
         ({"metric_for_best_model": "bleu"}, "lowest validation loss"),
         ({"rl": "dpo"}, "only supervised training"),
         ({"task_type": "SEQ_CLS"}, "head in full"),
-        ({"peft_use_dora": True}, "DoRA adapters are not supported yet"),
         ({"lora_r": 8, "rank": 4}, "both set defaults.rank"),
         ({"lora_r": 8, "defaults": {"rank": 4}}, "both set defaults.rank"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 10}, "both set defaults.warmup_steps"),

@@ -21,6 +21,7 @@ def test_a_lora_config() -> None:
         exclude_modules=["lm_head"],
         lora_dropout=0.1,
         use_rslora=True,
+        use_dora=True,
         init_lora_weights="gaussian",
         layers_to_transform=[0, 1],
         rank_pattern={"q_proj": 4},
@@ -35,6 +36,7 @@ def test_a_lora_config() -> None:
         exclude=("lm_head",),
         dropout=0.1,
         use_rslora=True,
+        use_dora=True,
         init="gaussian",
         layers=(0, 1),
         rank_pattern={"q_proj": 4},
@@ -55,7 +57,6 @@ def test_names_that_are_roles_here_stay_names() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": None}, "target_modules"),
-    ({"use_dora": True}, "use_dora"),
     ({"bias": "all"}, "bias"),
     ({"lora_bias": True}, "lora_bias"),
     ({"modules_to_save": ["head"]}, "modules_to_save"),

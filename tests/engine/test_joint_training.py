@@ -101,6 +101,21 @@ def test_law3_with_embeddings(family: str, checkpointing: bool) -> None:
     assert {key.rpartition(".")[0] for key in joint["long"]} >= {"transformer.wte", "transformer.wpe"} or family == "llama"
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_law3_with_dora(checkpointing: bool) -> None:
+    """Beside adapters that aren't decomposed, in the same layers."""
+    jobs = [replace(job, use_dora=job.name in ("long", "single", "wide")) for job in JOBS]
+
+    def base() -> torch.nn.Module:
+        return make_model(spread=2.0)
+
+    joint = train(base, jobs, gradient_checkpointing=checkpointing)
+    _compare(jobs, joint, {name: leaves for job in jobs for name, leaves in train(base, [job]).items()}, 1e-4)
+    started = train(base, [replace(job, steps=0) for job in jobs])
+    for name in ("long", "single", "wide"):
+        assert all(not torch.equal(joint[name][key], begin) for key, begin in started[name].items() if key.endswith(".magnitude"))
+
+
 def test_law3_over_a_bf16_base() -> None:
     """bf16 rounds activations to 8 bits, so products of another shape may round otherwise, which Lion's sign enlarges."""
 

@@ -182,6 +182,7 @@ class Job:
     dropout: float = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     targets: str | Sequence[str] = "all-linear"
+    use_dora: bool = False
 
 
 def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -189,7 +190,8 @@ def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any
     bank = attach(make_base())
     optimizer = SlotOptimizer(bank)
     for job in jobs:
-        bank.add(job.name, AdapterConfig(rank=job.rank, dropout=job.dropout, targets=job.targets), seed=sum(job.name.encode()))
+        config = AdapterConfig(rank=job.rank, dropout=job.dropout, targets=job.targets, use_dora=job.use_dora)
+        bank.add(job.name, config, seed=sum(job.name.encode()))
         optimizer.add(job.name, job.optimizer)
     verbs = Engine(bank, **engine)
     seen = {job.name: 0 for job in jobs}

@@ -123,7 +123,7 @@ def test_a_rank_that_the_config_does_not_know(folder: Path) -> None:
 
 UNSUPPORTED_KEYS = {
     f"{KEY}A.bias": "bias on a LoRA matrix",
-    f"base_model.model.{PATH}.lora_magnitude_vector": "DoRA",
+    f"base_model.model.{PATH}.lora_magnitude_vector": "use_dora: false",
     "base_model.model.model.embed_tokens.lora_embedding_A": "embedding",
     "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight": "expert",
     f"base_model.model.{PATH}.base_layer.bias": "trained bias",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorabank import Adapter, AdapterConfig, attach
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import AdapterLayer
-from tests.bank.tiny import VOCABULARY, add, ids, llama, outputs, state_bytes
+from tests.bank.tiny import VOCABULARY, add, gpt2, ids, llama, outputs, state_bytes
 
 
 class Convolutions(nn.Module):
@@ -122,6 +122,75 @@ def test_groups_that_pefts_a_mixes_are_refused(tmp_path: Path) -> None:
         Adapter.load(tmp_path)
 
 
+# ---- DoRA ------------------------------------------------------------------------------------------------------------------
+
+
+def decomposed(kind: str) -> tuple[nn.Module, list[str]]:
+    """(a model, what is adapted in it)."""
+    torch.manual_seed(2)
+    if kind == "convolutions":
+        return Convolutions().eval(), ["along", "strided", "deep", "head"]
+    return (llama() if kind == "llama" else gpt2()).eval(), ["q_proj", "down_proj"] if kind == "llama" else ["c_attn", "c_proj"]
+
+
+def answer(model: Any, x: Tensor) -> Tensor:
+    out = model(x)
+    return (out if isinstance(out, Tensor) else out.logits).detach()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "convolutions"])
+def test_dora_both_ways(kind: str, tmp_path: Path) -> None:
+    base, targets = decomposed(kind)
+    turned = {"fan_in_fan_out": True} if kind == "gpt2" else {}
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, use_dora=True, init_lora_weights=False, **turned)
+    theirs = peft.get_peft_model(base, config).eval()  # pyright: ignore[reportArgumentType]
+    x = ids(2)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "magnitude" in name:
+                p.mul_(1 + 0.3 * torch.randn_like(p))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    expected = answer(theirs, x)
+    adapter = Adapter.load(tmp_path / "theirs")
+    assert adapter.config.use_dora
+    assert all(layer.magnitude is not None for layer in adapter.layers.values())
+    model, _ = decomposed(kind)
+    bank = attach(model)
+    bank.load("a", adapter)
+    torch.testing.assert_close(answer(model, x), expected, rtol=1e-3, atol=1e-4)
+    bank.adapter("a").save(tmp_path / "ours")
+    fresh, _ = decomposed(kind)
+    again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "ours")).eval()  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(answer(again, x), expected, rtol=1e-3, atol=1e-4)
+    written, given = (load_file(tmp_path / which / "adapter_model.safetensors") for which in ("ours", "theirs"))
+    assert {key: value.shape for key, value in written.items()} == {key: value.shape for key, value in given.items()}
+    Adapter.load(tmp_path / "ours").save(tmp_path / "once more")
+    for file in ("adapter_config.json", "adapter_model.safetensors", "lorabank.json"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "once more" / file).read_bytes()
+
+
+@pytest.mark.parametrize("change", ["dropped", "too many", "unasked"])
+def test_magnitudes_that_do_not_fit_are_named(change: str, tmp_path: Path) -> None:
+    bank = attach(llama())
+    add(bank, "a", targets=["q"], use_dora=change != "unasked")
+    bank.adapter("a").save(tmp_path)
+    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    tensors = load_file(file)
+    if change == "dropped":
+        del tensors[key]
+    else:
+        tensors[key] = torch.ones(17)
+    save_file(tensors, file)
+    (tmp_path / "lorabank.json").unlink()
+    said = {
+        "dropped": "'model.layers.0.self_attn.q_proj' has no lora_magnitude_vector .*use_dora: true",
+        "too many": "has 17 magnitudes for 16 outputs",
+        "unasked": "has a lora_magnitude_vector .*use_dora: false",
+    }
+    with pytest.raises(AdapterFileError, match=said[change]):
+        Adapter.load(tmp_path)
+
+
 # ---- an embedding that PEFT saves along -----------------------------------------------------------------------------------
 
 
@@ -155,8 +224,9 @@ def test_a_file_with_the_bases_embeddings_loads_and_saves_them_again(
     theirs, again = (load_file(at / "adapter_model.safetensors") for at in (folder, tmp_path / "again"))
     assert theirs.keys() == again.keys()
     assert all(torch.equal(theirs[key], again[key]) for key in theirs)
-    half = attach(tied_off().bfloat16())
-    half.load("a", adapter, force=True)
+    for dtypes in ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        halved = attach(tied_off().to(dtypes[0]))  # rounded once there and once here, and in other places
+        halved.load("a", replace(adapter, base_weights={k: v.to(dtypes[1]) for k, v in adapter.base_weights.items()}))
 
 
 def test_embeddings_of_another_base_are_refused(with_embeddings: tuple[Path, Tensor]) -> None:
@@ -165,6 +235,7 @@ def test_embeddings_of_another_base_are_refused(with_embeddings: tuple[Path, Ten
     bank = attach(tied_off())
     with pytest.raises(AdapterFileError, match="lm_head: the file brings the base's own weight, and this model has ano"):
         bank.load("a", replace(adapter, base_weights=trained))
+    attach(tied_off()).load("a", replace(adapter, base_weights=trained), force=True)
     longer = {path: torch.cat([weight, weight[:1]]) for path, weight in adapter.base_weights.items()}
     with pytest.raises(AdapterFileError, match=r"the base's own weight, \(49, 16\), and this model's is \(48, 16\): resize"):
         bank.load("a", replace(adapter, base_weights=longer))
@@ -177,6 +248,24 @@ def test_a_base_weight_without_an_adapter_is_no_lora_tensor(with_embeddings: tup
     save_file({**tensors, "base_model.model.model.norm.base_layer.weight": torch.ones(16)}, file)
     with pytest.raises(AdapterFileError, match=r"model\.norm\.base_layer\.weight' is a module saved in full"):
         Adapter.load(with_embeddings[0])
+
+
+def test_a_base_weight_of_another_dtype_is_named(with_embeddings: tuple[Path, Tensor]) -> None:
+    file = with_embeddings[0] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.lm_head.base_layer.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, file)
+    with pytest.raises(AdapterFileError, match=rf"'{name}' is torch.int8"):
+        Adapter.load(with_embeddings[0])
+
+
+def test_a_depthwise_convolution_that_grows_in_pefts_form_is_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bank = attach(nn.Sequential(nn.Conv1d(1100, 1100, 4, groups=1100)))
+    add(bank, "a", rank=4, targets="all-conv")
+    with pytest.warns(UserWarning, match=r"convolution in 1100 groups, whose A takes \d+ MiB in PEFT's form, nearly all zeros"):
+        bank.adapter("a").save(tmp_path)
+    assert torch.equal(Adapter.load(tmp_path).layers["0"].A, bank.adapter("a").layers["0"].A)
 
 
 # ---- what doesn't fit ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from lorabank.errors import RoutingError
 from lorabank.kernels import reference
 from lorabank.kernels.mapped import add_mapped
 from lorabank.kernels.maps import LowRankMap
-from lorabank.kernels.segments import DropoutDraw, Rows, Segment
+from lorabank.kernels.norms import output_norms
+from lorabank.kernels.segments import Decomposition, DropoutDraw, Rows, Segment
 from tests.kernels.cases import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -46,8 +47,10 @@ ROWS: dict[str, tuple[list[Rows], int]] = {
 SAMPLES = 5
 
 
-def case(name: str, rows: str, *, weighted: bool = False, dropout: float = 0.0) -> tuple[nn.Module, Tensor, list[Segment], int]:
-    """(layer, its input, segments, units)."""
+def case(
+    name: str, rows: str, *, weighted: bool = False, dropout: float = 0.0, decomposed: bool = False
+) -> tuple[nn.Module, Tensor, list[Segment], int]:
+    """(layer, its input, segments, units). `decomposed`: all segments but every third."""
     torch.manual_seed(0)
     make, size = LAYERS[name]
     layer: nn.Module = make().requires_grad_(False)
@@ -62,7 +65,12 @@ def case(name: str, rows: str, *, weighted: bool = False, dropout: float = 0.0) 
         draw = DropoutDraw(probability=dropout, seed=7 + i, step=3, examples_U=torch.arange(count)) if dropout else None
         A, B = torch.randn(2 + i, fan_in), torch.randn(2 + i, fan_out)
         weights = torch.rand(count) - 0.3 if weighted else None
-        segments.append(Segment(rows=mine, A_RI=A, B_RO=B, scaling=0.5 + i, weights_U=weights, dropout=draw))
+        segment = Segment(rows=mine, A_RI=A, B_RO=B, scaling=0.5 + i, weights_U=weights, dropout=draw)
+        if decomposed and i % 3 < 2:
+            norms = output_norms(kind.weight_oi(layer._parameters, None), A, B, segment.scaling)
+            parts = Decomposition(magnitude_O=norms * (1 + 0.5 * torch.randn(fan_out)), norm_O=norms)
+            segment = replace(segment, decomposition=parts)
+        segments.append(segment)
     return layer, x, segments, units
 
 
@@ -78,20 +86,31 @@ Gradients = dict[str, Tensor | None]
 def run(layer: nn.Module, x: Tensor, segments: list[Segment], units: int, *, fast: bool) -> tuple[Tensor, Gradients]:
     """(output, every gradient)."""
     x = x.clone().requires_grad_(x.is_floating_point())
-    own = [replace(s, A_RI=s.A_RI.clone().requires_grad_(), B_RO=s.B_RO.clone().requires_grad_()) for s in segments]
-    y = layer(x)
+    own, magnitudes = [], dict[str, Tensor]()
+    for i, segment in enumerate(segments):
+        A, B, parts = (*(t.clone().requires_grad_() for t in (segment.A_RI, segment.B_RO)), segment.decomposition)
+        if parts is not None:
+            magnitudes[f"magnitude{i}"] = parts.magnitude_O.clone().requires_grad_()
+            parts = replace(parts, magnitude_O=magnitudes[f"magnitude{i}"])
+        own.append(replace(segment, A_RI=A, B_RO=B, decomposition=parts))
+    y, bias = layer(x), layer._parameters.get("bias")
     how = the_map(layer)
-    y = add_mapped(y, x, how, make_plan(own, units)) if fast else reference.add_mapped(y, x, how, own, units)
+    if fast:
+        y = add_mapped(y, x, how, make_plan(own, units), bias)
+    else:
+        y = reference.add_mapped(y, x, how, own, units, bias)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
     leaves = {f"A{i}": s.A_RI.grad for i, s in enumerate(own)} | {f"B{i}": s.B_RO.grad for i, s in enumerate(own)}
+    leaves |= {name: leaf.grad for name, leaf in magnitudes.items()}
     return y.detach(), {"x": x.grad, **leaves}
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_fast_path_is_the_definition(name: str, rows: str, dropout: float) -> None:
-    given = case(name, rows, weighted=rows == "mixtures", dropout=dropout)
+def test_the_fast_path_is_the_definition(name: str, rows: str, dropout: float, decomposed: bool) -> None:
+    given = case(name, rows, weighted=rows == "mixtures", dropout=dropout, decomposed=decomposed)
     (y, found), (expected_y, expected) = (run(*given, fast=fast) for fast in (True, False))
     torch.testing.assert_close(y, expected_y, rtol=1e-5, atol=1e-5)
     for key, wanted in expected.items():
@@ -99,6 +118,20 @@ def test_the_fast_path_is_the_definition(name: str, rows: str, dropout: float) -
         assert mine is not None or wanted is None or not wanted.any(), key
         if mine is not None and wanted is not None:
             torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4, msg=lambda said, key=key: f"{key}: {said}")
+    assert any(key.startswith("magnitude") for key in found) == decomposed
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_decomposed_layer_is_a_change_of_the_weight(name: str) -> None:
+    """magnitude · V / ‖V‖ for each output, V = W + scaling · B A (DoRA, eq. 5)."""
+    layer, x, (segment,), units = case(name, "one slot for everything", decomposed=True)
+    y, _ = run(layer, x, [segment], units, fast=True)
+    weight, how, parts = layer.get_parameter("weight"), the_map(layer), segment.decomposition
+    assert parts is not None
+    whole = how.flat(weight) + segment.scaling * segment.B_RO.t() @ segment.A_RI
+    torch.testing.assert_close(parts.norm_O, whole.norm(dim=1))
+    weight.copy_(how.shape(parts.magnitude_O[:, None] * whole / whole.norm(dim=1)[:, None]))
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LAYERS)

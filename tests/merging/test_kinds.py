@@ -15,8 +15,8 @@ from lorabank.formats.adapter import AdapterLayer
 from tests.bank.tiny import add, ids, llama, make, outputs, state_bytes, two
 
 
-def adapters() -> tuple[Adapter, Adapter]:
-    bank = two("pictures")[1]
+def adapters(kind: str = "pictures") -> tuple[Adapter, Adapter]:
+    bank = two(kind)[1]
     return bank.adapter("a"), bank.adapter("b")
 
 
@@ -27,9 +27,10 @@ def beside(adapter: Adapter, x: Tensor, dtype: torch.dtype = torch.float32) -> T
     return outputs(model, x).detach()
 
 
+@pytest.mark.parametrize("kind", ["pictures", "decomposed pictures"])
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-def test_law5_merged_equals_unmerged_and_comes_back_bit_for_bit(form: torch.memory_format) -> None:
-    adapter, _ = adapters()
+def test_law5_merged_equals_unmerged_and_comes_back_bit_for_bit(form: torch.memory_format, kind: str) -> None:
+    adapter, _ = adapters(kind)
     model, x = make("pictures"), ids(3)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -64,6 +65,21 @@ def test_a_layer_that_computes_something_else_is_found_by_the_check(path: str) -
         merge(model, replace(adapter, layers={path: adapter.layers[path]}), say=None, force=True)
 
 
+@pytest.mark.parametrize("kind", ["decomposed llama", "decomposed gpt2"])
+def test_a_decomposed_adapter_is_merged_whole_and_not_combined(kind: str) -> None:
+    adapter, _ = adapters(kind)
+    model, x = make(kind), ids(2)
+    bank = attach(make(kind))
+    bank.load("a", adapter)
+    expected = outputs(bank.model, x).detach()
+    merge(model, adapter, inputs={"input_ids": x}, say=None)
+    torch.testing.assert_close(outputs(model, x).detach(), expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(MergeError, match=r"a decomposed adapter \(DoRA\) is merged whole"):
+        merge(make(kind), adapter, strength=0.5)
+    with pytest.raises(MergeError, match=r"adapter 0 is decomposed \(DoRA; layer '.*'\): what it does to a weight depends on"):
+        combine([(adapter, 1.0)])
+
+
 def test_a_tied_embedding_is_refused() -> None:
     model = llama(tie_word_embeddings=True)
     bank = attach(model)
@@ -79,6 +95,21 @@ def test_a_kernel_of_another_size_is_refused() -> None:
     wrong = replace(adapter.layers["blocks.2"], A=torch.ones(3, 3, 2, 2))
     with pytest.raises(MergeError, match=r"blocks\.2: made for a kernel of 2 × 2, the model's layer has 1 × 1"):
         merge(make("pictures"), replace(adapter, layers={"blocks.2": wrong}), force=True)
+
+
+def test_only_linear_layers_were_ever_quantised_in_training() -> None:
+    adapter, _ = adapters()
+    told = replace(adapter, metadata={"base_storage": "nf4"})
+    report = merge(make("pictures"), told, say=None, force=True).report
+    assert {path for path, layer in report.layers.items() if layer.moved} == {"head"}
+
+
+def test_a_file_that_brings_another_base_weight_is_not_merged() -> None:
+    adapter, _ = adapters()
+    weight = make("pictures").get_parameter("embed.weight").detach()
+    merge(make("pictures"), replace(adapter, base_weights={"embed": weight}), say=None, force=True)
+    with pytest.raises(MergeError, match="embed: the file brings the base's own weight, and this model has another"):
+        merge(make("pictures"), replace(adapter, base_weights={"embed": weight + 1}), force=True)
 
 
 def test_law7_exact_combination_is_linear_in_the_weights() -> None:

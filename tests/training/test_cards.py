@@ -80,6 +80,12 @@ def test_no_vllm_line_for_a_rank_that_vllm_refuses() -> None:
     assert "vLLM can't read this adapter" in card
 
 
+def test_no_vllm_line_for_dora() -> None:
+    card = model_card(replace(FACTS, run=AdapterRun(use_dora=True)))
+    assert "vllm serve" not in card
+    assert "vLLM doesn't read DoRA; merge it (lorabank merge)" in card
+
+
 @pytest.mark.parametrize("run", [AdapterRun(rank_pattern={"q": 4}), AdapterRun(alpha_pattern={"q": 4})])
 def test_ranks_that_differ_between_layers_need_a_new_vllm(run: AdapterRun) -> None:
     card = model_card(replace(FACTS, run=run))

@@ -121,6 +121,15 @@ def test_an_export_is_named_where_vllm_refuses_the_rank(tmp_path: Path) -> None:
     assert "terse: " in text
 
 
+def test_dora_is_merged_for_vllm(tmp_path: Path) -> None:
+    listener = ConsoleListener(terminal(100))
+    listener.on_start(plan())
+    listener.on_end(result(tmp_path, use_dora=True))
+    text = listener.console.export_text()
+    assert "vllm serve" not in text
+    assert "vLLM doesn't read DoRA; merge it (lorabank merge)" in text
+
+
 @pytest.mark.parametrize("setting", [{"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}])
 def test_ranks_that_differ_between_layers_need_a_new_vllm(setting: dict[str, object], tmp_path: Path) -> None:
     listener = ConsoleListener(terminal(100))
