@@ -27,7 +27,7 @@ from tests.kernels.gpu.problems import (
     problems,
 )
 
-SEGMENTS = 1000 if torch.cuda.is_available() else 200  # a program takes the interpreter milliseconds
+SEGMENTS = 1000
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -62,6 +62,7 @@ def test_products_that_are_split_along_the_features(device: torch.device, dtype:
         check(make(device, rows=rows, ranks=ranks, units=3, tokens=2, inputs=inputs, outputs=outputs, dtype=dtype))
 
 
+@pytest.mark.slow  # a program takes the interpreter milliseconds
 def test_many_segments_of_one_token(device: torch.device) -> None:
     rows = {slot: [SEGMENTS - 1 - slot] for slot in range(SEGMENTS)}
     check(make(device, rows=rows, ranks={slot: 1 + slot % 3 for slot in rows}, units=SEGMENTS, tokens=1, inputs=3, outputs=2))
