@@ -85,6 +85,10 @@ class Adapter:
                     f"layer {path!r}: expected A (rank, in …) and B (out, rank) of one rank, "
                     f"got A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}"
                 )
+            if layer.magnitude is not None and layer.magnitude.shape != layer.B.shape[:1]:
+                raise AdapterFileError(
+                    f"layer {path!r}: expected a magnitude for each of {len(layer.B)} outputs, got {tuple(layer.magnitude.shape)}"
+                )
 
     @property
     def num_parameters(self) -> int:

@@ -113,7 +113,7 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
             f"{tensors_path}: tensor {bad!r} holds NaN or infinity: its training diverged. Use an earlier checkpoint, "
             "or load_peft(folder, allow_non_finite=True) to look at it."
         )
-    magnitudes, tensors = split_magnitudes(tensors)
+    magnitudes, tensors = split_magnitudes(str(tensors_path), tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
     layers = _decomposed(str(tensors_path), settings, _layers(str(tensors_path), settings, tensors), magnitudes)
     metadata = dict(settings.metadata)
@@ -157,6 +157,12 @@ def _decomposed(
     where: str, settings: PeftSettings, layers: Mapping[str, AdapterLayer], magnitudes: Mapping[str, Tensor]
 ) -> dict[str, AdapterLayer]:
     """The layers with DoRA's magnitudes. Raises AdapterFileError where these aren't as the settings say."""
+    for path in magnitudes:
+        if settings.use_dora and path in layers and layers[path].looks_up:
+            raise AdapterFileError(
+                f"{where}: {magnitude_name(path)!r} is DoRA's magnitude of an embedding, which isn't supported, and without it "
+                "the adapter would compute something else. Merge it with the tool that made it."
+            )
     expected = [path for path, layer in layers.items() if not layer.looks_up] if settings.use_dora else []
     if wrong := sorted(set(expected) ^ set(magnitudes)):
         has = "no lora_magnitude_vector" if wrong[0] in expected else "a lora_magnitude_vector"

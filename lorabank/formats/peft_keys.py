@@ -112,15 +112,19 @@ def split_base_weights(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[
     return found, left
 
 
-def split_magnitudes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(DoRA's magnitudes (out,) by module path, the other tensors)."""
+def split_magnitudes(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(DoRA's magnitudes (out,) by module path, the other tensors). Raises AdapterFileError for two of one layer."""
     found, left = dict[str, Tensor](), dict[str, Tensor]()
     for name, value in tensors.items():
         match = _MAGNITUDE.fullmatch(name)
         if match is None:
             left[name] = value
         else:
-            found[_bare(match["path"])] = value.reshape(-1)
+            path = _bare(match["path"])
+            if path in found:
+                raise AdapterFileError(f"{where}: {name!r} is a second magnitude of {path!r}: two adapters in a file")
+            _check_dtype(where, name, value)
+            found[path] = value.reshape(-1)
     return found, left
 
 

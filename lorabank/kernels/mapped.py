@@ -84,7 +84,7 @@ class _AddMapped(torch.autograd.Function):
         needs_y, needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], iter(ctx.needs_input_grad[5:])
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None
         dy_UN, x_UN = samples_of(dy, plan.units), samples_of(x, plan.units)
-        to_y = dy
+        to_y, d_bias = dy, None
         gradients: list[Tensor | None] = []
         with without_autocast(x):
             for segment, narrow in zip(plan.segments, shrunk, strict=True):
@@ -100,9 +100,13 @@ class _AddMapped(torch.autograd.Function):
                         d_magnitude = [layer_map.over_places(direction.mul_(dy_mine)) / segment.decomposition.norm_O]
                     else:
                         d_magnitude = [None]
-                    if needs_y:
+                    through_y = weighed(dy_mine * (gain - 1), segment) if needs_y or ctx.needs_input_grad[4] else None
+                    if through_y is not None and ctx.needs_input_grad[4]:
+                        own = layer_map.over_places(through_y)  # the bias is in y, and no part of what is decomposed
+                        d_bias = -own if d_bias is None else d_bias - own
+                    if through_y is not None and needs_y:
                         to_y = dy.clone(memory_format=torch.contiguous_format) if to_y is dy else to_y
-                        _add_rows(samples_of(to_y, plan.units), segment, weighed(dy_mine * (gain - 1), segment))
+                        _add_rows(samples_of(to_y, plan.units), segment, through_y)
                     dy_mine = dy_mine * gain
                 dy_mine = dy_mine.mul(segment.scaling)
                 d_narrow, dB = layer_map.expand_backward(dy_mine, narrow, segment.B_RO, needs_B)
@@ -111,7 +115,7 @@ class _AddMapped(torch.autograd.Function):
                 if dx is not None and dx_mine is not None:
                     _add_rows(samples_of(dx, plan.units), segment, dx_mine if mask is None else dx_mine.mul_(mask))
                 gradients += [dA, dB, *d_magnitude]
-        return to_y, dx, None, None, None, *gradients
+        return to_y, dx, None, None, None if d_bias is None else d_bias.to(bias_O.dtype), *gradients
 
 
 def _without_bias(y_UN: Tensor, segment: Segment, layer_map: LowRankMap, bias_O: Tensor | None) -> Tensor:

@@ -169,7 +169,7 @@ def _fitting_layers(model: nn.Module, adapter: Adapter, strength: float) -> dict
             )
         if wrong := misfit(path, layer, known[path]) or other_weight(path, adapter, known[path]):
             raise MergeError(f"merge: {wrong}; the adapter belongs to another base")
-        if not (layer.A.isfinite().all() and layer.B.isfinite().all() and math.isfinite(layer.scaling)):
+        if not (all(tensor.isfinite().all() for tensor in layer.tensors.values()) and math.isfinite(layer.scaling)):
             raise AdapterFileError(f"merge: layer {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
     return {path: known[path] for path in adapter.layers}
 
@@ -252,9 +252,10 @@ def _check_layer(
     size = wide_x.abs() if x.is_floating_point() else x
     terms = layer_map.whole(size, layer_map.flat(before).abs())
     terms = terms + layer_map.expand(layer_map.shrink(size, A_RI.abs()), B_RO.abs())
+    terms = terms + y_before.abs()
     if gain_O is not None:
         terms = terms * layer_map.outputs(gain_O.abs().clamp_min(1), terms)
-    bound = 8 * eps * (terms + y_before.abs())
+    bound = 8 * eps * terms
     excess = (found - expected).abs() - bound
     if not bool((excess <= 0).all()):
         worst = float((found - expected).abs().max())

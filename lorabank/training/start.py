@@ -66,14 +66,12 @@ def _add(bank: AdapterBank, name: str, job: AdapterJob) -> str | None:
 
 def _shape(config: AdapterConfig) -> str:
     targets = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
-    return f"rank {config.rank}, alpha {config.alpha:g}, targets {targets}"
+    return f"{'DoRA, ' if config.use_dora else ''}rank {config.rank}, alpha {config.alpha:g}, targets {targets}"
 
 
 def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
-    plain = AdapterConfig()
-    asked = [
-        name for name in ("rank", "alpha", "targets") if getattr(wanted, name) not in (getattr(plain, name), getattr(found, name))
-    ]
+    plain, names = AdapterConfig(), ("rank", "alpha", "targets", "use_rslora", "use_dora")
+    asked = [name for name in names if getattr(wanted, name) not in (getattr(plain, name), getattr(found, name))]
     return f" (the settings {', '.join(asked)} of this run give way to it)" if asked else ""
 
 

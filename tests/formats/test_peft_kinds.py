@@ -169,7 +169,7 @@ def test_dora_both_ways(kind: str, tmp_path: Path) -> None:
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "once more" / file).read_bytes()
 
 
-@pytest.mark.parametrize("change", ["dropped", "too many", "unasked"])
+@pytest.mark.parametrize("change", ["dropped", "too many", "unasked", "twice", "whole numbers"])
 def test_magnitudes_that_do_not_fit_are_named(change: str, tmp_path: Path) -> None:
     bank = attach(llama())
     add(bank, "a", targets=["q"], use_dora=change != "unasked")
@@ -178,6 +178,10 @@ def test_magnitudes_that_do_not_fit_are_named(change: str, tmp_path: Path) -> No
     tensors = load_file(file)
     if change == "dropped":
         del tensors[key]
+    elif change == "twice":
+        tensors[f"{key}.other.weight"] = tensors[key].clone()
+    elif change == "whole numbers":
+        tensors[key] = tensors[key].to(torch.int32)
     else:
         tensors[key] = torch.ones(17)
     save_file(tensors, file)
@@ -185,9 +189,18 @@ def test_magnitudes_that_do_not_fit_are_named(change: str, tmp_path: Path) -> No
     said = {
         "dropped": "'model.layers.0.self_attn.q_proj' has no lora_magnitude_vector .*use_dora: true",
         "too many": "has 17 magnitudes for 16 outputs",
+        "twice": "is a second magnitude of 'model.layers.0.self_attn.q_proj': two adapters in a file",
+        "whole numbers": "lora_magnitude_vector' is torch.int32",
         "unasked": "has a lora_magnitude_vector .*use_dora: false",
     }
     with pytest.raises(AdapterFileError, match=said[change]):
+        Adapter.load(tmp_path)
+
+
+def test_pefts_dora_of_an_embedding_is_refused_by_name(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["wte"], use_dora=True))  # pyright: ignore[reportArgumentType]
+    theirs.save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterFileError, match="lora_magnitude_vector' is DoRA's magnitude of an embedding, which"):
         Adapter.load(tmp_path)
 
 

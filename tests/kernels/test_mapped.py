@@ -93,7 +93,11 @@ def run(layer: nn.Module, x: Tensor, segments: list[Segment], units: int, *, fas
             magnitudes[f"magnitude{i}"] = parts.magnitude_O.clone().requires_grad_()
             parts = replace(parts, magnitude_O=magnitudes[f"magnitude{i}"])
         own.append(replace(segment, A_RI=A, B_RO=B, decomposition=parts))
-    y, bias = layer(x), layer._parameters.get("bias")
+    bias = layer._parameters.get("bias")
+    if bias is not None:
+        bias.grad = None
+        bias.requires_grad_()  # it may be trained beside
+    y = layer(x)
     how = the_map(layer)
     if fast:
         y = add_mapped(y, x, how, make_plan(own, units), bias)
@@ -102,6 +106,7 @@ def run(layer: nn.Module, x: Tensor, segments: list[Segment], units: int, *, fas
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
     leaves = {f"A{i}": s.A_RI.grad for i, s in enumerate(own)} | {f"B{i}": s.B_RO.grad for i, s in enumerate(own)}
     leaves |= {name: leaf.grad for name, leaf in magnitudes.items()}
+    leaves |= {} if bias is None else {"bias": bias.grad}
     return y.detach(), {"x": x.grad, **leaves}
 
 
@@ -199,3 +204,25 @@ def test_an_id_of_padding_is_not_trained() -> None:
     assert found["A0"] is not None
     assert not found["A0"][:, 2].any()
     assert found["A0"].any()
+
+
+def test_the_bias_is_no_part_of_what_is_decomposed() -> None:
+    layer, x, segments, units = case("linear", "mixtures", weighted=True, decomposed=True)
+    _, found = run(layer, x, segments, units, fast=True)
+    dy = torch.randn(layer(x).shape, generator=torch.Generator().manual_seed(1))
+    assert found["bias"] is not None
+    torch.testing.assert_close(found["bias"], dy.flatten(0, -2).sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("left", [1.0, 1e-2, 1e-4])
+def test_norms_where_little_of_the_weight_is_left(left: float) -> None:
+    """B A undoes the weight but for a part of that size. In every number of pieces."""
+    torch.manual_seed(0)
+    u, v, rest = torch.randn(50, 1), torch.randn(1, 40), torch.randn(50, 40)
+    weight, A, B = u @ v + left * rest, v, -u.t() / 2
+    exact = (weight.double() + 2.0 * B.t().double() @ A.double()).norm(dim=1).float()
+    found = output_norms(weight, A, B, 2.0)
+    torch.testing.assert_close(found, exact, rtol=2e-3, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(output_norms(weight, A, B, 2.0), found)
+    assert bool((output_norms(torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(2, 3), 1.0) > 0).all())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank import BASE, Adapter, attach, combine, merge
-from lorabank.errors import MergeError
+from lorabank.errors import AdapterFileError, MergeError
 from lorabank.formats.adapter import AdapterLayer
 from tests.bank.tiny import add, ids, llama, make, outputs, state_bytes, two
 
@@ -78,6 +78,31 @@ def test_a_decomposed_adapter_is_merged_whole_and_not_combined(kind: str) -> Non
         merge(make(kind), adapter, strength=0.5)
     with pytest.raises(MergeError, match=r"adapter 0 is decomposed \(DoRA; layer '.*'\): what it does to a weight depends on"):
         combine([(adapter, 1.0)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_gain_beside_a_large_bias_passes_the_check(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6)).to(dtype)
+    with torch.no_grad():
+        model[0].get_parameter("bias").fill_(50.0)
+    bank = attach(model)
+    add(bank, "a", rank=2, targets="0", use_dora=True)
+    with torch.no_grad():
+        next(p for key, p in bank.named_parameters("a") if key.endswith(".magnitude")).mul_(100)
+    adapter = bank.adapter("a")
+    bank.detach()
+    merge(model, adapter, say=None)
+
+
+def test_magnitudes_that_are_no_numbers_or_too_many_are_named() -> None:
+    adapter, _ = adapters("decomposed llama")
+    path, layer = next(iter(adapter.layers.items()))
+    assert layer.magnitude is not None
+    with pytest.raises(AdapterFileError, match="holds NaN or infinity"):
+        merge(make("llama"), replace(adapter, layers={path: replace(layer, magnitude=layer.magnitude * float("nan"))}))
+    with pytest.raises(AdapterFileError, match=r"expected a magnitude for each of 16 outputs, got \(17,\)"):
+        replace(adapter, layers={path: replace(layer, magnitude=torch.ones(17))})
 
 
 def test_a_tied_embedding_is_refused() -> None:
