@@ -32,6 +32,11 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = F
     """
     if not adapter.layers:
         raise AdapterFileError(f"adapter {name!r} has no layers, so there is nothing to load")
+    if adapter.config.use_dora and all(layer.magnitude is None for layer in adapter.layers.values()):
+        raise AdapterFileError(
+            f"adapter {name!r} says use_dora and none of its layers has a magnitude: it would compute something else. Load the "
+            "file that it came from again, or set use_dora=False in its config."
+        )
     layers = adaptable_layers(model)
     wrong = []
     for path, part in adapter.layers.items():

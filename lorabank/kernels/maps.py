@@ -78,8 +78,28 @@ class LowRankMap(Protocol):
         ...
 
 
+class _OutputsLast:
+    """What maps share whose outputs are the last dimension of y."""
+
+    def expand(self, shrunk: Tensor, B_RO: Tensor) -> Tensor:
+        """(…, O)."""
+        return shrunk @ B_RO
+
+    def expand_backward(self, dy: Tensor, shrunk: Tensor, B_RO: Tensor, needs_B: bool) -> tuple[Tensor, Tensor | None]:
+        """(d_shrunk, dB)."""
+        return dy @ B_RO.t(), shrunk.flatten(0, -2).t() @ dy.flatten(0, -2) if needs_B else None
+
+    def outputs(self, vector_O: Tensor, y: Tensor) -> Tensor:
+        """(O,)."""
+        return vector_O
+
+    def over_places(self, y: Tensor) -> Tensor:
+        """(O,)."""
+        return y.flatten(0, -2).sum(0)
+
+
 @dataclass(frozen=True)
-class LinearMap:
+class LinearMap(_OutputsLast):
     """x (…, in) → (…, out)."""
 
     transposed: bool = False
@@ -105,27 +125,11 @@ class LinearMap:
         """(…, R)."""
         return x @ A_RI.t()
 
-    def expand(self, shrunk: Tensor, B_RO: Tensor) -> Tensor:
-        """(…, O)."""
-        return shrunk @ B_RO
-
     def shrink_backward(
         self, d_shrunk: Tensor, x: Tensor, A_RI: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dx, dA)."""
         return d_shrunk @ A_RI if needs[0] else None, d_shrunk.flatten(0, -2).t() @ x.flatten(0, -2) if needs[1] else None
-
-    def expand_backward(self, dy: Tensor, shrunk: Tensor, B_RO: Tensor, needs_B: bool) -> tuple[Tensor, Tensor | None]:
-        """(d_shrunk, dB)."""
-        return dy @ B_RO.t(), shrunk.flatten(0, -2).t() @ dy.flatten(0, -2) if needs_B else None
-
-    def outputs(self, vector_O: Tensor, y: Tensor) -> Tensor:
-        """(O,)."""
-        return vector_O
-
-    def over_places(self, y: Tensor) -> Tensor:
-        """(O,)."""
-        return y.flatten(0, -2).sum(0)
 
     def dropout(self, draw: DropoutDraw, x: Tensor) -> Tensor | None:
         """A number for each token and feature."""
@@ -241,7 +245,7 @@ class ConvMap:
 
 
 @dataclass(frozen=True)
-class EmbeddingMap:
+class EmbeddingMap(_OutputsLast):
     """x (…) ids → (…, O)."""
 
     padding_id: int | None = None
@@ -267,10 +271,6 @@ class EmbeddingMap:
         """(…, R)."""
         return F.embedding(x, A_RI.t(), padding_idx=self.padding_id)
 
-    def expand(self, shrunk: Tensor, B_RO: Tensor) -> Tensor:
-        """(…, O)."""
-        return shrunk @ B_RO
-
     def shrink_backward(
         self, d_shrunk: Tensor, x: Tensor, A_RI: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -282,18 +282,6 @@ class EmbeddingMap:
         if self.padding_id is not None:
             values = values * (places != self.padding_id)[:, None]
         return None, torch.zeros_like(A_RI.t(), memory_format=torch.contiguous_format).index_add_(0, places, values).t()
-
-    def expand_backward(self, dy: Tensor, shrunk: Tensor, B_RO: Tensor, needs_B: bool) -> tuple[Tensor, Tensor | None]:
-        """(d_shrunk, dB)."""
-        return dy @ B_RO.t(), shrunk.flatten(0, -2).t() @ dy.flatten(0, -2) if needs_B else None
-
-    def outputs(self, vector_O: Tensor, y: Tensor) -> Tensor:
-        """(O,)."""
-        return vector_O
-
-    def over_places(self, y: Tensor) -> Tensor:
-        """(O,)."""
-        return y.flatten(0, -2).sum(0)
 
     def dropout(self, draw: DropoutDraw, x: Tensor) -> Tensor | None:
         """Nothing is dropped: an id is no number (PEFT drops nothing there either)."""

@@ -101,6 +101,9 @@ def test_magnitudes_that_are_no_numbers_or_too_many_are_named() -> None:
     assert layer.magnitude is not None
     with pytest.raises(AdapterFileError, match="holds NaN or infinity"):
         merge(make("llama"), replace(adapter, layers={path: replace(layer, magnitude=layer.magnitude * float("nan"))}))
+    plain = replace(adapter, layers={path: replace(layer, magnitude=None)})
+    with pytest.raises(AdapterFileError, match="says use_dora and none of its layers has a magnitude"):
+        attach(make("llama")).load("a", plain, force=True)
     with pytest.raises(AdapterFileError, match=r"expected a magnitude for each of 16 outputs, got \(17,\)"):
         replace(adapter, layers={path: replace(layer, magnitude=torch.ones(17))})
 
