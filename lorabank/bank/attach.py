@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.layers import LoRALayer
 from lorabank.bank.reach import is_attached
+from lorabank.bank.wrapping import Adapted
 from lorabank.errors import LorabankError
 
 
@@ -50,7 +50,7 @@ def attach(model: nn.Module) -> AdapterBank:
         )
     if is_attached(model):
         raise LorabankError("attach: this model already has a bank. Use that bank, or detach it first (bank.detach()).")
-    taken = next((path for path, module in model.named_modules() if isinstance(module, LoRALayer) or is_attached(module)), None)
+    taken = next((path for path, module in model.named_modules() if isinstance(module, Adapted) or is_attached(module)), None)
     if taken is not None:
         raise LorabankError(
             f"attach: a part of this model, {taken!r}, belongs to a bank already. Use that bank, or detach it first."

@@ -12,19 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
+from lorabank.bank.experts import LoRAExperts
 from lorabank.bank.fit import check_decomposed, check_fits, task_type, warn_ranks, warn_storage
-from lorabank.bank.layers import LoRALayer, SlotValues
+from lorabank.bank.layers import LoRALayer
 from lorabank.bank.naming import check_new_name
+from lorabank.bank.parts import paths_of
 from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
+from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
+from lorabank.bank.wrapping import Adapted
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
-from lorabank.formats.adapter import BASE_STORAGE, Adapter
+from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.patterns import pattern_value
 
@@ -33,8 +38,8 @@ _CAPTURE = (
     "with bank.use(name)."
 )
 
-_Start = Callable[[str, LoRALayer], SlotValues]
-"""(path, layer) → what a slot begins with."""
+_Start = Callable[[Carrier], SlotValues]
+"""What a slot begins with in one place."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class AdapterBank:
         self.model = model
         self.structure = 0
         self._slots: dict[str, _Slot] = {}
-        self._layers: dict[str, LoRALayer] = {}
+        self._layers: dict[str, Carrier] = {}
+        self._wrappers: list[Adapted] = []
         self._numbers: dict[str, int] = {}
         self._sticky: Routing | None = None
         self._only: Routing | None = None
@@ -117,7 +123,7 @@ class AdapterBank:
         slot = _Slot(config=config, seed=seed, paths=tuple(chosen))
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 
-        self._install(name, slot, shapes, lambda path, layer: layer.fresh(config, shapes[path][0], seed))
+        self._install(name, slot, chosen, lambda place: place.fresh(config, *shapes[place.path], seed))
 
     def load(self, name: str, adapter: Adapter, *, force: bool = False, seed: int = 0) -> None:
         """Put a trained adapter into the bank under `name`.
@@ -137,18 +143,18 @@ class AdapterBank:
         check_fits(self.model, name, adapter, force=force)
         warn_storage(name, adapter, self.model)
         # in the order that `add` has them, not the file's
-        in_order = [path for path in adaptable_layers(self.model) if path in adapter.layers]
-        shapes = {path: (adapter.layers[path].rank, adapter.layers[path].scaling) for path in in_order}
+        layers = adaptable_layers(self.model)
+        in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))
         told = adapter.metadata.get(BASE_STORAGE)
-        slot = _Slot(adapter.config, seed, tuple(shapes), adapter.base_model, adapter.task_type, told)
-        self._install(name, slot, shapes, lambda path, _: SlotValues.of(adapter.layers[path]))
+        slot = _Slot(adapter.config, seed, in_order, adapter.base_model, adapter.task_type, told)
+        self._install(name, slot, layers, lambda place: place.values_of(adapter.layers))
 
     def adapter(self, name: str) -> Adapter:
         """A copy of an adapter's present values, on the CPU, apart from the bank."""
         slot = self._slot(name)
-        layers = {}
+        layers: dict[str, AdapterLayer] = {}
         for path in slot.paths:
-            layers[path] = self._layers[path].adapter_layer(name)
+            layers |= self._layers[path].adapter_layers(name)
         base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
         storage = storage_of(self.model) or slot.base_storage
         return Adapter(
@@ -321,15 +327,16 @@ class AdapterBank:
         Hooks that were registered on a wrapped layer while it was wrapped go with the wrapper.
         """
         self._check_alive()
-        for layer in self._layers.values():
-            layer.bring_home()
-            layer.base.train(layer.training)
-            for parent, attribute in places_of(self.model, layer):
-                setattr(parent, attribute, layer.base)
+        for wrapper in self._wrappers:
+            wrapper.bring_home()
+            wrapper.base.train(wrapper.training)
+            for parent, attribute in places_of(self.model, wrapper):
+                setattr(parent, attribute, wrapper.base)
         self._reach.close()
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         self._layers.clear()
+        self._wrappers.clear()
         self._slots.clear()
         self._numbers.clear()
         self.structure += 1
@@ -349,16 +356,16 @@ class AdapterBank:
         if self._detached:
             raise LorabankError("this bank was detached from its model; call lorabank.attach(model) for a new one")
 
-    def _install(self, name: str, slot: _Slot, shapes: dict[str, tuple[int, float]], start: _Start) -> None:
-        """Reserve and fill the slot in every layer; on any failure the bank is as before."""
+    def _install(self, name: str, slot: _Slot, layers: Mapping[str, nn.Module], start: _Start) -> None:
+        """Reserve and fill the slot in every place; on any failure the bank is as before."""
         done: list[str] = []
         try:
-            for path, (rank, scaling) in shapes.items():
-                layer = self._wrap(path)
-                values = start(path, layer)
-                layer.add_slot(name, rank, scaling, slot.config.dropout, slot.seed, decomposed=values.decomposed)
+            for path in slot.paths:
+                place = self._wrap(path, layers[path])
+                values = start(place)
+                place.add_slot(name, values, slot.config.dropout, slot.seed)
                 done.append(path)
-                layer.write(name, values)
+                place.write(name, values)
         except BaseException:
             for path in done:
                 self._layers[path].remove_slot(name)
@@ -367,21 +374,30 @@ class AdapterBank:
         self._numbers[name] = next(i for i in range(len(self._slots)) if i not in self._numbers.values())
         self._changed()
 
-    def _wrap(self, path: str) -> LoRALayer:
+    def _wrap(self, path: str, layer: nn.Module) -> Carrier:
         if path not in self._layers:
-            if not path:
+            stacked = isinstance(layer, ExpertStack)
+            where = path.rpartition(".")[0] if stacked else path
+            if not where:
                 raise TargetError(
                     "the model itself is one linear layer, so there is no place to wrap it: put it into an nn.Sequential "
                     "or a module of yours"
                 )
-            present = self.model.get_submodule(path)
-            if isinstance(present, LoRALayer):
+            present = self.model.get_submodule(where)
+            if isinstance(present, Adapted):
                 raise LorabankError(f"layer {path!r} is wrapped by another bank; detach that one first")
-            layer = LoRALayer(present, path, self, rows_lost(self.model, path))
+            if stacked:
+                wrapper = LoRAExperts(present, where, self)
+                places: Sequence[Carrier] = list(wrapper.carriers.values())
+            else:
+                wrapper = LoRALayer(present, where, self, rows_lost(self.model, where))
+                places = [wrapper]
             for parent, attribute in places_of(self.model, present):
-                setattr(parent, attribute, layer)
-            self._layers[path] = layer
-            self._reach.watch(layer)
+                setattr(parent, attribute, wrapper)
+            self._wrappers.append(wrapper)
+            for place in places:
+                self._layers[place.path] = place
+                self._reach.watch(place)
         return self._layers[path]
 
     def _changed(self) -> None:
@@ -407,6 +423,6 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def all_layers(bank: AdapterBank) -> Iterable[LoRALayer]:
-    """The wrapped layers of a bank, for engines and tests."""
+def all_layers(bank: AdapterBank) -> Iterable[Carrier]:
+    """The places of a bank that adapters change, for engines and tests."""
     return bank._layers.values()

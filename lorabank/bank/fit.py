@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lorabank.bank.kinds import EMBEDDING
+from lorabank.bank.kinds import EMBEDDING, EXPERTS
 from lorabank.bank.layers import layer_kind
+from lorabank.bank.parts import layer_parts
 from lorabank.bank.quantized import storage_of
-from lorabank.bank.targets import adaptable_layers, unsupported_linear_maps
+from lorabank.bank.targets import unsupported_linear_maps
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
@@ -37,7 +38,7 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = F
             f"adapter {name!r} says use_dora and none of its layers has a magnitude: it would compute something else. Load the "
             "file that it came from again, or set use_dora=False in its config."
         )
-    layers = adaptable_layers(model)
+    layers = layer_parts(model)
     wrong = []
     for path, part in adapter.layers.items():
         if path not in layers:
@@ -103,8 +104,9 @@ def check_decomposed(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> 
     """Raise TargetError where DoRA is asked for on layers that have no direction and magnitude."""
     for path, layer in layers.items():
         kind = layer_kind(layer)
-        if config.use_dora and kind is not None and kind.storage == EMBEDDING:
-            raise TargetError(f"use_dora: {path!r} is an embedding, which DoRA isn't for. Leave it out of targets, or use_dora.")
+        if config.use_dora and kind is not None and kind.storage in (EMBEDDING, EXPERTS):
+            what = "an embedding" if kind.storage == EMBEDDING else "a stack of experts"
+            raise TargetError(f"use_dora: {path!r} is {what}, which DoRA isn't for. Leave it out of targets, or use_dora.")
 
 
 def warn_storage(name: str, adapter: Adapter, model: nn.Module) -> None:

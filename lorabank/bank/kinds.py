@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorabank.bank import fp8_linear, linear4bit
 from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
+from lorabank.bank.stacks import ExpertStack
 from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS, BaseProduct
 from lorabank.kernels.maps import ConvMap, EmbeddingMap, LinearMap, LowRankMap
 
@@ -73,7 +74,7 @@ class LayerKind:
     @property
     def linear(self) -> bool:
         """Whether the layer is one of those that `all-linear` means."""
-        return self.fast is not None
+        return self.fast is not None or self.storage == EXPERTS
 
 
 def _linear_features(layer: nn.Module) -> tuple[int, int]:
@@ -94,6 +95,11 @@ def _conv_features(layer: nn.Module) -> tuple[int, int]:
 def _embedding_features(layer: nn.Module) -> tuple[int, int]:
     ids, features = layer.get_parameter("weight").shape
     return ids, features
+
+
+def _stack_features(layer: nn.Module) -> tuple[int, int]:
+    stack: Any = layer
+    return stack.size
 
 
 def _kernel(layer: nn.Module) -> tuple[int, ...]:
@@ -155,8 +161,8 @@ def _fp8(product: str) -> LayerKind:
     )
 
 
-CONV, EMBEDDING = "conv", "embedding"
-"""`LayerKind.storage` of layers that aren't linear over features."""
+CONV, EMBEDDING, EXPERTS = "conv", "embedding", "experts"
+"""`LayerKind.storage` of layers that aren't linear over features, and of stacked experts, which are for their own tokens."""
 _CONV = LayerKind(
     None,
     None,
@@ -184,6 +190,7 @@ LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
     nn.Embedding: LayerKind(
         None, None, _embedding_features, EMBEDDING, weight_oi=_weight_turned, in_blocks=False, low_rank_map=_embedding_map
     ),
+    ExpertStack: LayerKind(None, None, _stack_features, EXPERTS, in_blocks=False),
     Fp8Linear: _fp8("fp8"),
     EmulatedFp8Linear: replace(_fp8("fp8_emulated"), in_blocks=False),
 }

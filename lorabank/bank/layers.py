@@ -1,30 +1,26 @@
-"""`LoRALayer`: wraps a base layer where it stands in the model. It is never a subclass of it.
-
-The wrapper shares the base layer's own dictionaries of parameters and buffers, so paths, `state_dict`, `.to()` and code that
-reads `layer.weight` see the base model unchanged. The slots' leaf parameters hang under the child `lora`, which trainers find
-through `named_parameters()` and which writes nothing into a `state_dict`.
-"""
+"""`LoRALayer`: a base layer where it stands in the model, with the adapters' changes of what it computes."""
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
 from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.init import initial
 from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
 from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
 from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
-from lorabank.bank.storage import RankStore, SlotTensors
+from lorabank.bank.storage import RankStore
+from lorabank.bank.wrapping import Adapted, check_loaded
 from lorabank.config.adapter import AdapterConfig
-from lorabank.errors import LorabankError, RoutingError
+from lorabank.errors import RoutingError
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.kernels import ops
 from lorabank.kernels.mapped import add_mapped
@@ -35,89 +31,20 @@ from lorabank.kernels.tables import bits32
 from lorabank.notices import warn_once
 
 
-@dataclass(frozen=True)
-class LayerSlot:
-    """One adapter's part in one layer."""
-
-    tensors: SlotTensors
-    rank: int
-    scaling: float
-    dropout: float
-    seed: int
-
-
-class SlotValues(NamedTuple):
-    """What an adapter's part in a layer begins with."""
-
-    A: Tensor
-    """(rank, in)"""
-    B: Tensor | None
-    """(out, rank); None for zeros."""
-    magnitude: Tensor | None
-    """(out,)"""
-    decomposed: bool
-
-    @classmethod
-    def of(cls, layer: AdapterLayer) -> SlotValues:
-        """A trained adapter's."""
-        return cls(layer.A.flatten(1), layer.B, layer.magnitude, layer.magnitude is not None)
-
-
-class Router(Protocol):
-    """What a layer asks of its bank."""
-
-    structure: int
-    """Grows by one whenever adapters are added or removed."""
-
-    def route_in_force(self, layer: str) -> Routing | None:
-        """The routing for this call, or None when the bank has no adapter. `layer` is for messages."""
-        ...
-
-
-class SlotParameters(nn.Module):
-    """Shows the slots' leaves to trainers (`model.named_parameters()`), and keeps them out of `state_dict` and `.to(dtype)`."""
-
-    def __init__(self, store: RankStore) -> None:
-        super().__init__()
-        self.__dict__["store"] = store
-
-    def refresh(self) -> None:
-        """Register the store's present leaves, named `A_<adapter>`, `B_<adapter>` and so on."""
-        self._parameters.clear()
-        for name, slot in self.__dict__["store"].slots.items():
-            safe = name.replace(".", "%2E")  # a parameter's name can't hold a dot
-            for role, leaf in slot.by_role.items():
-                self.register_parameter(f"{role}_{safe}", leaf)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SlotParameters:
-        return self  # the wrapper moves the store as a whole
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        pass
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class LoRALayer(nn.Module):
+class LoRALayer(Adapted, Carrier):
     """A base layer with the bank's slots beside it."""
 
     def __init__(self, base: nn.Module, path: str, router: Router, rows_lost: str | None = None) -> None:
         """`rows_lost`: why this layer's input doesn't have the batch's rows first, None when it does."""
-        super().__init__()
         kind = layer_kind(base)
         if kind is None:
             raise TypeError(f"layer {path!r}: {type(base).__name__} can't be adapted")
-        fan_in, fan_out = kind.features(base)
         weight = base.get_parameter("weight")
-        if weight.is_meta:
-            raise LorabankError(
-                f"layer {path!r}: its weight is on the meta device: not loaded yet, or offloaded to CPU or disk. Load the model "
-                "onto a device first; offloaded layers can't be adapted yet."
-            )
-        own = self.__dict__
-        own["base"], own["path"], own["kind"] = base, path, kind
-        own["store"] = RankStore(fan_in, fan_out, weight.device)
+        check_loaded(path, weight)
+        store = RankStore(*kind.features(base), weight.device)
+        super().__init__(base, path, {"": store})
+        own = vars(self)
+        own["kind"], own["store"] = kind, store
         own["held"] = kind.tensors(base._parameters) if kind.held else None
         own["slots"] = {}
         own["reached"] = False
@@ -128,20 +55,9 @@ class LoRALayer(nn.Module):
         own["rows_lost"] = rows_lost
         own["low_rank_map"] = kind.low_rank_map(base)
         own["_path_seed"] = zlib.crc32(path.encode())
-        own["_parameters"], own["_buffers"] = base._parameters, base._buffers
-        own["_modules"] = {"lora": SlotParameters(own["store"]), **base._modules}
-        # a hook, even an empty one, keeps nn.TransformerEncoderLayer off its fast path, which would read the weight past us
-        self.register_forward_hook(_no_change)
-        self.train(base.training)
 
-    base: nn.Module
-    path: str
     kind: LayerKind
     low_rank_map: LowRankMap
-    store: RankStore
-    slots: dict[str, LayerSlot]
-    router: Router
-    reached: bool
     read: int
     """Identity of the last plain call's input, which layers of a module that read one x have in common."""
     rows_lost: str | None
@@ -152,29 +68,8 @@ class LoRALayer(nn.Module):
     call: LayerCall | None
     """Set by a compiled block around its call, for this layer's part in it."""
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["base"], name)  # in_features and whatever else a model asks its layer for
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return copy.deepcopy(self.base, memo)  # a copy of an attached model is the plain base: routes belong to the original
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return object.__new__, (type(self.base),), self.base.__getstate__()  # and so is a pickled one
-
     def extra_repr(self) -> str:
         return f"{self.base!r}, slots={list(self.slots)}"
-
-    def add_slot(
-        self, name: str, rank: int, scaling: float, dropout: float, seed: int, *, decomposed: bool = False
-    ) -> SlotTensors:
-        """Reserve room for an adapter; its values are written by `write`."""
-        tensors = self.store.allocate(name, rank, decomposed=decomposed)
-        self.slots[name] = LayerSlot(tensors, rank, scaling, dropout, seed)
-        self._slot_parameters.refresh()
-        return tensors
 
     def slot_tables(self, numbers: Mapping[str, int], slots: int) -> LayerTables:
         """Where each of the bank's slots is in this layer. `numbers`: adapter to its slot number, below `slots`."""
@@ -188,17 +83,16 @@ class LoRALayer(nn.Module):
         device, width = self.store.device, table_width(max(slot.rank for slot in self.slots.values()))
         return LayerTables(ranks.to(device), scaling.to(device), kept.to(device), bits32(odds).to(device), width)
 
-    def remove_slot(self, name: str) -> None:
-        """Give the adapter's room back."""
-        del self.slots[name]
-        self.store.free(name)
-        self._slot_parameters.refresh()
-
-    def fresh(self, config: AdapterConfig, rank: int, seed: int) -> SlotValues:
+    def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
         """What changes nothing yet."""
         size = self.store.in_features, self.store.out_features
         A, B = initial(config.init, rank, size, seed, self.path, looks_up=self.kind.storage == EMBEDDING)
-        return SlotValues(A, B, None, config.use_dora)
+        return SlotValues(A, B, None, config.use_dora, rank, scaling)
+
+    def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
+        """A trained adapter's, out of its layers by path."""
+        mine = layers[self.path]
+        return SlotValues(mine.A.flatten(1), mine.B, mine.magnitude, mine.magnitude is not None, mine.rank, mine.scaling)
 
     def write(self, name: str, values: SlotValues) -> None:
         """Copy values into an adapter's leaves. A magnitude that isn't given is the norm of what it has become."""
@@ -210,8 +104,8 @@ class LoRALayer(nn.Module):
             if tensors.magnitude_O is not None:
                 tensors.magnitude_O.copy_(self._norms(slot) if values.magnitude is None else values.magnitude)
 
-    def adapter_layer(self, name: str) -> AdapterLayer:
-        """A copy of an adapter's present values here, on the CPU."""
+    def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
+        """A copy of an adapter's present values here, on the CPU, by path."""
         slot, kernel, base = self.slots[name], self.kind.kernel(self.base), self.base
         A = slot.tensors.A_RI.detach().to("cpu", copy=True)
         B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
@@ -219,13 +113,12 @@ class LoRALayer(nn.Module):
         made = AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING)
         if magnitude is not None:
             made = replace(made, magnitude=magnitude.detach().to("cpu", copy=True))
-        return replace(made, A=A.view(slot.rank, -1, *kernel), groups=self.kind.groups(base)) if kernel else made
+        if kernel:
+            made = replace(made, A=A.view(slot.rank, -1, *kernel), groups=self.kind.groups(base))
+        return {self.path: made}
 
-    @property
-    def _slot_parameters(self) -> SlotParameters:
-        child = self._modules["lora"]
-        assert isinstance(child, SlotParameters)
-        return child
+    def _refresh(self) -> None:
+        self._slot_parameters.refresh()
 
     def bring_home(self) -> None:
         """Make a moved base weight a tensor of its own again."""
@@ -233,24 +126,21 @@ class LoRALayer(nn.Module):
             weight = self.base.get_parameter("weight")
             if weight.untyped_storage().nbytes() > weight.numel() * weight.element_size():  # nobody else has replaced it
                 weight.data = weight.data.clone(memory_format=torch.contiguous_format)
-            self.__dict__["moved"] = False
+            vars(self)["moved"] = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         self.base._apply(fn, recurse)  # into the dictionaries that are this layer's too
         device = self.base.get_parameter("weight").device
         self.store.to(device)
         if self.held is not None and self.held[0].device != device:
-            self.__dict__["held"] = self.kind.tensors(self._parameters)
+            vars(self)["held"] = self.kind.tensors(self._parameters)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.base._save_to_state_dict(destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.moved and not keep_vars:  # what saves a view saves the adapters beside it in the wider tensor
             weight: Tensor = destination[f"{prefix}weight"]
             destination[f"{prefix}weight"] = weight.clone(memory_format=torch.contiguous_format)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.base._load_from_state_dict(*args, **kwargs)
 
     def stored(self) -> list[Tensor]:
         """The frozen weight as its products take it."""
@@ -303,7 +193,7 @@ class LoRALayer(nn.Module):
     _unsuited: Any = torch.compiler.disable(_say_unsuited)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        self.__dict__["reached"], self.__dict__["read"] = True, id(x)
+        vars(self)["reached"], vars(self)["read"] = True, id(x)
         routing = self.router.route_in_force(self.path)
         if routing is None or x.numel() == 0:
             return self.base(x)
@@ -396,10 +286,3 @@ class LoRALayer(nn.Module):
     def _norms(self, slot: LayerSlot) -> Tensor:
         tensors = slot.tensors
         return output_norms(self.kind.weight_oi(self._parameters, torch.float32), tensors.A_RI, tensors.B_RO, slot.scaling)
-
-
-def _nothing(module: nn.Module, args: Any, output: Any) -> None:
-    return None
-
-
-_no_change: Any = _nothing

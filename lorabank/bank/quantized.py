@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
 from lorabank.bank.kinds import layer_kind
-from lorabank.bank.layers import LoRALayer
 from lorabank.bank.places import places_of
 from lorabank.bank.reach import is_attached
 from lorabank.bank.targets import linear_layers, output_head_paths
+from lorabank.bank.wrapping import Adapted
 from lorabank.errors import ConfigError, LorabankError, MissingExtraError, closest
 from lorabank.kernels import fp8
 from lorabank.notices import warn_once
@@ -65,7 +65,7 @@ def quantize_base(
         raise ConfigError(f"base_dtype: can't quantise to {storage!r}{closest(storage, STORAGES)}. There are: {known}.")
     if emulate and storage != "fp8":
         raise ConfigError(f"quantize_base: emulate is for fp8, whose units round the inputs; {storage} needs none. Leave it out.")
-    if is_attached(model) or any(isinstance(module, LoRALayer) for module in model.modules()):
+    if is_attached(model) or any(isinstance(module, Adapted) for module in model.modules()):
         raise LorabankError("quantize_base: this model has a bank. Detach it first (bank.detach()), quantise, then attach again.")
     say = say or warn_once
     kept = _kept(model, storage)
@@ -174,7 +174,7 @@ STORAGES: Mapping[str, Callable[[torch.device, Say], _Make | None]] = {"fp8": _f
 def quantized_layers(model: nn.Module) -> Iterable[tuple[nn.Module, str]]:
     """The layers whose weight is stored in fewer than 16 bits, and how it is; wrapped ones count as their base."""
     for module in model.modules():
-        layer = module.base if isinstance(module, LoRALayer) else module
+        layer = module.base if isinstance(module, Adapted) else module
         kind = layer_kind(layer)
         if kind is not None and kind.quantized:
             yield layer, kind.storage

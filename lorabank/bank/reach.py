@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lorabank.bank.layers import LoRALayer
+from lorabank.bank.carrier import Carrier
 from lorabank.errors import UnreachedLayerError
 
 
@@ -16,10 +16,10 @@ class ReachCheck:
 
     def __init__(self, model: nn.Module, owner: object) -> None:
         """`owner`: the bank. The mark ends with it: a bank that nobody holds any more and that has no adapter is no bank."""
-        self._pending: list[LoRALayer] = []
+        self._pending: list[Carrier] = []
         self._hook = model.register_forward_hook(_AfterForward(self, owner))
 
-    def watch(self, layer: LoRALayer) -> None:
+    def watch(self, layer: Carrier) -> None:
         """Expect `layer` to be called by the end of the model's next forward pass."""
         self._pending.append(layer)
 

@@ -20,7 +20,9 @@ from torch.nn.parameter import is_lazy
 
 from lorabank.bank import linear4bit
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
-from lorabank.bank.layers import LoRALayer, layer_kind
+from lorabank.bank.layers import layer_kind
+from lorabank.bank.stacks import obstacle, stacks_of
+from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
 from lorabank.formats.patterns import pattern_value
@@ -69,13 +71,9 @@ def output_head_paths(model: nn.Module) -> set[str]:
     """Paths of the modules that map to the vocabulary; empty for a model that doesn't say."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    if isinstance(head, LoRALayer):
-        head = head.base
-    return {path for path, module in model.named_modules() if head is not None and _unwrapped(module) is head}
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.base if isinstance(module, LoRALayer) else module
+    if not isinstance(head, nn.Module):
+        return set()
+    return {path for path, module in model.named_modules() if unwrapped(module) is unwrapped(head)}
 
 
 BYPASSED: Mapping[str, tuple[Sequence[str], str]] = {
@@ -86,10 +84,17 @@ BYPASSED: Mapping[str, tuple[Sequence[str], str]] = {
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that can be adapted, by path, the output head included. Wrapped ones count as their base."""
-    bypassed = _fused_away(model)
-    own = {path: _unwrapped(module) for path, module in _own_modules(model) if path not in bypassed}
-    return {path: module for path, module in own.items() if layer_kind(module) is not None}
+    """Every layer that can be adapted, by path, the output head included. Wrapped ones count as their base.
+
+    Each stack of expert weights is one, under its parameter's name.
+    """
+    bypassed, found = _fused_away(model), dict[str, nn.Module]()
+    for path, module in _own_modules(model):
+        layer = unwrapped(module)
+        if path not in bypassed and layer_kind(layer) is not None:
+            found[path] = layer
+        found |= {f"{path}.{name}".lstrip("."): stack for name, stack in stacks_of(layer).items()}
+    return found
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -104,7 +109,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Modules of the base model: not the children of our wrappers."""
-    wrapped = tuple(path + "." for path, m in model.named_modules() if isinstance(m, LoRALayer))
+    wrapped = tuple(path + "." for path, m in model.named_modules() if isinstance(m, Adapted))
     return ((path, m) for path, m in model.named_modules() if not path.startswith(wrapped))
 
 
@@ -125,7 +130,7 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
     found = dict(_fused_away(model))
     heads = output_head_paths(model)
     for path, module in _own_modules(model):
-        module = _unwrapped(module)
+        module = unwrapped(module)
         if path in heads or path in found or layer_kind(module) is not None:
             continue
         if isinstance(module, nn.MultiheadAttention):
@@ -143,7 +148,8 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
         elif _looks_linear(module):
             found[path] = f"{type(module).__name__} is not supported yet"
         elif stacked := _stacked_weights(module):
-            found[path] = f"{type(module).__name__} holds stacked expert weights ({', '.join(stacked)}), not supported yet"
+            why = obstacle(module)
+            found[path] = f"{type(module).__name__} holds stacked expert weights ({', '.join(stacked)}), and {why}"
     return found
 
 
@@ -155,7 +161,7 @@ def _looks_linear(module: nn.Module) -> bool:
 
 def _stacked_weights(module: nn.Module) -> list[str]:
     """Names of 3-D weights with one matrix an expert. Convolutions and position tables aren't."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.modules.conv._ConvNd) or obstacle(module) is None:
         return []
     present = {name: p for name, p in module._parameters.items() if p is not None and not is_lazy(p)}
     return [name for name, p in present.items() if p.ndim == 3 and min(p.shape) > 1 and p.is_floating_point()]
@@ -257,7 +263,7 @@ def others_of_a_kind(model: nn.Module, kind: str) -> dict[str, str]:
     bypassed, found = _fused_away(model), dict[str, str]()
     classes = (nn.modules.conv._ConvNd,) if kind == CONV else (nn.Embedding, nn.EmbeddingBag)
     for path, module in _own_modules(model):
-        module = _unwrapped(module)
+        module = unwrapped(module)
         if isinstance(module, classes) and (path in bypassed or layer_kind(module) is None):
             named = f"a {type(module).__name__} isn't supported yet" if type(module).__module__.startswith("torch.") else ""
             found[path] = bypassed.get(path) or own_way(module) or named or f"{type(module).__name__} has a forward of its own"

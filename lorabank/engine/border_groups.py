@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lorabank.bank.layers import LoRALayer, SlotParameters
+from lorabank.bank.carrier import SlotParameters
+from lorabank.bank.layers import LoRALayer
 
 MOST = 4
 """Layers that are joined."""

@@ -199,7 +199,7 @@ class Borders(ABC):
             with torch.no_grad():
                 view.copy_(weight)
             weight.data = view
-            self.layers[wide.which].__dict__["moved"] = True
+            vars(self.layers[wide.which])["moved"] = True
             places.append(room.untyped_storage().data_ptr())
         self._shadows = [weights[0].new_zeros(size).detach() for size in self._shadow_sizes(pad)]
         self._places, self._pad = places, pad

@@ -214,13 +214,13 @@ class FusedBlock:
         vary_lengths(entered, args, kwargs)
         with self._lock:  # another thread may come to this block under another route
             for layer, call in zip(self._layers, calls, strict=True):
-                layer.__dict__["call"] = call
+                vars(layer)["call"] = call
             try:
                 with self._compiling(), torch.cuda.device_of(entered):  # where dynamo is told to run it eagerly
                     return compiled(entered, *args, **kwargs)
             finally:
                 for layer in self._layers:
-                    layer.__dict__["call"] = None
+                    vars(layer)["call"] = None
         return self.block._call_impl(x, *args, **kwargs)
 
     def _bare(self, compiled: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

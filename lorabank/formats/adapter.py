@@ -36,6 +36,8 @@ class AdapterLayer:
     """Of a convolution: parts of the channels, whose A is the same."""
     looks_up: bool = False
     """Whether the layer is an embedding."""
+    stack: int = 0
+    """Of an expert in a stack of expert weights, whose path ends with its number: how many there are. 0 for other layers."""
     magnitude: Tensor | None = None
     """(out,) of a decomposed layer (DoRA), whose weight is magnitude · V / ‖V‖ for each output, V = W + scaling · B A."""
 

@@ -23,11 +23,9 @@ from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One call's routing for one layer: segments without their tensors' autograd history, and what guards backward."""
+class Guard:
+    """What backward is guarded by: that neither the route nor the bank has changed since the forward pass."""
 
-    segments: tuple[Segment, ...]
-    units: int
     route: Tensor
     """int64 scalar that identifies the route. It travels with the saved tensors, so a recomputation under another route shows."""
     route_id: int
@@ -36,6 +34,14 @@ class Plan:
     structure: int
     """The bank's structure count when this call was made."""
     structure_now: Callable[[], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Guard):
+    """One call's routing for one layer: segments without their tensors' autograd history, and what guards backward."""
+
+    segments: tuple[Segment, ...]
+    units: int
 
 
 def _weigh(xa_NR: Tensor, segment: Segment) -> Tensor:
@@ -142,7 +148,7 @@ def _segment_gradients(
     ]
 
 
-def check_route(plan: Plan, route: Tensor) -> None:
+def check_route(plan: Guard, route: Tensor) -> None:
     """Raise RoutingError when the route or the bank changed since the forward pass."""
     if int(route) != plan.route_id:
         raise RoutingError(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorabank.kernels.maps import LowRankMap
 from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_units
+from lorabank.kernels.stacked import StackedSegment
 
 
 def lora_delta(x_UTI: Tensor, segment: Segment) -> Tensor:
@@ -67,6 +68,22 @@ def add_mapped(
             change = change * weights_U.view(-1, *(1,) * (change.ndim - 1))
         y_UN = y_UN.index_copy(0, rows, (y_UN[rows].to(change.dtype) + change).to(y.dtype))
     return y_UN.reshape(y.shape)
+
+
+def add_stacked(y_PO: Tensor, x_PI: Tensor, experts_P: Tensor, segments: Sequence[StackedSegment]) -> Tensor:
+    """y plus every segment's change of it, each pair by its own expert's A and B; x (P, I). Rounded once, into y's dtype."""
+    for segment in segments:
+        for place, pair in enumerate(segment.pairs_M.tolist()):
+            expert = int(experts_P[pair])
+            x = x_PI[pair].to(segment.A_ERI.dtype)
+            if segment.dropout is not None:
+                x = x * dropout_mask(segment.dropout, 1, len(x))[place, 0].to(x.dtype)
+            change = segment.A_ERI[expert] @ x @ segment.B_ERO[expert] * segment.scaling
+            if segment.weights_M is not None:
+                change = change * segment.weights_M[place].to(change.dtype)
+            changed = (y_PO[pair].to(change.dtype) + change).to(y_PO.dtype)
+            y_PO = y_PO.index_copy(0, torch.tensor([pair], device=y_PO.device), changed[None])
+    return y_PO
 
 
 def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, segments: Sequence[Segment], units: int) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lorabank.bank.bank import AdapterBank, all_layers
-from lorabank.bank.layers import SlotValues
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, TargetError
 from lorabank.formats.adapter import Adapter
@@ -82,8 +81,8 @@ def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
         slot = layer.slots.get(name)
         if slot is not None:
             config = bank.config(name)
-            begin = layer.fresh(config, slot.rank, job.seed) if start is None else SlotValues.of(start.layers[layer.path])
-            layer.write(name, begin)
+            fresh = layer.fresh(config, slot.rank, slot.scaling, job.seed) if start is None else layer.values_of(start.layers)
+            layer.write(name, fresh)
 
 
 def adapter_is_finite(bank: AdapterBank, name: str) -> bool:

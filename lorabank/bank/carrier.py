@@ -1,0 +1,130 @@
+"""`Carrier`: a place of a model that adapters change, with each one's part in it: a layer, or a stack of experts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from lorabank.bank.routing import Routing
+from lorabank.bank.storage import RankStore, SlotTensors
+from lorabank.config.adapter import AdapterConfig
+from lorabank.formats.adapter import AdapterLayer
+
+
+@dataclass(frozen=True)
+class LayerSlot:
+    """One adapter's part in one place."""
+
+    tensors: SlotTensors
+    rank: int
+    scaling: float
+    dropout: float
+    seed: int
+
+
+class SlotValues(NamedTuple):
+    """What an adapter's part in a place begins with. R: the rank, or experts × rank."""
+
+    A: Tensor
+    """(R, in)"""
+    B: Tensor | None
+    """(out, R); None for zeros."""
+    magnitude: Tensor | None
+    """(out,)"""
+    decomposed: bool
+    rank: int
+    scaling: float
+
+
+class Router(Protocol):
+    """What a layer asks of its bank."""
+
+    structure: int
+    """Grows by one whenever adapters are added or removed."""
+
+    def route_in_force(self, layer: str) -> Routing | None:
+        """The routing for this call, or None when the bank has no adapter. `layer` is for messages."""
+        ...
+
+
+class SlotParameters(nn.Module):
+    """Shows the slots' leaves to trainers (`model.named_parameters()`), and keeps them out of `state_dict` and `.to(dtype)`."""
+
+    def __init__(self, stores: Mapping[str, RankStore]) -> None:
+        """`stores`: by what their leaves' names begin with."""
+        super().__init__()
+        self.__dict__["stores"] = dict(stores)
+
+    def refresh(self) -> None:
+        """Register the stores' present leaves, named `A_<adapter>`, `B_<adapter>` and so on."""
+        self._parameters.clear()
+        for prefix, store in self.__dict__["stores"].items():
+            for name, slot in store.slots.items():
+                safe = name.replace(".", "%2E")  # a parameter's name can't hold a dot
+                for role, leaf in slot.by_role.items():
+                    self.register_parameter(f"{prefix}{role}_{safe}", leaf)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SlotParameters:
+        return self  # the wrapper moves the stores as a whole
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Carrier(ABC):
+    """What the bank asks of every such place."""
+
+    path: str
+    """By which adapters name it."""
+    base: nn.Module
+    """The base model's module."""
+    store: RankStore
+    slots: dict[str, LayerSlot]
+    router: Router
+    reached: bool
+    """Whether a forward pass has come by."""
+
+    def add_slot(self, name: str, values: SlotValues, dropout: float, seed: int) -> SlotTensors:
+        """Reserve room for an adapter's part; its values are written by `write`."""
+        tensors = self.store.allocate(name, len(values.A), decomposed=values.decomposed)
+        self.slots[name] = LayerSlot(tensors, values.rank, values.scaling, dropout, seed)
+        self._refresh()
+        return tensors
+
+    def remove_slot(self, name: str) -> None:
+        """Give the adapter's room back."""
+        del self.slots[name]
+        self.store.free(name)
+        self._refresh()
+
+    @property
+    @abstractmethod
+    def fusable(self) -> bool:
+        """Whether a compiled block may compute what is adapted here itself."""
+
+    @abstractmethod
+    def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
+        """What changes nothing yet."""
+
+    @abstractmethod
+    def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
+        """A trained adapter's, out of its layers by path."""
+
+    @abstractmethod
+    def write(self, name: str, values: SlotValues) -> None:
+        """Copy values into an adapter's leaves."""
+
+    @abstractmethod
+    def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
+        """A copy of an adapter's present values here, on the CPU, by path."""
+
+    @abstractmethod
+    def _refresh(self) -> None:
+        """Show the present leaves to trainers."""
