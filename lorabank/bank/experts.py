@@ -24,6 +24,7 @@ from lorabank.bank.wrapping import Adapted, check_loaded
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import LorabankError, RoutingError
 from lorabank.formats.adapter import AdapterLayer
+from lorabank.formats.stacks import joined
 from lorabank.kernels.grouped import ends_of, frozen_product
 from lorabank.kernels.segments import DropoutDraw
 from lorabank.kernels.stacked import StackedPlan, StackedSegment, add_stacked
@@ -59,19 +60,9 @@ class StackCarrier(Carrier):
         return part_paths(self.path, self.stack)
 
     def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
-        """A trained adapter's. Experts that it lacks get zeros; of several ranks the largest, of several scalings 1."""
-        found = [layers.get(path) for path in self.parts]
-        present = [layer for layer in found if layer is not None]
-        rank, scalings = max(layer.rank for layer in present), {layer.scaling for layer in present}
-        scaling = present[0].scaling if len(scalings) == 1 else 1.0
-        dtype = present[0].A.dtype
-        A = torch.zeros(len(found), rank, self.store.in_features, dtype=dtype)
-        B = torch.zeros(self.store.out_features, len(found), rank, dtype=dtype)
-        for i, layer in enumerate(found):
-            if layer is not None:
-                A[i, : layer.rank] = layer.A
-                B[:, i, : layer.rank] = layer.B if len(scalings) == 1 else layer.B * layer.scaling
-        return SlotValues(A.flatten(0, 1), B.flatten(1), None, False, rank, scaling)
+        """A trained adapter's, as `joined` makes one rank and scaling of its experts'."""
+        A, B, scaling = joined([layers.get(path) for path in self.parts])
+        return SlotValues(A.flatten(0, 1), B.transpose(0, 1).flatten(1), None, False, A.shape[1], scaling)
 
     def write(self, name: str, values: SlotValues) -> None:
         """Copy values into an adapter's leaves."""
@@ -83,9 +74,12 @@ class StackCarrier(Carrier):
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values, a layer an expert, on the CPU."""
         slot, parts = self.slots[name], self.parts
-        A = slot.tensors.A_RI.detach().to("cpu", copy=True).view(len(parts), slot.rank, -1)
-        B = slot.tensors.B_RO.detach().to("cpu", copy=True).view(len(parts), slot.rank, -1).transpose(1, 2).contiguous()
-        return {path: AdapterLayer(A[i], B[i], slot.scaling, stack=len(parts)) for i, path in enumerate(parts)}
+        A = slot.tensors.A_RI.detach().cpu().view(len(parts), slot.rank, -1)
+        B = slot.tensors.B_RO.detach().cpu().view(len(parts), slot.rank, -1).transpose(1, 2)
+        return {
+            path: AdapterLayer(A[i].clone(), B[i].clone(memory_format=torch.contiguous_format), slot.scaling, stack=len(parts))
+            for i, path in enumerate(parts)
+        }
 
     def segment(self, taken: _Taken) -> StackedSegment | None:
         """What the slot of some pairs does to them, None where it has no part here."""

@@ -55,10 +55,12 @@ class ExpertStack(nn.Module):
     def part(self, expert: int) -> nn.Module:
         """One expert's matrix as a layer of its own, which shares its storage with the stack."""
         size_in, size_out = self.size
-        made = Conv1D(size_out, size_in) if self.turned else nn.Linear(size_in, size_out, bias=False, device="meta")
-        made.weight = nn.Parameter(self.get_parameter("weight").detach()[expert], requires_grad=False)
-        if self.turned:
-            made.bias = None  # pyright: ignore[reportAttributeAccessIssue]  as a Linear without one has it
+        with torch.device("meta"):
+            made = Conv1D(size_out, size_in) if self.turned else nn.Linear(size_in, size_out, bias=False)
+        weight = self.get_parameter("weight").detach()[expert]
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        if self.turned:  # such a layer always has one
+            made.bias = nn.Parameter(weight.new_zeros(size_out), requires_grad=False)
         return made
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from lorabank.bank import linear4bit
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import layer_kind
-from lorabank.bank.stacks import obstacle, stacks_of
+from lorabank.bank.stacks import ExpertStack, obstacle, stacks_of
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
@@ -224,6 +224,8 @@ def _part_names(part: str, path: str, layer: nn.Module, setting: str) -> bool:
     if part in ALL_OF_A_KIND:
         kind = layer_kind(layer)
         return kind is not None and kind.storage == ALL_OF_A_KIND[part]
+    if isinstance(layer, ExpertStack) and part not in ROLES and _part_matches(part, _parents(path), setting):
+        return True  # the module of the stacks was named
     return _part_matches(part, path, setting) and (part not in ROLES or setting == "exclude" or _is_linear(layer))
 
 

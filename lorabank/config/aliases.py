@@ -148,7 +148,7 @@ REFUSED: dict[str, str] = {
     "text_encoder_lr": "diffusion models are not supported yet.",
     "lora_bias": _BIASES,
     "layers_pattern": "name the blocks with `layers: [0, 1, …]`, or the modules with `targets: 're:…'`.",
-    "target_parameters": "adapters on bare parameters (stacked experts) are not supported yet.",
+    "target_parameters": "stacked experts are named like layers here: put their names into targets.",
     "trainable_token_indices": "trained token embeddings are not supported yet.",
     "layer_replication": "replicated layers are not supported.",
     "loraplus_lr_embedding": "embeddings are not adapted.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -48,7 +48,15 @@ def adapter_config_from_peft(config: HasToDict | Mapping[str, Any]) -> AdapterCo
             raise ConfigError(f"LoraConfig.{name}: {reason}")
     if raw.get("bias", "none") == "none":
         passed.pop("bias", None)
-    return _build(passed, "LoraConfig.")
+    stacks = [str(name) for name in raw.get("target_parameters") or []]
+    passed.pop("target_parameters", None)
+    if stacks and not raw.get("target_modules"):
+        passed["target_modules"] = stacks
+        return _build(passed, "LoraConfig.")
+    made = _build(passed, "LoraConfig.")
+    return (
+        replace(made, targets=[*([made.targets] if isinstance(made.targets, str) else made.targets), *stacks]) if stacks else made
+    )
 
 
 def adapter_config_from_dict(tree: Mapping[str, Any]) -> AdapterConfig:

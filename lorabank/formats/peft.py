@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
+from lorabank.formats import stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
@@ -50,6 +51,7 @@ SHARED_SETTINGS = (
     "lora_dropout",
     "init_lora_weights",
     "target_modules",
+    "target_parameters",
 )
 """Copied into `lorabank.json`, to notice when they were changed in PEFT's file, which other tools go by."""
 
@@ -65,13 +67,15 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         raise AdapterFileError("the adapter has no layers, so there is nothing to save")
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
-        tensors |= to_tensors(path, layer)
+        if not layer.stack:
+            tensors |= to_tensors(path, layer)
+    tensors |= stacks.to_tensors(stacks.stacks(adapter.layers))
     tensors |= {base_name(path): weight for path, weight in adapter.base_weights.items()}
     more = {
         key.removeprefix(TENSOR_METADATA): value for key, value in adapter.metadata.items() if key.startswith(TENSOR_METADATA)
     }
     writer = tensors_writer(tensors, {**more, "format": "pt"})
-    settings = to_peft(adapter)
+    settings = to_peft(adapter, stacks.one_of_each(adapter.layers))
     own = {
         "version": 1,
         "peft": {key: settings.get(key) for key in SHARED_SETTINGS},
@@ -113,9 +117,11 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
             f"{tensors_path}: tensor {bad!r} holds NaN or infinity: its training diverged. Use an earlier checkpoint, "
             "or load_peft(folder, allow_non_finite=True) to look at it."
         )
+    experts, tensors = stacks.split_stacks(str(tensors_path), settings, tensors)
     magnitudes, tensors = split_magnitudes(str(tensors_path), tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
-    layers = _decomposed(str(tensors_path), settings, _layers(str(tensors_path), settings, tensors), magnitudes)
+    plain = _layers(str(tensors_path), settings, tensors) if tensors or not experts else {}
+    layers = _decomposed(str(tensors_path), settings, plain, magnitudes) | experts
     metadata = dict(settings.metadata)
     metadata.update(
         {f"{TENSOR_METADATA}{key}": value for key, value in tensor_metadata.items() if (key, value) != ("format", "pt")}

@@ -25,10 +25,14 @@ HARMLESS_INITS = ("False", "eva", "orthogonal", "mica")  # other starting values
 METADATA_PREFIX = "peft."
 
 
-def to_peft(adapter: Adapter) -> dict[str, Any]:
-    """The settings PEFT needs to rebuild exactly `adapter`'s layers. Defaults that older versions don't know are left out."""
-    rank, rank_pattern = to_patterns({path: file_rank(layer) for path, layer in adapter.layers.items()})
-    alphas = {path: _alpha(path, layer, adapter.config.use_rslora) for path, layer in adapter.layers.items()}
+def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
+    """The settings PEFT needs to rebuild exactly `adapter`'s layers. Defaults that older versions don't know are left out.
+
+    `layers`: the adapter's, but one of each stack of experts.
+    """
+    rank, rank_pattern = to_patterns({path: file_rank(layer) for path, layer in layers.items()})
+    alphas = {path: _alpha(path, layer, adapter.config.use_rslora) for path, layer in layers.items()}
+    stacks = sorted(path for path, layer in layers.items() if layer.stack)
     alpha, alpha_pattern = to_patterns(alphas)
     settings: dict[str, Any] = {
         "alpha_pattern": alpha_pattern,
@@ -39,15 +43,17 @@ def to_peft(adapter: Adapter) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": "gaussian" if adapter.config.init == "gaussian" else True,
         "lora_alpha": alpha,
-        "lora_dropout": adapter.config.dropout,
+        "lora_dropout": 0.0 if stacks else adapter.config.dropout,  # PEFT has none for stacks, and refuses the file with one
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
         "revision": json.loads(adapter.metadata.get(f"{METADATA_PREFIX}revision", "null")),
-        "target_modules": _target_modules(sorted(adapter.layers)),
+        "target_modules": _target_modules(sorted(layers.keys() - set(stacks))),
         "task_type": adapter.task_type,
     }
+    if stacks:
+        settings["target_parameters"] = stacks
     if adapter.config.use_rslora:
         settings["use_rslora"] = True
     if any(layer.magnitude is not None for layer in adapter.layers.values()):
@@ -68,6 +74,11 @@ class PeftSettings:
     raw: Mapping[str, Any]
     metadata: Mapping[str, str]
 
+    @property
+    def target_parameters(self) -> list[str]:
+        """Parameters of modules that are adapted, such as stacked expert weights, by the end of their paths."""
+        return [str(name) for name in self.raw.get("target_parameters") or []]
+
     def layer_rank(self, path: str) -> int:
         """The rank that PEFT would give the layer."""
         return pattern_value(self.rank_pattern, path, self.rank)
@@ -85,7 +96,7 @@ class PeftSettings:
             return AdapterConfig(
                 rank=self.rank,
                 alpha=self.alpha,
-                targets=_names(raw.get("target_modules")) or paths,
+                targets=_targets(raw.get("target_modules"), self.target_parameters) or paths,
                 exclude=_names(raw.get("exclude_modules")) or (),
                 layers=[layers] if isinstance(layers, int) else layers or None,
                 rank_pattern=self.rank_pattern,
@@ -189,6 +200,11 @@ def _names(value: object) -> str | list[str] | None:
     if isinstance(value, str):
         return value if value == "all-linear" else f"re:{value}"
     return [str(item) for item in value] if isinstance(value, list) else None
+
+
+def _targets(modules: object, parameters: list[str]) -> list[str] | str | None:
+    names = _names(modules)
+    return [*([names] if isinstance(names, str) else names or []), *parameters] if parameters else names
 
 
 def _alpha(path: str, layer: AdapterLayer, use_rslora: bool) -> float:

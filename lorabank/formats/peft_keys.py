@@ -20,7 +20,7 @@ _MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.(?P<adapter>[^
 _BASE = re.compile(r"(?P<path>.+)\.base_layer\.weight")
 UNSUPPORTED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "a bias on a LoRA matrix"),
-    (re.compile(r"\.base_layer\.lora_[AB]"), "an adapter on stacked expert parameters"),
+    (re.compile(r"\.base_layer\.lora_[AB]"), "an adapter on stacked expert parameters, which target_parameters doesn't name,"),
     (re.compile(r"\.base_layer\.bias$"), "a trained bias"),
     (re.compile(r"\.(lora_(down|up|mid)|hada_\w+|lokr_\w+|dora_scale|alpha)\b"), "a kohya or LyCORIS tensor"),
     (re.compile(r"\.token_adapter\b|\.trainable_tokens"), "trained token embeddings"),
@@ -103,9 +103,9 @@ def split_base_weights(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[
     found, left = dict[str, Tensor](), dict[str, Tensor]()
     for name, value in tensors.items():
         match = _BASE.fullmatch(name)
-        path = None if match is None else _bare(match["path"])
+        path = None if match is None else bare_path(match["path"])
         if path in adapted:
-            _check_dtype(where, name, value)
+            check_dtype(where, name, value)
             found[path] = value
         else:
             left[name] = value
@@ -120,10 +120,10 @@ def split_magnitudes(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         if match is None:
             left[name] = value
         else:
-            path = _bare(match["path"])
+            path = bare_path(match["path"])
             if path in found:
                 raise AdapterFileError(f"{where}: {name!r} is a second magnitude of {path!r}: two adapters in a file")
-            _check_dtype(where, name, value)
+            check_dtype(where, name, value)
             found[path] = value.reshape(-1)
     return found, left
 
@@ -176,23 +176,25 @@ def _parse(where: str, name: str) -> tuple[str, str, str | None]:
     if match is None or ".base_layer." in name:
         what = f"{unsupported}, which is not supported yet" if unsupported else "not a name that PEFT's LoRA writes"
         raise AdapterFileError(f"{where}: tensor {name!r} is {what}. Nothing is dropped in silence, so the file can't be loaded.")
-    return _bare(match["path"]), match["role"], match["adapter"]
+    return bare_path(match["path"]), match["role"], match["adapter"]
 
 
-def _bare(path: str) -> str:
+def bare_path(path: str) -> str:
+    """A module's path without what PEFT puts before it."""
     while path.startswith(PREFIX):  # files of a wrapped wrapper carry it twice
         path = path.removeprefix(PREFIX)
     return path
 
 
-def _check_dtype(where: str, name: str, value: Tensor) -> None:
+def check_dtype(where: str, name: str, value: Tensor) -> None:
+    """Raise AdapterFileError for a tensor of another kind of number."""
     if value.dtype not in SAVED_FLOATS:
         raise AdapterFileError(f"{where}: tensor {name!r} is {value.dtype}; expected float32, bfloat16, float16 or float64")
 
 
 def _checked(where: str, names: tuple[str, str], A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     for name, value in zip(names, (A, B), strict=True):
-        _check_dtype(where, name, value)
+        check_dtype(where, name, value)
         if not 2 <= value.ndim <= 5 or 0 in value.shape:
             raise AdapterFileError(
                 f"{where}: tensor {name!r} is {tuple(value.shape)}; expected two dimensions above 0, or a convolution's"

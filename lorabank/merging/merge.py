@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.layers import layer_kind
-from lorabank.bank.targets import adaptable_layers
+from lorabank.bank.parts import layer_parts
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
@@ -102,7 +102,7 @@ def merge(
     if not force:
         check_fingerprint(model, adapter)
     layers = _fitting_layers(model, adapter, strength)
-    _refuse_tied(model, layers)
+    _refuse_tied(model, layers, adapter)
     beside = None if inputs is None else outputs_beside(model, adapter, inputs, strength=strength)
     logits, storage = None, _quantized_in_training(adapter)
     originals: dict[str, _Original] = {}
@@ -154,7 +154,7 @@ def _fitting_layers(model: nn.Module, adapter: Adapter, strength: float) -> dict
     """The base layers that `adapter` changes, by path, all checked before any is touched."""
     if not adapter.layers:
         raise MergeError("merge: the adapter has no layers")
-    known = adaptable_layers(model)
+    known = layer_parts(model)
     missing = [path for path in adapter.layers if path not in known]
     if missing:
         raise MergeError(_missing(model, missing, known, len(adapter.layers)))
@@ -188,15 +188,16 @@ def _missing(model: nn.Module, missing: list[str], known: Mapping[str, nn.Module
     )
 
 
-def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module], adapter: Adapter) -> None:
     """A weight that two modules share would change both, which the unmerged adapter doesn't."""
     users: dict[tuple[torch.device, int], list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         if value.numel() and not value.is_meta:
             users.setdefault((value.device, value.data_ptr()), []).append(name)
-    for path, base in layers.items():
-        weight = base.get_parameter("weight")
-        others = [name for name in users[weight.device, weight.data_ptr()] if name != f"{path}.weight".lstrip(".")]
+    for path in layers:
+        mine = path.rpartition(".")[0] if adapter.layers[path].stack else f"{path}.weight".lstrip(".")
+        weight = model.get_parameter(mine)
+        others = [name for name in users[weight.device, weight.data_ptr()] if name != mine]
         if others:
             raise MergeError(
                 f"merge: {path}.weight is tied to {', '.join(others)}: merging would change both, the adapter changes one. "

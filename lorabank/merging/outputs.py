@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.attach import attach
 from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter, AdapterLayer
@@ -84,7 +85,20 @@ def compare(plain: Tensor, beside: Tensor, merged: Tensor, report: MergeReport) 
 
 @contextmanager
 def adapter_beside(model: nn.Module, adapter: Adapter, *, strength: float = 1.0) -> Iterator[None]:
-    """While open, every layer of `adapter` adds its change to the layer's output, through forward hooks: the plain definition."""
+    """While open, every layer of `adapter` adds its change to the layer's output, through forward hooks: the plain definition.
+
+    Experts of a stack have no output of their own: then a bank does it. Raises LorabankError where the model has one already.
+    """
+    if any(layer.stack for layer in adapter.layers.values()):
+        weighted = {path: replace(layer, scaling=strength * layer.scaling) for path, layer in adapter.layers.items()}
+        bank = attach(model)
+        try:
+            bank.load("beside", replace(adapter, layers=weighted), force=True)
+            with bank.route("beside"):
+                yield
+        finally:
+            bank.detach()
+        return
     hooks = []
     try:
         for path, layer in adapter.layers.items():

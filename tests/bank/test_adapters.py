@@ -101,8 +101,9 @@ def test_the_products_are_the_formula(kind: str) -> None:
     bank.detach()
     with torch.no_grad():
         for path, part in adapter.layers.items():
-            weight = model.get_parameter(f"{path}.weight")
-            turned = isinstance(model.get_submodule(path), Conv1D | nn.Embedding)
+            stack, _, expert = path.rpartition(".")
+            weight = model.get_parameter(stack)[int(expert)] if part.stack else model.get_parameter(f"{path}.weight")
+            turned = kind == "gpt-oss" if part.stack else isinstance(model.get_submodule(path), Conv1D | nn.Embedding)
             changed = (weight.t() if turned else weight) + part.delta()
             if part.magnitude is not None:  # DoRA, eq. 5
                 norm = changed.flatten(1).norm(dim=1)

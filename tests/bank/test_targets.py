@@ -11,7 +11,7 @@ from torch import nn
 from lorabank import AdapterConfig, attach
 from lorabank.bank.targets import linear_layers, resolve_targets, unsupported_linear_maps
 from lorabank.errors import TargetError
-from tests.bank.tiny import MODELS, Handwritten, TorchEncoder, add, ids, llama, make, mixtral, outputs
+from tests.bank.tiny import MODELS, Handwritten, TorchEncoder, add, ids, llama, make, outputs
 
 L = "model.layers.{}."
 LLAMA_ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -156,25 +156,39 @@ def test_fused_projections_are_named() -> None:
         _chosen("gpt2", "q")
 
 
-def test_trap11_all_linear_on_a_mixture_of_experts_is_an_error_that_names_them() -> None:
-    torch.manual_seed(0)
-    model = mixtral().eval()
+class _Unregistered(torch.nn.Module):
+    """Stacked experts that compute in a way that nobody says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.weights = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x) @ self.weights.mean(0)
+
+
+def test_trap11_all_linear_on_stacked_experts_that_cant_be_adapted_is_an_error_that_names_them() -> None:
+    model = torch.nn.Sequential(_Unregistered())
     bank = attach(model)
     with pytest.raises(
-        TargetError,
-        match=r"'all-linear' would leave \d+ linear maps unadapted: model.layers.0.mlp.experts .*stacked expert weights",
+        TargetError, match=r"'all-linear' would leave 1 linear maps unadapted: 0 .*stacked expert weights.*isn't registered"
     ):
         bank.add("a", AdapterConfig(rank=2))
-    with pytest.raises(TargetError, match=r"'mlp' matches no linear layer|can't be adapted"):
-        bank.add("a", AdapterConfig(rank=2, targets=["mlp"]))
-    add(bank, "a", targets=["attention"])
-    assert {path.rpartition(".")[2] for path in bank.adapter("a").layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    with bank.route("a"):
-        model(input_ids=ids(2)).logits.sum().backward()
-    assert all(p.grad is not None for p in bank.parameters())
-    assert any("experts" in path for path in bank.summary().unsupported)
-    add(bank, "b", exclude=["*.experts"])  # leaving them out on purpose is allowed
-    assert list(bank.adapter("b").layers) == list(bank.adapter("a").layers)
+    add(bank, "a", targets=["q_proj"])
+    assert "0" in bank.summary().unsupported
+    add(bank, "b", exclude=["0"])  # leaving them out on purpose is allowed
+    assert list(bank.adapter("b").layers) == list(bank.adapter("a").layers) == ["0.q_proj"]
+
+
+def test_experts_are_targets_like_layers() -> None:
+    stacks = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+    attention = {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
+    assert set(_chosen("mixtral", "all-linear")) == {*stacks, *attention}
+    for target in ("experts", "mlp", "*.experts.*", "re:.*experts.*"):
+        assert list(_chosen("mixtral", target)) == stacks
+    assert list(_chosen("mixtral", "experts.down_proj")) == stacks[1:]
+    assert set(_chosen("mixtral", "all-linear", exclude=["*.experts"])) == attention
+    assert set(_chosen("mixtral", "all-linear", exclude=["down_proj"])) == {stacks[0], *attention}
 
 
 def test_trap12_attention_that_never_calls_its_projection_is_refused() -> None:

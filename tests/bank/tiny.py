@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -137,6 +139,21 @@ def mixtral() -> MixtralForCausalLM:
     )
 
 
+def gpt_oss() -> GptOssForCausalLM:
+    """Its experts' matrices lie the other way round, gate and up take turns, and there are biases."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, **sizes
+        )
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("proj_bias"):
+                p.normal_(std=0.1)
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "gpt2": gpt2,
@@ -146,6 +163,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "handwritten": Handwritten,
     "torch encoder": TorchEncoder,
     "pictures": Pictures,
+    "mixtral": mixtral,
+    "gpt-oss": gpt_oss,
     "decomposed llama": llama,
     "decomposed gpt2": gpt2,
     "decomposed pictures": Pictures,
@@ -156,6 +175,8 @@ TARGETS: dict[str, Any] = {
     "decomposed pictures": ["all-linear", "all-conv"],
 }
 """What the tests adapt, where it isn't `all-linear`."""
+MIXTURES = ("mixtral", "gpt-oss")
+"""Models whose experts take the tokens of all rows together: a base row's sums may be rounded otherwise beside other rows."""
 
 
 def make(name: str, seed: int = 0) -> nn.Module:

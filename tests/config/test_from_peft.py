@@ -65,12 +65,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"task_type": "SEQ_CLS"}, "task_type"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ({"layer_replication": [(0, 1)]}, "layer_replication"),
-    ({"target_parameters": ["experts.w"]}, "target_parameters"),
     ({"use_qalora": True}, "use_qalora"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "layers_pattern"),
     ({"ensure_weight_tying": True}, "ensure_weight_tying"),
 ]
+
+
+def test_stacked_parameters_are_targets_beside_modules() -> None:
+    both = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    assert adapter_config_from_peft(both).targets == ("q_proj", "experts.down_proj")
+    alone = peft.LoraConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"])
+    assert adapter_config_from_peft(alone).targets == ("experts.down_proj",)
 
 
 @pytest.mark.parametrize(("arguments", "name"), REFUSED, ids=[name for _, name in REFUSED])

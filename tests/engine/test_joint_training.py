@@ -64,7 +64,7 @@ def _compare(
         assert any(bool(tensor.any()) for key, tensor in joint[job.name].items() if key.endswith(".B"))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 def test_law3_joint_training_equals_training_alone(family: str) -> None:
     """fp32; the tolerance is relative to each tensor's largest entry, after up to 20 steps. Measured: 2e-6, GPT-2 1.4e-4, where
     AdamW divides gradients that are all but zero by their own size."""
@@ -77,7 +77,7 @@ def test_law3_joint_training_equals_training_alone(family: str) -> None:
     _compare(JOBS, joint, alone, 1e-3 if family == "gpt2" else 5e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
 def test_law3_with_activation_checkpointing(family: str) -> None:
     def base() -> torch.nn.Module:
         return make_model(family, spread=2.0)

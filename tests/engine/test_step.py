@@ -35,7 +35,7 @@ LENGTHS = [9, 5, 12, 4, 7]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("mamba", "mixtral")])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mamba"])
 def test_law2_a_mixed_batch_equals_the_separate_batches(family: str, checkpointing: bool) -> None:
     bank = make_bank(family)
     engine = Engine(bank, gradient_checkpointing=checkpointing)
@@ -52,9 +52,8 @@ def test_law2_a_mixed_batch_equals_the_separate_batches(family: str, checkpointi
         assert all(bool(g.any()) for g in mixed_gradients[name].values())
 
 
-@pytest.mark.parametrize("family", ["mamba", "mixtral"])
-def test_law2_where_only_some_layers_are_adapted(family: str) -> None:
-    bank = make_bank(family)
+def test_law2_where_only_some_layers_are_adapted() -> None:
+    bank = make_bank("mamba")
     mixed, mixed_gradients = backward(bank, batch_of(LENGTHS, ROUTES))
     alone, alone_gradients = backward(bank, batch_of(LENGTHS, ROUTES).select([2, 4]))
     assert mixed["b"].loss_sum == pytest.approx(alone["b"].loss_sum, rel=TOLERANCE)

@@ -78,7 +78,6 @@ FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
 TARGETS: Mapping[str, Sequence[str]] = {
     "bart": ["re:.*self_attn.*", "fc1", "fc2"],  # a decoder alone has cross-attention that nothing calls
     "mamba": ["in_proj", "out_proj"],
-    "mixtral": ["q", "v", "o"],
 }
 SPLITS = {"llama", "qwen3", "mistral", "gemma2", "cohere", "granite", "gpt2", "opt", "bloom", "neox", "mamba", "mixtral"}
 """Families whose logits are a linear head's, with nothing after it but a scale or a cap that the configuration names."""
