@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorabank.bank.experts import part_paths
+from lorabank.bank.stack_carrier import part_paths
 from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.targets import adaptable_layers
 

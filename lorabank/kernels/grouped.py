@@ -6,6 +6,7 @@ Shapes: M rows of x, those of one group together and in the groups' order; E gro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,34 @@ def ends_of(groups_M: Tensor, count: int) -> Tensor:
     """`ends_E` of rows whose groups are `groups_M`, in order; without waiting for a GPU."""
     ends = torch.searchsorted(groups_M, torch.arange(count, device=groups_M.device, dtype=groups_M.dtype), right=True)
     return ends.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class SortedPairs:
+    """The pairs of T tokens and K experts each, P = T · K, in the order of the experts."""
+
+    experts_P: Tensor
+    order_P: Tensor
+    """Each pair's number among (token, k)."""
+    token_P: Tensor
+    back_P: Tensor
+    """Where the pairs of the first token are, of the second and so on."""
+    ends_E: Tensor
+    each: int
+    """K"""
+
+    @classmethod
+    def of(cls, experts_TK: Tensor, count: int) -> SortedPairs:
+        """Sorted, without waiting for a GPU. `count`: E."""
+        experts_P, order_P = torch.sort(experts_TK.reshape(-1), stable=True)
+        back_P = torch.empty_like(order_P)
+        back_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+        each = experts_TK.shape[-1]
+        return cls(experts_P, order_P, order_P // each, back_P, ends_of(experts_P, count), each)
+
+    def summed(self, value_PF: Tensor) -> Tensor:
+        """Σ over each token's pairs, (T, F), always in the same order."""
+        return value_PF[self.back_P].view(-1, self.each, value_PF.shape[-1]).sum(1)
 
 
 def product(x_MI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:

@@ -44,6 +44,18 @@ class StackedPlan(Guard):
     segments: tuple[StackedSegment, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StackTables:
+    """Where a stack keeps its slots' experts, by their number of V."""
+
+    ranks_V2: Tensor
+    scaling_V: Tensor
+    """fp32, divided by what dropout keeps where there is some."""
+    width: int
+    ranges: Sequence[tuple[int, int]]
+    """Of each slot: its rows in the buffers."""
+
+
 def _input(x_PI: Tensor, segment: StackedSegment) -> tuple[Tensor, Tensor | None]:
     """(the segment's rows in A's dtype, dropout applied; what that multiplied them by)."""
     x = x_PI.index_select(0, segment.pairs_M).to(segment.A_ERI.dtype)

@@ -32,7 +32,7 @@ def quiet() -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*target_parameters.*")
         warnings.filterwarnings(
-            "ignore", message="The following rank_pattern keys did not match"
+            "ignore", message=r"The following \w+_pattern keys did not match"
         )  # of stacks, which PEFT forgets
         yield
 

@@ -246,13 +246,20 @@ def _stages(rows: int, block_f: int, item: int, block_r: int) -> int:
 
 
 def shrink(
-    x_NF: Tensor, weight_RF: Tensor, tables: RouteTables, ranks_P2: Tensor, scaling_P: Tensor, width: int, drops: Drops = ()
+    x_NF: Tensor,
+    weight_RF: Tensor,
+    tables: RouteTables,
+    ranks_P2: Tensor,
+    scaling_P: Tensor,
+    width: int,
+    drops: Drops = (),
+    entries: int | None = None,
 ) -> Tensor:
     """scaling · x·weightᵀ of each entry, in x's dtype, (N, W). Entries without a slot, ranks that a slot lacks stay unwritten.
 
-    `drops`: what x is dropped by.
+    `drops`: what x is dropped by. `entries`: N, where several entries are one row of x.
     """
-    entries, features = x_NF.shape
+    entries, features = x_NF.shape[0] if entries is None else entries, x_NF.shape[1]
     tiles = tables.tiles_S4.shape[0]
     block_r = min(width, WIDEST_BLOCK)
     item = x_NF.element_size()

@@ -1,0 +1,113 @@
+"""One stacked parameter of an experts module, with the adapters' parts in it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
+from lorabank.bank.fused import table_width
+from lorabank.bank.init import initial_A
+from lorabank.bank.stacks import ExpertStack
+from lorabank.bank.storage import RankStore
+from lorabank.bank.wrapping import check_loaded
+from lorabank.config.adapter import AdapterConfig
+from lorabank.formats.adapter import AdapterLayer
+from lorabank.formats.stacks import joined
+from lorabank.kernels.segments import drop_threshold
+from lorabank.kernels.stacked import StackTables
+from lorabank.kernels.tables import bits32
+
+
+class StackCarrier(Carrier):
+    """One stacked parameter with its slots: an adapter's A (E · rank, in) and B (E · rank, out), one expert behind the other."""
+
+    def __init__(self, stack: ExpertStack, path: str, router: Router, shown: Callable[[], None]) -> None:
+        """`shown`: called when the leaves are others."""
+        weight = stack.get_parameter("weight")
+        check_loaded(path, weight)
+        self.stack, self.path, self.base, self.router = stack, path, stack.experts, router
+        self.store = RankStore(*stack.size, weight.device)
+        self.slots: dict[str, LayerSlot] = {}
+        self.reached = False
+        self._shown = shown
+        self.path_seed = zlib.crc32(path.encode())
+        self._made_for = -1
+        self._tables: dict[tuple[tuple[str, ...], bool], tuple[StackTables, Tensor]] = {}
+
+    @property
+    def fusable(self) -> bool:
+        """Never: which tokens reach an expert is known when they do."""
+        return False
+
+    def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
+        """What changes nothing yet: an A of each expert's own, B zero."""
+        size = self.store.in_features
+        A = torch.cat([initial_A(config.init, rank, size, seed, part) for part in self.parts])
+        return SlotValues(A, None, None, False, rank, scaling)
+
+    @property
+    def parts(self) -> list[str]:
+        """Each expert's path in an adapter."""
+        return part_paths(self.path, self.stack)
+
+    def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
+        """A trained adapter's, as `joined` makes one rank and scaling of its experts'."""
+        A, B, scaling = joined([layers.get(path) for path in self.parts])
+        return SlotValues(A.flatten(0, 1), B.transpose(0, 1).flatten(1), None, False, A.shape[1], scaling)
+
+    def tables(self, names: Sequence[str], *, dropping: bool) -> tuple[StackTables, Tensor]:
+        """(where the experts of these slots are, what their dropout is drawn from), kept while the bank is as it is."""
+        key = (tuple(names), dropping)
+        if self._made_for != self.router.structure:
+            self._made_for, self._tables = self.router.structure, {}
+        if key not in self._tables:
+            self._tables[key] = self._make_tables(names, dropping)
+        return self._tables[key]
+
+    def _make_tables(self, names: Sequence[str], dropping: bool) -> tuple[StackTables, Tensor]:
+        count, slots = self.stack.count, [self.slots.get(name) for name in names]
+        ranks = torch.zeros(len(names), count, 2, dtype=torch.int64)
+        scaling, odds = torch.zeros(len(names), count), torch.zeros(len(names), count, 2, dtype=torch.int64)
+        for i, slot in enumerate(slots):
+            if slot is not None:
+                ranks[i, :, 0] = slot.tensors.start + torch.arange(count) * slot.rank
+                ranks[i, :, 1] = slot.rank
+                scaling[i] = slot.scaling / (1.0 - slot.dropout) if dropping else slot.scaling
+                odds[i, :, 0], odds[i, :, 1] = (slot.seed ^ self.path_seed) & 0xFFFFFFFF, drop_threshold(slot.dropout)
+        device, present = self.store.device, [slot for slot in slots if slot is not None]
+        made = StackTables(
+            ranks_V2=ranks.view(-1, 2).to(torch.int32).to(device),
+            scaling_V=scaling.view(-1).to(device),
+            width=table_width(max((slot.rank for slot in present), default=1)),
+            ranges=tuple((slot.tensors.start, slot.tensors.stop) for slot in present),
+        )
+        return made, bits32(odds.view(-1, 2)).to(device)
+
+    def write(self, name: str, values: SlotValues) -> None:
+        """Copy values into an adapter's leaves."""
+        tensors = self.slots[name].tensors
+        with torch.no_grad():
+            tensors.A_RI.copy_(values.A)
+            tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
+
+    def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
+        """A copy of an adapter's present values, a layer an expert, on the CPU."""
+        slot, parts = self.slots[name], self.parts
+        A = slot.tensors.A_RI.detach().cpu().view(len(parts), slot.rank, -1)
+        B = slot.tensors.B_RO.detach().cpu().view(len(parts), slot.rank, -1).transpose(1, 2)
+        return {
+            path: AdapterLayer(A[i].clone(), B[i].clone(memory_format=torch.contiguous_format), slot.scaling, stack=len(parts))
+            for i, path in enumerate(parts)
+        }
+
+    def _refresh(self) -> None:
+        self._shown()
+
+
+def part_paths(path: str, stack: ExpertStack) -> list[str]:
+    """The paths by which an adapter's layers name a stack's experts."""
+    return [f"{path}.{expert}" for expert in range(stack.count)]
