@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-KINDS = ("training", "peers", "kernels", "families", "tests")
+KINDS = ("training", "peers", "kernels", "families", "experts", "tests")
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "unsloth", "unsloth_zoo", "liger_kernel", "bitsandbytes", "torchao"),
     *("flash-attn-4", "nvidia-cutlass-dsl"),

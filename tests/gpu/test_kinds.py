@@ -1,0 +1,79 @@
+"""Every kind of layer on a GPU: outputs and gradients as on the CPU, and the bank's laws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorabank import BASE
+from tests.bank.tiny import MIXTURES, clear, gradients, ids, make, outputs, two
+
+KINDS = ["pictures", "mixtral", "gpt-oss", "decomposed llama", "decomposed gpt2", "decomposed pictures"]
+ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
+CUDA = torch.device("cuda")
+
+
+def _pass(
+    kind: str, device: torch.device, rows: list[int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model, bank = two(kind, dtype=dtype)
+    model.to(device)
+    weights = torch.randn(6, generator=torch.Generator().manual_seed(3)).to(device)
+    clear(bank)
+    with bank.route([ROUTES[i] for i in rows]):
+        y = outputs(model, ids(6)[rows].to(device)).float()
+    (y.flatten(1).square().mean(1) * weights[rows]).sum().backward()
+    return y.detach().cpu(), {key: g.cpu() for key, g in gradients(bank).items()}
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_those_of_the_cpu(kind: str) -> None:
+    found, expected = (_pass(kind, device, list(range(6))) for device in (CUDA, torch.device("cpu")))
+    assert _distance(found[0], expected[0]) < 1e-4
+    for key, g in expected[1].items():
+        assert _distance(found[1][key], g) < 1e-3, key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_law2_a_mixed_batch_equals_the_separate_batches(kind: str) -> None:
+    mixed_y, mixed = _pass(kind, CUDA, list(range(6)))
+    rows = [0, 5]
+    alone_y, alone = _pass(kind, CUDA, rows)
+    assert _distance(mixed_y[rows], alone_y) < 1e-4
+    others = [_pass(kind, CUDA, [i])[1] for i in (2, 3)]
+    for key, g in mixed.items():
+        assert _distance(alone[key] + sum(other[key] for other in others), g) < 1e-3, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_law1_a_base_row_is_the_base(kind: str, dtype: torch.dtype) -> None:
+    model, bank = two(kind, dtype=dtype)
+    model.to(CUDA)
+    x = ids(6).to(CUDA)
+    with torch.no_grad():
+        expected = outputs(make(kind).to(CUDA, dtype), x)
+        with bank.route(ROUTES):
+            found = outputs(model, x)
+        with bank.route(BASE):
+            assert torch.equal(outputs(model, x), expected)
+    if kind in MIXTURES:
+        assert torch.allclose(found[[1, 4]], expected[[1, 4]], atol=8 * torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(found[[1, 4]], expected[[1, 4]])
+    assert not torch.allclose(found[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bf16_it_is_what_rounding_leaves_of_it(kind: str) -> None:
+    y, found = _pass(kind, CUDA, list(range(6)), torch.bfloat16)
+    exact_y, exact = _pass(kind, CUDA, list(range(6)))
+    assert _distance(y, exact_y) < 0.1
+    assert all(bool(g.isfinite().all()) for g in found.values())
+    flat, wanted = (torch.cat([g[key].flatten() for key in exact]) for g in (found, exact))
+    assert float((flat - wanted).norm() / wanted.norm()) < 0.25
