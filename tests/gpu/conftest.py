@@ -22,8 +22,10 @@ def true_fp32() -> Iterator[None]:
     """No TF32, whatever another test left behind."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    convolutions, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
     torch.set_float32_matmul_precision(before)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @pytest.fixture(params=SETTINGS)
