@@ -211,6 +211,7 @@ def measure(name: str, args: argparse.Namespace, results: Results, folder: Path)
         given, losses = given_of(rows, tokens, device, adapters), {}
         model = build(name, device, torch.bfloat16, small=False)
         system, bank = ours(model, adapters)
+        adapter = bank.adapter(adapters[0])  # before it is trained: the same start for PEFT
         row["trained"] = system.trained
         step = partial(system.step, given)
         losses["ours"] = _passed(system, given)
@@ -221,7 +222,6 @@ def measure(name: str, args: argparse.Namespace, results: Results, folder: Path)
         timed(step, WARM_UP)
         row |= spread(timed(step, args.steps), "")
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-        adapter = bank.adapter(adapters[0])
         bank.detach()
         del bank, system, step
         free()
