@@ -210,7 +210,7 @@ def measure(name: str, args: argparse.Namespace, results: Results, folder: Path)
         }
         given, losses = given_of(rows, tokens, device, adapters), {}
         model = build(name, device, torch.bfloat16, small=False)
-        system, bank = ours(model, adapters)
+        system, bank = ours(model, adapters, compiled=args.compile)
         adapter = bank.adapter(adapters[0])  # before it is trained: the same start for PEFT
         row["trained"] = system.trained
         step = partial(system.step, given)
@@ -268,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--output", type=Path, help="JSON file, rewritten after every item")
     made.add_argument("--steps", type=int, default=8, help="timed steps")
     made.add_argument("--commit", help="what is measured, where the folder isn't a git repository")
+    made.add_argument("--compile", action="store_true", help="compile our blocks, as training does on a GPU")
     made.add_argument("--tiny", action="store_true", help="only the check, of tiny models; on a CPU too")
     made.add_argument("--folder", type=Path, default=Path("/tmp/gpu_experts"), help="where adapters are written for PEFT to read")
     args = made.parse_args(arguments)
