@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorabank.kernels.gpu import lora
-from lorabank.kernels.gpu.op import opaque_op
 from lorabank.kernels.grouped import SortedPairs, product
 from lorabank.kernels.ops import Guard, check_route, without_autocast
 from lorabank.kernels.stacked import StackTables
@@ -81,41 +80,9 @@ class TableGuard(Guard):
     """Whether x has a row a token, not a pair."""
 
     @property
-    def tables(self) -> tuple[Tensor, ...]:
-        """(each entry's row of y, and of x, tiles, chunks, spans)."""
-        order, tiles, chunks, spans = self.pairs.pairs.tensors
-        return order, self.pairs.tokens.order_N if self.by_token else order, tiles, chunks, spans
-
-
-def _changed(
-    y_PO: Tensor, x: Tensor, A: Tensor, B: Tensor, ranks: Tensor, scaling: Tensor, order: Tensor, inputs: Tensor, tiles: Tensor,
-    chunks: Tensor, spans: Tensor, width: int, drops: list[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """[y with the slots' changes, scaling · xAᵀ of each entry]. `inputs`: each entry's row of x; `order`: of y."""
-    of_x, of_y = RouteTables(inputs, tiles, chunks, spans), RouteTables(order, tiles, chunks, spans)
-    xa_PW = lora.shrink(x, A, of_x, ranks, scaling, width, drops, entries=len(order))
-    out = y_PO.clone()
-    lora.expand_(out, xa_PW, B, of_y, ranks)
-    return [out, xa_PW]
-
-
-def _gradients(
-    dx_PI: Tensor | None, dy: Tensor, x: Tensor, xa: Tensor, A: Tensor, B: Tensor, ranks: Tensor, scaling: Tensor, order: Tensor,
-    inputs: Tensor, tiles: Tensor, chunks: Tensor, spans: Tensor, drops: list[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """[dA, dB], and dx with the slots' part in it where there is a dx of the frozen product."""
-    of_x, of_y = RouteTables(inputs, tiles, chunks, spans), RouteTables(order, tiles, chunks, spans)
-    (dB,), (dxa_PW,) = lora.outer_and_shrink([xa], [dy], [B], of_y, [ranks], [scaling])
-    dA = lora.outer(dxa_PW, x, A, of_x, ranks, drops)
-    if dx_PI is None:
-        return [dA, dB]
-    dx = dx_PI.clone()
-    lora.expand_(dx, dxa_PW, A, of_y, ranks, drops)
-    return [dA, dB, dx]
-
-
-stacked_changed = opaque_op("lorabank::stacked_changed", _changed)
-stacked_gradients = opaque_op("lorabank::stacked_gradients", _gradients)
+    def of_x(self) -> RouteTables:
+        """About rows of x."""
+        return self.pairs.tokens if self.by_token else self.pairs.pairs
 
 
 class _StackedLinear(torch.autograd.Function):
@@ -125,15 +92,14 @@ class _StackedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight_EIO: Tensor, bias_PO: Tensor | None, A: Tensor, B: Tensor, guard: TableGuard, *leaves: Tensor
     ) -> Tensor:
-        stack, (order, inputs, *tables) = guard.stack, guard.tables
+        stack, pairs = guard.stack, guard.pairs
         x = x.to(weight_EIO.dtype).contiguous()
         y_PO = product(x[guard.sorted.token_P] if guard.by_token else x, weight_EIO, guard.sorted.ends_E)
         if bias_PO is not None:
             y_PO += bias_PO
         with without_autocast(x):
-            y_PO, xa_PW = stacked_changed(
-                y_PO, x, A, B, stack.ranks_V2, stack.scaling_V, order, inputs, *tables, stack.width, list(guard.drops)
-            )
+            xa_PW = lora.shrink(x, A, guard.of_x, stack.ranks_V2, stack.scaling_V, stack.width, guard.drops, entries=len(y_PO))
+            lora.expand_(y_PO, xa_PW, B, pairs.pairs, stack.ranks_V2)
         ctx.guard = guard
         ctx.save_for_backward(guard.route, x, xa_PW, weight_EIO, A, B)
         return y_PO
@@ -144,15 +110,16 @@ class _StackedLinear(torch.autograd.Function):
         guard: TableGuard = ctx.guard
         route, x, xa_PW, weight_EIO, A, B = ctx.saved_tensors
         check_route(guard, route)
-        stack, (order, inputs, *tables) = guard.stack, guard.tables
+        stack, pairs = guard.stack, guard.pairs
         dy_PO = grad_outputs[0].to(x.dtype).contiguous()
         with without_autocast(x):
-            dx = product(dy_PO, weight_EIO.transpose(1, 2), guard.sorted.ends_E) if ctx.needs_input_grad[0] else None
-            dA, dB, *rest = stacked_gradients(
-                dx, dy_PO, x, xa_PW, A, B, stack.ranks_V2, stack.scaling_V, order, inputs, *tables, list(guard.drops)
-            )
-        if rest:
-            dx = guard.sorted.summed(rest[0]) if guard.by_token else rest[0]
+            (dB,), (dxa_PW,) = lora.outer_and_shrink([xa_PW], [dy_PO], [B], pairs.pairs, [stack.ranks_V2], [stack.scaling_V])
+            dA = lora.outer(dxa_PW, x, A, guard.of_x, stack.ranks_V2, guard.drops)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = product(dy_PO, weight_EIO.transpose(1, 2), guard.sorted.ends_E)
+                lora.expand_(dx, dxa_PW, A, pairs.pairs, stack.ranks_V2, guard.drops)
+                dx = guard.sorted.summed(dx) if guard.by_token else dx
         gradients = [grad[begin:end] for begin, end in stack.ranges for grad in (dA, dB)]
         return dx, None, None, None, None, None, *gradients
 

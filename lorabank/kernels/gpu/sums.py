@@ -8,9 +8,11 @@ splits. Parts are added in a fixed order. Shapes as in lora.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,9 +96,27 @@ def _fold(
             tl.store(grad + start * features + e, total, mask=e < numbers)
 
 
+class _Start:
+    """A compiled kernel that is started with [grid](...)."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return functools.partial(self._run, grid)
+
+    def _run(self, grid: Any, *args: Any, **constants: Any) -> Any:
+        # a tensor of a compiler's stands for one: that start is noted. Noting costs the host more than starting, so only then
+        plain = all(type(value) in _PLAIN or not isinstance(value, Tensor) for value in args)
+        return (self._kernel if plain else wrap_triton(self._kernel))[grid](*args, **constants)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def launch(kernel: Any) -> Any:
     """What is started with [grid](...): seen by torch.compile where it is a compiled kernel, run as it is by the interpreter."""
-    return wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel
+    return _Start(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel
 
 
 def four(values: Sequence[T]) -> list[T]:
