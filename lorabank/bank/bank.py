@@ -16,6 +16,7 @@ from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.experts import LoRAExperts
 from lorabank.bank.fit import check_decomposed, check_fits, task_type, warn_ranks, warn_storage
+from lorabank.bank.fused import SLOTS
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.parts import paths_of
@@ -88,6 +89,11 @@ class AdapterBank:
     def slot_numbers(self) -> Mapping[str, int]:
         """Each adapter's number in tables on the device. It keeps it while it is in the bank."""
         return self._numbers
+
+    @property
+    def table_slots(self) -> int:
+        """Slots that tables of this bank are made for."""
+        return -(-(max(self._numbers.values(), default=0) + 1) // SLOTS) * SLOTS
 
     @property
     def device(self) -> torch.device:

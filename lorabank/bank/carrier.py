@@ -46,6 +46,16 @@ class Router(Protocol):
     structure: int
     """Grows by one whenever adapters are added or removed."""
 
+    @property
+    def slot_numbers(self) -> Mapping[str, int]:
+        """Each adapter's number in tables on the device."""
+        ...
+
+    @property
+    def table_slots(self) -> int:
+        """Slots that tables are made for."""
+        ...
+
     def route_in_force(self, layer: str) -> Routing | None:
         """The routing for this call, or None when the bank has no adapter. `layer` is for messages."""
         ...
@@ -108,6 +118,11 @@ class Carrier(ABC):
     @abstractmethod
     def fusable(self) -> bool:
         """Whether a compiled block may compute what is adapted here itself."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether what is computed here, outside of compiled code, reads nothing of a route but its tables."""
+        return False
 
     @abstractmethod
     def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:

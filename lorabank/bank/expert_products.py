@@ -14,13 +14,11 @@ from torch import Tensor
 
 from lorabank.bank.expert_routes import SlotPairs, SlotTokens, pairs_of
 from lorabank.bank.routing import Routing
-from lorabank.bank.stack_carrier import StackCarrier
+from lorabank.bank.stack_carrier import StackCarrier, runs_kernels
 from lorabank.errors import LorabankError
-from lorabank.kernels.gpu import runtime
 from lorabank.kernels.grouped import SortedPairs, frozen_product
 from lorabank.kernels.segments import DropoutDraw
 from lorabank.kernels.stacked import StackedPlan, StackedSegment, add_stacked
-from lorabank.kernels.tables import drop_tables
 
 
 class Products(Protocol):
@@ -95,28 +93,34 @@ def table_products(
     carriers: Collection[StackCarrier], pairs: SortedPairs, routing: Routing, units: int, x_TH: Tensor
 ) -> Products | None:
     """With the grouped kernels; None where they don't run, or a token has several slots or weights."""
-    weight = next(iter(carriers)).stack.get_parameter("weight")
-    if not runtime.available(x_TH.device) or runtime.refused(x_TH.device, weight.dtype) is not None:
+    first = next(iter(carriers))
+    if not runs_kernels(first.stack.get_parameter("weight")):
         return None
-    names = tuple(sorted(routing.names & {name for carrier in carriers for name in carrier.slots}))
-    slot_U = routing.slot_of(units, names, x_TH.device)
-    if slot_U is None:
+    router, count, tokens = first.router, first.stack.count, len(x_TH)
+    size = units, tokens // units, router.table_slots, x_TH.device
+    routes = routing.tables(*size[:2], router.slot_numbers, *size[2:])
+    if routes is None:
         return None
     from lorabank.kernels.gpu.stacked import TableGuard, pair_tables, stacked_linear
 
-    count, tokens = next(iter(carriers)).stack.count, len(x_TH)
-    slot_P = slot_U.repeat_interleave(tokens // units, output_size=tokens)[pairs.token_P]
-    tables = pair_tables(torch.where(slot_P < 0, -1, slot_P * count + pairs.experts_P), pairs.token_P, len(names) * count)
+    here = {name for carrier in carriers for name in carrier.slots}
+    names = sorted(routing.names & here, key=lambda name: router.slot_numbers[name])
+    dropping = routing.dropout is not None and any(
+        c.slots[name].dropout > 0 for c in carriers for name in names if name in c.slots
+    )
+    of_first = first.tables(names, dropping=dropping)
+    place_P = of_first.places_S[routing.slots_of_tokens(size, routes)[pairs.token_P]]
+    tables = pair_tables(torch.where(place_P < 0, -1, place_P * count + pairs.experts_P), pairs.token_P, len(names) * count)
+    drops = routing.drops(*size[:2], router.slot_numbers, *size[2:]) if dropping else None
     draws: list[Tensor] = []
-    dropout = routing.dropout
-    if dropout is not None and any(slot.dropout > 0 for c in carriers for name, slot in c.slots.items() if name in names):
-        steps = [dropout.steps.get(name, 0) for name in names for _ in range(count)]
-        draws = list(drop_tables(tables.tokens.order_N, tokens // units, steps, dropout.examples, dropout.places).tensors)
+    if drops is not None:
+        draws_T2 = torch.empty_like(drops.draws_N2)
+        draws_T2[routes.order_N.long()] = drops.draws_N2
+        draws = [drops.steps_P[of_first.numbers_V], draws_T2[tables.tokens.order_N.long()]]
 
     def product(carrier: StackCarrier, x: Tensor, *, by_token: bool) -> Tensor:
         _check_frozen(carrier)
-        stack, odds = carrier.tables(names, dropping=bool(draws))
-        router = carrier.router
+        stack = carrier.tables(names, dropping=dropping)
         guard = TableGuard(
             route=routing.token,
             route_id=routing.id,
@@ -126,7 +130,7 @@ def table_products(
             sorted=pairs,
             pairs=tables,
             stack=stack,
-            drops=[*draws, odds] if draws else [],
+            drops=[*draws, stack.odds_V2] if draws else [],
             by_token=by_token,
         )
         leaves = [leaf for name in names if name in carrier.slots for leaf in carrier.slots[name].tensors.by_role.values()]

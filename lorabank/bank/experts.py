@@ -62,8 +62,6 @@ class LoRAExperts(Adapted):
         routing = self.router.route_in_force(self.path)
         if routing is None or x_TH.numel() == 0:
             return self.base(x_TH, experts_TK, weights_TK)
-        if routing.tensors_only:
-            raise RoutingError(f"experts {self.path!r} sort their tokens anew in each pass, which a captured pass can't follow")
         units = self._units(routing, len(x_TH))
         here = {name for carrier in self.carriers.values() for name in carrier.slots}
         if not any(rows.slot in here for rows in routing.plans[units]):
@@ -72,6 +70,8 @@ class LoRAExperts(Adapted):
         whole = routing.per == "all" or not routing.exact
         if whole and (products := table_products(self.carriers.values(), pairs, routing, units, x_TH)) is not None:
             return self._computed(x_TH, weights_TK, pairs, products)
+        if routing.tensors_only:
+            raise RoutingError(f"experts {self.path!r} take their plain path, which a captured pass can't follow")
         used = [tokens_of(rows, units, len(x_TH), routing, x_TH.device) for rows in routing.plans[units] if rows.slot in here]
         if whole:
             return self._computed(x_TH, weights_TK, pairs, plain_products(used, pairs, routing, len(x_TH)))

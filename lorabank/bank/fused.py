@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from lorabank.errors import RoutingError
 from lorabank.kernels.tables import DropTables, RouteTables
 
+SLOTS = 8
+"""Tables are made for a multiple of so many slots: few sizes, whatever the bank holds."""
+
 
 @dataclass(frozen=True)
 class LayerTables:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorabank.errors import AdapterNameError, RoutingError, closest
 from lorabank.kernels.segments import Rows
-from lorabank.kernels.tables import DropTables, RouteTables, drop_tables, route_tables, send
+from lorabank.kernels.tables import DropTables, RouteTables, drop_tables, route_tables, send, slots_of_tokens
 
 
 class _Base:
@@ -97,7 +97,7 @@ class Routing:
     _tables: dict[Size, RouteTables | None] = field(init=False, default_factory=dict, repr=False)
     _drops: dict[Size, DropTables | None] = field(init=False, default_factory=dict, repr=False)
     _rows: dict[torch.device, list[Tensor]] = field(init=False, default_factory=dict, repr=False)
-    _slots: dict[tuple[int, tuple[str, ...], torch.device], Tensor | None] = field(init=False, default_factory=dict, repr=False)
+    _slots: dict[Size, Tensor] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token", torch.tensor(self.id))
@@ -153,18 +153,11 @@ class Routing:
             self._rows[device] = [send(torch.tensor(part.units), device) for part in parts]
         return self._rows[device]
 
-    def slot_of(self, units: int, names: Sequence[str], device: torch.device) -> Tensor | None:
-        """int64 (units,) on `device`: each unit's place in `names`, −1 for none; None where a unit has several, or weights."""
-        key = (units, tuple(names), device)
-        if key not in self._slots:
-            parts = [part for part in self.plans[units] if part.slot in names]
-            used = [unit for part in parts for unit in part.units]
-            found = torch.full((units,), -1)
-            for part in parts:
-                found[list(part.units)] = names.index(part.slot)
-            plain = len(used) == len(set(used)) and all(part.weights_U is None for part in parts)
-            self._slots[key] = send(found, device) if plain else None
-        return self._slots[key]
+    def slots_of_tokens(self, size: Size, tables: RouteTables) -> Tensor:
+        """int64 slot number of each token, −1 for none, read off the `tables` of that size."""
+        if size not in self._slots:
+            self._slots[size] = slots_of_tokens(tables)
+        return self._slots[size]
 
     def following(self, tables: Mapping[Size, RouteTables], rows: Sequence[Tensor] | None) -> Routing:
         """The same route without dropout, read off `tables` and `rows` (as `slot_rows` gives them; None: by no layer) alone."""

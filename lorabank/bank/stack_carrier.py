@@ -17,6 +17,7 @@ from lorabank.bank.wrapping import check_loaded
 from lorabank.config.adapter import AdapterConfig
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.stacks import joined
+from lorabank.kernels.gpu import runtime
 from lorabank.kernels.segments import drop_threshold
 from lorabank.kernels.stacked import StackTables
 from lorabank.kernels.tables import bits32
@@ -36,12 +37,17 @@ class StackCarrier(Carrier):
         self._shown = shown
         self.path_seed = zlib.crc32(path.encode())
         self._made_for = -1
-        self._tables: dict[tuple[tuple[str, ...], bool], tuple[StackTables, Tensor]] = {}
+        self._tables: dict[tuple[tuple[str, ...], bool], StackTables] = {}
 
     @property
     def fusable(self) -> bool:
         """Never: which tokens reach an expert is known when they do."""
         return False
+
+    @property
+    def follows(self) -> bool:
+        """Where the grouped kernels run."""
+        return runs_kernels(self.stack.get_parameter("weight"))
 
     def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
         """What changes nothing yet: an A of each expert's own, B zero."""
@@ -59,8 +65,8 @@ class StackCarrier(Carrier):
         A, B, scaling = joined([layers.get(path) for path in self.parts])
         return SlotValues(A.flatten(0, 1), B.transpose(0, 1).flatten(1), None, False, A.shape[1], scaling)
 
-    def tables(self, names: Sequence[str], *, dropping: bool) -> tuple[StackTables, Tensor]:
-        """(where the experts of these slots are, what their dropout is drawn from), kept while the bank is as it is."""
+    def tables(self, names: Sequence[str], *, dropping: bool) -> StackTables:
+        """Where the experts of these slots are, and what their dropout is drawn from; kept while the bank is as it is."""
         key = (tuple(names), dropping)
         if self._made_for != self.router.structure:
             self._made_for, self._tables = self.router.structure, {}
@@ -68,7 +74,7 @@ class StackCarrier(Carrier):
             self._tables[key] = self._make_tables(names, dropping)
         return self._tables[key]
 
-    def _make_tables(self, names: Sequence[str], dropping: bool) -> tuple[StackTables, Tensor]:
+    def _make_tables(self, names: Sequence[str], dropping: bool) -> StackTables:
         count, slots = self.stack.count, [self.slots.get(name) for name in names]
         ranks = torch.zeros(len(names), count, 2, dtype=torch.int64)
         scaling, odds = torch.zeros(len(names), count), torch.zeros(len(names), count, 2, dtype=torch.int64)
@@ -79,13 +85,18 @@ class StackCarrier(Carrier):
                 scaling[i] = slot.scaling / (1.0 - slot.dropout) if dropping else slot.scaling
                 odds[i, :, 0], odds[i, :, 1] = (slot.seed ^ self.path_seed) & 0xFFFFFFFF, drop_threshold(slot.dropout)
         device, present = self.store.device, [slot for slot in slots if slot is not None]
-        made = StackTables(
+        numbers = torch.tensor([self.router.slot_numbers[name] for name in names])
+        places = torch.full((self.router.table_slots + 1,), -1)
+        places[numbers] = torch.arange(len(names))
+        return StackTables(
             ranks_V2=ranks.view(-1, 2).to(torch.int32).to(device),
             scaling_V=scaling.view(-1).to(device),
+            odds_V2=bits32(odds.view(-1, 2)).to(device),
+            numbers_V=numbers.repeat_interleave(count).to(device),
+            places_S=places.to(device),
             width=table_width(max((slot.rank for slot in present), default=1)),
             ranges=tuple((slot.tensors.start, slot.tensors.stop) for slot in present),
         )
-        return made, bits32(odds.view(-1, 2)).to(device)
 
     def write(self, name: str, values: SlotValues) -> None:
         """Copy values into an adapter's leaves."""
@@ -111,3 +122,8 @@ class StackCarrier(Carrier):
 def part_paths(path: str, stack: ExpertStack) -> list[str]:
     """The paths by which an adapter's layers name a stack's experts."""
     return [f"{path}.{expert}" for expert in range(stack.count)]
+
+
+def runs_kernels(weight: Tensor) -> bool:
+    """Whether the grouped kernels run for experts whose weights are these."""
+    return runtime.available(weight.device) and runtime.refused(weight.device, weight.dtype) is None

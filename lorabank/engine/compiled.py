@@ -14,10 +14,14 @@ def fused_blocks(bank: AdapterBank, *, whole: bool = True) -> list[FusedBlock]:
 
 
 def left_out(bank: AdapterBank) -> list[str]:
-    """Adapted layers, by path, whose product isn't compiled into a fused block; none for a model without fused blocks."""
+    """Adapted layers, by path, whose product isn't compiled into a fused block; none for a model without fused blocks.
+
+    Nor are those among them that a captured pass can follow all the same.
+    """
     found = _found_blocks(bank)
     inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
-    return [layer.path for layer in all_layers(bank) if not (layer.fusable and id(layer) in inside)] if found else []
+    alone = [layer for layer in all_layers(bank) if not (layer.follows or (layer.fusable and id(layer) in inside))]
+    return [layer.path for layer in alone] if found else []
 
 
 def _found_blocks(bank: AdapterBank) -> list[FusedBlock]:

@@ -45,8 +45,6 @@ WORTH_MORE = 40_000
 An H100 does about 650e12 operations a second, two for each weight, and its bus moves 50e9 bytes: three tensors of two bytes a
 number cross it while a block computes if there are so many weights. An 8B model's blocks have 53,000, a 3B model's 33,000.
 """
-SLOTS = 8
-"""Tables are made for a multiple of so many slots: few sizes, whatever the bank holds."""
 
 
 class FusedBlock:
@@ -272,7 +270,7 @@ class FusedBlock:
         owner = layers[0].router if layers else None
         bank = owner if isinstance(owner, AdapterBank) else None
         if bank is not None:
-            slots = slot_count(bank)
+            slots = bank.table_slots
             self._tables = [layer.slot_tables(bank.slot_numbers, slots) for layer in layers]
             for table in self._tables:
                 vary(table.ranks_P2, table.scaling_P, table.kept_scaling_P, table.odds_P2)
@@ -315,7 +313,7 @@ class FusedBlock:
         found: list[TokenTables] = []
         for x in inputs:
             units = routing.units_of(x, self._layers[0].path)
-            size = units, x.numel() // x.shape[-1] // units, bank.slot_numbers, slot_count(bank), x.device
+            size = units, x.numel() // x.shape[-1] // units, bank.slot_numbers, bank.table_slots, x.device
             tables = routing.tables(*size)
             if tables is None:
                 return None
@@ -370,11 +368,6 @@ def _no_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.
 
 def _as_it_is(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return run(*args, **kwargs)
-
-
-def slot_count(bank: AdapterBank) -> int:
-    """Slots that tables of this bank are made for."""
-    return -(-(max(bank.slot_numbers.values(), default=0) + 1) // SLOTS) * SLOTS
 
 
 def _other_inputs(routing: Routing, x: Tensor, given: Sequence[Any]) -> list[Tensor]:

@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from lorabank.bank.routing import Routing
 from lorabank.engine.batch import Batch, PackedTensors, send
 from lorabank.engine.engine import Engine
-from lorabank.engine.fused_block import slot_count
 from lorabank.engine.head import end_addresses
 from lorabank.engine.losses import nll
 from lorabank.engine.packing import packed_tensors
@@ -76,7 +75,7 @@ def granule(batch: Batch) -> int:
 def replayed(engine: Engine, batch: Batch, trained: Sequence[Tensor], routing: Routing, passed: Passed) -> Tensor:
     """The same as `passed`, from a graph where one was captured. `trained`: rows, columns, examples of its trained tokens."""
     bank = engine.bank
-    (units, length), slots, device = batch.input_ids_NL.shape, slot_count(bank), bank.device
+    (units, length), slots, device = batch.input_ids_NL.shape, bank.table_slots, bank.device
     if routing.per == "token":
         units, length = units * length, 1
     tables = routing.tables(units, length, bank.slot_numbers, slots, device)

@@ -51,6 +51,12 @@ class StackTables:
     ranks_V2: Tensor
     scaling_V: Tensor
     """fp32, divided by what dropout keeps where there is some."""
+    odds_V2: Tensor
+    """What dropout is drawn from, as kernels take it."""
+    numbers_V: Tensor
+    """int64: each one's slot number in a batch's tables."""
+    places_S: Tensor
+    """int64: of each slot number its place among these slots, −1 for none, and one −1 more behind them."""
     width: int
     ranges: Sequence[tuple[int, int]]
     """Of each slot: its rows in the buffers."""

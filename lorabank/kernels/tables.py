@@ -130,6 +130,17 @@ def route_tables(rows: Mapping[int, Sequence[int]], units: int, tokens: int, slo
     return RouteTables(torch.cat(parts).to(torch.int32), tiles_S4, chunks_C4, _table(spans, 2))
 
 
+def slots_of_tokens(tables: RouteTables) -> Tensor:
+    """int64 slot of each token, −1 for none, (N,), on the tables' device and without waiting for it."""
+    order, (slot, first, count, _) = tables.order_N.long(), tables.tiles_S4.long().unbind(1)
+    within = torch.arange(TILE, device=order.device)
+    tokens = order[(first[:, None] + within).clamp(max=len(order) - 1)]
+    tokens = torch.where(within < count[:, None], tokens, len(order))  # what a tile lacks goes into a place behind them all
+    found = torch.full((len(order) + 1,), -1, device=order.device)
+    found[tokens.reshape(-1)] = slot[:, None].expand_as(tokens).reshape(-1)
+    return found[:-1]
+
+
 def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from lorabank import BASE
+from lorabank.engine.compiling import compile_blocks
+from lorabank.engine.step import Engine, forward_backward
 from tests.bank.tiny import MIXTURES, clear, gradients, ids, make, outputs, two
+from tests.engine.tiny import batch_of, make_bank, make_model
+from tests.engine.tiny import gradients as tiny_gradients
 
 KINDS = ["pictures", "mixtral", "gpt-oss", "decomposed llama", "decomposed gpt2", "decomposed pictures"]
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
@@ -77,3 +81,31 @@ def test_in_bf16_it_is_what_rounding_leaves_of_it(kind: str) -> None:
     assert all(bool(g.isfinite().all()) for g in found.values())
     flat, wanted = (torch.cat([g[key].flatten() for key in exact]) for g in (found, exact))
     assert float((flat - wanted).norm() / wanted.norm()) < 0.25
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_passes_of_a_mixture_are_captured_and_replayed_for_other_batches(dropout: float) -> None:
+    torch._dynamo.reset()
+    engines = []
+    for fuse in (False, True):
+        bank = make_bank("mixtral", model=make_model("mixtral").to(CUDA), dropout=dropout)
+        if fuse:
+            compile_blocks(bank.model)
+        engines.append(Engine(bank, cuda_graphs=fuse))
+    routes = [["a", BASE, "b", "a"], ["b", "b", "a", BASE]]
+    for step in range(8):
+        batch = batch_of([64] * 4, routes[step % 2], seed=step)
+        found = []
+        for engine in engines:
+            losses = forward_backward(engine, batch, steps={"a": step, "b": step})
+            found.append((losses["a"].loss_sum, {n: tiny_gradients(engine.bank, n) for n in ("a", "b")}))
+            for leaf in engine.bank.parameters():
+                leaf.grad = None
+        (plain, wanted), (mine, gradients_) = found
+        assert mine == pytest.approx(plain, rel=1e-4)
+        for name, leaves in wanted.items():
+            for key, g in leaves.items():
+                assert _distance(gradients_[name][key].cpu(), g.cpu()) < 2e-3, (step, key)
+    assert engines[1].graphs._captured

@@ -15,7 +15,7 @@ from lorabank.bank.experts import LoRAExperts
 from lorabank.bank.routing import DropoutState
 from lorabank.kernels.gpu import runtime
 from lorabank.kernels.gpu.stacked import pair_tables
-from lorabank.kernels.tables import TILE
+from lorabank.kernels.tables import TILE, route_tables, slots_of_tokens
 from tests.bank.tiny import MIXTURES, clear, gradients, two
 from tests.bank.tiny import add as add_adapter
 from tests.kernels.gpu.problems import bf16_dots, poisoned  # noqa: F401
@@ -106,8 +106,7 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
-def test_a_mixture_takes_plain_torch(device: torch.device) -> None:
-    bank = two("mixtral")[1]
-    routing = bank.routing([{"a": 0.5, "b": 0.5}, BASE], exact=False)
-    assert routing.slot_of(2, ("a", "b"), device) is None
-    assert bank.routing(["a", BASE], exact=False).slot_of(2, ("a", "b"), device) is not None
+def test_the_slots_of_tokens_are_read_off_a_batchs_tables(device: torch.device) -> None:
+    tables = route_tables({2: [0, 5], 0: [3], 7: [4]}, units=7, tokens=40, slots=8).to(device)
+    found = slots_of_tokens(tables).view(7, 40)
+    assert found.tolist() == [[slot] * 40 for slot in (2, -1, -1, 0, 7, 2, -1)]
