@@ -1,13 +1,14 @@
-"""Does `lorabank export --to gguf` write what llama.cpp reads? Two checks with the real tool, which lives in an environment of its own.
+"""Does `lorabank export --to gguf` write what llama.cpp reads? Checks with the real tool, in an environment of its own.
 
     python -m venv LLAMA && LLAMA/bin/pip install llama-cpp-python==0.3.36        # builds llama.cpp: about 8 minutes on two cores
-    python scripts/check_llama_cpp.py tokens --python LLAMA/bin/python --gguf BASE.gguf formal=OUT/formal terse=OUT/terse
+    python scripts/check_llama_cpp.py tokens --python LLAMA/bin/python --gguf BASE.gguf --work WORK formal=OUT/formal
     python scripts/check_llama_cpp.py convert --source llama.cpp
 
-`tokens`: greedy tokens and log-probabilities of the bank beside llama.cpp's, for the base, each adapter file and each merged model. The
-base is unpacked to fp32 first, since llama.cpp rounds activations beside quantised weights. `convert`: for a tiny random model of
-every architecture in the table, the tensors of our adapter file beside those of llama.cpp's own convert_lora_to_gguf.py (`--source`:
-llama.cpp's source tree, which the source package of llama-cpp-python carries). Both exit 1 where they differ.
+`tokens`: greedy tokens and log-probabilities of the bank beside llama.cpp's, for the base, each adapter file and each merged
+model. The base is unpacked to fp32 first, since llama.cpp rounds activations beside quantised weights. `convert`: for a tiny
+random model of every architecture in the table, the tensors of our adapter file beside those of llama.cpp's own converter,
+convert_lora_to_gguf.py (`--source`: llama.cpp's source tree, which the source package of llama-cpp-python carries). Both exit 1
+where they differ.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from lorabank.formats.adapter import Adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATE = ROOT / "studies" / "llama_cpp" / "generate_llama_cpp.py"
 COMPARE = ROOT / "studies" / "vllm" / "compare.py"
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -36,7 +40,7 @@ SIZES = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,
 }
-GPT2_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
+GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
 
 
 def child(*words: object, **environment: str) -> None:
@@ -49,7 +53,6 @@ def child(*words: object, **environment: str) -> None:
 
 def tokens(args: argparse.Namespace) -> None:
     """`tokens`: export, generate on both sides, compare."""
-    from lorabank.formats.adapter import Adapter
     from lorabank.formats.gguf_adapter import write_adapter_gguf
     from lorabank.formats.gguf_base import read_base
     from lorabank.merging.gguf import merge_gguf
@@ -117,7 +120,7 @@ def _equal(ours: object, theirs: object) -> bool:
     return isinstance(ours, np.ndarray) and isinstance(theirs, np.ndarray) and np.array_equal(ours, theirs)
 
 
-def tiny_adapter(kind: str, folder: Path):  # noqa: ANN201
+def tiny_adapter(kind: str, folder: Path) -> Adapter:
     """A random adapter of a tiny random model of this kind, which is saved to `folder`."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

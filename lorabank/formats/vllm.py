@@ -7,11 +7,14 @@ So each layer's scaling goes into its B, and A and B are padded with zeros to on
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from lorabank.config.adapter import AdapterConfig
+from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.files import read_header
 from lorabank.formats.readers import VLLM_RANKS, refuse
 
 
@@ -44,3 +47,21 @@ def folded(layer: AdapterLayer, rank: int) -> AdapterLayer:
     A = torch.cat([A, A.new_zeros(missing, *A.shape[1:])])
     B = torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
     return replace(layer, A=A, B=B, scaling=1.0)
+
+
+def check_shapes(adapter: Adapter, folder: Path, *, where: str) -> None:
+    """Raise AdapterFileError where a layer changes a weight of another shape than the one in a base's folder.
+
+    Only headers are read. A weight that the folder has under another name isn't compared: vLLM renames some of them too.
+    """
+    shapes = {
+        name: entry.shape for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).tensors.items()
+    }
+    for path, layer in adapter.layers.items():
+        shape = layer.size if layer.looks_up else layer.size[::-1]
+        found = shapes.get(f"{path}.weight", shape)
+        if found != shape:
+            raise AdapterFileError(
+                f"{where}: layer {path!r} changes a weight of {shape}, and {path}.weight in {folder} is {found}: it was "
+                "trained on another model. Name its own base with --base."
+            )
