@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabank.cli.inspect_adapter import as_json, print_adapter
 from lorabank.cli.parser import CommandParser
 from lorabank.config.paths import expanded
 from lorabank.errors import AdapterFileError, closest
@@ -50,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if not folder.exists():
         beside = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise AdapterFileError(f"{folder}: no such file or folder{closest(folder.name, beside)}")
+    from lorabank.cli.inspect_adapter import print_adapter
+
     is_run = (folder / "config.yaml").is_file()
     if args.json:
         return print_json(folder, is_run=is_run)
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_json(folder: Path, *, is_run: bool) -> int:
     """One adapter as an object, a run's as a list; 1 when one holds NaN or infinity."""
+    from lorabank.cli.inspect_adapter import as_json
+
     if not is_run:
         document = as_json(load(folder), folder)
         print(json.dumps(document, indent=2))
@@ -85,6 +88,7 @@ def load(path: Path) -> Adapter:
 
 def print_run(console: Console, folder: Path, *, layers: bool = False) -> int:
     """A run: base, adapters, checkpoints, best scores."""
+    from lorabank.cli.inspect_adapter import print_adapter
     from lorabank.config.parse import load_config
     from lorabank.training.tables import metrics_table
 

@@ -115,7 +115,7 @@ def _adapter(folder: Path) -> Adapter:
 
 def _upload(folder: Path, repository: str, *, token: str, private: bool, revision: str | None, endpoint: str | None) -> str:
     try:
-        from huggingface_hub import HfApi
+        from huggingface_hub import CommitOperationAdd, HfApi
     except ImportError as error:
         raise MissingExtraError("push needs 'huggingface_hub', which isn't installed: pip install huggingface_hub") from error
     api = HfApi(endpoint=endpoint, token=token)
@@ -128,9 +128,9 @@ def _upload(folder: Path, repository: str, *, token: str, private: bool, revisio
             )
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, revision=revision, commit_message="LoRA adapter, pushed by lorabank"
-        )
+        # upload_folder would make several commits of a large folder
+        files = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in sorted(folder.iterdir())]
+        commit = api.create_commit(repository, files, commit_message="LoRA adapter, pushed by lorabank", revision=revision)
     except OutputError:
         raise
     except Exception as error:  # the hub client's transport errors have another class in each of its major versions
