@@ -2,18 +2,21 @@
 
     python -m venv LLAMA && LLAMA/bin/pip install llama-cpp-python==0.3.36        # builds llama.cpp: about 8 minutes on two cores
     python scripts/check_llama_cpp.py tokens --python LLAMA/bin/python --gguf BASE.gguf --work WORK formal=OUT/formal
+    python scripts/check_llama_cpp.py tiny --python LLAMA/bin/python
     python scripts/check_llama_cpp.py convert --source llama.cpp
 
 `tokens`: greedy tokens and log-probabilities of the bank beside llama.cpp's, for the base, each adapter file and each merged
-model. The base is unpacked to fp32 first, since llama.cpp rounds activations beside quantised weights. `convert`: for a tiny
-random model of every architecture in the table, the tensors of our adapter file beside those of llama.cpp's own converter,
-convert_lora_to_gguf.py (`--source`: llama.cpp's source tree, which the source package of llama-cpp-python carries). Both exit 1
-where they differ.
+model. The base is unpacked to fp32 first, since llama.cpp rounds activations beside quantised weights. `tiny`: the same for a
+tiny random GPT-2, and for an adapter on the embedding of a tiny Llama. `convert`: for a tiny random model of every architecture
+in the table but GPT-2, the tensors of our adapter file beside those of llama.cpp's own converter, convert_lora_to_gguf.py
+(`--source`: llama.cpp's source tree, which the source package of llama-cpp-python carries). It turns PEFT's GPT-2 files as if
+their A and B lay transposed, as the weights do, and they don't. All exit 1 where something differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -40,7 +43,6 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
     "pad_token_id": 0,
 }
-GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
 
 
 def child(*words: object, **environment: str) -> None:
@@ -91,7 +93,7 @@ def convert(args: argparse.Namespace) -> None:
     from lorabank.formats.gguf_base import ARCHITECTURES, read_base
 
     wrong = 0
-    for kind in ARCHITECTURES:
+    for kind in (kind for kind in ARCHITECTURES if kind != "gpt2"):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             adapter = tiny_adapter(kind, folder / "base")
@@ -126,16 +128,60 @@ def tiny_adapter(kind: str, folder: Path) -> Adapter:
 
     import lorabank as lb
 
-    config = CONFIG_MAPPING[kind](**(GPT2_SIZES if kind == "gpt2" else SIZES))
+    config = CONFIG_MAPPING[kind](**SIZES)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
-    bank = lb.attach(model)
-    bank.add("tiny", lb.AdapterConfig(rank=4, alpha=8, targets="all-linear"))
+    return randomised(lb.attach(model), lb.AdapterConfig(rank=4, alpha=8))
+
+
+def randomised(bank: Any, config: Any) -> Adapter:
+    """An adapter of large random numbers, which stays in the bank as `tiny`."""
+    bank.add("tiny", config)
     with torch.no_grad():
         for parameter in bank.parameters("tiny"):
-            parameter.normal_()
+            parameter.normal_(std=0.3)
     return bank.adapter("tiny")
+
+
+def tiny(args: argparse.Namespace) -> None:
+    """`tiny`: a GPT-2, and an embedding, beside llama.cpp."""
+    import lorabank as lb
+    from lorabank.formats.gguf_adapter import write_adapter_gguf
+    from lorabank.formats.gguf_base import read_base
+    from lorabank.merging.gguf import merge_gguf
+
+    sys.path.insert(0, str(GENERATE.parent))
+    import tiny_models  # pyright: ignore[reportMissingImports]  (a script beside the study's others)
+
+    spec = {"prompts": [list(range(3, 60))], "max_new_tokens": 24, "stop_token_ids": []}
+    cases = {
+        "gpt2": (tiny_models.gpt2, lb.AdapterConfig(rank=4, alpha=8, alpha_pattern={"c_fc": 3.0})),
+        "embedding": (tiny_models.llama, lb.AdapterConfig(rank=4, alpha=8, targets=["embed_tokens", "q_proj"])),
+    }
+    wrong = 0
+    for name, (build, config) in cases.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch)
+            model = build(work / "base.gguf")
+            bank = lb.attach(model)
+            adapter = randomised(bank, config)
+            write_adapter_gguf(adapter, read_base(work / "base.gguf"), work / "a.gguf")
+            merge_gguf(work / "base.gguf", adapter, work / "m.gguf", dtype="f32")
+            (work / "prompts.json").write_text(json.dumps(spec))
+            rows = [f"base={work}/base.gguf", f"adapter={work}/base.gguf+{work}/a.gguf", f"merged={work}/m.gguf"]
+            child(args.python, GENERATE, "--prompts", work / "prompts.json", "--output", work / "out.json", *rows)
+            for row, (found,) in json.loads((work / "out.json").read_text())["answers"].items():
+                prompt, tokens_found = spec["prompts"][0], found["tokens"]
+                with torch.no_grad(), bank.route([lb.BASE if row == "base" else "tiny"]):
+                    logits = model(torch.tensor([prompt + tokens_found])).logits[0, len(prompt) - 1 : -1].double()
+                same = logits.argmax(-1).tolist() == tokens_found
+                apart = (logits.log_softmax(-1).topk(2, -1).values - torch.tensor(found["top2"])).abs().max()
+                wrong += not same
+                print(
+                    f"{name:>10} {row:>8}: {len(tokens_found)} tokens {'equal' if same else 'DIFFER'}, at most {apart:.1e} apart"
+                )
+    sys.exit(1 if wrong else 0)
 
 
 def main() -> None:
@@ -155,6 +201,9 @@ def main() -> None:
     one.add_argument("--work", type=Path, required=True, help="folder for the files; two fp32 copies of the base go there")
     one.add_argument("adapters", nargs="+", metavar="NAME=FOLDER")
     one.set_defaults(run=tokens)
+    three = commands.add_parser("tiny", help="a tiny GPT-2, and an embedding, beside llama.cpp's")
+    three.add_argument("--python", required=True, help="the interpreter of llama-cpp-python's environment")
+    three.set_defaults(run=tiny)
     two = commands.add_parser("convert", help="adapter files beside those of llama.cpp's converter")
     two.add_argument("--source", type=Path, required=True, help="llama.cpp's source tree")
     two.add_argument("--python", default=sys.executable, help="interpreter for the converter (default: this one)")
