@@ -27,6 +27,11 @@ gguf: an adapter for llama.cpp (`llama-cli -m BASE.gguf --lora FILE`), or with -
 ollama: the same beside a Modelfile (`ollama create NAME -f FOLDER/Modelfile`).
 """
 
+NO_TEMPLATE = (
+    "There is no chat template here that could be put into ollama's language. Add a TEMPLATE: without one ollama may send the "
+    "bare prompt."
+)
+
 
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
     """Arguments of `export`."""
@@ -45,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     parser.add_argument(
         "--all-tensors", action="store_true", help="--merged: every matrix in --dtype, not only those that change"
     )
+    parser.add_argument("--force", action="store_true", help="gguf, ollama: even where the base GGUF seems to be another model")
     parser.add_argument("--from", dest="from_name", metavar="NAME", help="ollama: its own name of the base, for FROM")
     return parser
 
@@ -53,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Export; what can't be is refused before anything is written."""
     if args.to not in EXPORTS:
         raise ConfigError(f"--to: expected one of {', '.join(EXPORTS)}, got {args.to!r}{closest(args.to, EXPORTS)}")
-    unused = {"--merged": args.merged, "--dtype": args.dtype} if args.to == "vllm" else {}
+    unused = {"--merged": args.merged, "--dtype": args.dtype, "--force": args.force} if args.to == "vllm" else {}
     unused |= {"--all-tensors": args.all_tensors} if not args.merged else {}
     unused |= {"--from": args.from_name} if args.to != "ollama" or args.merged else {}
     if wrong := [flag for flag, value in unused.items() if value]:
@@ -108,7 +114,7 @@ def to_ollama(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
     with whole_folder(output) as scratch:
         write_gguf(args, adapter, base, scratch / name, shown=output / name)
         origin = f"./{name}" if args.merged else args.from_name or str(base.resolve())
-        note = "" if template else "The chat template isn't one that could be put into ollama's language: ollama's own is used."
+        note = "" if template or args.from_name else NO_TEMPLATE
         text = modelfile(origin, adapter=None if args.merged else f"./{name}", template=template, stop=stop, note=note)
         (scratch / "Modelfile").write_text(text, encoding="utf-8")
     if note:
@@ -142,7 +148,11 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Path:
 
 def write_gguf(args: argparse.Namespace, adapter: Adapter, base: Path, file: Path, *, shown: Path | None = None) -> None:
     """The adapter, or the merged model, as one file; says what was done."""
+    from lorabank.formats.gguf_base import check_base
+
     where = str(args.adapter)
+    if base.is_file() and not args.force:
+        check_base(adapter, base, where=where)
     if args.merged:
         from lorabank.merging.gguf import merge_gguf
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabank.formats.measure import RULE, Findings, LayerMeasure, findings, measures
+from lorabank.formats.measure import HUGE, RULE, Findings, LayerMeasure, findings, measures
 from lorabank.formats.readers import READERS
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _print_findings(console: Console, found: Sequence[LayerMeasure], stands_out:
         console.print(f"  rule: {RULE}", style="dim")
     if stands_out.huge:
         named = [f"{layer.path} ({layer.gain:.3g} ×)" for layer in stands_out.huge]
-        text = f"huge: {_layers(len(named))} alone make outputs larger than their inputs: {_few(named)}"
+        text = f"huge: the change alone makes outputs over {HUGE:g} times their inputs in {_layers(len(named))}: {_few(named)}"
         console.print(f"{text}. Has the training diverged?", style="bold red", markup=False)
     if stands_out.zero:
         change = f"{_layers(len(stands_out.zero))} have A or B = 0 and change nothing: {_few(stands_out.zero)}"

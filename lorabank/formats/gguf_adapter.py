@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,11 +145,10 @@ def check_dtype(dtype: str, known: tuple[str, ...], *, what: str) -> None:
         raise ConfigError(f"{what} GGUF storage: expected one of {', '.join(known)}, got {dtype!r}{closest(dtype, known)}")
 
 
-def add(writer: object, name: str, values: np.ndarray, dtype: str) -> None:
+def add(writer: Any, name: str, values: np.ndarray, dtype: str) -> None:
     """Add one tensor (float32) to a `gguf.GGUFWriter` in the storage `dtype`."""
     import gguf
 
-    assert isinstance(writer, gguf.GGUFWriter)
     kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
     writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 

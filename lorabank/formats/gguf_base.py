@@ -16,10 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from lorabank.errors import AdapterFileError, MissingExtraError, ModelError, closest
+from lorabank.errors import AdapterFileError, FingerprintError, MissingExtraError, ModelError, closest
+from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import read_header
+from lorabank.formats.fingerprint import Fingerprint, SampledTensor, sampled
 
 ARCHITECTURES: Mapping[str, str] = {
     "llama": "llama",
@@ -88,6 +92,36 @@ def read_base(path: Path, *, name: str | None = None) -> GgufBase:
     """The base in a transformers folder or a GGUF file. Raises ModelError, or MissingExtraError without the `gguf` library."""
     require_gguf()
     return _from_gguf(path, name or path.name) if path.is_file() else _from_folder(path, name or path.name)
+
+
+SHIFTED_NORMS = ("gemma", "gemma2", "gemma3")
+"""Architectures whose norms llama.cpp keeps with 1 added."""
+
+
+def check_base(adapter: Adapter, file: Path, *, where: str) -> None:
+    """Raise FingerprintError where a GGUF base isn't the one that the adapter was trained on.
+
+    Its norms and biases are compared, which GGUF keeps as they are; matrices may be quantised. Says nothing without a
+    fingerprint, or where the architecture changes its norms.
+    """
+    base = read_base(file)
+    if adapter.fingerprint is None or base.architecture in SHIFTED_NORMS:
+        return
+    stored = {tensor.name: tensor for tensor in open_gguf(file, base.name).tensors}
+    here: dict[str, SampledTensor] = {}
+    for name in adapter.fingerprint.tensors:
+        path, _, suffix = name.rpartition(".")
+        tensor = stored.get(f"{_name_map(base.architecture, base.blocks).get_name(path)}.{suffix}")
+        if tensor is None or len(tensor.shape) != 1 or tensor.tensor_type.name != "F32" or base.heads_of(tensor.name):
+            continue
+        values = torch.from_numpy(np.array(tensor.data))
+        here[name] = sampled(values, vocabulary=adapter.fingerprint.tensors[name].vocabulary)
+    difference = adapter.fingerprint.compare(Fingerprint(tensors=here)) if here else None
+    if difference:
+        raise FingerprintError(
+            f"{where}: the adapter was trained on another base than {base.name!r}: {difference}. Name its own base with --base, "
+            "or pass --force if you know that it fits."
+        )
 
 
 def _from_folder(folder: Path, name: str) -> GgufBase:

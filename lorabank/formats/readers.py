@@ -161,7 +161,6 @@ def _exact(adapter: Adapter) -> list[Obstacle]:
 READERS: Mapping[str, Reader] = {
     "vllm": Reader(title="vLLM 0.32", obstacles=_vllm),
     "older vllm": Reader(title="older vLLM", obstacles=_older_vllm),
-    "vllm export": Reader(title="vLLM, after lorabank export", obstacles=_vllm),
     "gguf": Reader(title="llama.cpp, as an adapter", obstacles=_llama_cpp),
     "merged gguf": Reader(title="llama.cpp, merged", obstacles=_merged_gguf),
     "older peft": Reader(title="older PEFT", obstacles=_older_peft),

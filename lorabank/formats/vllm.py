@@ -24,7 +24,7 @@ def vllm_adapter(adapter: Adapter, *, where: str = "the adapter") -> Adapter:
     The rank is the smallest value of vLLM's `--max-lora-rank` that holds all layers. `where` names the adapter in messages.
     Raises AdapterFileError with every reason why vLLM can't read it (DoRA, convolutions, a rank above 512, NaN, …).
     """
-    refuse(adapter, "vllm export", where=where)
+    refuse(adapter, "vllm", where=where)
     rank = vllm_rank(adapter)
     config = AdapterConfig(
         rank=rank, alpha=rank, targets=sorted(adapter.layers), dropout=adapter.config.dropout, init=adapter.config.init

@@ -99,7 +99,9 @@ def test_huge_changes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = as_json(folder, capsys)
     assert found["huge"] == [PATHS[5]]
     assert found["layers"][5]["gain"] > HUGE > found["layers"][4]["gain"]
-    assert f"huge: 1 layer alone make outputs larger than their inputs: {PATHS[5]}" in shown([str(folder)], capsys)
+    assert f"huge: the change alone makes outputs over 10 times their inputs in 1 layer: {PATHS[5]}" in shown(
+        [str(folder)], capsys
+    )
 
 
 def test_zero_layers_and_a_healthy_rest(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lorabank as lb
-from lorabank.errors import AdapterFileError, ConfigError, ModelError, OutputError
+from lorabank.errors import AdapterFileError, ConfigError, FingerprintError, ModelError, OutputError
 from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.fingerprint import Fingerprint, sampled
 from lorabank.formats.gguf_adapter import places, write_adapter_gguf
-from lorabank.formats.gguf_base import ARCHITECTURES, INTERLEAVED, interleaved, read_base
+from lorabank.formats.gguf_base import ARCHITECTURES, INTERLEAVED, check_base, interleaved, read_base
 from lorabank.merging.gguf import merge_gguf
 from lorabank.models import load_base
 from tests.models.conftest import tiny_llama
@@ -299,3 +300,18 @@ def test_gpt2_is_written_in_the_linear_maps_orientation(tmp_path: Path) -> None:
     found = tensors(write_adapter_gguf(adapter, read_base(tmp_path / "base"), tmp_path / "a.gguf").file)
     assert torch.equal(found["blk.0.attn_qkv.weight.lora_a"], layer.A)
     assert torch.equal(found["blk.0.attn_qkv.weight.lora_b"], layer.B)
+
+
+def test_a_gguf_of_another_model_of_the_same_shape(tmp_path: Path) -> None:
+    norm = sampled(tiny_llama().get_parameter("model.norm.weight"), vocabulary=False)  # all alike here, so not among the chosen
+    adapter = replace(trained(), fingerprint=Fingerprint(tensors={"model.norm.weight": norm}))
+    write_gguf(tmp_path / "own.gguf", quantized=True)
+    check_base(adapter, tmp_path / "own.gguf", where="a")
+    (tmp_path / "other.gguf").write_bytes((tmp_path / "own.gguf").read_bytes())
+    reader = gguf.GGUFReader(tmp_path / "other.gguf", "r+")
+    (stored,) = (tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
+    stored.data[:] = stored.data * 1.5
+    del reader, stored
+    with pytest.raises(FingerprintError, match=r"a: the adapter was trained on another base than 'other\.gguf'.*norm.*--force"):
+        check_base(adapter, tmp_path / "other.gguf", where="a")
+    check_base(replace(adapter, fingerprint=None), tmp_path / "other.gguf", where="a")
