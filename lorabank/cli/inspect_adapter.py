@@ -109,7 +109,8 @@ def _facts(adapter: Adapter, path: Path) -> Table:
     size = sum(value.nbytes for layer in adapter.layers.values() for value in layer.tensors.values())
     kind = ("rsLoRA, α/√r" if config.use_rslora else "LoRA, α/r") + (", DoRA" if config.use_dora else "")
     patterns = " (patterns differ)" if config.rank_pattern or config.alpha_pattern else ""
-    scaling = _span(f"{layer.scaling:.3g}" for layer in adapter.layers.values())
+    scalings = sorted({layer.scaling for layer in adapter.layers.values()})
+    scaling = f"{scalings[0]:.3g}" if len(scalings) == 1 else f"{scalings[0]:.3g} to {scalings[-1]:.3g}"
     ranks = Counter(layer.rank for layer in adapter.layers.values())
     digest = fingerprint_digest(adapter)
     sampled = f"fingerprint {digest}, of {len(adapter.fingerprint.tensors)} tensors" if adapter.fingerprint else "no fingerprint"

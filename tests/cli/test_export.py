@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -86,6 +87,36 @@ def test_gguf_merged(gguf_base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert field.contents() == "llama"
 
 
+def test_a_base_that_the_adapter_was_not_trained_on(gguf_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from lorabank.formats.fingerprint import Fingerprint, sampled
+
+    fits = Adapter.load(fitting(tmp_path / "fits", str(gguf_base)))
+    other = {"model.norm.weight": sampled(torch.linspace(1, 2, 32), vocabulary=False)}
+    adapter = replace(fits, fingerprint=Fingerprint(tensors=other)).save(tmp_path / "other")
+    out = tmp_path / "m.gguf"
+    for flags in ([], ["--merged"]):
+        assert export(adapter, "--to", "gguf", *flags, "--output", out) == 2
+        assert "was trained on another base than 'tiny.gguf'" in capsys.readouterr().err
+        assert not out.exists()
+    assert export(adapter, "--to", "gguf", "--merged", "--force", "--output", out) == 0
+
+
+def test_no_template_is_said(gguf_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.models.conftest import byte_tokenizer
+
+    adapter = fitting(tmp_path / "fits", str(gguf_base))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }} turns"
+    tokenizer.save_pretrained(adapter)
+    assert export(adapter, "--to", "ollama", "--output", tmp_path / "out") == 0
+    assert "note: There is no chat template here that could be put into ollama's language" in capsys.readouterr().out
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert 'TEMPLATE "' not in text
+    assert text.startswith("# There is no chat template")
+
+
 def test_ollama(gguf_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = fitting(tmp_path / "fits", str(gguf_base))
     out = tmp_path / "ollama"
@@ -95,8 +126,8 @@ def test_ollama(gguf_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"FROM {gguf_base.resolve()}\nADAPTER ./adapter.gguf\n" in text
     assert 'PARAMETER stop "<|im_end|>"\n' in text
     assert f"ollama create ollama -f {out / 'Modelfile'}" in capsys.readouterr().out
-    # this template writes nothing before an answer, which the language of ollama can say too
-    assert "<|im_start|>{{ .Content }}" not in text
+    # the mark that opens a turn is this tokenizer's begin token too, which it doesn't add by itself: it stays
+    assert '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n' in text
     assert text.count('"""') == 2
 
 
@@ -117,6 +148,7 @@ def test_ollama_merged_and_by_its_own_name(gguf_base: Path, tmp_path: Path, caps
         (["--to", "vlm", "--output", "out"], "--to: expected one of vllm, gguf, ollama, got 'vlm' (did you mean 'vllm'?)"),
         (["--to", "vllm", "--merged", "--output", "out"], "--merged: means nothing with --to vllm --merged"),
         (["--to", "vllm", "--dtype", "f16", "--output", "out"], "--dtype: means nothing with --to vllm"),
+        (["--to", "vllm", "--force", "--output", "out"], "--force: means nothing with --to vllm"),
         (["--to", "gguf", "--all-tensors", "--output", "o.gguf"], "--all-tensors: means nothing with --to gguf"),
         (["--to", "gguf", "--from", "x", "--output", "o.gguf"], "--from: means nothing with --to gguf"),
         (["--to", "gguf", "--output", "out"], "--output out: a GGUF file is written, so its name should end with .gguf"),
