@@ -146,7 +146,7 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
         *_broken(adapter),
         *_found("PEFT reads rsLoRA from 0.8 on", "update PEFT", tuple(layers)[:1] if adapter.config.use_rslora else ()),
         *_found("PEFT reads DoRA from 0.9 on", "update PEFT", dora),
-        *_found("PEFT reads DoRA on convolutions from 0.12 on", "update PEFT", convolved),
+        *_found("PEFT reads DoRA on convolutions from 0.10 on", "update PEFT", convolved),
         *_found("PEFT reads adapters of Conv3d from 0.14 on", "update PEFT", three),
         *_found("PEFT reads adapters of Conv1d from 0.15 on", "update PEFT", one),
     ]

@@ -38,9 +38,9 @@ def serve_lines(model: str, folders: Mapping[str, str]) -> tuple[str, list[str]]
     if not patterns:
         return "serve them in one process:", [line]
     return (
-        "serve them in one process (rank and alpha differ between layers: vLLM 0.32 reads that; for an older one, the second "
-        "line for each first):",
-        [line, export_line(next(iter(folders.values())))],
+        "serve them in one process (rank and alpha differ between layers: vLLM 0.32 reads that; an older one reads what the "
+        "lines below it write):",
+        [line, *map(export_line, folders.values())],
     )
 
 

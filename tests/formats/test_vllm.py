@@ -144,3 +144,18 @@ def test_shapes_of_another_model(plain_adapter: Adapter, make_llama: Callable[..
     check_shapes(plain_adapter, tmp_path / "own", where="x")
     with pytest.raises(AdapterFileError, match=r"changes a weight of \(32, 32\).*other is \(64, 64\).*another model"):
         check_shapes(adapter_of(llama(), LLAMA_LEAVES, CONFIGS["plain"]), tmp_path / "other", where="x")
+
+
+OLDER_PEFT: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"magnitude": torch.ones(32)}, "DoRA from 0.9 on"),
+    "DoRA on a Conv2d": ({"magnitude": torch.ones(32), "A": torch.ones(4, 8, 3, 3)}, "DoRA on convolutions from 0.10 on"),
+    "Conv3d": ({"A": torch.ones(4, 8, 3, 3, 3)}, "Conv3d from 0.14 on"),
+    "Conv1d": ({"A": torch.ones(4, 8, 3)}, "Conv1d from 0.15 on"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), OLDER_PEFT.values(), ids=OLDER_PEFT.keys())
+def test_what_older_peft_refuses(plain_adapter: Adapter, values: dict[str, Any], message: str) -> None:
+    (found,) = obstacles(changed(plain_adapter, **values), "older peft")
+    assert message in found.what
+    assert (found.layers, found.way_out) == ((PATH,), "update PEFT")
