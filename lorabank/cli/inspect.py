@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,14 @@ from lorabank.errors import AdapterFileError, closest
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorabank.formats.adapter import Adapter, AdapterLayer
+    from lorabank.formats.adapter import Adapter
 
 EXAMPLES = """\
 examples:
   lorabank inspect out/support                a run: its adapters, checkpoints, best scores
-  lorabank inspect out/support/formal         an adapter: ranks, layers, norms, NaN check, its base
+  lorabank inspect out/support/formal         an adapter: ranks, norms, what stands out, who reads it
+  lorabank inspect out/support/formal --layers        a row for each layer
+  lorabank inspect out/support/formal --json          the same for machines
 """
 
 
@@ -33,6 +35,8 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         epilog=EXAMPLES,
     )
     parser.add_argument("folder", metavar="FOLDER", help="adapter folder or file, or run folder")
+    parser.add_argument("--layers", action="store_true", help="a row for each layer instead of each kind of module")
+    parser.add_argument("--json", action="store_true", help="print JSON: of a run, a list with its adapters")
     return parser
 
 
@@ -45,9 +49,31 @@ def run(args: argparse.Namespace) -> int:
     if not folder.exists():
         beside = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise AdapterFileError(f"{folder}: no such file or folder{closest(folder.name, beside)}")
-    if not (folder / "config.yaml").is_file():
-        return 0 if print_adapter(console, load(folder), str(folder)) else 1
-    return print_run(console, folder)
+    from lorabank.cli.inspect_adapter import print_adapter
+
+    is_run = (folder / "config.yaml").is_file()
+    if args.json:
+        return print_json(folder, is_run=is_run)
+    if is_run:
+        return print_run(console, folder, layers=args.layers)
+    return 0 if print_adapter(console, load(folder), folder, layers=args.layers) else 1
+
+
+def print_json(folder: Path, *, is_run: bool) -> int:
+    """One adapter as an object, a run's as a list; 1 when one holds NaN or infinity."""
+    from lorabank.cli.inspect_adapter import as_json
+
+    if not is_run:
+        document = as_json(load(folder), folder)
+        print(json.dumps(document, indent=2))
+        return 1 if document["broken"] else 0
+    from lorabank.config.parse import load_config
+
+    names = load_config(folder)[0].adapters or ("default",)
+    written = [folder / name for name in names if (folder / name / "adapter_config.json").is_file()]
+    documents = [as_json(load(path), path) for path in written]
+    print(json.dumps(documents, indent=2))
+    return 1 if any(document["broken"] for document in documents) else 0
 
 
 def load(path: Path) -> Adapter:
@@ -60,8 +86,9 @@ def load(path: Path) -> Adapter:
     return load_adapter(path)
 
 
-def print_run(console: Console, folder: Path) -> int:
+def print_run(console: Console, folder: Path, *, layers: bool = False) -> int:
     """A run: base, adapters, checkpoints, best scores."""
+    from lorabank.cli.inspect_adapter import print_adapter
     from lorabank.config.parse import load_config
     from lorabank.training.tables import metrics_table
 
@@ -78,7 +105,7 @@ def print_run(console: Console, folder: Path) -> int:
     healthy = True
     for name in config.adapters or ("default",):
         if (folder / name / "adapter_config.json").is_file():
-            healthy &= print_adapter(console, load(folder / name), str(folder / name))
+            healthy &= print_adapter(console, load(folder / name), folder / name, layers=layers)
         else:
             console.print(f"{name}: not written yet")
     return 0 if healthy else 1
@@ -104,65 +131,3 @@ def best_scores(path: Path) -> dict[str, Mapping[str, float]]:
 
 def _numbers(metrics: Mapping[str, float | str]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items()}  # NaN is a text in the file
-
-
-def print_adapter(console: Console, adapter: Adapter, title: str) -> bool:
-    """One adapter as a table by layer kind; returns whether every number is finite."""
-    from lorabank.training import human
-    from lorabank.training.tables import new_table
-
-    config = adapter.config
-    console.print(f"\n[bold]adapter {title}[/]")
-    kind = ("rsLoRA, α/√r" if config.use_rslora else "LoRA, α/r") + (", DoRA" if config.use_dora else "")
-    scaling = _span(f"{layer.scaling:.3g}" for layer in adapter.layers.values())
-    patterns = " (patterns differ)" if config.rank_pattern or config.alpha_pattern else ""
-    console.print(f"{kind}, rank {config.rank}, alpha {config.alpha:g}{patterns}, scaling {scaling}, dropout {config.dropout:g}")
-    console.print(
-        f"base: {adapter.base_model or 'not named'}, {'with' if adapter.fingerprint else 'without'} fingerprint", markup=False
-    )
-    kinds: dict[str, list[AdapterLayer]] = {}
-    for path, layer in adapter.layers.items():
-        kinds.setdefault(path.rpartition(".")[2], []).append(layer)
-    table = new_table()
-    table.add_column("layers", style="cyan", no_wrap=True)
-    for head in ("number", "in → out", "rank", "params", "‖A‖", "‖B‖", "‖ΔW‖"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for name, layers in kinds.items():
-        parameters = sum(tensor.numel() for layer in layers for tensor in layer.tensors.values())
-        table.add_row(
-            name,
-            str(len(layers)),
-            _span(f"{layer.size[0]} → {layer.size[1]}" for layer in layers),
-            _span(layer.rank for layer in layers),
-            human.count(parameters),
-            *(
-                f"{math.sqrt(sum(value**2 for value in norms) / len(norms)):.3g}"
-                for norms in zip(*map(norms_of, layers), strict=True)
-            ),
-        )
-    console.print(table)
-    broken = [path for path, layer in adapter.layers.items() if not all(t.isfinite().all() for t in layer.tensors.values())]
-    zero = sum(1 for layer in adapter.layers.values() if layer.magnitude is None and not (layer.A.any() and layer.B.any()))
-    dtypes = sorted({str(layer.A.dtype).removeprefix("torch.") for layer in adapter.layers.values()})
-    whole = f"{len(adapter.layers)} layers, {adapter.num_parameters:,} parameters in {', '.join(dtypes)}"
-    console.print(f"{whole}; norms are means over the layers")
-    if zero:
-        console.print(f"{zero} layers have A or B = 0 and change nothing", style="yellow")
-    if broken:
-        console.print(f"NaN or infinity in {len(broken)} layers, first {broken[0]}", style="bold red")
-    else:
-        console.print("no NaN, no infinity", style="green")
-    return not broken
-
-
-def norms_of(layer: AdapterLayer) -> tuple[float, float, float]:
-    """‖A‖, ‖B‖ and ‖scaling · B A‖ (Frobenius). ‖BA‖² = tr(BᵀB · AAᵀ), so that ΔW is never formed."""
-    A, B = layer.A.flatten(1).double(), layer.B.double()
-    squared = float(((B.T @ B) * (A @ A.T)).sum())
-    delta = abs(layer.scaling) * (math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else squared)
-    return float(A.norm()), float(B.norm()), delta
-
-
-def _span(values: Iterable[object]) -> str:
-    found = list(dict.fromkeys(map(str, values)))
-    return found[0] if len(found) == 1 else f"{found[0]} … {found[-1]}"

@@ -121,11 +121,16 @@ def _pick(
     informative = 0
     for name in sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))[: wanted * TRIES_PER_TENSOR]:
         value = state[name]
-        sample = SampledTensor(shape=tuple(value.shape), vocabulary=value.shape[0] in vocabulary_sizes, values=_sample(value))
+        sample = sampled(value, vocabulary=value.shape[0] in vocabulary_sizes)
         yield name, sample
         informative += _informative(sample)
         if informative == wanted:
             return
+
+
+def sampled(value: Tensor, *, vocabulary: bool) -> SampledTensor:
+    """A parameter's shape and values at its positions."""
+    return SampledTensor(shape=tuple(value.shape), vocabulary=vocabulary, values=_sample(value))
 
 
 def _sample(value: Tensor) -> tuple[float | None, ...]:

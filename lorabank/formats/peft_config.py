@@ -39,7 +39,7 @@ def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer]) -> dict[str, A
         "auto_mapping": None,
         "base_model_name_or_path": adapter.base_model,
         "bias": "none",
-        "fan_in_fan_out": _stored_transposed(adapter),
+        "fan_in_fan_out": stored_transposed(adapter),
         "inference_mode": True,
         "init_lora_weights": "gaussian" if adapter.config.init == "gaussian" else True,
         "lora_alpha": alpha,
@@ -233,7 +233,7 @@ def _roots(paths: list[str]) -> list[str]:
     return [path for path in paths if path.count(".") < longest]
 
 
-def _stored_transposed(adapter: Adapter) -> bool:
+def stored_transposed(adapter: Adapter) -> bool:
     """Whether adapted weights are stored (in, out), as GPT-2's are: a PEFT file said so, or the base's fingerprint shows it."""
     if adapter.metadata.get(f"{METADATA_PREFIX}fan_in_fan_out") == "true":
         return True

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorabank.config.train import AdapterRun
+from lorabank.errors import AdapterFileError
+from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.training import human
 from lorabank.training.serving import has_patterns, obstacle, vllm_line
+
+USE = "\n## Use\n"
+"""Heading of a card's last section."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +53,13 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """The text of the card: YAML front matter that model hubs read, then Markdown."""
-    import yaml
-
     front: dict[str, object] = {"base_model": facts.base_model} if facts.base_model else {}
     front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     front["tags"] = ["lora", "lorabank"]
     if facts.license:
         front["license"] = facts.license
-    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{head}---",
+        _front_matter(front),
         f"# {facts.name}",
         *([f"**{facts.warning}**"] if facts.warning else []),
         _what(facts),
@@ -65,8 +68,14 @@ def model_card(facts: CardFacts) -> str:
     ]
     if facts.metrics:
         parts += ["## Evaluation", _scores(facts)]
-    parts += ["## Use", _use(facts)]
+    parts += [USE.strip(), _use(facts)]
     return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(front: Mapping[str, object]) -> str:
+    import yaml
+
+    return f"---\n{yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)}---"
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> Path:
@@ -125,24 +134,106 @@ def _score(name: str, value: float | None) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    name, run = facts.name, facts.run
+    run = facts.run
+    patterns = has_patterns({"rank_pattern": run.rank_pattern, "alpha_pattern": run.alpha_pattern})
+    rank = max([run.rank, *run.rank_pattern.values()])
+    return how_to_load(facts.name, facts.base_model, rank, patterns=patterns, use_dora=run.use_dora)
+
+
+def how_to_load(
+    name: str,
+    base_model: str,
+    rank: int,
+    *,
+    patterns: bool,
+    use_dora: bool,
+    repository: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """The section on use: lorabank, PEFT, vLLM. `repository`: where it lies on a hub; None: in a folder, `path/to/NAME`."""
+    place = f'"path/to/{name}"'
+    fetch = ""
+    at = f', revision="{revision}"' if repository and revision else ""
+    if repository:
+        place = "folder"
+        fetch = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repository}"{at})\n'
     blocks = [
-        f"```python\n# lorabank: beside other adapters in one pass\nimport lorabank as lb\n\nbank = lb.attach(model)\n"
-        f'bank.load("{name}", lb.Adapter.load("path/to/{name}"))\nbank.use("{name}")\n```',
+        f"```python\n# lorabank: beside other adapters in one pass\nimport lorabank as lb\n{fetch}\nbank = lb.attach(model)\n"
+        f'bank.load("{name}", lb.Adapter.load({place}))\nbank.use("{name}")\n```',
     ]
-    if not facts.base_model:
+    if not base_model:
         return blocks[0]
+    location = f'"{repository}"{at}' if repository else place
     blocks.append(
         f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{facts.base_model}")\n'
-        f'model = PeftModel.from_pretrained(model, "path/to/{name}")\n```'
+        f'model = AutoModelForCausalLM.from_pretrained("{base_model}")\n'
+        f"model = PeftModel.from_pretrained(model, {location})\n```"
     )
-    rank = max([run.rank, *run.rank_pattern.values()])
-    reason = obstacle(rank, use_dora=run.use_dora)
+    reason = obstacle(rank, use_dora=use_dora)
     if reason is None:
-        patterns = {"rank_pattern": run.rank_pattern, "alpha_pattern": run.alpha_pattern}
-        version = " (0.32 or newer: rank and alpha differ between layers)" if has_patterns(patterns) else ""
-        blocks.append(f"```sh\n# vLLM{version}\n{vllm_line(facts.base_model, {name: f'path/to/{name}'}, rank)}\n```")
+        version = " (0.32 or newer: rank and alpha differ between layers)" if patterns else ""
+        line = vllm_line(base_model, {name: repository or f"path/to/{name}"}, rank)
+        blocks.append(f"```sh\n# vLLM{version}\n{line}\n```")
     else:
         blocks.append(f"vLLM can't read this adapter rightly as it is: {reason}.")
     return "\n\n".join(blocks)
+
+
+def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: str, repository: str, revision: str | None) -> str:
+    """The card of an adapter on a hub: `text` (None: what the adapter itself says) with its base and section on use put right.
+
+    What a run wrote about data and metrics stays as it is.
+    """
+    ranks = {layer.rank for layer in adapter.layers.values()}
+    scalings = {layer.scaling for layer in adapter.layers.values()}
+    use = how_to_load(
+        name,
+        base_model,
+        max(ranks),
+        patterns=len(ranks) > 1 or len(scalings) > 1,
+        use_dora=adapter.config.use_dora,
+        repository=repository,
+        revision=revision,
+    )
+    front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
+    old = front.get("base_model")
+    if isinstance(old, str) and old != base_model:
+        body = body.replace(f"`{old}`", f"`{base_model}`")
+    front = {"base_model": base_model, "library_name": "peft", **front} | {"base_model": base_model}
+    front["tags"] = list(dict.fromkeys([*_listed(front.get("tags")), "lora", "lorabank"]))
+    return f"{_front_matter(front)}\n\n{body.partition(USE)[0].strip()}\n\n{USE.strip()}\n\n{use}\n"
+
+
+def _parted(text: str) -> tuple[dict[str, object], str]:
+    """(front matter, the rest) of a card."""
+    import yaml
+
+    found = re.match(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL)
+    if found is None:
+        return {}, text
+    try:
+        front = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        raise AdapterFileError(f"README.md: its front matter is no YAML ({error}). Correct it, or delete the file.") from error
+    return (front if isinstance(front, dict) else {}), found[2]
+
+
+def _listed(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)] if value else []
+
+
+def _plain_body(adapter: Adapter, name: str, base_model: str) -> str:
+    """What an adapter without a card says of itself."""
+    config = adapter.config
+    ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    targets = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
+    kind = ("rsLoRA, α/√r" if config.use_rslora else "α/r") + (", DoRA" if config.use_dora else "")
+    rows = {
+        "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "alpha": f"{config.alpha:g} ({kind})",
+        "targets": f"`{targets}`",
+        "dropout": f"{config.dropout:g}",
+    }
+    count = f"{human.count(adapter.num_parameters)} parameters in {len(adapter.layers)} layers"
+    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    return f"# {name}\n\nA LoRA adapter for `{base_model}`: {count}.\n\n{table}\n"

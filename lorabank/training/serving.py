@@ -7,8 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM accepts for `--max-lora-rank`."""
+from lorabank.formats.readers import VLLM_RANKS, rank_obstacle
 
 
 def chat_line(output: str, names: Sequence[str]) -> str:
@@ -34,9 +33,20 @@ def serve_lines(model: str, folders: Mapping[str, str]) -> tuple[str, list[str]]
         if reason:
             obstacles.append(f"{name}: {reason}")
     if obstacles:
-        return "vLLM needs an export of these adapters first (lorabank export, not available yet):", obstacles
-    needs = " (rank and alpha differ between layers: vLLM 0.32 reads that, older ones may not)" if patterns else ""
-    return f"serve them in one process{needs}:", [vllm_line(model, folders, largest)]
+        return "vLLM can't serve these adapters as they are:", obstacles
+    line = vllm_line(model, folders, largest)
+    if not patterns:
+        return "serve them in one process:", [line]
+    return (
+        "serve them in one process (rank and alpha differ between layers: vLLM 0.32 reads that; an older one reads what the "
+        "lines below it write):",
+        [line, *map(export_line, folders.values())],
+    )
+
+
+def export_line(folder: str) -> str:
+    """`lorabank export` into what every vLLM reads."""
+    return shlex.join(["lorabank", "export", folder, "--to", "vllm", "--output", f"{folder}-vllm"])
 
 
 def has_patterns(config: Mapping[str, object]) -> bool:
@@ -48,4 +58,4 @@ def obstacle(rank: int, *, use_dora: bool = False) -> str | None:
     """Why vLLM refuses an adapter of this rank, or DoRA's; None when it doesn't."""
     if use_dora:
         return "vLLM doesn't read DoRA; merge it (lorabank merge) and serve the merged model"
-    return f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}" if rank > VLLM_RANKS[-1] else None
+    return f"{rank_obstacle(rank)}; merge it (lorabank merge)" if rank > VLLM_RANKS[-1] else None

@@ -23,6 +23,9 @@ NEAR_TIE = 1e-3
 """Logits. Two fp32 forwards that sum in another order differ by about 1e-4 here: a choice by less than this may go either way."""
 
 
+TWIN = "-merged"
+"""Ends the name of an adapter that is meant to answer as the one without it."""
+
 Answers = dict[str, list[dict[str, Any]]]
 """By adapter name, a prompt each: `tokens` and `top2`, as generate_vllm.py writes them."""
 
@@ -199,7 +202,7 @@ def compare(model: Any, bank: Any, spec: dict[str, Any], ours: dict[str, list[li
     return summary
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_summary(summary: dict[str, Any], tool: str) -> None:
     """One line an adapter, then one a difference."""
     for name, part in summary.items():
         print(
@@ -211,7 +214,7 @@ def print_summary(summary: dict[str, Any]) -> None:
             kind = "near-tie" if item["near_tie"] else "DIFFERENT"
             gap = "none" if item["top2_logit_gap"] is None else f"{item['top2_logit_gap']:.1e}"
             print(
-                f"{'':>14}prompt {item['prompt']} token {item['token']}: lorabank {item['lorabank']} vllm {item['vllm']}, "
+                f"{'':>14}prompt {item['prompt']} token {item['token']}: lorabank {item['lorabank']} {tool} {item['vllm']}, "
                 f"our top-2 logit gap {gap} ({kind})"
             )
 
@@ -237,9 +240,11 @@ def check(args: argparse.Namespace) -> int:
     model, bank = load_bank(args.model, adapters)
     ours = generate(model, bank, names, spec)
     summary = compare(model, bank, spec, ours, theirs["answers"])
-    print_summary(summary)
+    print_summary(summary, args.tool)
     agree = all(item["near_tie"] for part in summary.values() for item in part["differences"])
-    twins = [f"{a} and {b}" for a, b in itertools.combinations(names, 2) if ours[a] == ours[b]]
+    expected = {f"{name}{TWIN}" for name in names} if args.twins else set[str]()
+    pairs = [(a, b) for a, b in itertools.combinations(names, 2) if b != f"{a}{TWIN}" or b not in expected]
+    twins = [f"{a} and {b}" for a, b in pairs if ours[a] == ours[b]]
     for pair in twins:
         print(f"{pair} answer every prompt alike, so a mix-up would not show: train longer, or give other prompts")
     document = {
@@ -283,7 +288,11 @@ def main() -> int:
     checking.add_argument("--vllm", type=Path, required=True, help="JSON from generate_vllm.py")
     checking.add_argument("--output", type=Path, required=True, help="JSON to write")
     checking.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    checking.add_argument("adapters", nargs="+", metavar="NAME=FOLDER", help="the adapters that vLLM ran")
+    checking.add_argument("--tool", default="vLLM", help="whose tokens these are, for messages (default %(default)s)")
+    checking.add_argument(
+        "--twins", action="store_true", help=f"NAME{TWIN} is the adapter NAME in another form, and answers alike"
+    )
+    checking.add_argument("adapters", nargs="+", metavar="NAME=FOLDER", help="the adapters that the tool ran")
     checking.set_defaults(run=check)
     args = parser.parse_args()
     return args.run(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +14,15 @@ from torch import nn
 
 import lorabank as lb
 from lorabank.bank.bank import AdapterBank
+from lorabank.cli.export import base_of
 from lorabank.config.parse import config_from_dict
 from lorabank.data.prepare import prepare
 from lorabank.engine.step import Engine
 from lorabank.formats.files import refuse_pickle
+from lorabank.formats.vllm import vllm_adapter
 from lorabank.models.names import check_not_closed
 from lorabank.planner.learning_rate import LORA_FACTOR, SHORT_RUN_FACTOR, SHORT_RUN_STEPS
+from lorabank.training.publish import base_on_hub
 from lorabank.training.run_folder import RunFolder
 from tests.docs.pages import ROOT, cells, code
 from tests.training.tiny import tiny_model, tiny_tokenizer
@@ -85,6 +89,19 @@ def _packing(folder: Path) -> None:
     Engine(lb.attach(BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=1)))).packing(8)
 
 
+def _vllm_refuses(folder: Path) -> None:
+    layer = lb.AdapterLayer(torch.zeros(600, 8), torch.zeros(8, 600), 1.0)
+    vllm_adapter(lb.Adapter(config=lb.AdapterConfig(rank=600), layers={"q_proj": layer}))
+
+
+def _merged_gguf(folder: Path) -> None:
+    base_of(argparse.Namespace(merged=True, base=str(folder), adapter="out/formal"), _plain_adapter())
+
+
+def _plain_adapter() -> lb.Adapter:
+    return lb.Adapter(config=lb.AdapterConfig(rank=1), layers={"q": lb.AdapterLayer(torch.zeros(1, 8), torch.zeros(8, 1), 1.0)})
+
+
 PROVOKE: list[Callable[[Path], object]] = [
     lambda folder: config_from_dict({"defaults": {"rnak": 8}}),
     _misspelt_target,
@@ -97,6 +114,9 @@ PROVOKE: list[Callable[[Path], object]] = [
     _unknown_columns,
     _pickle,
     lambda folder: check_not_closed("GPT-3"),
+    _vllm_refuses,
+    _merged_gguf,
+    lambda folder: base_on_hub(str(folder), "out/formal"),
     _packing,
 ]
 """What provokes each message of the page's table, in its order."""

@@ -111,14 +111,14 @@ def test_a_row_of_the_base_for_each_set_of_rows(tmp_path: Path) -> None:
     assert any(line.strip().startswith("base (terse's rows)") and "4.500" in line for line in lines)
 
 
-def test_an_export_is_named_where_vllm_refuses_the_rank(tmp_path: Path) -> None:
+def test_a_rank_that_vllm_refuses_is_merged(tmp_path: Path) -> None:
     listener = ConsoleListener(terminal(100))
     listener.on_start(plan())
     listener.on_end(result(tmp_path, r=1024))
     text = listener.console.export_text()
     assert "vllm serve" not in text
-    assert "needs an export" in text
-    assert "terse: " in text
+    assert "vLLM can't serve these adapters as they are" in text
+    assert "terse: rank 1024 is above vLLM's largest, 512; merge it (lorabank merge)" in " ".join(text.split())
 
 
 def test_dora_is_merged_for_vllm(tmp_path: Path) -> None:
@@ -138,6 +138,8 @@ def test_ranks_that_differ_between_layers_need_a_new_vllm(setting: dict[str, obj
     text = listener.console.export_text()
     assert "vllm serve" in text
     assert "vLLM 0.32" in text
+    assert f"lorabank export {tmp_path}" in text
+    assert "--to vllm --output" in text
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+"""`lorabank export`: an adapter in the form that another tool reads."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabank.cli.folders import refuse_existing, whole_folder
+from lorabank.cli.parser import CommandParser
+from lorabank.errors import ConfigError, ModelError, OutputError, closest
+
+if TYPE_CHECKING:
+    from lorabank.formats.adapter import Adapter
+
+EXAMPLES = """\
+examples:
+  lorabank export out/support/formal --to vllm --output exported/formal
+  lorabank export out/support/formal --to gguf --output formal.gguf
+  lorabank export out/support/formal --to gguf --merged --base base.gguf --output merged.gguf
+  lorabank export out/support/formal --to ollama --base base.gguf --output exported/ollama
+
+vllm: PEFT's files with each layer's scaling folded into B and one rank for all, as any vLLM reads them.
+gguf: an adapter for llama.cpp (`llama-cli -m BASE.gguf --lora FILE`), or with --merged a whole model.
+ollama: the same beside a Modelfile (`ollama create NAME -f FOLDER/Modelfile`).
+"""
+
+NO_TEMPLATE = (
+    "There is no chat template here that could be put into ollama's language. Add a TEMPLATE: without one ollama may send the "
+    "bare prompt."
+)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
+    """Arguments of `export`."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write an adapter for vLLM, llama.cpp or ollama",
+        description="Write an adapter in the form that another tool reads, or say why it can't be.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or file")
+    parser.add_argument("--to", metavar="TOOL", required=True, help=f"{', '.join(EXPORTS)}")
+    parser.add_argument("--output", metavar="PATH", required=True, help="folder (gguf: file) to write; must not exist")
+    parser.add_argument("--base", metavar="MODEL", help="base: folder, GGUF file or hub id (default: the one that it names)")
+    parser.add_argument("--merged", action="store_true", help="gguf, ollama: write the adapter into a copy of the base GGUF")
+    parser.add_argument("--dtype", metavar="TYPE", help="gguf: f32 or f16 of an adapter (f32); also bf16, q8_0 merged (f16)")
+    parser.add_argument(
+        "--all-tensors", action="store_true", help="--merged: every matrix in --dtype, not only those that change"
+    )
+    parser.add_argument("--force", action="store_true", help="gguf, ollama: even where the base GGUF seems to be another model")
+    parser.add_argument("--from", dest="from_name", metavar="NAME", help="ollama: its own name of the base, for FROM")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export; what can't be is refused before anything is written."""
+    if args.to not in EXPORTS:
+        raise ConfigError(f"--to: expected one of {', '.join(EXPORTS)}, got {args.to!r}{closest(args.to, EXPORTS)}")
+    unused = {"--merged": args.merged, "--dtype": args.dtype, "--force": args.force} if args.to == "vllm" else {}
+    unused |= {"--all-tensors": args.all_tensors} if not args.merged else {}
+    unused |= {"--from": args.from_name} if args.to != "ollama" or args.merged else {}
+    if wrong := [flag for flag, value in unused.items() if value]:
+        merged = " --merged" if args.merged else ""
+        raise ConfigError(f"{wrong[0]}: means nothing with --to {args.to}{merged}. Leave it out.")
+    output = refuse_existing(args.output)
+    from lorabank.formats.adapter import Adapter
+
+    EXPORTS[args.to](args, Adapter.load(args.adapter), output)
+    return 0
+
+
+def to_vllm(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
+    """A folder of PEFT's files."""
+    from lorabank.formats.vllm import check_shapes, vllm_adapter, vllm_rank
+    from lorabank.training.serving import vllm_line
+
+    base = args.base or adapter.base_model
+    exported = vllm_adapter(adapter, where=args.adapter)
+    if base and Path(base).expanduser().is_dir():
+        check_shapes(adapter, Path(base).expanduser(), where=args.adapter)
+    with whole_folder(output) as scratch:
+        exported.save(scratch)
+    ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    was = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    print(f"saved: {output} ({len(exported.layers)} layers, rank {was} as {vllm_rank(exported)}, scaling folded into B)")
+    print(vllm_line(base or "MODEL", {output.name: str(output)}, vllm_rank(exported)))
+
+
+def to_gguf(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
+    """A GGUF file."""
+    if output.suffix.lower() != ".gguf":
+        raise OutputError(f"--output {output}: a GGUF file is written, so its name should end with .gguf")
+    base = base_of(args, adapter)
+    write_gguf(args, adapter, base, output)
+    if args.merged:
+        print(f"try it: {shlex.join(['llama-cli', '-m', str(output)])}")
+    else:
+        file = str(base) if base.is_file() else "BASE.gguf"
+        print(f"try it: {shlex.join(['llama-cli', '-m', file, '--lora', str(output)])}")
+
+
+def to_ollama(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
+    """A folder with a GGUF file and a Modelfile."""
+    from lorabank.formats.modelfile import modelfile
+    from lorabank.models.chat_templates import tokenizer_for, turn_template
+
+    base = base_of(args, adapter)
+    name = "model.gguf" if args.merged else "adapter.gguf"
+    tokenizer = tokenizer_for(Path(args.adapter), base)
+    template, stop = turn_template(tokenizer) if tokenizer else (None, [])
+    with whole_folder(output) as scratch:
+        write_gguf(args, adapter, base, scratch / name, shown=output / name)
+        origin = f"./{name}" if args.merged else args.from_name or str(base.resolve())
+        note = "" if template or args.from_name else NO_TEMPLATE
+        text = modelfile(origin, adapter=None if args.merged else f"./{name}", template=template, stop=stop, note=note)
+        (scratch / "Modelfile").write_text(text, encoding="utf-8")
+    if note:
+        print(f"note: {note}")
+    print(f"saved: {output / 'Modelfile'}")
+    print(f"try it: {shlex.join(['ollama', 'create', output.name, '-f', str(output / 'Modelfile')])}")
+
+
+EXPORTS: Mapping[str, Callable[[argparse.Namespace, Any, Path], None]] = {"vllm": to_vllm, "gguf": to_gguf, "ollama": to_ollama}
+"""Tool → what writes for it."""
+
+
+def base_of(args: argparse.Namespace, adapter: Adapter) -> Path:
+    """The base's folder, or its GGUF file. Raises ModelError where it isn't said, or must be a GGUF file and isn't."""
+    from lorabank.config.paths import expanded
+    from lorabank.models.load import locate
+
+    name = args.base or adapter.base_model
+    if not name:
+        raise ModelError(f"{args.adapter}: the adapter doesn't name its base model. Name it with --base.")
+    path = expanded(name, place="--base", kind=ModelError)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return path
+    if args.merged:
+        raise ModelError(
+            f"--merged: a merged GGUF is a copy of the base's own GGUF file, and base {name!r} isn't one. Name it with "
+            "--base BASE.gguf; or lorabank merge, then llama.cpp's convert_hf_to_gguf.py; or leave --merged out."
+        )
+    return locate(name)
+
+
+def write_gguf(args: argparse.Namespace, adapter: Adapter, base: Path, file: Path, *, shown: Path | None = None) -> None:
+    """The adapter, or the merged model, as one file; says what was done."""
+    from lorabank.formats.gguf_base import check_base
+
+    where = str(args.adapter)
+    if base.is_file() and not args.force:
+        check_base(adapter, base, where=where)
+    if args.merged:
+        from lorabank.merging.gguf import merge_gguf
+
+        dtype = args.dtype or "f16"
+        done = merge_gguf(base, adapter, file, dtype=dtype, all_tensors=args.all_tensors, where=where)
+        lost = f"{done.lost_share:.2%} of the change lost to rounding"
+        print(f"saved: {shown or file} ({done.changed} weights changed, {done.copied} tensors copied; {lost} in {dtype})")
+        return
+    from lorabank.formats.gguf_adapter import write_adapter_gguf
+    from lorabank.formats.gguf_base import read_base
+
+    written = write_adapter_gguf(adapter, read_base(base), file, dtype=args.dtype or "f32", where=where)
+    folded = f", {written.folded} layers' scaling folded into B" if written.folded else ""
+    print(f"saved: {shown or file} ({written.tensors} tensors, alpha {written.alpha:g}{folded})")

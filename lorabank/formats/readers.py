@@ -1,0 +1,169 @@
+"""Who reads an adapter, and what each of them would refuse: one table, which `inspect` prints and `export` goes by.
+
+What other tools do was read in their sources: vLLM 0.32 (`lora/peft_helper.py`, `lora/utils.py`, `config/lora.py`), llama.cpp as
+llama-cpp-python 0.3.36 carries it (`src/llama-adapter.cpp`), and PEFT's wheels from 0.6.2 to 0.17.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lorabank.errors import AdapterFileError
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.peft_config import stored_transposed
+from lorabank.formats.peft_keys import file_rank
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM accepts for `--max-lora-rank`."""
+VLLM_EMBEDDING = "embed_tokens"
+"""The name of the one embedding that vLLM adapts."""
+MERGE = "merge it (lorabank merge) and serve the merged model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obstacle:
+    """One reason why a reader refuses an adapter, or reads it otherwise than it was meant."""
+
+    what: str
+    """What is in the way, as a part of a sentence."""
+    way_out: str
+    layers: tuple[str, ...] = ()
+    """Paths of the layers that it is about; empty: the whole adapter."""
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.layers[:2]) + (f" and {len(self.layers) - 2} more" if len(self.layers) > 2 else "")
+        return f"{self.what}{f' ({shown})' if shown else ''}: {self.way_out}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A tool that reads adapters."""
+
+    title: str
+    obstacles: Callable[[Adapter], list[Obstacle]]
+    """What stands in its way; empty where it reads the adapter right."""
+
+
+def obstacles(adapter: Adapter, reader: str) -> list[Obstacle]:
+    """What `reader` (a key of `READERS`) would refuse."""
+    return READERS[reader].obstacles(adapter)
+
+
+def refuse(adapter: Adapter, reader: str, *, where: str = "the adapter") -> None:
+    """Raise AdapterFileError with every reason why `reader` can't read the adapter; nothing where it can."""
+    found = obstacles(adapter, reader)
+    if found:
+        raise AdapterFileError(f"{where} can't be read by {READERS[reader].title}: {'; '.join(map(str, found))}.")
+
+
+def _paths(adapter: Adapter, wanted: Callable[[str, AdapterLayer], bool]) -> tuple[str, ...]:
+    return tuple(path for path, layer in adapter.layers.items() if wanted(path, layer))
+
+
+def _found(what: str, way_out: str, layers: tuple[str, ...]) -> list[Obstacle]:
+    return [Obstacle(what=what, way_out=way_out, layers=layers)] if layers else []
+
+
+def non_finite(adapter: Adapter) -> tuple[str, ...]:
+    """Paths of the layers that hold NaN or infinity."""
+    return _paths(adapter, lambda path, layer: not all(bool(value.isfinite().all()) for value in layer.tensors.values()))
+
+
+def _broken(adapter: Adapter) -> list[Obstacle]:
+    return _found("NaN or infinity", "use an earlier checkpoint", non_finite(adapter))
+
+
+def _dora(adapter: Adapter, reader: str, way_out: str = MERGE) -> list[Obstacle]:
+    layers = _paths(adapter, lambda path, layer: layer.magnitude is not None)
+    return _found(f"{reader} doesn't read DoRA", way_out, layers)
+
+
+def _convolutions(adapter: Adapter, reader: str) -> list[Obstacle]:
+    return _found(f"{reader} adapts no convolutions", MERGE, _paths(adapter, lambda path, layer: layer.A.ndim > 2))
+
+
+def _experts(adapter: Adapter, reader: str) -> list[Obstacle]:
+    layers = _paths(adapter, lambda path, layer: ".experts." in f".{path}.")
+    return _found(f"experts aren't exported for {reader}", MERGE, layers)
+
+
+def _vllm(adapter: Adapter) -> list[Obstacle]:
+    """Of a folder as it is."""
+    ranks = {path: file_rank(layer) for path, layer in adapter.layers.items()}
+    too_high = tuple(path for path, rank in ranks.items() if rank > VLLM_RANKS[-1])
+    return [*_vllm_kinds(adapter), *_found(rank_obstacle(max(ranks.values(), default=0)), MERGE, too_high)]
+
+
+def rank_obstacle(rank: int) -> str:
+    """The words for a rank that vLLM doesn't take."""
+    return f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}"
+
+
+def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
+    names = _paths(adapter, lambda path, layer: layer.looks_up and path.rpartition(".")[2] != VLLM_EMBEDDING)
+    transposed = tuple(adapter.layers)[:1] if stored_transposed(adapter) else ()
+    return [
+        *_broken(adapter),
+        *_dora(adapter, "vLLM"),
+        *_convolutions(adapter, "vLLM"),
+        *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
+        *_experts(adapter, "vLLM"),
+        *_found("vLLM takes no adapters for GPT-2", MERGE, transposed),
+    ]
+
+
+def _older_vllm(adapter: Adapter) -> list[Obstacle]:
+    ranks = {file_rank(layer) for layer in adapter.layers.values()}
+    scalings = {round(layer.scaling, 9) for layer in adapter.layers.values()}
+    mixed = Obstacle(
+        what="rank or scaling differ between layers, and it takes one for all",
+        way_out="lorabank export --to vllm folds and pads them",
+    )
+    return [*_vllm(adapter), *([mixed] if len(ranks) > 1 or len(scalings) > 1 else [])]
+
+
+def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
+    merged = "lorabank export --to gguf --merged writes it into a base GGUF"
+    return [
+        *_broken(adapter),
+        *_dora(adapter, "llama.cpp", merged),
+        *_convolutions(adapter, "llama.cpp"),
+        *_experts(adapter, "llama.cpp"),
+    ]
+
+
+def _merged_gguf(adapter: Adapter) -> list[Obstacle]:
+    return [*_broken(adapter), *_convolutions(adapter, "a GGUF language model"), *_experts(adapter, "a GGUF")]
+
+
+def _older_peft(adapter: Adapter) -> list[Obstacle]:
+    layers = adapter.layers
+    three, one = (tuple(path for path, layer in layers.items() if layer.A.ndim == ndim) for ndim in (5, 3))
+    convolved = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim > 2)
+    dora = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim == 2)
+    return [
+        *_broken(adapter),
+        *_found("PEFT reads rsLoRA from 0.8 on", "update PEFT", tuple(layers)[:1] if adapter.config.use_rslora else ()),
+        *_found("PEFT reads DoRA from 0.9 on", "update PEFT", dora),
+        *_found("PEFT reads DoRA on convolutions from 0.10 on", "update PEFT", convolved),
+        *_found("PEFT reads adapters of Conv3d from 0.14 on", "update PEFT", three),
+        *_found("PEFT reads adapters of Conv1d from 0.15 on", "update PEFT", one),
+    ]
+
+
+def _exact(adapter: Adapter) -> list[Obstacle]:
+    way_out = "merge it into the base first, or route rows to a mixture"
+    layers = _paths(adapter, lambda path, layer: layer.magnitude is not None)
+    return [*_broken(adapter), *_found("what DoRA does to a weight isn't one of several sums", way_out, layers)]
+
+
+READERS: Mapping[str, Reader] = {
+    "vllm": Reader(title="vLLM 0.32", obstacles=_vllm),
+    "older vllm": Reader(title="older vLLM", obstacles=_older_vllm),
+    "gguf": Reader(title="llama.cpp, as an adapter", obstacles=_llama_cpp),
+    "merged gguf": Reader(title="llama.cpp, merged", obstacles=_merged_gguf),
+    "older peft": Reader(title="older PEFT", obstacles=_older_peft),
+    "combine": Reader(title="combine, exact", obstacles=_exact),
+}
+"""Readers by name, in the order in which they are shown."""

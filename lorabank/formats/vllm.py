@@ -1,0 +1,67 @@
+"""An adapter in the one form that every vLLM reads right: one rank, one scaling of 1, no patterns.
+
+PEFT's files may give each layer a rank and a scaling of its own; vLLM before `rank_pattern` was read takes one α/r for all.
+So each layer's scaling goes into its B, and A and B are padded with zeros to one rank, which changes no product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lorabank.config.adapter import AdapterConfig
+from lorabank.errors import AdapterFileError
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.files import read_header
+from lorabank.formats.readers import VLLM_RANKS, refuse
+
+
+def vllm_adapter(adapter: Adapter, *, where: str = "the adapter") -> Adapter:
+    """The same change as an adapter of one rank with α = r, float32 or wider; save it as any other.
+
+    The rank is the smallest value of vLLM's `--max-lora-rank` that holds all layers. `where` names the adapter in messages.
+    Raises AdapterFileError with every reason why vLLM can't read it (DoRA, convolutions, a rank above 512, NaN, …).
+    """
+    refuse(adapter, "vllm", where=where)
+    rank = vllm_rank(adapter)
+    config = AdapterConfig(
+        rank=rank, alpha=rank, targets=sorted(adapter.layers), dropout=adapter.config.dropout, init=adapter.config.init
+    )
+    layers = {path: folded(layer, rank) for path, layer in adapter.layers.items()}
+    return replace(adapter, config=config, layers=layers, metadata={**adapter.metadata, "export": "vllm"})
+
+
+def vllm_rank(adapter: Adapter) -> int:
+    """The `--max-lora-rank` for an adapter that vLLM takes."""
+    largest = max(layer.rank for layer in adapter.layers.values())
+    return next(rank for rank in VLLM_RANKS if rank >= largest)
+
+
+def folded(layer: AdapterLayer, rank: int) -> AdapterLayer:
+    """A layer whose scaling is 1 and whose rank is `rank`: the scaling in B, zeros at the end of both. Float32 or wider."""
+    dtype = torch.promote_types(torch.promote_types(layer.A.dtype, layer.B.dtype), torch.float32)
+    missing = rank - layer.rank
+    A, B = layer.A.detach().to(dtype), layer.B.detach().to(dtype) * layer.scaling
+    A = torch.cat([A, A.new_zeros(missing, *A.shape[1:])])
+    B = torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
+    return replace(layer, A=A, B=B, scaling=1.0)
+
+
+def check_shapes(adapter: Adapter, folder: Path, *, where: str) -> None:
+    """Raise AdapterFileError where a layer changes a weight of another shape than the one in a base's folder.
+
+    Only headers are read. A weight that the folder has under another name isn't compared: vLLM renames some of them too.
+    """
+    shapes = {
+        name: entry.shape for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).tensors.items()
+    }
+    for path, layer in adapter.layers.items():
+        shape = layer.size if layer.looks_up else layer.size[::-1]
+        found = shapes.get(f"{path}.weight", shape)
+        if found != shape:
+            raise AdapterFileError(
+                f"{where}: layer {path!r} changes a weight of {shape}, and {path}.weight in {folder} is {found}: it was "
+                "trained on another model. Name its own base with --base."
+            )
