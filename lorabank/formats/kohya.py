@@ -207,8 +207,8 @@ def _places(where: str, names: Sequence[str], model_paths: Collection[str] | Non
         texts = [prefix for prefix in lost if prefix.startswith("lora_te")]
         if texts and not any(part.startswith("text_encoder") for part in parts):
             raise AdapterFileError(
-                f"{where}: {len(unknown)} of {len(names)} layers ({unknown[0]!r}, …) are of a text encoder, which the model lacks. "
-                "Give the whole pipeline's paths, or read the file without a model and take one part of it: "
+                f"{where}: {len(unknown)} of {len(names)} layers ({unknown[0]!r}, …) are of a text encoder, which the model "
+                "lacks. Give the whole pipeline's paths, or read the file without a model and take one part of it: "
                 "of_component(Adapter.load(path), 'unet'), or lorabank convert --component unet."
             )
         raise AdapterFileError(

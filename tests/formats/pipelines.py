@@ -186,7 +186,8 @@ def picture(pipe: Any) -> Tensor:
     ).images
 
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj", "fc1", "ff.net.2", "proj_in", "add_q_proj", "proj_mlp")
+CLIP = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1")
+ATTENTION = (*CLIP, "to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in", "proj_mlp")
 CONV = ("conv1", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj", "proj_out", "norm.linear")
 
 
