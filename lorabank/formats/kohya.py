@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorabank.errors import AdapterFileError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
@@ -22,7 +22,7 @@ from lorabank.formats.components import COMPONENTS, alpha_of, split
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.fused import Whole, join, take_apart
 from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
-from lorabank.formats.kohya_names import PREFIXES, Naming, Place, name_of, place
+from lorabank.formats.kohya_names import PREFIXES, Naming, Place, kernel_of, name_of, place
 from lorabank.formats.lycoris_layers import KEYS as LYCORIS_KEYS
 from lorabank.formats.lycoris_layers import Decomposed, decomposed, tucker_pair
 
@@ -45,6 +45,8 @@ OTHER_KEYS: Mapping[str, str] = {
 """Tensors that can't be expressed as LoRA, by what follows the layer's name."""
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Metadata that is of the old file's bytes."""
+OF_LYCORIS = ("ss_network_module", "ss_network_args", "ss_network_dim", "ss_network_alpha")
+"""Metadata that isn't true of a layer once it is plain LoRA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,14 @@ class KohyaFile:
     """How the names were read: `table` or `model`."""
 
 
-def load_kohya(path: str | Path, *, model_paths: Collection[str] | None = None) -> Adapter:
+def load_kohya(path: str | Path, *, model: nn.Module | None = None) -> Adapter:
     """Read one of kohya's files; LoHa and LoKr get the rank that loses nothing but rounding, and a warning says so.
 
-    `model_paths`: module paths of the model it is for (`dict(model.named_modules())`), where the names aren't in the table.
+    `model`: the one that it is for (its weights are not read: a model on the meta device will do), by whose modules names are
+    resolved that the table doesn't have. A pipeline's models are children of one module, under their names.
     Raises AdapterFileError; nothing is read in part.
     """
-    found = read_kohya(path, model_paths=model_paths)
+    found = read_kohya(path, model=model)
     if found.decomposed:
         worst = max(found.decomposed.values(), key=lambda one: one.error)
         ranks = sorted(one.rank for one in found.decomposed.values())
@@ -77,7 +80,7 @@ def load_kohya(path: str | Path, *, model_paths: Collection[str] | None = None) 
     return found.adapter
 
 
-def read_kohya(path: str | Path, *, model_paths: Collection[str] | None = None, rank: int | None = None) -> KohyaFile:
+def read_kohya(path: str | Path, *, model: nn.Module | None = None, rank: int | None = None) -> KohyaFile:
     """Read one of kohya's files. `rank`: the highest that LoHa and LoKr layers get; None for one that loses only rounding.
 
     Raises AdapterFileError that names the tensor and the way out; nothing is read in part.
@@ -86,12 +89,14 @@ def read_kohya(path: str | Path, *, model_paths: Collection[str] | None = None, 
     tensors, metadata = read_tensors(path)
     where = str(path)
     groups = _groups(where, checked(where, tensors))
-    places = _places(where, list(groups), model_paths)
+    shapes = None if model is None else weight_shapes(model)
+    places = _places(where, list(groups), shapes)
     small = _has_small_kernels(groups)
     layers, turned = dict[str, AdapterLayer](), dict[str, Decomposed]()
     for name, group in groups.items():
         here = places[name]
-        layer, how = _layer(where, name, here, group, rank, small)
+        kernel = _kernel(here.paths[0], shapes or {}, small)
+        layer, how = _layer(where, name, group, rank, kernel)
         for module, part in take_apart(layer, here.paths, swapped=here.swapped).items():
             if module in layers:
                 raise AdapterFileError(f"{where}: {name!r} and another layer are both {module!r}: two adapters in one file.")
@@ -100,11 +105,11 @@ def read_kohya(path: str | Path, *, model_paths: Collection[str] | None = None, 
                 turned[module] = how
     layers = dict(sorted(layers.items()))
     warn_norms(where, layers)
-    kept = with_file_metadata(where, metadata, layers, without=HASHES)
+    kept = with_file_metadata(where, metadata, layers, without=(*HASHES, *(OF_LYCORIS if turned else ())))
     naming = _naming(places, layers)
     more = {NAMES: str(naming)} if naming else {}
     adapter = Adapter(config=kept.config, layers=layers, metadata={**kept.metadata, **more}, **kept.about)
-    return KohyaFile(adapter=adapter, decomposed=turned, resolved="model" if model_paths is not None else "table")
+    return KohyaFile(adapter=adapter, decomposed=turned, resolved="table" if model is None else "model")
 
 
 def save_kohya(adapter: Adapter, path: str | Path) -> Path:
@@ -188,6 +193,21 @@ def _groups(where: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Te
     return groups
 
 
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Module path → its weight's shape."""
+    return {
+        name.removesuffix(".weight"): tuple(value.shape) for name, value in model.named_parameters() if name.endswith(".weight")
+    }
+
+
+def _kernel(path: str, shapes: Mapping[str, tuple[int, ...]], small: bool) -> tuple[int, ...]:
+    """Kernel of the layer at `path`: by the model, by the path, or, where SD 1.x and later differ, by what the file is of."""
+    if path in shapes:
+        return shapes[path][2:]
+    by_name = kernel_of(path)
+    return by_name if by_name is not None else (1, 1) if small else ()
+
+
 def _places(where: str, names: Sequence[str], model_paths: Collection[str] | None) -> dict[str, Place]:
     by_model = _by_model(model_paths or ())
     found, unknown = dict[str, Place](), list[str]()
@@ -208,7 +228,7 @@ def _places(where: str, names: Sequence[str], model_paths: Collection[str] | Non
         if texts and not any(part.startswith("text_encoder") for part in parts):
             raise AdapterFileError(
                 f"{where}: {len(unknown)} of {len(names)} layers ({unknown[0]!r}, …) are of a text encoder, which the model "
-                "lacks. Give the whole pipeline's paths, or read the file without a model and take one part of it: "
+                "lacks. Give the whole pipeline, or read the file without a model and take one part of it: "
                 "of_component(Adapter.load(path), 'unet'), or lorabank convert --component unet."
             )
         raise AdapterFileError(
@@ -219,8 +239,8 @@ def _places(where: str, names: Sequence[str], model_paths: Collection[str] | Non
     raise AdapterFileError(
         f"{where}: which module {unknown[0]!r} is can't be told from its name alone"
         + (f", nor {len(unknown) - 1} more of {len(names)}" if len(unknown) > 1 else "")
-        + ". Without a model, names of SD 1.x, 2.x, SDXL and Flux are known; give the model with lorabank convert --model, or "
-        "load_kohya(path, model_paths=...)."
+        + ". Without a model, names of SD 1.x, 2.x, SDXL and Flux are known; give the model: lorabank convert --model, or "
+        "load_kohya(path, model=...)."
     )
 
 
@@ -245,14 +265,14 @@ def _by_model(paths: Collection[str]) -> dict[str, Place]:
 
 
 def _layer(
-    where: str, name: str, here: Place, tensors: Mapping[str, Tensor], rank: int | None, small: bool
+    where: str, name: str, tensors: Mapping[str, Tensor], rank: int | None, kernel: tuple[int, ...]
 ) -> tuple[AdapterLayer, Decomposed | None]:
     magnitude = tensors.get("dora_scale")
     alpha = _alpha(where, name, tensors.get("alpha"))
     if any(key in tensors for key in LYCORIS_KEYS):
         if mixed := sorted(set(tensors) & set(PLAIN_KEYS[:3])):
             raise AdapterFileError(f"{where}: layer {name!r} is LyCORIS' and has {mixed[0]!r} too: two adapters in one file.")
-        layer, how = decomposed(where, name, here.paths[0], tensors, alpha, rank=rank, small=small)
+        layer, how = decomposed(where, name, tensors, alpha, rank=rank, kernel=kernel)
     else:
         layer, how = _plain(where, name, tensors, alpha), None
     if magnitude is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,6 @@ from torch import Tensor
 from lorabank.errors import AdapterFileError
 from lorabank.formats import lycoris
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.formats.kohya_names import kernel_of
 
 KEYS = (*lycoris.LOHA_KEYS, *lycoris.LOKR_KEYS)
 
@@ -29,11 +29,11 @@ class Decomposed:
 
 
 def decomposed(
-    where: str, name: str, path: str, tensors: Mapping[str, Tensor], alpha: float | None, *, rank: int | None, small: bool
+    where: str, name: str, tensors: Mapping[str, Tensor], alpha: float | None, *, rank: int | None, kernel: tuple[int, ...]
 ) -> tuple[AdapterLayer, Decomposed]:
     """A LoHa or LoKr layer as LoRA of at most `rank`, float32. Raises AdapterFileError where its tensors don't fit.
 
-    `small`: the base's `proj_in` are 1 × 1 convolutions (SD 1.x), which a file's flat shapes don't tell.
+    `kernel`: the base layer's, () of a linear one, where the file's shapes are flat and don't tell.
     """
     lycoris.check(where, name, tensors)
     if "hada_w1_a" in tensors:
@@ -41,13 +41,8 @@ def decomposed(
     else:
         kind, found, divisor = "LoKr", lycoris.lokr(tensors, rank), lycoris.lokr_rank(tensors)
     scaling = 1.0 if alpha is None or divisor is None else alpha / divisor
-    kernel = lycoris.kernel_in(tensors)
-    if not kernel:
-        by_name = kernel_of(path)
-        kernel = ((1, 1) if small else ()) if by_name is None else by_name
-    size = 1
-    for side in kernel:
-        size *= side
+    kernel = lycoris.kernel_in(tensors) or kernel
+    size = math.prod(kernel)
     if found.A.shape[1] % size:
         raise AdapterFileError(
             f"{where}: layer {name!r} is a convolution of {' × '.join(map(str, kernel))}, and its {found.A.shape[1]} numbers an "

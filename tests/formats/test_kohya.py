@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorabank import Adapter
 from lorabank.errors import AdapterFileError
@@ -261,27 +261,46 @@ def test_a_model_resolves_what_the_table_does_not(tmp_path: Path) -> None:
     )
     with pytest.raises(AdapterFileError, match=rf"which module '{name}' is can't be told.*--model"):
         Adapter.load(path)
-    found = read_kohya(path, model_paths=["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn"])
+    found = read_kohya(path, model=nested("model.layers.0.self_attn.q_proj"))
     assert list(found.adapter.layers) == ["model.layers.0.self_attn.q_proj"]
+    assert (found.resolved, read_kohya(saved_for_sd(tmp_path)).resolved) == ("model", "table")
     with pytest.raises(AdapterFileError, match="the model has no layer 'lycoris_model_layers_0_self_attn_q_proj'"):
-        read_kohya(path, model_paths=["model.layers.0.self_attn.k_proj"])
+        read_kohya(path, model=nested("model.layers.0.self_attn.k_proj"))
     with pytest.raises(AdapterFileError, match="has no layer"):  # two modules give the name, so it's neither's
-        read_kohya(path, model_paths=["model.layers.0.self_attn.q_proj", "model.layers_0.self_attn.q_proj"])
+        read_kohya(path, model=nested("model.layers.0.self_attn.q_proj", "model.layers_0.self_attn.q_proj"))
+
+
+def nested(*paths: str) -> nn.Module:
+    """Linear layers 4 → 4 at these paths."""
+    root = nn.Module()
+    for path in paths:
+        *parents, leaf = path.split(".")
+        module = root
+        for name in parents:
+            if name not in module._modules:
+                module.add_module(name, nn.Module())
+            module = module.get_submodule(name)
+        module.add_module(leaf, nn.Linear(4, 4, device="meta"))
+    return root
+
+
+def saved_for_sd(folder: Path) -> Path:
+    return save_kohya(adapter_of(holder(PIPELINES["sd"]())), folder / "sd.safetensors")
 
 
 def test_a_model_and_the_table_agree(tmp_path: Path) -> None:
     for name, build in PIPELINES.items():
         model = holder(build())
         path = save_kohya(adapter_of(model), tmp_path / f"{name}.safetensors")
-        by_model = read_kohya(path, model_paths=dict(model.named_modules()))
+        by_model = read_kohya(path, model=model)
         assert by_model.adapter.layers.keys() == load_kohya(path).layers.keys()
 
 
 def test_a_text_encoders_layers_without_one(tmp_path: Path) -> None:
-    pipe = PIPELINES["sd"]()
-    path = save_kohya(adapter_of(holder(pipe)), tmp_path / "a.safetensors")
+    path, model = saved_for_sd(tmp_path), holder(PIPELINES["sd"]())
+    del model.text_encoder
     with pytest.raises(AdapterFileError, match=r"10 of \d+ layers .'lora_te_text.* are of a text encoder, which the model lacks"):
-        read_kohya(path, model_paths=[f"unet.{name}" for name, _ in pipe.unet.named_modules()])
+        read_kohya(path, model=model)
 
 
 # metadata and bad files ---------------------------------------------------------------------------------------------------
