@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from lorabank import __version__
-from lorabank.cli import chat, combine, evaluate, inspect, merge, predict, preview, train
+from lorabank.cli import chat, combine, convert, evaluate, inspect, merge, predict, preview, train
 from lorabank.cli.parser import CommandParser, with_dashes
 from lorabank.errors import ConfigError, LorabankError, closest
 
@@ -19,9 +19,10 @@ COMMANDS = {
     "predict": predict,
     "merge": merge,
     "combine": combine,
+    "convert": convert,
     "inspect": inspect,
 }
-LATER = ("plan", "sweep", "report", "convert", "export", "push", "serve")
+LATER = ("plan", "sweep", "report", "export", "push", "serve")
 RAW = ("train", "preview")
 """Commands whose flags are the settings of a run."""
 
@@ -36,6 +37,7 @@ lorabank: one frozen base model, many LoRA adapters: trained together in one pas
   lorabank eval    out/chat --data test.jsonl --metrics loss,bleu
   lorabank predict out/chat --data in.jsonl --output answers.jsonl
   lorabank inspect | merge | combine                      look into adapter folders, put them together
+  lorabank convert style.safetensors out/style --to peft  between kohya's, diffusers' and PEFT's files
 
 `lorabank COMMAND --help` explains a command, `lorabank train --list-settings` lists every setting.
 """

@@ -67,10 +67,10 @@ def _loss(path: str, old: AdapterLayer, new: AdapterLayer) -> float:
     elif old.magnitude is not None and new.magnitude is not None:
         a, b = old.magnitude.double(), new.magnitude.double()
         scale = float((a - b).norm() / a.norm()) * _change(old) if float(a.norm()) else float(b.norm())
-    same = old.scaling == new.scaling and torch.equal(old.A, new.A) and torch.equal(old.B, new.B)
-    if same:
+    before, after = old.B.double() * old.scaling, new.B.double() * new.scaling
+    if torch.equal(old.A.double(), new.A.double()) and torch.equal(before, after):
         return scale
-    B = torch.cat([old.B.double() * old.scaling, new.B.double() * -new.scaling], dim=1)
+    B = torch.cat([before, -after], dim=1)
     A = torch.cat([old.A.flatten(1).double(), new.A.flatten(1).double()])
     return math.hypot(_product_norm(B, A), scale)
 

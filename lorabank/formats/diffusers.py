@@ -22,6 +22,7 @@ from lorabank.formats.components import COMPONENTS, components, in_file_names, i
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
+from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.peft_keys import PREFIX, from_tensors, pair_tensors, split_magnitudes, to_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -49,16 +50,15 @@ def load_diffusers(path: str | Path) -> Adapter:
     tensors, metadata = read_tensors(path)
     named = _by_component(where, checked(where, tensors))
     settings = _settings(where, metadata.get(SETTINGS), list(named))
-    layers, extras = dict[str, AdapterLayer](), dict[str, str]()
+    layers: dict[str, AdapterLayer] = {}
     for component, group in named.items():
         found = _layers(where, component, settings.get(component), group)
         layers |= {in_model_names(f"{component}.{inside}"): layer for inside, layer in found.items()}
-        if component in settings and settings[component].metadata:
-            extras[f"{EXTRAS}{component}"] = json.dumps(dict(settings[component].metadata), sort_keys=True)
     layers = dict(sorted(layers.items()))
     warn_norms(where, layers)
     kept = with_file_metadata(where, metadata, layers, without=(SETTINGS, "format"))
-    return Adapter(config=kept.config, layers=layers, metadata={**kept.metadata, **extras}, **kept.about)
+    adapter = Adapter(config=kept.config, layers=layers, metadata=kept.metadata, **kept.about)
+    return replace(adapter, metadata={**kept.metadata, **_extras(adapter, settings)})
 
 
 def save_diffusers(adapter: Adapter, target: str | Path) -> Path:
@@ -92,17 +92,14 @@ def save_diffusers(adapter: Adapter, target: str | Path) -> Path:
 def unheld(adapter: Adapter) -> dict[str, str]:
     """Module path → why diffusers' form can't hold that layer; empty where it can hold all."""
     found: dict[str, str] = {}
-    decomposed = {split(path)[0] for path, layer in adapter.layers.items() if layer.magnitude is not None}
+    for component in components(list(adapter.layers)):
+        prefix = f"{component}." if component else ""
+        found |= {f"{prefix}{path}": why for path, why in unheld_by_peft(of_component(adapter, component)).items()}
     for path, layer in adapter.layers.items():
-        component, _ = split(path)
-        if not component:
+        if not split(path)[0]:
             found[path] = f"it belongs to no component ({', '.join(COMPONENTS[:4])}) of a pipeline"
         elif layer.looks_up:
             found[path] = "it is an embedding"
-        elif layer.scaling <= 0:
-            found[path] = f"its scaling is {layer.scaling:g}, and α is above 0 there. Multiply B by it and use a scaling of 1"
-        elif layer.magnitude is None and component in decomposed:
-            found[path] = f"other layers of {component} are decomposed (DoRA) and it isn't, which PEFT has no setting for"
     return found
 
 
@@ -154,6 +151,21 @@ def _settings(where: str, text: str | None, there: list[str]) -> dict[str, PeftS
             f"{place}: has no settings of {lacking[0]!r}, whose layers' scaling is unknown: the file is incomplete."
         )
     return {name: read_settings(f"{place}, {name}", part) for name, part in parts.items()}
+
+
+def _extras(adapter: Adapter, settings: Mapping[str, PeftSettings]) -> dict[str, str]:
+    """The settings of each component that writing it wouldn't give again, as metadata."""
+    found: dict[str, str] = {}
+    for component, said in settings.items():
+        written = to_peft(of_component(adapter, component))
+        more = {
+            key: value
+            for key, value in said.metadata.items()
+            if json.loads(value) != written.get(key.removeprefix(METADATA_PREFIX))
+        }
+        if more:
+            found[f"{EXTRAS}{component}"] = json.dumps(more, sort_keys=True)
+    return found
 
 
 def _layers(where: str, component: str, settings: PeftSettings | None, tensors: Mapping[str, Tensor]) -> dict[str, AdapterLayer]:
