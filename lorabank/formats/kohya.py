@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -214,7 +214,7 @@ def _places(where: str, names: Sequence[str], model_paths: Collection[str] | Non
     for name in names:
         here = by_model.get(name) or place(name)
         if here is not None and model_paths is not None and name not in by_model:
-            here = here if any(path in model_paths for path in here.paths) else None
+            here = _in_model(here, model_paths)
         if here is None:
             unknown.append(name)
         else:
@@ -242,6 +242,14 @@ def _places(where: str, names: Sequence[str], model_paths: Collection[str] | Non
         + ". Without a model, names of SD 1.x, 2.x, SDXL and Flux are known; give the model: lorabank convert --model, or "
         "load_kohya(path, model=...)."
     )
+
+
+def _in_model(here: Place, paths: Collection[str]) -> Place | None:
+    """A place of the table in a model, whose paths may lack the component where it is that component itself."""
+    if any(path in paths for path in here.paths):
+        return here
+    bare = replace(here, paths=tuple(split(path)[1] for path in here.paths))
+    return bare if any(path in paths for path in bare.paths) else None
 
 
 def _by_model(paths: Collection[str]) -> dict[str, Place]:

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lorabank import Adapter
-from lorabank.errors import AdapterFileError
+from lorabank import Adapter, attach
+from lorabank.errors import AdapterFileError, FingerprintError
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.formats.components import config_of
+from lorabank.formats.components import as_component, config_of, of_component, spelled_for
 from lorabank.formats.difference import difference
 from lorabank.formats.kohya import load_kohya, read_kohya, save_kohya
 from lorabank.formats.kohya_names import Naming, _entries, name_of, place
@@ -98,6 +100,47 @@ def test_names_are_read_back_for_every_layer_of_a_model(name: str, naming: Namin
         assert found is not None, path
         again = place(found[0])
         assert again is not None and path in again.paths
+
+
+@pytest.mark.parametrize("name", ["SD 1.5", "SD 2.1", "SDXL"])
+def test_names_of_whole_models_are_read_as_diffusers_reads_them(name: str) -> None:
+    """Every layer of the published architectures' U-Nets, against diffusers' own renaming."""
+    sdxl = name == "SDXL"
+    widths = (320, 640, 1280) if sdxl else (320, 640, 1280, 1280)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=widths,
+            down_block_types=(
+                ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2) if sdxl else (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+            ),
+            up_block_types=((*("CrossAttnUpBlock2D",) * 2, "UpBlock2D") if sdxl else ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)),
+            cross_attention_dim=2048 if sdxl else 1024 if name == "SD 2.1" else 768,
+            use_linear_projection=name != "SD 1.5",
+            transformer_layers_per_block=(1, 2, 10) if sdxl else 1,
+            addition_embed_type="text_time" if sdxl else None,
+            addition_time_embed_dim=256 if sdxl else None,
+            projection_class_embeddings_input_dim=2816 if sdxl else None,
+        )
+    paths = [f"unet.{path}" for path, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    named = {path: found[0] for path in paths if (found := name_of(path, Naming(unet="sgm" if sdxl else "diffusers")))}
+    assert set(paths) == set(named)
+    state = {f"{one}.{role}.weight": torch.zeros(1, 1) for one in named.values() for role in ("lora_down", "lora_up")}
+    pipeline: Any = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
+    theirs = convert_unet_state_dict_to_peft(pipeline.lora_state_dict(state, unet_config=unet.config)[0])
+    assert {key.removesuffix(".lora_A.weight") for key in theirs if "lora_A" in key} == set(paths)
+    assert [place(one).paths for one in named.values()] == [(path,) for path in named]  # type: ignore[union-attr]
+
+
+def test_paths_are_spelled_as_a_model_has_them() -> None:
+    """`text_model.` is there or not, by the class and transformers' version."""
+    old, new = "text_encoder.text_model.encoder.layers.0.mlp.fc1", "text_encoder.encoder.layers.0.mlp.fc1"
+    layer = AdapterLayer(torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    for has, lacks in ((old, new), (new, old)):
+        adapter = Adapter(config=config_of({lacks: layer}), layers={lacks: layer})
+        assert list(spelled_for(adapter, [has]).layers) == [has]
+        assert spelled_for(adapter, [lacks, has]) is adapter
+        assert spelled_for(adapter, ["unet.conv_in"]) is adapter
 
 
 def test_the_naming_is_that_of_kohyas_own_files() -> None:
@@ -294,6 +337,43 @@ def test_a_model_and_the_table_agree(tmp_path: Path) -> None:
         path = save_kohya(adapter_of(model), tmp_path / f"{name}.safetensors")
         by_model = read_kohya(path, model=model)
         assert by_model.adapter.layers.keys() == load_kohya(path).layers.keys()
+
+
+def test_one_model_of_a_pipeline_gets_its_own_paths(tmp_path: Path) -> None:
+    """The original names of SDXL too: a file of a U-Net alone goes into a bank of the U-Net."""
+    pipe = PIPELINES["sdxl"]()
+    adapter = as_component(of_component(adapter_of(holder(pipe)), "unet"), "unet")
+    path = save_kohya(adapter, tmp_path / "a.safetensors")
+    assert any("input_blocks" in key for key in load_file(path))
+    found = read_kohya(path, model=pipe.unet).adapter
+    assert found.layers.keys() == {name.removeprefix("unet.") for name in adapter.layers}
+    attach(pipe.unet).load("a", found)
+
+
+def test_from_a_bank_and_back(tmp_path: Path) -> None:
+    """What a bank holds keeps its base's fingerprint in a file of kohya's."""
+    bank = attach(holder(PIPELINES["sd"]()))
+    bank.load("a", adapter_of(bank.model))
+    again = load_kohya(save_kohya(bank.adapter("a"), tmp_path / "a.safetensors"))
+    bank.load("b", again)
+    other = holder(PIPELINES["sd"]())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.1
+    with pytest.raises(FingerprintError, match="another base model"):
+        attach(other).load("a", again)
+
+
+@pytest.mark.parametrize("width", [768, 1024])
+def test_proj_in_of_sd_1_is_a_convolution(width: int, tmp_path: Path) -> None:
+    """A LoHa's shapes are flat; the width of the text, or the model, tells whether the layer is a 1 × 1 convolution."""
+    block = "lora_unet_mid_block_attentions_0_"
+    flat = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 6), "hada_w2_a": (6, 2), "hada_w2_b": (2, 6)}
+    text = {"lora_down.weight": (2, width), "lora_up.weight": (6, 2)}
+    tensors = {f"{block}proj_in.{key}": torch.ones(size) for key, size in flat.items()}
+    tensors |= {f"{block}transformer_blocks_0_attn2_to_k.{key}": torch.ones(size) for key, size in text.items()}
+    layer = read_kohya(write(tmp_path / "a.safetensors", tensors)).adapter.layers["unet.mid_block.attentions.0.proj_in"]
+    assert layer.A.shape[1:] == ((6, 1, 1) if width == 768 else (6,))
 
 
 def test_a_text_encoders_layers_without_one(tmp_path: Path) -> None:
