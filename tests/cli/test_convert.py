@@ -22,7 +22,7 @@ from lorabank.formats.components import config_of
 from lorabank.formats.convert import TARGETS
 from lorabank.formats.difference import difference
 from lorabank.formats.kohya import save_kohya
-from tests.formats.pipelines import PIPELINES, adapter_of, decomposed, holder, sd
+from tests.formats.pipelines import PIPELINES, adapter_for, adapter_of, decomposed, holder, sd
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def small(scaling: float = 0.5, out: int = 8, **more: Any) -> Adapter:
 @pytest.mark.parametrize("source", TARGETS)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_between_any_two(name: str, source: str, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    adapter = adapter_of(holder(PIPELINES[name]()))
+    adapter = adapter_for(name)
     adapter = replace(adapter, metadata={"safetensors.modelspec.title": "T"})
     start, end = place(tmp_path, source), tmp_path / "new" / place(tmp_path, to).name
     TARGETS[source].save(adapter, start)
@@ -78,7 +78,7 @@ def test_dora_between_any_two(tmp_path: Path) -> None:
 
 
 def test_there_and_back_gives_the_same_file(tmp_path: Path) -> None:
-    start = save_kohya(replace(adapter_of(holder(sd())), base_model="b"), tmp_path / "a.safetensors")
+    start = save_kohya(replace(adapter_for("sd"), base_model="b"), tmp_path / "a.safetensors")
     assert main(["convert", str(start), str(tmp_path / "d"), "--to", "diffusers"]) == 0
     assert main(["convert", str(tmp_path / "d"), str(tmp_path / "b.safetensors"), "--to", "kohya"]) == 0
     assert (tmp_path / "b.safetensors").read_bytes() == start.read_bytes()
@@ -170,7 +170,7 @@ def test_a_component_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """PEFT's side is an adapter of one model: what PEFT itself reads and writes."""
     from peft import PeftModel
 
-    adapter = adapter_of(holder(sd()), even=True)
+    adapter = adapter_for("sd", even=True)
     start = save_kohya(adapter, tmp_path / "a.safetensors")
     assert main(["convert", str(start), str(tmp_path / "unet"), "--to", "peft", "--component", "unet"]) == 0
     pipe = sd()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -208,6 +209,12 @@ def adapter_of(
         layers[path] = AdapterLayer(A, B, scaling)
     layers = dict(sorted(layers.items()))
     return Adapter(config=config_of(layers), layers=layers)
+
+
+@cache
+def adapter_for(name: str, leaves: tuple[str, ...] = ATTENTION + CONV, *, even: bool = False) -> Adapter:
+    """`adapter_of` the pipeline of this name."""
+    return adapter_of(holder(PIPELINES[name]()), leaves, even=even)
 
 
 def decomposed(adapter: Adapter, model: nn.Module) -> Adapter:

@@ -17,7 +17,7 @@ from lorabank import Adapter, attach
 from lorabank.errors import AdapterFileError
 from lorabank.formats.components import as_component, of_component
 from lorabank.formats.diffusers import FILE, SETTINGS, load_diffusers, save_diffusers
-from tests.formats.pipelines import PIPELINES, adapter_of, decomposed, holder, picture
+from tests.formats.pipelines import PIPELINES, adapter_for, adapter_of, decomposed, holder, picture
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def with_diffusers(name: str, path: Path) -> Tensor:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_our_file_in_diffusers_gives_the_same_picture(name: str, tmp_path: Path) -> None:
-    adapter = adapter_of(holder(PIPELINES[name]()))
+    adapter = adapter_for(name)
     path = save_diffusers(adapter, tmp_path)
     plain = picture(PIPELINES[name]())
     ours, theirs = with_bank(name, load_diffusers(path)), with_diffusers(name, path)
@@ -105,7 +105,7 @@ def test_dora_in_diffusers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_save_load_save_gives_identical_bytes(name: str, tmp_path: Path) -> None:
-    adapter = adapter_of(holder(PIPELINES[name]()))
+    adapter = adapter_for(name)
     adapter = Adapter(
         config=adapter.config,
         layers=adapter.layers,
@@ -124,7 +124,7 @@ def test_save_load_save_gives_identical_bytes(name: str, tmp_path: Path) -> None
 
 
 def test_a_text_encoder_is_named_as_any_version_reads_it(tmp_path: Path) -> None:
-    adapter = adapter_of(holder(PIPELINES["sdxl"]()))
+    adapter = adapter_for("sdxl")
     keys = load_file(save_diffusers(adapter, tmp_path))
     assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in keys
     assert "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in keys
@@ -132,7 +132,7 @@ def test_a_text_encoder_is_named_as_any_version_reads_it(tmp_path: Path) -> None
 
 
 def test_components_apart_and_together() -> None:
-    adapter = adapter_of(holder(PIPELINES["sd"]()))
+    adapter = adapter_for("sd")
     unet = of_component(adapter, "unet")
     assert "mid_block.attentions.0.proj_in" in unet.layers
     pipe = PIPELINES["sd"]()

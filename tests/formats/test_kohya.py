@@ -25,7 +25,7 @@ from lorabank.formats.components import as_component, config_of, of_component, s
 from lorabank.formats.difference import difference
 from lorabank.formats.kohya import load_kohya, read_kohya, save_kohya
 from lorabank.formats.kohya_names import Naming, _entries, name_of, place
-from tests.formats.pipelines import ATTENTION, CLIP, CONV, PIPELINES, adapter_of, decomposed, holder, picture
+from tests.formats.pipelines import ATTENTION, CLIP, CONV, PIPELINES, adapter_for, adapter_of, decomposed, holder, picture
 from tests.formats.test_diffusers import with_bank, with_diffusers
 
 
@@ -95,7 +95,7 @@ def test_no_two_layers_of_the_table_have_one_name() -> None:
 @pytest.mark.parametrize("naming", [Naming(), Naming(unet="sgm", text="te1")], ids=str)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_names_are_read_back_for_every_layer_of_a_model(name: str, naming: Naming) -> None:
-    for path in adapter_of(holder(PIPELINES[name]()), (*ATTENTION, *CONV, "linear_1", "fc2", "conv_in")).layers:
+    for path in adapter_for(name, (*ATTENTION, *CONV, "linear_1", "fc2", "conv_in")).layers:
         found = name_of(path, naming)
         assert found is not None, path
         again = place(found[0])
@@ -145,7 +145,7 @@ def test_paths_are_spelled_as_a_model_has_them() -> None:
 
 def test_the_naming_is_that_of_kohyas_own_files() -> None:
     def keys(name: str) -> str:
-        adapter = adapter_of(holder(PIPELINES[name]()), ATTENTION)
+        adapter = adapter_for(name, ATTENTION)
         return " ".join(found[0] for path in adapter.layers if (found := name_of(path, Naming.of(list(adapter.layers)))))
 
     assert "lora_unet_mid_block_attentions_0_proj_in" in keys("sd") and "lora_te_text_model" in keys("sd")
@@ -164,7 +164,7 @@ def test_our_file_in_diffusers_gives_the_same_picture(name: str, tmp_path: Path)
     """
     leaves = (*CLIP, "to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in")
     leaves += ("norm1.linear", "norm.linear", "0.proj_out") if name == "flux" else CONV
-    adapter = adapter_of(holder(PIPELINES[name]()), leaves, even=True)
+    adapter = adapter_for(name, leaves, even=True)
     keep = {path: layer for path, layer in adapter.layers.items() if "single_transformer_blocks.0.attn" not in path}
     adapter = replace(adapter, config=config_of(keep), layers=keep)
     path = save_kohya(adapter, tmp_path / "a.safetensors")
@@ -176,7 +176,7 @@ def test_our_file_in_diffusers_gives_the_same_picture(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_file_gives_the_adapter_back(name: str, tmp_path: Path) -> None:
     """Ranks, scalings, convolutions; where layers of one matrix have other scalings the change is equal to rounding."""
-    adapter = adapter_of(holder(PIPELINES[name]()))
+    adapter = adapter_for(name)
     again = load_kohya(save_kohya(adapter, tmp_path / "a.safetensors"))
     assert again.layers.keys() == adapter.layers.keys()
     assert difference(adapter.layers, again.layers).worst < 1e-6
@@ -190,7 +190,7 @@ def test_a_file_gives_the_adapter_back(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_save_load_save_gives_identical_bytes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    adapter = adapter_of(holder(PIPELINES[name]())).to(dtype=dtype)
+    adapter = adapter_for(name).to(dtype=dtype)
     adapter = replace(adapter, base_model="some/base", metadata={"peft.revision": '"main"', "safetensors.ss_epoch": "3"})
     first = save_kohya(adapter, tmp_path / "a.safetensors")
     again = load_kohya(first)
@@ -328,7 +328,7 @@ def nested(*paths: str) -> nn.Module:
 
 
 def saved_for_sd(folder: Path) -> Path:
-    return save_kohya(adapter_of(holder(PIPELINES["sd"]())), folder / "sd.safetensors")
+    return save_kohya(adapter_for("sd"), folder / "sd.safetensors")
 
 
 def test_a_model_and_the_table_agree(tmp_path: Path) -> None:
