@@ -40,8 +40,8 @@ def difference(old: Mapping[str, AdapterLayer], new: Mapping[str, AdapterLayer])
         before, after = old.get(path), new.get(path)
         present = before or after
         assert present is not None
-        changes[path] = _change(before) if before else 0.0
-        losses[path] = _loss(path, before, after) if before and after else _change(present)
+        changes[path] = norm(before) if before else 0.0
+        losses[path] = _loss(path, before, after) if before and after else norm(present)
     shares = {path: losses[path] / changes[path] if changes[path] else math.inf if losses[path] else 0.0 for path in losses}
     worst = max(shares, key=lambda path: shares[path])
     size = math.hypot(*changes.values())
@@ -50,12 +50,10 @@ def difference(old: Mapping[str, AdapterLayer], new: Mapping[str, AdapterLayer])
 
 
 def norm(layer: AdapterLayer) -> float:
-    """‖ΔW‖ of scaling · B A, Frobenius, float64."""
-    return abs(layer.scaling) * _product_norm(layer.B.double(), layer.A.flatten(1).double())
-
-
-def _change(layer: AdapterLayer) -> float:
-    return norm(layer)
+    """‖ΔW‖ of scaling · B A, Frobenius, float64; NaN or infinite where its square is."""
+    A, B = layer.A.flatten(1).double(), layer.B.double()
+    squared = float(((B.T @ B) * (A @ A.T)).sum())
+    return abs(layer.scaling) * math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else squared
 
 
 def _loss(path: str, old: AdapterLayer, new: AdapterLayer) -> float:
@@ -66,7 +64,7 @@ def _loss(path: str, old: AdapterLayer, new: AdapterLayer) -> float:
         scale = math.inf
     elif old.magnitude is not None and new.magnitude is not None:
         a, b = old.magnitude.double(), new.magnitude.double()
-        scale = float((a - b).norm() / a.norm()) * _change(old) if float(a.norm()) else float(b.norm())
+        scale = float((a - b).norm() / a.norm()) * norm(old) if float(a.norm()) else float(b.norm())
     before, after = old.B.double() * old.scaling, new.B.double() * new.scaling
     if torch.equal(old.A.double(), new.A.double()) and torch.equal(before, after):
         return scale
@@ -76,9 +74,7 @@ def _loss(path: str, old: AdapterLayer, new: AdapterLayer) -> float:
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:
-    """‖B A‖ by the triangular factors of both: their squares would lose half of the digits."""
-    if not (B.isfinite().all() and A.isfinite().all()):
-        return math.nan
+    """‖B A‖ of finite factors by the triangular ones of both: of a difference, squares would lose half of the digits."""
     rb = torch.linalg.qr(B, mode="r").R
     ra = torch.linalg.qr(A.T, mode="r").R
     return float((rb @ ra.T).norm())
