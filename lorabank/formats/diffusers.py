@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import COMPONENTS, components, in_file_names, in_model_names, of_component, split
@@ -56,7 +57,7 @@ def load_diffusers(path: str | Path) -> Adapter:
         layers |= {in_model_names(f"{component}.{inside}"): layer for inside, layer in found.items()}
     layers = dict(sorted(layers.items()))
     warn_norms(where, layers)
-    kept = with_file_metadata(where, metadata, layers, without=(SETTINGS, "format"))
+    kept = with_file_metadata(where, metadata, layers, without=(SETTINGS, "format"), like=_trained(where, settings, layers))
     adapter = Adapter(config=kept.config, layers=layers, metadata=kept.metadata, **kept.about)
     return replace(adapter, metadata={**kept.metadata, **_extras(adapter, settings)})
 
@@ -151,6 +152,12 @@ def _settings(where: str, text: str | None, there: list[str]) -> dict[str, PeftS
             f"{place}: has no settings of {lacking[0]!r}, whose layers' scaling is unknown: the file is incomplete."
         )
     return {name: read_settings(f"{place}, {name}", part) for name, part in parts.items()}
+
+
+def _trained(where: str, settings: Mapping[str, PeftSettings], layers: Mapping[str, AdapterLayer]) -> AdapterConfig | None:
+    """How the layers were trained, where all components say the same."""
+    found = [said.adapter_config(where, sorted(layers)) for said in settings.values()]
+    return found[0] if len({(config.dropout, config.init) for config in found}) == 1 else None
 
 
 def _extras(adapter: Adapter, settings: Mapping[str, PeftSettings]) -> dict[str, str]:

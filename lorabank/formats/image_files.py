@@ -95,12 +95,20 @@ def file_metadata(adapter: Adapter, *, own: Collection[str] = ()) -> dict[str, s
 
 
 def with_file_metadata(
-    where: str, metadata: Mapping[str, str], layers: Mapping[str, AdapterLayer], *, without: Collection[str] = ()
+    where: str,
+    metadata: Mapping[str, str],
+    layers: Mapping[str, AdapterLayer],
+    *,
+    without: Collection[str] = (),
+    like: AdapterConfig | None = None,
 ) -> Kept:
-    """`file_metadata` back, with a configuration of these layers. `without`: keys that don't hold for another file."""
+    """`file_metadata` back, with a configuration of these layers.
+
+    `without`: keys that don't hold for another file. `like`: how they were trained, where the file says so elsewhere.
+    """
     kept = {f"{TENSOR_METADATA}{key}": value for key, value in metadata.items() if key not in (OWN, *without)}
     if OWN not in metadata:
-        return Kept(config=config_of(layers), metadata=kept)
+        return Kept(config=config_of(layers, like), metadata=kept)
     try:
         said = json.loads(metadata[OWN])
     except (ValueError, RecursionError) as error:

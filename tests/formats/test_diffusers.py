@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,6 +54,11 @@ def test_our_file_in_diffusers_gives_the_same_picture(name: str, tmp_path: Path)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+def settings_in(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()[SETTINGS])
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_diffusers_writes_is_read(name: str, tmp_path: Path) -> None:
     """PEFT's own adapters on each model, saved by the pipeline with and without its metadata."""
@@ -67,8 +73,11 @@ def test_what_diffusers_writes_is_read(name: str, tmp_path: Path) -> None:
     saved: dict[str, Any] = {}
     for part, model in parts.items():
         targets = ["q_proj", "fc1"] if part == "text_encoder" else ["to_q", "to_out.0", "conv1", "norm.linear"]
-        config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, rank_pattern={targets[0]: 2})
+        config = LoraConfig(
+            r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, lora_dropout=0.1, rank_pattern={targets[0]: 2}
+        )
         model.add_adapter(config, adapter_name="a")
+        model.eval()
         saved[part] = get_peft_model_state_dict(model, adapter_name="a")
     expected = picture(pipe)
     kinds = {
@@ -85,6 +94,11 @@ def test_what_diffusers_writes_is_read(name: str, tmp_path: Path) -> None:
     adapter = Adapter.load(tmp_path / FILE)
     assert {layer.scaling for layer in adapter.layers.values()} <= {1.5, 3.0}
     torch.testing.assert_close(with_bank(name, adapter), expected, rtol=0, atol=1e-5)
+    assert adapter.config.dropout == 0.1
+    before, after = (settings_in(path) for path in (tmp_path / FILE, save_diffusers(adapter, tmp_path / "again")))
+    for key, value in before.items():
+        if key.rpartition(".")[2] in ("lora_alpha", "lora_dropout", "peft_type", "peft_version", "bias"):
+            assert after[key] == value, key
 
     old = {"text_encoder_lora_layers": convert_state_dict_to_diffusers(saved["text_encoder"])}
     pipe.save_lora_weights(tmp_path / "old", **{**layers, **old})
@@ -142,6 +156,17 @@ def test_components_apart_and_together() -> None:
         of_component(adapter, "text_encoder_2")
     with pytest.raises(AdapterFileError, match=r"'uent': not known.*did you mean 'unet'"):
         as_component(unet, "uent")
+
+
+def test_a_text_encoders_layers_without_one() -> None:
+    """Named with the way out, and nothing is loaded."""
+    model = holder(PIPELINES["sd"]())
+    del model.text_encoder
+    bank = attach(model)
+    with pytest.raises(AdapterFileError, match=r"nothing was loaded.*the model has no text_encoder \(.*of_component"):
+        bank.load("a", adapter_for("sd"))
+    assert bank.names == ()
+    bank.load("a", as_component(of_component(adapter_for("sd"), "unet"), "unet"))
 
 
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

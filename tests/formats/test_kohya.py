@@ -284,6 +284,15 @@ def test_dora(tmp_path: Path) -> None:
     torch.testing.assert_close(with_bank("sd", again), with_bank("sd", adapter), rtol=0, atol=0)
 
 
+def test_magnitudes_of_a_fused_matrix_go_with_their_rows(tmp_path: Path) -> None:
+    tensors = {f"{QKV}.lora_down.weight": torch.randn(4, 8), f"{QKV}.lora_up.weight": torch.randn(24, 4)}
+    tensors[f"{QKV}.dora_scale"] = torch.arange(1.0, 25.0)[:, None]
+    adapter = load_kohya(write(tmp_path / "a.safetensors", tensors))
+    assert torch.equal(torch.cat([adapter.layers[part].magnitude for part in PARTS]), torch.arange(1.0, 25.0))  # type: ignore[misc]
+    again = load_file(save_kohya(adapter, tmp_path / "b.safetensors"))
+    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+
+
 def test_magnitudes_of_inputs_are_refused(tmp_path: Path) -> None:
     name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     good = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
