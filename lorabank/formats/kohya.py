@@ -299,9 +299,9 @@ def _plain(where: str, name: str, tensors: Mapping[str, Tensor], alpha: float | 
     if mid is not None:
         A, B = tucker_pair(where, name, up, mid, down)
     else:
-        A, B = down, up.flatten(1)
+        A, B = down, up.flatten(1) if up.ndim > 1 else up
     shapes = f"lora_down {tuple(down.shape)}, lora_up {tuple(up.shape)}"
-    if not 2 <= A.ndim <= 5 or 0 in A.shape or up.ndim < 2 or B.shape[1] != A.shape[0] or any(n != 1 for n in up.shape[2:]):
+    if not 2 <= A.ndim <= 5 or 0 in A.shape or B.ndim != 2 or B.shape[1] != A.shape[0] or any(n != 1 for n in up.shape[2:]):
         raise AdapterFileError(f"{where}: layer {name!r} isn't A (rank, in …) and B (out, rank) of one rank: {shapes}.")
     return AdapterLayer(A, B, 1.0 if alpha is None else alpha / A.shape[0])
 

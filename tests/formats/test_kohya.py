@@ -418,6 +418,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "NaN": ({**DOWN, f"{KEY}.lora_up.weight": torch.full((4, 2), torch.nan)}, "lora_up.weight' holds NaN or infinity"),
     "ranks": ({**DOWN, f"{KEY}.lora_up.weight": torch.ones(4, 3)}, r"of one rank: lora_down \(2, 4\), lora_up \(4, 3\)"),
+    "dimensions": ({**DOWN, f"{KEY}.lora_up.weight": torch.ones(8)}, r"of one rank: lora_down \(2, 4\), lora_up \(8,\)"),
     "alpha": ({**DOWN, **UP, f"{KEY}.alpha": torch.tensor(-1.0)}, "alpha' is -1; expected a number above 0"),
     "alphas": ({**DOWN, **UP, f"{KEY}.alpha": torch.ones(2)}, "alpha' should be one number"),
     "a whole difference": ({**DOWN, **UP, f"{KEY[:-1]}2.diff": torch.ones(4, 4)}, "a whole weight difference"),
