@@ -20,7 +20,7 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import as_component, components, config_of, of_component, spelled_for
 from lorabank.formats.detect import FORMATS, load_adapter
 from lorabank.formats.difference import Difference, difference
-from lorabank.formats.diffusers import FILE, SETTINGS, save_diffusers
+from lorabank.formats.diffusers import SETTINGS, save_diffusers
 from lorabank.formats.diffusers import unheld as unheld_by_diffusers
 from lorabank.formats.files import read_header
 from lorabank.formats.image_files import OWN
@@ -44,14 +44,12 @@ class Target:
     save: Callable[[Adapter, Path], Path]
     unheld: Callable[[Adapter], dict[str, str]]
     """Module path → why the form can't hold that layer."""
-    file: str
-    """What it writes into a folder; `*` where the target is a file itself."""
 
 
 TARGETS: Mapping[str, Target] = {
-    "kohya": Target(save=save_kohya, unheld=unheld_by_kohya, file="*"),
-    "diffusers": Target(save=save_diffusers, unheld=unheld_by_diffusers, file=FILE),
-    "peft": Target(save=save_peft, unheld=unheld_by_peft, file=TENSORS_FILE),
+    "kohya": Target(save=save_kohya, unheld=unheld_by_kohya),
+    "diffusers": Target(save=save_diffusers, unheld=unheld_by_diffusers),
+    "peft": Target(save=save_peft, unheld=unheld_by_peft),
 }
 
 

@@ -58,7 +58,7 @@ def _vae() -> AutoencoderKL:
 
 
 def _scheduler() -> DDIMScheduler:
-    return DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    return DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 def sd() -> StableDiffusionPipeline:

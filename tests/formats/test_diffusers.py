@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorabank import Adapter, attach
+from lorabank import Adapter, attach, merge
 from lorabank.errors import AdapterFileError
 from lorabank.formats.components import as_component, of_component
 from lorabank.formats.diffusers import FILE, SETTINGS, load_diffusers, save_diffusers
+from lorabank.formats.kohya import save_kohya
 from tests.formats.pipelines import PIPELINES, adapter_for, adapter_of, decomposed, holder, picture
 
 
@@ -52,6 +53,20 @@ def test_our_file_in_diffusers_gives_the_same_picture(name: str, tmp_path: Path)
     ours, theirs = with_bank(name, load_diffusers(path)), with_diffusers(name, path)
     assert float((theirs - plain).abs().max()) > 0.02
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_merged_gives_the_same_picture(tmp_path: Path) -> None:
+    """kohya's alphas that differ by layer, by way of diffusers' form: the way round what diffusers makes of them."""
+    kohya = save_kohya(adapter_for("sd"), tmp_path / "a.safetensors")
+    path = save_diffusers(Adapter.load(kohya), tmp_path)
+    pipe = PIPELINES["sd"]()
+    handle = merge(holder(pipe), Adapter.load(kohya))
+    torch.testing.assert_close(picture(pipe), with_diffusers("sd", path), rtol=0, atol=1e-5)
+    with pytest.warns(RuntimeWarning, match="alpha_pattern keys did not match"):  # as docs/convert.md says of diffusers
+        theirs = with_diffusers("sd", kohya)
+    assert float((theirs - picture(pipe)).abs().max()) > 0.01
+    handle.unmerge()
+    assert torch.equal(picture(pipe), picture(PIPELINES["sd"]()))
 
 
 def settings_in(path: Path) -> dict[str, Any]:
