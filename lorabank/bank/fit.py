@@ -16,6 +16,7 @@ from lorabank.bank.targets import unsupported_linear_maps
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
+from lorabank.formats.components import split
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -124,6 +125,9 @@ def warn_storage(name: str, adapter: Adapter, model: nn.Module) -> None:
 def _absent(model: nn.Module, path: str, layers: Mapping[str, nn.Module]) -> str:
     present = dict(model.named_modules()).get(path)
     if present is None:
+        component = split(path)[0]
+        if component and not any(name.startswith(f"{component}.") for name in layers):
+            return f"{path}: the model has no {component} (lorabank.formats.components.of_component takes one model's part)"
         return f"{path}: the model has no such layer{closest(path, layers)}"
     why = unsupported_linear_maps(model).get(path, f"it is a {type(present).__name__}")
     return f"{path}: can't be adapted yet: {why}"

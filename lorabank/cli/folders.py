@@ -11,11 +11,11 @@ from lorabank.config.paths import expanded
 from lorabank.errors import OutputError
 
 
-def refuse_existing(output: str) -> Path:
-    """The folder, which is new or empty. Raises OutputError otherwise."""
-    folder = expanded(output, place="--output", kind=OutputError)
+def refuse_existing(output: str, place: str = "--output") -> Path:
+    """The folder, which is new or empty. Raises OutputError otherwise. `place`: what the command line calls it."""
+    folder = expanded(output, place=place, kind=OutputError)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise OutputError(f"{folder}: exists already and isn't empty. Choose another --output.")
+        raise OutputError(f"{folder}: exists already and isn't empty. Choose another {place}.")
     return folder
 
 

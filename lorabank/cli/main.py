@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from lorabank import __version__
-from lorabank.cli import chat, combine, evaluate, export, inspect, merge, predict, preview, push, train
+from lorabank.cli import chat, combine, convert, evaluate, export, inspect, merge, predict, preview, push, train
 from lorabank.cli.parser import CommandParser, with_dashes
 from lorabank.errors import ConfigError, LorabankError, closest
 
@@ -19,11 +19,12 @@ COMMANDS = {
     "predict": predict,
     "merge": merge,
     "combine": combine,
+    "convert": convert,
     "export": export,
     "push": push,
     "inspect": inspect,
 }
-LATER = ("plan", "sweep", "report", "convert", "serve")
+LATER = ("plan", "sweep", "report", "serve")
 RAW = ("train", "preview")
 """Commands whose flags are the settings of a run."""
 
@@ -38,6 +39,7 @@ lorabank: one frozen base model, many LoRA adapters: trained together in one pas
   lorabank eval    out/chat --data test.jsonl --metrics loss,bleu
   lorabank predict out/chat --data in.jsonl --output answers.jsonl
   lorabank inspect | merge | combine                      look into adapter folders, put them together
+  lorabank convert style.safetensors out/style --to peft  between kohya's, diffusers' and PEFT's files
   lorabank export | push                                  for vLLM, llama.cpp, ollama; to a hub
 
 `lorabank COMMAND --help` explains a command, `lorabank train --list-settings` lists every setting.

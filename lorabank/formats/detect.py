@@ -10,7 +10,11 @@ from pathlib import Path
 from lorabank.config.paths import expanded
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.components import COMPONENTS
+from lorabank.formats.diffusers import SETTINGS, load_diffusers
 from lorabank.formats.files import PICKLE_SUFFIXES, Header, read_header, refuse_pickle
+from lorabank.formats.kohya import load_kohya
+from lorabank.formats.kohya_names import PREFIXES
 from lorabank.formats.peft import CONFIG_FILE, TENSORS_FILE, load_peft
 
 
@@ -25,14 +29,16 @@ class Format:
     """Reads the file at this path."""
 
 
-def _any_key(*parts: str) -> Callable[[Header], bool]:
-    return lambda header: any(part in name for name in header.tensors for part in parts)
+def _any_key(*parts: str, start: tuple[str, ...] = ()) -> Callable[[Header], bool]:
+    """Whether a tensor's name has one of the parts, or begins with one of `start`."""
+    return lambda header: any(name.startswith(start) or any(part in name for part in parts) for name in header.tensors)
 
 
 def _is_diffusers(header: Header) -> bool:
-    components = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "prior.")
-    lora = [name for name in header.tensors if ".lora_A." in name or ".lora.down." in name]
-    return "lora_adapter_metadata" in header.metadata or bool(lora and all(name.startswith(components) for name in lora))
+    parts = (".lora_A.", ".lora.down.", "_lora.down.", ".lora_linear_layer.down.")
+    lora = [name for name in header.tensors if any(part in name for part in parts)]
+    components = tuple(f"{name}." for name in COMPONENTS)
+    return SETTINGS in header.metadata or any(name.startswith(components) for name in lora)
 
 
 def _load_peft_file(path: Path) -> Adapter:
@@ -41,20 +47,13 @@ def _load_peft_file(path: Path) -> Adapter:
     return load_peft(path.parent)
 
 
-def _not_yet(title: str) -> Callable[[Path], Adapter]:
-    def refuse(path: Path) -> Adapter:
-        raise AdapterFileError(f"{path}: {title} files can't be read yet; PEFT's folders ({CONFIG_FILE}, {TENSORS_FILE}) can")
-
-    return refuse
-
-
 FORMATS: Mapping[str, Format] = {
     "kohya": Format(
         title="kohya",
-        recognise=_any_key(".lora_down.", ".lora_up.", ".hada_w", ".lokr_w", ".dora_scale"),
-        load=_not_yet("kohya"),
+        recognise=_any_key(".lora_down.", ".lora_up.", ".hada_w", ".lokr_w", ".dora_scale", start=PREFIXES),
+        load=load_kohya,
     ),
-    "diffusers": Format(title="diffusers", recognise=_is_diffusers, load=_not_yet("diffusers")),
+    "diffusers": Format(title="diffusers", recognise=_is_diffusers, load=load_diffusers),
     "peft": Format(title="PEFT", recognise=_any_key(".lora_A", ".lora_B", ".lora_embedding_A"), load=_load_peft_file),
 }
 """Forms by name, in the order in which they are tried: the first that recognises a file reads it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lorabank as lb
@@ -18,6 +19,7 @@ from lorabank.cli.export import base_of
 from lorabank.config.parse import config_from_dict
 from lorabank.data.prepare import prepare
 from lorabank.engine.step import Engine
+from lorabank.formats.convert import convert
 from lorabank.formats.files import refuse_pickle
 from lorabank.formats.vllm import vllm_adapter
 from lorabank.models.names import check_not_closed
@@ -78,6 +80,27 @@ def _nan(folder: Path) -> None:
     prepare(lb.DataConfig(), tiny_tokenizer(), seed=0, train=[{"text": "one"}, {"text": float("nan")}])
 
 
+def _kohya(folder: Path, name: str, up: float = 1.0) -> Path:
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.full((4, 2), up)}
+    save_file(tensors, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+def _unknown_name(folder: Path) -> object:
+    return lb.Adapter.load(_kohya(folder, "lora_unet_joint_blocks_0_x"))
+
+
+def _overflowed(folder: Path) -> object:
+    return lb.Adapter.load(_kohya(folder, "lora_unet_mid_block_attentions_0_proj_in", torch.inf))
+
+
+def _unheld(folder: Path) -> object:
+    layer = lb.AdapterLayer(torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    layers = {"unet.mid_block.attentions.0.proj_in": layer, "unet.own.to_q": layer}
+    lb.Adapter(config=lb.AdapterConfig(rank=2, alpha=2), layers=layers).save(folder / "a")
+    return convert(folder / "a", folder / "b.safetensors", "kohya")
+
+
 def _pickle(folder: Path) -> None:
     torch.save({"a": torch.zeros(1)}, folder / "adapter_model.bin")
     refuse_pickle(folder / "adapter_model.bin")
@@ -112,6 +135,9 @@ PROVOKE: list[Callable[[Path], object]] = [
     _existing_folder,
     _nan,
     _unknown_columns,
+    _unknown_name,
+    _overflowed,
+    _unheld,
     _pickle,
     lambda folder: check_not_closed("GPT-3"),
     _vllm_refuses,

@@ -1,0 +1,246 @@
+"""`convert`: an adapter from one tool's form into another's, checked by reading back what was written.
+
+Lossless where the target can hold the adapter; otherwise it is refused before anything is written, or, when asked, written with
+the error that was measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorabank.errors import AdapterFileError, OutputError, closest
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.components import as_component, components, config_of, of_component, spelled_for
+from lorabank.formats.detect import FORMATS, load_adapter
+from lorabank.formats.difference import Difference, difference
+from lorabank.formats.diffusers import SETTINGS, save_diffusers
+from lorabank.formats.diffusers import unheld as unheld_by_diffusers
+from lorabank.formats.files import read_header
+from lorabank.formats.image_files import OWN
+from lorabank.formats.kohya import read_kohya, save_kohya, weight_shapes
+from lorabank.formats.kohya import unheld as unheld_by_kohya
+from lorabank.formats.lycoris import EXACT
+from lorabank.formats.lycoris_layers import Decomposed
+from lorabank.formats.peft import CONFIG_FILE, TENSORS_FILE, save_peft
+from lorabank.formats.peft_config import unheld as unheld_by_peft
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What tensors can be written in, by the command line's names."""
+TRANSLATED = (SETTINGS, OWN, "format", "ss_network_module", "ss_network_dim", "ss_network_alpha")
+"""Metadata that each form says in its own way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A form to convert into."""
+
+    save: Callable[[Adapter, Path], Path]
+    unheld: Callable[[Adapter], dict[str, str]]
+    """Module path → why the form can't hold that layer."""
+
+
+TARGETS: Mapping[str, Target] = {
+    "kohya": Target(save=save_kohya, unheld=unheld_by_kohya),
+    "diffusers": Target(save=save_diffusers, unheld=unheld_by_diffusers),
+    "peft": Target(save=save_peft, unheld=unheld_by_peft),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion did."""
+
+    source: str
+    """Form of the source, a key of FORMATS."""
+    path: Path
+    """What was written."""
+    adapter: Adapter
+    """As it was read back."""
+    error: Difference
+    """Of what was written, against what was read."""
+    decomposed: Mapping[str, Decomposed] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Layers that were left out, and why."""
+    resolved: str = ""
+    """How names were read: `table`, `model`, or '' where a form has the paths themselves."""
+    kept: tuple[str, ...] = ()
+    """Keys of the source file's metadata that the written file has."""
+    lost: tuple[str, ...] = ()
+    """Those that it hasn't."""
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    *,
+    lossy: bool = False,
+    dtype: torch.dtype | None = None,
+    rank: int | None = None,
+    component: str | None = None,
+    model: nn.Module | None = None,
+) -> Conversion:
+    """Read the adapter at `source` and write it at `target` in the form `to`; all is written, or nothing.
+
+    `lossy`: layers that the form can't hold are left out, and an error above rounding is allowed. `rank`: the highest that LoHa
+    and LoKr layers get. `component`: the model that PEFT's side is of. `model`: the one that the adapter is for.
+    Raises AdapterFileError and OutputError.
+    """
+    if to not in TARGETS:
+        raise AdapterFileError(f"--to: there is no form {to!r}{closest(to, TARGETS)}; there are {', '.join(TARGETS)}")
+    form = form_of(source)
+    adapter, turned, resolved = _read(source, form, rank, model)
+    if component is not None:
+        adapter = _one_component(adapter, component, strip=to == "peft")
+        turned = {path: how for path, how in turned.items() if path in adapter.layers or to == "peft"}
+    _refuse_truncated(turned, lossy)
+    whole, dropped = adapter, TARGETS[to].unheld(adapter)
+    if dropped:
+        adapter = _without(adapter, dropped, to, lossy)
+    if dtype is not None:
+        adapter = _cast(adapter, dtype)
+    scratch = target.with_name(f".{target.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        written = TARGETS[to].save(adapter, scratch / target.name if _is_file(to, target) else scratch)
+        again = _read_back(written if written.is_file() else scratch)
+        error = difference(whole.layers, again.layers)
+        if error.worst > EXACT and not lossy:
+            raise AdapterFileError(
+                f"{source}: {to} in {_dtypes(again)} would hold it with a {error}. Nothing was written; --lossy allows it."
+            )
+        _put(scratch / target.name if _is_file(to, target) else scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    kept, lost = _metadata(source, form, target, to)
+    return Conversion(
+        source=form,
+        path=target,
+        adapter=again,
+        error=error,
+        decomposed=turned,
+        dropped=dropped,
+        resolved=resolved,
+        kept=kept,
+        lost=lost,
+    )
+
+
+def form_of(source: Path) -> str:
+    """The form of the adapter at `source`, told by its content; `peft` for what `load_adapter` will refuse with a reason."""
+    file = _tensors_file(source)
+    if file is None:
+        return "peft"
+    header = read_header(file)
+    return next((name for name, form in FORMATS.items() if form.recognise(header)), "peft")
+
+
+def _tensors_file(source: Path) -> Path | None:
+    """The file that holds the tensors, if there is one."""
+    if source.is_file():
+        return source.parent / TENSORS_FILE if source.name == CONFIG_FILE else source
+    if (source / TENSORS_FILE).is_file():
+        return source / TENSORS_FILE
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else []
+    return files[0] if len(files) == 1 else None
+
+
+def _read(source: Path, form: str, rank: int | None, model: nn.Module | None) -> tuple[Adapter, Mapping[str, Decomposed], str]:
+    file = _tensors_file(source)
+    if form == "kohya" and file is not None:
+        found = read_kohya(file, model=model, rank=rank)
+        if rank is not None and not found.decomposed:
+            raise AdapterFileError(f"{source}: --rank is the rank of LoHa and LoKr layers, and it has none. Leave it out.")
+        return found.adapter, found.decomposed, found.resolved
+    if rank is not None:
+        raise AdapterFileError(f"{source}: --rank is the rank of LoHa and LoKr layers, and it has none. Leave it out.")
+    adapter = load_adapter(source)
+    return (adapter if model is None else spelled_for(adapter, weight_shapes(model))), {}, ""
+
+
+def _one_component(adapter: Adapter, name: str, *, strip: bool) -> Adapter:
+    """The part of one model, by its paths there or with its component; an adapter without components becomes one of it."""
+    if "" not in components(list(adapter.layers)):
+        part = of_component(adapter, name)
+        return part if strip else as_component(part, name)
+    return as_component(adapter, name)
+
+
+def _refuse_truncated(turned: Mapping[str, Decomposed], lossy: bool) -> None:
+    lost = {path: how for path, how in turned.items() if how.error > EXACT}
+    if lost and not lossy:
+        worst = max(lost, key=lambda path: lost[path].error)
+        raise AdapterFileError(
+            f"--rank: {len(lost)} layers would lose a part of their change, {worst!r} {lost[worst].error:.2g} of it "
+            f"(‖lost‖/‖ΔW‖; its full rank is {lost[worst].full_rank}). Nothing was written; --lossy allows it."
+        )
+
+
+def _without(adapter: Adapter, problems: Mapping[str, str], to: str, lossy: bool) -> Adapter:
+    """The adapter without what the form can't hold. Raises AdapterFileError unless that is allowed and something is left."""
+    (first, why), *more = problems.items()
+    others = f", nor {len(more)} more of {len(adapter.layers)}" if more else ""
+    what = f"{to} can't hold layer {first!r}: {why}{others}. Nothing was written"
+    left = {path: layer for path, layer in adapter.layers.items() if path not in problems}
+    if not left:
+        way = " If the adapter is of one model of a pipeline, say which: --component unet." if "component" in why else ""
+        raise AdapterFileError(f"{what}.{way}")
+    if any(adapter.layers[path].magnitude is not None for path in problems):
+        raise AdapterFileError(f"{what}: it is decomposed (DoRA), so what leaving it out loses can't be told without the base.")
+    if not lossy:
+        raise AdapterFileError(f"{what}; --lossy leaves such layers out and says how much of the change they are.")
+    return replace(adapter, config=config_of(left, adapter.config), layers=left)
+
+
+def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    cast = adapter.to(dtype=dtype)
+    for path, layer in cast.layers.items():
+        if not all(bool(tensor.isfinite().all()) for tensor in layer.tensors.values()):
+            largest = f"{torch.finfo(dtype).max:g}, the largest in {str(dtype).removeprefix('torch.')}"
+            raise AdapterFileError(f"layer {path!r} has numbers above {largest}. Nothing was written; choose bf16 or fp32.")
+    return cast
+
+
+def _is_file(to: str, target: Path) -> bool:
+    return to == "kohya" or (to == "diffusers" and target.suffix == ".safetensors")
+
+
+def _read_back(path: Path) -> Adapter:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the source was read
+        return load_adapter(path)
+
+
+def _put(written: Path, target: Path) -> None:
+    try:
+        if target.is_dir():
+            target.rmdir()  # empty, or it would have been refused
+        written.replace(target)
+    except OSError as error:
+        raise OutputError(f"{target}: can't be written: {error.strerror or error}") from error
+
+
+def _metadata(source: Path, form: str, target: Path, to: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(keys of the source file's metadata that are in the target's, those that aren't)."""
+    before, after = _tensors_file(source), _tensors_file(target)
+    if before is None or after is None:
+        return (), ()
+    skipped = TRANSLATED if form != to else TRANSLATED[:3]
+    had = [key for key in sorted(read_header(before).metadata) if key not in skipped]
+    has = read_header(after).metadata
+    return tuple(key for key in had if key in has), tuple(key for key in had if key not in has)
+
+
+def _dtypes(adapter: Adapter) -> str:
+    found: dict[str, None] = {}
+    layers: Mapping[str, AdapterLayer] = adapter.layers
+    for layer in layers.values():
+        found[str(layer.A.dtype).removeprefix("torch.")] = None
+    return " and ".join(found)
