@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorabank.cli.folders import refuse_existing, whole_folder
 from lorabank.cli.loading import add_machine
 from lorabank.cli.parser import CommandParser
-from lorabank.errors import ModelError
+from lorabank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from lorabank.merging.report import MergeReport
@@ -46,6 +46,11 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
 def run(args: argparse.Namespace) -> int:
     """Merge, print what rounding lost, save model and tokenizer."""
     folder = refuse_existing(args.output)
+    if args.dtype in ("fp8", "nf4"):
+        raise ConfigError(
+            f"--dtype {args.dtype}: a merged folder holds plain weights, which any tool reads. Merge in bf16 or fp32; a model in "
+            f"memory is merged into as it is stored, {args.dtype} too, by lorabank.merge."
+        )
     from lorabank.formats.adapter import Adapter
     from lorabank.merging.merge import merge
     from lorabank.models.load import load_base
