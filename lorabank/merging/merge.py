@@ -103,7 +103,7 @@ def merge(
     layers = _fitting_layers(model, adapter)
     _refuse_tied(model, layers)
     beside = None if inputs is None else outputs_beside(model, adapter, inputs, strength=strength)
-    logits, storage = None, _quantized_in_training(adapter)
+    logits, storage = None, storage_in_training(adapter)
     originals: dict[str, _Original] = {}
     losses: dict[str, LayerLoss] = {}
     try:
@@ -126,7 +126,7 @@ def merge(
             for original in originals.values():
                 original.weight.copy_(original.copy)
         raise
-    _warn_unresolved(report)
+    warn_unresolved(report)
     handle = MergeHandle(originals, report)
     handle.logits = logits
     if say is not None:
@@ -135,7 +135,8 @@ def merge(
     return handle
 
 
-def _warn_unresolved(report: MergeReport) -> None:
+def warn_unresolved(report: MergeReport) -> None:
+    """Warn, on behalf of the caller's caller, where rounding took most of the change."""
     if report.lost_share <= UNRESOLVED:
         return
     share = f"{report.lost_share:.0%}" if report.lost_share < 1 else "all"
@@ -213,7 +214,7 @@ def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _quantized_in_training(adapter: Adapter) -> str | None:
+def storage_in_training(adapter: Adapter) -> str | None:
     """How the base was quantised while `adapter` was trained; None when it wasn't, or the file doesn't say."""
     storage = adapter.metadata.get(BASE_STORAGE)
     return storage if storage in STORAGES else None

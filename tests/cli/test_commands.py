@@ -386,6 +386,34 @@ def test_merge_makes_a_plain_model(
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_merge_by_shard_is_the_same_model(
+    dtype: str, base_folder: Path, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    out, usual = tmp_path / "merged", tmp_path / "usual"
+    common = ["merge", str(adapter_folder), "--device", "cpu", "--dtype", dtype]
+    assert main([*common, "--by-shard", "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "lost of Δ" in text and f"weights in {'bfloat16' if dtype == 'bf16' else 'float32'}" in text
+    assert main([*common, "--output", str(usual)]) == 0
+    found, expected = (load_file(folder / "model.safetensors") for folder in (out, usual))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert (out / "tokenizer.json").read_bytes() == (base_folder / "tokenizer.json").read_bytes()
+    assert main([*common, "--by-shard", "--output", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "nf4"])
+def test_merge_does_not_save_a_quantised_folder(
+    dtype: str, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(adapter_folder), "--dtype", dtype, "--output", str(tmp_path / "new")]) == 2
+    assert f"--dtype {dtype}: a merged folder holds plain weights" in capsys.readouterr().err
+
+
 def test_combine_is_the_weighted_sum(adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mixed"
     assert main(["combine", f"{adapter_folder}:0.7", f"{adapter_folder}:-0.2", "--output", str(out)]) == 0
