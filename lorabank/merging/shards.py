@@ -1,6 +1,6 @@
 """`merge_folder`: an adapter into a model folder, tensor by tensor, for models that don't fit into memory.
 
-What is in memory at a time is the adapter, one weight and what adding to it needs: about 30 bytes a number of the largest weight
+What is in memory at a time is the adapter, one weight and what adding to it needs: about 40 bytes a number of the largest weight
 that the adapter changes. Everything else is copied in pieces. The numbers are those of `merge`, bit for bit.
 """
 
