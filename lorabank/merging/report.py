@@ -87,7 +87,8 @@ class MergeReport:
             else ""
         )
         in_bf16 = self.lost_share_in_bf16
-        kept = "" if in_bf16 is None else f"; in bf16 it would be {_percent(in_bf16)}"
+        off = f"what is stored is off by ‖lost‖/‖W‖ = {_percent(self.rounding_error)}"
+        kept = "" if in_bf16 is None else f"; in bf16 it would be {_percent(in_bf16)}; {off}"
         return (
             f"merged {len(self.layers)} layers ({', '.join(self.dtypes)}), ‖Δ‖/‖W‖ = {self.relative_change:.2g}; "
             f"lost to rounding ‖lost Δ‖/‖Δ‖ = {_percent(self.lost_share)}, at most {_percent(loss.share)} ({worst}){kept}"

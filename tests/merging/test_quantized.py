@@ -71,6 +71,7 @@ def test_law5_a_merge_into_fp8_is_measured_and_comes_back_bit_for_bit(
     assert 0.005 < report.rounding_error < 0.2 and report.lost_share_in_bf16 is not None
     assert report.lost_share_in_bf16 < 0.2 * report.lost_share
     assert "layers (fp8)" in said[0] and "; in bf16 it would be " in said[0]
+    assert f"what is stored is off by ‖lost‖/‖W‖ = {100 * report.rounding_error:.1f} %" in said[0]
     assert handle.logits is not None and 0 < handle.logits.difference < handle.logits.change
     handle.unmerge()
     assert stored_bytes(base) == bytes_before
