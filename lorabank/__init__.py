@@ -30,7 +30,9 @@ _WHERE = {
     "BASE": "lorabank.bank.routing",
     "Routing": "lorabank.bank.routing",
     "combine": "lorabank.merging.combine",
+    "combine_and_measure": "lorabank.merging.combine",
     "merge": "lorabank.merging.merge",
+    "merge_folder": "lorabank.merging.shards",
     "train": "lorabank.api",
     "TrainingPass": "lorabank.engine.own_pass",
     "SaveAdapterCallback": "lorabank.training.hf",
@@ -55,7 +57,9 @@ if TYPE_CHECKING:
     from lorabank.formats.adapter import Adapter as Adapter
     from lorabank.formats.adapter import AdapterLayer as AdapterLayer
     from lorabank.merging.combine import combine as combine
+    from lorabank.merging.combine import combine_and_measure as combine_and_measure
     from lorabank.merging.merge import merge as merge
+    from lorabank.merging.shards import merge_folder as merge_folder
     from lorabank.training.hf import SaveAdapterCallback as SaveAdapterCallback
 
 __all__ = [
@@ -75,7 +79,9 @@ __all__ = [
     "TrainingPass",
     "attach",
     "combine",
+    "combine_and_measure",
     "merge",
+    "merge_folder",
     "quantize_base",
     "train",
 ]

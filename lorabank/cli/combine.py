@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lorabank.cli.folders import refuse_existing, whole_folder
-from lorabank.cli.parser import CommandParser
-from lorabank.errors import ConfigError
+from lorabank.cli.parser import CommandParser, positive
+from lorabank.errors import ConfigError, MergeError
+
+if TYPE_CHECKING:
+    from lorabank.merging.weights import Weights
 
 EXAMPLES = """\
 examples:
   lorabank combine out/support/formal:0.7 out/support/terse:0.3 --output out/mixed
   lorabank combine good:1 bad:-0.5 --output out/difference
+  lorabank combine formal:0.5 terse:0.5 --method svd --rank 16 --output out/small
+  lorabank combine formal terse -w 0.7 -w 'layers.0-11=0.2,mlp=0.8,*=0.5' --output out/by-layer
 
-`exact`: the change is exactly the weighted sum of the changes; ranks add up.
+methods: exact (the weighted sum of the changes; ranks add up), svd (the best of a rank), ties, dare, dare_ties, magnitude_prune.
+PEFT's names of them (cat, ties_svd, dare_linear_svd …) are understood too.
+
+A weight is a number, or PART=NUMBER with commas between: names in a layer's path (mlp, layers.0-11, *), the first that matches
+counts; or kohya's block weights of a U-Net (12, 17, 20 or 26 numbers with commas between).
 """
+PATIENCE = 2.0
+"""Seconds after which a bar is shown."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
@@ -27,34 +40,97 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         epilog=EXAMPLES,
     )
     parser.add_argument("parts", metavar="ADAPTER:WEIGHT", nargs="+", help="adapter folder and its weight")
+    parser.add_argument(
+        "-w",
+        "--weights",
+        metavar="WEIGHT",
+        action="append",
+        default=[],
+        help="weight of an adapter, once for each in their order, in place of :WEIGHT",
+    )
     parser.add_argument("--output", metavar="FOLDER", required=True, help="adapter folder to write; must not exist")
-    parser.add_argument("--method", default="exact", metavar="NAME", help="how (default: %(default)s, the only one so far)")
+    parser.add_argument("--method", default="exact", metavar="NAME", help="how (default: %(default)s)")
+    limited = parser.add_argument_group("methods of a limited rank")
+    limited.add_argument(
+        "--rank", type=positive, metavar="N", help="of each layer at most (default: the largest of the adapters)"
+    )
+    limited.add_argument("--energy", type=float, metavar="X", help="share of ‖ΔW‖² to hold, with as few ranks as will do")
+    limited.add_argument("--density", type=float, metavar="X", help="share of the numbers that ties, dare … keep (default: 0.5)")
+    limited.add_argument("--seed", type=int, metavar="N", help="of dare's draws (default: 0)")
+    limited.add_argument("--majority-sign-method", metavar="NAME", help="of ties: total (default) or frequency")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, combine, save in PEFT's format."""
-    parts = [split_weight(part) for part in args.parts]
+    """Load, combine, save in PEFT's format, say how far it is from the exact sum."""
+    parts = weighted(args.parts, args.weights)
     folder = refuse_existing(args.output)
     from lorabank.formats.adapter import Adapter
-    from lorabank.merging.combine import combine
+    from lorabank.merging.combine import combine_and_measure
 
-    result = combine([(Adapter.load(path), weight) for path, weight in parts], method=args.method)
+    with _LateBar() as bar:
+        combined = combine_and_measure(
+            [(Adapter.load(path), weight) for path, weight in parts],
+            args.method,
+            rank=args.rank,
+            energy=args.energy,
+            density=args.density,
+            seed=args.seed,
+            majority_sign_method=args.majority_sign_method,
+            busy=bar,
+        )
     with whole_folder(folder) as scratch:
-        result.save(scratch)
-    ranks = sorted({layer.rank for layer in result.layers.values()})
-    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    print(f"saved: {folder} ({len(result.layers)} layers, rank {span}, {result.num_parameters:,} parameters)")
+        combined.adapter.save(scratch)
+    report = combined.report
+    low, high = report.ranks
+    span = str(low) if low == high else f"{low} to {high}"
+    print(report)
+    print(f"saved: {folder} ({len(report.layers)} layers, rank {span}, {combined.adapter.num_parameters:,} parameters)")
     return 0
 
 
-def split_weight(text: str) -> tuple[str, float]:
-    """`folder:0.7` as a pair. Raises ConfigError without a finite weight."""
+def weighted(parts: Sequence[str], weights: Sequence[str]) -> list[tuple[str, Weights]]:
+    """Folders with their weights, `folder:0.7` or by `-w`. Raises ConfigError."""
+    if not weights:
+        return [split_weight(part) for part in parts]
+    if len(weights) != len(parts):
+        raise ConfigError(f"-w: expected one for each of {len(parts)} adapters, in their order, got {len(weights)}")
+    return [(path, _weight(text, "-w")) for path, text in zip(parts, weights, strict=True)]
+
+
+def split_weight(text: str) -> tuple[str, Weights]:
+    """`folder:0.7` or `folder:mlp=0.7,*=1` as a pair. Raises ConfigError without a weight."""
     path, _, weight = text.rpartition(":")
+    if not path:
+        raise ConfigError(f"{text}: expected ADAPTER:WEIGHT, such as out/support/formal:0.7, or -w for each adapter")
+    return path, _weight(weight, f"{text}: expected ADAPTER:WEIGHT")
+
+
+def _weight(text: str, place: str) -> Weights:
+    from lorabank.merging.weights import from_text
+
     try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not path or not math.isfinite(value):
-        raise ConfigError(f"{text}: expected ADAPTER:WEIGHT, such as out/support/formal:0.7")
-    return path, value
+        return from_text(text)
+    except MergeError as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+class _LateBar:
+    """A progress bar for what takes more than two seconds."""
+
+    def __init__(self) -> None:
+        from lorabank.training.busy import BusyBar
+
+        self._bar = BusyBar()
+        self._began = time.monotonic()
+
+    def __enter__(self) -> _LateBar:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        self._bar.__exit__(None, None, None)
+
+    def __call__(self, activity: str, done: int, total: int) -> None:
+        if time.monotonic() - self._began > PATIENCE:
+            self._bar(activity, done, total)

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING
 from lorabank.cli.folders import refuse_existing, whole_folder
 from lorabank.cli.loading import add_machine
 from lorabank.cli.parser import CommandParser
-from lorabank.errors import ModelError
+from lorabank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lorabank.formats.adapter import Adapter
     from lorabank.merging.report import MergeReport
 
 EXAMPLES = """\
 examples:
   lorabank merge out/support/formal --output merged/formal
   lorabank merge formal-adapter --model Qwen/Qwen3-0.6B --dtype fp32 --output merged/formal
+  lorabank merge formal-adapter --model folder-of-70b --by-shard --output merged/formal
 
 The merged folder loads in plain transformers. Merging into bf16 rounds a part of the change away: how much is printed.
 """
@@ -39,6 +43,11 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     parser.add_argument("--model", metavar="BASE", help="base model (default: the one that the adapter names)")
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="factor on the change (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="merge even where the adapter says that it belongs to another base")
+    parser.add_argument(
+        "--by-shard",
+        action="store_true",
+        help="one tensor at a time, for a model that doesn't fit into memory; --dtype auto then keeps each as it is stored",
+    )
     add_machine(parser)
     return parser
 
@@ -46,6 +55,11 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
 def run(args: argparse.Namespace) -> int:
     """Merge, print what rounding lost, save model and tokenizer."""
     folder = refuse_existing(args.output)
+    if args.dtype in ("fp8", "nf4"):
+        raise ConfigError(
+            f"--dtype {args.dtype}: a merged folder holds plain weights, which any tool reads. Merge in bf16 or fp32; a model in "
+            f"memory is merged into as it is stored, {args.dtype} too, by lorabank.merge."
+        )
     from lorabank.formats.adapter import Adapter
     from lorabank.merging.merge import merge
     from lorabank.models.load import load_base
@@ -55,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     name = args.model or adapter.base_model
     if not name:
         raise ModelError(f"{args.adapter}: the adapter doesn't name its base model. Name it with --model.")
+    if args.by_shard:
+        return _by_shard(args, adapter, name, folder)
     print(f"loading {name} …", file=sys.stderr, flush=True)
     base = load_base(name, dtype=args.dtype, device=args.device)
     inputs = {"input_ids": base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(base.model.device)}
@@ -64,6 +80,23 @@ def run(args: argparse.Namespace) -> int:
     with quiet_transformers(), whole_folder(folder) as scratch:
         base.model.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
+    print(f"saved: {folder} (a plain model: AutoModelForCausalLM.from_pretrained({str(folder)!r}))")
+    return 0
+
+
+def _by_shard(args: argparse.Namespace, adapter: Adapter, name: str, folder: Path) -> int:
+    """Merge the model's files one tensor at a time; no forward pass, so no outputs to compare."""
+    from lorabank.merging.shards import merge_folder
+    from lorabank.models.folder import check_folder
+    from lorabank.models.load import locate, pick_device, pick_dtype
+    from lorabank.training.busy import BusyBar
+
+    source = locate(name, say=lambda line: print(line, file=sys.stderr, flush=True))
+    check_folder(source)
+    dtype = None if args.dtype == "auto" else pick_dtype(args.dtype, pick_device("cpu"))
+    with whole_folder(folder) as scratch, BusyBar() as bar:
+        report = merge_folder(source, adapter, scratch, strength=args.strength, dtype=dtype, force=args.force, say=None, busy=bar)
+    print_report(report)
     print(f"saved: {folder} (a plain model: AutoModelForCausalLM.from_pretrained({str(folder)!r}))")
     return 0
 

@@ -41,6 +41,8 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+"""safetensors' codes to dtypes."""
 SAVED_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of an adapter's matrices."""
 _BYTES = {code: dtype.itemsize for dtype, code in _CODES.items()}

@@ -1,69 +1,155 @@
-"""`combine`: several adapters of one base into one adapter, through the table `COMBINERS`."""
+"""`combine`: several adapters of one base into one adapter, layer by layer, through the table `COMBINERS` (methods.py)."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import reduce
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.patterns import to_patterns
+from lorabank.merging.combine_report import CombineReport, LayerError
+from lorabank.merging.low_rank import factored_norm, stacked
+from lorabank.merging.methods import COMBINERS, MAJORITY_SIGNS, PEFT_NAMES, TAKES, CombinedLayer, Options, Term
+from lorabank.merging.weights import Weights, as_text, layer_weights
 
-Weighted = Sequence[tuple[Adapter, float]]
+Weighted = Sequence[tuple[Adapter, Weights]]
+Busy = Callable[[str, int, int], object]
+"""Gets (activity, layers done, layers in all)."""
 FROM_COARSE = ("fp4", "nf4", "fp8")
 """Storages of a quantised base, the one that is furthest from it first."""
-LATER_METHODS = ("svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+DENSITY = 0.5
 
 
-def exact(parts: Weighted) -> dict[str, AdapterLayer]:
-    """ΔW = Σ wᵢ·ΔWᵢ without cross terms: ranks are concatenated, and each wᵢ·scalingᵢ goes into B (the scaling is then 1)."""
-    terms: dict[str, list[tuple[AdapterLayer, float]]] = {}
-    for adapter, weight in parts:
-        for path, layer in adapter.layers.items():
-            terms.setdefault(path, []).append((layer, weight))
-    return {path: _concatenated(found) for path, found in terms.items()}
+@dataclass(frozen=True, kw_only=True)
+class Combined:
+    """What came of a combination."""
+
+    adapter: Adapter
+    report: CombineReport
+    """How far its change is from the weighted sum of the changes."""
 
 
-COMBINERS: Mapping[str, Callable[[Weighted], dict[str, AdapterLayer]]] = {"exact": exact}
-"""Method → function from (adapter, weight) pairs, already checked to be of one base and of equal shapes, to layers."""
-
-
-def combine(parts: Weighted, method: str = "exact") -> Adapter:
+def combine(
+    parts: Weighted,
+    method: str = "exact",
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    majority_sign_method: str | None = None,
+) -> Adapter:
     """One adapter whose change is the weighted sum of those in `parts`, as `method` defines it; float32 or wider.
 
-    Ranks and targets may differ; weights may be negative or zero. Raises FingerprintError for adapters of different bases,
-    MergeError for anything else that doesn't fit.
+    parts: (adapter, weight); a weight is a number, a mapping from parts of the model to numbers, or kohya's list of block weights
+    (merging/weights.py). Ranks, targets and kinds of layer may differ; weights may be negative or zero.
+    method: `exact` (ranks add up), or one of a limited rank: `svd`, `ties`, `dare`, `dare_ties`, `magnitude_prune` (`COMBINERS`).
+    rank: of each layer at most (default: the largest among the adapters there). energy: the share of ‖ΔW‖² to hold, with as few
+    ranks as will do, up to `rank` if that is given too. density: the share of each change's numbers that ties, dare and
+    magnitude_prune keep (default 0.5). seed: of dare's draws (default 0). majority_sign_method: `total` (default) or `frequency`.
+    `combine_and_measure` says how far the result is from the exact sum; here that is `metadata["combine.error"]`.
+    Raises FingerprintError for adapters of different bases, MergeError for anything else that doesn't fit.
     """
-    if method not in COMBINERS:
-        if method in LATER_METHODS:
-            raise MergeError(f"combine: method {method!r} is not available yet; available are {', '.join(COMBINERS)}")
-        hint = closest(method, [*COMBINERS, *LATER_METHODS])
-        raise MergeError(f"combine: unknown method {method!r}{hint}; available are {', '.join(COMBINERS)}")
+    options = {"rank": rank, "energy": energy, "density": density, "seed": seed, "majority_sign_method": majority_sign_method}
+    return _combined(parts, method, options, lambda activity, done, total: None).adapter
+
+
+def combine_and_measure(
+    parts: Weighted,
+    method: str = "exact",
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    majority_sign_method: str | None = None,
+    busy: Busy = lambda activity, done, total: None,
+) -> Combined:
+    """`combine`, with its report. `busy` gets (activity, layers done, layers in all)."""
+    options = {"rank": rank, "energy": energy, "density": density, "seed": seed, "majority_sign_method": majority_sign_method}
+    return _combined(parts, method, options, busy)
+
+
+def _combined(parts: Weighted, method: str, given: Mapping[str, int | float | str | None], busy: Busy) -> Combined:
+    method = _known_method(method)
+    told = _check_options(method, given)
     parts = list(parts)
-    if not parts:
-        raise MergeError("combine: no adapters given; expected a list of (adapter, weight)")
-    for index, (adapter, weight) in enumerate(parts):
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise MergeError(f"combine: the weight of adapter {index} should be a number, got {weight!r}")
-        if not adapter.layers:
-            raise MergeError(f"combine: adapter {index} has no layers")
-        decomposed = next((path for path, layer in adapter.layers.items() if layer.magnitude is not None), None)
-        if decomposed is not None:
-            raise MergeError(
-                f"combine: adapter {index} is decomposed (DoRA; layer {decomposed!r}): what it does to a weight depends on the "
-                "weight, so it isn't one of several sums. Merge it into the base first, or route rows to a mixture."
-            )
     adapters = [adapter for adapter, _ in parts]
+    _check_adapters(adapters)
+    weights = [
+        layer_weights(weight, adapter.layers, f"the weight of adapter {index}") for index, (adapter, weight) in enumerate(parts)
+    ]
     _check_one_base(adapters)
     _check_shapes(adapters)
-    layers = COMBINERS[method](parts)
+    seed = int(told.get("seed", 0))
+    terms: dict[str, list[Term]] = {}
+    for index, (adapter, own) in enumerate(zip(adapters, weights, strict=True)):
+        for path, layer in adapter.layers.items():
+            known = terms.setdefault(path, [])
+            if own[path] != 0:
+                _refuse_non_finite(layer, path, index)
+                known.append(Term(layer=layer, weight=own[path], seed=_layer_seed(seed, index, path)))
+    layers: dict[str, AdapterLayer] = {}
+    errors: dict[str, LayerError] = {}
+    for done, (path, found) in enumerate(terms.items()):
+        busy("combining", done, len(terms))
+        first = next(adapter.layers[path] for adapter in adapters if path in adapter.layers)
+        made = _layer(method, found, first, told)
+        layers[path] = made.layer
+        errors[path] = _error(found, made)
+    busy("combining", len(terms), len(terms))
+    report = CombineReport(method=method, layers=errors)
+    return Combined(adapter=_adapter(parts, method, told, layers, report), report=report)
+
+
+def _layer(method: str, terms: Sequence[Term], first: AdapterLayer, told: Mapping[str, int | float | str]) -> CombinedLayer:
+    if not terms:  # the layer stays, with a change of exactly zero
+        dtype = torch.promote_types(torch.float32, torch.promote_types(first.A.dtype, first.B.dtype))
+        zeros = torch.zeros(first.B.shape[0], 1, dtype=dtype, device=first.A.device)
+        A = first.A[:1].detach().to(dtype).nan_to_num(0.0, 0.0, 0.0)
+        return CombinedLayer(layer=replace(first, A=A, B=zeros, scaling=1.0))
+    energy = told.get("energy")
+    unlimited = min(terms[0].layer.size)
+    usual = max(term.layer.rank for term in terms) if energy is None else unlimited
+    options = Options(
+        rank=min(int(told.get("rank", usual)), unlimited),
+        energy=None if energy is None else float(energy),
+        density=float(told.get("density", DENSITY)),
+        majority_sign_method=str(told.get("majority_sign_method", MAJORITY_SIGNS[0])),
+    )
+    return COMBINERS[method](terms, options)
+
+
+def _error(terms: Sequence[Term], made: CombinedLayer) -> LayerError:
+    ranks = tuple(term.layer.rank for term in terms)
+    if not terms:
+        return LayerError(exact=0.0, difference=0.0, truncated=0.0, ranks=ranks, rank=made.layer.rank)
+    factors = [(term.layer.A.flatten(1), term.layer.B, term.weight * term.layer.scaling) for term in terms]
+    less = (made.layer.A.flatten(1), made.layer.B, -made.layer.scaling)
+    return LayerError(
+        exact=factored_norm(*stacked(factors)),
+        difference=factored_norm(*stacked([*factors, less])),
+        truncated=made.truncated,
+        ranks=ranks,
+        rank=made.layer.rank,
+    )
+
+
+def _adapter(
+    parts: Weighted,
+    method: str,
+    told: Mapping[str, int | float | str],
+    layers: Mapping[str, AdapterLayer],
+    report: CombineReport,
+) -> Adapter:
+    adapters = [adapter for adapter, _ in parts]
     rank, rank_pattern = to_patterns({path: layer.rank for path, layer in layers.items()})
     # every layer's scaling is 1, so its alpha is its rank
     config = AdapterConfig(rank=rank, alpha=rank, rank_pattern=rank_pattern, alpha_pattern=rank_pattern, targets=sorted(layers))
@@ -75,10 +161,56 @@ def combine(parts: Weighted, method: str = "exact") -> Adapter:
         task_type=next((a.task_type for a in adapters if a.task_type), None),
         metadata={
             "combine.method": method,
-            "combine.weights": " ".join(f"{weight:g}" for _, weight in parts),
+            "combine.weights": " ".join(as_text(weight) for _, weight in parts),
+            **{f"combine.{name}": str(value) for name, value in told.items()},
+            "combine.error": f"{report.error:.3g}",
             **_base_storage(adapters),
         },
     )
+
+
+def _known_method(method: str) -> str:
+    if method == "linear":
+        raise MergeError(
+            "combine: PEFT's 'linear' adds the A and the B of adapters, which gives cross terms and not the weighted sum of "
+            "their changes. Use 'exact', or 'svd' for a rank as small."
+        )
+    known = PEFT_NAMES.get(method, method)
+    if known not in COMBINERS:
+        hint = closest(method, [*COMBINERS, *PEFT_NAMES])
+        raise MergeError(f"combine: unknown method {method!r}{hint}; available are {', '.join(COMBINERS)}")
+    return known
+
+
+def _check_options(method: str, given: Mapping[str, int | float | str | None]) -> dict[str, int | float | str]:
+    told = {name: value for name, value in given.items() if value is not None}
+    for name in told:
+        if name not in TAKES[method]:
+            takers = ", ".join(other for other in COMBINERS if name in TAKES[other])
+            raise MergeError(f"combine: method {method!r} takes no {name}; {takers} do. Leave it out, or choose one of these.")
+    for name, fits, expected in (
+        ("rank", lambda value: _whole(value) and value >= 1, "a whole number ≥ 1"),
+        ("seed", _whole, "a whole number"),
+        ("energy", lambda value: _share(value), "a share of ‖ΔW‖², above 0 and at most 1"),
+        ("density", lambda value: _share(value), "a share of the numbers, above 0 and at most 1"),
+        ("majority_sign_method", lambda value: value in MAJORITY_SIGNS, " or ".join(MAJORITY_SIGNS)),
+    ):
+        if name in told and not fits(told[name]):
+            raise MergeError(f"combine: {name} should be {expected}, got {told[name]!r}")
+    return told
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _layer_seed(seed: int, index: int, path: str) -> int:
+    """The same draws whatever order the layers come in, and others for each adapter and layer."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}:{path}".encode()).digest()[:8], "big") >> 1
 
 
 def _base_storage(adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -90,27 +222,31 @@ def _base_storage(adapters: Sequence[Adapter]) -> dict[str, str]:
         warnings.warn(
             f"combine: the adapters were trained beside a base that was stored in different ways ({each}), so each learned to "
             "make up for other rounding. A merge states the error of the coarsest.",
-            stacklevel=3,
+            stacklevel=5,
         )
     return {BASE_STORAGE: quantized[0]} if quantized else {}
 
 
-def _concatenated(terms: list[tuple[AdapterLayer, float]]) -> AdapterLayer:
-    wanted = [layer.A.dtype for layer, _ in terms] + [layer.B.dtype for layer, _ in terms]
-    dtype = reduce(torch.promote_types, wanted, torch.float32)  # a 16-bit B would round the weights that go into it
-    device = terms[0][0].A.device
-    first = terms[0][0]
-    used = [(layer, weight) for layer, weight in terms if weight != 0]
-    if not used:  # the layer stays, with a change of exactly zero
-        zeros = torch.zeros(first.B.shape[0], 1, dtype=dtype, device=device)
-        return replace(first, A=first.A[:1].to(dtype).clone(), B=zeros, scaling=1.0)
+def _check_adapters(adapters: Sequence[Adapter]) -> None:
+    if not adapters:
+        raise MergeError("combine: no adapters given; expected a list of (adapter, weight)")
+    for index, adapter in enumerate(adapters):
+        if not adapter.layers:
+            raise MergeError(f"combine: adapter {index} has no layers")
+        decomposed = next((path for path, layer in adapter.layers.items() if layer.magnitude is not None), None)
+        if decomposed is not None:
+            raise MergeError(
+                f"combine: adapter {index} is decomposed (DoRA; layer {decomposed!r}): what it does to a weight depends on the "
+                "weight, so it isn't one of several sums. Merge it into the base first, or route rows to a mixture."
+            )
 
-    def wide(value: Tensor) -> Tensor:
-        return value.detach().to(device, dtype)
 
-    A = torch.cat([wide(layer.A) for layer, _ in used])
-    B = torch.cat([wide(layer.B) * (weight * layer.scaling) for layer, weight in used], dim=1)
-    return replace(first, A=A, B=B, scaling=1.0)
+def _refuse_non_finite(layer: AdapterLayer, path: str, index: int) -> None:
+    if not (all(bool(tensor.isfinite().all()) for tensor in layer.tensors.values()) and math.isfinite(layer.scaling)):
+        raise MergeError(
+            f"combine: adapter {index} holds NaN or infinity in layer {path!r}: its training diverged. Use an earlier checkpoint "
+            "of it, or give that layer the weight 0."
+        )
 
 
 def _check_one_base(adapters: Sequence[Adapter]) -> None:

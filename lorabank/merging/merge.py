@@ -1,7 +1,7 @@
 """`merge`: an adapter's change written into the base weights, and taken back bit for bit from a kept copy.
 
 Subtracting ΔW again would not restore the base: 16-bit floats round the sum. So the handle owns the original weights.
-Shape suffixes: O out, I in, T test inputs.
+Shape suffixes: O out, I in.
 """
 
 from __future__ import annotations
@@ -18,24 +18,21 @@ from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.parts import layer_parts
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
-from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
+from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.fingerprint import Fingerprint
-from lorabank.kernels.maps import LowRankMap
-from lorabank.kernels.norms import output_norms
-from lorabank.merging.outputs import Inputs, LogitsCheck, compare, decomposed, map_of, merged_outputs, outputs_beside
-from lorabank.merging.quantized import STORAGES, refusal, rounded
-from lorabank.merging.report import LayerLoss, MergeReport
+from lorabank.kernels.fp8 import E4M3
+from lorabank.merging.layer import merge_layer, merge_quantized_layer
+from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
+from lorabank.merging.quantized import STORAGES, rounded
+from lorabank.merging.report import UNRESOLVED, LayerLoss, MergeReport
 
 MERGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WARN_ABOVE = 0.5
-"""Share of Δ lost to rounding above which a merge warns."""
-TF32_EPS = 2.0**-10  # a GPU may be set to multiply float32 in this precision
 
 
 @dataclass(frozen=True)
 class _Original:
     weight: Tensor
-    """The live parameter."""
+    """The live parameter, or another tensor that a quantised weight is held in."""
     copy: Tensor
     """Its values before the merge, on the CPU."""
     merged_hash: int
@@ -59,12 +56,12 @@ class MergeHandle:
         for path, original in self._originals.items():
             if original.weight.dtype != original.copy.dtype or original.weight.shape != original.copy.shape:
                 raise MergeError(
-                    f"unmerge: {path}.weight is {original.weight.dtype} {tuple(original.weight.shape)} now and was "
+                    f"unmerge: {path} is {original.weight.dtype} {tuple(original.weight.shape)} now and was "
                     f"{original.copy.dtype} {tuple(original.copy.shape)} when it was merged; convert the model back first"
                 )
             if _hash(original.weight) != original.merged_hash:
                 raise MergeError(
-                    f"unmerge: {path}.weight was written to since this merge. Take later merges back first, the last one first; "
+                    f"unmerge: {path} was written to since this merge. Take later merges back first, the last one first; "
                     "a base that was trained on can't be restored from here, load it again."
                 )
         with torch.no_grad():
@@ -90,10 +87,12 @@ def merge(
     `handle.logits`. An attached model must be routed to `BASE`.
     say: gets one line of what rounding lost, and one of the outputs compared; None for silence.
     force: merge even where the adapter's fingerprint says that it belongs to another base.
-    A quantised base is refused, with what rounding would lose there. For an adapter that was trained on one (fp8, nf4), the
-    report says how far the base's own weights are from those that it was trained beside.
+    A quantised base (fp8, nf4, fp4) is dequantised layer by layer, changed, and quantised again: most of a small change is lost
+    there, and the report says how much. Of an adapter that was trained on one the report says how far the base's own weights are
+    from those that it was trained beside.
     An attached model keeps its adapters: route to `BASE` to see the merged weights alone.
-    Raises FingerprintError, or MergeError naming the layer; the model is then as it was. Warns when rounding loses most of Δ.
+    Raises FingerprintError, or MergeError naming the layer; the model is then as it was. Warns when rounding loses most of
+    Δ, which is then below what the weights' storage resolves.
     """
     if not math.isfinite(strength):
         raise MergeError(f"merge: strength should be a number, got {strength}")
@@ -101,22 +100,24 @@ def merge(
         raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
     if not force:
         check_fingerprint(model, adapter)
-    layers = _fitting_layers(model, adapter, strength)
+    layers = _fitting_layers(model, adapter)
     _refuse_tied(model, layers, adapter)
     beside = None if inputs is None else outputs_beside(model, adapter, inputs, strength=strength)
-    logits, storage = None, _quantized_in_training(adapter)
+    logits, storage = None, storage_in_training(adapter)
     originals: dict[str, _Original] = {}
     losses: dict[str, LayerLoss] = {}
     try:
         for path, base in layers.items():
-            weight = base.get_parameter("weight")
-            copy = weight.detach().to("cpu", copy=True)
-            originals[path] = _Original(weight, copy, merged_hash=0)
             kind = layer_kind(base)
+            own = _stored(path, base)
+            originals |= {
+                name: _Original(value, value.detach().to("cpu", copy=True), merged_hash=0) for name, value in own.items()
+            }
             moved = _moved(base, storage) if storage is not None and kind is not None and kind.linear else 0.0
-            losses[path] = replace(_merge_layer(path, base, adapter.layers[path], strength, check), moved=moved)
-            originals[path] = replace(originals[path], merged_hash=_hash(weight))
-        dtypes = sorted({str(original.copy.dtype).removeprefix("torch.") for original in originals.values()})
+            write = merge_quantized_layer if kind is not None and kind.quantized else merge_layer
+            losses[path] = replace(write(path, base, adapter.layers[path], strength, check), moved=moved)
+            originals |= {name: replace(originals[name], merged_hash=_hash(value)) for name, value in own.items()}
+        dtypes = sorted({_storage_name(base) for base in layers.values()})
         report = MergeReport(layers=losses, dtypes=tuple(dtypes), trained_in=storage)
         if beside is not None and inputs is not None:
             logits = compare(*beside, merged_outputs(model, inputs), report)
@@ -125,18 +126,28 @@ def merge(
             for original in originals.values():
                 original.weight.copy_(original.copy)
         raise
-    if report.lost_share > WARN_ABOVE:
-        warnings.warn(
-            f"merge: {report.lost_share:.0%} of the adapter's change was lost to rounding in {', '.join(dtypes)}: it is small "
-            "beside the weights. Merge into a float32 copy of the base, or serve the adapter unmerged.",
-            stacklevel=2,
-        )
+    warn_unresolved(report)
     handle = MergeHandle(originals, report)
     handle.logits = logits
     if say is not None:
         for line in [report, *([logits] if logits is not None else [])]:
             say(str(line))
     return handle
+
+
+def warn_unresolved(report: MergeReport) -> None:
+    """Warn, on behalf of the caller's caller, where rounding took most of the change."""
+    if report.lost_share <= UNRESOLVED:
+        return
+    share = f"{report.lost_share:.0%}" if report.lost_share < 1 else "all"
+    in_bf16 = report.lost_share_in_bf16
+    kept = "" if in_bf16 is None else f" In bf16 it would be {in_bf16:.0%}."
+    warnings.warn(
+        f"merge: {share} of the adapter's change was lost to rounding in {', '.join(report.dtypes)}: it is small beside the "
+        f"weights (‖Δ‖/‖W‖ = {report.relative_change:.2g}) and below what they resolve in {len(report.unresolved)} of "
+        f"{len(report.layers)} layers.{kept} Merge into a float32 copy of the base, or serve the adapter unmerged.",
+        stacklevel=3,
+    )
 
 
 def check_fingerprint(model: nn.Module, adapter: Adapter) -> None:
@@ -150,7 +161,7 @@ def check_fingerprint(model: nn.Module, adapter: Adapter) -> None:
         )
 
 
-def _fitting_layers(model: nn.Module, adapter: Adapter, strength: float) -> dict[str, nn.Module]:
+def _fitting_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """The base layers that `adapter` changes, by path, all checked before any is touched."""
     if not adapter.layers:
         raise MergeError("merge: the adapter has no layers")
@@ -160,9 +171,8 @@ def _fitting_layers(model: nn.Module, adapter: Adapter, strength: float) -> dict
         raise MergeError(_missing(model, missing, known, len(adapter.layers)))
     for path, layer in adapter.layers.items():
         weight, kind = known[path].get_parameter("weight"), layer_kind(known[path])
-        if kind is not None and kind.quantized:
-            raise MergeError(refusal(path, kind.weight_oi(known[path]._parameters, torch.float32), layer, kind.storage, strength))
-        if weight.is_meta or weight.dtype not in MERGED_DTYPES:
+        quantized = kind is not None and kind.quantized
+        if weight.is_meta or (weight.dtype not in MERGED_DTYPES and not quantized):
             held = "on the meta device" if weight.is_meta else f"stored as {weight.dtype}"
             raise MergeError(
                 f"merge: {path}.weight is {held}; expected float32, float64, bfloat16 or float16. Load the base unquantised."
@@ -205,91 +215,38 @@ def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module], adapter: Ada
             )
 
 
-def _merge_layer(path: str, base: nn.Module, layer: AdapterLayer, strength: float, check: bool) -> LayerLoss:
-    weight, layer_map = base.get_parameter("weight"), map_of(base)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A_RI, B_RO = (value.detach().to(weight.device, wide) for value in (layer.A.flatten(1), layer.B.t()))
-    B_RO = B_RO * (strength * layer.scaling)
-    with torch.no_grad():
-        before = weight.to(wide, copy=True)
-        delta = layer_map.shape(B_RO.t() @ A_RI)
-        gain_O = _gain(layer, layer_map.flat(before), A_RI, B_RO)
-        if gain_O is not None:
-            delta = layer_map.shape(gain_O[:, None] * layer_map.flat(before + delta)) - before
-        x = _test_inputs(path, layer_map, A_RI.shape[1], weight)
-        y_before = base(x).to(wide) if check else None
-        weight.copy_(before + delta)
-        after = weight.to(wide)
-        if not after.isfinite().all() and before.isfinite().all():
-            raise MergeError(f"merge: {path}.weight + ΔW is too large for {weight.dtype}. Merge into a float32 copy of the base.")
-        if y_before is not None:
-            _check_layer(path, base, x, y_before, (before, A_RI, B_RO), gain_O)
-        lost = torch.linalg.vector_norm(after - before - delta)
-        return LayerLoss(
-            weight=float(torch.linalg.vector_norm(before)), delta=float(torch.linalg.vector_norm(delta)), lost=float(lost)
-        )
-
-
-def _gain(layer: AdapterLayer, weight_OI: Tensor, A_RI: Tensor, B_RO: Tensor) -> Tensor | None:
-    """What a decomposed layer multiplies each output by; None for one that isn't. `B_RO`: with its scaling in it."""
-    if layer.magnitude is None:
-        return None
-    return layer.magnitude.to(A_RI.device, A_RI.dtype) / output_norms(weight_OI, A_RI, B_RO, 1.0)
-
-
-def _check_layer(
-    path: str, base: nn.Module, x: Tensor, y_before: Tensor, parts: tuple[Tensor, Tensor, Tensor], gain_O: Tensor | None
-) -> None:
-    """Compare the merged layer's own forward with base plus adapter. The bound is the rounding of the sums that both take."""
-    before, A_RI, B_RO = parts
-    weight, layer_map = base.get_parameter("weight"), map_of(base)
-    wide_x = x.to(before.dtype) if x.is_floating_point() else x
-    expected = layer_map.expand(layer_map.shrink(wide_x, A_RI), B_RO)
-    expected = y_before + expected if gain_O is None else decomposed(expected, y_before, gain_O, base, layer_map)
-    found = base(x).to(y_before.dtype)
-    eps = torch.finfo(weight.dtype).eps
-    if weight.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        eps = max(eps, TF32_EPS)
-    size = wide_x.abs() if x.is_floating_point() else x
-    terms = layer_map.whole(size, layer_map.flat(before).abs())
-    terms = terms + layer_map.expand(layer_map.shrink(size, A_RI.abs()), B_RO.abs())
-    terms = terms + y_before.abs()
-    if gain_O is not None:
-        terms = terms * layer_map.outputs(gain_O.abs().clamp_min(1), terms)
-    bound = 8 * eps * terms
-    excess = (found - expected).abs() - bound
-    if not bool((excess <= 0).all()):
-        worst = float((found - expected).abs().max())
-        raise MergeError(
-            f"merge: the check of {path!r} failed: merged and unmerged outputs differ by {worst:.3g} where rounding in "
-            f"{weight.dtype} explains {float(bound.max()):.3g}. The layer computes more than x·Wᵀ; serve the adapter unmerged."
-        )
-
-
-def _quantized_in_training(adapter: Adapter) -> str | None:
+def storage_in_training(adapter: Adapter) -> str | None:
     """How the base was quantised while `adapter` was trained; None when it wasn't, or the file doesn't say."""
     storage = adapter.metadata.get(BASE_STORAGE)
     return storage if storage in STORAGES else None
 
 
+def _stored(path: str, base: nn.Module) -> dict[str, Tensor]:
+    """The live tensors that hold a layer's weight, by a name for people."""
+    kind = layer_kind(base)
+    if kind is None or not kind.quantized:
+        return {f"{path}.weight": base.get_parameter("weight")}
+    tensors = kind.tensors(base._parameters)
+    more = (f"{path}.weight (tensor {index} of its {kind.storage} form)" for index in range(2, len(tensors) + 1))
+    return dict(zip((f"{path}.weight", *more), tensors, strict=True))
+
+
+def _storage_name(base: nn.Module) -> str:
+    kind = layer_kind(base)
+    if kind is not None and kind.quantized:
+        return kind.storage
+    return str(base.get_parameter("weight").dtype).removeprefix("torch.")
+
+
 def _moved(base: nn.Module, storage: str) -> float:
-    weight_OI = _weight_oi(base).float()
+    kind = layer_kind(base)
+    if kind is None or kind.storage == storage:
+        return 0.0
+    weight_OI = kind.weight_oi(base._parameters, None).float()
     return float(torch.linalg.vector_norm(weight_OI - rounded(weight_OI, storage)))
 
 
 def _hash(weight: Tensor) -> int:
-    return int(torch.hash_tensor(weight.detach()).view(torch.int64))
-
-
-def _test_inputs(path: str, layer_map: LowRankMap, size: int, weight: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(len(path))  # its own generator: a merge doesn't move the caller's random numbers
-    x = layer_map.sample(size, generator).to(weight.device)
-    return x.to(weight.dtype) if x.is_floating_point() else x
-
-
-def _weight_oi(base: nn.Module) -> Tensor:
-    """The weight as a view of shape (out, in), whichever way it is stored."""
-    kind = layer_kind(base)
-    if kind is None:
-        raise MergeError(f"merge: a {type(base).__name__} can't be merged into")
-    return kind.weight_oi(base._parameters, None)
+    value = weight.detach()
+    plain = value.view(torch.uint8) if value.dtype == E4M3 else value
+    return int(torch.hash_tensor(plain).view(torch.int64))

@@ -128,10 +128,18 @@ def _adding(layer: AdapterLayer, layer_map: LowRankMap, strength: float) -> Any:
         change = strength * layer.scaling * layer_map.expand(shrunk, B)
         if layer.magnitude is None:
             return output + change.to(output.dtype)
-        norms = output_norms(layer_map.flat(module.get_parameter("weight")), A, B, layer.scaling)
+        norms = output_norms(_weight_oi(module), A, B, layer.scaling)
         return decomposed(change, output.to(wide), layer.magnitude.to(norms) / norms, module, layer_map).to(output.dtype)
 
     return hook
+
+
+def _weight_oi(module: nn.Module) -> Tensor:
+    """The weight as (out, in); of a quantised one a copy in fp32."""
+    base = module.base if isinstance(module, LoRALayer) else module
+    kind = layer_kind(base)
+    assert kind is not None  # the layer's map was made of it
+    return kind.weight_oi(base._parameters, torch.float32 if kind.quantized else None)
 
 
 def decomposed(change: Tensor, y: Tensor, gain_O: Tensor, layer: nn.Module, layer_map: LowRankMap) -> Tensor:

@@ -1,11 +1,13 @@
-"""What rounding to a quantised storage does to a weight: why merging there is refused, and what a merge elsewhere should say."""
+"""What rounding to a quantised storage does to a weight, and a changed weight put into the tensors that held it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lorabank.formats.adapter import AdapterLayer
 from lorabank.kernels import four_bit, fp8
 
 STORAGES = ("fp8", "nf4", "fp4")
@@ -19,19 +21,24 @@ def rounded(weight_OI: Tensor, storage: str) -> Tensor:
     return four_bit.dequantize_plain(four_bit.quantize(weight_OI, storage), storage, shape, torch.float32)
 
 
-def refusal(path: str, weight_OI: Tensor, layer: AdapterLayer, storage: str, strength: float) -> str:
-    """Why ΔW isn't written into a weight (fp32, dequantised) that is stored in `storage`, with what would be lost of it."""
-    delta = strength * layer.delta().to(weight_OI.device, torch.float32)
-    wanted, size = weight_OI + delta, float(delta.norm())
-    here, in_bf16 = (_share(stored - wanted, size) for stored in (rounded(wanted, storage), wanted.bfloat16().float()))
-    change = size / max(float(weight_OI.norm()), 1e-30)
-    return (
-        f"merge: {path}.weight is stored in {storage}: rounding there would lose {here} of its ΔW (‖Δ‖/‖W‖ = {change:.2g}), in "
-        f"bf16 {in_bf16}. Load the base in fp32 or bf16, as it was before it was quantised, and merge into that; or serve the "
-        "adapter beside this base."
-    )
+def requantized(storage: str, stored: Sequence[Tensor], weight_OI: Tensor) -> list[Tensor]:
+    """`weight_OI` in the form of `stored`, a product's base (kernels/fp8.py, kernels/four_bit.py), tensor by tensor.
 
-
-def _share(lost: Tensor, size: float) -> str:
-    share = float(lost.norm()) / size if size else 0.0
-    return f"{share:.0%}" if share < 1 else "all"
+    A weight that `stored` holds comes out as the same numbers, but for fp8's turned copy, which was rounded from an older weight.
+    """
+    if storage == "fp8":
+        return fp8.quantize_weight(weight_OI)
+    packed, factors = stored[:2]
+    block = four_bit.block_size(2 * packed.numel(), factors.numel())
+    new_packed, absmax = four_bit.quantize(weight_OI, storage, block)
+    new_packed = new_packed.view(packed.shape)
+    if len(stored) == 2:
+        return [new_packed, absmax]
+    _, _, _, code, offset = stored
+    # the old offset: its mean would move by the rounding of the factors, and with it weights that aren't changed
+    blocks = F.pad(absmax - offset, (0, -absmax.numel() % four_bit.FACTORS)).view(-1, four_bit.FACTORS)
+    inner = blocks.abs().amax(1)
+    order = code.argsort()
+    borders = (code[order][1:] + code[order][:-1]) / 2
+    nearest = order[torch.bucketize(blocks / inner.clamp(min=1e-38)[:, None], borders)].view(-1)[: absmax.numel()]
+    return [new_packed, nearest.to(torch.uint8), inner, code, offset]

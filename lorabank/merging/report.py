@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+UNRESOLVED = 0.5
+"""Share of Δ lost to rounding above which it counts as below what the storage resolves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoss:
@@ -17,6 +20,8 @@ class LayerLoss:
     """‖ΔW‖ that was asked for, strength included."""
     lost: float
     """‖W + ΔW − what is stored now‖."""
+    lost_in_bf16: float | None = None
+    """Of a quantised weight: what `lost` would be with the same sum stored in bf16."""
     moved: float = 0.0
     """‖W − Wq‖ for an adapter that was trained on a quantised base: Wq is W as it was stored then."""
 
@@ -32,7 +37,7 @@ class MergeReport:
 
     layers: Mapping[str, LayerLoss]
     dtypes: tuple[str, ...]
-    """Dtypes of the merged weights."""
+    """Dtypes of the merged weights, or how they are quantised."""
     trained_in: str | None = None
     """How the base was quantised while the adapter was trained (`fp8`, `nf4`), as far as the adapter says."""
 
@@ -41,6 +46,26 @@ class MergeReport:
         """‖lost Δ‖ / ‖Δ‖ over all layers."""
         delta = math.hypot(*(layer.delta for layer in self.layers.values()))
         return math.hypot(*(layer.lost for layer in self.layers.values())) / delta if delta else 0.0
+
+    @property
+    def lost_share_in_bf16(self) -> float | None:
+        """The same with the quantised weights' sums stored in bf16; None where no weight is quantised."""
+        if all(layer.lost_in_bf16 is None for layer in self.layers.values()):
+            return None
+        delta = math.hypot(*(layer.delta for layer in self.layers.values()))
+        lost = (layer.lost if layer.lost_in_bf16 is None else layer.lost_in_bf16 for layer in self.layers.values())
+        return math.hypot(*lost) / delta if delta else 0.0
+
+    @property
+    def unresolved(self) -> tuple[str, ...]:
+        """Layers whose ΔW is below the resolution of what stores them: rounding takes more than half of it."""
+        return tuple(path for path, layer in self.layers.items() if layer.share > UNRESOLVED)
+
+    @property
+    def rounding_error(self) -> float:
+        """‖lost‖ / ‖W‖: how far the stored weights are from W + ΔW, for scale beside the weights."""
+        weight = math.hypot(*(layer.weight for layer in self.layers.values()))
+        return math.hypot(*(layer.lost for layer in self.layers.values())) / weight if weight else 0.0
 
     @property
     def relative_change(self) -> float:
@@ -61,9 +86,13 @@ class MergeReport:
             if self.trained_in
             else ""
         )
+        in_bf16 = self.lost_share_in_bf16
+        off = f"what is stored is off by ‖lost‖/‖W‖ = {_percent(self.rounding_error)}"
+        kept = "" if in_bf16 is None else f"; in bf16 it would be {_percent(in_bf16)}; {off}"
         return (
             f"merged {len(self.layers)} layers ({', '.join(self.dtypes)}), ‖Δ‖/‖W‖ = {self.relative_change:.2g}; "
-            f"lost to rounding ‖lost Δ‖/‖Δ‖ = {_percent(self.lost_share)}, at most {_percent(loss.share)} ({worst}){trained}"
+            f"lost to rounding ‖lost Δ‖/‖Δ‖ = {_percent(self.lost_share)}, at most {_percent(loss.share)} ({worst}){kept}"
+            f"{trained}"
         )
 
 

@@ -386,6 +386,34 @@ def test_merge_makes_a_plain_model(
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_merge_by_shard_is_the_same_model(
+    dtype: str, base_folder: Path, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    out, usual = tmp_path / "merged", tmp_path / "usual"
+    common = ["merge", str(adapter_folder), "--device", "cpu", "--dtype", dtype]
+    assert main([*common, "--by-shard", "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "lost of Δ" in text and f"weights in {'bfloat16' if dtype == 'bf16' else 'float32'}" in text
+    assert main([*common, "--output", str(usual)]) == 0
+    found, expected = (load_file(folder / "model.safetensors") for folder in (out, usual))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert (out / "tokenizer.json").read_bytes() == (base_folder / "tokenizer.json").read_bytes()
+    assert main([*common, "--by-shard", "--output", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "nf4"])
+def test_merge_does_not_save_a_quantised_folder(
+    dtype: str, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(adapter_folder), "--dtype", dtype, "--output", str(tmp_path / "new")]) == 2
+    assert f"--dtype {dtype}: a merged folder holds plain weights" in capsys.readouterr().err
+
+
 def test_combine_is_the_weighted_sum(adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mixed"
     assert main(["combine", f"{adapter_folder}:0.7", f"{adapter_folder}:-0.2", "--output", str(out)]) == 0
@@ -393,6 +421,62 @@ def test_combine_is_the_weighted_sum(adapter_folder: Path, tmp_path: Path, capsy
     path = "model.layers.0.self_attn.q_proj"
     one, mixed = Adapter.load(adapter_folder).layers[path].delta(), Adapter.load(out).layers[path].delta()
     assert torch.allclose(mixed, 0.5 * one, atol=1e-6)
+
+
+def test_combine_to_a_rank_with_weights_by_layer(
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, by_colon = tmp_path / "mixed", tmp_path / "again"
+    parts, weights = [str(adapter_folder)] * 2, ["layers.0=1,q_proj=-0.5,*=0", "-0.25"]
+    options = ["--method", "svd", "--rank", "3"]
+    assert main(["combine", *parts, "-w", weights[0], "-w", weights[1], *options, "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "svd: 4 layers, ranks in all 4 to 8 before" in text and "‖ΔW − result‖/‖ΔW‖ = " in text
+    one, mixed = Adapter.load(adapter_folder), Adapter.load(out)
+    for index, weight in enumerate((0.75, -0.75)):
+        path = f"model.layers.{index}.self_attn.q_proj"
+        U, S, Vt = torch.linalg.svd(weight * one.layers[path].delta())
+        best = (U[:, :3] * S[:3]) @ Vt[:3]
+        assert torch.allclose(mixed.layers[path].delta(), best, atol=1e-5)
+        assert mixed.layers[path].rank == 3
+    assert mixed.metadata["combine.rank"] == "3"
+    colon = [f"{part}:{weight}" for part, weight in zip(parts, weights, strict=True)]
+    assert main(["combine", *colon, *options, "--output", str(by_colon)]) == 0
+    assert (by_colon / "adapter_model.safetensors").read_bytes() == (out / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{}", "{}", "-w", "1"], "-w: expected one for each of 2 adapters, in their order, got 1"),
+        (["{}", "-w", "mlp"], "-w: weight 'mlp': 'mlp' is no number"),
+        (["{}:one"], ": expected ADAPTER:WEIGHT: weight 'one': 'one' is no number"),
+        (["{}:mpl=1,*=0"], "the weight of adapter 0 names 'mpl', which matches no layer"),
+        (["{}:1", "--rank", "4"], "method 'exact' takes no rank; svd, "),
+        (["{}:1", "--method", "tise"], "unknown method 'tise' (did you mean 'ties'?)"),
+        (["{}:1", "--method", "svd", "--energy", "2"], "energy should be a share"),
+    ],
+)
+def test_combine_says_what_is_wrong_and_writes_nothing(
+    words: list[str], said: str, adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["combine", *(word.format(adapter_folder) for word in words), "--output", str(out)]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_combine_shows_a_bar_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorabank.cli import combine
+
+    shown: list[int] = []
+    now = iter([0.0, 1.0, 1.9, 2.1, 3.0])
+    monkeypatch.setattr(combine.time, "monotonic", lambda: next(now))
+    bar = combine._LateBar()
+    monkeypatch.setattr(bar, "_bar", lambda activity, done, total: shown.append(done))
+    for done in range(4):
+        bar("combining", done, 4)
+    assert shown == [2, 3]
 
 
 def test_inspect_an_adapter(adapter_folder: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,3 +43,16 @@ def test_many_seeds_have_a_line_a_base(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{min(fp8):.4f}, {max(fp8):.4f}" in table
     assert "| bf16 | 2.1940 | " in table
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_the_combining_table_is_that_of_its_result() -> None:
+    study = ROOT / "studies" / "combining"
+    sys.path.insert(0, str(study))
+    table = importlib.import_module("table")
+    document = json.loads((study / "results" / "result.json").read_text(encoding="utf-8"))
+    text = (study / "README.md").read_text(encoding="utf-8")
+    assert table.with_table(text, document) == text, "run python studies/combining/table.py"
+    document["cases"][-1]["losses"]["long"] *= 1.01
+    assert table.with_table(text, document) != text
+    methods = {case["method"] for case in document["cases"]}
+    assert methods >= {"exact", "svd", "ties", "dare", "magnitude_prune"}

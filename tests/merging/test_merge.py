@@ -240,7 +240,7 @@ def test_a_layer_that_computes_something_else_fails_the_check_and_is_undone(
 def test_an_interrupt_leaves_the_base(make_llama: MakeLlama, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     before = state(model)
-    real, calls = merge_module._merge_layer, []
+    real, calls = merge_module.merge_layer, []
 
     def interrupted(*args: object) -> object:
         calls.append(args)
@@ -249,7 +249,7 @@ def test_an_interrupt_leaves_the_base(make_llama: MakeLlama, make_adapter: MakeA
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(merge_module, "_merge_layer", interrupted)
+    monkeypatch.setattr(merge_module, "merge_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(model, make_adapter(model))
     assert same_bits(before, state(model))
