@@ -16,6 +16,7 @@ from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.fit import check_decomposed, check_fits, task_type, warn_ranks, warn_storage
 from lorabank.bank.layers import LoRALayer, SlotValues
 from lorabank.bank.naming import check_new_name
+from lorabank.bank.owners import Owners
 from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
@@ -69,6 +70,7 @@ class AdapterBank:
         self._fingerprint: Fingerprint | None = None
         self._detached = False
         self._reach = ReachCheck(model, self)
+        self._owners = Owners(model)
         model.requires_grad_(False)
 
     # ---- adapters -------------------------------------------------------------------------------------------------
@@ -327,6 +329,7 @@ class AdapterBank:
             for parent, attribute in places_of(self.model, layer):
                 setattr(parent, attribute, layer.base)
         self._reach.close()
+        self._owners.close()
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         self._layers.clear()
@@ -382,6 +385,7 @@ class AdapterBank:
                 setattr(parent, attribute, layer)
             self._layers[path] = layer
             self._reach.watch(layer)
+            self._owners.watch(layer)
         return self._layers[path]
 
     def _changed(self) -> None:

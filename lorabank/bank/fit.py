@@ -141,14 +141,14 @@ def warn_ranks(name: str, ranks: Mapping[str, int], layers: Mapping[str, nn.Modu
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's task type by the model class's name, as transformers names its heads."""
+    """PEFT's task type by the model class's name, as transformers names its heads.
+
+    None for classifiers: with their task types PEFT expects the head's own weights in the file, and doesn't load one without.
+    """
     name = type(model).__name__
     for suffix, task in (
         ("ForCausalLM", "CAUSAL_LM"),
         ("LMHeadModel", "CAUSAL_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
         ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
     ):
         if name.endswith(suffix):

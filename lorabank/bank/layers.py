@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.init import initial
 from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
 from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
+from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore, SlotTensors
@@ -103,7 +105,7 @@ class LoRALayer(nn.Module):
     """A base layer with the bank's slots beside it."""
 
     def __init__(self, base: nn.Module, path: str, router: Router, rows_lost: str | None = None) -> None:
-        """`rows_lost`: why this layer's input doesn't have the batch's rows first, None when it does."""
+        """`rows_lost`: why the route can't follow this layer's input to the batch's rows, None when it can."""
         super().__init__()
         kind = layer_kind(base)
         if kind is None:
@@ -125,7 +127,7 @@ class LoRALayer(nn.Module):
         own["call"] = None
         own["moved"] = False
         own["router"] = router
-        own["rows_lost"] = rows_lost
+        own["rows_lost"], own["folded"], own["called"] = rows_lost, None, None
         own["low_rank_map"] = kind.low_rank_map(base)
         own["_path_seed"] = zlib.crc32(path.encode())
         own["_parameters"], own["_buffers"] = base._parameters, base._buffers
@@ -145,6 +147,10 @@ class LoRALayer(nn.Module):
     read: int
     """Identity of the last plain call's input, which layers of a module that read one x have in common."""
     rows_lost: str | None
+    folded: OwnerWatch | None
+    """Of the module that folds the batch's rows with what follows, ahead of this layer."""
+    called: ContextVar[bool] | None
+    """Set by a call, where the module above has other ways past this layer."""
     held: list[Tensor] | None
     """What the products take as their base, where that is made once."""
     moved: bool
@@ -175,6 +181,10 @@ class LoRALayer(nn.Module):
         self.slots[name] = LayerSlot(tensors, rank, scaling, dropout, seed)
         self._slot_parameters.refresh()
         return tensors
+
+    def watch(self, folded: OwnerWatch | None, called: ContextVar[bool] | None) -> None:
+        """Note what the modules above this layer tell of its input, and where its calls are to be told."""
+        self.__dict__.update(folded=folded, called=called)
 
     def slot_tables(self, numbers: Mapping[str, int], slots: int) -> LayerTables:
         """Where each of the bank's slots is in this layer. `numbers`: adapter to its slot number, below `slots`."""
@@ -304,6 +314,8 @@ class LoRALayer(nn.Module):
 
     def _adapted(self, x: Tensor) -> Tensor:
         self.__dict__["reached"], self.__dict__["read"] = True, id(x)
+        if self.called is not None:
+            self.called.set(True)
         routing = self.router.route_in_force(self.path)
         if routing is None or x.numel() == 0:
             return self.base(x)
@@ -355,6 +367,8 @@ class LoRALayer(nn.Module):
 
     def _units(self, routing: Routing, x: Tensor) -> int:
         """How many units x has under the routing. Raises RoutingError where it can't be split into them."""
+        if self.folded is not None and routing.per == "row" and (rows := self.folded.rows) is not None:
+            return routing.units_folded(rows, x, self.path)
         if not self.kind.kernel(self.base):
             return routing.units_of(x, self.path, features=self.kind.linear)
         if routing.per == "token":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lorabank.bank import linear4bit
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
@@ -78,11 +79,26 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, LoRALayer) else module
 
 
+_READ = "its weight is read and it isn't called"
 BYPASSED: Mapping[str, tuple[Sequence[str], str]] = {
-    "RecurrentGemmaRecurrentBlock": (("conv_1d",), "with a cache its weight is read and it isn't called"),
-    "LearnedPositionEmbedding": (("row_embeddings", "column_embeddings"), "what it gives is kept, whatever the route is later"),
+    r"RecurrentGemmaRecurrentBlock": (("conv_1d",), f"with a cache {_READ}"),
+    r"\w*LearnedPositionEmbedding": (
+        ("row_embeddings", "column_embeddings"),
+        "what it gives is kept, whatever the route is later",
+    ),
+    r"(Falcon|Jamba)?MambaMixer": (("dt_proj", "conv1d"), _READ),
+    r"\w*(Mixer|MambaLayer|GatedDeltaNet|DeltaAttention|LinearAttention|ShortConvolution)": (("conv1d",), _READ),
+    r"Lfm\w*ShortConv": (("conv",), _READ),
+    r"LayoutLMv[23]Encoder|PPDocLayoutV2ReadingOrderEncoder": (("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), _READ),
+    r"WavLMAttention": (("q_proj", "k_proj", "v_proj", "out_proj"), _READ),
+    r"TDNNLayer": (("kernel",), _READ),
+    r"MobileBertLMPredictionHead": (("dense", "decoder"), _READ),
+    r"\w*MHAttentionMap": (("k_proj", "k_linear"), _READ),
+    r"LongcatFlashTopkRouter": (("classifier",), _READ),
+    r"NeoMMEForMaskedLM": (("unembedding_projection",), _READ),
+    r"LSHSelfAttention": (("query_key", "value"), "in backward its weight is read"),
 }
-"""End of a module class's name → its children that are bypassed, and how."""
+"""A module class's name → its children that are bypassed, and how."""
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -115,14 +131,15 @@ def _fused_away(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.MultiheadAttention):
             found[f"{path}.out_proj".lstrip(".")] = "nn.MultiheadAttention reads its weight and never calls it"
         for name, (children, why) in BYPASSED.items():
-            if type(module).__name__.endswith(name):
+            if re.fullmatch(name, type(module).__name__):
                 found |= {f"{path}.{child}".lstrip("."): why for child in children if child in module._modules}
     return found
 
 
 def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
     """Linear maps that can't be adapted yet: path to the reason. `all-linear` refuses a model that has any."""
-    found = dict(_fused_away(model))
+    modules = dict(model.named_modules())
+    found = {path: why for path, why in _fused_away(model).items() if not isinstance(_unwrapped(modules[path]), _NO_LINEAR_MAPS)}
     heads = output_head_paths(model)
     for path, module in _own_modules(model):
         module = _unwrapped(module)
@@ -143,8 +160,13 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
         elif _looks_linear(module):
             found[path] = f"{type(module).__name__} is not supported yet"
         elif stacked := _stacked_weights(module):
-            found[path] = f"{type(module).__name__} holds stacked expert weights ({', '.join(stacked)}), not supported yet"
+            what = "stacked expert weights" if _EXPERTS.search(type(module).__name__) else "3-D weights of its own"
+            found[path] = f"{type(module).__name__} holds {what} ({', '.join(stacked)}), not supported yet"
     return found
+
+
+_NO_LINEAR_MAPS = (nn.modules.conv._ConvNd, nn.Embedding)
+_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 
 
 def _looks_linear(module: nn.Module) -> bool:
@@ -154,8 +176,8 @@ def _looks_linear(module: nn.Module) -> bool:
 
 
 def _stacked_weights(module: nn.Module) -> list[str]:
-    """Names of 3-D weights with one matrix an expert. Convolutions and position tables aren't."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    """Names of 3-D weights with one matrix an expert. Convolutions, their parametrizations and position tables aren't."""
+    if isinstance(module, nn.modules.conv._ConvNd | ParametrizationList):
         return []
     present = {name: p for name, p in module._parameters.items() if p is not None and not is_lazy(p)}
     return [name for name, p in present.items() if p.ndim == 3 and min(p.shape) > 1 and p.is_floating_point()]
