@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from lorabank.bank.kinds import EMBEDDING
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.quantized import storage_of
 from lorabank.bank.targets import adaptable_layers, unsupported_linear_maps
+from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
@@ -23,6 +25,16 @@ def features(layer: nn.Module) -> tuple[int, int]:
     if kind is None:
         raise TargetError(f"{type(layer).__name__} can't be adapted")
     return kind.features(layer)
+
+
+def at_home(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with its layers at the paths that they have in `model`, inside PEFT's wrappers where it has any."""
+    prefix = base_prefix(model)
+    moved = {base_path(path, prefix): path for path in adaptable_layers(model)}
+    if all(moved.get(path, path) == path for path in adapter.layers):
+        return adapter
+    weights = {moved.get(path, path): weight for path, weight in adapter.base_weights.items()}
+    return replace(adapter, layers={moved.get(path, path): layer for path, layer in adapter.layers.items()}, base_weights=weights)
 
 
 def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = False) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lorabank.bank import linear4bit
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import LoRALayer, layer_kind
+from lorabank.bank.wrappers import BASE_LAYER, without_wrappers, wraps_base_layer
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
 from lorabank.formats.patterns import pattern_value
@@ -70,6 +71,8 @@ def output_head_paths(model: nn.Module) -> set[str]:
     """Paths of the modules that map to the vocabulary; empty for a model that doesn't say."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
+    while isinstance(head, nn.Module) and wraps_base_layer(head):
+        head = head._modules.get(BASE_LAYER) or head._modules.get("original_module")
     if isinstance(head, LoRALayer):
         head = head.base
     return {path for path, module in model.named_modules() if head is not None and _unwrapped(module) is head}
@@ -119,9 +122,13 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Modules of the base model: not the children of our wrappers."""
-    wrapped = tuple(path + "." for path, m in model.named_modules() if isinstance(m, LoRALayer))
-    return ((path, m) for path, m in model.named_modules() if not path.startswith(wrapped))
+    """Modules of the base model: not the children of our wrappers, nor what PEFT's hold beside their base layer."""
+    modules, beside = list(model.named_modules()), list[str]()
+    for path, module in modules:
+        if isinstance(module, LoRALayer) or wraps_base_layer(module):
+            theirs = (child for child in module._modules if isinstance(module, LoRALayer) or child != BASE_LAYER)
+            beside += [f"{path}.{child}.".lstrip(".") for child in theirs]
+    return ((path, module) for path, module in modules if not f"{path}.".startswith(tuple(beside)))
 
 
 def _fused_away(model: nn.Module) -> dict[str, str]:
@@ -189,7 +196,11 @@ def as_list(value: str | Sequence[str]) -> list[str]:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether one part of `targets` (none of `all-…`) matches a layer's path."""
+    """Whether one part of `targets` (none of `all-…`) matches a layer's path, PEFT's wrappers in it left out or not."""
+    return _matches(pattern, path) or (BASE_LAYER in path and _matches(pattern, without_wrappers(path)))
+
+
+def _matches(pattern: str, path: str) -> bool:
     if pattern in ROLES:
         return ROLES[pattern](path)
     if pattern.startswith("re:"):
@@ -199,15 +210,18 @@ def matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The layers that `config` adapts, by path, in the model's order. Raises TargetError when any part matches nothing."""
-    layers = adaptable_layers(model)
+def resolve_targets(model: nn.Module, config: AdapterConfig, apart: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The layers that `config` adapts, by path, in the model's order. Raises TargetError when any part matches nothing.
+
+    `apart`: paths of modules that train beside the base, which nothing here means.
+    """
+    layers = {path: layer for path, layer in adaptable_layers(model).items() if path not in apart}
     heads = output_head_paths(model)
     chosen: set[str] = set()
     blocks: dict[str, set[int | None]] = {}
     for part in as_list(config.targets):
         if part == ALL_LINEAR:
-            _refuse_partial(model, config)
+            _refuse_partial(model, config, apart)
             found = {path for path, layer in layers.items() if path not in heads and _is_linear(layer)}
         else:
             if part in ALL_OF_A_KIND:
@@ -253,7 +267,7 @@ def _part_matches(part: str, path: str, setting: str) -> bool:
 def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: set[str]) -> None:
     for key, value in patterns.items():
         try:
-            used = any(pattern_value({key: value}, path, 0) for path in chosen)
+            used = any(pattern_value({key: value}, without_wrappers(path), 0) for path in chosen)
         except re.error as error:
             raise TargetError(f"{setting}: {key!r} is no regular expression: {error}") from error
         if not used:
@@ -261,8 +275,8 @@ def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: set[str
             raise TargetError(f"{setting}[{key!r}] matches none of the {len(chosen)} adapted layers{hint}")
 
 
-def _refuse_partial(model: nn.Module, config: AdapterConfig) -> None:
-    unsupported = unsupported_linear_maps(model)
+def _refuse_partial(model: nn.Module, config: AdapterConfig, apart: Collection[str]) -> None:
+    unsupported = {path: why for path, why in unsupported_linear_maps(model).items() if path not in apart}
     excluded = as_list(config.exclude)
     left = {p: why for p, why in unsupported.items() if not any(_part_matches(part, p, "exclude") for part in excluded)}
     if left:
