@@ -324,6 +324,8 @@ class LoRALayer(nn.Module):
                 f"layer {self.path!r} takes its plain path, which a captured pass can't follow from batch to batch"
             )
         if self.rows_lost is not None and routing.per != "all":
+            if not any(name in self.slots for name in routing.names):
+                return self.base(x)  # of adapters that aren't in this layer
             raise RoutingError(
                 f"layer {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), "
                 "or bank.route(name)), or leave this layer out of targets."

@@ -1,14 +1,16 @@
 """What modules do with the layers inside them that a layer's own call doesn't show: one table each, by class name.
 
 Some fold the rows of a batch into more rows (windows, tokens), some turn them away from the first dimension, some multiply by a
-layer's weight without calling it on some of their ways. A class that isn't named here is taken to do none of that: the layer
-refuses an input whose first dimension isn't the route's.
+layer's weight without calling it on some of their ways. The names are those of transformers' classes (and of remote code that it
+loads). A class that isn't named here is taken to do none of that: the layer refuses an input whose first dimension isn't the
+route's.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,12 +37,30 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
     r"FSMT(En|De)coder": (r"layers\..*", "its input is (tokens, rows, features)"),
     r"XLNetModel": (r"layer\..*", "its input is (tokens, rows, features)"),
     r"Swinv2SelfAttention": (r"continuous_position_bias_mlp\..*", "its input is distances in a window, the same for all rows"),
-    r"\w*VisionTransformerPretrainedModel|Qwen\w*VisionModel": (
-        r".*",
-        "its input is the patches of all pictures, one after another",
-    ),
 }
 """Class → its layers whose input doesn't have the rows in a place that the route could follow, and what it is."""
+_GRIDS = frozenset({"grid_thw", "image_grid_thw", "grid_hw", "target_sizes"})
+"""What a vision model is given beside patches that aren't kept apart by rows: where each picture's begin."""
+_READ = "its weight is read and it isn't called"
+BYPASSED: Mapping[str, tuple[Sequence[str], str]] = {
+    r"RecurrentGemmaRecurrentBlock": (("conv_1d",), f"with a cache {_READ}"),
+    r"\w*LearnedPositionEmbedding": (
+        ("row_embeddings", "column_embeddings"),
+        "what it gives is kept, whatever the route is later",
+    ),
+    r"(Falcon|Jamba)?MambaMixer": (("dt_proj", "conv1d"), _READ),
+    r"\w*(Mixer|MambaLayer|GatedDeltaNet|DeltaAttention|LinearAttention|ShortConvolution)": (("conv1d",), _READ),
+    r"Lfm\w*ShortConv": (("conv",), _READ),
+    r"LayoutLMv[23]Encoder|PPDocLayoutV2ReadingOrderEncoder": (("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), _READ),
+    r"WavLMAttention": (("q_proj", "k_proj", "v_proj", "out_proj"), _READ),
+    r"TDNNLayer": (("kernel",), _READ),
+    r"MobileBertLMPredictionHead": (("dense", "decoder"), _READ),
+    r"\w*MHAttentionMap": (("k_proj", "k_linear"), _READ),
+    r"LongcatFlashTopkRouter": (("classifier",), _READ),
+    r"NeoMMEForMaskedLM": (("unembedding_projection",), _READ),
+    r"LSHSelfAttention": (("query_key", "value"), "in backward its weight is read"),
+}
+"""Class → its children that it never calls, or not always, and what happens instead. They can't be adapted."""
 _KERNELS = "in training mode (model.train(), which lorabank's own training does without) mamba's kernels read"
 PASSED: Mapping[str, tuple[str, str]] = {
     r"(Falcon)?MambaMixer": (r"x_proj|out_proj", f"{_KERNELS} their weights instead"),
@@ -66,11 +86,23 @@ def owners_of(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
         module = child
 
 
+def is_named(owner: nn.Module, name: str) -> bool:
+    """Whether a module is of a class of transformers that the key of a table names."""
+    return type(owner).__module__.startswith("transformers") and re.fullmatch(name, type(owner).__name__) is not None
+
+
+def _packs_pictures(owner: nn.Module) -> bool:
+    given = inspect.signature(type(owner).forward).parameters
+    return not _GRIDS.isdisjoint(given) and "input_ids" not in given
+
+
 def elsewhere(model: nn.Module, path: str) -> str | None:
     """What a layer's input is, where it doesn't have the batch's rows first; None otherwise."""
     for owner, rest in owners_of(model, path):
+        if _packs_pictures(owner):
+            return "its input is the patches of all pictures, one after another"
         for name, (layers, what) in ELSEWHERE.items():
-            if re.fullmatch(name, type(owner).__name__) and re.fullmatch(layers, rest):
+            if is_named(owner, name) and re.fullmatch(layers, rest):
                 return what
     return None
 
@@ -79,7 +111,7 @@ def folding_owner(model: nn.Module, path: str) -> nn.Module | None:
     """The module that folds rows ahead of a layer, if one does."""
     for owner, rest in owners_of(model, path):
         for name, layers in FOLDING.items():
-            if re.fullmatch(name, type(owner).__name__) and re.fullmatch(layers, rest):
+            if is_named(owner, name) and re.fullmatch(layers, rest):
                 return owner
     return None
 
@@ -88,7 +120,7 @@ def passing_owner(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
     """The module that may read a layer's weight past it, and when; None for most layers."""
     for owner, rest in owners_of(model, path):
         for name, (layers, when) in PASSED.items():
-            if re.fullmatch(name, type(owner).__name__) and re.fullmatch(layers, rest):
+            if is_named(owner, name) and re.fullmatch(layers, rest):
                 return owner, when
     return None
 

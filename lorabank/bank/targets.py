@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lorabank.bank import linear4bit
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import LoRALayer, layer_kind
+from lorabank.bank.owners import BYPASSED, is_named
 from lorabank.bank.wrappers import BASE_LAYER, without_wrappers, wraps_base_layer
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
@@ -82,28 +83,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, LoRALayer) else module
 
 
-_READ = "its weight is read and it isn't called"
-BYPASSED: Mapping[str, tuple[Sequence[str], str]] = {
-    r"RecurrentGemmaRecurrentBlock": (("conv_1d",), f"with a cache {_READ}"),
-    r"\w*LearnedPositionEmbedding": (
-        ("row_embeddings", "column_embeddings"),
-        "what it gives is kept, whatever the route is later",
-    ),
-    r"(Falcon|Jamba)?MambaMixer": (("dt_proj", "conv1d"), _READ),
-    r"\w*(Mixer|MambaLayer|GatedDeltaNet|DeltaAttention|LinearAttention|ShortConvolution)": (("conv1d",), _READ),
-    r"Lfm\w*ShortConv": (("conv",), _READ),
-    r"LayoutLMv[23]Encoder|PPDocLayoutV2ReadingOrderEncoder": (("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), _READ),
-    r"WavLMAttention": (("q_proj", "k_proj", "v_proj", "out_proj"), _READ),
-    r"TDNNLayer": (("kernel",), _READ),
-    r"MobileBertLMPredictionHead": (("dense", "decoder"), _READ),
-    r"\w*MHAttentionMap": (("k_proj", "k_linear"), _READ),
-    r"LongcatFlashTopkRouter": (("classifier",), _READ),
-    r"NeoMMEForMaskedLM": (("unembedding_projection",), _READ),
-    r"LSHSelfAttention": (("query_key", "value"), "in backward its weight is read"),
-}
-"""A module class's name → its children that are bypassed, and how."""
-
-
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that can be adapted, by path, the output head included. Wrapped ones count as their base."""
     bypassed = _fused_away(model)
@@ -138,7 +117,7 @@ def _fused_away(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.MultiheadAttention):
             found[f"{path}.out_proj".lstrip(".")] = "nn.MultiheadAttention reads its weight and never calls it"
         for name, (children, why) in BYPASSED.items():
-            if re.fullmatch(name, type(module).__name__):
+            if is_named(module, name):
                 found |= {f"{path}.{child}".lstrip("."): why for child in children if child in module._modules}
     return found
 

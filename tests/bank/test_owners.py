@@ -15,8 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from lorabank import BASE, attach
-from lorabank.bank.owners import ELSEWHERE, FOLDING, PASSED
-from lorabank.bank.targets import BYPASSED
+from lorabank.bank.owners import BYPASSED, ELSEWHERE, FOLDING, PASSED
 from lorabank.errors import RoutingError, UnreachedLayerError
 from tests.bank.families import FAMILIES
 from tests.bank.family import MIXED, ROWS, answers, bank_of, check_close
@@ -25,6 +24,8 @@ from tests.bank.tiny import add, clear, gradients
 
 class OPTDecoderLayer(nn.Module):
     """Folds rows and tokens, by its name as OPT's does."""
+
+    __module__ = "transformers_modules.made.for.tests"
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +38,8 @@ class OPTDecoderLayer(nn.Module):
 class MambaMixer(nn.Module):
     """Reads a weight past its layer in training mode, by its name as Mamba's does where its kernels are."""
 
+    __module__ = "transformers_modules.made.for.tests"
+
     def __init__(self) -> None:
         super().__init__()
         self.x_proj, self.out_proj = nn.Linear(6, 6), nn.Linear(6, 4)
@@ -44,6 +47,56 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.x_proj(x)
         return torch.nn.functional.linear(x, self.out_proj.weight) if self.training else self.out_proj(x)
+
+
+class Tower(nn.Module):
+    """Is given the patches of all pictures, and where each begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+
+    def forward(self, patches: Tensor, grid_thw: Tensor) -> Tensor:
+        return self.proj(patches)
+
+
+class Sees(nn.Module):
+    """Takes ids beside them, so that what else it has keeps rows apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.head = Tower(), nn.Linear(6, 4)
+
+    def forward(self, input_ids: Tensor, patches: Tensor, image_grid_thw: Tensor) -> Tensor:
+        return self.head(torch.randn(*input_ids.shape, 6)) + self.tower(patches, image_grid_thw).sum()
+
+
+def test_packed_pictures_are_known_by_their_grids() -> None:
+    """Three patches in all for three rows, two of which have no picture: nothing else tells them apart."""
+    bank = attach(Sees())
+    add(bank, "a")
+    given = torch.zeros(3, 2, dtype=torch.int64), torch.randn(3, 6), torch.tensor([[1, 1, 3]])
+    bank.model(*given)
+    with pytest.raises(RoutingError, match=r"'tower.proj' can't tell the rows apart: .*patches of all"), bank.route(["a"] * 3):
+        bank.model(*given)
+    bank.remove("a")
+    add(bank, "head", targets="head")
+    with bank.route(["head", BASE, BASE]):
+        bank.model(*given)
+
+
+def test_a_class_of_that_name_of_someone_elses_is_not_meant() -> None:
+    class MambaMixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dt_proj = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dt_proj(x)
+
+    bank = attach(nn.Sequential(MambaMixer()))
+    add(bank, "a")
+    assert list(bank.adapter("a").layers) == ["0.dt_proj"]
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
