@@ -110,7 +110,9 @@ EXPERTS: Mapping[str, Family] = {
     "qwen2_moe": _experts("Qwen2Moe", **_ROUTED, shared_expert_intermediate_size=8),
     "qwen3_moe": _experts("Qwen3Moe", **_ROUTED, head_dim=4),
     "olmoe": _experts("Olmoe", num_experts=4, num_experts_per_tok=2),
-    "granitemoe": _experts("GraniteMoe", num_local_experts=4, num_experts_per_tok=2),
+    "granitemoe": _experts(
+        "GraniteMoe", [r"re:.*block_sparse_moe\.(experts|\w+put_linear)"], num_local_experts=4, num_experts_per_tok=2
+    ),
     "phimoe": _experts(
         "Phimoe", ("*experts", "router"), "PhimoeTopKRouter has a forward or weight", num_local_experts=4, num_experts_per_tok=2
     ),
@@ -122,7 +124,7 @@ EXPERTS: Mapping[str, Family] = {
         num_experts_per_tok=2,
         kv_channels=4,
     ),
-    "deepseek_v2": _experts("DeepseekV2", more=_AS_EXPERTS, **_LATENT, **_DEEP),
+    "deepseek_v2": _experts("DeepseekV2", [r"re:.*mlp\.(experts|gate)"], more=_AS_EXPERTS, **_LATENT, **_DEEP),
     "deepseek_v3": _experts("DeepseekV3", more=_AS_EXPERTS, **_LATENT, **_DEEP),
     "qwen3_next": _experts(
         "Qwen3Next",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from lorabank import BASE, attach
@@ -209,6 +210,7 @@ def test_without_the_table_rows_would_be_refused(name: str, monkeypatch: pytest.
 LAYERS = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}
 ELSEWHERE_THAN_FORWARD = re.compile(r"__init__|init_\w*weights|_init_weights|_?tie_weights")
 LOOKS = {"dtype", "device", "shape", "data", "_is_hf_initialized"}
+OLDER = {r"Deepseek(V2|Ocr2Text)Moe"}
 LEFT = {
     ("BloomAttention", "dense"),  # with slow_but_exact, which a model has or has not: found at the first forward
     ("BloomMLP", "dense_4h_to_h"),
@@ -260,10 +262,12 @@ def test_every_layer_that_transformers_passes_is_named() -> None:
     assert unnamed == set()
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the tables have later versions' classes, too")
 def test_the_tables_name_classes_that_there_are() -> None:
+    """But for what older versions alone have."""
     folder = Path(transformers.__file__).parent / "models"
     sources = "\n".join(file.read_text(encoding="utf-8") for file in folder.glob("*/modeling_*.py"))
     classes = set(re.findall(r"^class (\w+)\(", sources, re.MULTILINE))
-    for name in [*FOLDING, *ELSEWHERE, *PASSED, *BYPASSED]:
+    for name in {*FOLDING, *ELSEWHERE, *PASSED, *BYPASSED} - OLDER:
         for part in re.split(r"\|(?![^(]*\))", name):
             assert any(re.fullmatch(part, found) for found in classes), part
