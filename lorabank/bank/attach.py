@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from lorabank.bank.bank import AdapterBank
+from lorabank.bank.keep import kept_parameters, warn_stopped
 from lorabank.bank.reach import is_attached
+from lorabank.bank.targets import matches
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import LorabankError
 
 
-def attach(model: nn.Module) -> AdapterBank:
+def attach(model: nn.Module, *, keep_trainable: str | Sequence[str] = ()) -> AdapterBank:
     """Freeze `model` and return a bank of adapters over it. No layer changes until an adapter needs it.
 
-    Any `nn.Module` will do. Raises LorabankError when the model already has a bank.
+    Any `nn.Module` will do. `keep_trainable`: parameters, or modules with all of theirs, that go on training: a bottleneck, a
+    prefix, another PEFT method's, a head. Names, ends of paths, globs or `re:…`, as in `targets`, which never means them.
+
+    Raises LorabankError when the model already has a bank, ConfigError for a name in `keep_trainable` that nothing has.
 
     A layer that maps 4 features to 3 has 3 × 4 = 12 weights. LoRA of rank 1 leaves them frozen and trains a column B (3 × 1)
     and a row A (1 × 4), 7 numbers, whose product is the change of the weight:
@@ -55,4 +62,6 @@ def attach(model: nn.Module) -> AdapterBank:
         raise LorabankError(
             f"attach: a part of this model, {taken!r}, belongs to a bank already. Use that bank, or detach it first."
         )
-    return AdapterBank(model)
+    kept = kept_parameters(model, keep_trainable, matches)
+    warn_stopped(model, kept)
+    return AdapterBank(model, kept)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +15,12 @@ from torch import nn
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.experts import LoRAExperts
-from lorabank.bank.fit import check_decomposed, check_fits, task_type, warn_ranks, warn_storage
+from lorabank.bank.fit import at_home, check_decomposed, check_fits, task_type, warn_ranks, warn_storage
 from lorabank.bank.fused import SLOTS
+from lorabank.bank.keep import kept_modules
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.naming import check_new_name
+from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
 from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
@@ -27,6 +29,7 @@ from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_r
 from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
+from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
 from lorabank.bank.wrapping import Adapted
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
@@ -60,8 +63,10 @@ class AdapterBank:
     Made by `lorabank.attach(model)`. A layer is wrapped when an adapter first needs it and stays until `detach`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kept: Collection[str] = ()) -> None:
+        """`kept`: names of the model's own parameters that go on training."""
         self.model = model
+        self.kept = frozenset(kept)
         self.structure = 0
         self._slots: dict[str, _Slot] = {}
         self._layers: dict[str, Carrier] = {}
@@ -76,7 +81,9 @@ class AdapterBank:
         self._fingerprint: Fingerprint | None = None
         self._detached = False
         self._reach = ReachCheck(model, self)
-        model.requires_grad_(False)
+        self._owners = Owners(model)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in self.kept)
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
@@ -104,7 +111,8 @@ class AdapterBank:
     def fingerprint(self) -> Fingerprint:
         """Of the base model, taken once."""
         if self._fingerprint is None:
-            self._fingerprint = Fingerprint.of(self.model)
+            prefix = base_prefix(self.model)
+            self._fingerprint = Fingerprint.of(self.model, without=self.kept, named=lambda name: base_path(name, prefix))
         return self._fingerprint
 
     def config(self, name: str) -> AdapterConfig:
@@ -120,12 +128,13 @@ class AdapterBank:
         self._check_alive()
         check_new_name(name, self._slots)
         config = as_adapter_config(config)
-        chosen = resolve_targets(self.model, config)
+        chosen = resolve_targets(self.model, config, kept_modules(self.kept))
         check_decomposed(config, chosen)
         shapes: dict[str, tuple[int, float]] = {}
         for path in chosen:
-            rank = pattern_value(config.rank_pattern, path, config.rank)
-            shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, path, config.alpha)))
+            known = without_wrappers(path)
+            rank = pattern_value(config.rank_pattern, known, config.rank)
+            shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, known, config.alpha)))
         slot = _Slot(config=config, seed=seed, paths=tuple(chosen))
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 
@@ -146,6 +155,7 @@ class AdapterBank:
                 f"adapter {name!r} was trained on another base model{of}: {difference}. "
                 "Load the base that it was trained on, or pass force=True to use it all the same."
             )
+        adapter = at_home(self.model, adapter)
         check_fits(self.model, name, adapter, force=force)
         warn_storage(name, adapter, self.model)
         # in the order that `add` has them, not the file's
@@ -157,10 +167,10 @@ class AdapterBank:
 
     def adapter(self, name: str) -> Adapter:
         """A copy of an adapter's present values, on the CPU, apart from the bank."""
-        slot = self._slot(name)
+        slot, prefix = self._slot(name), base_prefix(self.model)
         layers: dict[str, AdapterLayer] = {}
         for path in slot.paths:
-            layers |= self._layers[path].adapter_layers(name)
+            layers |= {base_path(part, prefix): layer for part, layer in self._layers[path].adapter_layers(name).items()}
         base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
         storage = storage_of(self.model) or slot.base_storage
         return Adapter(
@@ -339,6 +349,7 @@ class AdapterBank:
             for parent, attribute in places_of(self.model, wrapper):
                 setattr(parent, attribute, wrapper.base)
         self._reach.close()
+        self._owners.close()
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         self._layers.clear()
@@ -404,6 +415,8 @@ class AdapterBank:
             for place in places:
                 self._layers[place.path] = place
                 self._reach.watch(place)
+            if isinstance(wrapper, LoRALayer):
+                self._owners.watch(wrapper)
         return self._layers[path]
 
     def _changed(self) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from lorabank.bank.kinds import EMBEDDING, EXPERTS
 from lorabank.bank.layers import layer_kind
-from lorabank.bank.parts import layer_parts
+from lorabank.bank.parts import layer_parts, part_names
 from lorabank.bank.quantized import storage_of
 from lorabank.bank.targets import unsupported_linear_maps
+from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
@@ -25,6 +27,16 @@ def features(layer: nn.Module) -> tuple[int, int]:
     if kind is None:
         raise TargetError(f"{type(layer).__name__} can't be adapted")
     return kind.features(layer)
+
+
+def at_home(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with its layers at the paths that they have in `model`, inside PEFT's wrappers where it has any."""
+    prefix = base_prefix(model)
+    moved = {base_path(path, prefix): path for path in part_names(model)}
+    if all(moved.get(path, path) == path for path in adapter.layers):
+        return adapter
+    weights = {moved.get(path, path): weight for path, weight in adapter.base_weights.items()}
+    return replace(adapter, layers={moved.get(path, path): layer for path, layer in adapter.layers.items()}, base_weights=weights)
 
 
 def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = False) -> None:
@@ -147,14 +159,14 @@ def warn_ranks(name: str, ranks: Mapping[str, int], layers: Mapping[str, nn.Modu
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's task type by the model class's name, as transformers names its heads."""
+    """PEFT's task type by the model class's name, as transformers names its heads.
+
+    None for classifiers: with their task types PEFT expects the head's own weights in the file, and doesn't load one without.
+    """
     name = type(model).__name__
     for suffix, task in (
         ("ForCausalLM", "CAUSAL_LM"),
         ("LMHeadModel", "CAUSAL_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
         ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
     ):
         if name.endswith(suffix):

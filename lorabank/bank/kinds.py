@@ -194,6 +194,10 @@ LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
     Fp8Linear: _fp8("fp8"),
     EmulatedFp8Linear: replace(_fp8("fp8_emulated"), in_blocks=False),
 }
+SAME_MAP: Mapping[str, LayerKind] = {
+    "transformers.models.falcon.modeling_falcon.FalconLinear": replace(LAYER_KINDS[nn.Linear], product=None),  # adds b later
+}
+"""Subclasses with a forward of their own that is the same map, by their full names."""
 FOUR_BIT_KINDS: Mapping[str, LayerKind] = {name: _four_bit(name) for name in ("nf4", "fp4")}
 """By the type that a Linear4bit says it has."""
 
@@ -217,6 +221,8 @@ def layer_kind(layer: nn.Module) -> LayerKind | None:
         weight = layer._parameters.get("weight")
         if isinstance(layer, known) and type(layer).forward is known.forward and weight is not None and not is_lazy(weight):
             return None if own_way(layer) else kind
+    if (same := SAME_MAP.get(f"{type(layer).__module__}.{type(layer).__qualname__}")) is not None:
+        return same
     if linear4bit.is_linear4bit(layer) and linear4bit.obstacle(layer) is None:
         return FOUR_BIT_KINDS.get(linear4bit.quant_type(layer))
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.init import initial
 from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
 from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
+from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore
@@ -35,7 +37,7 @@ class LoRALayer(Adapted, Carrier):
     """A base layer with the bank's slots beside it."""
 
     def __init__(self, base: nn.Module, path: str, router: Router, rows_lost: str | None = None) -> None:
-        """`rows_lost`: why this layer's input doesn't have the batch's rows first, None when it does."""
+        """`rows_lost`: why the route can't follow this layer's input to the batch's rows, None when it can."""
         kind = layer_kind(base)
         if kind is None:
             raise TypeError(f"layer {path!r}: {type(base).__name__} can't be adapted")
@@ -52,7 +54,7 @@ class LoRALayer(Adapted, Carrier):
         own["call"] = None
         own["moved"] = False
         own["router"] = router
-        own["rows_lost"] = rows_lost
+        own["rows_lost"], own["folded"], own["called"] = rows_lost, None, None
         own["low_rank_map"] = kind.low_rank_map(base)
         own["_path_seed"] = zlib.crc32(path.encode())
 
@@ -61,6 +63,10 @@ class LoRALayer(Adapted, Carrier):
     read: int
     """Identity of the last plain call's input, which layers of a module that read one x have in common."""
     rows_lost: str | None
+    folded: OwnerWatch | None
+    """Of the module that folds the batch's rows with what follows, ahead of this layer."""
+    called: ContextVar[bool] | None
+    """Set by a call, where the module above has other ways past this layer."""
     held: list[Tensor] | None
     """What the products take as their base, where that is made once."""
     moved: bool
@@ -70,6 +76,10 @@ class LoRALayer(Adapted, Carrier):
 
     def extra_repr(self) -> str:
         return f"{self.base!r}, slots={list(self.slots)}"
+
+    def watch(self, folded: OwnerWatch | None, called: ContextVar[bool] | None) -> None:
+        """Note what the modules above this layer tell of its input, and where its calls are to be told."""
+        vars(self).update(folded=folded, called=called)
 
     def slot_tables(self, numbers: Mapping[str, int], slots: int) -> LayerTables:
         """Where each of the bank's slots is in this layer. `numbers`: adapter to its slot number, below `slots`."""
@@ -194,6 +204,8 @@ class LoRALayer(Adapted, Carrier):
 
     def _adapted(self, x: Tensor) -> Tensor:
         vars(self)["reached"], vars(self)["read"] = True, id(x)
+        if self.called is not None:
+            self.called.set(True)
         routing = self.router.route_in_force(self.path)
         if routing is None or x.numel() == 0:
             return self.base(x)
@@ -202,6 +214,8 @@ class LoRALayer(Adapted, Carrier):
                 f"layer {self.path!r} takes its plain path, which a captured pass can't follow from batch to batch"
             )
         if self.rows_lost is not None and routing.per != "all":
+            if not any(name in self.slots for name in routing.names):
+                return self.base(x)  # of adapters that aren't in this layer
             raise RoutingError(
                 f"layer {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), "
                 "or bank.route(name)), or leave this layer out of targets."
@@ -245,6 +259,8 @@ class LoRALayer(Adapted, Carrier):
 
     def _units(self, routing: Routing, x: Tensor) -> int:
         """How many units x has under the routing. Raises RoutingError where it can't be split into them."""
+        if self.folded is not None and routing.per == "row" and (rows := self.folded.rows) is not None:
+            return routing.units_folded(rows, x, self.path)
         if not self.kind.kernel(self.base):
             return routing.units_of(x, self.path, features=self.kind.linear)
         if routing.per == "token":

@@ -14,6 +14,11 @@ def paths_of(path: str, layer: nn.Module) -> list[str]:
     return part_paths(path, layer) if isinstance(layer, ExpertStack) else [path]
 
 
+def part_names(model: nn.Module) -> list[str]:
+    """The paths that an adapter can name."""
+    return [part for path, layer in adaptable_layers(model).items() for part in paths_of(path, layer)]
+
+
 def layer_parts(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that an adapter can name, by path. A part is a layer of its own that shares the model's storage."""
     found: dict[str, nn.Module] = {}

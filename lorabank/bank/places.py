@@ -6,6 +6,7 @@ import re
 
 from torch import Tensor, nn
 
+from lorabank.bank.owners import elsewhere, owners_of
 from lorabank.errors import RoutingError
 
 _DISTANCES = re.compile(r"rel(ative)?_(att|pos|bias|emb)|distance|^pe_k$", re.IGNORECASE)
@@ -62,8 +63,7 @@ def rows_lost(model: nn.Module, path: str) -> str | None:
         return "an expert gets the tokens of all rows in an order of its own"
     if _DISTANCES.search(parts[-1]) and isinstance(model.get_submodule(path), nn.Embedding):
         return "its ids are distances between tokens, the same for all rows"
-    for end in range(len(parts)):
-        owner = model.get_submodule(".".join(parts[:end]))
+    for owner, _ in owners_of(model, path):
         if isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and not owner.self_attn.batch_first:
             return "its input is (tokens, rows, features); build the layer with batch_first=True"
-    return None
+    return elsewhere(model, path)

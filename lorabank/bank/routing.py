@@ -213,6 +213,17 @@ class Routing:
             f"(shape {tuple(x.shape)}). {way_out}"
         )
 
+    def units_folded(self, rows: int, x: Tensor, layer: str) -> int:
+        """The same where the module above folded its `rows` with what follows them, row by row: x has a multiple of them."""
+        if rows in self.plans and x.shape[0] % rows == 0:
+            return rows
+        expected = " or ".join(str(n) for n in sorted(self.plans))
+        raise RoutingError(
+            f"layer {layer!r}: the route names {expected} rows, and the module that folds them ahead of this layer was given "
+            f"{rows} (the layer {tuple(x.shape)}). If a library multiplies the rows (beam search, num_return_sequences, "
+            'guidance), say how: route(rows, repeat=("interleave", k)) or ("tile", k).'
+        )
+
 
 def all_rows(route: RowRoute, device: torch.device) -> Routing:
     """Every row, however many there are, uses `route`."""

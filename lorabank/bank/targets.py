@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lorabank.bank import linear4bit
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import layer_kind
+from lorabank.bank.owners import BYPASSED, is_named
 from lorabank.bank.stacks import ExpertStack, obstacle, stacks_of
+from lorabank.bank.wrappers import BASE_LAYER, without_wrappers, wraps_base_layer
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
@@ -71,16 +74,11 @@ def output_head_paths(model: nn.Module) -> set[str]:
     """Paths of the modules that map to the vocabulary; empty for a model that doesn't say."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
+    while isinstance(head, nn.Module) and wraps_base_layer(head):
+        head = head._modules.get(BASE_LAYER) or head._modules.get("original_module")
     if not isinstance(head, nn.Module):
         return set()
     return {path for path, module in model.named_modules() if unwrapped(module) is unwrapped(head)}
-
-
-BYPASSED: Mapping[str, tuple[Sequence[str], str]] = {
-    "RecurrentGemmaRecurrentBlock": (("conv_1d",), "with a cache its weight is read and it isn't called"),
-    "LearnedPositionEmbedding": (("row_embeddings", "column_embeddings"), "what it gives is kept, whatever the route is later"),
-}
-"""End of a module class's name → its children that are bypassed, and how."""
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -108,9 +106,13 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Modules of the base model: not the children of our wrappers."""
-    wrapped = tuple(path + "." for path, m in model.named_modules() if isinstance(m, Adapted))
-    return ((path, m) for path, m in model.named_modules() if not path.startswith(wrapped))
+    """Modules of the base model: not the children of our wrappers, nor what PEFT's hold beside their base layer."""
+    modules, beside = list(model.named_modules()), list[str]()
+    for path, module in modules:
+        if isinstance(module, Adapted) or wraps_base_layer(module):
+            theirs = (child for child in module._modules if isinstance(module, Adapted) or child != BASE_LAYER)
+            beside += [f"{path}.{child}.".lstrip(".") for child in theirs]
+    return ((path, module) for path, module in modules if not f"{path}.".startswith(tuple(beside)))
 
 
 def _fused_away(model: nn.Module) -> dict[str, str]:
@@ -120,14 +122,15 @@ def _fused_away(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.MultiheadAttention):
             found[f"{path}.out_proj".lstrip(".")] = "nn.MultiheadAttention reads its weight and never calls it"
         for name, (children, why) in BYPASSED.items():
-            if type(module).__name__.endswith(name):
+            if is_named(module, name):
                 found |= {f"{path}.{child}".lstrip("."): why for child in children if child in module._modules}
     return found
 
 
 def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
     """Linear maps that can't be adapted yet: path to the reason. `all-linear` refuses a model that has any."""
-    found = dict(_fused_away(model))
+    modules = dict(model.named_modules())
+    found = {path: why for path, why in _fused_away(model).items() if not isinstance(unwrapped(modules[path]), _NO_LINEAR_MAPS)}
     heads = output_head_paths(model)
     for path, module in _own_modules(model):
         module = unwrapped(module)
@@ -148,9 +151,13 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
         elif _looks_linear(module):
             found[path] = f"{type(module).__name__} is not supported yet"
         elif stacked := _stacked_weights(module):
-            why = obstacle(module)
-            found[path] = f"{type(module).__name__} holds stacked expert weights ({', '.join(stacked)}), and {why}"
+            what = "stacked expert weights" if _EXPERTS.search(type(module).__name__) else "3-D weights of its own"
+            found[path] = f"{type(module).__name__} holds {what} ({', '.join(stacked)}), and {obstacle(module)}"
     return found
+
+
+_NO_LINEAR_MAPS = (nn.modules.conv._ConvNd, nn.Embedding)
+_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 
 
 def _looks_linear(module: nn.Module) -> bool:
@@ -160,8 +167,8 @@ def _looks_linear(module: nn.Module) -> bool:
 
 
 def _stacked_weights(module: nn.Module) -> list[str]:
-    """Names of 3-D weights with one matrix an expert. Convolutions and position tables aren't."""
-    if isinstance(module, nn.modules.conv._ConvNd) or obstacle(module) is None:
+    """Names of 3-D weights with one matrix an expert. Convolutions, their parametrizations and position tables aren't."""
+    if isinstance(module, nn.modules.conv._ConvNd | ParametrizationList) or obstacle(module) is None:
         return []
     present = {name: p for name, p in module._parameters.items() if p is not None and not is_lazy(p)}
     return [name for name, p in present.items() if p.ndim == 3 and min(p.shape) > 1 and p.is_floating_point()]
@@ -173,7 +180,11 @@ def as_list(value: str | Sequence[str]) -> list[str]:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether one part of `targets` (none of `all-…`) matches a layer's path."""
+    """Whether one part of `targets` (none of `all-…`) matches a layer's path, PEFT's wrappers in it left out or not."""
+    return _matches(pattern, path) or (BASE_LAYER in path and _matches(pattern, without_wrappers(path)))
+
+
+def _matches(pattern: str, path: str) -> bool:
     if pattern in ROLES:
         return ROLES[pattern](path)
     if pattern.startswith("re:"):
@@ -183,15 +194,18 @@ def matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def resolve_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The layers that `config` adapts, by path, in the model's order. Raises TargetError when any part matches nothing."""
-    layers = adaptable_layers(model)
+def resolve_targets(model: nn.Module, config: AdapterConfig, apart: Collection[str] = ()) -> dict[str, nn.Module]:
+    """The layers that `config` adapts, by path, in the model's order. Raises TargetError when any part matches nothing.
+
+    `apart`: paths of modules that train beside the base, which nothing here means.
+    """
+    layers = {path: layer for path, layer in adaptable_layers(model).items() if path not in apart}
     heads = output_head_paths(model)
     chosen: set[str] = set()
     blocks: dict[str, set[int | None]] = {}
     for part in as_list(config.targets):
         if part == ALL_LINEAR:
-            _refuse_partial(model, config)
+            _refuse_partial(model, config, apart)
             found = {path for path, layer in layers.items() if path not in heads and _is_linear(layer)}
         else:
             if part in ALL_OF_A_KIND:
@@ -239,7 +253,7 @@ def _part_matches(part: str, path: str, setting: str) -> bool:
 def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: set[str]) -> None:
     for key, value in patterns.items():
         try:
-            used = any(pattern_value({key: value}, path, 0) for path in chosen)
+            used = any(pattern_value({key: value}, without_wrappers(path), 0) for path in chosen)
         except re.error as error:
             raise TargetError(f"{setting}: {key!r} is no regular expression: {error}") from error
         if not used:
@@ -247,8 +261,8 @@ def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: set[str
             raise TargetError(f"{setting}[{key!r}] matches none of the {len(chosen)} adapted layers{hint}")
 
 
-def _refuse_partial(model: nn.Module, config: AdapterConfig) -> None:
-    unsupported = unsupported_linear_maps(model)
+def _refuse_partial(model: nn.Module, config: AdapterConfig, apart: Collection[str]) -> None:
+    unsupported = {path: why for path, why in unsupported_linear_maps(model).items() if path not in apart}
     excluded = as_list(config.exclude)
     left = {p: why for p, why in unsupported.items() if not any(_part_matches(part, p, "exclude") for part in excluded)}
     if left:

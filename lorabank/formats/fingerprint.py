@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +50,21 @@ class Fingerprint:
     tensors: Mapping[str, SampledTensor]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Fingerprint:
-        """Sample at most 32 parameters of `model`; reads a few hundred numbers, whatever the model's size."""
-        buffers = {name for name, _ in model.named_buffers()}  # running statistics move while the base stays the same
-        state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor) and name not in buffers}
+    def of(
+        cls, model: nn.Module, *, without: Collection[str] = (), named: Callable[[str], str] = lambda name: name
+    ) -> Fingerprint:
+        """Sample at most 32 parameters of `model`; reads a few hundred numbers, whatever the model's size.
+
+        `without`: names of parameters that train beside the base, and are no part of it. `named`: a parameter's name in the
+        model → in the base, where that is wrapped.
+        """
+        left_out = {name for name, _ in model.named_buffers()} | {*without}  # running statistics move too
+        here = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor) and name not in left_out}
+        state = {named(name): value for name, value in here.items()}
         embeddings = {
-            f"{path}.weight" if path else "weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)
+            named(f"{path}.weight" if path else "weight")
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Embedding)
         }
         vocabulary_sizes = {state[name].shape[0] for name in embeddings if name in state}
         groups: dict[str, list[str]] = {group: [] for group in TENSORS_PER_GROUP}

@@ -25,11 +25,12 @@ HARMLESS_INITS = ("False", "eva", "orthogonal", "mica")  # other starting values
 METADATA_PREFIX = "peft."
 
 
-def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
+def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer] | None = None) -> dict[str, Any]:
     """The settings PEFT needs to rebuild exactly `adapter`'s layers. Defaults that older versions don't know are left out.
 
-    `layers`: the adapter's, but one of each stack of experts.
+    `layers`: the adapter's, but one of each stack of experts; without them there is no such stack.
     """
+    layers = adapter.layers if layers is None else layers
     rank, rank_pattern = to_patterns({path: file_rank(layer) for path, layer in layers.items()})
     alphas = {path: _alpha(path, layer, adapter.config.use_rslora) for path, layer in layers.items()}
     stacks = sorted(path for path, layer in layers.items() if layer.stack)

@@ -184,7 +184,7 @@ class _LoRALinear(torch.autograd.Function):
             shrunk, ctx.places = _expand_into(y, x, plan)
         ctx.plan, ctx.product, ctx.x_dtype, ctx.stored = plan, product, x.dtype, len(base)
         ctx.save_for_backward(x, plan.route, *base, *shrunk, *tensors)
-        return y
+        return torch.ops.aten._unsafe_view.default(y, y.shape)  # no view, which a custom node's result is: models write into it
 
     @staticmethod
     @once_differentiable

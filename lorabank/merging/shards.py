@@ -149,6 +149,10 @@ def _places(model: nn.Module, adapter: Adapter, names: Names, owners: Mapping[st
         users.setdefault(id(value), []).append(name)
     places: _Places = {}
     for path, layer in adapter.layers.items():
+        if layer.stack:
+            raise MergeError(
+                f"merge: {path} is an expert of a stack, which isn't merged tensor by tensor. Load the model and use merge."
+            )
         if path not in layers:
             raise MergeError(f"merge: the model has no layer {path!r} that can be merged into{closest(path, layers)}")
         module, name = layers[path], f"{path}.weight"

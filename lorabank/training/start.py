@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lorabank.bank.bank import AdapterBank, all_layers
+from lorabank.bank.fit import at_home
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, TargetError
 from lorabank.formats.adapter import Adapter
@@ -76,7 +77,7 @@ def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
 
 def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
     """Set an adapter's values back to where they started."""
-    start = None if job.run.init_from is None else Adapter.load(job.run.init_from)
+    start = None if job.run.init_from is None else at_home(bank.model, Adapter.load(job.run.init_from))
     for layer in all_layers(bank):
         slot = layer.slots.get(name)
         if slot is not None:

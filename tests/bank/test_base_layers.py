@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -91,3 +92,26 @@ def test_a_base_weight_that_is_trained_all_the_same_gets_its_gradient() -> None:
         model(torch.ones(2, 4)).sum().backward()
     assert torch.equal(weight.grad, torch.full((4, 4), 2.0))
     assert all(p.grad is not None for p in bank.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4)])
+def test_what_comes_out_of_a_linear_layer_may_be_written_into(bias: bool, shape: tuple[int, ...]) -> None:
+    """As DeBERTa, Longformer and Swin v2 do: `scores /= scale` on a view of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=bias))
+    bank = attach(model)
+    add(bank, "a")
+    x = torch.randn(shape)
+    results = []
+    for in_place in (True, False):
+        for p in bank.parameters():
+            p.grad = None
+        with bank.route(["a", BASE]):
+            y = model(x)
+        turned = y.transpose(0, 1)
+        turned = turned.div_(3.0) if in_place else turned / 3.0
+        turned.square().sum().backward()
+        results.append([turned.detach(), *(p.grad for p in bank.parameters())])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
