@@ -110,7 +110,8 @@ def table_products(
     )
     of_first = first.tables(names, dropping=dropping)
     place_P = of_first.places_S[routing.slots_of_tokens(size, routes)[pairs.token_P]]
-    tables = pair_tables(torch.where(place_P < 0, -1, place_P * count + pairs.experts_P), pairs.token_P, len(names) * count)
+    slots_P = (place_P * count + pairs.experts_P).masked_fill(place_P < 0, -1)
+    tables = pair_tables(slots_P, pairs.token_P, len(names) * count)
     drops = routing.drops(*size[:2], router.slot_numbers, *size[2:]) if dropping else None
     draws: list[Tensor] = []
     if drops is not None:

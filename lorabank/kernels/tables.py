@@ -135,7 +135,7 @@ def slots_of_tokens(tables: RouteTables) -> Tensor:
     order, (slot, first, count, _) = tables.order_N.long(), tables.tiles_S4.long().unbind(1)
     within = torch.arange(TILE, device=order.device)
     tokens = order[(first[:, None] + within).clamp(max=len(order) - 1)]
-    tokens = torch.where(within < count[:, None], tokens, len(order))  # what a tile lacks goes into a place behind them all
+    tokens = tokens.masked_fill(within >= count[:, None], len(order))  # what a tile lacks goes into a place behind them all
     found = torch.full((len(order) + 1,), -1, device=order.device)
     found[tokens.reshape(-1)] = slot[:, None].expand_as(tokens).reshape(-1)
     return found[:-1]

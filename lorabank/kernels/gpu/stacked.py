@@ -35,7 +35,7 @@ class PairTables:
 def pair_tables(slots_P: Tensor, token_P: Tensor, count: int) -> PairTables:
     """Tables of pairs by their slot of V = `count`, −1 for none. Nothing waits for the device."""
     pairs, device = len(slots_P), slots_P.device
-    keys = torch.where(slots_P < 0, count, slots_P)
+    keys = slots_P.masked_fill(slots_P < 0, count)  # torch.where would bring the number from the host, which captures refuse
     ordered, order = torch.sort(keys, stable=True)
     wanted = torch.arange(count, device=device, dtype=ordered.dtype)
     ends = torch.searchsorted(ordered, wanted, right=True)
