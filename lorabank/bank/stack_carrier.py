@@ -46,8 +46,9 @@ class StackCarrier(Carrier):
 
     @property
     def follows(self) -> bool:
-        """Where the grouped kernels run."""
-        return runs_kernels(self.stack.get_parameter("weight"))
+        """Where the grouped kernels run, and torch's grouped product reads where experts end on the GPU: bf16 alone."""
+        weight = self.stack.get_parameter("weight")
+        return weight.dtype == torch.bfloat16 and runs_kernels(weight)
 
     def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
         """What changes nothing yet: an A of each expert's own, B zero."""

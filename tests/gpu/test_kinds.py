@@ -89,11 +89,10 @@ def test_in_bf16_it_is_what_rounding_leaves_of_it(kind: str) -> None:
 def test_passes_of_a_mixture_are_captured_and_replayed_for_other_batches(dropout: float) -> None:
     torch._dynamo.reset()
     engines = []
-    for fuse in (False, True):
-        bank = make_bank("mixtral", model=make_model("mixtral").to(CUDA), dropout=dropout)
-        if fuse:
-            compile_blocks(bank.model)
-        engines.append(Engine(bank, cuda_graphs=fuse))
+    for graphs in (False, True):
+        bank = make_bank("mixtral", model=make_model("mixtral").to(CUDA, torch.bfloat16), dropout=dropout)
+        compile_blocks(bank.model)
+        engines.append(Engine(bank, cuda_graphs=graphs))
     routes = [["a", BASE, "b", "a"], ["b", "b", "a", BASE]]
     for step in range(8):
         batch = batch_of([64] * 4, routes[step % 2], seed=step)
