@@ -323,7 +323,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
         if kind is not None and kind.quantized:
             weight_OI, bias = kind.weight_oi(layer._parameters, dtype), layer._parameters["bias"]
             plain = nn.Linear(*reversed(weight_OI.shape), bias=bias is not None, device="meta")
-            plain.weight = nn.Parameter(weight_OI, requires_grad=False)
+            plain.weight = nn.Parameter(weight_OI)
             plain.bias = bias
             model.set_submodule(path, plain)
 

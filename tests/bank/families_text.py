@@ -44,7 +44,7 @@ def _decoder(
 
 
 def _experts(
-    name: str, exclude: Sequence[str] = ("*experts",), left: str = STACKED, more: Mapping[str, Any] | None = None, **sizes: Any
+    name: str, exclude: Sequence[str] = (), left: str = "", more: Mapping[str, Any] | None = None, **sizes: Any
 ) -> Family:
     return _decoder(name, kind="mixture of experts", known={"exclude": exclude, "left": left, **(more or {})}, **sizes)
 
@@ -110,21 +110,22 @@ EXPERTS: Mapping[str, Family] = {
     "qwen2_moe": _experts("Qwen2Moe", **_ROUTED, shared_expert_intermediate_size=8),
     "qwen3_moe": _experts("Qwen3Moe", **_ROUTED, head_dim=4),
     "olmoe": _experts("Olmoe", num_experts=4, num_experts_per_tok=2),
-    "granitemoe": _experts(
-        "GraniteMoe", [r"re:.*block_sparse_moe\.(experts|\w+put_linear)"], num_local_experts=4, num_experts_per_tok=2
-    ),
+    "granitemoe": _experts("GraniteMoe", num_local_experts=4, num_experts_per_tok=2),
     "phimoe": _experts(
-        "Phimoe", ("*experts", "router"), "PhimoeTopKRouter has a forward or weight", num_local_experts=4, num_experts_per_tok=2
+        "Phimoe", ("router",), "PhimoeTopKRouter has a forward or weight", num_local_experts=4, num_experts_per_tok=2
     ),
     "gpt_oss": _experts("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=4, **_SLIDING),
     "jetmoe": _experts(
         "JetMoe",
         ("*experts*", "mlp.input_linear", "mlp.output_linear"),
+        STACKED,
         num_local_experts=4,
         num_experts_per_tok=2,
         kv_channels=4,
     ),
-    "deepseek_v2": _experts("DeepseekV2", [r"re:.*mlp\.(experts|gate)"], more=_AS_EXPERTS, **_LATENT, **_DEEP),
+    "deepseek_v2": _experts(
+        "DeepseekV2", ["mlp.gate"], "its weight is read and it isn.t called", more=_AS_EXPERTS, **_LATENT, **_DEEP
+    ),
     "deepseek_v3": _experts("DeepseekV3", more=_AS_EXPERTS, **_LATENT, **_DEEP),
     "qwen3_next": _experts(
         "Qwen3Next",
@@ -156,7 +157,7 @@ STATE_SPACE: Mapping[str, Family] = {
     ),
     "jamba": _hybrid(
         "Jamba",
-        {"exclude": ["*experts", "dt_proj"], "left": r"dt_proj \(its weight is read.*stacked expert weights"},
+        {"exclude": ["dt_proj"], "left": r"dt_proj \(its weight is read"},
         attn_layer_period=2,
         attn_layer_offset=1,
         expert_layer_period=2,

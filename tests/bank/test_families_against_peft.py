@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorabank import Adapter, attach
 from lorabank.bank.bank import AdapterBank, all_layers
+from lorabank.bank.layers import LoRALayer
 from tests.bank.families import FAMILIES
 from tests.bank.family import ROWS, Family, answers, bank_of, check_close, check_gradients, loss
 from tests.bank.tiny import gradients
@@ -50,6 +51,10 @@ def _in_peft(base: torch.nn.Module, folder: Path, family: Family) -> tuple[list[
         if lora:
             role = role[0]
             g = torch.zeros_like(p) if p.grad is None else p.grad
+            owner = wrapped.get_base_model().get_submodule(path)
+            if type(owner).__name__ == "ParamWrapper":  # of stacked experts
+                path = f"{path.removesuffix('.base_layer')}.{owner.parameter_name}"
+                g = g if role == "A" else g.view(len(g), -1, owner.num_experts).permute(2, 1, 0).flatten(0, 1).t()
             grads[f"a:{path}.{role}"] = g.flatten(1) if role == "A" else g.flatten(1).t()
     return [t.detach() for t in found], grads
 
@@ -88,6 +93,6 @@ def _first_sizes(bank: AdapterBank) -> dict[str, set[int]]:
         sizes.setdefault(layer.path, set()).add(args[0].shape[0])
 
     for layer in all_layers(bank):
-        if layer.rows_lost is None and layer.folded is None:
+        if isinstance(layer, LoRALayer) and layer.rows_lost is None and layer.folded is None:
             layer.register_forward_pre_hook(see)
     return sizes

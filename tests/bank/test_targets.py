@@ -171,7 +171,7 @@ def test_trap11_all_linear_on_stacked_experts_that_cant_be_adapted_is_an_error_t
     model = torch.nn.Sequential(_Unregistered())
     bank = attach(model)
     with pytest.raises(
-        TargetError, match=r"'all-linear' would leave 1 linear maps unadapted: 0 .*stacked expert weights.*isn't registered"
+        TargetError, match=r"'all-linear' would leave 1 linear maps unadapted: 0 .*3-D weights of its own.*isn't registered"
     ):
         bank.add("a", AdapterConfig(rank=2))
     add(bank, "a", targets=["q_proj"])
