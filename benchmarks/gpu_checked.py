@@ -27,10 +27,12 @@ def refuse_unchecked(run: Row) -> None:
     if run["kind"] in ("peers", "tests"):
         return
     check = run.get("check")
-    if not isinstance(check, Mapping) or (run["kind"] != "families" and check.get("passed") is not True):
+    by_model = run["kind"] in ("families", "experts")
+    if not isinstance(check, Mapping) or (not by_model and check.get("passed") is not True):
         _refuse(run, "no check recorded as passed")
     for row in run["rows"]:
-        if run["kind"] == "families" and not _family_passed(check.get(f"{row['family']}-{row['tokens']}"), row):
+        of_row = row["family"] if run["kind"] == "experts" else f"{row.get('family')}-{row.get('tokens')}"
+        if by_model and not _family_passed(check.get(of_row), row):
             _refuse(run, f"no check of {row['item']} recorded as passed")
         if run["kind"] == "training":
             wrong = sorted(name for name in _needed(row) if not _passed(check, name, must_be_there=name in REQUIRED))

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_cells import NOT_RUN, cells, markdown
 from gpu_checked import refuse_unchecked
+from gpu_expert_table import expert_table
 from gpu_kernel_pages import kernel_cells, kernel_page, kernel_table
 from gpu_lines import KERNELS, LINES, TARGET_GPU
 from gpu_measured import Measured, on_target
@@ -99,8 +100,8 @@ def _families_on(gpu: str, runs: Sequence[Row]) -> str:
 
 
 def further(runs: Sequence[Row]) -> str:
-    """What the targets aren't about: other GPUs, other families."""
-    return "\n\n".join(part for part in (elsewhere(runs), family_table(runs)) if part)
+    """What the targets aren't about: other GPUs, other families, mixtures of experts."""
+    return "\n\n".join(part for part in (elsewhere(runs), family_table(runs), expert_table(runs)) if part)
 
 
 def page(runs: Sequence[Row]) -> str:

@@ -141,12 +141,14 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
     layers = adapter.layers
     three, one = (tuple(path for path, layer in layers.items() if layer.A.ndim == ndim) for ndim in (5, 3))
     convolved = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim > 2)
+    stacked = _paths(adapter, lambda path, layer: layer.stack > 0)
     dora = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim == 2)
     return [
         *_broken(adapter),
         *_found("PEFT reads rsLoRA from 0.8 on", "update PEFT", tuple(layers)[:1] if adapter.config.use_rslora else ()),
         *_found("PEFT reads DoRA from 0.9 on", "update PEFT", dora),
         *_found("PEFT reads DoRA on convolutions from 0.10 on", "update PEFT", convolved),
+        *_found("PEFT reads adapters of stacked experts from 0.17 on", "update PEFT", stacked),
         *_found("PEFT reads adapters of Conv3d from 0.14 on", "update PEFT", three),
         *_found("PEFT reads adapters of Conv1d from 0.15 on", "update PEFT", one),
     ]
