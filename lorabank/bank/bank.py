@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_r
 from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
+from lorabank.bank.tied import in_turn, shared_in, tie
 from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
 from lorabank.bank.wrapping import Adapted
 from lorabank.config.adapter import AdapterConfig
@@ -51,6 +52,8 @@ class _Slot:
     config: AdapterConfig
     seed: int
     paths: tuple[str, ...]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Paths among them that read another's numbers → whose."""
     base_model: str | None = None
     task_type: str | None = None
     base_storage: str | None = None
@@ -129,13 +132,14 @@ class AdapterBank:
         check_new_name(name, self._slots)
         config = as_adapter_config(config)
         chosen = resolve_targets(self.model, config, kept_modules(self.kept))
+        chosen, shared = tie(name, config, adaptable_layers(self.model), chosen)
         check_decomposed(config, chosen)
         shapes: dict[str, tuple[int, float]] = {}
         for path in chosen:
             known = without_wrappers(path)
             rank = pattern_value(config.rank_pattern, known, config.rank)
             shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, known, config.alpha)))
-        slot = _Slot(config=config, seed=seed, paths=tuple(chosen))
+        slot = _Slot(config=config, seed=seed, paths=tuple(chosen), shared=shared)
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 
         self._install(name, slot, chosen, lambda place: place.fresh(config, *shapes[place.path], seed))
@@ -162,7 +166,8 @@ class AdapterBank:
         layers = adaptable_layers(self.model)
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))
         told = adapter.metadata.get(BASE_STORAGE)
-        slot = _Slot(adapter.config, seed, in_order, adapter.base_model, adapter.task_type, told)
+        shared = shared_in(adapter, layers)
+        slot = _Slot(adapter.config, seed, in_order, shared, adapter.base_model, adapter.task_type, told)
         self._install(name, slot, layers, lambda place: place.values_of(adapter.layers))
 
     def adapter(self, name: str) -> Adapter:
@@ -198,7 +203,8 @@ class AdapterBank:
         """`<layer path>.A` / `.B` (and `.magnitude`, DoRA's) and the leaf; with name=None `<adapter>:<layer path>.A`."""
         for adapter in [name] if name is not None else list(self._slots):
             prefix = "" if name is not None else f"{adapter}:"
-            for path in self._slot(adapter).paths:
+            slot = self._slot(adapter)
+            for path in (path for path in slot.paths if path not in slot.shared):
                 tensors = self._layers[path].slots[adapter].tensors
                 for role, leaf in tensors.by_role.items():
                     yield f"{prefix}{path}.{role}", leaf
@@ -377,8 +383,12 @@ class AdapterBank:
         """Reserve and fill the slot in every place; on any failure the bank is as before."""
         done: list[str] = []
         try:
-            for path in slot.paths:
+            for path in in_turn(slot.paths, slot.shared):
                 place = self._wrap(path, layers[path])
+                if path in slot.shared:
+                    place.share_slot(name, self._layers[slot.shared[path]].slots[name], slot.config.dropout)
+                    done.append(path)
+                    continue
                 values = start(place)
                 place.add_slot(name, values, slot.config.dropout, slot.seed)
                 done.append(path)

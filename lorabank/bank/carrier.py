@@ -24,6 +24,8 @@ class LayerSlot:
     scaling: float
     dropout: float
     seed: int
+    shared: bool = False
+    """Whether the numbers are another place's, turned (bank/tied.py)."""
 
 
 class SlotValues(NamedTuple):
@@ -108,10 +110,15 @@ class Carrier(ABC):
         self._refresh()
         return tensors
 
+    def share_slot(self, name: str, of: LayerSlot, dropout: float) -> None:
+        """Read the numbers of an adapter's part in another place, turned: its B as A, its A as B."""
+        tensors = SlotTensors(0, 0, of.tensors.B_RO, of.tensors.A_RI)
+        self.slots[name] = LayerSlot(tensors, of.rank, of.scaling, dropout, of.seed, shared=True)
+
     def remove_slot(self, name: str) -> None:
         """Give the adapter's room back."""
-        del self.slots[name]
-        self.store.free(name)
+        if not self.slots.pop(name).shared:
+            self.store.free(name)
         self._refresh()
 
     @property

@@ -170,6 +170,8 @@ class LoRALayer(Adapted, Carrier):
         """Why a compiled block must leave the product to this layer itself, None where it need not."""
         if not self.kind.linear:
             return "it isn't a linear layer"
+        if any(slot.shared for slot in self.slots.values()):
+            return "its adapter's numbers are an embedding's"
         if any(slot.tensors.magnitude_O is not None for slot in self.slots.values()):
             return "an adapter there is decomposed (DoRA)"
         if not self.kind.in_blocks:

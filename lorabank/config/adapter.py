@@ -41,6 +41,8 @@ class AdapterConfig:
     """Scale by α/√r instead of α/r (rsLoRA, arXiv:2312.03732)."""
     use_dora: bool = False
     """Learn each output's magnitude apart from its direction (DoRA, arXiv:2402.09353)."""
+    ensure_weight_tying: bool = False
+    """An adapter on an embedding whose weight is another layer's too, such as the output head's, changes both ends alike."""
     modules_to_save: Sequence[str] = ()
     """Modules trained in full beside the adapter. Not available yet: refused."""
     bias: str = "none"

@@ -43,7 +43,8 @@ PEFT_FIELDS: Mapping[str, PeftField] = {
     **_fields(
         Role.SETTING,
         "r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern use_rslora use_dora "
-        "init_lora_weights layers_to_transform bias target_parameters",
+        "init_lora_weights layers_to_transform bias target_parameters "
+        "ensure_weight_tying",
     ),
     **_fields(Role.ABOUT, "peft_type task_type base_model_name_or_path"),
     **_fields(
@@ -52,7 +53,7 @@ PEFT_FIELDS: Mapping[str, PeftField] = {
     ),
     **_fields(
         Role.TRAINING,
-        "layers_pattern loftq_config eva_config corda_config lora_ga_config velora_config ensure_weight_tying",
+        "layers_pattern loftq_config eva_config corda_config lora_ga_config velora_config",
     ),
     **_refused(
         lora_bias="a bias on lora_B",

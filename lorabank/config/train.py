@@ -97,6 +97,7 @@ class AdapterRun:
     init: str = "uniform"
     use_rslora: bool = False
     use_dora: bool = False
+    ensure_weight_tying: bool = False
     modules_to_save: Sequence[str] = ()
     bias: str = "none"
     data: str | None = None
@@ -176,6 +177,7 @@ class AdapterRun:
             init=self.init,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
+            ensure_weight_tying=self.ensure_weight_tying,
             modules_to_save=self.modules_to_save,
             bias=self.bias,
         )

@@ -48,6 +48,7 @@ SHARED_SETTINGS = (
     "alpha_pattern",
     "use_rslora",
     "use_dora",
+    "ensure_weight_tying",
     "lora_dropout",
     "init_lora_weights",
     "target_modules",

@@ -57,6 +57,8 @@ def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer] | None = None) 
         settings["target_parameters"] = stacks
     if adapter.config.use_rslora:
         settings["use_rslora"] = True
+    if adapter.config.ensure_weight_tying:
+        settings["ensure_weight_tying"] = True
     if any(layer.magnitude is not None for layer in adapter.layers.values()):
         settings["use_dora"] = True
     return settings
@@ -118,6 +120,7 @@ class PeftSettings:
                 init="gaussian" if raw.get("init_lora_weights") == "gaussian" else "uniform",
                 use_rslora=self.use_rslora,
                 use_dora=self.use_dora,
+                ensure_weight_tying=raw.get("ensure_weight_tying") is True,
             )
         except (ConfigError, TypeError) as error:
             raise AdapterFileError(f"{where}: {error}") from error

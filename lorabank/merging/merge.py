@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.parts import layer_parts
+from lorabank.bank.tied import shared_in
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.fingerprint import Fingerprint
@@ -101,7 +102,9 @@ def merge(
     if not force:
         check_fingerprint(model, adapter)
     layers = _fitting_layers(model, adapter)
-    _refuse_tied(model, layers, adapter)
+    shared = shared_in(adapter, layers)
+    layers = {path: layer for path, layer in layers.items() if path not in shared}  # their weight is another's of them
+    _refuse_tied(model, layers, adapter, shared)
     beside = None if inputs is None else outputs_beside(model, adapter, inputs, strength=strength)
     logits, storage = None, storage_in_training(adapter)
     originals: dict[str, _Original] = {}
@@ -198,8 +201,8 @@ def _missing(model: nn.Module, missing: list[str], known: Mapping[str, nn.Module
     )
 
 
-def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module], adapter: Adapter) -> None:
-    """A weight that two modules share would change both, which the unmerged adapter doesn't."""
+def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module], adapter: Adapter, shared: Mapping[str, str]) -> None:
+    """A weight that two modules share would change both, which the unmerged adapter doesn't, unless it is `shared` too."""
     users: dict[tuple[torch.device, int], list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         if value.numel() and not value.is_meta:
@@ -207,11 +210,13 @@ def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module], adapter: Ada
     for path in layers:
         mine = path.rpartition(".")[0] if adapter.layers[path].stack else f"{path}.weight".lstrip(".")
         weight = model.get_parameter(mine)
-        others = [name for name in users[weight.device, weight.data_ptr()] if name != mine]
+        ends = {mine, *(f"{head}.weight" for head, embedding in shared.items() if embedding == path)}
+        others = [name for name in users[weight.device, weight.data_ptr()] if name not in ends]
         if others:
             raise MergeError(
                 f"merge: {path}.weight is tied to {', '.join(others)}: merging would change both, the adapter changes one. "
-                "Untie the weights first (a model saved with tie_word_embeddings=false), or serve the adapter unmerged."
+                "Train with ensure_weight_tying, untie the weights first (a model saved with tie_word_embeddings=false), or "
+                "serve the adapter unmerged."
             )
 
 

@@ -70,7 +70,7 @@ def _shape(config: AdapterConfig) -> str:
 
 
 def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
-    plain, names = AdapterConfig(), ("rank", "alpha", "targets", "use_rslora", "use_dora")
+    plain, names = AdapterConfig(), ("rank", "alpha", "targets", "use_rslora", "use_dora", "ensure_weight_tying")
     asked = [name for name in names if getattr(wanted, name) not in (getattr(plain, name), getattr(found, name))]
     return f" (the settings {', '.join(asked)} of this run give way to it)" if asked else ""
 
@@ -80,7 +80,7 @@ def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
     start = None if job.run.init_from is None else at_home(bank.model, Adapter.load(job.run.init_from))
     for layer in all_layers(bank):
         slot = layer.slots.get(name)
-        if slot is not None:
+        if slot is not None and not slot.shared:
             config = bank.config(name)
             fresh = layer.fresh(config, slot.rank, slot.scaling, job.seed) if start is None else layer.values_of(start.layers)
             layer.write(name, fresh)

@@ -68,7 +68,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_qalora": True}, "use_qalora"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "layers_pattern"),
-    ({"ensure_weight_tying": True}, "ensure_weight_tying"),
 ]
 
 
