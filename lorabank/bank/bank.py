@@ -427,6 +427,8 @@ class AdapterBank:
                 self._reach.watch(place)
             if isinstance(wrapper, LoRALayer):
                 self._owners.watch(wrapper)
+            elif "." in where:
+                wrapper.watch(self._owners.above(where))
         return self._layers[path]
 
     def _changed(self) -> None:

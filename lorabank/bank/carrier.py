@@ -102,6 +102,8 @@ class Carrier(ABC):
     router: Router
     reached: bool
     """Whether a forward pass has come by."""
+    in_turn: bool = False
+    """Whether every pass comes by, whatever a router chooses."""
 
     def add_slot(self, name: str, values: SlotValues, dropout: float, seed: int) -> SlotTensors:
         """Reserve room for an adapter's part; its values are written by `write`."""

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from lorabank.bank.carrier import Router
 from lorabank.bank.expert_products import Products, plain_products, table_products
 from lorabank.bank.expert_routes import SlotTokens, same_rows, tokens_of
+from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.routing import Routing
 from lorabank.bank.stack_carrier import StackCarrier
 from lorabank.bank.stacks import stacks_of
 from lorabank.bank.wrapping import Adapted
-from lorabank.errors import RoutingError
+from lorabank.errors import LorabankError, RoutingError
 from lorabank.kernels.grouped import SortedPairs
 
 
@@ -30,25 +31,28 @@ class LoRAExperts(Adapted):
 
     def __init__(self, base: nn.Module, path: str, router: Router) -> None:
         stacks = stacks_of(base)
-        carriers = {name: StackCarrier(stack, f"{path}.{name}", router, self.refresh) for name, stack in stacks.items()}
+        carriers = {name: StackCarrier(stack, f"{path}.{name}", router) for name, stack in stacks.items()}
         super().__init__(base, path, {f"{name}_": carrier.store for name, carrier in carriers.items()})
-        self.__dict__["carriers"], self.__dict__["router"] = carriers, router
+        self.__dict__.update(carriers=carriers, router=router, above=None)
+        for carrier in carriers.values():
+            carrier.shown = self._slot_parameters.refresh  # nothing of this wrapper, which a cycle would keep alive
 
     carriers: dict[str, StackCarrier]
     """By the name of the parameter, the one that widens first."""
     router: Router
+    above: OwnerWatch | None
+    """Of the module that calls this one: it gets the batch's rows apart from their tokens."""
 
     def extra_repr(self) -> str:
         return f"slots={sorted({name for carrier in self.carriers.values() for name in carrier.slots})}"
 
-    def refresh(self) -> None:
-        """Show the present leaves to trainers."""
-        self._slot_parameters.refresh()
+    def watch(self, above: OwnerWatch) -> None:
+        """Read the rows of a batch off the module above."""
+        self.__dict__["above"] = above
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAExperts:
         self.base._apply(fn, recurse)
         for name, carrier in self.carriers.items():
-            carrier.stack._parameters["weight"] = self.base._parameters[name]
             carrier.store.to(self.base.get_parameter(name).device)
         return self
 
@@ -57,13 +61,17 @@ class LoRAExperts(Adapted):
         return self._eager(hidden_states, top_k_index, top_k_weights)
 
     def _adapted(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        for carrier in self.carriers.values():
+        for name, carrier in self.carriers.items():
             carrier.reached = True
+            carrier.stack._parameters["weight"] = self.base._parameters[name]  # whoever has put another there
         routing = self.router.route_in_force(self.path)
         if routing is None or x_TH.numel() == 0:
             return self.base(x_TH, experts_TK, weights_TK)
-        units = self._units(routing, len(x_TH))
         here = {name for carrier in self.carriers.values() for name in carrier.slots}
+        if not routing.names & here:
+            return self.base(x_TH, experts_TK, weights_TK)
+        self._check_plain()
+        units = self._units(routing, len(x_TH))
         if not any(rows.slot in here for rows in routing.plans[units]):
             return self.base(x_TH, experts_TK, weights_TK)
         pairs = SortedPairs.of(experts_TK, next(iter(self.carriers.values())).stack.count)
@@ -110,16 +118,28 @@ class LoRAExperts(Adapted):
         """How many units the tokens are. An experts module gets rows and tokens in one dimension, each row's tokens in turn."""
         if routing.per == "all":
             return 1
-        each = routing.per == "token"
-        fitting = [units for units in sorted(routing.plans) if (units == tokens if each else tokens % units == 0)]
+        each, rows = routing.per == "token", None if self.above is None else self.above.rows
+        if not each and rows is not None:
+            fitting = [rows] if rows in routing.plans and tokens % rows == 0 else []
+        else:
+            fitting = [units for units in sorted(routing.plans) if (units == tokens if each else tokens % units == 0)]
         if not fitting or any(not same_rows(routing.plans, fitting[0], units) for units in fitting[1:]):
             expected = " or ".join(str(units) for units in sorted(routing.plans))
-            what = "which may be either" if fitting else "which isn't so many times anything"
+            got = f"{tokens} tokens" + ("" if rows is None else f" of {rows} rows")
             raise RoutingError(
-                f"experts {self.path!r} got {tokens} tokens, {what}, and the route has {expected} {routing.per}s. Give one "
-                "route a row of the batch, or bank.route(tokens=[...]) with one a token."
+                f"experts {self.path!r} got {got}, and the route has {expected} {routing.per}s. Give one route a row of the "
+                'batch (repeat=("interleave", k) or ("tile", k) where a library multiplies rows), or bank.route(tokens=[...]).'
             )
         return fitting[0]
+
+    def _check_plain(self) -> None:
+        """Raise LorabankError for hooks on the base module, which wouldn't be called."""
+        base = self.base
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            raise LorabankError(
+                f"experts {self.path!r} carry hooks that were there before the bank, and an adapted pass can't call them. Take "
+                "them off, register them after attach, or leave the experts out of targets."
+            )
 
 
 def _among(tokens: Tensor, count: int) -> Tensor:

@@ -13,7 +13,8 @@ from lorabank.bank.kinds import EMBEDDING, EXPERTS
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.parts import layer_parts, part_names
 from lorabank.bank.quantized import storage_of
-from lorabank.bank.targets import unsupported_linear_maps
+from lorabank.bank.stacks import ExpertStack
+from lorabank.bank.targets import adaptable_layers, unsupported_linear_maps
 from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
@@ -52,8 +53,13 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = F
             "file that it came from again, or set use_dora=False in its config."
         )
     layers = layer_parts(model)
+    stacks = {path: layer.count for path, layer in adaptable_layers(model).items() if isinstance(layer, ExpertStack)}
     wrong = []
     for path, part in adapter.layers.items():
+        count = stacks.get(path.rpartition(".")[0], 0)
+        if path in layers and part.stack != count:
+            wrong.append(f"{path}: made for one of {part.stack or 'no'} stacked experts, the model has {count or 'no'} there")
+            continue
         if path not in layers:
             wrong.append(_absent(model, path, layers))
             continue

@@ -210,6 +210,10 @@ class Owners:
         called = None if passing is None else self._of(passing[0]).expect(layer, passing[1])
         layer.watch(folded, called)
 
+    def above(self, path: str) -> OwnerWatch:
+        """The watch of the module that holds the one at `path`."""
+        return self._of(self._model.get_submodule(path.rpartition(".")[0]))
+
     def _of(self, owner: nn.Module) -> OwnerWatch:
         if owner not in self._watches:
             self._watches[owner] = OwnerWatch(owner)

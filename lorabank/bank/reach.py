@@ -20,8 +20,8 @@ class ReachCheck:
         self._hook = model.register_forward_hook(_AfterForward(self, owner))
 
     def watch(self, layer: Carrier) -> None:
-        """Expect `layer` to be called by the end of the model's next forward pass; not of an expert, which may get no token."""
-        if "experts" not in layer.path.split("."):
+        """Expect `layer` to be called by the end of the model's next forward pass; an expert in a list may get no token."""
+        if layer.in_turn or "experts" not in layer.path.split("."):
             self._pending.append(layer)
 
     def check(self) -> None:

@@ -41,6 +41,9 @@ Repeat = tuple[Literal["interleave", "tile"], int]
 Size = tuple[int, int, int, torch.device]
 """What tables are made for: (units, tokens of each, slots, device)."""
 
+SIZES = 32
+"""Sizes that a route keeps tables for, at most."""
+
 _ROUTE_IDS = itertools.count(1)
 
 
@@ -98,6 +101,7 @@ class Routing:
     _drops: dict[Size, DropTables | None] = field(init=False, default_factory=dict, repr=False)
     _rows: dict[torch.device, list[Tensor]] = field(init=False, default_factory=dict, repr=False)
     _slots: dict[Size, Tensor] = field(init=False, default_factory=dict, repr=False)
+    _numbered: list[tuple[int, ...]] = field(init=False, default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token", torch.tensor(self.id))
@@ -108,6 +112,8 @@ class Routing:
         `numbers`: adapter to its slot number, below `slots`.
         """
         key = (units, tokens, slots, device)
+        if not self.tensors_only:
+            self._forget(numbers)
         if key not in self._tables:
             if self.tensors_only:
                 raise RoutingError(f"a captured pass has no tables of {units} × {tokens} tokens: passes before it had none such")
@@ -152,6 +158,18 @@ class Routing:
             parts = (part for units in sorted(self.plans) for part in sorted(self.plans[units], key=lambda part: part.slot))
             self._rows[device] = [send(torch.tensor(part.units), device) for part in parts]
         return self._rows[device]
+
+    def _forget(self, numbers: Mapping[str, int]) -> None:
+        """Drop what was made for other slot numbers of these names, and the oldest where a lasting route has met many sizes."""
+        now = tuple(numbers.get(name, -1) for name in sorted(self.names))
+        if self._numbered != [now]:
+            self._numbered[:] = [now]
+            for made in (self._tables, self._drops, self._slots):
+                made.clear()
+        while len(self._tables) > SIZES:
+            oldest = next(iter(self._tables))
+            for made in (self._tables, self._drops, self._slots):
+                made.pop(oldest, None)
 
     def slots_of_tokens(self, size: Size, tables: RouteTables) -> Tensor:
         """int64 slot number of each token, −1 for none, read off the `tables` of that size."""

@@ -22,21 +22,26 @@ from lorabank.kernels.segments import drop_threshold
 from lorabank.kernels.stacked import StackTables
 from lorabank.kernels.tables import bits32
 
+READ_ON_GPU = ((9, 0), (10, 0))
+"""Compute capabilities for which torch's grouped product reads nothing on the host: of bf16, rows of multiples of 16 bytes."""
+
 
 class StackCarrier(Carrier):
     """One stacked parameter with its slots: an adapter's A (E · rank, in) and B (E · rank, out), one expert behind the other."""
 
-    def __init__(self, stack: ExpertStack, path: str, router: Router, shown: Callable[[], None]) -> None:
-        """`shown`: called when the leaves are others."""
+    in_turn = True
+
+    def __init__(self, stack: ExpertStack, path: str, router: Router) -> None:
         weight = stack.get_parameter("weight")
         check_loaded(path, weight)
         self.stack, self.path, self.base, self.router = stack, path, stack.experts, router
         self.store = RankStore(*stack.size, weight.device)
         self.slots: dict[str, LayerSlot] = {}
         self.reached = False
-        self._shown = shown
+        self.shown: Callable[[], None] | None = None
+        """Called when the leaves are others."""
         self.path_seed = zlib.crc32(path.encode())
-        self._made_for = -1
+        self._made_for: tuple[int, torch.device] | None = None
         self._tables: dict[tuple[tuple[str, ...], bool], StackTables] = {}
 
     @property
@@ -46,9 +51,11 @@ class StackCarrier(Carrier):
 
     @property
     def follows(self) -> bool:
-        """Where the grouped kernels run, and torch's grouped product reads where experts end on the GPU: bf16 alone."""
+        """Where the grouped kernels run, and torch's grouped product reads where experts end on the GPU."""
         weight = self.stack.get_parameter("weight")
-        return weight.dtype == torch.bfloat16 and runs_kernels(weight)
+        if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or any(size % 8 for size in self.stack.size):
+            return False
+        return torch.cuda.get_device_capability(weight.device) in READ_ON_GPU and runs_kernels(weight)
 
     def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
         """What changes nothing yet: an A of each expert's own, B zero."""
@@ -68,9 +75,9 @@ class StackCarrier(Carrier):
 
     def tables(self, names: Sequence[str], *, dropping: bool) -> StackTables:
         """Where the experts of these slots are, and what their dropout is drawn from; kept while the bank is as it is."""
-        key = (tuple(names), dropping)
-        if self._made_for != self.router.structure:
-            self._made_for, self._tables = self.router.structure, {}
+        key, now = (tuple(names), dropping), (self.router.structure, self.store.device)
+        if self._made_for != now:
+            self._made_for, self._tables = now, {}
         if key not in self._tables:
             self._tables[key] = self._make_tables(names, dropping)
         return self._tables[key]
@@ -117,7 +124,8 @@ class StackCarrier(Carrier):
         }
 
     def _refresh(self) -> None:
-        self._shown()
+        if self.shown is not None:
+            self.shown()
 
 
 def part_paths(path: str, stack: ExpertStack) -> list[str]:

@@ -78,8 +78,10 @@ def stacks_of(module: nn.Module) -> dict[str, ExpertStack]:
 def obstacle(module: nn.Module) -> str | None:
     """Why a module's stacked weights can't be adapted, None where they can; for one without such weights too."""
     said = vars(module)
-    if any(name not in said for name in _SAID):
+    if not is_registered(module):
         return "it isn't registered with transformers' interface for experts"
+    if "__wrapped__" not in vars(type(module).forward) or "forward" in said:
+        return "it has a forward of its own"
     names = _names(module)
     present = [module._parameters.get(name) for name in names]
     if any(p is None or is_lazy(p) or p.ndim != 3 or p.shape[0] != said["num_experts"] for p in present):
@@ -91,6 +93,11 @@ def obstacle(module: nn.Module) -> str | None:
     if type(module).__name__.startswith(_PICKED):
         return "its experts get some of the tokens only, whose rows aren't known"
     return None
+
+
+def is_registered(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' interface for experts, whatever its weights are."""
+    return all(name in vars(module) for name in _SAID)
 
 
 def _names(module: nn.Module) -> tuple[str, str]:

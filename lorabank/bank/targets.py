@@ -23,7 +23,7 @@ from lorabank.bank import linear4bit
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.owners import BYPASSED, is_named
-from lorabank.bank.stacks import ExpertStack, obstacle, stacks_of
+from lorabank.bank.stacks import ExpertStack, is_registered, obstacle, stacks_of
 from lorabank.bank.wrappers import BASE_LAYER, without_wrappers, wraps_base_layer
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
@@ -171,7 +171,11 @@ def _stacked_weights(module: nn.Module) -> list[str]:
     if isinstance(module, nn.modules.conv._ConvNd | ParametrizationList) or obstacle(module) is None:
         return []
     present = {name: p for name, p in module._parameters.items() if p is not None and not is_lazy(p)}
-    return [name for name, p in present.items() if p.ndim == 3 and min(p.shape) > 1 and p.is_floating_point()]
+    found = [name for name, p in present.items() if p.ndim == 3 and min(p.shape) > 1 and p.is_floating_point()]
+    if found or not (is_registered(module) or type(module).__name__.endswith("Experts")):
+        return found
+    packed = [name for name, p in present.items() if p.ndim >= 3]  # quantised, in a form of their own
+    return packed or (["in a form of their own"] if not any(layer_kind(child) for child in module.modules()) else [])
 
 
 def as_list(value: str | Sequence[str]) -> list[str]:

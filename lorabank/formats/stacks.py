@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
+import torch
 from torch import Tensor
 
 from lorabank.errors import AdapterFileError
@@ -32,8 +34,9 @@ def joined(layers: Sequence[AdapterLayer | None]) -> tuple[Tensor, Tensor, float
     """
     present = [layer for layer in layers if layer is not None]
     rank, scalings = max(layer.rank for layer in present), {layer.scaling for layer in present}
-    A = present[0].A.new_zeros(len(layers), rank, present[0].A.shape[1])
-    B = present[0].B.new_zeros(len(layers), len(present[0].B), rank)
+    dtype = reduce(torch.promote_types, (tensor.dtype for layer in present for tensor in (layer.A, layer.B)))
+    A = torch.zeros(len(layers), rank, present[0].A.shape[1], dtype=dtype)
+    B = torch.zeros(len(layers), len(present[0].B), rank, dtype=dtype)
     for i, layer in enumerate(layers):
         if layer is not None:
             A[i, : layer.rank] = layer.A
@@ -57,7 +60,7 @@ def to_tensors(stacked: Mapping[str, tuple[Tensor, Tensor, float]]) -> dict[str,
     for path, (A, B, _) in stacked.items():
         owner, _, name = path.rpartition(".")
         others = [p.rpartition(".")[2] for p in stacked if p != path and p.rpartition(".")[0] == owner]
-        inner = any(_ORDER.index(other) > _ORDER.index(name) for other in others)
+        inner = any(_in_order(other) > _in_order(name) for other in others)
         where = f"{owner}.base_layer" if inner else owner
         found[tensor_name(where, "A")] = A.flatten(0, 1)
         found[tensor_name(where, "B")] = B.permute(1, 2, 0).flatten(1)
@@ -80,7 +83,10 @@ def split_stacks(
             left[name] = value
             continue
         check_dtype(where, name, value)
-        found[path][match["inner"].count("base_layer")][match["role"]] = value
+        pair = found[path][match["inner"].count("base_layer")]
+        if match["role"] in pair:
+            raise AdapterFileError(f"{where}: {name!r} is a second lora_{match['role']} of {path!r}: two adapters in a file")
+        pair[match["role"]] = value
     if lost := [target for target in targets if not any(target in _named(owner, [target]) for owner in found)]:
         raise AdapterFileError(
             f"{where}: holds nothing for target_parameters {lost[0]!r}: the two files don't belong together; fetch both again"
@@ -101,7 +107,11 @@ def split_stacks(
 def _names_of(owner: str, targets: Sequence[str]) -> list[str]:
     """The parameters of a module that `target_parameters` names, in the module's order."""
     names = {target.rpartition(".")[2] for target in _named(owner, targets)}
-    return sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+    return sorted(names, key=_in_order)
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER)), name
 
 
 def _named(owner: str, targets: Sequence[str]) -> list[str]:

@@ -32,12 +32,19 @@ MERGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class _Original:
-    weight: Tensor
+    held: Tensor
     """The live parameter, or another tensor that a quantised weight is held in."""
+    expert: int | None
+    """Of a stack of experts: whose part of it; None: all of it."""
     copy: Tensor
     """Its values before the merge, on the CPU."""
     merged_hash: int
     """Of the values that the merge left, to notice who wrote over them."""
+
+    @property
+    def weight(self) -> Tensor:
+        """What was changed, as it is now."""
+        return self.held if self.expert is None else self.held.detach()[self.expert]
 
 
 class MergeHandle:
@@ -112,14 +119,17 @@ def merge(
     try:
         for path, base in layers.items():
             kind = layer_kind(base)
-            own = _stored(path, base)
-            originals |= {
-                name: _Original(value, value.detach().to("cpu", copy=True), merged_hash=0) for name, value in own.items()
-            }
+            own, expert = _stored(path, base), None
+            if adapter.layers[path].stack:
+                stack, _, number = path.rpartition(".")
+                own, expert = {path: model.get_parameter(stack)}, int(number)
+            for stored, value in own.items():
+                original = _Original(value, expert, value, 0)
+                originals[stored] = replace(original, copy=original.weight.detach().to("cpu", copy=True))
             moved = _moved(base, storage) if storage is not None and kind is not None and kind.linear else 0.0
             write = merge_quantized_layer if kind is not None and kind.quantized else merge_layer
             losses[path] = replace(write(path, base, adapter.layers[path], strength, check), moved=moved)
-            originals |= {name: replace(originals[name], merged_hash=_hash(value)) for name, value in own.items()}
+            originals |= {stored: replace(originals[stored], merged_hash=_hash(originals[stored].weight)) for stored in own}
         dtypes = sorted({_storage_name(base) for base in layers.values()})
         report = MergeReport(layers=losses, dtypes=tuple(dtypes), trained_in=storage)
         if beside is not None and inputs is not None:

@@ -114,14 +114,16 @@ class _StackedLinear(torch.autograd.Function):
         dy_PO = grad_outputs[0].to(x.dtype).contiguous()
         with without_autocast(x):
             (dB,), (dxa_PW,) = lora.outer_and_shrink([xa_PW], [dy_PO], [B], pairs.pairs, [stack.ranks_V2], [stack.scaling_V])
-            dA = lora.outer(dxa_PW, x, A, guard.of_x, stack.ranks_V2, guard.drops)
+            # a row a pair: a token that has an expert twice would look like tokens that follow each other
+            x_PI = x[guard.sorted.token_P] if guard.by_token else x
+            dA = lora.outer(dxa_PW, x_PI, A, pairs.pairs, stack.ranks_V2, guard.drops)
             dx = None
             if ctx.needs_input_grad[0]:
                 dx = product(dy_PO, weight_EIO.transpose(1, 2), guard.sorted.ends_E)
                 lora.expand_(dx, dxa_PW, A, pairs.pairs, stack.ranks_V2, guard.drops)
                 dx = guard.sorted.summed(dx) if guard.by_token else dx
         gradients = [grad[begin:end] for begin, end in stack.ranges for grad in (dA, dB)]
-        return dx, None, None, None, None, None, *gradients
+        return dx, None, dy_PO if ctx.needs_input_grad[2] else None, None, None, None, *gradients
 
 
 def stacked_linear(
