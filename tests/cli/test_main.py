@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 import warnings
 
 import pytest
@@ -17,7 +16,7 @@ from lorabank.errors import DataError
 HEAVY = "torch transformers datasets rich matplotlib numpy yaml safetensors tokenizers"
 
 
-def test_help_imports_nothing_heavy_and_is_fast() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = f"""
 import sys
 from lorabank.cli import main
@@ -27,17 +26,6 @@ heavy = [name for name in {HEAVY!r}.split() if name in sys.modules]
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-def test_a_help_takes_under_half_a_second() -> None:
-    def once() -> float:
-        before = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", "from lorabank.cli import main; main(['train', '--help'])"], check=True, capture_output=True
-        )
-        return time.perf_counter() - before
-
-    assert min(once() for _ in range(3)) < 0.5  # the fastest of three: the machine may be busy
 
 
 def test_alone_it_gives_an_overview(capsys: pytest.CaptureFixture[str]) -> None:
