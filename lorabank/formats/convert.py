@@ -6,7 +6,6 @@ the error that was measured.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from lorabank.formats.lycoris import EXACT
 from lorabank.formats.lycoris_layers import Decomposed
 from lorabank.formats.peft import CONFIG_FILE, TENSORS_FILE, save_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
+from lorabank.formats.scratch import scratch_beside
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What tensors can be written in, by the command line's names."""
@@ -106,19 +106,16 @@ def convert(
         adapter = _without(adapter, dropped, to, lossy)
     if dtype is not None:
         adapter = _cast(adapter, dtype)
-    scratch = target.with_name(f".{target.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        written = TARGETS[to].save(adapter, scratch / target.name if _is_file(to, target) else scratch)
-        again = _read_back(written if written.is_file() else scratch)
+    with scratch_beside(target) as scratch:
+        written = scratch / target.name
+        TARGETS[to].save(adapter, written)
+        again = _read_back(written)
         error = difference(whole.layers, again.layers)
         if error.worst > EXACT and not lossy:
             raise AdapterFileError(
                 f"{source}: {to} in {_dtypes(again)} would hold it with a {error}. Nothing was written; --lossy allows it."
             )
-        _put(scratch / target.name if _is_file(to, target) else scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _put(written, target)
     kept, lost = _metadata(source, form, target, to)
     return Conversion(
         source=form,
@@ -206,10 +203,6 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
             largest = f"{torch.finfo(dtype).max:g}, the largest in {str(dtype).removeprefix('torch.')}"
             raise AdapterFileError(f"layer {path!r} has numbers above {largest}. Nothing was written; choose bf16 or fp32.")
     return cast
-
-
-def _is_file(to: str, target: Path) -> bool:
-    return to == "kohya" or (to == "diffusers" and target.suffix == ".safetensors")
 
 
 def _read_back(path: Path) -> Adapter:
