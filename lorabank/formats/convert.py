@@ -74,6 +74,8 @@ class Conversion:
     """Keys of the source file's metadata that the written file has."""
     lost: tuple[str, ...] = ()
     """Those that it hasn't."""
+    unchecked: bool = False
+    """Whether the fingerprint of the base was left out, so that loading can't tell another base."""
 
 
 def convert(
@@ -97,6 +99,7 @@ def convert(
         raise AdapterFileError(f"--to: there is no form {to!r}{closest(to, TARGETS)}; there are {', '.join(TARGETS)}")
     form = form_of(source)
     adapter, turned, resolved = _read(source, form, rank, model)
+    fingerprint = adapter.fingerprint
     if component is not None:
         adapter = _one_component(adapter, component, strip=to == "peft")
         turned = {path: how for path, how in turned.items() if path in adapter.layers or to == "peft"}
@@ -127,6 +130,7 @@ def convert(
         resolved=resolved,
         kept=kept,
         lost=lost,
+        unchecked=fingerprint is not None and again.fingerprint is None,
     )
 
 
@@ -163,11 +167,22 @@ def _read(source: Path, form: str, rank: int | None, model: nn.Module | None) ->
 
 
 def _one_component(adapter: Adapter, name: str, *, strip: bool) -> Adapter:
-    """The part of one model, by its paths there or with its component; an adapter without components becomes one of it."""
-    if "" not in components(list(adapter.layers)):
-        part = of_component(adapter, name)
-        return part if strip else as_component(part, name)
-    return as_component(adapter, name)
+    """The part of one model, by its paths there or with its component; an adapter without components becomes one of it.
+
+    A fingerprint names its parameters by the model's paths and is of those that their names choose, so it holds for a part
+    whose paths stay, and for no model that is spelled otherwise.
+    """
+    has = components(list(adapter.layers))
+    if strip and has == [""]:
+        raise AdapterFileError(
+            f"--component {name}: the paths of this adapter begin with no component, and --to peft only takes "
+            "one off. Leave it out."
+        )
+    if strip:
+        return of_component(adapter, name)
+    if "" in has:
+        return as_component(adapter, name)
+    return replace(as_component(of_component(adapter, name), name), fingerprint=adapter.fingerprint)
 
 
 def _refuse_truncated(turned: Mapping[str, Decomposed], lossy: bool) -> None:
