@@ -19,12 +19,12 @@ examples:
   lorabank combine out/support/formal:0.7 out/support/terse:0.3 --output out/mixed
   lorabank combine good:1 bad:-0.5 --output out/difference
   lorabank combine formal:0.5 terse:0.5 --method svd --rank 16 --output out/small
-  lorabank combine formal terse -w 0.7 -w 'layers.0-11=0.2,mlp=0.8,*=0.5' --output out/by-layer
+  lorabank combine formal terse -w 0.7 -w 'layers.0-3=0.2,mlp=0.8,*=0.5' --output out/by-layer
 
 methods: exact (the weighted sum of the changes; ranks add up), svd (the best of a rank), ties, dare, dare_ties, magnitude_prune.
 PEFT's names of them (cat, ties_svd, dare_linear_svd …) are understood too.
 
-A weight is a number, or PART=NUMBER with commas between: names in a layer's path (mlp, layers.0-11, *), the first that matches
+A weight is a number, or PART=NUMBER with commas between: names in a layer's path (mlp, layers.0-3, *), the first that matches
 counts; or kohya's block weights of a U-Net (12, 17, 20 or 26 numbers with commas between).
 """
 PATIENCE = 2.0

@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     parser.add_argument("--lossy", action="store_true", help="write what is not exact too, and print how large the error is")
     parser.add_argument("--dtype", default="keep", choices=DTYPES, help="of the tensors (default: %(default)s, as they are)")
     parser.add_argument("--rank", type=positive, metavar="N", help="highest rank of LoHa and LoKr layers (default: all of it)")
-    parser.add_argument("--component", metavar="NAME", help="the model that a PEFT adapter is of: unet, text_encoder, …")
+    parser.add_argument("--component", metavar="NAME", help="one model: unet, text_encoder, …; PEFT's side has no such prefix")
     parser.add_argument("--model", metavar="FOLDER", help="model or pipeline folder, to resolve names that are not known")
     return parser
 
@@ -105,6 +105,8 @@ def described(done: Conversion, to: str) -> list[str]:
         lines.append(f"metadata kept: {_listed(done.kept)}")
     if done.lost:
         lines.append(f"metadata left out: {_listed(done.lost)}")
+    if done.unchecked:
+        lines.append("fingerprint left out: it names the base's parameters as they were before; loading won't check the base")
     lines.append(f"written and read back: {done.error}")
     lines.append(f"saved: {done.path}")
     return lines

@@ -75,10 +75,13 @@ def run(args: argparse.Namespace) -> int:
 def to_vllm(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
     """A folder of PEFT's files."""
     from lorabank.formats.vllm import check_shapes, vllm_adapter, vllm_rank
+    from lorabank.models.load import check_name
     from lorabank.training.serving import vllm_line
 
     base = args.base or adapter.base_model
     exported = vllm_adapter(adapter, where=args.adapter)
+    if args.base:  # what an adapter names by itself may lie on another machine
+        check_name(args.base)
     if base and Path(base).expanduser().is_dir():
         check_shapes(adapter, Path(base).expanduser(), where=args.adapter)
     with whole_folder(output) as scratch:

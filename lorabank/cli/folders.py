@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lorabank.config.paths import expanded
 from lorabank.errors import OutputError
+from lorabank.formats.scratch import scratch_beside
 
 
 def refuse_existing(output: str, place: str = "--output") -> Path:
     """The folder, which is new or empty. Raises OutputError otherwise. `place`: what the command line calls it."""
     folder = expanded(output, place=place, kind=OutputError)
+    if folder.name in ("", ".."):
+        raise OutputError(f"{place}: {output!r} isn't the name of something new. Name what is to be made, such as out/new.")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise OutputError(f"{folder}: exists already and isn't empty. Choose another {place}.")
+    if blocked := next((above for above in folder.parents if above.is_file()), None):
+        raise OutputError(f"{folder}: {blocked} is a file, so nothing can be written in it. Choose another {place}.")
     return folder
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its place at the end; nothing is left behind on an error."""
-    scratch = folder.with_name(f".{folder.name}.part")
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        yield scratch
-        if folder.is_dir():
-            folder.rmdir()
-        scratch.replace(folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: can't be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch_beside(folder) as scratch:
+        try:
+            made = scratch / folder.name
+            made.mkdir()
+            yield made
+            if folder.is_dir():
+                folder.rmdir()
+            made.replace(folder)
+        except OSError as error:
+            raise OutputError(f"{folder}: can't be written: {error.strerror or error}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lorabank.cli.folders import refuse_existing, whole_folder
 from lorabank.cli.loading import add_machine
 from lorabank.cli.parser import CommandParser
+from lorabank.config.typed import named_as_typed
 from lorabank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -52,8 +53,17 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     return parser
 
 
+FLAGS = {"force=True": "--force", "strength": "--strength"}
+"""What messages of the library speak of, as it is typed here."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Merge, print what rounding lost, save model and tokenizer."""
+    with named_as_typed(FLAGS):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     folder = refuse_existing(args.output)
     if args.dtype in ("fp8", "nf4"):
         raise ConfigError(
@@ -107,11 +117,12 @@ def print_report(report: MergeReport) -> None:
 
     from rich.console import Console
 
+    from lorabank.formats.measure import kind_of
     from lorabank.training.tables import new_table
 
     kinds: dict[str, list[str]] = {}
     for path in report.layers:
-        kinds.setdefault(path.rpartition(".")[2], []).append(path)
+        kinds.setdefault(kind_of(path), []).append(path)
     table = new_table()
     table.add_column("layers", style="cyan", no_wrap=True)
     for head in ("number", "‖Δ‖/‖W‖", "lost of Δ", "worst layer"):

@@ -14,7 +14,8 @@ examples:
   lorabank push out/support/formal me/formal --private --revision v2 --base Qwen/Qwen3-0.6B
 
 The folder is checked first, NaN and the base's name too; then it goes up as one commit, with a model card that says how to
-load it from there. The token is the one of `hf auth login`, or HF_TOKEN; HF_ENDPOINT names another hub.
+load it from there. Adapter, tokenizer, chat template, README.md and LICENSE files go up, and nothing else. The token is the one
+of `hf auth login`, or HF_TOKEN; HF_ENDPOINT names another hub.
 """
 
 
@@ -51,5 +52,7 @@ def run(args: argparse.Namespace) -> int:
         endpoint=constants.ENDPOINT,
     )
     print(f"pushed: {len(done.files)} files ({', '.join(done.files)})")
+    if done.stayed:
+        print(f"not uploaded: {', '.join(done.stayed)}")
     print(done.url)
     return 0

@@ -6,7 +6,6 @@ the error that was measured.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from lorabank.formats.lycoris import EXACT
 from lorabank.formats.lycoris_layers import Decomposed
 from lorabank.formats.peft import CONFIG_FILE, TENSORS_FILE, save_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
+from lorabank.formats.scratch import scratch_beside
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What tensors can be written in, by the command line's names."""
@@ -74,6 +74,8 @@ class Conversion:
     """Keys of the source file's metadata that the written file has."""
     lost: tuple[str, ...] = ()
     """Those that it hasn't."""
+    unchecked: bool = False
+    """Whether the fingerprint of the base was left out, so that loading can't tell another base."""
 
 
 def convert(
@@ -97,6 +99,7 @@ def convert(
         raise AdapterFileError(f"--to: there is no form {to!r}{closest(to, TARGETS)}; there are {', '.join(TARGETS)}")
     form = form_of(source)
     adapter, turned, resolved = _read(source, form, rank, model)
+    fingerprint = adapter.fingerprint
     if component is not None:
         adapter = _one_component(adapter, component, strip=to == "peft")
         turned = {path: how for path, how in turned.items() if path in adapter.layers or to == "peft"}
@@ -106,19 +109,16 @@ def convert(
         adapter = _without(adapter, dropped, to, lossy)
     if dtype is not None:
         adapter = _cast(adapter, dtype)
-    scratch = target.with_name(f".{target.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        written = TARGETS[to].save(adapter, scratch / target.name if _is_file(to, target) else scratch)
-        again = _read_back(written if written.is_file() else scratch)
+    with scratch_beside(target) as scratch:
+        written = scratch / target.name
+        TARGETS[to].save(adapter, written)
+        again = _read_back(written)
         error = difference(whole.layers, again.layers)
         if error.worst > EXACT and not lossy:
             raise AdapterFileError(
                 f"{source}: {to} in {_dtypes(again)} would hold it with a {error}. Nothing was written; --lossy allows it."
             )
-        _put(scratch / target.name if _is_file(to, target) else scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _put(written, target)
     kept, lost = _metadata(source, form, target, to)
     return Conversion(
         source=form,
@@ -130,6 +130,7 @@ def convert(
         resolved=resolved,
         kept=kept,
         lost=lost,
+        unchecked=fingerprint is not None and again.fingerprint is None,
     )
 
 
@@ -166,11 +167,22 @@ def _read(source: Path, form: str, rank: int | None, model: nn.Module | None) ->
 
 
 def _one_component(adapter: Adapter, name: str, *, strip: bool) -> Adapter:
-    """The part of one model, by its paths there or with its component; an adapter without components becomes one of it."""
-    if "" not in components(list(adapter.layers)):
-        part = of_component(adapter, name)
-        return part if strip else as_component(part, name)
-    return as_component(adapter, name)
+    """The part of one model, by its paths there or with its component; an adapter without components becomes one of it.
+
+    A fingerprint names its parameters by the model's paths and is of those that their names choose, so it holds for a part
+    whose paths stay, and for no model that is spelled otherwise.
+    """
+    has = components(list(adapter.layers))
+    if strip and has == [""]:
+        raise AdapterFileError(
+            f"--component {name}: the paths of this adapter begin with no component, and --to peft only takes "
+            "one off. Leave it out."
+        )
+    if strip:
+        return of_component(adapter, name)
+    if "" in has:
+        return as_component(adapter, name)
+    return replace(as_component(of_component(adapter, name), name), fingerprint=adapter.fingerprint)
 
 
 def _refuse_truncated(turned: Mapping[str, Decomposed], lossy: bool) -> None:
@@ -206,10 +218,6 @@ def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
             largest = f"{torch.finfo(dtype).max:g}, the largest in {str(dtype).removeprefix('torch.')}"
             raise AdapterFileError(f"layer {path!r} has numbers above {largest}. Nothing was written; choose bf16 or fp32.")
     return cast
-
-
-def _is_file(to: str, target: Path) -> bool:
-    return to == "kohya" or (to == "diffusers" and target.suffix == ".safetensors")
 
 
 def _read_back(path: Path) -> Adapter:

@@ -15,19 +15,28 @@ from lorabank.formats.adapter import AdapterLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A measured error, Frobenius norms; that of DoRA's magnitudes counts as a part of their layer's."""
+    """A measured error, Frobenius norms."""
 
     total: float
-    """‖lost‖ / ‖change‖ over all layers."""
+    """‖lost‖ / ‖change‖ over all layers, of scaling · B A."""
     layer: str
-    """Where it is largest, relative to the layer's own change."""
+    """Where it is largest, relative to the layer's own change; or to its magnitudes, if these lost more."""
     worst: float
     """There."""
+    magnitudes: float = 0.0
+    """‖m − m'‖ over all layers with DoRA: the rows of their weights have the norms m, so theirs are off by that much."""
+    magnitudes_of: float = 0.0
+    """‖m‖ of the same."""
 
     def __str__(self) -> str:
         if not self.worst:
             return "exact"
-        return f"relative error {self.total:.2g} over all layers, at most {self.worst:.2g} ({self.layer})"
+        dora = (
+            f"; ‖m − m'‖ of DoRA's magnitudes {self.magnitudes:.2g} beside ‖m‖ {self.magnitudes_of:.3g}"
+            if self.magnitudes
+            else ""
+        )
+        return f"relative error {self.total:.2g} over all layers, at most {self.worst:.2g} ({self.layer}){dora}"
 
 
 def difference(old: Mapping[str, AdapterLayer], new: Mapping[str, AdapterLayer]) -> Difference:
@@ -35,18 +44,30 @@ def difference(old: Mapping[str, AdapterLayer], new: Mapping[str, AdapterLayer])
 
     Raises AdapterFileError where a layer has another shape in each.
     """
-    changes, losses = dict[str, float](), dict[str, float]()
+    changes, losses, shares = dict[str, float](), dict[str, float](), dict[str, float]()
+    sizes, moved = list[float](), list[float]()
     for path in dict.fromkeys((*old, *new)):
         before, after = old.get(path), new.get(path)
         present = before or after
         assert present is not None
         changes[path] = norm(before) if before else 0.0
         losses[path] = _loss(path, before, after) if before and after else norm(present)
-    shares = {path: losses[path] / changes[path] if changes[path] else math.inf if losses[path] else 0.0 for path in losses}
+        size, off = _magnitudes(before, after)
+        sizes.append(size)
+        moved.append(off)
+        shares[path] = max(_share(losses[path], changes[path]), _share(off, size))
     worst = max(shares, key=lambda path: shares[path])
-    size = math.hypot(*changes.values())
-    total = math.hypot(*losses.values())
-    return Difference(total=total / size if size else math.inf if total else 0.0, layer=worst, worst=shares[worst])
+    return Difference(
+        total=_share(math.hypot(*losses.values()), math.hypot(*changes.values())),
+        layer=worst,
+        worst=shares[worst],
+        magnitudes=math.hypot(*moved),
+        magnitudes_of=math.hypot(*sizes),
+    )
+
+
+def _share(lost: float, size: float) -> float:
+    return lost / size if size else math.inf if lost else 0.0
 
 
 def norm(layer: AdapterLayer) -> float:
@@ -59,18 +80,23 @@ def norm(layer: AdapterLayer) -> float:
 def _loss(path: str, old: AdapterLayer, new: AdapterLayer) -> float:
     if old.B.shape[0] != new.B.shape[0] or old.A.shape[1:] != new.A.shape[1:]:
         raise AdapterFileError(f"layer {path!r} is {old.size[0]} → {old.size[1]} in the one and {new.size[0]} → {new.size[1]}")
-    scale = 0.0
-    if (old.magnitude is None) != (new.magnitude is None):
-        scale = math.inf
-    elif old.magnitude is not None and new.magnitude is not None:
-        a, b = old.magnitude.double(), new.magnitude.double()
-        scale = float((a - b).norm() / a.norm()) * norm(old) if float(a.norm()) else float(b.norm())
     before, after = old.B.double() * old.scaling, new.B.double() * new.scaling
     if torch.equal(old.A.double(), new.A.double()) and torch.equal(before, after):
-        return scale
+        return 0.0
     B = torch.cat([before, -after], dim=1)
     A = torch.cat([old.A.flatten(1).double(), new.A.flatten(1).double()])
-    return math.hypot(_product_norm(B, A), scale)
+    return _product_norm(B, A)
+
+
+def _magnitudes(old: AdapterLayer | None, new: AdapterLayer | None) -> tuple[float, float]:
+    """(‖m‖, ‖m − m'‖), infinite where only one of two layers has magnitudes."""
+    a, b = (layer.magnitude.double() if layer and layer.magnitude is not None else None for layer in (old, new))
+    if a is None and b is None:
+        return 0.0, 0.0
+    if a is not None and b is not None:
+        return float(a.norm()), float((a - b).norm())
+    size = float(a.norm()) if a is not None else 0.0
+    return size, math.inf if old and new else size
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:

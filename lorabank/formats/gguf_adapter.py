@@ -22,6 +22,7 @@ from lorabank.errors import AdapterFileError, ConfigError, OutputError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.gguf_base import GgufBase, interleaved, require_gguf
 from lorabank.formats.readers import refuse
+from lorabank.formats.scratch import parents_of
 
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """Storages of a GGUF's tensors that can be written here, and gguf's names of them."""
@@ -156,11 +157,11 @@ def add(writer: Any, name: str, values: np.ndarray, dtype: str) -> None:
 def write_whole(file: Path, write: Callable[[Path], None]) -> None:
     """Write `file` under a temporary name and rename it at the end. Raises OutputError; nothing is left behind then."""
     scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(scratch)
-        scratch.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file}: can't be written ({error.strerror or error}). Nothing was replaced.") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with parents_of(file):
+        try:
+            write(scratch)
+            scratch.replace(file)
+        except OSError as error:
+            raise OutputError(f"{file}: can't be written ({error.strerror or error}). Nothing was replaced.") from error
+        finally:
+            scratch.unlink(missing_ok=True)

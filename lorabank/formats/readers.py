@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.components import split
 from lorabank.formats.peft_config import stored_transposed
 from lorabank.formats.peft_keys import file_rank
 
@@ -88,6 +89,23 @@ def _experts(adapter: Adapter, reader: str) -> list[Obstacle]:
     return _found(f"experts aren't exported for {reader}", MERGE, layers)
 
 
+IMAGE_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+"""Components of an image model's pipeline by which its paths are told; `transformer` begins GPT-2's paths as well."""
+IMAGE_BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
+"""Parts of a U-Net or a diffusion transformer, whose adapter may have paths without a component."""
+
+
+def _image_models(adapter: Adapter, reader: str) -> list[Obstacle]:
+    way_out = "convert it (lorabank convert --to diffusers) and load it there"
+    return _found(f"{reader} has no image models", way_out, _paths(adapter, lambda path, layer: of_image_model(path)))
+
+
+def of_image_model(path: str) -> bool:
+    """Whether a layer's path is one of an image model's: its U-Net, diffusion transformer or text encoders."""
+    component, inside = split(path)
+    return component in IMAGE_PARTS or inside.partition(".")[0] in IMAGE_BLOCKS
+
+
 def _vllm(adapter: Adapter) -> list[Obstacle]:
     """Of a folder as it is."""
     ranks = {path: file_rank(layer) for path, layer in adapter.layers.items()}
@@ -105,6 +123,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
     transposed = tuple(adapter.layers)[:1] if stored_transposed(adapter) else ()
     return [
         *_broken(adapter),
+        *_image_models(adapter, "vLLM"),
         *_dora(adapter, "vLLM"),
         *_convolutions(adapter, "vLLM"),
         *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
@@ -127,6 +146,7 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
     merged = "lorabank export --to gguf --merged writes it into a base GGUF"
     return [
         *_broken(adapter),
+        *_image_models(adapter, "llama.cpp"),
         *_dora(adapter, "llama.cpp", merged),
         *_convolutions(adapter, "llama.cpp"),
         *_experts(adapter, "llama.cpp"),
@@ -134,7 +154,12 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
 
 
 def _merged_gguf(adapter: Adapter) -> list[Obstacle]:
-    return [*_broken(adapter), *_convolutions(adapter, "a GGUF language model"), *_experts(adapter, "a GGUF")]
+    return [
+        *_broken(adapter),
+        *_image_models(adapter, "llama.cpp"),
+        *_convolutions(adapter, "a GGUF language model"),
+        *_experts(adapter, "a GGUF"),
+    ]
 
 
 def _older_peft(adapter: Adapter) -> list[Obstacle]:

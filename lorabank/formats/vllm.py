@@ -52,11 +52,23 @@ def folded(layer: AdapterLayer, rank: int) -> AdapterLayer:
 def check_shapes(adapter: Adapter, folder: Path, *, where: str) -> None:
     """Raise AdapterFileError where a layer changes a weight of another shape than the one in a base's folder.
 
-    Only headers are read. A weight that the folder has under another name isn't compared: vLLM renames some of them too.
+    Only headers are read. A weight that the folder has under another name isn't compared: vLLM renames some of them too. But it
+    must have some of them, by the last names of their paths at least. A folder without safetensors tells nothing.
     """
     shapes = {
         name: entry.shape for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).tensors.items()
     }
+    if not shapes and not (folder / "config.json").is_file():
+        raise AdapterFileError(
+            f"{where}: {folder} holds no model (no config.json, no weights). Name the base's folder with --base."
+        )
+    ends = {_end(name.removesuffix(".weight")) for name in shapes}
+    if shapes and not any(_end(path) in ends for path in adapter.layers):
+        first = next(iter(adapter.layers))
+        raise AdapterFileError(
+            f"{where}: none of its layers is in {folder}, such as {first!r}: it was trained on another model. Name its own base "
+            "with --base."
+        )
     for path, layer in adapter.layers.items():
         shape = layer.size if layer.looks_up else layer.size[::-1]
         found = shapes.get(f"{path}.weight", shape)
@@ -65,3 +77,8 @@ def check_shapes(adapter: Adapter, folder: Path, *, where: str) -> None:
                 f"{where}: layer {path!r} changes a weight of {shape}, and {path}.weight in {folder} is {found}: it was "
                 "trained on another model. Name its own base with --base."
             )
+
+
+def _end(path: str) -> str:
+    """The last names of a path, `0.self_attn.q_proj`: what comes before differs between a model's classes."""
+    return ".".join(path.split(".")[-3:])

@@ -13,6 +13,7 @@ import torch
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
+from lorabank.formats.difference import norm
 from lorabank.formats.patterns import to_patterns
 from lorabank.merging.combine_report import CombineReport, LayerError
 from lorabank.merging.low_rank import factored_norm, stacked
@@ -25,6 +26,8 @@ Busy = Callable[[str, int, int], object]
 FROM_COARSE = ("fp4", "nf4", "fp8")
 """Storages of a quantised base, the one that is furthest from it first."""
 DENSITY = 0.5
+HEADROOM = 1e6
+"""How far below the largest number of its dtype a change stays: sums and random projections of it must be finite too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ def _combined(parts: Weighted, method: str, given: Mapping[str, int | float | st
             known = terms.setdefault(path, [])
             if own[path] != 0:
                 _refuse_non_finite(layer, path, index)
+                _refuse_too_large(layer, path, index, own[path], float(told.get("density", 1.0)))
                 known.append(Term(layer=layer, weight=own[path], seed=_layer_seed(seed, index, path)))
     layers: dict[str, AdapterLayer] = {}
     errors: dict[str, LayerError] = {}
@@ -246,6 +250,18 @@ def _refuse_non_finite(layer: AdapterLayer, path: str, index: int) -> None:
         raise MergeError(
             f"combine: adapter {index} holds NaN or infinity in layer {path!r}: its training diverged. Use an earlier checkpoint "
             "of it, or give that layer the weight 0."
+        )
+
+
+def _refuse_too_large(layer: AdapterLayer, path: str, index: int, weight: float, density: float) -> None:
+    """`density`: dare divides by it."""
+    dtype = torch.promote_types(torch.float32, torch.promote_types(layer.A.dtype, layer.B.dtype))
+    factor = float(layer.B.abs().max()) * abs(weight * layer.scaling)  # what goes into B must fit by itself
+    size = max(norm(layer) * abs(weight), factor) / density
+    if not size <= torch.finfo(dtype).max / HEADROOM:
+        raise MergeError(
+            f"combine: weight {weight:g} of adapter {index} makes its change in layer {path!r} too large for {dtype}: the result "
+            "wouldn't be finite. Choose a smaller weight."
         )
 
 

@@ -6,6 +6,7 @@ changes is written in 16 or 32 bits: in 4 bits rounding would lose most of ΔW.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorabank.errors import ModelError
+from lorabank.errors import AdapterFileError, ModelError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.gguf_adapter import DTYPES, check_dtype, places, write_whole
 from lorabank.formats.gguf_base import GgufBase, interleaved, open_gguf, read_base
@@ -65,6 +66,7 @@ def merge_gguf(
     reader = open_gguf(base_file, base.name)
     kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
     written = [tensor for tensor in reader.tensors if tensor.name in layers or (all_tensors and len(tensor.shape) > 1)]
+    _check_widths(written, kind, dtype)
     rewritten = {tensor.name for tensor in written}
     lost = wanted = 0.0
 
@@ -103,6 +105,19 @@ def merge_gguf(
     write_whole(file, write)
     share = (lost / wanted) ** 0.5 if wanted else 0.0
     return MergedGguf(file=file, changed=len(layers), copied=len(reader.tensors) - len(rewritten), lost_share=share)
+
+
+def _check_widths(tensors: Sequence[Any], kind: Any, dtype: str) -> None:
+    import gguf
+
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    for tensor in tensors:
+        width = int(tensor.shape[0])  # GGUF names the innermost dimension first
+        if width % block:
+            raise AdapterFileError(
+                f"{tensor.name} has rows of {width} numbers, and {dtype} takes a multiple of {block}. Nothing was written; use "
+                "--dtype f16."
+            )
 
 
 def merged_weight(weight: Tensor, layer: AdapterLayer, name: str, base: GgufBase) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.layers import layer_kind
-from lorabank.errors import MergeError
+from lorabank.errors import MergeError, Setting
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.kernels.maps import LowRankMap
 from lorabank.kernels.norms import output_norms
@@ -63,7 +63,10 @@ def merge_tensor(
     merged = (change.before + change.delta).to(weight.dtype)
     after = merged.to(wide)
     if not after.isfinite().all() and change.before.isfinite().all():
-        raise MergeError(f"merge: {path}.weight + ΔW is too large for {weight.dtype}. Merge into a float32 copy of the base.")
+        too_large = f"merge: {path}.weight + ΔW is too large for {weight.dtype}. "
+        if weight.dtype in (torch.float32, torch.float64):
+            raise MergeError(f"{too_large}Merge it with a smaller ", Setting("strength"), ".")
+        raise MergeError(f"{too_large}Merge into a float32 copy of the base.")
     return merged, _loss(change, after), change
 
 

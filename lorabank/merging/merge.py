@@ -18,7 +18,7 @@ from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.parts import layer_parts
 from lorabank.bank.tied import shared_in
-from lorabank.errors import AdapterFileError, FingerprintError, MergeError, closest
+from lorabank.errors import AdapterFileError, FingerprintError, MergeError, Setting, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.kernels.fp8 import E4M3
@@ -27,6 +27,7 @@ from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_output
 from lorabank.merging.quantized import STORAGES, rounded
 from lorabank.merging.report import UNRESOLVED, LayerLoss, MergeReport
 
+FORCE = Setting("force=True")
 MERGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -169,8 +170,9 @@ def check_fingerprint(model: nn.Module, adapter: Adapter) -> None:
     if difference:
         base = f" ({adapter.base_model})" if adapter.base_model else ""
         raise FingerprintError(
-            f"the adapter was trained on another base{base}: {difference}. Load that base, or pass force=True if you know "
-            "that it fits (a base with another adapter merged in also differs)."
+            f"the adapter was trained on another base{base}: {difference}. Load that base, or pass ",
+            FORCE,
+            " if you know that it fits (a base with another adapter merged in also differs).",
         )
 
 

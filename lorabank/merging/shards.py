@@ -25,7 +25,7 @@ from lorabank.formats.files import TORCH_DTYPES
 from lorabank.formats.fingerprint import Fingerprint, positions
 from lorabank.merging.checkpoint import INDEX, Names, Shard, names_in_model, read_shards, write_shard
 from lorabank.merging.layer import merge_tensor
-from lorabank.merging.merge import MERGED_DTYPES, storage_in_training, warn_unresolved
+from lorabank.merging.merge import FORCE, MERGED_DTYPES, storage_in_training, warn_unresolved
 from lorabank.merging.outputs import map_of
 from lorabank.merging.quantized import rounded
 from lorabank.merging.report import LayerLoss, MergeReport
@@ -130,8 +130,9 @@ def _check_base(adapter: Adapter, names: Names, owners: Mapping[str, Shard]) -> 
     if difference:
         base = f" ({adapter.base_model})" if adapter.base_model else ""
         raise FingerprintError(
-            f"the adapter was trained on another base{base}: {difference}. Name that base's folder, or pass force=True if you "
-            "know that it fits."
+            f"the adapter was trained on another base{base}: {difference}. Name that base's folder, or pass ",
+            FORCE,
+            " if you know that it fits.",
         )
 
 

@@ -138,13 +138,21 @@ def locate(name: str, *, cache: Path | None = None, trust_remote_code: bool = Fa
         from lorabank.models.smollm2 import smollm2_folder  # also run as `python -m`, so not imported with the package
 
         return smollm2_folder(cache, say=say)
+    check_name(name)
+    return hub.fetch(name, trust_remote_code=trust_remote_code)
+
+
+def check_name(name: str) -> None:
+    """Raise ModelError for what is no folder or file here, no alias and no hub id by its form. Fetches nothing."""
+    path = expanded(name, place="model", kind=ModelError)
+    if path.exists() or alias(name):
+        return
     check_not_closed(name)
     if is_path(name) or (path.parent != Path() and path.parent.is_dir() and closest_sibling(path)):
         raise ModelError(f"model {name!r}: no such folder or file{closest_sibling(path)}.")
     if not is_hub_id(name):
         hint = closest_sibling(path)
         raise ModelError(f"model {name!r}: neither a folder, a GGUF file nor a hub id such as 'Qwen/Qwen3-0.6B'{hint}.")
-    return hub.fetch(name, trust_remote_code=trust_remote_code)
 
 
 def _locate_file(path: Path, cache: Path, say: Say) -> Path:

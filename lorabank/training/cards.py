@@ -15,8 +15,8 @@ from lorabank.formats.files import write_files
 from lorabank.training import human
 from lorabank.training.serving import has_patterns, obstacle, vllm_line
 
-USE = "\n## Use\n"
-"""Heading of a card's last section."""
+USE = "## Use"
+"""Heading of the section on how to load the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def model_card(facts: CardFacts) -> str:
     ]
     if facts.metrics:
         parts += ["## Evaluation", _scores(facts)]
-    parts += [USE.strip(), _use(facts)]
+    parts += [USE, _use(facts)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -196,12 +196,35 @@ def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: s
         revision=revision,
     )
     front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
-    old = front.get("base_model")
-    if isinstance(old, str) and old != base_model:
-        body = body.replace(f"`{old}`", f"`{base_model}`")
-    front = {"base_model": base_model, "library_name": "peft", **front} | {"base_model": base_model}
+    named = _listed(front.get("base_model"))
+    old = [one for one in named if len(named) == 1 or one == adapter.base_model]
+    for one in old:
+        body = body.replace(f"`{one}`", f"`{base_model}`")
+    bases = [base_model if one in old else one for one in named]
+    bases = list(dict.fromkeys(bases if base_model in bases else [base_model, *bases]))
+    front = {"base_model": "", "library_name": "peft", **front} | {"base_model": bases[0] if len(bases) == 1 else bases}
     front["tags"] = list(dict.fromkeys([*_listed(front.get("tags")), "lora", "lorabank"]))
-    return f"{_front_matter(front)}\n\n{body.partition(USE)[0].strip()}\n\n{USE.strip()}\n\n{use}\n"
+    before, after = _around_use(body)
+    return "\n\n".join(filter(None, [_front_matter(front), before, USE, use, after])) + "\n"
+
+
+def _around_use(body: str) -> tuple[str, str]:
+    """What stands before and after the section on use, which ends at the next heading of its level outside of code."""
+    lines, fence = body.splitlines(), ""
+    headings: list[int] = []
+    for number, line in enumerate(lines):
+        mark = re.match(r" {0,3}(`{3,}|~{3,})", line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and line.strip().startswith(fence) and not line.strip().strip(fence[0]):
+            fence = ""
+        elif not fence and re.match(r"##?\s", line):
+            headings.append(number)
+    start = next((number for number in headings if lines[number].rstrip() == USE), None)
+    if start is None:
+        return body.strip(), ""
+    end = next((number for number in headings if number > start), len(lines))
+    return "\n".join(lines[:start]).strip(), "\n".join(lines[end:]).strip()
 
 
 def _parted(text: str) -> tuple[dict[str, object], str]:

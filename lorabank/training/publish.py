@@ -15,13 +15,20 @@ from pathlib import Path
 from lorabank.errors import AdapterFileError, ConfigError, MissingExtraError, ModelError, OutputError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.detect import load_adapter
-from lorabank.formats.peft import CONFIG_FILE, load_peft
+from lorabank.formats.peft import CONFIG_FILE, OWN_FILE, TENSORS_FILE, load_peft
 from lorabank.models.names import SMOLLM2, is_hub_id
 from lorabank.training.cards import card_for_hub
 
 CARD = "README.md"
-SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model", ".md")
-"""Of the files that go up; folders and hidden files stay."""
+UPLOADED = (
+    *(CONFIG_FILE, TENSORS_FILE, OWN_FILE, CARD),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""Names of the files that go up: the adapter, its card, tokenizers and chat templates as transformers has them, and `LICENSE*`.
+A list of what may go, since a folder may hold anything: rows, notes, an optimizer's state."""
+LICENSE = "LICENSE"
 HUB_IDS: Mapping[str, str] = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Where models that lorabank has names of its own for lie on the hub."""
 
@@ -33,6 +40,8 @@ class Pushed:
     url: str
     """Of the commit."""
     files: tuple[str, ...]
+    stayed: tuple[str, ...]
+    """What else the folder holds, folders with a `/`; hidden files aren't named."""
 
 
 def push(
@@ -64,7 +73,7 @@ def push(
         copy = Path(scratch)
         files = stage(folder, copy, adapter, base_model=base_model, repository=repository, revision=revision)
         url = _upload(copy, repository, token=token, private=private, revision=revision, endpoint=endpoint)
-    return Pushed(url=url, files=files)
+    return Pushed(url=url, files=files, stayed=staying(folder))
 
 
 def check_repository(repository: str) -> None:
@@ -91,14 +100,14 @@ def stage(
 ) -> tuple[str, ...]:
     """Fill `copy` with what goes up; returns the names."""
     for file in sorted(folder.iterdir()):
-        if file.is_file() and file.suffix in SUFFIXES and not file.name.startswith("."):
+        if _goes_up(file):
             shutil.copyfile(file, copy / file.name)
     settings = json.loads((copy / CONFIG_FILE).read_text("utf-8"))
     if settings.get("base_model_name_or_path") != base_model:
         text = json.dumps({**settings, "base_model_name_or_path": base_model}, indent=2, sort_keys=True)
         (copy / CONFIG_FILE).write_text(text + "\n", "utf-8")
     card = copy / CARD
-    text = card.read_text("utf-8") if card.is_file() else None
+    text = _text(card, folder) if card.is_file() else None
     name = folder.resolve().name
     card.write_text(
         card_for_hub(text, adapter, name, base_model=base_model, repository=repository, revision=revision), encoding="utf-8"
@@ -106,11 +115,33 @@ def stage(
     return tuple(sorted(file.name for file in copy.iterdir()))
 
 
+def staying(folder: Path) -> tuple[str, ...]:
+    """Names of what isn't uploaded, folders with a `/` at the end; without hidden files."""
+    others = (item for item in sorted(folder.iterdir()) if not _goes_up(item) and not item.name.startswith("."))
+    return tuple(f"{item.name}/" if item.is_dir() else item.name for item in others)
+
+
+def _goes_up(file: Path) -> bool:
+    return file.is_file() and (file.name in UPLOADED or file.name.startswith(LICENSE))
+
+
+def _text(card: Path, folder: Path) -> str:
+    try:
+        return card.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterFileError(
+            f"{folder / CARD}: isn't UTF-8 (byte {error.start}). Save it as UTF-8, or delete the file. Nothing was uploaded."
+        ) from error
+
+
 def _adapter(folder: Path) -> Adapter:
     if folder.is_dir() and (folder / CONFIG_FILE).is_file():
         return load_peft(folder)
     load_adapter(folder)  # says what it is instead, and the way out, where it can't be read at all
-    raise AdapterFileError(f"{folder}: an adapter, and not PEFT's folder, which hubs expect. Save it as one first: Adapter.save.")
+    raise AdapterFileError(
+        f"{folder}: an adapter, and not PEFT's folder, which hubs expect. Make one first: lorabank convert {folder} "
+        "FOLDER --to peft"
+    )
 
 
 def _upload(folder: Path, repository: str, *, token: str, private: bool, revision: str | None, endpoint: str | None) -> str:

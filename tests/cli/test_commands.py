@@ -6,6 +6,7 @@ import io
 import json
 import math
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +415,39 @@ def test_merge_does_not_save_a_quantised_folder(
     assert f"--dtype {dtype}: a merged folder holds plain weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("by_shard", [[], ["--by-shard"]])
+def test_merge_names_its_flags(
+    by_shard: list[str], adapter_folder: Path, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from lorabank.formats.fingerprint import Fingerprint
+
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    with torch.no_grad():
+        base.get_parameter("lm_head.weight").add_(1)
+        base.get_parameter("model.embed_tokens.weight").add_(1)
+    other = replace(Adapter.load(adapter_folder), fingerprint=Fingerprint.of(base)).save(tmp_path / "other")
+    line = ["merge", str(other), *by_shard, "--device", "cpu", "--dtype", "fp32", "--output", str(tmp_path / "out")]
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert "or pass --force if you know that it fits" in error and "True" not in error
+    assert main([*line, "--force", "--strength", "1e39"]) == 2
+    assert "is too large for torch.float32. Merge it with a smaller --strength." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_shows_experts_by_the_name_of_their_stack(capsys: pytest.CaptureFixture[str]) -> None:
+    from lorabank.cli.merge import print_report
+    from lorabank.merging.report import LayerLoss, MergeReport
+
+    loss = LayerLoss(weight=1.0, delta=0.1, lost=0.0)
+    paths = [f"model.layers.0.mlp.experts.{name}.{index}" for name in ("gate_up_proj", "down_proj") for index in range(3)]
+    print_report(MergeReport(layers=dict.fromkeys(paths, loss), dtypes=("float32",)))
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows if row[1:2] == ["3"]] == [["gate_up_proj", "3"], ["down_proj", "3"]]
+
+
 def test_combine_is_the_weighted_sum(adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mixed"
     assert main(["combine", f"{adapter_folder}:0.7", f"{adapter_folder}:-0.2", "--output", str(out)]) == 0
@@ -452,6 +486,7 @@ def test_combine_to_a_rank_with_weights_by_layer(
         (["{}", "-w", "mlp"], "-w: weight 'mlp': 'mlp' is no number"),
         (["{}:one"], ": expected ADAPTER:WEIGHT: weight 'one': 'one' is no number"),
         (["{}:mpl=1,*=0"], "the weight of adapter 0 names 'mpl', which matches no layer"),
+        (["{}:1e39"], "weight 1e+39 of adapter 0 makes its change in layer"),
         (["{}:1", "--rank", "4"], "method 'exact' takes no rank; svd, "),
         (["{}:1", "--method", "tise"], "unknown method 'tise' (did you mean 'ties'?)"),
         (["{}:1", "--method", "svd", "--energy", "2"], "energy should be a share"),

@@ -15,12 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import lorabank as lb
 from lorabank import Adapter
 from lorabank.cli import main
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.components import config_of
 from lorabank.formats.convert import TARGETS
 from lorabank.formats.difference import difference
+from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.kohya import save_kohya
 from tests.formats.pipelines import PIPELINES, adapter_for, adapter_of, decomposed, holder, sd
 
@@ -183,6 +185,46 @@ def test_a_component_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     capsys.readouterr()
     assert main(["convert", str(start), str(tmp_path / "x"), "--to", "peft", "--component", "transformer"]) == 2
     assert "component 'transformer': the adapter has no layers of it" in capsys.readouterr().err
+
+
+def test_a_component_is_only_taken_off_for_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small().save(tmp_path / "p")
+    assert main(["convert", str(tmp_path / "p"), str(tmp_path / "unet"), "--to", "peft", "--component", "unet"]) == 0
+    assert list(Adapter.load(tmp_path / "unet").layers) == [PATH.removeprefix("unet.")]
+    assert main(["convert", str(tmp_path / "unet"), str(tmp_path / "x"), "--to", "peft", "--component", "unet"]) == 2
+    assert "--component unet: the paths of this adapter begin with no component" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_fingerprint_is_kept_with_the_paths_or_said_to_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = holder(sd())
+    known = replace(adapter_for("sd", even=True), fingerprint=Fingerprint.of(pipe))
+    start = save_kohya(known, tmp_path / "a.safetensors")
+    assert main(["convert", str(start), str(tmp_path / "d"), "--to", "diffusers", "--component", "unet"]) == 0
+    assert "fingerprint left out" not in capsys.readouterr().out
+    assert Adapter.load(tmp_path / "d").fingerprint == known.fingerprint
+    lb.attach(pipe).load("a", Adapter.load(tmp_path / "d"))
+    assert main(["convert", str(start), str(tmp_path / "p"), "--to", "peft", "--component", "unet"]) == 0
+    assert "fingerprint left out" in capsys.readouterr().out
+    assert Adapter.load(tmp_path / "p").fingerprint is None
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_rounded_magnitudes_are_not_exact(trained: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    magnitude = torch.linspace(1.0, 2.0, 8)
+    layer = small(magnitude=magnitude).layers[PATH]
+    A, B = layer.A.bfloat16().float(), layer.B.bfloat16().float() * trained  # so that only the magnitudes are rounded
+    layers = {PATH: replace(layer, A=A, B=B)}
+    start = save_kohya(Adapter(config=config_of(layers), layers=layers), tmp_path / "a.safetensors")
+    line = ["convert", str(start), str(tmp_path / "p"), "--to", "peft", "--dtype", "bf16"]
+    assert main(line) == 2
+    assert "--lossy allows it" in capsys.readouterr().err
+    assert main([*line, "--lossy"]) == 0
+    off = float((magnitude - magnitude.bfloat16()).double().norm())
+    assert off > 1e-3
+    text = capsys.readouterr().out
+    assert f"relative error 0 over all layers, at most {off / float(magnitude.norm()):.2g} ({PATH})" in text
+    assert f"‖m − m'‖ of DoRA's magnitudes {off:.2g} beside ‖m‖ {float(magnitude.norm()):.3g}" in text
 
 
 def test_names_by_a_pipelines_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

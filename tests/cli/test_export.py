@@ -157,6 +157,8 @@ def test_ollama_merged_and_by_its_own_name(gguf_base: Path, tmp_path: Path, caps
             "an adapter's GGUF storage: expected one of f32, f16, got 'f8'",
         ),
         (["--to", "gguf", "--base", "nowhere/", "--output", "o.gguf"], "no such folder"),
+        (["--to", "vllm", "--base", "./nowhere", "--output", "o"], "model './nowhere': no such folder or file"),
+        (["--to", "vllm", "--base", ".", "--output", "o"], "holds no model (no config.json, no weights)"),
     ],
 )
 def test_what_does_not_go_together(

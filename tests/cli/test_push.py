@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -222,6 +223,52 @@ def test_a_folder_without_a_card_gets_one(hub: Hub, adapter_folder: Path) -> Non
     assert not (adapter_folder / "README.md").exists()
 
 
+def test_only_files_that_are_named_go_up(hub: Hub, folder: Path) -> None:
+    for name in ("notes.txt", "trainer_state.json", "optimizer.safetensors", "rows.jsonl", "secret.md", ".env"):
+        (folder / name).write_text("mine")
+    for name in ("LICENSE", "LICENSE.txt", "merges.txt", "chat_template.jinja"):
+        (folder / name).write_text("yours")
+    done = up(hub, folder)
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "lorabank.json", "tokenizer.json"}
+    assert set(hub.commits[0][2]) == set(done.files) == names | {"LICENSE", "LICENSE.txt", "merges.txt", "chat_template.jinja"}
+    stayed = ("last/", "notes.txt", "optimizer.safetensors", "rows.jsonl", "secret.md", "trainer_state.json", "training_state.pt")
+    assert done.stayed == stayed
+
+
+def test_what_follows_the_section_on_use_stays(hub: Hub, folder: Path) -> None:
+    card = folder / "README.md"
+    card.write_text(
+        card.read_text() + "```sh\n## no heading\n```\n\n### More\n\n## Limits\n\nNot for maps.\n\n## Thanks\n\nTo you.\n"
+    )
+    up(hub, folder)
+    text = hub.commits[0][2]["README.md"].decode()
+    assert "path/to" not in text and "no heading" not in text and "### More" not in text
+    assert text.endswith("```\n\n## Limits\n\nNot for maps.\n\n## Thanks\n\nTo you.\n")
+    assert text.index("## Training") < text.index("## Use") < text.index("## Limits")
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [(["here/base"], BASE), ([BASE, "other/base"], [BASE, "other/base"]), (["other/base", "a/b"], [BASE, "other/base", "a/b"])],
+)
+def test_a_card_with_a_list_of_bases(hub: Hub, folder: Path, named: list[str], expected: object) -> None:
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("base_model: here/base", f"base_model: {json.dumps(named)}"))
+    up(hub, folder)
+    text = hub.commits[0][2]["README.md"].decode()
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == expected
+    assert (f"A LoRA adapter for `{BASE}`" in text) == (len(named) == 1)
+
+
+def test_another_tools_file_is_told_how_to_become_a_folder(hub: Hub, tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    file = tmp_path / "a.safetensors"
+    save_file({f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}, file)
+    with pytest.raises(LorabankError, match=r"lorabank convert .*a\.safetensors FOLDER --to peft"):
+        up(hub, file)
+    assert hub.requests == []
+
+
 def test_private_and_a_branch(hub: Hub, folder: Path) -> None:
     up(hub, folder, private=True, revision="v2")
     assert hub.private == {"me/formal": True}
@@ -256,6 +303,10 @@ def broken_card(folder: Path) -> None:
     (folder / "README.md").write_text("---\na: [\n---\n")
 
 
+def latin_card(folder: Path) -> None:
+    (folder / "README.md").write_bytes("# Café\n".encode("latin-1"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -263,8 +314,9 @@ def broken_card(folder: Path) -> None:
         (no_adapter, "holds an adapter in a folder of its own: last"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "the adapter is incomplete"),
         (broken_card, r"README\.md: its front matter is no YAML"),
+        (latin_card, r"README\.md: isn't UTF-8 \(byte 5\)"),
     ],
-    ids=["nan", "no adapter", "incomplete", "a card that is no YAML"],
+    ids=["nan", "no adapter", "incomplete", "a card that is no YAML", "a card in Latin-1"],
 )
 def test_a_folder_that_is_wrong_never_reaches_the_hub(hub: Hub, folder: Path, spoil: Any, message: str) -> None:
     spoil(folder)
@@ -321,6 +373,7 @@ def test_the_command(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert main(["push", str(folder), "me/formal", "--base", BASE, "--private"]) == 0
     out = capsys.readouterr().out
     assert "pushed: 5 files (README.md, adapter_config.json" in out
+    assert "not uploaded: last/, training_state.pt\n" in out
     assert f"{hub.url}/me/formal/commit/1" in out
     assert hub.private == {"me/formal": True}
     monkeypatch.delenv("HF_TOKEN")

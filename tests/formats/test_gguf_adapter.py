@@ -243,7 +243,26 @@ def test_nothing_is_left_where_it_cannot_be_written(base_folder: Path, tmp_path:
     (tmp_path / "a.gguf" / "kept").write_text("x")
     with pytest.raises(OutputError, match="can't be written"):
         write_adapter_gguf(trained(), read_base(base_folder), tmp_path / "a.gguf")
-    assert {item.name for item in tmp_path.iterdir()} == {"a.gguf", "tiny"}
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="can't be written"):
+        write_adapter_gguf(trained(), read_base(base_folder), tmp_path / "file" / "b.gguf")
+    assert {item.name for item in tmp_path.iterdir()} == {"a.gguf", "file", "tiny"}
+
+
+def test_a_width_that_blocks_do_not_divide(tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow.gguf"
+    writer = gguf.GGUFWriter(narrow, "llama")
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((48, 48), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AdapterFileError, match=r"blk\.0\.attn_q\.weight has rows of 48.*q8_0.*multiple of 32.*--dtype f16"):
+        merge_gguf(narrow, None, tmp_path / "new" / "m.gguf", dtype="q8_0", all_tensors=True)
+    assert {item.name for item in tmp_path.iterdir()} == {"narrow.gguf"}
+    assert merge_gguf(narrow, None, tmp_path / "m.gguf", dtype="f16", all_tensors=True).file.is_file()
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])

@@ -146,6 +146,38 @@ def test_shapes_of_another_model(plain_adapter: Adapter, make_llama: Callable[..
         check_shapes(adapter_of(llama(), LLAMA_LEAVES, CONFIGS["plain"]), tmp_path / "other", where="x")
 
 
+def test_a_folder_without_the_layers(plain_adapter: Adapter, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "own")
+    gpt2().save_pretrained(tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    prefixed = replace(plain_adapter, layers={f"more.{path}": layer for path, layer in plain_adapter.layers.items()})
+    check_shapes(prefixed, tmp_path / "own", where="x")
+    with pytest.raises(AdapterFileError, match=r"x: none of its layers is in .*other, such as 'model\.layers\."):
+        check_shapes(plain_adapter, tmp_path / "other", where="x")
+    with pytest.raises(AdapterFileError, match=r"x: .*empty holds no model"):
+        check_shapes(plain_adapter, tmp_path / "empty", where="x")
+
+
+@pytest.mark.parametrize("reader", ["vllm", "older vllm", "gguf", "merged gguf"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "unet.mid_block.attentions.0.proj_in",
+        "text_encoder.encoder.layers.0.self_attn.q_proj",
+        "transformer.single_transformer_blocks.0.proj_out",
+        "down_blocks.0.attentions.0.proj_in",
+    ],
+)
+def test_language_models_readers_take_no_image_models(reader: str, path: str, plain_adapter: Adapter) -> None:
+    layer = plain_adapter.layers[PATH]
+    (found, *_) = obstacles(replace(plain_adapter, layers={path: layer}), reader)
+    assert "has no image models" in found.what and found.layers == (path,)
+    language = replace(
+        plain_adapter, layers={"transformer.h.0.attn.c_attn": layer}
+    )  # GPT-2's paths begin with a component's name
+    assert not any("image" in found.what for found in obstacles(language, reader))
+
+
 OLDER_PEFT: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"magnitude": torch.ones(32)}, "DoRA from 0.9 on"),
     "DoRA on a Conv2d": ({"magnitude": torch.ones(32), "A": torch.ones(4, 8, 3, 3)}, "DoRA on convolutions from 0.10 on"),

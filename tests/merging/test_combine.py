@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,20 @@ def test_not_a_number_is_refused_by_name(three: list[Adapter], method: str) -> N
         broken = replace(three[0], layers={**three[0].layers, path: bad})
         with pytest.raises(MergeError, match=f"adapter 1 holds NaN or infinity in layer '{path}'"):
             combine([(three[1], 1.0), (broken, 1.0)], method=method)
+
+
+@pytest.mark.parametrize("method", COMBINERS)
+@pytest.mark.parametrize("weight", [1e39, -1e39, 1e300, {"q_proj": 1e39, "*": 1.0}])
+def test_a_result_that_is_not_finite_is_refused_by_name(three: list[Adapter], method: str, weight: Any) -> None:
+    with pytest.raises(
+        MergeError, match=r"weight -?1e\+\d+ of adapter 1 .*layer 'model\.layers\.0\..*q_proj' too large for torch.float32"
+    ):
+        combine([(three[0], 1.0), (three[1], weight)], method=method)
+
+
+@pytest.mark.parametrize("method", COMBINERS)
+def test_the_largest_weights_that_are_taken_give_finite_results(three: list[Adapter], method: str) -> None:
+    assert all(delta.isfinite().all() for delta in deltas(combine([(one, 1e29) for one in three], method=method)).values())
 
 
 def test_a_zero_weight_keeps_not_a_number_out(three: list[Adapter]) -> None:
