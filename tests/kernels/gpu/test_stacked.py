@@ -93,10 +93,18 @@ ROUTES: dict[str, Callable[[AdapterBank], Any]] = {
 def test_outputs_and_gradients(
     kind: str, route: str, dtype: torch.dtype, tolerance: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert runtime.available(device)
+    asked: list[bool] = []
+
+    def everywhere(weight: Tensor) -> bool:
+        asked.append(runtime.available(weight.device))
+        return asked[-1]
+
+    monkeypatch.setattr("lorabank.bank.expert_products.runs_kernels", everywhere)
     found = _results(kind, device, dtype, ROUTES[route])
     monkeypatch.setenv(runtime.SWITCH, "0")
+    assert asked == [True]
     expected = _results(kind, device, dtype, ROUTES[route])
+    assert asked == [True, False]
     assert _distance(found[0], expected[0]) < tolerance
     for key, value in expected[1].items():
         assert _distance(found[1][key], value) < tolerance, key
