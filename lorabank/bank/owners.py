@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.inert import inert
 from lorabank.errors import UnreachedLayerError
 
 FOLDING: Mapping[str, str] = {
@@ -237,7 +238,7 @@ class _Enter:
             self._watch.enter(args, kwargs)
 
     def __reduce__(self) -> Any:
-        return _inert, ()
+        return inert, ()
 
 
 class _Leave:
@@ -251,12 +252,4 @@ class _Leave:
             self._watch.leave()
 
     def __reduce__(self) -> Any:
-        return _inert, ()
-
-
-def _inert() -> Any:
-    return _nothing
-
-
-def _nothing(*args: Any) -> None:
-    return None
+        return inert, ()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorabank.bank.carrier import Carrier
+from lorabank.bank.inert import inert
 from lorabank.errors import UnreachedLayerError
 
 
@@ -63,12 +64,4 @@ class _AfterForward:
         self._check.check()
 
     def __reduce__(self) -> Any:
-        return _inert, ()
-
-
-def _inert() -> Any:
-    return _nothing
-
-
-def _nothing(module: nn.Module, args: Any, output: Any) -> None:
-    return None
+        return inert, ()

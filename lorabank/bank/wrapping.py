@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lorabank.bank.carrier import SlotParameters
+from lorabank.bank.inert import nothing
 from lorabank.bank.storage import RankStore
 from lorabank.errors import LorabankError
 
@@ -29,7 +30,7 @@ class Adapted(nn.Module):
         own["_parameters"], own["_buffers"] = base._parameters, base._buffers
         own["_modules"] = {"lora": SlotParameters(stores), **base._modules}
         # a hook, even an empty one, keeps nn.TransformerEncoderLayer off its fast path, which would read the weight past us
-        self.register_forward_hook(_no_change)
+        self.register_forward_hook(nothing)
         self.train(base.training)
 
     base: nn.Module
@@ -75,10 +76,3 @@ def check_loaded(path: str, weight: torch.Tensor) -> None:
             f"layer {path!r}: its weight is on the meta device: not loaded yet, or offloaded to CPU or disk. Load the model "
             "onto a device first; offloaded layers can't be adapted yet."
         )
-
-
-def _nothing(module: nn.Module, args: Any, output: Any) -> None:
-    return None
-
-
-_no_change: Any = _nothing
