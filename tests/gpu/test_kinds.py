@@ -17,6 +17,8 @@ KINDS = ["pictures", "mixtral", "gpt-oss", "decomposed llama", "decomposed gpt2"
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
 CUDA = torch.device("cuda")
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
 
 def _pass(
     kind: str, device: torch.device, rows: list[int], dtype: torch.dtype = torch.float32
