@@ -7,20 +7,25 @@ from collections.abc import Sequence
 from torch import nn
 
 from lorabank.bank.bank import AdapterBank
+from lorabank.bank.fused_layers import Declared, declared_slices
 from lorabank.bank.keep import kept_parameters, warn_stopped
 from lorabank.bank.reach import is_attached
-from lorabank.bank.targets import matches
+from lorabank.bank.targets import adaptable_layers, matches
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import LorabankError
 
 
-def attach(model: nn.Module, *, keep_trainable: str | Sequence[str] = ()) -> AdapterBank:
+def attach(model: nn.Module, *, keep_trainable: str | Sequence[str] = (), fused: Declared | None = None) -> AdapterBank:
     """Freeze `model` and return a bank of adapters over it. No layer changes until an adapter needs it.
 
     Any `nn.Module` will do. `keep_trainable`: parameters, or modules with all of theirs, that go on training: a bottleneck, a
     prefix, another PEFT method's, a head. Names, ends of paths, globs or `re:…`, as in `targets`, which never means them.
 
-    Raises LorabankError when the model already has a bank, ConfigError for a name in `keep_trainable` that nothing has.
+    `fused`: linear layers that are several projections in one, with the names of these in order, as `{"qkv": ["q", "k", "v"]}`
+    for equal parts or `{"qkv": {"q": 64, "k": 16, "v": 16}}`. `targets` can name each then (`qkv.q`). Those of many of
+    transformers' models are known.
+
+    Raises LorabankError when the model already has a bank, ConfigError for a name that nothing in the model has.
 
     A layer that maps 4 features to 3 has 3 × 4 = 12 weights. LoRA of rank 1 leaves them frozen and trains a column B (3 × 1)
     and a row A (1 × 4), 7 numbers, whose product is the change of the weight:
@@ -64,4 +69,4 @@ def attach(model: nn.Module, *, keep_trainable: str | Sequence[str] = ()) -> Ada
         )
     kept = kept_parameters(model, keep_trainable, matches)
     warn_stopped(model, kept)
-    return AdapterBank(model, kept)
+    return AdapterBank(model, kept, declared_slices(adaptable_layers(model), fused or {}, matches))

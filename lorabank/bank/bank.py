@@ -15,8 +15,9 @@ from torch import nn
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.experts import LoRAExperts
-from lorabank.bank.fit import at_home, check_decomposed, check_fits, task_type, warn_ranks, warn_storage
+from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, task_type, warn_ranks, warn_storage
 from lorabank.bank.fused import SLOTS
+from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.naming import check_new_name
@@ -26,6 +27,7 @@ from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
+from lorabank.bank.slices import FusedSlice, SliceCarrier
 from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
@@ -37,6 +39,7 @@ from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, R
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.patterns import pattern_value
+from lorabank.formats.slices import sliced
 
 _CAPTURE = (
     "Pass context_fn=bank.checkpoint_context to the checkpointing function (with use_reentrant=False), or choose the route "
@@ -66,9 +69,9 @@ class AdapterBank:
     Made by `lorabank.attach(model)`. A layer is wrapped when an adapter first needs it and stays until `detach`.
     """
 
-    def __init__(self, model: nn.Module, kept: Collection[str] = ()) -> None:
-        """`kept`: names of the model's own parameters that go on training."""
-        self.model = model
+    def __init__(self, model: nn.Module, kept: Collection[str] = (), fused: Mapping[str, Slices] | None = None) -> None:
+        """`kept`: names of the model's own parameters that go on training. `fused`: slices that were declared of layers."""
+        self.model, self.fused = model, dict(fused or {})
         self.kept = frozenset(kept)
         self.structure = 0
         self._slots: dict[str, _Slot] = {}
@@ -131,8 +134,8 @@ class AdapterBank:
         self._check_alive()
         check_new_name(name, self._slots)
         config = as_adapter_config(config)
-        chosen = resolve_targets(self.model, config, kept_modules(self.kept))
-        chosen, shared = tie(name, config, adaptable_layers(self.model), chosen)
+        chosen = resolve_targets(self.model, config, kept_modules(self.kept), self.fused)
+        chosen, shared = tie(name, config, self._layers_and_slices(), chosen)
         check_decomposed(config, chosen)
         shapes: dict[str, tuple[int, float]] = {}
         for path in chosen:
@@ -160,10 +163,10 @@ class AdapterBank:
                 "Load the base that it was trained on, or pass force=True to use it all the same."
             )
         adapter = at_home(self.model, adapter)
-        check_fits(self.model, name, adapter, force=force)
+        check_fits(self.model, name, adapter, force=force, fused=self.fused)
         warn_storage(name, adapter, self.model)
         # in the order that `add` has them, not the file's
-        layers = adaptable_layers(self.model)
+        layers = self._layers_and_slices(adapter)
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))
         told = adapter.metadata.get(BASE_STORAGE)
         shared = shared_in(adapter, layers)
@@ -222,6 +225,9 @@ class AdapterBank:
         heads = output_head_paths(self.model)
         base = [p for name, p in self.model.named_parameters() if name in self._required_grad]
         adapted = {path for slot in self._slots.values() for path in slot.paths}
+        adapted |= {
+            self._layers[path].path.rpartition(".")[0] for path in adapted if isinstance(self._layers[path], SliceCarrier)
+        }
         return BankSummary(
             base_parameters=count_parameters(self.model, base),
             adapters={
@@ -234,7 +240,7 @@ class AdapterBank:
                 )
                 for name, slot in self._slots.items()
             },
-            adapted_layers=len(self._layers),
+            adapted_layers=sum(not isinstance(place, SliceCarrier) for place in self._layers.values()),
             unadapted=count_kinds([path for path in linear_layers(self.model) if path not in adapted and path not in heads]),
             unsupported=unsupported_linear_maps(self.model),
         )
@@ -375,6 +381,16 @@ class AdapterBank:
             raise AdapterNameError(f"no adapter {name!r} in the bank; it has: {have}{closest(name, self._slots)}")
         return self._slots[name]
 
+    def _layers_and_slices(self, adapter: Adapter | None = None) -> dict[str, nn.Module]:
+        """What can be adapted, by path, in the model's order, with the slices that an adapter has for itself."""
+        layers = adaptable_layers(self.model)
+        known = slices_of(self.model, layers, self.fused)
+        for path, parts in sliced(adapter.layers if adapter is not None else {}).items():
+            size = features(layers[path])
+            own = {name: FusedSlice(layers[path], part.outputs, size) for name, part in parts.items() if part.outputs is not None}
+            known[path] = {**own, **known.get(path, {})}
+        return with_slices(layers, known)
+
     def _check_alive(self) -> None:
         if self._detached:
             raise LorabankError("this bank was detached from its model; call lorabank.attach(model) for a new one")
@@ -402,6 +418,8 @@ class AdapterBank:
         self._changed()
 
     def _wrap(self, path: str, layer: nn.Module) -> Carrier:
+        if isinstance(layer, FusedSlice):
+            return self._wrap_slice(path, layer)
         if path not in self._layers:
             stacked = isinstance(layer, ExpertStack)
             where = path.rpartition(".")[0] if stacked else path
@@ -430,6 +448,18 @@ class AdapterBank:
             elif "." in where:
                 wrapper.watch(self._owners.above(where))
         return self._layers[path]
+
+    def _wrap_slice(self, path: str, part: FusedSlice) -> Carrier:
+        parent, _, name = path.rpartition(".")
+        whole = self._wrap(parent, part.layer)
+        assert isinstance(whole, LoRALayer)
+        place = whole.slice(name, part.outputs)
+        if place.outputs != part.outputs:
+            raise LorabankError(f"layer {path!r}: another adapter of this bank has other outputs there; name the slice otherwise")
+        if path not in self._layers:
+            self._layers[path] = place
+            self._reach.watch(place)
+        return place
 
     def _changed(self) -> None:
         self.structure += 1

@@ -71,6 +71,10 @@ class SlotParameters(nn.Module):
         super().__init__()
         self.__dict__["stores"] = dict(stores)
 
+    def show(self, prefix: str, store: RankStore) -> None:
+        """Have one more store, under names that begin with `prefix`."""
+        self.__dict__["stores"][prefix] = store
+
     def refresh(self) -> None:
         """Register the stores' present leaves, named `A_<adapter>`, `B_<adapter>` and so on."""
         self._parameters.clear()

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorabank.bank.kinds import EMBEDDING, EXPERTS
+from lorabank.bank.fused_layers import Slices, slices_of
+from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.parts import layer_parts, part_names
 from lorabank.bank.quantized import storage_of
@@ -20,6 +21,7 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.components import split
+from lorabank.formats.slices import sliced, without_slices
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -34,17 +36,27 @@ def at_home(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter with its layers at the paths that they have in `model`, inside PEFT's wrappers where it has any."""
     prefix = base_prefix(model)
     moved = {base_path(path, prefix): path for path in part_names(model)}
+    moved |= {
+        f"{parent}.{name}": f"{moved[parent]}.{name}"
+        for parent, parts in sliced(adapter.layers).items()
+        if parent in moved
+        for name in parts
+    }
     if all(moved.get(path, path) == path for path in adapter.layers):
         return adapter
     weights = {moved.get(path, path): weight for path, weight in adapter.base_weights.items()}
     return replace(adapter, layers={moved.get(path, path): layer for path, layer in adapter.layers.items()}, base_weights=weights)
 
 
-def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = False) -> None:
+def check_fits(
+    model: nn.Module, name: str, adapter: Adapter, *, force: bool = False, fused: Mapping[str, Slices] | None = None
+) -> None:
     """Raise AdapterFileError, naming the layers that the model lacks or has in another shape.
 
-    `force`: weights of the base that came with the adapter may have other values than this model's.
+    `force`: weights of the base that came with the adapter may have other values than this model's. `fused`: slices that were
+    declared of layers.
     """
+    slices, adapter = sliced(adapter.layers), without_slices(adapter)
     if not adapter.layers:
         raise AdapterFileError(f"adapter {name!r} has no layers, so there is nothing to load")
     if adapter.config.use_dora and all(layer.magnitude is None for layer in adapter.layers.values()):
@@ -65,12 +77,24 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = F
             continue
         if why := misfit(path, part, layers[path]) or other_weight(path, adapter, layers[path], force=force):
             wrong.append(why)
+    wrong += _other_slices(model, slices, fused or {})
     if wrong:
         more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise AdapterFileError(
             f"adapter {name!r} doesn't fit this model; nothing was loaded. {'; '.join(wrong[:3])}{more}. "
             "Load the model class that it was trained on."
         )
+
+
+def _other_slices(model: nn.Module, slices: Mapping[str, Mapping[str, AdapterLayer]], fused: Mapping[str, Slices]) -> list[str]:
+    """What is wrong with slices whose names mean other outputs in this model."""
+    layers = {path: layer for path, layer in adaptable_layers(model).items() if path in slices}
+    return [
+        f"{path}.{name}: made for other outputs of that layer than {name!r} has in this model"
+        for path, present in slices_of(model, layers, fused).items()
+        for name, part in slices[path].items()
+        if name in present and present[name].outputs != part.outputs
+    ]
 
 
 ROUNDED = 4.0
@@ -123,6 +147,11 @@ def check_decomposed(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> 
     """Raise TargetError where DoRA is asked for on layers that have no direction and magnitude."""
     for path, layer in layers.items():
         kind = layer_kind(layer)
+        if config.use_dora and kind is not None and kind.storage == SLICE:
+            raise TargetError(
+                f"use_dora: {path!r} is a slice of a fused layer, for which DoRA isn't supported yet. Name the whole layer in "
+                "targets, or leave use_dora out."
+            )
         if config.use_dora and kind is not None and kind.storage in (EMBEDDING, EXPERTS):
             what = "an embedding" if kind.storage == EMBEDDING else "a stack of experts"
             raise TargetError(f"use_dora: {path!r} is {what}, which DoRA isn't for. Leave it out of targets, or use_dora.")

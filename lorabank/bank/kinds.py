@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorabank.bank import fp8_linear, linear4bit
 from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
+from lorabank.bank.slices import FusedSlice
 from lorabank.bank.stacks import ExpertStack
 from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS, BaseProduct
 from lorabank.kernels.maps import ConvMap, EmbeddingMap, LinearMap, LowRankMap
@@ -74,7 +75,7 @@ class LayerKind:
     @property
     def linear(self) -> bool:
         """Whether the layer is one of those that `all-linear` means."""
-        return self.fast is not None or self.storage == EXPERTS
+        return self.fast is not None or self.storage in (EXPERTS, SLICE)
 
 
 def _linear_features(layer: nn.Module) -> tuple[int, int]:
@@ -161,7 +162,12 @@ def _fp8(product: str) -> LayerKind:
     )
 
 
-CONV, EMBEDDING, EXPERTS = "conv", "embedding", "experts"
+def _slice_features(layer: nn.Module) -> tuple[int, int]:
+    part: Any = layer
+    return part.features
+
+
+CONV, EMBEDDING, EXPERTS, SLICE = "conv", "embedding", "experts", "slice"
 """`LayerKind.storage` of layers that aren't linear over features, and of stacked experts, which are for their own tokens."""
 _CONV = LayerKind(
     None,
@@ -191,6 +197,7 @@ LAYER_KINDS: Mapping[type[nn.Module], LayerKind] = {
         None, None, _embedding_features, EMBEDDING, weight_oi=_weight_turned, in_blocks=False, low_rank_map=_embedding_map
     ),
     ExpertStack: LayerKind(None, None, _stack_features, EXPERTS, in_blocks=False),
+    FusedSlice: LayerKind(None, None, _slice_features, SLICE, in_blocks=False),
     Fp8Linear: _fp8("fp8"),
     EmulatedFp8Linear: replace(_fp8("fp8_emulated"), in_blocks=False),
 }

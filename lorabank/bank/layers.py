@@ -19,11 +19,13 @@ from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
 from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
+from lorabank.bank.slices import SliceCarrier
 from lorabank.bank.storage import RankStore
 from lorabank.bank.wrapping import Adapted, check_loaded
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import RoutingError
 from lorabank.formats.adapter import AdapterLayer
+from lorabank.formats.output_slice import OutputSlice
 from lorabank.kernels import ops
 from lorabank.kernels.mapped import add_mapped
 from lorabank.kernels.maps import LowRankMap
@@ -48,7 +50,7 @@ class LoRALayer(Adapted, Carrier):
         own = vars(self)
         own["kind"], own["store"] = kind, store
         own["held"] = kind.tensors(base._parameters) if kind.held else None
-        own["slots"] = {}
+        own["slots"], own["slices"] = {}, {}
         own["reached"] = False
         own["read"] = 0
         own["call"] = None
@@ -59,6 +61,9 @@ class LoRALayer(Adapted, Carrier):
         own["_path_seed"] = zlib.crc32(path.encode())
 
     kind: LayerKind
+    _path_seed: int
+    slices: dict[str, SliceCarrier]
+    """Projections of a fused layer that adapters change apart from the others, by name."""
     low_rank_map: LowRankMap
     read: int
     """Identity of the last plain call's input, which layers of a module that read one x have in common."""
@@ -130,6 +135,26 @@ class LoRALayer(Adapted, Carrier):
     def _refresh(self) -> None:
         self._slot_parameters.refresh()
 
+    def show(self) -> None:
+        """Show the present leaves to trainers."""
+        self._refresh()
+
+    def slice(self, name: str, outputs: OutputSlice) -> SliceCarrier:
+        """A projection of this layer, made when it is first asked for."""
+        if name not in self.slices:
+            self.slices[name] = SliceCarrier(self, name, outputs, self.router)
+            self._slot_parameters.show(f"{name}_", self.slices[name].store)
+        return self.slices[name]
+
+    @property
+    def in_use(self) -> bool:
+        """Whether an adapter changes the layer, or a slice of it."""
+        return bool(self.slots) or self._sliced
+
+    @property
+    def _sliced(self) -> bool:
+        return any(carrier.slots for carrier in self.slices.values())
+
     def bring_home(self) -> None:
         """Make a moved base weight a tensor of its own again."""
         if self.moved:
@@ -142,6 +167,8 @@ class LoRALayer(Adapted, Carrier):
         self.base._apply(fn, recurse)  # into the dictionaries that are this layer's too
         device = self.base.get_parameter("weight").device
         self.store.to(device)
+        for carrier in self.slices.values():
+            carrier.store.to(device)
         if self.held is not None and self.held[0].device != device:
             vars(self)["held"] = self.kind.tensors(self._parameters)
         return self
@@ -170,6 +197,8 @@ class LoRALayer(Adapted, Carrier):
         """Why a compiled block must leave the product to this layer itself, None where it need not."""
         if not self.kind.linear:
             return "it isn't a linear layer"
+        if self._sliced:
+            return "adapters change slices of it"
         if any(slot.shared for slot in self.slots.values()):
             return "its adapter's numbers are an embedding's"
         if any(slot.tensors.magnitude_O is not None for slot in self.slots.values()):
@@ -216,7 +245,7 @@ class LoRALayer(Adapted, Carrier):
                 f"layer {self.path!r} takes its plain path, which a captured pass can't follow from batch to batch"
             )
         if self.rows_lost is not None and routing.per != "all":
-            if not any(name in self.slots for name in routing.names):
+            if not any(name in place.slots for place in (self, *self.slices.values()) for name in routing.names):
                 return self.base(x)  # of adapters that aren't in this layer
             raise RoutingError(
                 f"layer {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), "
@@ -227,11 +256,16 @@ class LoRALayer(Adapted, Carrier):
                 return self.base(x)
             x = ids_of_rows(self.path, x, routing.rows)
         units = self._units(routing, x)
-        used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
-        if not used:
+        segments = [
+            self._segment(rows, slot, routing, self._path_seed)
+            for rows in routing.plans[units]
+            if (slot := self.slots.get(rows.slot)) is not None
+        ]
+        parts = [] if not self.slices else self._slice_segments(routing, units)
+        if not segments and not parts:
             return self.base(x)
         plan = ops.Plan(
-            segments=tuple(self._segment(rows, slot, routing) for rows, slot in used),
+            segments=(*segments, *parts),
             units=units,
             route=routing.token,
             route_id=routing.id,
@@ -240,7 +274,8 @@ class LoRALayer(Adapted, Carrier):
             structure_now=lambda: self.router.structure,
         )
         if not self.kind.linear or any(segment.decomposition is not None for segment in plan.segments):
-            return self._mapped(x, self.base(x), routing.per == "token", plan)
+            y = self._mapped(x, self.base(x), routing.per == "token", replace(plan, segments=tuple(segments)))
+            return ops.add_lora(y, x, replace(plan, segments=tuple(parts))) if parts else y
         product = self.kind.product if routing.exact else self.kind.fast
         if product is None or self._called_as_is() is not None:
             return ops.add_lora(self.base(x), x, plan)
@@ -277,12 +312,20 @@ class LoRALayer(Adapted, Carrier):
             )
         return routing.units_of(x, self.path)
 
-    def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing) -> Segment:
+    def _slice_segments(self, routing: Routing, units: int) -> list[Segment]:
+        return [
+            replace(self._segment(rows, slot, routing, carrier.path_seed), outputs=carrier.changed)
+            for carrier in self.slices.values()
+            for rows in routing.plans[units]
+            if (slot := carrier.slots.get(rows.slot)) is not None
+        ]
+
+    def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing, path_seed: int) -> Segment:
         draw = None
         if routing.dropout is not None and slot.dropout > 0 and rows.examples_U is not None:
             draw = DropoutDraw(
                 probability=slot.dropout,
-                seed=slot.seed ^ self._path_seed,
+                seed=slot.seed ^ path_seed,
                 step=routing.dropout.steps.get(rows.slot, 0),
                 examples_U=rows.examples_U,
                 places_UT=rows.places_UT,

@@ -133,8 +133,8 @@ class Watched(Protocol):
     path: str
 
     @property
-    def slots(self) -> Mapping[str, Any]:
-        """By adapter."""
+    def in_use(self) -> bool:
+        """Whether an adapter changes it."""
         ...
 
     def watch(self, folded: OwnerWatch | None, called: ContextVar[bool] | None) -> None:
@@ -185,7 +185,7 @@ class OwnerWatch:
         """It has been. Raises UnreachedLayerError where it passed a layer."""
         self._rows.set(None)
         for called in self._called:
-            if called.layer.slots and not called.seen.get():
+            if called.layer.in_use and not called.seen.get():
                 raise UnreachedLayerError(
                     f"layer {called.layer.path!r} has adapters and wasn't called: {called.when}. Leave the layer out of targets "
                     "(exclude=[...])."

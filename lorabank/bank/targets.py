@@ -20,9 +20,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lorabank.bank import linear4bit
+from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.owners import BYPASSED, is_named
+from lorabank.bank.slices import FusedSlice
 from lorabank.bank.stacks import ExpertStack, is_registered, obstacle, stacks_of
 from lorabank.bank.wrappers import BASE_LAYER, without_wrappers, wraps_base_layer
 from lorabank.bank.wrapping import Adapted, unwrapped
@@ -66,6 +68,8 @@ ROLES: Mapping[str, Callable[[str], bool]] = {
     "mlp": lambda path: _in_block(path) and not _in_attention(path),
 }
 """Role → whether a linear layer's path plays it. Names follow transformers' and diffusers' modules."""
+WHOLE_ROLES = ("o", "attention", "cross-attention", "mlp")
+"""Roles that mean fused layers as a whole; `q`, `k` and `v` mean their slices."""
 ALL_OF_A_KIND: Mapping[str, str] = {"all-conv": CONV, "all-embedding": EMBEDDING}
 """Part of `targets` → the `LayerKind.storage` of the layers that it means."""
 
@@ -198,29 +202,33 @@ def _matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def resolve_targets(model: nn.Module, config: AdapterConfig, apart: Collection[str] = ()) -> dict[str, nn.Module]:
+def resolve_targets(
+    model: nn.Module, config: AdapterConfig, apart: Collection[str] = (), fused: Mapping[str, Slices] | None = None
+) -> dict[str, nn.Module]:
     """The layers that `config` adapts, by path, in the model's order. Raises TargetError when any part matches nothing.
 
-    `apart`: paths of modules that train beside the base, which nothing here means.
+    `apart`: paths of modules that train beside the base, which nothing here means. `fused`: slices that were declared of layers.
     """
-    layers = {path: layer for path, layer in adaptable_layers(model).items() if path not in apart}
+    whole = {path: layer for path, layer in adaptable_layers(model).items() if path not in apart}
+    layers = with_slices(whole, slices_of(model, whole, fused or {}))
     heads = output_head_paths(model)
     chosen: set[str] = set()
     blocks: dict[str, set[int | None]] = {}
     for part in as_list(config.targets):
         if part == ALL_LINEAR:
             _refuse_partial(model, config, apart)
-            found = {path for path, layer in layers.items() if path not in heads and _is_linear(layer)}
+            found = {path for path, layer in whole.items() if path not in heads and _is_linear(layer)}
         else:
             if part in ALL_OF_A_KIND:
                 _refuse_others(model, part, config)
-            found = {path for path, layer in layers.items() if _part_names(part, path, layer, "targets")}
+            found = _named(part, layers, "targets")
         if not found:
             raise TargetError(_no_match("targets", part, layers, model))
         blocks[part] = {part_of_block(path) for path in found}
         chosen |= found
     for part in as_list(config.exclude):
-        found = {path for path, layer in layers.items() if _part_names(part, path, layer, "exclude")}
+        found = {path for path in _named(part, layers, "exclude") if path in whole or path in chosen}
+        found |= {path for path in chosen if path not in whole and _parents(path) in found}
         others = [unsupported_linear_maps(model), *(others_of_a_kind(model, kind) for kind in ALL_OF_A_KIND.values())]
         found |= {path for each in others for path in each if _part_matches(part, path, "exclude")}
         if not found:
@@ -232,9 +240,30 @@ def resolve_targets(model: nn.Module, config: AdapterConfig, apart: Collection[s
             raise TargetError(f"targets: {lost[0]!r} is in none of the blocks {list(config.layers)} that `layers` names")
     if not chosen:
         raise TargetError(f"targets {as_list(config.targets)!r} less exclude {as_list(config.exclude)!r} leave no layer to adapt")
+    _refuse_twice(chosen, layers)
     _check_patterns("rank_pattern", config.rank_pattern, chosen)
     _check_patterns("alpha_pattern", config.alpha_pattern, chosen)
     return {path: layer for path, layer in layers.items() if path in chosen}
+
+
+def _named(part: str, layers: Mapping[str, nn.Module], setting: str) -> set[str]:
+    """What a part means; of a fused layer's slices only those whose layer it doesn't mean, and none for a whole role."""
+    found = {
+        path for path, layer in layers.items() if not isinstance(layer, FusedSlice) and _part_names(part, path, layer, setting)
+    }
+    if part in WHOLE_ROLES or part in ALL_OF_A_KIND:
+        return found
+    slices = (path for path, layer in layers.items() if isinstance(layer, FusedSlice) and _parents(path) not in found)
+    return found | {path for path in slices if _part_matches(part, path, setting)}
+
+
+def _refuse_twice(chosen: Collection[str], layers: Mapping[str, nn.Module]) -> None:
+    for path in chosen:
+        if isinstance(layers[path], FusedSlice) and _parents(path) in chosen:
+            raise TargetError(
+                f"targets name {_parents(path)!r} and its slice {_leaf(path)!r}: expected the whole layer, or slices of it. "
+                "Leave one of both out."
+            )
 
 
 def _part_names(part: str, path: str, layer: nn.Module, setting: str) -> bool:

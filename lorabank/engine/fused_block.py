@@ -264,7 +264,7 @@ class FusedBlock:
             return False
         layers = [layer for layer in adapted if layer.fusable]
         for layer in adapted:
-            if layer.slots and layer.alone is not None:
+            if layer.in_use and layer.alone is not None:
                 name = layer.path.rpartition(".")[2]
                 warn_once(f"compile: layers {name!r} are left out of their compiled blocks, slower: {layer.alone}")
         owner = layers[0].router if layers else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats.fingerprint import Fingerprint
+from lorabank.formats.output_slice import OutputSlice
 
 BASE_STORAGE = "base_storage"
 """Key of the metadata that says how the base was stored in training (`fp8`, `nf4`), where that was in fewer than 16 bits."""
@@ -38,6 +39,8 @@ class AdapterLayer:
     """Whether the layer is an embedding."""
     stack: int = 0
     """Of an expert in a stack of expert weights, whose path ends with its number: how many there are. 0 for other layers."""
+    outputs: OutputSlice | None = None
+    """Of a slice of a fused layer, whose path ends with the slice's name: which of the layer's outputs are B's rows."""
     magnitude: Tensor | None = None
     """(out,) of a decomposed layer (DoRA), whose weight is magnitude · V / ‖V‖ for each output, V = W + scaling · B A."""
 
@@ -86,6 +89,10 @@ class Adapter:
                 raise AdapterFileError(
                     f"layer {path!r}: expected A (rank, in …) and B (out, rank) of one rank, "
                     f"got A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}"
+                )
+            if layer.outputs is not None and layer.outputs.count != len(layer.B):
+                raise AdapterFileError(
+                    f"layer {path!r}: B has {len(layer.B)} rows, and the slice {layer.outputs.count} of the layer's outputs"
                 )
             if layer.magnitude is not None and layer.magnitude.shape != layer.B.shape[:1]:
                 raise AdapterFileError(

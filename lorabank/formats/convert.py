@@ -30,6 +30,7 @@ from lorabank.formats.lycoris_layers import Decomposed
 from lorabank.formats.peft import CONFIG_FILE, TENSORS_FILE, save_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.scratch import scratch_beside
+from lorabank.formats.slices import without_slices
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What tensors can be written in, by the command line's names."""
@@ -99,6 +100,7 @@ def convert(
         raise AdapterFileError(f"--to: there is no form {to!r}{closest(to, TARGETS)}; there are {', '.join(TARGETS)}")
     form = form_of(source)
     adapter, turned, resolved = _read(source, form, rank, model)
+    adapter = without_slices(adapter)
     fingerprint = adapter.fingerprint
     if component is not None:
         adapter = _one_component(adapter, component, strip=to == "peft")

@@ -25,6 +25,7 @@ from lorabank.formats.image_files import checked, file_metadata, held, warn_norm
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.peft_keys import PREFIX, from_tensors, pair_tensors, split_magnitudes, to_tensors
+from lorabank.formats.slices import without_slices
 
 FILE = "pytorch_lora_weights.safetensors"
 SETTINGS = "lora_adapter_metadata"
@@ -68,7 +69,7 @@ def save_diffusers(adapter: Adapter, target: str | Path) -> Path:
     Equal adapters give equal bytes. Raises AdapterFileError, before anything is written, for what the form can't hold
     (`unheld` lists it); OutputError. Returns the file's path.
     """
-    target = Path(target)
+    target, adapter = Path(target), without_slices(adapter)
     path = target if target.suffix == ".safetensors" else target / FILE
     problems = unheld(adapter)
     if problems:

@@ -23,6 +23,7 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.gguf_base import GgufBase, interleaved, require_gguf
 from lorabank.formats.readers import refuse
 from lorabank.formats.scratch import parents_of
+from lorabank.formats.slices import without_slices
 
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """Storages of a GGUF's tensors that can be written here, and gguf's names of them."""
@@ -86,6 +87,7 @@ def write_adapter_gguf(
     import gguf
 
     check_dtype(dtype, ADAPTER_DTYPES, what="an adapter's")
+    adapter = without_slices(adapter)
     refuse(adapter, "gguf", where=where)
     names = places(adapter, base, where=where)
     alpha = common_alpha(adapter)

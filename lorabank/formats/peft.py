@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
-from lorabank.formats import stacks
+from lorabank.formats import slices, stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
@@ -66,6 +66,7 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     if not adapter.layers:
         raise AdapterFileError("the adapter has no layers, so there is nothing to save")
+    recorded, adapter = slices.record(adapter), slices.without_slices(adapter)
     tensors: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
         if not layer.stack:
@@ -85,6 +86,8 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         "tensors_sha256": _sha256(writer),
         "fingerprint": adapter.fingerprint.to_dict() if adapter.fingerprint else None,
     }
+    if recorded:
+        own["slices"] = recorded
     files: dict[str, bytes | Writer] = {
         TENSORS_FILE: writer,
         CONFIG_FILE: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode(),
@@ -144,6 +147,7 @@ class _Own:
     metadata: Mapping[str, str]
     fingerprint: Fingerprint | None
     peft: Mapping[str, Any]
+    slices: object
 
 
 def _layers(where: str, settings: PeftSettings, tensors: Mapping[str, Tensor]) -> dict[str, AdapterLayer]:
@@ -211,6 +215,7 @@ def _read_own(folder: Path) -> _Own | None:
         metadata={str(key): str(value) for key, value in data["metadata"].items()},
         fingerprint=Fingerprint.from_dict(fingerprint) if fingerprint is not None else None,
         peft=data["peft"],
+        slices=data.get("slices"),
     )
 
 
@@ -218,6 +223,7 @@ def _with_own(folder: Path, adapter: Adapter, settings: PeftSettings, own: _Own)
     """Add what `lorabank.json` knows, unless PEFT's settings were changed since: those are what other tools go by."""
     changed = [key for key in SHARED_SETTINGS if settings.raw.get(key) != own.peft.get(key)]
     if not changed:
+        adapter = slices.split(str(folder / OWN_FILE), adapter, own.slices)
         return replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
     warnings.warn(
         f"{folder / CONFIG_FILE}: {', '.join(changed)} changed since {OWN_FILE} was written; what {CONFIG_FILE} says is taken.",

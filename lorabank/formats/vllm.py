@@ -16,6 +16,7 @@ from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import read_header
 from lorabank.formats.readers import VLLM_RANKS, refuse
+from lorabank.formats.slices import without_slices
 
 
 def vllm_adapter(adapter: Adapter, *, where: str = "the adapter") -> Adapter:
@@ -25,6 +26,7 @@ def vllm_adapter(adapter: Adapter, *, where: str = "the adapter") -> Adapter:
     Raises AdapterFileError with every reason why vLLM can't read it (DoRA, convolutions, a rank above 512, NaN, …).
     """
     refuse(adapter, "vllm", where=where)
+    adapter = without_slices(adapter)
     rank = vllm_rank(adapter)
     config = AdapterConfig(
         rank=rank, alpha=rank, targets=sorted(adapter.layers), dropout=adapter.config.dropout, init=adapter.config.init

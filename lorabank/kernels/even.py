@@ -39,7 +39,7 @@ def _alike(left: Segment, right: Segment) -> bool:
         and left.A_RI.shape == right.A_RI.shape
         and left.A_RI.dtype == right.A_RI.dtype
         and left.scaling == right.scaling
-        and left.weights_U is right.weights_U is left.dropout is right.dropout is None
+        and left.weights_U is right.weights_U is left.dropout is right.dropout is left.outputs is right.outputs is None
     )
 
 

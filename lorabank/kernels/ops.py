@@ -81,6 +81,17 @@ def _add_product(
         out_UTO.index_copy_(0, segment.rows, total)
 
 
+def _add_to_outputs(out_UTO: Tensor, segment: Segment, left: Tensor, alpha: float) -> None:
+    """out[rows, the segment's outputs] += alpha · (left @ B), in place, rounded once into out's dtype."""
+    assert segment.outputs is not None
+    rows = take_units(out_UTO, segment.rows)
+    part = segment.outputs.of(rows)
+    product = (left @ segment.B_RO).mul_(alpha).view(part.shape)
+    part.copy_((part.to(product.dtype) + product).to(part.dtype))
+    if not isinstance(segment.rows, slice):
+        out_UTO.index_copy_(0, segment.rows, rows)
+
+
 def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> tuple[list[Tensor], native.Places | None]:
     """Adds every segment's change to y in place; returns each segment's xA, (N, R).
 
@@ -98,7 +109,10 @@ def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> tuple[list[Tensor], native
         segment = plan.segments[start]
         rows, _ = _input_rows(x_UTI, segment)
         xa = _weigh(rows @ segment.A_RI.t(), segment)
-        _add_product(y_UTO, segment, xa, segment.B_RO, segment.scaling)
+        if segment.outputs is not None:
+            _add_to_outputs(y_UTO, segment, xa, segment.scaling)
+        else:
+            _add_product(y_UTO, segment, xa, segment.B_RO, segment.scaling)
         shrunk.append(xa)
     return shrunk, None
 
@@ -136,8 +150,10 @@ def _adapter_gradients(
 def _segment_gradients(
     dx_UTI: Tensor | None, dy_UTO: Tensor, x_UTI: Tensor, segment: Segment, xa: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    dy_rows = take_units(dy_UTO, segment.rows).to(segment.A_RI.dtype)
-    dy_NO = dy_rows.reshape(-1, dy_rows.shape[-1])
+    dy_rows = take_units(dy_UTO, segment.rows)
+    if segment.outputs is not None:
+        dy_rows = segment.outputs.of(dy_rows)
+    dy_NO = dy_rows.to(segment.A_RI.dtype).reshape(-1, segment.B_RO.shape[1])
     dxa = _weigh((dy_NO @ segment.B_RO.t()).mul_(segment.scaling), segment)
     rows, mask = _input_rows(x_UTI, segment) if needs[0] or segment.dropout is not None else (None, None)
     if dx_UTI is not None:

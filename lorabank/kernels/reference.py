@@ -37,9 +37,19 @@ def add_lora(y: Tensor, x: Tensor, segments: Sequence[Segment], units: int) -> T
     y_UTO, x_UTI = as_units(y, units), as_units(x, units)
     for segment in segments:
         rows = torch.arange(units, device=y.device)[segment.rows]
-        changed = take_units(y_UTO, rows).to(segment.A_RI.dtype) + lora_delta(x_UTI, segment)
+        changed = take_units(y_UTO, rows).to(segment.A_RI.dtype) + _in_place(lora_delta(x_UTI, segment), segment, y.shape[-1])
         y_UTO = y_UTO.index_copy(0, rows, changed.to(y.dtype))
     return y_UTO.reshape(y.shape)
+
+
+def _in_place(change: Tensor, segment: Segment, size: int) -> Tensor:
+    """A change of some outputs as one of all `size` of them."""
+    if segment.outputs is None:
+        return change
+    wide = change.new_zeros(*change.shape[:-1], size)
+    part = segment.outputs.of(wide)
+    part.copy_(change.view(part.shape))
+    return wide
 
 
 def add_mapped(

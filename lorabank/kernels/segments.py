@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,18 @@ class Decomposition:
         return self.magnitude_O / self.norm_O
 
 
+class Outputs(NamedTuple):
+    """Those outputs of a layer that a slot changes: `width` from `start` on, in each `period` of them."""
+
+    start: int
+    width: int
+    period: int
+
+    def of(self, y: Tensor) -> Tensor:
+        """These numbers of y (…, O) as a view of it, (…, O / period, width)."""
+        return y.unflatten(-1, (-1, self.period))[..., self.start : self.start + self.width]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """The rows of one slot in one layer, and that slot's tensors."""
@@ -58,6 +71,8 @@ class Segment:
     """Weight of this slot for each of its units; None for 1."""
     dropout: DropoutDraw | None = None
     decomposition: Decomposition | None = None
+    outputs: Outputs | None = None
+    """Which outputs B's columns are; None for all."""
 
 
 def take_units(x_UTI: Tensor, rows: Rows) -> Tensor:

@@ -15,6 +15,7 @@ from lorabank.errors import FingerprintError, MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.difference import norm
 from lorabank.formats.patterns import to_patterns
+from lorabank.formats.slices import without_slices
 from lorabank.merging.combine_report import CombineReport, LayerError
 from lorabank.merging.low_rank import factored_norm, stacked
 from lorabank.merging.methods import COMBINERS, MAJORITY_SIGNS, PEFT_NAMES, TAKES, CombinedLayer, Options, Term
@@ -83,7 +84,7 @@ def combine_and_measure(
 def _combined(parts: Weighted, method: str, given: Mapping[str, int | float | str | None], busy: Busy) -> Combined:
     method = _known_method(method)
     told = _check_options(method, given)
-    parts = list(parts)
+    parts = [(without_slices(adapter), weight) for adapter, weight in parts]
     adapters = [adapter for adapter, _ in parts]
     _check_adapters(adapters)
     weights = [

@@ -20,6 +20,7 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.gguf_adapter import DTYPES, check_dtype, places, write_whole
 from lorabank.formats.gguf_base import GgufBase, interleaved, open_gguf, read_base
 from lorabank.formats.readers import refuse
+from lorabank.formats.slices import without_slices
 
 WRITER_SETS = ("general.architecture",)
 """Keys that gguf's writer writes by itself; those that begin with `GGUF.` are the reader's own."""
@@ -61,6 +62,7 @@ def merge_gguf(
     check_dtype(dtype, tuple(DTYPES), what="a model's")
     layers: dict[str, AdapterLayer] = {}
     if adapter is not None:
+        adapter = without_slices(adapter)
         refuse(adapter, "merged gguf", where=where)
         layers = {name: adapter.layers[path] for path, name in places(adapter, base, where=where).items()}
     reader = open_gguf(base_file, base.name)

@@ -21,6 +21,7 @@ from lorabank.bank.tied import shared_in
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, Setting, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.fingerprint import Fingerprint
+from lorabank.formats.slices import without_slices
 from lorabank.kernels.fp8 import E4M3
 from lorabank.merging.layer import merge_layer, merge_quantized_layer
 from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
@@ -107,6 +108,7 @@ def merge(
         raise MergeError(f"merge: strength should be a number, got {strength}")
     if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
         raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
+    adapter = without_slices(adapter)
     if not force:
         check_fingerprint(model, adapter)
     layers = _fitting_layers(model, adapter)

@@ -23,6 +23,7 @@ from lorabank.errors import AdapterFileError, FingerprintError, MergeError, Mode
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import TORCH_DTYPES
 from lorabank.formats.fingerprint import Fingerprint, positions
+from lorabank.formats.slices import without_slices
 from lorabank.merging.checkpoint import INDEX, Names, Shard, names_in_model, read_shards, write_shard
 from lorabank.merging.layer import merge_tensor
 from lorabank.merging.merge import FORCE, MERGED_DTYPES, storage_in_training, warn_unresolved
@@ -54,7 +55,7 @@ def merge_folder(
     (stacked or permuted at load, tied, quantised), FingerprintError for another base, OutputError for a full disk; nothing is
     left then.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output, adapter = Path(folder), Path(output), without_slices(adapter)
     if not math.isfinite(strength):
         raise MergeError(f"merge: strength should be a number, got {strength}")
     if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):

@@ -153,7 +153,7 @@ def test_what_matches_nothing_is_an_error_with_the_closest_name(config: dict[str
 
 def test_fused_projections_are_named() -> None:
     with pytest.raises(TargetError, match=r"'q' matches no linear layer.*may fuse q, k and v"):
-        _chosen("gpt2", "q")
+        _chosen("handwritten", "q")
 
 
 class _Unregistered(torch.nn.Module):

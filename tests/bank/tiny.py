@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -96,6 +98,12 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64))
 
 
+def neox() -> GPTNeoXForCausalLM:
+    """The heads' q, k and v take turns in its fused layer."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes))
+
+
 def bert() -> BertForSequenceClassification:
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=8
@@ -168,11 +176,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decomposed llama": llama,
     "decomposed gpt2": gpt2,
     "decomposed pictures": Pictures,
+    "sliced gpt2": gpt2,
+    "sliced neox": neox,
 }
 TARGETS: dict[str, Any] = {
     "torch encoder": ["linear1", "linear2", "head"],
     "pictures": ["all-linear", "all-conv", "all-embedding"],
     "decomposed pictures": ["all-linear", "all-conv"],
+    "sliced gpt2": ["q", "v", "c_proj"],
+    "sliced neox": ["q", "k", "query_key_value.v", "mlp"],
 }
 """What the tests adapt, where it isn't `all-linear`."""
 MIXTURES = ("mixtral", "gpt-oss")

@@ -101,6 +101,20 @@ def test_law3_with_embeddings(family: str, checkpointing: bool) -> None:
     assert {key.rpartition(".")[0] for key in joint["long"]} >= {"transformer.wte", "transformer.wpe"} or family == "llama"
 
 
+@pytest.mark.parametrize(("family", "checkpointing"), [("gpt2", False), ("neox", False), ("neox", True)])
+def test_law3_with_slices_of_fused_layers(family: str, checkpointing: bool) -> None:
+    """Beside adapters of the whole layers."""
+    jobs = [replace(job, targets=["q", "v", "mlp"]) if job.name in ("long", "wide") else job for job in JOBS]
+
+    def base() -> torch.nn.Module:
+        return make_model(family, spread=2.0)
+
+    joint = train(base, jobs, gradient_checkpointing=checkpointing)
+    alone = {name: leaves for job in jobs for name, leaves in train(base, [job]).items()}
+    _compare(jobs, joint, alone, 1e-3 if family == "gpt2" else 1e-4)
+    assert any(key.endswith(".q.B") for key in joint["long"])
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_law3_with_dora(checkpointing: bool) -> None:
     """Beside adapters that aren't decomposed, in the same layers."""

@@ -31,6 +31,8 @@ def suits(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> bool:
         rows = segment.rows
         if not isinstance(rows, slice) or rows.start < end or segment.weights_U is not None or segment.dropout is not None:
             return False
+        if segment.outputs is not None:
+            return False
         if not all(takes(leaf) and leaf.is_contiguous() for leaf in (segment.A_RI, segment.B_RO)):
             return False
         end = rows.stop

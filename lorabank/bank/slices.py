@@ -1,0 +1,87 @@
+"""Slices of fused layers: q, k and v in one layer, or gate and up, each with an adapter and ranks of its own."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
+from lorabank.bank.init import initial
+from lorabank.bank.storage import RankStore
+from lorabank.config.adapter import AdapterConfig
+from lorabank.formats.adapter import AdapterLayer
+from lorabank.formats.output_slice import OutputSlice
+from lorabank.kernels.segments import Outputs
+
+if TYPE_CHECKING:
+    from lorabank.bank.layers import LoRALayer
+
+
+class FusedSlice(nn.Module):
+    """One projection of a fused layer, as `targets` and adapters see it. It stands nowhere in the model."""
+
+    def __init__(self, layer: nn.Module, outputs: OutputSlice, features: tuple[int, int]) -> None:
+        """`features`: (in, out) of the whole layer."""
+        super().__init__()
+        self.__dict__["layer"], self.outputs, self.features = layer, outputs, (features[0], outputs.count)
+        self._parameters["weight"] = layer.get_parameter("weight")
+
+    layer: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Nothing: the layer computes all its slices at once."""
+        raise NotImplementedError
+
+
+class SliceCarrier(Carrier):
+    """One projection of a wrapped fused layer with the adapters' parts in it."""
+
+    def __init__(self, layer: LoRALayer, name: str, outputs: OutputSlice, router: Router) -> None:
+        self.layer, self.outputs, self.router = layer, outputs, router
+        self.path, self.base = f"{layer.path}.{name}", layer.base
+        self.store = RankStore(layer.store.in_features, outputs.count, layer.store.device)
+        self.slots: dict[str, LayerSlot] = {}
+        self.path_seed = zlib.crc32(self.path.encode())
+        self.changed = Outputs(outputs.start, outputs.width, outputs.period)
+
+    @property
+    def reached(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a forward pass has come by the layer."""
+        return self.layer.reached
+
+    @property
+    def fusable(self) -> bool:
+        """Never: a compiled block's products are a whole layer's."""
+        return False
+
+    def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
+        """What changes nothing yet."""
+        size = self.store.in_features, self.store.out_features
+        A, B = initial(config.init, rank, size, seed, self.path, looks_up=False)
+        return SlotValues(A, B, None, False, rank, scaling)
+
+    def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
+        """A trained adapter's, out of its layers by path."""
+        mine = layers[self.path]
+        return SlotValues(mine.A, mine.B, None, False, mine.rank, mine.scaling)
+
+    def write(self, name: str, values: SlotValues) -> None:
+        """Copy values into an adapter's leaves."""
+        tensors = self.slots[name].tensors
+        with torch.no_grad():
+            tensors.A_RI.copy_(values.A)
+            tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
+
+    def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
+        """A copy of an adapter's present values here, on the CPU, by path."""
+        slot = self.slots[name]
+        A = slot.tensors.A_RI.detach().to("cpu", copy=True)
+        B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
+        return {self.path: AdapterLayer(A, B, slot.scaling, outputs=self.outputs)}
+
+    def _refresh(self) -> None:
+        self.layer.show()

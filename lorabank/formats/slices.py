@@ -1,0 +1,144 @@
+"""Adapters of slices of fused layers, such as q in a layer that computes q, k and v: each has ranks of its own.
+
+No other tool's files know slices. What stands there is one pair of matrices for the whole layer, whose ranks are the slices' one
+behind the other and whose B is zero outside of each slice's own outputs. That is the same change of the weight. Our own file
+beside it says which ranks are which slice's, so a slice comes back as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+
+from lorabank.errors import AdapterFileError
+from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.output_slice import OutputSlice
+
+Record = dict[str, dict[str, dict[str, Any]]]
+"""Layer → slice → what `split` needs to know, as JSON has it."""
+
+
+def sliced(layers: Mapping[str, AdapterLayer]) -> dict[str, dict[str, AdapterLayer]]:
+    """Each fused layer's path → its slices that are adapted, by name."""
+    found: dict[str, dict[str, AdapterLayer]] = defaultdict(dict)
+    for path, layer in layers.items():
+        if layer.outputs is not None:
+            parent, _, name = path.rpartition(".")
+            found[parent][name] = layer
+    return dict(found)
+
+
+def without_slices(adapter: Adapter) -> Adapter:
+    """The same change with one layer for each fused layer, of its slices' ranks in all. Raises AdapterFileError for overlaps."""
+    fused = sliced(adapter.layers)
+    if not fused:
+        return adapter
+    layers: dict[str, AdapterLayer] = {}
+    for path, layer in adapter.layers.items():
+        parent = path.rpartition(".")[0]
+        if layer.outputs is None:
+            if path in fused:
+                raise AdapterFileError(
+                    f"layer {path!r} is adapted as a whole and by its slices {', '.join(fused[path])}; expected one of both"
+                )
+            layers[path] = layer
+        elif parent not in layers:
+            layers[parent] = _joined(parent, fused[parent])
+    return replace(adapter, layers=layers)
+
+
+def record(adapter: Adapter) -> Record:
+    """What `split` needs to make slices again of `without_slices(adapter)`'s layers."""
+    found: Record = {}
+    for parent, parts in sliced(adapter.layers).items():
+        common = _common_scaling([layer.scaling for layer in parts.values()])
+        found[parent] = {
+            name: {
+                "rank": layer.rank,
+                "scaling": layer.scaling if _is_power_of_two(layer.scaling / common) else common,
+                **vars(_outputs(layer)),
+            }
+            for name, layer in parts.items()
+        }
+    return found
+
+
+def split(where: str, adapter: Adapter, recorded: object) -> Adapter:
+    """The slices of `without_slices`' layers. Raises AdapterFileError where the record isn't these layers'."""
+    if not isinstance(recorded, Mapping) or not recorded:
+        return adapter
+    layers: dict[str, AdapterLayer] = {}
+    for path, layer in adapter.layers.items():
+        parts = recorded.get(path)
+        if parts is None:
+            layers[path] = layer
+            continue
+        try:
+            layers |= _parts(path, layer, parts)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise AdapterFileError(
+                f"{where}: what it says of the slices of {path!r} isn't this layer's ({error}). Delete it to load the adapter by "
+                "adapter_config.json alone."
+            ) from error
+    return replace(adapter, layers=layers)
+
+
+def _outputs(layer: AdapterLayer) -> OutputSlice:
+    assert layer.outputs is not None
+    return layer.outputs
+
+
+def _joined(path: str, parts: Mapping[str, AdapterLayer]) -> AdapterLayer:
+    layers, names = list(parts.values()), list(parts)
+    slices = [_outputs(layer) for layer in layers]
+    for i, mine in enumerate(slices):
+        for j, other in enumerate(slices[:i]):
+            if mine.total != other.total or mine.overlaps(other):
+                raise AdapterFileError(f"layer {path!r}: its slices {names[j]!r} and {names[i]!r} have outputs in common")
+    if any(layer.magnitude is not None for layer in layers):
+        raise AdapterFileError(f"layer {path!r}: its slices are decomposed (DoRA), which isn't supported")
+    dtype = reduce(torch.promote_types, (layer.B.dtype for layer in layers))
+    scaling = _common_scaling([layer.scaling for layer in layers])
+    B = torch.zeros(slices[0].total, sum(layer.rank for layer in layers), dtype=dtype)
+    start = 0
+    for layer, outputs in zip(layers, slices, strict=True):
+        factor = layer.scaling / scaling
+        B[outputs.rows, start : start + layer.rank] = (layer.B if factor == 1 else layer.B * factor).to(dtype)
+        start += layer.rank
+    return AdapterLayer(torch.cat([layer.A.to(dtype) for layer in layers]), B, scaling)
+
+
+def _common_scaling(scalings: list[float]) -> float:
+    """One of them, from which most others differ by a power of two, so that B is rounded as little as can be."""
+    return max(scalings, key=lambda s: (sum(_is_power_of_two(other / s) for other in scalings), s))
+
+
+def _is_power_of_two(value: float) -> bool:
+    return value > 0 and math.frexp(value)[0] == 0.5
+
+
+def _parts(path: str, layer: AdapterLayer, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, AdapterLayer]:
+    found: dict[str, AdapterLayer] = {}
+    start = 0
+    for name, said in recorded.items():
+        rank, scaling = said["rank"], float(said["scaling"])
+        outputs = OutputSlice(**{key: said[key] for key in ("start", "width", "period", "total")})
+        if outputs.total != len(layer.B) or type(rank) is not int or rank < 1 or not (math.isfinite(scaling) and scaling > 0):
+            raise ValueError(f"{name!r}: rank {rank}, scaling {scaling} and {outputs.total} outputs")
+        B = layer.B[outputs.rows, start : start + rank]
+        factor = scaling / layer.scaling
+        if not _is_power_of_two(factor):
+            raise ValueError(f"{name!r}: a scaling of {scaling} beside {layer.scaling}")
+        A, B = layer.A[start : start + rank].clone(), (B / factor).contiguous()
+        found[f"{path}.{name}"] = AdapterLayer(A, B, scaling, outputs=outputs)
+        start += rank
+    inside = sum(int(part.B.count_nonzero()) for part in found.values())
+    if start != layer.rank or inside != int(layer.B.count_nonzero()):
+        raise ValueError(f"ranks {start} of {layer.rank}, {inside} of {int(layer.B.count_nonzero())} numbers of B")
+    return found
