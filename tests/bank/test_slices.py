@@ -19,7 +19,7 @@ from lorabank.formats.output_slice import OutputSlice
 from lorabank.formats.slices import without_slices
 from tests.bank.families import FAMILIES
 from tests.bank.family import made
-from tests.bank.tiny import add, clear, fill, gradients, gpt2, ids, make, neox, outputs, two
+from tests.bank.tiny import add, clear, fill, gpt2, gradients, ids, make, neox, outputs, two
 
 KINDS = ["sliced gpt2", "sliced neox"]
 
@@ -253,7 +253,11 @@ class Own(nn.Module):
 def test_a_layer_of_ones_own_is_declared() -> None:
     bank = attach(Own(), fused={"blocks.*": {"q": 8, "k": 4, "v": 4}})
     bank.add("a", AdapterConfig(rank=2, targets=["q", "blocks.1.v"]))
-    assert [key for key, _ in bank.named_parameters("a") if key.endswith(".A")] == ["blocks.0.q.A", "blocks.1.q.A", "blocks.1.v.A"]
+    assert [key for key, _ in bank.named_parameters("a") if key.endswith(".A")] == [
+        "blocks.0.q.A",
+        "blocks.1.q.A",
+        "blocks.1.v.A",
+    ]
     fill(bank, "a")
     x = torch.randn(2, 8)
     with bank.route(["a", BASE]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorabank.kernels import ops, reference
 from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS
-from lorabank.kernels.segments import DropoutDraw, Rows, Segment
+from lorabank.kernels.segments import DropoutDraw, Outputs, Rows, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,12 @@ def make_case(
     dropout: float = 0.0,
     units: int | None = None,
     even: bool = False,
+    parts: Sequence[Outputs | None] = (),
     seed: int = 0,
 ) -> Case:
-    """`even`: one scaling for all segments, and their tensors side by side in one buffer, as neighbouring slots have them."""
+    """`parts`: which outputs each segment changes.
+
+    `even`: one scaling for all segments, and their tensors side by side in one buffer, as neighbouring slots have them."""
     g = torch.Generator().manual_seed(seed)
     inputs = shape[-1]
     units = shape[0] if units is None else units
@@ -49,15 +52,17 @@ def make_case(
     weight = (torch.randn(outputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5).to(dtype)
     segments = []
     for i, (where, rank) in enumerate(zip(rows, ranks, strict=True)):
-        count = len(torch.arange(units)[where])
+        count, part = len(torch.arange(units)[where]), parts[i] if parts else None
+        size = outputs if part is None else outputs // part.period * part.width
         segments.append(
             Segment(
                 rows=where,
                 A_RI=torch.randn(rank, inputs, generator=g, dtype=torch.float64).to(adapter_dtype),
-                B_RO=torch.randn(rank, outputs, generator=g, dtype=torch.float64).to(adapter_dtype),
+                B_RO=torch.randn(rank, size, generator=g, dtype=torch.float64).to(adapter_dtype),
                 scaling=0.5 + i * (not even),
                 weights_U=torch.rand(count, generator=g) - 0.3 if weighted else None,
                 dropout=DropoutDraw(probability=dropout, seed=7 + i, step=3, examples_U=torch.arange(count)) if dropout else None,
+                outputs=part,
             )
         )
     if even:

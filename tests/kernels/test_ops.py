@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lorabank.errors import RoutingError
 from lorabank.kernels import ops, reference
 from lorabank.kernels.base import BASE_PRODUCTS
+from lorabank.kernels.segments import Outputs
 from tests.kernels.cases import Case, assert_same, make_case, make_plan, run
 
 pytestmark = pytest.mark.usefixtures("products")
@@ -54,6 +55,26 @@ CASES: dict[str, dict[str, Any]] = {
     "alike with dropout": {"rows": [slice(0, 2), slice(2, 4)], "ranks": [3, 3], "even": True, "dropout": 0.4},
     "alike but for the rank": {"rows": [slice(0, 2), slice(2, 4)], "ranks": [3, 2], "even": True},
     "rank above the layer": {"ranks": [12, 9]},
+    "some of the outputs": {
+        "rows": [slice(0, 2), slice(0, 2), INDEX([1, 4]), slice(3, 5)],
+        "ranks": [2, 3, 2, 3],
+        "parts": [Outputs(0, 2, 6), Outputs(3, 3, 6), Outputs(1, 1, 3), None],
+    },
+    "some of the outputs, alike and side by side": {
+        "rows": [slice(0, 2), slice(2, 4)],
+        "ranks": [3, 3],
+        "even": True,
+        "parts": [Outputs(1, 2, 6)] * 2,
+    },
+    "some of the outputs of packed tokens, dropped and weighed": {
+        "shape": (1, 6, 8),
+        "units": 6,
+        "rows": [slice(0, 4), INDEX([1, 5])],
+        "ranks": [2, 3],
+        "parts": [Outputs(0, 1, 2), Outputs(2, 4, 6)],
+        "dropout": 0.4,
+        "weighted": True,
+    },
     "one feature": {"shape": (4, 2, 1), "outputs": 1},
 }
 
