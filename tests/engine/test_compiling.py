@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from lorabank import BASE
 from lorabank.engine.compiling import compile_blocks, repeated_blocks, uncompile_blocks
 from lorabank.errors import ConfigError
-from tests.engine.tiny import FAMILIES
+from tests.engine.tiny import FAMILIES, add, gradients, make_bank
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt"])
@@ -86,3 +87,29 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
     assert len(eager) == len(fused) > 0
     for mine, other in zip(fused, eager, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look at its inputs
+@pytest.mark.filterwarnings("ignore:compile. layers 'query_key_value' are left out of their compiled blocks")
+def test_slices_of_a_layer_are_left_to_it_in_compiled_blocks() -> None:
+    found: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    x = torch.randint(0, 40, (4, 8), generator=torch.Generator().manual_seed(0))
+    for compiled in (False, True):
+        bank = make_bank("neox", ("a",), targets=["q", "v", "mlp"])
+        add(bank, "b", targets="all-linear")
+        if compiled:
+            compile_blocks(bank.model)
+        for _ in range(2):  # the first call of a block finds which layers it reaches
+            for p in bank.parameters():
+                p.grad = None
+            with bank.route(["a", "b", BASE, "a"]):
+                y = bank.model(input_ids=x).logits
+            y.square().mean().backward()
+        found.append((y.detach(), {**gradients(bank, "a"), **{f"b:{key}": g for key, g in gradients(bank, "b").items()}}))
+    (plain, expected), (fast, gradients_found) = found
+    assert torch.allclose(fast, plain, atol=1e-5)
+    for key, g in expected.items():
+        assert g.any(), key
+        assert torch.allclose(gradients_found[key], g, atol=1e-6), key
