@@ -25,8 +25,8 @@ def saved_paths(model: nn.Module, config: AdapterConfig, kept: Collection[str] =
     """Paths of the modules that `config` trains in full, in the model's order. Raises TargetError.
 
     Those whose path ends with a name in `modules_to_save`, letter by letter as PEFT has it (`norm` names `input_layernorm` too),
-    and a classifier's head, unless `modules_to_save` is empty or `targets` names layers in it. `kept`: parameters that train
-    beside the base.
+    and a classifier's head, unless `modules_to_save` is empty or `targets` names layers of it alone. `kept`: parameters that
+    train beside the base.
     """
     modules = {path: unwrapped(module) for path, module in own_modules(model) if path}
     chosen: set[str] = set()
@@ -54,9 +54,8 @@ def _heads(model: nn.Module, config: AdapterConfig, chosen: Collection[str], mod
     named = [part for part in as_list(config.targets) if part not in wide]
     layers = adaptable_layers(model)
     heads = [path for path in head_paths(model) if not _inside(path, chosen)]
-    if any(matches(part, path) for part in named for path in layers if _inside(path, heads)):
-        return set()
-    if not heads:
+    meant = ([path for path in layers if matches(part, path)] for part in named)
+    if not heads or any(found and all(_inside(path, heads) for path in found) for found in meant):
         return set()
     kind = type(model).__name__
     if bad := next((f"{path!r}: {why}" for path in heads if (why := unsavable(modules[path]))), None):
