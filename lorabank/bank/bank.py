@@ -18,6 +18,7 @@ from lorabank.bank.experts import LoRAExperts
 from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, task_type, warn_ranks, warn_storage
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
+from lorabank.bank.heads import head_parameters, peft_task
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.naming import check_new_name
@@ -27,6 +28,8 @@ from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
+from lorabank.bank.saved_bank import SavedModules, Values
+from lorabank.bank.saved_paths import check_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.slices import FusedSlice, SliceCarrier
 from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
@@ -85,9 +88,11 @@ class AdapterBank:
         self._current: ContextVar[Routing | None] = ContextVar("lorabank_routing", default=None)
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._fingerprint: Fingerprint | None = None
+        self._heads = head_parameters(model)
         self._detached = False
         self._reach = ReachCheck(model, self)
         self._owners = Owners(model)
+        self._saved = SavedModules(model, self, self._reach, self._owners)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.kept)
 
@@ -118,23 +123,29 @@ class AdapterBank:
         """Of the base model, taken once."""
         if self._fingerprint is None:
             prefix = base_prefix(self.model)
-            self._fingerprint = Fingerprint.of(self.model, without=self.kept, named=lambda name: base_path(name, prefix))
+            without = self.kept | self._heads
+            self._fingerprint = Fingerprint.of(self.model, without=without, named=lambda name: base_path(name, prefix))
         return self._fingerprint
 
     def config(self, name: str) -> AdapterConfig:
         """The configuration of an adapter."""
         return self._slot(name).config
 
-    def add(self, name: str, config: AdapterConfig | Any, *, seed: int = 0) -> None:
+    def add(self, name: str, config: AdapterConfig | Any, *, seed: int = 0, num_labels: int | None = None) -> None:
         """A new, untrained adapter: A random, B zero, so outputs don't change yet.
 
         `config` is an AdapterConfig, a dict of its fields, or a `peft.LoraConfig`. The start of A depends on `seed`, the layer
-        and the shape alone. Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
+        and the shape alone. `num_labels`: of a classifier's head of its own, which is random then.
+        Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
         """
         self._check_alive()
         check_new_name(name, self._slots)
         config = as_adapter_config(config)
-        chosen = resolve_targets(self.model, config, kept_modules(self.kept), self.fused)
+        saved = saved_paths(self.model, config, self.kept)
+        chosen = without_saved(resolve_targets(self.model, config, kept_modules(self.kept), self.fused), saved)
+        self._check_apart(saved, chosen)
+        copies = self._saved.fresh(saved, num_labels, seed)
+        warn_tied(name, self.model, saved, together=config.ensure_weight_tying)
         chosen, shared = tie(name, config, self._layers_and_slices(), chosen)
         check_decomposed(config, chosen)
         shapes: dict[str, tuple[int, float]] = {}
@@ -145,7 +156,7 @@ class AdapterBank:
         slot = _Slot(config=config, seed=seed, paths=tuple(chosen), shared=shared)
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 
-        self._install(name, slot, chosen, lambda place: place.fresh(config, *shapes[place.path], seed))
+        self._install(name, slot, chosen, lambda place: place.fresh(config, *shapes[place.path], seed), copies)
 
     def load(self, name: str, adapter: Adapter, *, force: bool = False, seed: int = 0) -> None:
         """Put a trained adapter into the bank under `name`.
@@ -171,7 +182,10 @@ class AdapterBank:
         told = adapter.metadata.get(BASE_STORAGE)
         shared = shared_in(adapter, layers)
         slot = _Slot(adapter.config, seed, in_order, shared, adapter.base_model, adapter.task_type, told)
-        self._install(name, slot, layers, lambda place: place.values_of(adapter.layers))
+        copies = self._saved.fitting(name, adapter)
+        self._check_apart(copies, in_order)
+        warn_tied(name, self.model, list(copies), together=False)
+        self._install(name, slot, layers, lambda place: place.values_of(adapter.layers), copies)
 
     def adapter(self, name: str) -> Adapter:
         """A copy of an adapter's present values, on the CPU, apart from the bank."""
@@ -186,7 +200,8 @@ class AdapterBank:
             layers=layers,
             fingerprint=self.fingerprint,
             base_model=base_model,
-            task_type=slot.task_type or task_type(self.model),
+            task_type=slot.task_type or task_type(self.model) or peft_task(self.model, self._saved.paths(name)),
+            modules=self._saved.values(name),
             metadata={} if storage is None else {BASE_STORAGE: storage},
         )
 
@@ -195,6 +210,7 @@ class AdapterBank:
         slot = self._slot(name)
         for path in slot.paths:
             self._layers[path].remove_slot(name)
+        self._saved.remove(name)
         del self._slots[name], self._numbers[name]
         self._changed()
 
@@ -203,7 +219,10 @@ class AdapterBank:
         return [p for _, p in self.named_parameters(name)]
 
     def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """`<layer path>.A` / `.B` (and `.magnitude`, DoRA's) and the leaf; with name=None `<adapter>:<layer path>.A`."""
+        """`<layer path>.A` / `.B` (and `.magnitude`, DoRA's) and the leaf; with name=None `<adapter>:<layer path>.A`.
+
+        Then `<module path>.<parameter's name>` of what `modules_to_save` trains in full.
+        """
         for adapter in [name] if name is not None else list(self._slots):
             prefix = "" if name is not None else f"{adapter}:"
             slot = self._slot(adapter)
@@ -211,6 +230,8 @@ class AdapterBank:
                 tensors = self._layers[path].slots[adapter].tensors
                 for role, leaf in tensors.by_role.items():
                     yield f"{prefix}{path}.{role}", leaf
+            for key, leaf in self._saved.leaves(adapter):
+                yield f"{prefix}{key}", leaf
 
     def parameter_groups(self, name: str, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict[str, Any]]:
         """Groups for any torch optimizer: A with `learning_rate`, B with `loraplus_ratio` times it (LoRA+, arXiv:2402.12354)."""
@@ -228,6 +249,7 @@ class AdapterBank:
         adapted |= {
             self._layers[path].path.rpartition(".")[0] for path in adapted if isinstance(self._layers[path], SliceCarrier)
         }
+        whole = tuple(f"{path}." for path, module in self._saved.modules.items() if module.slots)
         return BankSummary(
             base_parameters=count_parameters(self.model, base),
             adapters={
@@ -237,11 +259,14 @@ class AdapterBank:
                     parameters=sum(p.numel() for p in self.parameters(name)),
                     layers=len(slot.paths),
                     kinds=count_kinds(list(slot.paths)),
+                    saved=self._saved.paths(name),
                 )
                 for name, slot in self._slots.items()
             },
             adapted_layers=sum(not isinstance(place, SliceCarrier) for place in self._layers.values()),
-            unadapted=count_kinds([path for path in linear_layers(self.model) if path not in adapted and path not in heads]),
+            unadapted=count_kinds(
+                [p for p in linear_layers(self.model) if p not in adapted and p not in heads and not f"{p}.".startswith(whole)]
+            ),
             unsupported=unsupported_linear_maps(self.model),
         )
 
@@ -355,9 +380,9 @@ class AdapterBank:
         Hooks that were registered on a wrapped layer while it was wrapped go with the wrapper.
         """
         self._check_alive()
-        for wrapper in self._wrappers:
+        for wrapper in (*self._wrappers, *self._saved.modules.values()):
             wrapper.bring_home()
-            wrapper.base.train(wrapper.training)
+            wrapper.base.training = wrapper.training  # its modules are the wrapper's, too
             for parent, attribute in places_of(self.model, wrapper):
                 setattr(parent, attribute, wrapper.base)
         self._reach.close()
@@ -366,6 +391,7 @@ class AdapterBank:
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         self._layers.clear()
         self._wrappers.clear()
+        self._saved.clear()
         self._slots.clear()
         self._numbers.clear()
         self.structure += 1
@@ -395,7 +421,10 @@ class AdapterBank:
         if self._detached:
             raise LorabankError("this bank was detached from its model; call lorabank.attach(model) for a new one")
 
-    def _install(self, name: str, slot: _Slot, layers: Mapping[str, nn.Module], start: _Start) -> None:
+    def _check_apart(self, saved: Collection[str], layers: Collection[str]) -> None:
+        check_apart(saved, layers, [path for path, place in self._layers.items() if place.slots], list(self._saved.modules))
+
+    def _install(self, name: str, slot: _Slot, layers: Mapping[str, nn.Module], start: _Start, copies: Values) -> None:
         """Reserve and fill the slot in every place; on any failure the bank is as before."""
         done: list[str] = []
         try:
@@ -409,6 +438,7 @@ class AdapterBank:
                 place.add_slot(name, values, slot.config.dropout, slot.seed)
                 done.append(path)
                 place.write(name, values)
+            self._saved.install(name, copies)
         except BaseException:
             for path in done:
                 self._layers[path].remove_slot(name)
@@ -487,3 +517,8 @@ def _in_backward() -> bool:
 def all_layers(bank: AdapterBank) -> Iterable[Carrier]:
     """The places of a bank that adapters change, for engines and tests."""
     return bank._layers.values()
+
+
+def saved_modules(bank: AdapterBank) -> SavedModules:
+    """The modules of a bank that adapters train in full."""
+    return bank._saved

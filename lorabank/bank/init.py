@@ -34,6 +34,11 @@ def initial_A(init: str, rank: int, in_features: int, seed: int, path: str) -> T
     return INITS[init](rank, in_features, _generator(seed, path))
 
 
+def normal(shape: tuple[int, ...], spread: float, seed: int, path: str) -> Tensor:
+    """N(0, spread²), as transformers starts a new head's weight."""
+    return torch.empty(shape).normal_(0.0, spread, generator=_generator(seed, path))
+
+
 def _generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + zlib.crc32(path.encode())) % 2**63)
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import nn
 
-from lorabank.bank.carrier import Carrier
 from lorabank.bank.inert import inert
 from lorabank.errors import UnreachedLayerError
+
+
+class Reached(Protocol):
+    """What is asked of a wrapped layer here."""
+
+    path: str
+    base: nn.Module
+    in_turn: bool
+
+    @property
+    def reached(self) -> bool:
+        """Whether a forward pass has come by."""
+        ...
+
+    @property
+    def slots(self) -> Mapping[str, Any]:
+        """By adapter."""
+        ...
 
 
 class ReachCheck:
@@ -17,10 +35,10 @@ class ReachCheck:
 
     def __init__(self, model: nn.Module, owner: object) -> None:
         """`owner`: the bank. The mark ends with it: a bank that nobody holds any more and that has no adapter is no bank."""
-        self._pending: list[Carrier] = []
+        self._pending: list[Reached] = []
         self._hook = model.register_forward_hook(_AfterForward(self, owner))
 
-    def watch(self, layer: Carrier) -> None:
+    def watch(self, layer: Reached) -> None:
         """Expect `layer` to be called by the end of the model's next forward pass; an expert in a list may get no token."""
         if layer.in_turn or "experts" not in layer.path.split("."):
             self._pending.append(layer)

@@ -17,6 +17,8 @@ class AdapterSummary:
     layers: int
     kinds: Mapping[str, int]
     """Last part of the adapted layers' paths to their number."""
+    saved: tuple[str, ...] = ()
+    """Paths of the modules that it trains in full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,9 @@ class BankSummary:
         for name, a in self.adapters.items():
             share = 100 * a.parameters / max(1, self.base_parameters)
             kinds = ", ".join(f"{kind} × {count}" for kind, count in a.kinds.items())
+            whole = f"; in full: {', '.join(a.saved)}" if a.saved else ""
             size = f"{a.parameters:,} parameters ({share:.2f} % of the base) in {_layers(a.layers)}"
-            lines.append(f"  {name}: rank {a.rank}, alpha {a.alpha:g}, {size}: {kinds}")
+            lines.append(f"  {name}: rank {a.rank}, alpha {a.alpha:g}, {size}: {kinds}{whole}")
         if not self.adapters:
             lines.append("  no adapters yet")
         if self.unadapted:

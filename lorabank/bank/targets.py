@@ -114,7 +114,8 @@ def _own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     modules, beside = list(model.named_modules()), list[str]()
     for path, module in modules:
         if isinstance(module, Adapted) or wraps_base_layer(module):
-            theirs = (child for child in module._modules if isinstance(module, Adapted) or child != BASE_LAYER)
+            own = module.base._modules if isinstance(module, Adapted) else (BASE_LAYER,)
+            theirs = (child for child in module._modules if child not in own)
             beside += [f"{path}.{child}.".lstrip(".") for child in theirs]
     return ((path, module) for path, module in modules if not f"{path}.".startswith(tuple(beside)))
 

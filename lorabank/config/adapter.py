@@ -43,8 +43,8 @@ class AdapterConfig:
     """Learn each output's magnitude apart from its direction (DoRA, arXiv:2402.09353)."""
     ensure_weight_tying: bool = False
     """An adapter on an embedding whose weight is another layer's too, such as the output head's, changes both ends alike."""
-    modules_to_save: Sequence[str] = ()
-    """Modules trained in full beside the adapter. Not available yet: refused."""
+    modules_to_save: Sequence[str] | None = None
+    """Modules trained in full beside the adapter, by the ends of their paths; a classifier's head unasked, unless it is empty."""
     bias: str = "none"
     """Which biases are trained. Only `none` so far."""
 
@@ -62,12 +62,9 @@ class AdapterConfig:
             _check_targets(name, getattr(self, name), may_be_empty=name == "exclude")
         if self.layers is not None and any(not isinstance(i, int) or i < 0 for i in self.layers):
             raise ConfigError(Setting("layers"), f": expected block indices ≥ 0, got {list(self.layers)!r}")
-        if self.modules_to_save:
-            raise ConfigError(
-                Setting("modules_to_save"),
-                f": modules trained in full ({list(self.modules_to_save)!r}) are not supported yet. "
-                "Leave them out, or target those layers with the adapter itself.",
-            )
+        saved = self.modules_to_save
+        if saved is not None and (isinstance(saved, str) or any(not isinstance(name, str) or not name for name in saved)):
+            raise ConfigError(Setting("modules_to_save"), f": expected a list of module names, got {saved!r}")
         if self.bias not in BIAS_MODES:
             raise ConfigError(Setting("bias"), f": expected 'none', got {self.bias!r}. Trained biases are not supported yet.")
 

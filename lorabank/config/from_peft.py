@@ -41,8 +41,6 @@ def adapter_config_from_peft(config: HasToDict | Mapping[str, Any]) -> AdapterCo
         if name in PASSED:
             if value is not None or name == "target_modules":
                 passed[name] = value
-        elif name == "task_type":
-            _placed(name, value)
         elif name not in SILENT and value not in (None, False, "", 0) and value != {} and value != []:
             reason = aliases.REFUSED.get(name, "changes what is computed and is not supported. Leave it out.")
             raise ConfigError(f"LoraConfig.{name}: {reason}")
@@ -83,10 +81,3 @@ def _build(tree: Mapping[Any, object], place: str) -> AdapterConfig:
         return AdapterConfig(**{name: coerce(value, types[name], name) for name, value in settings.items()})  # type: ignore[arg-type]
     except ConfigError as error:
         raise error.under(place) from None
-
-
-def _placed(name: str, value: object) -> None:
-    try:
-        aliases.CHECKED[name](value)
-    except ConfigError as error:
-        raise ConfigError(f"LoraConfig.{name}: {error}") from None

@@ -98,7 +98,7 @@ class AdapterRun:
     use_rslora: bool = False
     use_dora: bool = False
     ensure_weight_tying: bool = False
-    modules_to_save: Sequence[str] = ()
+    modules_to_save: Sequence[str] | None = None
     bias: str = "none"
     data: str | None = None
     """Training rows of this adapter alone; None: the run's `data.train`."""

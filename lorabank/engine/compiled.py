@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorabank.bank.bank import AdapterBank, all_layers
+from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
 from lorabank.engine.fused_block import FusedBlock
@@ -21,7 +21,8 @@ def left_out(bank: AdapterBank) -> list[str]:
     found = _found_blocks(bank)
     inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
     alone = [layer for layer in all_layers(bank) if not (layer.follows or (layer.fusable and id(layer) in inside))]
-    return [layer.path for layer in alone] if found else []
+    whole = [path for path, module in saved_modules(bank).modules.items() if module.slots]  # which no block computes itself
+    return [*(layer.path for layer in alone), *whole] if found else []
 
 
 def _found_blocks(bank: AdapterBank) -> list[FusedBlock]:

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import BASE, Routing, RowRoute
+from lorabank.bank.wrapping import Adapted
 from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch
@@ -47,7 +47,7 @@ def _tell_of_logits(model: nn.Module, head: nn.Module) -> None:
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) if isinstance(model, PreTrainedModel) else None
     if not isinstance(vocabulary, int) or vocabulary < MANY_LOGITS:
         return
-    why = "its output head is adapted" if isinstance(head, LoRALayer) else "they aren't its head's output alone"
+    why = "its output head is adapted" if isinstance(head, Adapted) else "they aren't its head's output alone"
     warn_once(
         f"{type(model).__name__}: a pass holds the {vocabulary:,} logits of every token at once, which takes memory, since "
         f"{why}. A smaller batch_size with gradient_accumulation needs less."

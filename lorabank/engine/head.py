@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import BASE
+from lorabank.bank.wrapping import Adapted
 from lorabank.engine.modes import evaluation_mode
 from lorabank.errors import ConfigError, DataError
 from lorabank.kernels.logit_shape import LogitShape
@@ -59,7 +59,7 @@ def split_head(bank: AdapterBank) -> SplitHead | None:
     """The split, checked on a probe of four tokens, or None when the model's logits are not simply head(body(x))."""
     model, head = bank.model, output_head(bank.model)
     # an adapted head must be called, and a body that is the whole model has no head to take apart
-    if not isinstance(model, PreTrainedModel) or isinstance(head, LoRALayer) or not isinstance(head, nn.Linear):
+    if not isinstance(model, PreTrainedModel) or isinstance(head, Adapted) or not isinstance(head, nn.Linear):
         return None
     body = model.base_model
     if body is model or not isinstance(body, nn.Module) or not {"input_ids", "attention_mask"} <= accepted(body):

@@ -72,6 +72,8 @@ class Adapter:
     config: AdapterConfig
     layers: Mapping[str, AdapterLayer]
     """Module path in the base model (`model.layers.0.self_attn.q_proj`) to its change."""
+    modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Path of each module that was trained in full (`modules_to_save`) to its parameters, and buffers as the base has them."""
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base that a file holds beside the adapter, by module path: PEFT saves embeddings that carry one along."""
     fingerprint: Fingerprint | None = None
@@ -101,8 +103,9 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers in all layers."""
-        return sum(tensor.numel() for layer in self.layers.values() for tensor in layer.tensors.values())
+        """Trained numbers in all layers, and in modules that were trained in full."""
+        saved = sum(value.numel() for module in self.modules.values() for value in module.values() if value.is_floating_point())
+        return saved + sum(tensor.numel() for layer in self.layers.values() for tensor in layer.tensors.values())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter with its tensors on another device or in another dtype."""
@@ -110,7 +113,11 @@ class Adapter:
             path: replace(layer, **{name: tensor.to(device=device, dtype=dtype) for name, tensor in layer.tensors.items()})
             for path, layer in self.layers.items()
         }
-        return replace(self, layers=moved)
+        modules = {
+            path: {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in module.items()}
+            for path, module in self.modules.items()
+        }
+        return replace(self, layers=moved, modules=modules)
 
     def save(self, folder: str | Path) -> Path:
         """Write PEFT's file format (`adapter_config.json`, `adapter_model.safetensors`) into `folder`; returns it."""

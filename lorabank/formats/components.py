@@ -42,7 +42,9 @@ def of_component(adapter: Adapter, name: str) -> Adapter:
             f"It has {', '.join(filter(None, has)) or 'none but a model without components'}."
         )
     weights = {split(path)[1]: value for path, value in adapter.base_weights.items() if split(path)[0] == name}
-    return replace(adapter, config=config_of(layers, adapter.config), layers=layers, base_weights=weights, fingerprint=None)
+    modules = {split(path)[1]: module for path, module in adapter.modules.items() if split(path)[0] == name}
+    changes = {"layers": layers, "modules": modules, "base_weights": weights}
+    return replace(adapter, config=config_of(layers, adapter.config), fingerprint=None, **changes)
 
 
 def as_component(adapter: Adapter, name: str) -> Adapter:
@@ -51,7 +53,9 @@ def as_component(adapter: Adapter, name: str) -> Adapter:
         raise AdapterFileError(f"component {name!r}: not known{closest(name, COMPONENTS)}; there are {', '.join(COMPONENTS)}")
     layers = {f"{name}.{path}": layer for path, layer in adapter.layers.items()}
     weights = {f"{name}.{path}": value for path, value in adapter.base_weights.items()}
-    return replace(adapter, config=config_of(layers, adapter.config), layers=layers, base_weights=weights, fingerprint=None)
+    modules = {f"{name}.{path}": module for path, module in adapter.modules.items()}
+    changes = {"layers": layers, "modules": modules, "base_weights": weights}
+    return replace(adapter, config=config_of(layers, adapter.config), fingerprint=None, **changes)
 
 
 def in_model_names(path: str) -> str:
@@ -96,6 +100,7 @@ def config_of(layers: Mapping[str, AdapterLayer], like: AdapterConfig | None = N
         use_dora=decomposed,
         dropout=like.dropout if like else 0.0,
         init=like.init if like else "uniform",
+        modules_to_save=like.modules_to_save if like else None,
     )
 
 

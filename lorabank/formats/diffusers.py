@@ -25,6 +25,7 @@ from lorabank.formats.image_files import checked, file_metadata, held, warn_norm
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.peft_keys import PREFIX, from_tensors, pair_tensors, split_magnitudes, to_tensors
+from lorabank.formats.saved import refuse_modules
 from lorabank.formats.slices import without_slices
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -71,6 +72,7 @@ def save_diffusers(adapter: Adapter, target: str | Path) -> Path:
     """
     target, adapter = Path(target), without_slices(adapter)
     path = target if target.suffix == ".safetensors" else target / FILE
+    refuse_modules(adapter, f"{path}: diffusers' form")
     problems = unheld(adapter)
     if problems:
         raise AdapterFileError(f"{path}: diffusers' form can't hold {held(problems)}")

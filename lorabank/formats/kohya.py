@@ -25,6 +25,7 @@ from lorabank.formats.image_files import checked, file_metadata, held, warn_norm
 from lorabank.formats.kohya_names import PREFIXES, Naming, Place, kernel_of, name_of, place
 from lorabank.formats.lycoris_layers import KEYS as LYCORIS_KEYS
 from lorabank.formats.lycoris_layers import Decomposed, decomposed, tucker_pair
+from lorabank.formats.saved import refuse_modules
 from lorabank.formats.slices import without_slices
 
 NAMES = "kohya.names"
@@ -119,6 +120,7 @@ def save_kohya(adapter: Adapter, path: str | Path) -> Path:
     Raises AdapterFileError, before anything is written, for what the form can't hold (`unheld` lists it); OutputError.
     """
     path, adapter = Path(path), without_slices(adapter)
+    refuse_modules(adapter, f"{path}: kohya's form")
     problems = unheld(adapter)
     if problems:
         raise AdapterFileError(f"{path}: kohya's form can't hold {held(problems)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
-from lorabank.formats import slices, stacks
+from lorabank.formats import saved, slices, stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
@@ -35,6 +35,7 @@ from lorabank.formats.peft_keys import (
     tensor_name,
     to_tensors,
 )
+from lorabank.formats.saved import check_modules, split_modules
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -53,6 +54,7 @@ SHARED_SETTINGS = (
     "init_lora_weights",
     "target_modules",
     "target_parameters",
+    "modules_to_save",
 )
 """Copied into `lorabank.json`, to notice when they were changed in PEFT's file, which other tools go by."""
 
@@ -72,6 +74,8 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         if not layer.stack:
             tensors |= to_tensors(path, layer)
     tensors |= stacks.to_tensors(stacks.stacks(adapter.layers))
+    check_modules(adapter.modules, adapter.layers)
+    tensors |= saved.to_tensors(adapter.modules)
     tensors |= {base_name(path): weight for path, weight in adapter.base_weights.items()}
     more = {
         key.removeprefix(TENSOR_METADATA): value for key, value in adapter.metadata.items() if key.startswith(TENSOR_METADATA)
@@ -121,18 +125,21 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
             f"{tensors_path}: tensor {bad!r} holds NaN or infinity: its training diverged. Use an earlier checkpoint, "
             "or load_peft(folder, allow_non_finite=True) to look at it."
         )
+    modules, tensors = split_modules(str(tensors_path), settings.raw.get("modules_to_save"), tensors)
     experts, tensors = stacks.split_stacks(str(tensors_path), settings, tensors)
     magnitudes, tensors = split_magnitudes(str(tensors_path), tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
     plain = _layers(str(tensors_path), settings, tensors) if tensors or not experts else {}
     layers = _decomposed(str(tensors_path), settings, plain, magnitudes) | experts
+    check_modules(modules, layers)
     metadata = dict(settings.metadata)
     metadata.update(
         {f"{TENSOR_METADATA}{key}": value for key, value in tensor_metadata.items() if (key, value) != ("format", "pt")}
     )
     adapter = Adapter(
-        config=settings.adapter_config(where, sorted(layers)),
+        config=settings.adapter_config(where, sorted(layers), list(modules)),
         layers=layers,
+        modules=modules,
         base_weights=base_weights,
         base_model=_text(settings.raw.get("base_model_name_or_path")),
         task_type=_text(settings.raw.get("task_type")),

@@ -45,7 +45,7 @@ def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer] | None = None) 
         "init_lora_weights": "gaussian" if adapter.config.init == "gaussian" else True,
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if stacks else adapter.config.dropout,  # PEFT has none for stacks, and refuses the file with one
-        "modules_to_save": None,
+        "modules_to_save": sorted(adapter.modules) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
@@ -103,8 +103,11 @@ class PeftSettings:
         rank, alpha = self.layer_rank(path), pattern_value(self.alpha_pattern, path, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
-    def adapter_config(self, where: str, paths: list[str]) -> AdapterConfig:
-        """Our configuration for these settings. Raises AdapterFileError when a value is out of range."""
+    def adapter_config(self, where: str, paths: list[str], modules: list[str] | None = None) -> AdapterConfig:
+        """Our configuration for these settings. Raises AdapterFileError when a value is out of range.
+
+        `modules`: paths of those that the file has in full.
+        """
         raw = self.raw
         layers = raw.get("layers_to_transform")
         try:
@@ -121,6 +124,7 @@ class PeftSettings:
                 use_rslora=self.use_rslora,
                 use_dora=self.use_dora,
                 ensure_weight_tying=raw.get("ensure_weight_tying") is True,
+                modules_to_save=modules or None,
             )
         except (ConfigError, TypeError) as error:
             raise AdapterFileError(f"{where}: {error}") from error

@@ -25,7 +25,7 @@ UNSUPPORTED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.(lora_(down|up|mid)|hada_\w+|lokr_\w+|dora_scale|alpha)\b"), "a kohya or LyCORIS tensor"),
     (re.compile(r"\.token_adapter\b|\.trainable_tokens"), "trained token embeddings"),
     (re.compile(r"\.lora_(?!A\b|B\b)\w+"), "a tensor of a LoRA variant"),
-    (re.compile(r"\.(weight|bias)$"), "a module saved in full (modules_to_save)"),
+    (re.compile(r"\.(weight|bias)$"), "a module saved in full that modules_to_save doesn't name"),
 )
 
 

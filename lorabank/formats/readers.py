@@ -84,6 +84,10 @@ def _convolutions(adapter: Adapter, reader: str) -> list[Obstacle]:
     return _found(f"{reader} adapts no convolutions", MERGE, _paths(adapter, lambda path, layer: layer.A.ndim > 2))
 
 
+def _modules(adapter: Adapter, reader: str, way_out: str = MERGE) -> list[Obstacle]:
+    return _found(f"{reader} reads no modules that were trained in full (modules_to_save)", way_out, tuple(adapter.modules))
+
+
 def _experts(adapter: Adapter, reader: str) -> list[Obstacle]:
     layers = _paths(adapter, lambda path, layer: ".experts." in f".{path}.")
     return _found(f"experts aren't exported for {reader}", MERGE, layers)
@@ -128,6 +132,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
         *_convolutions(adapter, "vLLM"),
         *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
         *_experts(adapter, "vLLM"),
+        *_modules(adapter, "vLLM"),
         *_found("vLLM takes no adapters for GPT-2", MERGE, transposed),
     ]
 
@@ -150,6 +155,7 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
         *_dora(adapter, "llama.cpp", merged),
         *_convolutions(adapter, "llama.cpp"),
         *_experts(adapter, "llama.cpp"),
+        *_modules(adapter, "llama.cpp", "merge it (lorabank merge) and convert the merged model"),
     ]
 
 
@@ -159,6 +165,7 @@ def _merged_gguf(adapter: Adapter) -> list[Obstacle]:
         *_image_models(adapter, "llama.cpp"),
         *_convolutions(adapter, "a GGUF language model"),
         *_experts(adapter, "a GGUF"),
+        *_modules(adapter, "a merge into a GGUF", "merge it (lorabank merge) and convert the merged model"),
     ]
 
 
@@ -182,7 +189,8 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
 def _exact(adapter: Adapter) -> list[Obstacle]:
     way_out = "merge it into the base first, or route rows to a mixture"
     layers = _paths(adapter, lambda path, layer: layer.magnitude is not None)
-    return [*_broken(adapter), *_found("what DoRA does to a weight isn't one of several sums", way_out, layers)]
+    dora = _found("what DoRA does to a weight isn't one of several sums", way_out, layers)
+    return [*_broken(adapter), *dora, *_modules(adapter, "combine", way_out)]
 
 
 READERS: Mapping[str, Reader] = {

@@ -238,6 +238,11 @@ def _check_adapters(adapters: Sequence[Adapter]) -> None:
     for index, adapter in enumerate(adapters):
         if not adapter.layers:
             raise MergeError(f"combine: adapter {index} has no layers")
+        if adapter.modules:
+            raise MergeError(
+                f"combine: adapter {index} has modules that were trained in full ({', '.join(list(adapter.modules)[:3])}): what "
+                "they change isn't known without the base. Merge it into the base first, or route rows to a mixture."
+            )
         decomposed = next((path for path, layer in adapter.layers.items() if layer.magnitude is not None), None)
         if decomposed is not None:
             raise MergeError(

@@ -27,6 +27,7 @@ from lorabank.merging.layer import merge_layer, merge_quantized_layer
 from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
 from lorabank.merging.quantized import STORAGES, rounded
 from lorabank.merging.report import UNRESOLVED, LayerLoss, MergeReport
+from lorabank.merging.saved import fitting_modules
 
 FORCE = Setting("force=True")
 MERGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -92,6 +93,8 @@ def merge(
 ) -> MergeHandle:
     """Add `strength` · ΔW of every layer of `adapter` to the weights of `model` (plain or attached), in place.
 
+    Modules that it trained in full (`modules_to_save`) take its values, rounded to the model's dtype.
+
     check: compare each merged layer with base plus adapter on random inputs, within the dtype's rounding.
     inputs: a batch of the model (a dict or one tensor); its outputs (logits) merged are then compared with those unmerged, as
     `handle.logits`. An attached model must be routed to `BASE`.
@@ -109,8 +112,11 @@ def merge(
     if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
         raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
     adapter = without_slices(adapter)
+    if strength != 1 and adapter.modules:
+        raise MergeError(f"merge: {next(iter(adapter.modules))!r} was trained in full, and is merged whole; leave strength out")
     if not force:
         check_fingerprint(model, adapter)
+    whole = fitting_modules(model, adapter)
     layers = _fitting_layers(model, adapter)
     shared = shared_in(adapter, layers)
     layers = {path: layer for path, layer in layers.items() if path not in shared}  # their weight is another's of them
@@ -133,6 +139,10 @@ def merge(
             write = merge_quantized_layer if kind is not None and kind.quantized else merge_layer
             losses[path] = replace(write(path, base, adapter.layers[path], strength, check), moved=moved)
             originals |= {stored: replace(originals[stored], merged_hash=_hash(originals[stored].weight)) for stored in own}
+        for stored, (own, value) in whole.items():
+            originals[stored] = _Original(own, None, own.detach().to("cpu", copy=True), 0)
+            own.detach().copy_(value)
+            originals[stored] = replace(originals[stored], merged_hash=_hash(own))
         dtypes = sorted({_storage_name(base) for base in layers.values()})
         report = MergeReport(layers=losses, dtypes=tuple(dtypes), trained_in=storage)
         if beside is not None and inputs is not None:

@@ -88,13 +88,14 @@ def compare(plain: Tensor, beside: Tensor, merged: Tensor, report: MergeReport) 
 def adapter_beside(model: nn.Module, adapter: Adapter, *, strength: float = 1.0) -> Iterator[None]:
     """While open, every layer of `adapter` adds its change to the layer's output, through forward hooks: the plain definition.
 
-    Experts of a stack have no output of their own: then a bank does it. Raises MergeError where the model has one already.
+    Experts of a stack have no output of their own, nor has a module trained in full: then a bank does it.
+    Raises MergeError where the model has one already.
     """
-    if any(layer.stack for layer in adapter.layers.values()):
+    if adapter.modules or any(layer.stack for layer in adapter.layers.values()):
         if is_attached(model):
             raise MergeError(
-                "merge: with inputs the outputs of a mixture are compared through a bank, and this model has one. Leave inputs "
-                "out, or detach the bank first (bank.detach())."
+                "merge: with inputs the outputs of a mixture, or with modules that were trained in full, are compared through a "
+                "bank, and this model has one. Leave inputs out, or detach the bank first (bank.detach())."
             )
         weighted = {path: replace(layer, scaling=strength * layer.scaling) for path, layer in adapter.layers.items()}
         bank = attach(model)

@@ -60,6 +60,11 @@ def merge_folder(
         raise MergeError(f"merge: strength should be a number, got {strength}")
     if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
         raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
+    if adapter.modules:
+        raise MergeError(
+            f"merge: {next(iter(adapter.modules))!r} was trained in full, which isn't merged tensor by tensor. Load the model "
+            "and use merge."
+        )
     if dtype is not None and dtype not in MERGED_DTYPES:
         raise MergeError(f"merge: dtype should be float32, float64, bfloat16 or float16, got {dtype}")
     shards, model = read_shards(folder), _skeleton(folder)

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lorabank.bank.bank import AdapterBank, all_layers
+from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
 from lorabank.bank.fit import at_home
+from lorabank.bank.saved_bank import restart
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, TargetError
 from lorabank.formats.adapter import Adapter
@@ -84,6 +85,8 @@ def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
             config = bank.config(name)
             fresh = layer.fresh(config, slot.rank, slot.scaling, job.seed) if start is None else layer.values_of(start.layers)
             layer.write(name, fresh)
+    saved = saved_modules(bank)
+    restart(saved, name, lambda: saved.fresh(saved.paths(name), None, job.seed) if start is None else saved.fitting(name, start))
 
 
 def adapter_is_finite(bank: AdapterBank, name: str) -> bool:

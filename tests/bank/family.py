@@ -127,7 +127,7 @@ def made(family: Family) -> nn.Module:
 def bank_of(family: Family, *, exclude: Sequence[str] = ()) -> AdapterBank:
     """A bank over the family's model with adapter `a`, which does something."""
     bank = attach(made(family))
-    config = AdapterConfig(rank=2, alpha=4, targets=list(family.targets), exclude=[*family.exclude, *exclude])
+    config = AdapterConfig(rank=2, alpha=4, targets=list(family.targets), exclude=[*family.exclude, *exclude], modules_to_save=[])
     bank.add("a", config)
     fill(bank, "a")
     return bank

@@ -34,7 +34,7 @@ def test_a_fresh_adapter_changes_nothing_and_learns(kind: str) -> None:
     x = ids(3)
     expected = outputs(model, x).detach()
     bank = attach(model)
-    bank.add("new", AdapterConfig(rank=2, targets=TARGETS.get(kind, "all-linear")))
+    bank.add("new", AdapterConfig(rank=2, targets=TARGETS.get(kind, "all-linear"), modules_to_save=[]))
     y = outputs(model, x)
     torch.testing.assert_close(y.detach(), expected)
     y.square().mean().backward()

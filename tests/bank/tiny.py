@@ -223,7 +223,7 @@ def fill(bank: AdapterBank, name: str, size: float = 0.3) -> None:
 
 def add(bank: AdapterBank, name: str, size: float = 0.3, **config: Any) -> None:
     """An adapter that changes the output."""
-    bank.add(name, AdapterConfig(**{"rank": 3, "alpha": 6, **config}), seed=len(bank.names))
+    bank.add(name, AdapterConfig(**{"rank": 3, "alpha": 6, "modules_to_save": [], **config}), seed=len(bank.names))
     fill(bank, name, size)
 
 

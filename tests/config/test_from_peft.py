@@ -59,16 +59,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": None}, "target_modules"),
     ({"bias": "all"}, "bias"),
     ({"lora_bias": True}, "lora_bias"),
-    ({"modules_to_save": ["head"]}, "modules_to_save"),
     ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ({"init_lora_weights": False}, "init_lora_weights"),
-    ({"task_type": "SEQ_CLS"}, "task_type"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ({"layer_replication": [(0, 1)]}, "layer_replication"),
     ({"use_qalora": True}, "use_qalora"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "layers_pattern"),
 ]
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", peft.TaskType.TOKEN_CLS, "QUESTION_ANS"])
+def test_a_classifiers_task_type_leaves_its_head_to_the_bank(task: Any) -> None:
+    """PEFT adds the head by task type, the bank by the model's class."""
+    found = adapter_config_from_peft(peft.LoraConfig(target_modules=["query"], task_type=task))
+    assert found.modules_to_save is None
+    named = peft.LoraConfig(target_modules=["query"], modules_to_save=["pooler"], task_type=task)
+    assert adapter_config_from_peft(named).modules_to_save == ("pooler",)
 
 
 def test_stacked_parameters_are_targets_beside_modules() -> None:

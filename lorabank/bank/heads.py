@@ -1,0 +1,79 @@
+"""The heads of classifiers: modules that transformers makes anew for new labels, beside the body that it loads.
+
+Nothing trained them, so an adapter without a head of its own would learn beneath a random one. PEFT adds heads by task type and
+by the names `classifier` and `score`; here the model's class tells them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorabank.bank.wrapping import unwrapped
+
+TASKS: Mapping[str, str | None] = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForImageClassification": None,
+    "ForVideoClassification": None,
+    "ForAudioClassification": None,
+}
+"""End of a classifier's class name → PEFT's task type, which has none for pictures and sounds."""
+PEFT_HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Task type → ends of the paths of modules that PEFT then saves in full, and that it asks a file for."""
+_NAMES = ("classifier", "score", "projector", "qa_outputs", "classification_head")
+"""Heads of a model whose class doesn't name its body."""
+
+
+def _ending(model: nn.Module) -> str | None:
+    return next((end for end in TASKS if type(model).__name__.endswith(end)), None)
+
+
+def head_paths(model: nn.Module) -> list[str]:
+    """Paths of a classifier's modules with parameters beside its body, in the model's order; none for another model."""
+    if _ending(model) is None or not isinstance(model, PreTrainedModel):
+        return []
+    body = model.base_model_prefix
+    known = body in model._modules
+    return [
+        name
+        for name, child in model._modules.items()
+        if child is not None
+        and (name != body if known else name.endswith(_NAMES))
+        and next(unwrapped(child).parameters(), None) is not None
+    ]
+
+
+def head_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters in those modules, and of the model itself: the parts that were never loaded."""
+    heads = tuple(f"{path}." for path in head_paths(model))
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
+
+
+def label_layer(model: nn.Module) -> str | None:
+    """Path of the linear layer in a head that has an output a label; None where there is none such."""
+    count = getattr(model.config, "num_labels", None) if isinstance(model, PreTrainedModel) else None
+    found = None
+    for path in head_paths(model):
+        for name, module in unwrapped(model.get_submodule(path)).named_modules():
+            layer = unwrapped(module)
+            if type(layer) is nn.Linear and layer.out_features == count:
+                found = f"{path}.{name}".rstrip(".")
+    return found
+
+
+def peft_task(model: nn.Module, saved: Collection[str]) -> str | None:
+    """PEFT's task type for an adapter that saves these modules; None where PEFT would ask the file for others, too."""
+    ending = _ending(model)
+    task = None if ending is None else TASKS[ending]
+    if task is None:
+        return None
+    asked = [path for path, _ in model.named_modules() if path.endswith(PEFT_HEADS[task])]
+    return task if asked and all(path in saved for path in asked) else None
