@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lorabank.bank.extra_places import extras_misfits
 from lorabank.bank.kinds import EMBEDDING, EXPERTS
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.parts import layer_parts, part_names
@@ -34,6 +35,11 @@ def at_home(model: nn.Module, adapter: Adapter) -> Adapter:
     """The adapter with its layers at the paths that they have in `model`, inside PEFT's wrappers where it has any."""
     prefix = base_prefix(model)
     moved = {base_path(path, prefix): path for path in part_names(model)}
+    if adapter.biases or adapter.token_rows:
+        modules = {base_path(path, prefix): path for path, _ in model.named_modules()}
+        biases = {modules.get(path, path): bias for path, bias in adapter.biases.items()}
+        rows = {modules.get(path, path): own for path, own in adapter.token_rows.items()}
+        adapter = replace(adapter, biases=biases, token_rows=rows)
     if all(moved.get(path, path) == path for path in adapter.layers):
         return adapter
     weights = {moved.get(path, path): weight for path, weight in adapter.base_weights.items()}
@@ -65,6 +71,7 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = F
             continue
         if why := misfit(path, part, layers[path]) or other_weight(path, adapter, layers[path], force=force):
             wrong.append(why)
+    wrong += extras_misfits(model, adapter)
     if wrong:
         more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise AdapterFileError(

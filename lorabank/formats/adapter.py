@@ -17,6 +17,7 @@ from torch import Tensor
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats.fingerprint import Fingerprint
+from lorabank.formats.token_rows import TokenRows
 
 BASE_STORAGE = "base_storage"
 """Key of the metadata that says how the base was stored in training (`fp8`, `nf4`), where that was in fewer than 16 bits."""
@@ -41,11 +42,14 @@ class AdapterLayer:
     magnitude: Tensor | None = None
     """(out,) of a decomposed layer (DoRA), whose weight is magnitude · V / ‖V‖ for each output, V = W + scaling · B A."""
 
+    lora_bias: Tensor | None = None
+    """(out,) of lora_B (PEFT's `lora_bias`): outputs change by scaling · (B A x + lora_bias)."""
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by the name of their field."""
-        found = {"A": self.A, "B": self.B}
-        return found if self.magnitude is None else {**found, "magnitude": self.magnitude}
+        found = {"A": self.A, "B": self.B, "magnitude": self.magnitude, "lora_bias": self.lora_bias}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,6 +75,10 @@ class Adapter:
     """Module path in the base model (`model.layers.0.self_attn.q_proj`) to its change."""
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base that a file holds beside the adapter, by module path: PEFT saves embeddings that carry one along."""
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path to its trained bias as a whole, in place of the base's (`bias="lora_only"` or `"all"`)."""
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    """Module path of an embedding (or an output head) to its rows that were trained, in place of the base's."""
     fingerprint: Fingerprint | None = None
     """Of the base that the adapter was trained on; None when the file didn't say."""
     base_model: str | None = None
@@ -91,11 +99,28 @@ class Adapter:
                 raise AdapterFileError(
                     f"layer {path!r}: expected a magnitude for each of {len(layer.B)} outputs, got {tuple(layer.magnitude.shape)}"
                 )
+            if layer.lora_bias is not None and layer.lora_bias.shape != layer.B.shape[:1]:
+                raise AdapterFileError(
+                    f"layer {path!r}: expected a lora_bias for each of {len(layer.B)} outputs, got {tuple(layer.lora_bias.shape)}"
+                )
+        for path, own in self.token_rows.items():
+            if own.rows.ndim != 2 or len(own.rows) != len(own.ids) or len(set(own.ids)) != len(own.ids):
+                raise AdapterFileError(
+                    f"token rows of {path!r}: expected one row (n, features) for each of {len(own.ids)} different ids, "
+                    f"got {tuple(own.rows.shape)}"
+                )
 
     @property
     def num_parameters(self) -> int:
         """Trained numbers in all layers."""
-        return sum(tensor.numel() for layer in self.layers.values() for tensor in layer.tensors.values())
+        layers = (tensor for layer in self.layers.values() for tensor in layer.tensors.values())
+        return sum(tensor.numel() for tensor in (*layers, *self.extras.values()))
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """Trained biases and token rows, by a name for people."""
+        rows = {f"{path} (token rows)": own.rows for path, own in self.token_rows.items()}
+        return {**{f"{path}.bias": bias for path, bias in self.biases.items()}, **rows}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter with its tensors on another device or in another dtype."""
@@ -103,7 +128,9 @@ class Adapter:
             path: replace(layer, **{name: tensor.to(device=device, dtype=dtype) for name, tensor in layer.tensors.items()})
             for path, layer in self.layers.items()
         }
-        return replace(self, layers=moved)
+        biases = {path: bias.to(device=device, dtype=dtype) for path, bias in self.biases.items()}
+        rows = {path: replace(own, rows=own.rows.to(device=device, dtype=dtype)) for path, own in self.token_rows.items()}
+        return replace(self, layers=moved, biases=biases, token_rows=rows)
 
     def save(self, folder: str | Path) -> Path:
         """Write PEFT's file format (`adapter_config.json`, `adapter_model.safetensors`) into `folder`; returns it."""

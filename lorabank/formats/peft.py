@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
-from lorabank.formats import stacks
+from lorabank.formats import peft_extras, stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
@@ -53,6 +53,9 @@ SHARED_SETTINGS = (
     "init_lora_weights",
     "target_modules",
     "target_parameters",
+    "bias",
+    "lora_bias",
+    "trainable_token_indices",
 )
 """Copied into `lorabank.json`, to notice when they were changed in PEFT's file, which other tools go by."""
 
@@ -72,6 +75,7 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
             tensors |= to_tensors(path, layer)
     tensors |= stacks.to_tensors(stacks.stacks(adapter.layers))
     tensors |= {base_name(path): weight for path, weight in adapter.base_weights.items()}
+    tensors |= peft_extras.to_tensors(adapter)
     more = {
         key.removeprefix(TENSOR_METADATA): value for key, value in adapter.metadata.items() if key.startswith(TENSOR_METADATA)
     }
@@ -119,10 +123,12 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
             "or load_peft(folder, allow_non_finite=True) to look at it."
         )
     experts, tensors = stacks.split_stacks(str(tensors_path), settings, tensors)
+    extras, tensors = peft_extras.split_extras(str(tensors_path), settings.raw, tensors)
     magnitudes, tensors = split_magnitudes(str(tensors_path), tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
     plain = _layers(str(tensors_path), settings, tensors) if tensors or not experts else {}
     layers = _decomposed(str(tensors_path), settings, plain, magnitudes) | experts
+    layers = extras.in_layers(str(tensors_path), layers)
     metadata = dict(settings.metadata)
     metadata.update(
         {f"{TENSOR_METADATA}{key}": value for key, value in tensor_metadata.items() if (key, value) != ("format", "pt")}
@@ -131,6 +137,8 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
         config=settings.adapter_config(where, sorted(layers)),
         layers=layers,
         base_weights=base_weights,
+        biases=extras.biases,
+        token_rows=extras.token_rows,
         base_model=_text(settings.raw.get("base_model_name_or_path")),
         task_type=_text(settings.raw.get("task_type")),
         metadata=metadata,
@@ -216,7 +224,7 @@ def _read_own(folder: Path) -> _Own | None:
 
 def _with_own(folder: Path, adapter: Adapter, settings: PeftSettings, own: _Own) -> Adapter:
     """Add what `lorabank.json` knows, unless PEFT's settings were changed since: those are what other tools go by."""
-    changed = [key for key in SHARED_SETTINGS if settings.raw.get(key) != own.peft.get(key)]
+    changed = [key for key in SHARED_SETTINGS if key in own.peft and settings.raw.get(key) != own.peft[key]]
     if not changed:
         return replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
     warnings.warn(

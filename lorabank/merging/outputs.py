@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,19 +88,19 @@ def compare(plain: Tensor, beside: Tensor, merged: Tensor, report: MergeReport) 
 def adapter_beside(model: nn.Module, adapter: Adapter, *, strength: float = 1.0) -> Iterator[None]:
     """While open, every layer of `adapter` adds its change to the layer's output, through forward hooks: the plain definition.
 
-    Experts of a stack have no output of their own: then a bank does it. Raises MergeError where the model has one already.
+    Experts of a stack have no output of their own, and norms' biases no layer: then a bank does it. Raises MergeError where the
+    model has one already.
     """
-    if any(layer.stack for layer in adapter.layers.values()):
+    if any(layer.stack or layer.lora_bias is not None for layer in adapter.layers.values()) or adapter.extras:
         if is_attached(model):
             raise MergeError(
-                "merge: with inputs the outputs of a mixture are compared through a bank, and this model has one. Leave inputs "
-                "out, or detach the bank first (bank.detach())."
+                "merge: with inputs the outputs of a mixture, or with trained biases and rows, are compared through a bank, and "
+                "this model has one. Leave inputs out, or detach the bank first (bank.detach())."
             )
-        weighted = {path: replace(layer, scaling=strength * layer.scaling) for path, layer in adapter.layers.items()}
         bank = attach(model)
         try:
-            bank.load("beside", replace(adapter, layers=weighted), force=True)
-            with bank.route("beside"):
+            bank.load("beside", adapter, force=True)
+            with bank.route({"beside": strength}):
                 yield
         finally:
             bank.detach()

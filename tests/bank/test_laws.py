@@ -200,7 +200,7 @@ def test_law8_spare_capacity_poisoned_with_nan_leaks_nowhere(kind: str) -> None:
                 used = torch.zeros(layer.store.capacity, dtype=torch.bool)
                 for slot in layer.store.slots.values():
                     used[slot.start : slot.stop] = True
-                assert not used.all()
+                assert not used.all() or not layer.store.capacity  # of a place where only a bias or rows are trained
                 for buffer in layer.store.buffers:
                     buffer[~used] = math.nan
         with bank.route(["a", "c", {"a": 1, "b": 0.5, "c": 2}, BASE]):
