@@ -10,17 +10,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lorabank.bank.biased import BiasedModule
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.experts import LoRAExperts
+from lorabank.bank.extra_places import merged, places_in, planned
+from lorabank.bank.extras import BIAS, ROWS
 from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, task_type, warn_ranks, warn_storage
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.heads import head_parameters, peft_task
 from lorabank.bank.keep import kept_modules
-from lorabank.bank.layers import LoRALayer
+from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
@@ -29,7 +32,7 @@ from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
 from lorabank.bank.saved_bank import SavedModules, Values
-from lorabank.bank.saved_paths import check_apart, saved_paths, warn_tied, without_saved
+from lorabank.bank.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.slices import FusedSlice, SliceCarrier
 from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
@@ -43,6 +46,7 @@ from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.patterns import pattern_value
 from lorabank.formats.slices import sliced
+from lorabank.formats.token_rows import TokenRows
 
 _CAPTURE = (
     "Pass context_fn=bank.checkpoint_context to the checkpointing function (with use_reentrant=False), or choose the route "
@@ -153,10 +157,19 @@ class AdapterBank:
             known = without_wrappers(path)
             rank = pattern_value(config.rank_pattern, known, config.rank)
             shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, known, config.alpha)))
-        slot = _Slot(config=config, seed=seed, paths=tuple(chosen), shared=shared)
+        elsewhere = self.kept | {f"{path}.{key}" for path, module in copies.items() for key in module}
+        more = planned(self.model, config, chosen, shared, elsewhere)
+        check_extras_apart(saved, more.modules)
+        self._check_apart(saved, more.modules)
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
+        layers = {**chosen, **more.modules}
+        slot = _Slot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared})
 
-        self._install(name, slot, chosen, lambda place: place.fresh(config, *shapes[place.path], seed), copies)
+        def start(place: Carrier) -> SlotValues:
+            values = place.fresh(config, *shapes.get(place.path, (0, 1.0)), seed)
+            return values._replace(extras=more.of(place.path))
+
+        self._install(name, slot, layers, start, copies)
 
     def load(self, name: str, adapter: Adapter, *, force: bool = False, seed: int = 0) -> None:
         """Put a trained adapter into the bank under `name`.
@@ -180,24 +193,41 @@ class AdapterBank:
         layers = self._layers_and_slices(adapter)
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))
         told = adapter.metadata.get(BASE_STORAGE)
-        shared = shared_in(adapter, layers)
-        slot = _Slot(adapter.config, seed, in_order, shared, adapter.base_model, adapter.task_type, told)
+        more = places_in(self.model, adapter)
+        paths = tuple(dict.fromkeys((*in_order, *more.modules)))
+        shared = {**shared_in(adapter, layers), **more.shared}
+        slot = _Slot(adapter.config, seed, paths, shared, adapter.base_model, adapter.task_type, told)
         copies = self._saved.fitting(name, adapter)
-        self._check_apart(copies, in_order)
+        self._check_apart(copies, paths)
         warn_tied(name, self.model, list(copies), together=False)
-        self._install(name, slot, layers, lambda place: place.values_of(adapter.layers), copies)
+
+        def start(place: Carrier) -> SlotValues:
+            values = place.values_of(adapter.layers)
+            return values._replace(extras=merged(values.extras, more.of(place.path)))
+
+        self._install(name, slot, {**layers, **more.modules}, start, copies)
 
     def adapter(self, name: str) -> Adapter:
         """A copy of an adapter's present values, on the CPU, apart from the bank."""
         slot, prefix = self._slot(name), base_prefix(self.model)
         layers: dict[str, AdapterLayer] = {}
+        biases: dict[str, Tensor] = {}
+        rows: dict[str, TokenRows] = {}
         for path in slot.paths:
-            layers |= {base_path(part, prefix): layer for part, layer in self._layers[path].adapter_layers(name).items()}
+            place = self._layers[path]
+            layers |= {base_path(part, prefix): layer for part, layer in place.adapter_layers(name).items()}
+            extras, ids = place.adapter_extras(name), place.slots[name].ids
+            if BIAS in extras:
+                biases[base_path(path, prefix)] = extras[BIAS]
+            if ROWS in extras and ids is not None:
+                rows[base_path(path, prefix)] = TokenRows(ids.ids, extras[ROWS])
         base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
         storage = storage_of(self.model) or slot.base_storage
         return Adapter(
             config=slot.config,
             layers=layers,
+            biases=biases,
+            token_rows=rows,
             fingerprint=self.fingerprint,
             base_model=base_model,
             task_type=slot.task_type or task_type(self.model) or peft_task(self.model, self._saved.paths(name)),
@@ -219,9 +249,10 @@ class AdapterBank:
         return [p for _, p in self.named_parameters(name)]
 
     def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """`<layer path>.A` / `.B` (and `.magnitude`, DoRA's) and the leaf; with name=None `<adapter>:<layer path>.A`.
+        """`<layer path>.A`, `.B`, `.magnitude` (DoRA's), `.bias`, `.lora_bias`, `.rows` (of a table), and the leaf.
 
-        Then `<module path>.<parameter's name>` of what `modules_to_save` trains in full.
+        With name=None `<adapter>:<layer path>.A` and so on. Then `<module path>.<parameter's name>` of what `modules_to_save`
+        trains in full.
         """
         for adapter in [name] if name is not None else list(self._slots):
             prefix = "" if name is not None else f"{adapter}:"
@@ -465,7 +496,8 @@ class AdapterBank:
                 wrapper = LoRAExperts(present, where, self)
                 places: Sequence[Carrier] = list(wrapper.carriers.values())
             else:
-                wrapper = LoRALayer(present, where, self, rows_lost(self.model, where))
+                kind = LoRALayer if layer_kind(present) is not None else BiasedModule
+                wrapper = kind(present, where, self, rows_lost(self.model, where))
                 places = [wrapper]
             for parent, attribute in places_of(self.model, present):
                 setattr(parent, attribute, wrapper)
@@ -473,7 +505,7 @@ class AdapterBank:
             for place in places:
                 self._layers[place.path] = place
                 self._reach.watch(place)
-            if isinstance(wrapper, LoRALayer):
+            if isinstance(wrapper, LoRALayer | BiasedModule):
                 self._owners.watch(wrapper)
             elif "." in where:
                 wrapper.watch(self._owners.above(where))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from lorabank.bank.extras import Extras, TokenIds, copied
 from lorabank.bank.routing import Routing
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.config.adapter import AdapterConfig
@@ -26,6 +27,13 @@ class LayerSlot:
     seed: int
     shared: bool = False
     """Whether the numbers are another place's, turned (bank/tied.py)."""
+    ids: TokenIds | None = None
+    """Whose rows of the layer's table it trains."""
+
+    @property
+    def extras(self) -> Mapping[str, nn.Parameter]:
+        """Its leaves beside A and B and a magnitude, by role."""
+        return self.tensors.extras
 
 
 class SlotValues(NamedTuple):
@@ -40,6 +48,7 @@ class SlotValues(NamedTuple):
     decomposed: bool
     rank: int
     scaling: float
+    extras: Extras = Extras()
 
 
 class Router(Protocol):
@@ -111,15 +120,18 @@ class Carrier(ABC):
 
     def add_slot(self, name: str, values: SlotValues, dropout: float, seed: int) -> SlotTensors:
         """Reserve room for an adapter's part; its values are written by `write`."""
-        tensors = self.store.allocate(name, len(values.A), decomposed=values.decomposed)
-        self.slots[name] = LayerSlot(tensors, values.rank, values.scaling, dropout, seed)
+        extras = values.extras
+        shapes = extras.shapes(self.base, self.store.out_features) if extras else None
+        tensors = self.store.allocate(name, len(values.A), decomposed=values.decomposed, extras=shapes)
+        ids = TokenIds(extras.ids) if extras.ids else None
+        self.slots[name] = LayerSlot(tensors, values.rank, values.scaling, dropout, seed, ids=ids)
         self._refresh()
         return tensors
 
     def share_slot(self, name: str, of: LayerSlot, dropout: float) -> None:
-        """Read the numbers of an adapter's part in another place, turned: its B as A, its A as B."""
-        tensors = SlotTensors(0, 0, of.tensors.B_RO, of.tensors.A_RI)
-        self.slots[name] = LayerSlot(tensors, of.rank, of.scaling, dropout, of.seed, shared=True)
+        """Read the numbers of an adapter's part in another place, turned: its B as A, its A as B; rows of a table as they are."""
+        tensors = SlotTensors(0, 0, of.tensors.B_RO, of.tensors.A_RI, extras=of.extras)
+        self.slots[name] = LayerSlot(tensors, of.rank, of.scaling, dropout, of.seed, shared=True, ids=of.ids)
 
     def remove_slot(self, name: str) -> None:
         """Give the adapter's room back."""
@@ -152,6 +164,11 @@ class Carrier(ABC):
     @abstractmethod
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values here, on the CPU, by path."""
+
+    def adapter_extras(self, name: str) -> dict[str, Tensor]:
+        """A copy of what an adapter has here beside its layers, on the CPU, by role; nothing where it reads another place's."""
+        slot = self.slots[name]
+        return {} if slot.shared else copied(slot.extras)
 
     @abstractmethod
     def _refresh(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lorabank.bank.extra_places import extras_misfits
 from lorabank.bank.fused_layers import Slices, slices_of
 from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE
 from lorabank.bank.layers import layer_kind
@@ -42,6 +43,11 @@ def at_home(model: nn.Module, adapter: Adapter) -> Adapter:
         if parent in moved
         for name in parts
     }
+    if adapter.biases or adapter.token_rows:
+        modules = {base_path(path, prefix): path for path, _ in model.named_modules()}
+        biases = {modules.get(path, path): bias for path, bias in adapter.biases.items()}
+        rows = {modules.get(path, path): own for path, own in adapter.token_rows.items()}
+        adapter = replace(adapter, biases=biases, token_rows=rows)
     if all(moved.get(path, path) == path for path in adapter.layers):
         return adapter
     weights = {moved.get(path, path): weight for path, weight in adapter.base_weights.items()}
@@ -78,6 +84,7 @@ def check_fits(
         if why := misfit(path, part, layers[path]) or other_weight(path, adapter, layers[path], force=force):
             wrong.append(why)
     wrong += _other_slices(model, slices, fused or {})
+    wrong += extras_misfits(model, adapter)
     if wrong:
         more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise AdapterFileError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
+from lorabank.bank.extras import LORA_BIAS, ROWS, Extras, add_rows, add_shifts, any_extras, fill
 from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.init import initial
 from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
@@ -100,14 +101,24 @@ class LoRALayer(Adapted, Carrier):
 
     def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
         """What changes nothing yet."""
+        if not rank:
+            return self._without_ranks()
         size = self.store.in_features, self.store.out_features
         A, B = initial(config.init, rank, size, seed, self.path, looks_up=self.kind.storage == EMBEDDING)
         return SlotValues(A, B, None, config.use_dora, rank, scaling)
 
     def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
         """A trained adapter's, out of its layers by path."""
+        if self.path not in layers:
+            return self._without_ranks()
         mine = layers[self.path]
-        return SlotValues(mine.A.flatten(1), mine.B, mine.magnitude, mine.magnitude is not None, mine.rank, mine.scaling)
+        low = mine.lora_bias
+        extras = Extras() if low is None else Extras(lora_bias=True, values={LORA_BIAS: low})
+        return SlotValues(mine.A.flatten(1), mine.B, mine.magnitude, mine.magnitude is not None, mine.rank, mine.scaling, extras)
+
+    def _without_ranks(self) -> SlotValues:
+        """Of an adapter that has only extras here."""
+        return SlotValues(torch.zeros(0, self.store.in_features), None, None, False, 0, 1.0)
 
     def write(self, name: str, values: SlotValues) -> None:
         """Copy values into an adapter's leaves. A magnitude that isn't given is the norm of what it has become."""
@@ -116,18 +127,23 @@ class LoRALayer(Adapted, Carrier):
         with torch.no_grad():
             tensors.A_RI.copy_(values.A)
             tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
+            fill(self.base, tensors.extras, values.extras.values, slot.ids)
             if tensors.magnitude_O is not None:
                 tensors.magnitude_O.copy_(self._norms(slot) if values.magnitude is None else values.magnitude)
 
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values here, on the CPU, by path."""
         slot, kernel, base = self.slots[name], self.kind.kernel(self.base), self.base
+        if not slot.rank:
+            return {}
         A = slot.tensors.A_RI.detach().to("cpu", copy=True)
         B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
         magnitude = slot.tensors.magnitude_O
         made = AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING)
         if magnitude is not None:
             made = replace(made, magnitude=magnitude.detach().to("cpu", copy=True))
+        if (low := slot.extras.get(LORA_BIAS)) is not None:
+            made = replace(made, lora_bias=low.detach().to("cpu", copy=True))
         if kernel:
             made = replace(made, A=A.view(slot.rank, -1, *kernel), groups=self.kind.groups(base))
         return {self.path: made}
@@ -203,6 +219,8 @@ class LoRALayer(Adapted, Carrier):
             return "its adapter's numbers are an embedding's"
         if any(slot.tensors.magnitude_O is not None for slot in self.slots.values()):
             return "an adapter there is decomposed (DoRA)"
+        if any(slot.extras for slot in self.slots.values()):
+            return "an adapter there trains a bias, or rows of its own"
         if not self.kind.in_blocks:
             return "its products are emulated"
         return f"its input's rows aren't the batch's ({self.rows_lost})" if self.rows_lost is not None else self._called_as_is()
@@ -256,12 +274,14 @@ class LoRALayer(Adapted, Carrier):
                 return self.base(x)
             x = ids_of_rows(self.path, x, routing.rows)
         units = self._units(routing, x)
-        segments = [
-            self._segment(rows, slot, routing, self._path_seed)
-            for rows in routing.plans[units]
-            if (slot := self.slots.get(rows.slot)) is not None
-        ]
-        parts = [] if not self.slices else self._slice_segments(routing, units)
+        used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
+        y = self._low_rank(x, [each for each in used if each[1].rank], units, routing)
+        return self._with_extras(x, y, used, units) if any_extras(used) else y
+
+    def _low_rank(self, x: Tensor, used: Sequence[tuple[SlotRows, LayerSlot]], units: int, routing: Routing) -> Tensor:
+        """The base's output with what A and B of these slots change, and those of slices."""
+        segments = [self._segment(rows, slot, routing, self._path_seed) for rows, slot in used]
+        parts = self._slice_segments(routing, units) if self.slices else []
         if not segments and not parts:
             return self.base(x)
         plan = ops.Plan(
@@ -280,6 +300,16 @@ class LoRALayer(Adapted, Carrier):
         if product is None or self._called_as_is() is not None:
             return ops.add_lora(self.base(x), x, plan)
         return ops.lora_linear(x, self.stored(), self.base._parameters["bias"], product, plan)
+
+    def _with_extras(self, x: Tensor, y: Tensor, used: Sequence[tuple[SlotRows, LayerSlot]], units: int) -> Tensor:
+        """y with the slots' biases and rows of the table in it."""
+        kernel = bool(self.kind.kernel(self.base))
+        alone = kernel and x.ndim < self.base.get_parameter("weight").ndim  # one sample, without a batch
+        shape = (units, -1, *(y.shape if alone else y.shape[1:])) if kernel else (units, -1, y.shape[-1])
+        y = add_shifts(y, used, self._parameters.get("bias"), shape, kernel)
+        if any(ROWS in slot.extras for _, slot in used):
+            y = add_rows(y, x, used, self.base, units, looks_up=self.kind.storage == EMBEDDING)
+        return y
 
     # routing is Python's work: under torch.compile each layer is a graph break, and right
     _eager: Any = torch.compiler.disable(_adapted)

@@ -107,6 +107,15 @@ def check_apart(saved: Collection[str], layers: Collection[str], wrapped: Collec
             )
 
 
+def check_extras_apart(saved: Collection[str], places: Collection[str]) -> None:
+    """Raise TargetError where an adapter has a bias or token rows of its own in a module that it trains in full."""
+    if inner := next((path for path in places if _inside(path, saved)), None):
+        raise TargetError(
+            f"modules_to_save trains {inner!r} in full, and bias or trainable_token_indices mean it too. Leave it out of one of "
+            "them."
+        )
+
+
 def unsavable(module: nn.Module) -> str | None:
     """Why a module can't be trained in full; None where it can."""
     if isinstance(module, _LISTS):

@@ -7,7 +7,8 @@ Shapes: A (capacity, I) and B (capacity, O), the slot's range [start, stop) alon
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,14 @@ class SlotTensors:
     B_RO: nn.Parameter
     magnitude_O: nn.Parameter | None = None
     """Of a decomposed slot: a tensor of its own."""
+    extras: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    """What it has beside those, by role (bank/extras.py): tensors of their own."""
 
     @property
     def by_role(self) -> dict[str, nn.Parameter]:
-        """The leaves, `A` and `B` first."""
-        found = {"A": self.A_RI, "B": self.B_RO}
-        return found if self.magnitude_O is None else {**found, "magnitude": self.magnitude_O}
+        """The leaves, `A` and `B` first; a slot without ranks has neither."""
+        found = {} if self.start == self.stop else {"A": self.A_RI, "B": self.B_RO}
+        return {**found, **({} if self.magnitude_O is None else {"magnitude": self.magnitude_O}), **self.extras}
 
 
 class RankStore:
@@ -60,15 +63,21 @@ class RankStore:
         """The whole of A and B, spare ranks included."""
         return self._A_RI, self._B_RO
 
-    def allocate(self, name: str, rank: int, *, decomposed: bool = False) -> SlotTensors:
-        """Reserve `rank` rows for `name`; their content is left as it is. `decomposed`: and a magnitude for each output."""
+    def allocate(
+        self, name: str, rank: int, *, decomposed: bool = False, extras: Mapping[str, Sequence[int]] | None = None
+    ) -> SlotTensors:
+        """Reserve `rank` rows for `name`; their content is left as it is. `decomposed`: and a magnitude for each output.
+
+        `extras`: shapes of further leaves by role.
+        """
         start = self._find(rank)
         if start + rank > self.capacity:
             self._grow(start + rank)
         stop = start + rank
         magnitude = nn.Parameter(torch.ones(self.out_features, device=self.device)) if decomposed else None
         A, B = nn.Parameter(self._A_RI[start:stop].data), nn.Parameter(self._B_RO[start:stop].data)
-        slot = SlotTensors(start, stop, A, B, magnitude)
+        more = {role: nn.Parameter(torch.zeros(*shape, device=self.device)) for role, shape in (extras or {}).items()}
+        slot = SlotTensors(start, stop, A, B, magnitude, more)
         self.slots[name] = slot
         return slot
 

@@ -231,6 +231,8 @@ def resolve_targets(
         found = {path for path in _named(part, layers, "exclude") if path in whole or path in chosen}
         found |= {path for path in chosen if path not in whole and _parents(path) in found}
         others = [unsupported_linear_maps(model), *(others_of_a_kind(model, kind) for kind in ALL_OF_A_KIND.values())]
+        if config.bias == "all":
+            others.append({path: "" for path, module in model.named_modules() if module._parameters.get("bias") is not None})
         found |= {path for each in others for path in each if _part_matches(part, path, "exclude")}
         if not found:
             raise TargetError(_no_match("exclude", part, layers, model))
@@ -369,7 +371,7 @@ def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: n
         path, module = next(iter(modules.items()))
         inside = any(name.startswith(f"{path}.") for name in layers)
         way_out = f"name the layers inside it, such as '{part}.*'" if inside else "linear layers, convolutions and embeddings can"
-        return f"{setting}: {part!r} names {path}, a {type(module).__name__}, which can't be adapted yet; {way_out}"
+        return f"{setting}: {part!r} names {path}, a {type(unwrapped(module)).__name__}, which can't be adapted yet; {way_out}"
     names = sorted({_leaf(path) for path in layers})
     hint = closest(part, [name for name in (*names, *ROLES, ALL_LINEAR, *ALL_OF_A_KIND) if name != part])
     fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorabank.config.checks import check_choice, check_fraction, check_positive, check_positive_int, freeze_sequences
+from lorabank.config.extras import TokenIndices, check_extras, frozen_indices
 from lorabank.errors import ConfigError, Setting
 
 Targets = str | Sequence[str]
 
 INIT_NAMES = ("uniform", "gaussian")
-BIAS_MODES = ("none",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,11 @@ class AdapterConfig:
     modules_to_save: Sequence[str] | None = None
     """Modules trained in full beside the adapter, by the ends of their paths; a classifier's head unasked, unless it is empty."""
     bias: str = "none"
-    """Which biases are trained. Only `none` so far."""
+    """Which biases of the model are trained: `none`, `lora_only` (those of adapted layers), or `all`."""
+    lora_bias: bool = False
+    """Give each lora_B a bias b of its own (PEFT's name): outputs change by scaling · (B A x + b)."""
+    trainable_token_indices: TokenIndices = ()
+    """Token ids whose rows of the input embedding are trained; or names of embeddings, each with its ids (PEFT's name)."""
 
     def __post_init__(self) -> None:
         freeze_sequences(self)
@@ -65,8 +69,8 @@ class AdapterConfig:
         saved = self.modules_to_save
         if saved is not None and (isinstance(saved, str) or any(not isinstance(name, str) or not name for name in saved)):
             raise ConfigError(Setting("modules_to_save"), f": expected a list of module names, got {saved!r}")
-        if self.bias not in BIAS_MODES:
-            raise ConfigError(Setting("bias"), f": expected 'none', got {self.bias!r}. Trained biases are not supported yet.")
+        object.__setattr__(self, "trainable_token_indices", frozen_indices(self.trainable_token_indices))
+        check_extras(self.bias, self.lora_bias, self.use_dora)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor on B·A for one layer's rank and alpha."""

@@ -127,7 +127,6 @@ _FOUR_BIT = "a quantised base is asked for as `base_dtype: nf4` (4 bits, for mem
 _EIGHT_BIT = "int8 is not supported yet. Use `base_dtype: fp8`, or `base_dtype: nf4` for less memory."
 _DISTRIBUTED = "training over several devices is not supported yet. Leave it out."
 _HUB = "uploading is not supported yet. Leave it out; the adapter folder can be uploaded as it is."
-_BIASES = "trained biases are not supported yet. Leave it out."
 
 REFUSED: dict[str, str] = {
     # a value that is false, null, zero or empty switches the feature off, and passes
@@ -146,10 +145,8 @@ REFUSED: dict[str, str] = {
     "conv_dim": "convolution adapters are not supported yet.",
     "unet_lr": "diffusion models are not supported yet.",
     "text_encoder_lr": "diffusion models are not supported yet.",
-    "lora_bias": _BIASES,
     "layers_pattern": "name the blocks with `layers: [0, 1, …]`, or the modules with `targets: 're:…'`.",
     "target_parameters": "stacked experts are named like layers here: put their names into targets.",
-    "trainable_token_indices": "trained token embeddings are not supported yet.",
     "layer_replication": "replicated layers are not supported.",
     "loraplus_lr_embedding": "embeddings are not adapted.",
     "lora_fan_in_fan_out": "the orientation is taken from the layer itself. Leave it out.",

@@ -46,7 +46,8 @@ def coerce(value: object, annotation: object, place: str, part: str = "") -> obj
         if value is None or str not in options:
             raise _wrong(place, part, _describe(annotation), "nothing")
     sequence = next((option for option in options if typing.get_origin(option) is collections.abc.Sequence), None)
-    if sequence is not None and (str not in options or _is_list(value)):
+    by_name = isinstance(value, Mapping) and is_mapping(annotation)
+    if sequence is not None and not by_name and (str not in options or _is_list(value)):
         return _sequence(value, typing.get_args(sequence)[0], annotation, place, part)
     mapping = next((option for option in options if typing.get_origin(option) is collections.abc.Mapping), None)
     if mapping is not None:

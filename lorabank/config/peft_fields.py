@@ -44,7 +44,7 @@ PEFT_FIELDS: Mapping[str, PeftField] = {
         Role.SETTING,
         "r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern use_rslora use_dora "
         "init_lora_weights layers_to_transform bias target_parameters "
-        "ensure_weight_tying modules_to_save",
+        "ensure_weight_tying modules_to_save lora_bias trainable_token_indices",
     ),
     **_fields(Role.ABOUT, "peft_type task_type base_model_name_or_path"),
     **_fields(
@@ -56,8 +56,6 @@ PEFT_FIELDS: Mapping[str, PeftField] = {
         "layers_pattern loftq_config eva_config corda_config lora_ga_config velora_config",
     ),
     **_refused(
-        lora_bias="a bias on lora_B",
-        trainable_token_indices="trained token embeddings",
         layer_replication="replicated layers",
         alora_invocation_tokens="activated LoRA (aLoRA)",
         use_qalora="QALoRA",

@@ -16,6 +16,7 @@ from lorabank.config.checks import (
     check_share_or_count,
     freeze_sequences,
 )
+from lorabank.config.extras import TokenIndices
 from lorabank.errors import ConfigError, Setting
 
 BASE_DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8", "nf4")
@@ -100,6 +101,8 @@ class AdapterRun:
     ensure_weight_tying: bool = False
     modules_to_save: Sequence[str] | None = None
     bias: str = "none"
+    lora_bias: bool = False
+    trainable_token_indices: TokenIndices = ()
     data: str | None = None
     """Training rows of this adapter alone; None: the run's `data.train`."""
     val_data: str | None = None
@@ -180,6 +183,8 @@ class AdapterRun:
             ensure_weight_tying=self.ensure_weight_tying,
             modules_to_save=self.modules_to_save,
             bias=self.bias,
+            lora_bias=self.lora_bias,
+            trainable_token_indices=self.trainable_token_indices,
         )
 
 

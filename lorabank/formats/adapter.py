@@ -18,6 +18,7 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.output_slice import OutputSlice
+from lorabank.formats.token_rows import TokenRows
 
 BASE_STORAGE = "base_storage"
 """Key of the metadata that says how the base was stored in training (`fp8`, `nf4`), where that was in fewer than 16 bits."""
@@ -44,11 +45,14 @@ class AdapterLayer:
     magnitude: Tensor | None = None
     """(out,) of a decomposed layer (DoRA), whose weight is magnitude · V / ‖V‖ for each output, V = W + scaling · B A."""
 
+    lora_bias: Tensor | None = None
+    """(out,) of lora_B (PEFT's `lora_bias`): outputs change by scaling · (B A x + lora_bias)."""
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by the name of their field."""
-        found = {"A": self.A, "B": self.B}
-        return found if self.magnitude is None else {**found, "magnitude": self.magnitude}
+        found = {"A": self.A, "B": self.B, "magnitude": self.magnitude, "lora_bias": self.lora_bias}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def size(self) -> tuple[int, int]:
@@ -76,6 +80,10 @@ class Adapter:
     """Path of each module that was trained in full (`modules_to_save`) to its parameters, and buffers as the base has them."""
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base that a file holds beside the adapter, by module path: PEFT saves embeddings that carry one along."""
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path to its trained bias as a whole, in place of the base's (`bias="lora_only"` or `"all"`)."""
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    """Module path of an embedding (or an output head) to its rows that were trained, in place of the base's."""
     fingerprint: Fingerprint | None = None
     """Of the base that the adapter was trained on; None when the file didn't say."""
     base_model: str | None = None
@@ -100,12 +108,29 @@ class Adapter:
                 raise AdapterFileError(
                     f"layer {path!r}: expected a magnitude for each of {len(layer.B)} outputs, got {tuple(layer.magnitude.shape)}"
                 )
+            if layer.lora_bias is not None and layer.lora_bias.shape != layer.B.shape[:1]:
+                raise AdapterFileError(
+                    f"layer {path!r}: expected a lora_bias for each of {len(layer.B)} outputs, got {tuple(layer.lora_bias.shape)}"
+                )
+        for path, own in self.token_rows.items():
+            if own.rows.ndim != 2 or len(own.rows) != len(own.ids) or len(set(own.ids)) != len(own.ids):
+                raise AdapterFileError(
+                    f"token rows of {path!r}: expected one row (n, features) for each of {len(own.ids)} different ids, "
+                    f"got {tuple(own.rows.shape)}"
+                )
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers in all layers, and in modules that were trained in full."""
-        saved = sum(value.numel() for module in self.modules.values() for value in module.values() if value.is_floating_point())
-        return saved + sum(tensor.numel() for layer in self.layers.values() for tensor in layer.tensors.values())
+        """Trained numbers in all layers, of biases and rows, and in modules that were trained in full."""
+        saved = (value for module in self.modules.values() for value in module.values() if value.is_floating_point())
+        layers = (tensor for layer in self.layers.values() for tensor in layer.tensors.values())
+        return sum(tensor.numel() for tensor in (*layers, *self.extras.values(), *saved))
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """Trained biases and token rows, by a name for people."""
+        rows = {f"{path} (token rows)": own.rows for path, own in self.token_rows.items()}
+        return {**{f"{path}.bias": bias for path, bias in self.biases.items()}, **rows}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter with its tensors on another device or in another dtype."""
@@ -117,7 +142,9 @@ class Adapter:
             path: {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in module.items()}
             for path, module in self.modules.items()
         }
-        return replace(self, layers=moved, modules=modules)
+        biases = {path: bias.to(device=device, dtype=dtype) for path, bias in self.biases.items()}
+        rows = {path: replace(own, rows=own.rows.to(device=device, dtype=dtype)) for path, own in self.token_rows.items()}
+        return replace(self, layers=moved, modules=modules, biases=biases, token_rows=rows)
 
     def save(self, folder: str | Path) -> Path:
         """Write PEFT's file format (`adapter_config.json`, `adapter_model.safetensors`) into `folder`; returns it."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.extras import refuse_extras
 from lorabank.formats.patterns import to_patterns
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
@@ -34,6 +35,7 @@ def components(paths: Collection[str]) -> list[str]:
 
 def of_component(adapter: Adapter, name: str) -> Adapter:
     """The adapter of one model alone: its layers, by their paths in that model. Raises AdapterFileError where it has none."""
+    refuse_extras(adapter, "an image model's part")
     layers = {split(path)[1]: layer for path, layer in adapter.layers.items() if split(path)[0] == name}
     if not layers:
         has = components(list(adapter.layers))
@@ -51,6 +53,7 @@ def as_component(adapter: Adapter, name: str) -> Adapter:
     """The adapter of one model as that of a component of a pipeline. Raises AdapterFileError for a name that diffusers hasn't."""
     if name not in COMPONENTS:
         raise AdapterFileError(f"component {name!r}: not known{closest(name, COMPONENTS)}; there are {', '.join(COMPONENTS)}")
+    refuse_extras(adapter, "an image model's part")
     layers = {f"{name}.{path}": layer for path, layer in adapter.layers.items()}
     weights = {f"{name}.{path}": value for path, value in adapter.base_weights.items()}
     modules = {f"{name}.{path}": module for path, module in adapter.modules.items()}
@@ -83,6 +86,7 @@ def spelled_for(adapter: Adapter, paths: Collection[str]) -> Adapter:
         layers[other if path not in known and other in known else path] = layer
     if list(layers) == list(adapter.layers):
         return adapter
+    refuse_extras(adapter, "an image model's part")
     return replace(adapter, config=config_of(layers, adapter.config), layers=layers)
 
 

@@ -21,6 +21,7 @@ from lorabank.formats.detect import FORMATS, load_adapter
 from lorabank.formats.difference import Difference, difference
 from lorabank.formats.diffusers import SETTINGS, save_diffusers
 from lorabank.formats.diffusers import unheld as unheld_by_diffusers
+from lorabank.formats.extras import extras_error, refuse_extras
 from lorabank.formats.files import read_header
 from lorabank.formats.image_files import OWN
 from lorabank.formats.kohya import read_kohya, save_kohya, weight_shapes
@@ -105,6 +106,8 @@ def convert(
     if component is not None:
         adapter = _one_component(adapter, component, strip=to == "peft")
         turned = {path: how for path, how in turned.items() if path in adapter.layers or to == "peft"}
+    if to != "peft":
+        refuse_extras(adapter, f"{to}'s form")
     _refuse_truncated(turned, lossy)
     whole, dropped = adapter, TARGETS[to].unheld(adapter)
     if dropped:
@@ -116,6 +119,11 @@ def convert(
         TARGETS[to].save(adapter, written)
         again = _read_back(written)
         error = difference(whole.layers, again.layers)
+        if (off := extras_error(adapter, again)) > EXACT and not lossy:
+            raise AdapterFileError(
+                f"{source}: {to} in {_dtypes(again)} would hold its biases or token rows with a relative error of {off:.2g}. "
+                "Nothing was written; --lossy allows it."
+            )
         if error.worst > EXACT and not lossy:
             raise AdapterFileError(
                 f"{source}: {to} in {_dtypes(again)} would hold it with a {error}. Nothing was written; --lossy allows it."

@@ -20,6 +20,7 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import COMPONENTS, components, in_file_names, in_model_names, of_component, split
+from lorabank.formats.extras import refuse_extras, refuse_settings
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
@@ -73,6 +74,7 @@ def save_diffusers(adapter: Adapter, target: str | Path) -> Path:
     target, adapter = Path(target), without_slices(adapter)
     path = target if target.suffix == ".safetensors" else target / FILE
     refuse_modules(adapter, f"{path}: diffusers' form")
+    refuse_extras(adapter, "diffusers' form")
     problems = unheld(adapter)
     if problems:
         raise AdapterFileError(f"{path}: diffusers' form can't hold {held(problems)}")
@@ -154,7 +156,10 @@ def _settings(where: str, text: str | None, there: list[str]) -> dict[str, PeftS
         raise AdapterFileError(
             f"{place}: has no settings of {lacking[0]!r}, whose layers' scaling is unknown: the file is incomplete."
         )
-    return {name: read_settings(f"{place}, {name}", part) for name, part in parts.items()}
+    settings = {name: read_settings(f"{place}, {name}", part) for name, part in parts.items()}
+    for name, said in settings.items():
+        refuse_settings(f"{place}, {name}", said.raw)
+    return settings
 
 
 def _trained(where: str, settings: Mapping[str, PeftSettings], layers: Mapping[str, AdapterLayer]) -> AdapterConfig | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorabank.errors import AdapterFileError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import COMPONENTS, alpha_of, split
+from lorabank.formats.extras import refuse_extras
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.fused import Whole, join, take_apart
 from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
@@ -121,6 +122,7 @@ def save_kohya(adapter: Adapter, path: str | Path) -> Path:
     """
     path, adapter = Path(path), without_slices(adapter)
     refuse_modules(adapter, f"{path}: kohya's form")
+    refuse_extras(adapter, "kohya's form")
     problems = unheld(adapter)
     if problems:
         raise AdapterFileError(f"{path}: kohya's form can't hold {held(problems)}")

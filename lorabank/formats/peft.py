@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
-from lorabank.formats import saved, slices, stacks
+from lorabank.formats import peft_extras, saved, slices, stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
@@ -55,6 +55,9 @@ SHARED_SETTINGS = (
     "target_modules",
     "target_parameters",
     "modules_to_save",
+    "bias",
+    "lora_bias",
+    "trainable_token_indices",
 )
 """Copied into `lorabank.json`, to notice when they were changed in PEFT's file, which other tools go by."""
 
@@ -77,6 +80,7 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
     check_modules(adapter.modules, adapter.layers)
     tensors |= saved.to_tensors(adapter.modules)
     tensors |= {base_name(path): weight for path, weight in adapter.base_weights.items()}
+    tensors |= peft_extras.to_tensors(adapter)
     more = {
         key.removeprefix(TENSOR_METADATA): value for key, value in adapter.metadata.items() if key.startswith(TENSOR_METADATA)
     }
@@ -127,11 +131,13 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
         )
     modules, tensors = split_modules(str(tensors_path), settings.raw.get("modules_to_save"), tensors)
     experts, tensors = stacks.split_stacks(str(tensors_path), settings, tensors)
+    extras, tensors = peft_extras.split_extras(str(tensors_path), settings.raw, tensors)
     magnitudes, tensors = split_magnitudes(str(tensors_path), tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
     plain = _layers(str(tensors_path), settings, tensors) if tensors or not experts else {}
     layers = _decomposed(str(tensors_path), settings, plain, magnitudes) | experts
     check_modules(modules, layers)
+    layers = extras.in_layers(str(tensors_path), layers)
     metadata = dict(settings.metadata)
     metadata.update(
         {f"{TENSOR_METADATA}{key}": value for key, value in tensor_metadata.items() if (key, value) != ("format", "pt")}
@@ -141,6 +147,8 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
         layers=layers,
         modules=modules,
         base_weights=base_weights,
+        biases=extras.biases,
+        token_rows=extras.token_rows,
         base_model=_text(settings.raw.get("base_model_name_or_path")),
         task_type=_text(settings.raw.get("task_type")),
         metadata=metadata,
@@ -228,7 +236,7 @@ def _read_own(folder: Path) -> _Own | None:
 
 def _with_own(folder: Path, adapter: Adapter, settings: PeftSettings, own: _Own) -> Adapter:
     """Add what `lorabank.json` knows, unless PEFT's settings were changed since: those are what other tools go by."""
-    changed = [key for key in SHARED_SETTINGS if settings.raw.get(key) != own.peft.get(key)]
+    changed = [key for key in SHARED_SETTINGS if key in own.peft and settings.raw.get(key) != own.peft[key]]
     if not changed:
         adapter = slices.split(str(folder / OWN_FILE), adapter, own.slices)
         return replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)

@@ -15,6 +15,7 @@ from lorabank.config.peft_fields import PEFT_FIELDS, Role, with_role
 from lorabank.errors import AdapterFileError, ConfigError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.patterns import pattern_value, to_patterns
+from lorabank.formats.peft_extras import has_lora_bias, token_indices, unheld_extras
 from lorabank.formats.peft_keys import file_rank
 
 READ = with_role(Role.SETTING, Role.ABOUT)
@@ -35,14 +36,15 @@ def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer] | None = None) 
     alphas = {path: _alpha(path, layer, adapter.config.use_rslora) for path, layer in layers.items()}
     stacks = sorted(path for path, layer in layers.items() if layer.stack)
     alpha, alpha_pattern = to_patterns(alphas)
+    low = has_lora_bias(adapter)
     settings: dict[str, Any] = {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
         "base_model_name_or_path": adapter.base_model,
-        "bias": "none",
+        "bias": adapter.config.bias if adapter.biases else "none",
         "fan_in_fan_out": stored_transposed(adapter),
         "inference_mode": True,
-        "init_lora_weights": "gaussian" if adapter.config.init == "gaussian" else True,
+        "init_lora_weights": "gaussian" if adapter.config.init == "gaussian" and not low else True,  # PEFT has not both
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if stacks else adapter.config.dropout,  # PEFT has none for stacks, and refuses the file with one
         "modules_to_save": sorted(adapter.modules) or None,
@@ -61,12 +63,16 @@ def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer] | None = None) 
         settings["ensure_weight_tying"] = True
     if any(layer.magnitude is not None for layer in adapter.layers.values()):
         settings["use_dora"] = True
+    if low:
+        settings["lora_bias"] = True
+    if adapter.token_rows:
+        settings["trainable_token_indices"] = token_indices(adapter)
     return settings
 
 
 def unheld(adapter: Adapter) -> dict[str, str]:
     """Module path → why PEFT's settings can't say what that layer is; empty where they can."""
-    found: dict[str, str] = {}
+    found: dict[str, str] = unheld_extras(adapter)
     decomposed = any(layer.magnitude is not None for layer in adapter.layers.values())
     for path, layer in adapter.layers.items():
         if not (math.isfinite(layer.scaling) and layer.scaling > 0):
@@ -125,6 +131,9 @@ class PeftSettings:
                 use_dora=self.use_dora,
                 ensure_weight_tying=raw.get("ensure_weight_tying") is True,
                 modules_to_save=modules or None,
+                bias=raw.get("bias") or "none",
+                lora_bias=raw.get("lora_bias") is True,
+                trainable_token_indices=raw.get("trainable_token_indices") or (),
             )
         except (ConfigError, TypeError) as error:
             raise AdapterFileError(f"{where}: {error}") from error
@@ -191,8 +200,6 @@ def _refuse_unsupported(where: str, raw: Mapping[str, Any]) -> None:
                 f"{where}: {key} = {json.dumps(raw[key])[:80]}: {kind} is not supported yet, and without it the adapter would "
                 "compute something else. Merge it with the tool that made it, or train it again without."
             )
-    if raw.get("bias", "none") != "none":
-        raise AdapterFileError(f"{where}: bias = {raw['bias']!r}: trained biases are not supported yet, only 'none'")
     init = raw.get("init_lora_weights", True)
     if init is not None and str(init) not in ("True", "gaussian", *HARMLESS_INITS):
         raise AdapterFileError(

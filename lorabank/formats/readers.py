@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import split
+from lorabank.formats.extras import extras_by_path
 from lorabank.formats.peft_config import stored_transposed
 from lorabank.formats.peft_keys import file_rank
 
@@ -80,6 +81,10 @@ def _dora(adapter: Adapter, reader: str, way_out: str = MERGE) -> list[Obstacle]
     return _found(f"{reader} doesn't read DoRA", way_out, layers)
 
 
+def _extras(adapter: Adapter, reader: str) -> list[Obstacle]:
+    return _found(f"{reader} reads no trained biases or token rows", MERGE, tuple(extras_by_path(adapter)))
+
+
 def _convolutions(adapter: Adapter, reader: str) -> list[Obstacle]:
     return _found(f"{reader} adapts no convolutions", MERGE, _paths(adapter, lambda path, layer: layer.A.ndim > 2))
 
@@ -129,6 +134,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
         *_broken(adapter),
         *_image_models(adapter, "vLLM"),
         *_dora(adapter, "vLLM"),
+        *_extras(adapter, "vLLM"),
         *_convolutions(adapter, "vLLM"),
         *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
         *_experts(adapter, "vLLM"),
@@ -153,6 +159,7 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
         *_broken(adapter),
         *_image_models(adapter, "llama.cpp"),
         *_dora(adapter, "llama.cpp", merged),
+        *_extras(adapter, "llama.cpp"),
         *_convolutions(adapter, "llama.cpp"),
         *_experts(adapter, "llama.cpp"),
         *_modules(adapter, "llama.cpp", "merge it (lorabank merge) and convert the merged model"),
@@ -164,6 +171,7 @@ def _merged_gguf(adapter: Adapter) -> list[Obstacle]:
         *_broken(adapter),
         *_image_models(adapter, "llama.cpp"),
         *_convolutions(adapter, "a GGUF language model"),
+        *_extras(adapter, "a merge into a GGUF"),
         *_experts(adapter, "a GGUF"),
         *_modules(adapter, "a merge into a GGUF", "merge it (lorabank merge) and convert the merged model"),
     ]
@@ -175,12 +183,15 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
     convolved = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim > 2)
     stacked = _paths(adapter, lambda path, layer: layer.stack > 0)
     dora = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim == 2)
+    low = _paths(adapter, lambda path, layer: layer.lora_bias is not None)
     return [
         *_broken(adapter),
         *_found("PEFT reads rsLoRA from 0.8 on", "update PEFT", tuple(layers)[:1] if adapter.config.use_rslora else ()),
         *_found("PEFT reads DoRA from 0.9 on", "update PEFT", dora),
         *_found("PEFT reads DoRA on convolutions from 0.10 on", "update PEFT", convolved),
         *_found("PEFT reads adapters of stacked experts from 0.17 on", "update PEFT", stacked),
+        *_found("PEFT reads lora_bias from 0.14 on", "update PEFT", low),
+        *_found("PEFT reads token rows from 0.15 on", "update PEFT", tuple(adapter.token_rows)),
         *_found("PEFT reads adapters of Conv3d from 0.14 on", "update PEFT", three),
         *_found("PEFT reads adapters of Conv1d from 0.15 on", "update PEFT", one),
     ]

@@ -16,6 +16,7 @@ from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.difference import norm
 from lorabank.formats.patterns import to_patterns
 from lorabank.formats.slices import without_slices
+from lorabank.merging.combine_extras import biases_of, check_method, rows_of, with_lora_biases
 from lorabank.merging.combine_report import CombineReport, LayerError
 from lorabank.merging.low_rank import factored_norm, stacked
 from lorabank.merging.methods import COMBINERS, MAJORITY_SIGNS, PEFT_NAMES, TAKES, CombinedLayer, Options, Term
@@ -87,6 +88,7 @@ def _combined(parts: Weighted, method: str, given: Mapping[str, int | float | st
     parts = [(without_slices(adapter), weight) for adapter, weight in parts]
     adapters = [adapter for adapter, _ in parts]
     _check_adapters(adapters)
+    check_method(method, adapters)
     weights = [
         layer_weights(weight, adapter.layers, f"the weight of adapter {index}") for index, (adapter, weight) in enumerate(parts)
     ]
@@ -109,6 +111,7 @@ def _combined(parts: Weighted, method: str, given: Mapping[str, int | float | st
         made = _layer(method, found, first, told)
         layers[path] = made.layer
         errors[path] = _error(found, made)
+    layers = with_lora_biases(layers, adapters, weights)
     busy("combining", len(terms), len(terms))
     report = CombineReport(method=method, layers=errors)
     return Combined(adapter=_adapter(parts, method, told, layers, report), report=report)
@@ -157,10 +160,23 @@ def _adapter(
     adapters = [adapter for adapter, _ in parts]
     rank, rank_pattern = to_patterns({path: layer.rank for path, layer in layers.items()})
     # every layer's scaling is 1, so its alpha is its rank
-    config = AdapterConfig(rank=rank, alpha=rank, rank_pattern=rank_pattern, alpha_pattern=rank_pattern, targets=sorted(layers))
+    biases, rows = biases_of(parts), rows_of(parts)
+    modes = {adapter.config.bias for adapter in adapters if adapter.biases}
+    config = AdapterConfig(
+        rank=rank,
+        alpha=rank,
+        rank_pattern=rank_pattern,
+        alpha_pattern=rank_pattern,
+        targets=sorted(layers),
+        bias="all" if "all" in modes else min(modes, default="none"),
+        lora_bias=any(layer.lora_bias is not None for layer in layers.values()),
+        trainable_token_indices={path: own.ids for path, own in rows.items()},
+    )
     return Adapter(
         config=config,
         layers=layers,
+        biases=biases,
+        token_rows=rows,
         fingerprint=next((a.fingerprint for a in adapters if a.fingerprint), None),
         base_model=next((a.base_model for a in adapters if a.base_model), None),
         task_type=next((a.task_type for a in adapters if a.task_type), None),

@@ -23,6 +23,7 @@ from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.slices import without_slices
 from lorabank.kernels.fp8 import E4M3
+from lorabank.merging.extras import check_extras, written
 from lorabank.merging.layer import merge_layer, merge_quantized_layer
 from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
 from lorabank.merging.quantized import STORAGES, rounded
@@ -121,6 +122,7 @@ def merge(
     shared = shared_in(adapter, layers)
     layers = {path: layer for path, layer in layers.items() if path not in shared}  # their weight is another's of them
     _refuse_tied(model, layers, adapter, shared)
+    check_extras(model, adapter)
     beside = None if inputs is None else outputs_beside(model, adapter, inputs, strength=strength)
     logits, storage = None, storage_in_training(adapter)
     originals: dict[str, _Original] = {}
@@ -143,8 +145,16 @@ def merge(
             originals[stored] = _Original(own, None, own.detach().to("cpu", copy=True), 0)
             own.detach().copy_(value)
             originals[stored] = replace(originals[stored], merged_hash=_hash(own))
+        extras = written(model, adapter, strength)
+        for each in extras:
+            original = _Original(each.held, None, each.held.detach().to("cpu", copy=True), 0)
+            originals[each.name] = original
+            with torch.no_grad():
+                each.held.copy_(each.value)
+            originals[each.name] = replace(original, merged_hash=_hash(each.held))
         dtypes = sorted({_storage_name(base) for base in layers.values()})
-        report = MergeReport(layers=losses, dtypes=tuple(dtypes), trained_in=storage)
+        moved = {each.name: each.loss for each in extras}
+        report = MergeReport(layers=losses, dtypes=tuple(dtypes), extras=moved, trained_in=storage)
         if beside is not None and inputs is not None:
             logits = compare(*beside, merged_outputs(model, inputs), report)
     except BaseException:  # an interrupt too: a base that is half merged is nobody's model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,20 +88,20 @@ def compare(plain: Tensor, beside: Tensor, merged: Tensor, report: MergeReport) 
 def adapter_beside(model: nn.Module, adapter: Adapter, *, strength: float = 1.0) -> Iterator[None]:
     """While open, every layer of `adapter` adds its change to the layer's output, through forward hooks: the plain definition.
 
-    Experts of a stack have no output of their own, nor has a module trained in full: then a bank does it.
-    Raises MergeError where the model has one already.
+    Experts of a stack have no output of their own, norms' biases no layer, and modules trained in full aren't added to: then a
+    bank does it. Raises MergeError where the model has one already.
     """
-    if adapter.modules or any(layer.stack for layer in adapter.layers.values()):
+    changed = any(layer.stack or layer.lora_bias is not None for layer in adapter.layers.values())
+    if adapter.modules or adapter.extras or changed:
         if is_attached(model):
             raise MergeError(
-                "merge: with inputs the outputs of a mixture, or with modules that were trained in full, are compared through a "
+                "merge: with inputs the outputs of a mixture, or with trained biases, rows or modules, are compared through a "
                 "bank, and this model has one. Leave inputs out, or detach the bank first (bank.detach())."
             )
-        weighted = {path: replace(layer, scaling=strength * layer.scaling) for path, layer in adapter.layers.items()}
         bank = attach(model)
         try:
-            bank.load("beside", replace(adapter, layers=weighted), force=True)
-            with bank.route("beside"):
+            bank.load("beside", adapter, force=True)
+            with bank.route({"beside": strength}):
                 yield
         finally:
             bank.detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 UNRESOLVED = 0.5
 """Share of Δ lost to rounding above which it counts as below what the storage resolves."""
@@ -38,14 +38,17 @@ class MergeReport:
     layers: Mapping[str, LayerLoss]
     dtypes: tuple[str, ...]
     """Dtypes of the merged weights, or how they are quantised."""
+    extras: Mapping[str, LayerLoss] = field(default_factory=dict)
+    """The same of trained biases and token rows, by the name of the model's tensor."""
     trained_in: str | None = None
     """How the base was quantised while the adapter was trained (`fp8`, `nf4`), as far as the adapter says."""
 
     @property
     def lost_share(self) -> float:
-        """‖lost Δ‖ / ‖Δ‖ over all layers."""
-        delta = math.hypot(*(layer.delta for layer in self.layers.values()))
-        return math.hypot(*(layer.lost for layer in self.layers.values())) / delta if delta else 0.0
+        """‖lost Δ‖ / ‖Δ‖ over all layers, biases and rows."""
+        every = [*self.layers.values(), *self.extras.values()]
+        delta = math.hypot(*(layer.delta for layer in every))
+        return math.hypot(*(layer.lost for layer in every)) / delta if delta else 0.0
 
     @property
     def lost_share_in_bf16(self) -> float | None:
@@ -87,10 +90,11 @@ class MergeReport:
             else ""
         )
         in_bf16 = self.lost_share_in_bf16
+        more = f" and {len(self.extras)} biases and tables" if self.extras else ""
         off = f"what is stored is off by ‖lost‖/‖W‖ = {_percent(self.rounding_error)}"
         kept = "" if in_bf16 is None else f"; in bf16 it would be {_percent(in_bf16)}; {off}"
         return (
-            f"merged {len(self.layers)} layers ({', '.join(self.dtypes)}), ‖Δ‖/‖W‖ = {self.relative_change:.2g}; "
+            f"merged {len(self.layers)} layers{more} ({', '.join(self.dtypes)}), ‖Δ‖/‖W‖ = {self.relative_change:.2g}; "
             f"lost to rounding ‖lost Δ‖/‖Δ‖ = {_percent(self.lost_share)}, at most {_percent(loss.share)} ({worst}){kept}"
             f"{trained}"
         )

@@ -21,6 +21,7 @@ from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, ModelError, OutputError, closest
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.extras import extras_by_path
 from lorabank.formats.files import TORCH_DTYPES
 from lorabank.formats.fingerprint import Fingerprint, positions
 from lorabank.formats.slices import without_slices
@@ -67,6 +68,8 @@ def merge_folder(
         )
     if dtype is not None and dtype not in MERGED_DTYPES:
         raise MergeError(f"merge: dtype should be float32, float64, bfloat16 or float16, got {dtype}")
+    for path, what in extras_by_path(adapter).items():
+        raise MergeError(f"merge: of {path!r} {what}, which isn't merged tensor by tensor yet. Load the model and use merge.")
     shards, model = read_shards(folder), _skeleton(folder)
     owners = {name: shard for shard in shards for name in shard.tensors}
     names = names_in_model(model, iter(owners))

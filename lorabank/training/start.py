@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
+from lorabank.bank.extra_places import merged, places_in
+from lorabank.bank.extras import Extras
 from lorabank.bank.fit import at_home
 from lorabank.bank.saved_bank import restart
 from lorabank.config.adapter import AdapterConfig
@@ -84,7 +86,8 @@ def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
         if slot is not None and not slot.shared:
             config = bank.config(name)
             fresh = layer.fresh(config, slot.rank, slot.scaling, job.seed) if start is None else layer.values_of(start.layers)
-            layer.write(name, fresh)
+            more = Extras() if start is None else places_in(bank.model, start).of(layer.path)
+            layer.write(name, fresh._replace(extras=merged(fresh.extras, more)))
     saved = saved_modules(bank)
     restart(saved, name, lambda: saved.fresh(saved.paths(name), None, job.seed) if start is None else saved.fitting(name, start))
 

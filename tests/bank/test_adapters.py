@@ -110,6 +110,15 @@ def test_the_products_are_the_formula(kind: str) -> None:
                 norm = changed.flatten(1).norm(dim=1)
                 changed = (changed.flatten(1) * (part.magnitude / norm)[:, None]).view_as(changed)
             weight.copy_(changed.t() if turned else changed)
+        for path, bias in adapter.biases.items():
+            model.get_parameter(f"{path}.bias").copy_(bias)
+        for path, part in adapter.layers.items():
+            if part.lora_bias is not None and f"{path}.bias" in dict(model.named_parameters()):
+                model.get_parameter(f"{path}.bias").add_(part.scaling * part.lora_bias)
+            elif part.lora_bias is not None:
+                model.get_submodule(path).register_parameter("bias", nn.Parameter(part.scaling * part.lora_bias))
+        for path, own in adapter.token_rows.items():
+            model.get_parameter(f"{path}.weight")[list(own.ids)] = own.rows
     torch.testing.assert_close(outputs(model, x).detach(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -359,3 +359,23 @@ def test_removed_slices_give_their_room_back_and_leave_no_gradient() -> None:
     clear(bank)
     layer: Any = bank.model.get_submodule("transformer.h.0.attn.c_attn")
     assert [name for name, _ in layer.lora.named_parameters()] == ["q_A_b", "q_B_b"]
+
+
+def test_a_layers_bias_is_trained_beside_its_slices() -> None:
+    bank = attach(make("gpt2"))
+    bank.add("a", AdapterConfig(rank=2, targets=["q"], bias="lora_only"))
+    names = [key for key, _ in bank.named_parameters("a") if key.startswith("transformer.h.0")]
+    assert names == [f"transformer.h.0.attn.c_attn.{part}" for part in ("q.A", "q.B", "bias")]
+    fill(bank, "a")
+    with torch.no_grad():
+        dict(bank.named_parameters("a"))["transformer.h.0.attn.c_attn.bias"].add_(0.5)
+    x = ids(2)
+    with bank.route(["a", BASE]):
+        y = outputs(bank.model, x)
+    adapter = bank.adapter("a")
+    plain = make("gpt2")
+    assert torch.equal(y[1], outputs(plain, x)[1])
+    merge(plain, adapter, say=None)
+    assert torch.allclose(outputs(plain, x)[0], y[0], atol=1e-5)
+    with pytest.raises(TargetError, match=r"lora_bias: .* is a slice of a fused layer"):
+        attach(gpt2()).add("a", AdapterConfig(targets=["q"], lora_bias=True))

@@ -178,6 +178,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decomposed pictures": Pictures,
     "sliced gpt2": gpt2,
     "sliced neox": neox,
+    "biased gpt2": gpt2,
+    "biased bert": bert,
+    "biased pictures": Pictures,
+    "decomposed biased gpt2": gpt2,
+    "rows of tied llama": lambda: llama(tie_word_embeddings=True),
+    "rows of handwritten": Handwritten,
 }
 TARGETS: dict[str, Any] = {
     "torch encoder": ["linear1", "linear2", "head"],
@@ -185,8 +191,19 @@ TARGETS: dict[str, Any] = {
     "decomposed pictures": ["all-linear", "all-conv"],
     "sliced gpt2": ["q", "v", "c_proj"],
     "sliced neox": ["q", "k", "query_key_value.v", "mlp"],
+    "biased pictures": ["all-linear", "all-conv"],
+    "biased bert": ["value", "dense"],  # a key's bias is the same for all scores of a query, so its gradient is zero
 }
 """What the tests adapt, where it isn't `all-linear`."""
+EXTRAS: dict[str, dict[str, Any]] = {
+    "biased gpt2": {"bias": "all", "lora_bias": True},
+    "biased bert": {"bias": "lora_only"},
+    "biased pictures": {"bias": "all", "lora_bias": True},
+    "decomposed biased gpt2": {"bias": "all"},
+    "rows of tied llama": {"trainable_token_indices": list(range(5, 30, 2))},
+    "rows of handwritten": {"trainable_token_indices": {"embed": list(range(30, 4, -1))}},
+}
+"""What their adapters train beside A and B."""
 MIXTURES = ("mixtral", "gpt-oss")
 """Models whose experts take the tokens of all rows together: a base row's sums may be rounded otherwise beside other rows."""
 
@@ -217,6 +234,8 @@ def fill(bank: AdapterBank, name: str, size: float = 0.3) -> None:
         for key, p in bank.named_parameters(name):
             if key.endswith(".magnitude"):
                 p.mul_(1 + size * torch.randn(p.shape, generator=generator))
+            elif key.endswith((".bias", ".rows")):
+                p.add_(size * torch.randn(p.shape, generator=generator))
             elif key.endswith(".B") or not p.any():  # an embedding's A starts at zero
                 p.copy_(torch.randn(p.shape, generator=generator) * size / p.shape[0] ** 0.5)
 
@@ -232,8 +251,9 @@ def two(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[n
     model = make(name, seed).to(dtype)
     bank = attach(model)
     targets, use_dora = TARGETS.get(name, "all-linear"), name.startswith("decomposed")
-    add(bank, "a", targets=targets, use_dora=use_dora)
-    add(bank, "b", targets=targets, rank=5, alpha=2, use_rslora=True, use_dora=use_dora)
+    extras = EXTRAS.get(name, {})
+    add(bank, "a", targets=targets, use_dora=use_dora, **extras)
+    add(bank, "b", targets=targets, rank=5, alpha=2, use_rslora=True, use_dora=use_dora, **extras)
     return model, bank
 
 

@@ -57,11 +57,11 @@ def test_names_that_are_roles_here_stay_names() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": None}, "target_modules"),
-    ({"bias": "all"}, "bias"),
-    ({"lora_bias": True}, "lora_bias"),
     ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ({"init_lora_weights": False}, "init_lora_weights"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"trainable_token_indices": [1, 1]}, "trainable_token_indices"),
+    ({"trainable_token_indices": {"embed_tokens": [-1]}}, "trainable_token_indices"),
+    ({"bias": "boft_only"}, "bias"),
     ({"layer_replication": [(0, 1)]}, "layer_replication"),
     ({"use_qalora": True}, "use_qalora"),
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
@@ -76,6 +76,16 @@ def test_a_classifiers_task_type_leaves_its_head_to_the_bank(task: Any) -> None:
     assert found.modules_to_save is None
     named = peft.LoraConfig(target_modules=["query"], modules_to_save=["pooler"], task_type=task)
     assert adapter_config_from_peft(named).modules_to_save == ("pooler",)
+
+
+def test_biases_and_token_rows_keep_pefts_names() -> None:
+    found = adapter_config_from_peft(
+        peft.LoraConfig(target_modules=["v"], bias="lora_only", lora_bias=True, trainable_token_indices={"embed_tokens": [7, 3]})
+    )
+    assert (found.bias, found.lora_bias, found.trainable_token_indices) == ("lora_only", True, {"embed_tokens": (7, 3)})
+    assert adapter_config_from_peft(peft.LoraConfig(trainable_token_indices=[7, 3], target_modules=["v"])) == AdapterConfig(
+        rank=8, alpha=8, targets=(r"re:^(?:.*\.)?v$",), trainable_token_indices=(7, 3)
+    )
 
 
 def test_stacked_parameters_are_targets_beside_modules() -> None:

@@ -130,6 +130,31 @@ def test_law3_with_dora(checkpointing: bool) -> None:
         assert all(not torch.equal(joint[name][key], begin) for key, begin in started[name].items() if key.endswith(".magnitude"))
 
 
+@pytest.mark.parametrize(("family", "checkpointing"), [("gpt2", False), ("opt", True)])
+def test_law3_with_biases_and_token_rows(family: str, checkpointing: bool) -> None:
+    """Every bias, those of lora_B, and rows of a table that the head has too; beside an adapter that has none of them.
+
+    But for biases of keys: they are the same for all scores of a query, so AdamW would divide rounding errors by their own size.
+    """
+    keys = {"exclude": ["c_attn" if family == "gpt2" else "k_proj"]}
+    extras: dict[str, dict[str, object]] = {
+        "long": {"bias": "all", "trainable_token_indices": [15, 40, 22], **keys},
+        "single": {"lora_bias": True, **keys},
+        "decayed": {"bias": "lora_only", "lora_bias": True, "trainable_token_indices": [40, 41], **keys},
+    }
+    jobs = [replace(job, extras=extras.get(job.name, {}), steps=8) for job in JOBS]
+
+    def base() -> torch.nn.Module:
+        return make_model(family, spread=2.0)
+
+    joint = train(base, jobs, gradient_checkpointing=checkpointing)
+    _compare(jobs, joint, {name: leaves for job in jobs for name, leaves in train(base, [job]).items()}, 2e-4)
+    started = train(base, [replace(job, steps=0) for job in jobs])
+    for name, roles in (("long", {"bias", "rows"}), ("single", {"lora_bias"}), ("decayed", {"bias", "lora_bias", "rows"})):
+        moved = {key.rpartition(".")[2] for key, begin in started[name].items() if not torch.equal(joint[name][key], begin)}
+        assert moved - {"A", "B"} == roles
+
+
 def test_law3_over_a_bf16_base() -> None:
     """bf16 rounds activations to 8 bits, so products of another shape may round otherwise, which Lion's sign enlarges."""
 

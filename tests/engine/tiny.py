@@ -182,6 +182,8 @@ class Job:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     targets: str | Sequence[str] = "all-linear"
     use_dora: bool = False
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of what is trained beside A and B."""
 
 
 def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -189,7 +191,7 @@ def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any
     bank = attach(make_base())
     optimizer = SlotOptimizer(bank)
     for job in jobs:
-        config = AdapterConfig(rank=job.rank, dropout=job.dropout, targets=job.targets, use_dora=job.use_dora)
+        config = AdapterConfig(rank=job.rank, dropout=job.dropout, targets=job.targets, use_dora=job.use_dora, **job.extras)
         bank.add(job.name, config, seed=sum(job.name.encode()))
         optimizer.add(job.name, job.optimizer)
     verbs = Engine(bank, **engine)

@@ -54,7 +54,7 @@ UNSUPPORTED_SETTINGS = {
     "kasa_config": {"beta": 1},
     "monteclora_config": {"num_samples": 4},
     "megatron_config": {"x": 1},
-    "bias": "lora_only",
+    "bias": "boft_only",
     "init_lora_weights": "pissa_niter_4",
     "peft_type": "LOHA",
 }
