@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorabank.bank.attention import LoRAMultihead
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.experts import LoRAExperts
@@ -19,6 +20,7 @@ from lorabank.bank.fit import at_home, check_decomposed, check_fits, task_type, 
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.layers import LoRALayer
+from lorabank.bank.multihead import Projection
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
@@ -404,10 +406,11 @@ class AdapterBank:
     def _wrap(self, path: str, layer: nn.Module) -> Carrier:
         if path not in self._layers:
             stacked = isinstance(layer, ExpertStack)
-            where = path.rpartition(".")[0] if stacked else path
+            where = path.rpartition(".")[0] if stacked or isinstance(layer, Projection) else path
             if not where:
+                what = "an nn.MultiheadAttention" if isinstance(layer, Projection) else "one linear layer"
                 raise TargetError(
-                    "the model itself is one linear layer, so there is no place to wrap it: put it into an nn.Sequential "
+                    f"the model itself is {what}, so there is no place to wrap it: put it into an nn.Sequential "
                     "or a module of yours"
                 )
             present = self.model.get_submodule(where)
@@ -416,6 +419,9 @@ class AdapterBank:
             if stacked:
                 wrapper = LoRAExperts(present, where, self)
                 places: Sequence[Carrier] = list(wrapper.carriers.values())
+            elif isinstance(layer, Projection):
+                wrapper = LoRAMultihead(present, where, self, rows_lost(self.model, where))
+                places = list(wrapper.carriers.values())
             else:
                 wrapper = LoRALayer(present, where, self, rows_lost(self.model, where))
                 places = [wrapper]
@@ -425,9 +431,10 @@ class AdapterBank:
             for place in places:
                 self._layers[place.path] = place
                 self._reach.watch(place)
-            if isinstance(wrapper, LoRALayer):
-                self._owners.watch(wrapper)
-            elif "." in where:
+            for place in places:
+                if isinstance(place, LoRALayer):
+                    self._owners.watch(place)
+            if isinstance(wrapper, LoRAExperts) and "." in where:
                 wrapper.watch(self._owners.above(where))
         return self._layers[path]
 

@@ -226,7 +226,7 @@ class LoRALayer(Adapted, Carrier):
             if not any(name in self.slots for name in routing.names):
                 return self.base(x)
             x = ids_of_rows(self.path, x, routing.rows)
-        units = self._units(routing, x)
+        units = self.units(routing, x)
         used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
         if not used:
             return self.base(x)
@@ -259,7 +259,7 @@ class LoRALayer(Adapted, Carrier):
             return add_mapped(y[None], x[None], layer_map, plan, bias)[0]
         return add_mapped(y, x, layer_map, plan, bias)
 
-    def _units(self, routing: Routing, x: Tensor) -> int:
+    def units(self, routing: Routing, x: Tensor) -> int:
         """How many units x has under the routing. Raises RoutingError where it can't be split into them."""
         if self.folded is not None and routing.per == "row" and (rows := self.folded.rows) is not None:
             return routing.units_folded(rows, x, self.path)

@@ -38,6 +38,8 @@ class AdapterLayer:
     """Whether the layer is an embedding."""
     stack: int = 0
     """Of an expert in a stack of expert weights, whose path ends with its number: how many there are. 0 for other layers."""
+    attention: bool = False
+    """Whether it is an `nn.MultiheadAttention`'s in_proj or out_proj, which PEFT's files name by the module."""
     magnitude: Tensor | None = None
     """(out,) of a decomposed layer (DoRA), whose weight is magnitude · V / ‖V‖ for each output, V = W + scaling · B A."""
 

@@ -170,7 +170,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decomposed pictures": Pictures,
 }
 TARGETS: dict[str, Any] = {
-    "torch encoder": ["linear1", "linear2", "head"],
     "pictures": ["all-linear", "all-conv", "all-embedding"],
     "decomposed pictures": ["all-linear", "all-conv"],
 }
