@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
-from lorabank.formats import stacks
+from lorabank.formats import multihead, stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
@@ -67,16 +67,17 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
     if not adapter.layers:
         raise AdapterFileError("the adapter has no layers, so there is nothing to save")
     tensors: dict[str, Tensor] = {}
-    for path, layer in adapter.layers.items():
+    layers = multihead.as_peft_has_them(adapter.layers)
+    for path, layer in layers.items():
         if not layer.stack:
             tensors |= to_tensors(path, layer)
-    tensors |= stacks.to_tensors(stacks.stacks(adapter.layers))
+    tensors |= stacks.to_tensors(stacks.stacks(layers))
     tensors |= {base_name(path): weight for path, weight in adapter.base_weights.items()}
     more = {
         key.removeprefix(TENSOR_METADATA): value for key, value in adapter.metadata.items() if key.startswith(TENSOR_METADATA)
     }
     writer = tensors_writer(tensors, {**more, "format": "pt"})
-    settings = to_peft(adapter, stacks.one_of_each(adapter.layers))
+    settings = to_peft(adapter, stacks.one_of_each(multihead.one_of_each(layers)))
     own = {
         "version": 1,
         "peft": {key: settings.get(key) for key in SHARED_SETTINGS},
@@ -119,6 +120,8 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
             "or load_peft(folder, allow_non_finite=True) to look at it."
         )
     experts, tensors = stacks.split_stacks(str(tensors_path), settings, tensors)
+    attention, tensors = multihead.split_attention(str(tensors_path), settings, tensors)
+    experts |= attention
     magnitudes, tensors = split_magnitudes(str(tensors_path), tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
     plain = _layers(str(tensors_path), settings, tensors) if tensors or not experts else {}
@@ -128,7 +131,7 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
         {f"{TENSOR_METADATA}{key}": value for key, value in tensor_metadata.items() if (key, value) != ("format", "pt")}
     )
     adapter = Adapter(
-        config=settings.adapter_config(where, sorted(layers)),
+        config=multihead.with_projections(settings, attention).adapter_config(where, sorted(layers)),
         layers=layers,
         base_weights=base_weights,
         base_model=_text(settings.raw.get("base_model_name_or_path")),
