@@ -1,8 +1,8 @@
 """`LoRAMultihead`: an `nn.MultiheadAttention` with the bank's slots beside its projections.
 
-Where no row is routed to an adapter in it, it is torch's own call. Else q, k and v are projected with the slots' changes, attended
-as torch does (kernels/attend.py), and projected back. Rows of the base alone are torch's own in a mixed batch where the route asks
-for that. Shapes: B rows × T queries or S keys × E features.
+Where no row is routed to an adapter in it, it is torch's own call. Else q, k and v are projected with the slots' changes,
+attended as torch does (kernels/attend.py), and projected back. Rows of the base alone are torch's own in a mixed batch where the
+route asks for that. Shapes: B rows × T queries or S keys × E features.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class ProjectionLayer(LoRALayer):
 
     def __init__(self, base: Projection, path: str, router: Router, rows_lost: str | None) -> None:
         super().__init__(base, path, router, rows_lost)
-        vars(self).update(shown=None, parts={})
+        vars(self).update(projection=base, shown=None, parts={})
 
-    base: Projection
+    projection: Projection
+    """Its base."""
     shown: Callable[[], None] | None
     """Called when the leaves are others."""
     parts: dict[tuple[int, int], _Rows]
@@ -45,7 +46,7 @@ class ProjectionLayer(LoRALayer):
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values here, on the CPU, by path."""
         layers = super().adapter_layers(name)
-        if not self.base.fused:
+        if not self.projection.fused:
             return layers
         return {path: replace(layer, attention=True) for path, layer in layers.items()}
 
@@ -54,7 +55,7 @@ class ProjectionLayer(LoRALayer):
         part = self.parts.get((start, stop))
         if part is None:
             part = self.parts[start, stop] = _Rows(self, slice(start, stop))
-        part.base.refresh()
+        part.projection.refresh()
         vars(part).update(rows_lost=self.rows_lost, folded=self.folded)
         return part(x)
 
@@ -67,10 +68,11 @@ class _Rows(LoRALayer):
     """Some outputs of a projection, whose slots it has: all of A, and their rows of B."""
 
     def __init__(self, whole: ProjectionLayer, rows: slice) -> None:
-        super().__init__(Projection(whole.base.attention, whole.base.name, rows), whole.path, whole.router, whole.rows_lost)
-        vars(self).update(slots=whole.slots, rows=rows)
+        projection = Projection(whole.projection.attention, whole.projection.name, rows)
+        super().__init__(projection, whole.path, whole.router, whole.rows_lost)
+        vars(self).update(projection=projection, slots=whole.slots, rows=rows)
 
-    base: Projection
+    projection: Projection
     rows: slice
 
     def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing) -> Segment:
@@ -106,7 +108,7 @@ class LoRAMultihead(Adapted):
     def _apply(self, fn: Any, recurse: bool = True) -> LoRAMultihead:
         self.base._apply(fn, recurse)
         for carrier in self.carriers.values():
-            carrier.base.refresh()
+            carrier.projection.refresh()
             carrier.store.to(carrier.stored()[0].device)
         return self
 
@@ -139,7 +141,7 @@ class LoRAMultihead(Adapted):
         base.training = self.training  # which may have been set past train()
         for carrier in self.carriers.values():
             vars(carrier)["reached"] = True
-            carrier.base.refresh()
+            carrier.projection.refresh()
         routing = self.router.route_in_force(self.path)
 
         def plain() -> tuple[Tensor, Tensor | None]:
@@ -149,9 +151,6 @@ class LoRAMultihead(Adapted):
             return plain()
         self._check(routing, query, key, value)
         inputs = self._rows_first(query, key, value)
-        units = self.carriers[OUT].units(routing, inputs[0])
-        untouched = self._untouched(routing, units, len(inputs[0]))
-        theirs = None if untouched is None else plain()  # before ours, so that its dropout is drawn as without adapters
         batched = query.ndim == 3
         attend = Attention(
             heads=base.num_heads,
@@ -165,6 +164,13 @@ class LoRAMultihead(Adapted):
             need_weights=need_weights,
             average=average,
         )
+        attend.check(len(inputs[0]), inputs[0].shape[1], inputs[1].shape[1])
+        first = next(iter(self.carriers.values()))
+        for x in inputs[1:]:
+            first.units(routing, x)  # raises where they have other rows, before anything is computed
+        units = first.units(routing, inputs[0])
+        untouched = self._untouched(routing, units, len(inputs[0]))
+        theirs = None if untouched is None else plain()  # before ours, so that its dropout is drawn as without adapters
         out, weights = attend(*self._projected(*inputs))
         out = self.carriers[OUT](out)
         if theirs is not None and untouched is not None:

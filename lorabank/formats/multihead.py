@@ -66,7 +66,9 @@ def split_attention(
     for path, (A, B, looks_up) in pair_tensors(where, renamed).items():
         owner, _, name = path.rpartition(".")
         if f"{owner}.{IN}{_any_end(renamed, owner)}" not in renamed:
-            raise AdapterFileError(f"{where}: {owner!r} has {OUT}'s matrices and no {tensor_name(owner, 'A')!r}: it is incomplete")
+            raise AdapterFileError(
+                f"{where}: {owner!r} has {OUT}'s matrices and no {tensor_name(owner, 'A')!r}: it is incomplete"
+            )
         rank = settings.layer_rank(owner)
         outputs = A.shape[1] * (3 if name == IN else 1)
         if looks_up or A.ndim != 2 or A.shape[0] != rank or B.shape[0] != outputs:

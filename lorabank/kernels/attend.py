@@ -39,8 +39,7 @@ class Attention:
 
     def __call__(self, q_BTE: Tensor, k_BSE: Tensor, v_BSE: Tensor) -> tuple[Tensor, Tensor | None]:
         """(what the output projection gets (B, T, E), the weights (B, T, S), or (B, H, T, S) where they aren't averaged)."""
-        rows, queries, _ = q_BTE.shape
-        self._check(rows, queries, k_BSE.shape[1])
+        rows = len(q_BTE)
         causal = self.is_causal and self.key_padding_mask is None and not self.need_weights
         masks = [None if causal else self._of_queries(q_BTE, k_BSE.shape[1]), self._of_keys(q_BTE)]
         added = 0
@@ -79,9 +78,14 @@ class Attention:
         """`key_padding_mask` as what is added to scores (B, 1, 1, S)."""
         return None if self.key_padding_mask is None else _added(self.key_padding_mask, q_BTE)[:, None, None]
 
-    def _check(self, rows: int, queries: int, keys: int) -> None:
-        """Raise LorabankError for masks that aren't of this call."""
+    def check(self, rows: int, queries: int, keys: int) -> None:
+        """Raise LorabankError for masks that aren't of such a call."""
         padding, mask = self.key_padding_mask, self.attn_mask
+        for given in (padding, mask):
+            if given is not None and given.dtype != torch.bool and not given.is_floating_point():
+                raise LorabankError(
+                    f"attention: a mask in {given.dtype}; expected bool (True: not looked at), or floats that are added to scores"
+                )
         if self.is_causal and mask is None:
             raise LorabankError("attention: is_causal is a hint about attn_mask, which is None. Give the causal mask as well.")
         if padding is not None and tuple(padding.shape) != (rows, keys):
@@ -89,7 +93,8 @@ class Attention:
         wanted = (queries, keys) if mask is None or mask.ndim == 2 else (rows * self.heads, queries, keys)
         if mask is not None and tuple(mask.shape) != wanted:
             raise LorabankError(
-                f"attention: attn_mask is {tuple(mask.shape)}; expected (queries, keys), or (rows · heads, queries, keys): {wanted}"
+                f"attention: attn_mask is {tuple(mask.shape)}; expected (queries, keys), or (rows · heads, queries, keys): "
+                f"{wanted}"
             )
 
 
@@ -97,6 +102,4 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     """A mask as numbers that are added to scores: −∞ where a bool one is True."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
-    if not mask.is_floating_point():
-        raise LorabankError(f"attention: a mask in {mask.dtype}; expected bool (True: not looked at) or floats that are added")
     return mask.to(like.dtype)
