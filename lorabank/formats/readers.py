@@ -89,6 +89,11 @@ def _experts(adapter: Adapter, reader: str) -> list[Obstacle]:
     return _found(f"experts aren't exported for {reader}", MERGE, layers)
 
 
+def _attention(adapter: Adapter, reader: str) -> list[Obstacle]:
+    layers = _paths(adapter, lambda path, layer: layer.attention)
+    return _found(f"nn.MultiheadAttention isn't adapted by {reader}", MERGE, layers)
+
+
 IMAGE_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 """Components of an image model's pipeline by which its paths are told; `transformer` begins GPT-2's paths as well."""
 IMAGE_BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
@@ -128,6 +133,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
         *_convolutions(adapter, "vLLM"),
         *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
         *_experts(adapter, "vLLM"),
+        *_attention(adapter, "vLLM"),
         *_found("vLLM takes no adapters for GPT-2", MERGE, transposed),
     ]
 
@@ -150,6 +156,7 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
         *_dora(adapter, "llama.cpp", merged),
         *_convolutions(adapter, "llama.cpp"),
         *_experts(adapter, "llama.cpp"),
+        *_attention(adapter, "llama.cpp"),
     ]
 
 
@@ -159,6 +166,7 @@ def _merged_gguf(adapter: Adapter) -> list[Obstacle]:
         *_image_models(adapter, "llama.cpp"),
         *_convolutions(adapter, "a GGUF language model"),
         *_experts(adapter, "a GGUF"),
+        *_attention(adapter, "a GGUF"),
     ]
 
 
@@ -167,6 +175,7 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
     three, one = (tuple(path for path, layer in layers.items() if layer.A.ndim == ndim) for ndim in (5, 3))
     convolved = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim > 2)
     stacked = _paths(adapter, lambda path, layer: layer.stack > 0)
+    attention = _paths(adapter, lambda path, layer: layer.attention)
     dora = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim == 2)
     return [
         *_broken(adapter),
@@ -174,6 +183,7 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
         *_found("PEFT reads DoRA from 0.9 on", "update PEFT", dora),
         *_found("PEFT reads DoRA on convolutions from 0.10 on", "update PEFT", convolved),
         *_found("PEFT reads adapters of stacked experts from 0.17 on", "update PEFT", stacked),
+        *_found("PEFT reads adapters of nn.MultiheadAttention from 0.15 on", "update PEFT", attention),
         *_found("PEFT reads adapters of Conv3d from 0.14 on", "update PEFT", three),
         *_found("PEFT reads adapters of Conv1d from 0.15 on", "update PEFT", one),
     ]

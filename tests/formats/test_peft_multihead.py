@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import lorabank as lb
 from lorabank.errors import AdapterFileError
+from lorabank.formats.readers import obstacles
 from tests.bank.tiny import TorchEncoder, add, fill, ids
 
 IN, OUT = "encoder.layers.0.self_attn.in_proj", "encoder.layers.0.self_attn.out_proj"
@@ -177,6 +178,15 @@ def test_key_and_value_of_their_own_features_are_saved_and_read_here(tmp_path: P
     back.save(tmp_path / "two")
     for file in FILES:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_who_else_can_not_read_it() -> None:
+    bank = lb.attach(_model())
+    add(bank, "a", targets=["layers.0.self_attn"])
+    for reader in ("vllm", "gguf", "merged gguf", "older peft"):
+        (found,) = obstacles(bank.adapter("a"), reader)
+        assert "nn.MultiheadAttention" in found.what
+        assert found.layers == (IN, OUT)
 
 
 def _edit(folder: Path, changes: dict[str, Tensor | None]) -> None:
