@@ -239,7 +239,7 @@ class LoRAMultihead(Adapted):
         if query.is_nested or key.is_nested or value.is_nested:
             raise LorabankError(
                 f"attention {self.path!r} got a NestedTensor, whose rows can't carry adapters. Give padded tensors and a "
-                "key_padding_mask; an nn.TransformerEncoder makes none with enable_nested_tensor=False."
+                "key_padding_mask; an nn.TransformerEncoder makes none once its use_nested_tensor is False."
             )
         if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))

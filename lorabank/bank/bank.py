@@ -24,7 +24,7 @@ from lorabank.bank.multihead import Projection
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
-from lorabank.bank.places import places_of, rows_lost
+from lorabank.bank.places import beside_turned, places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
@@ -423,7 +423,8 @@ class AdapterBank:
                 wrapper = LoRAMultihead(present, where, self, rows_lost(self.model, where))
                 places = list(wrapper.carriers.values())
             else:
-                wrapper = LoRALayer(present, where, self, rows_lost(self.model, where))
+                turned = beside_turned(self.model, where)
+                wrapper = LoRALayer(present, where, self, rows_lost(self.model, where), beside_turned=turned)
                 places = [wrapper]
             for parent, attribute in places_of(self.model, present):
                 setattr(parent, attribute, wrapper)

@@ -54,6 +54,15 @@ def places_of(model: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]
     ]
 
 
+def beside_turned(model: nn.Module, path: str) -> bool:
+    """Whether a layer stands in a module with an `nn.MultiheadAttention` whose rows are its second dimension.
+
+    The layer's own input may be turned like that one's, or not; where there are as many rows as tokens that can't be seen.
+    """
+    inside = (unwrapped(child) for owner, _ in owners_of(model, path) for child in owner._modules.values() if child is not None)
+    return any(isinstance(child, nn.MultiheadAttention) and not child.batch_first for child in inside)
+
+
 def rows_lost(model: nn.Module, path: str) -> str | None:
     """Why a layer's input doesn't have the batch's rows first, or None when it does as far as its place tells.
 

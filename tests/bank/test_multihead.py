@@ -273,6 +273,31 @@ def test_torchs_decoder(batch_first: bool) -> None:
         torch.testing.assert_close(_row(mixed, row, batch_first), alone, rtol=1e-4, atol=1e-5)
 
 
+class Turned(nn.Module):
+    """A block whose rows are behind its tokens all the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn, self.mlp = nn.MultiheadAttention(SIZE, HEADS), nn.Sequential(nn.Linear(SIZE, 8), nn.Linear(8, SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x + self.attn(x, x, x)[0])
+
+
+def test_layers_beside_attention_with_rows_second_are_never_misread() -> None:
+    model = Turned()
+    bank = bank_over(model)
+    for tokens_, said in (
+        (QUERIES, "the route names 4 rows, but the layer's input has 5"),
+        (ROWS, "which of two equal dimensions"),
+    ):
+        with pytest.raises(RoutingError, match=f"layer 'mlp.0'.*{said}"), bank.route(ROUTES):
+            model(_random(tokens_, ROWS, SIZE))
+    with bank.route("a"):
+        model(_random(ROWS, ROWS, SIZE))
+
+
 # ---- targets -----------------------------------------------------------------------------------------------------------------
 
 _SELF = [f"decoder.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("in_proj", "out_proj")]
@@ -404,10 +429,26 @@ def test_a_nested_tensor_is_named_and_base_rows_still_take_it() -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch: nested tensors are a prototype
         x = torch.nested.nested_tensor([_random(3, SIZE), _random(2, SIZE)])
-        with pytest.raises(LorabankError, match=r"'attn' got a NestedTensor.*enable_nested_tensor=False"), bank.route("a"):
+        with pytest.raises(LorabankError, match=r"'attn' got a NestedTensor.*use_nested_tensor is False"), bank.route("a"):
             model(x, x, x)
         with bank.route(BASE):
             assert model(x, x, x, need_weights=False)[0].is_nested
+
+
+def test_an_encoder_that_nests_its_rows_says_so_and_goes_on_without() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: nested tensors are a prototype
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(SIZE, HEADS, 24, batch_first=True), 2).eval()
+        bank = bank_over(model)
+        x, hidden = _random(2, QUERIES, SIZE), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        with pytest.raises(LorabankError, match="use_nested_tensor is False"), bank.route(["a", "b"]):
+            model(x, src_key_padding_mask=hidden)
+        model.use_nested_tensor = False
+        with bank.route(["a", "b"]):
+            mixed = model(x, src_key_padding_mask=hidden)
+        with bank.route("b"):
+            alone = model(x[1:, :3])
+    torch.testing.assert_close(mixed[1:, :3], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
