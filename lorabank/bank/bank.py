@@ -20,7 +20,7 @@ from lorabank.bank.fit import at_home, check_decomposed, check_fits, task_type, 
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.layers import LoRALayer
-from lorabank.bank.multihead import Projection
+from lorabank.bank.multihead import Projection, patterned
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
@@ -38,7 +38,6 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
-from lorabank.formats.patterns import pattern_value
 
 _CAPTURE = (
     "Pass context_fn=bank.checkpoint_context to the checkpointing function (with use_reentrant=False), or choose the route "
@@ -137,10 +136,10 @@ class AdapterBank:
         chosen, shared = tie(name, config, adaptable_layers(self.model), chosen)
         check_decomposed(config, chosen)
         shapes: dict[str, tuple[int, float]] = {}
-        for path in chosen:
+        for path, layer in chosen.items():
             known = without_wrappers(path)
-            rank = pattern_value(config.rank_pattern, known, config.rank)
-            shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, known, config.alpha)))
+            rank = patterned(config.rank_pattern, known, layer, config.rank)
+            shapes[path] = (rank, config.scaling(rank, patterned(config.alpha_pattern, known, layer, config.alpha)))
         slot = _Slot(config=config, seed=seed, paths=tuple(chosen), shared=shared)
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 

@@ -7,11 +7,16 @@ Shapes: E features of the module, rows of a weight are outputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lorabank.bank.kinds import LAYER_KINDS, layer_kind
+from lorabank.formats.patterns import pattern_value
 
+T = TypeVar("T", int, float)
 IN, OUT = "in_proj", "out_proj"
 APART = ("q_proj", "k_proj", "v_proj")
 """In the order of their rows in the bias that they have in common."""
@@ -89,6 +94,16 @@ def plays(role: str, layer: Projection, by_path: bool) -> bool:
     if role in ROLES:
         return layer.name in ROLES[role]
     return role == "attention" or (role == "cross-attention" and by_path)
+
+
+def patterned(patterns: Mapping[str, T], path: str, layer: nn.Module, default: T) -> T:
+    """The value of the first pattern that matches a layer's path, or its attention module's as PEFT's patterns do."""
+    if not isinstance(layer, Projection):
+        return pattern_value(patterns, path, default)
+    for pattern, value in patterns.items():
+        if any(pattern_value({pattern: 1}, each, 0) for each in (path, path.rpartition(".")[0])):
+            return value
+    return default
 
 
 def weight_name(path: str, layer: nn.Module) -> str:

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lorabank.bank import linear4bit
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import layer_kind
-from lorabank.bank.multihead import OUT, Projection, plays, projections_of
+from lorabank.bank.multihead import OUT, Projection, patterned, plays, projections_of
 from lorabank.bank.multihead import obstacle as attention_obstacle
 from lorabank.bank.owners import BYPASSED, is_named
 from lorabank.bank.stacks import ExpertStack, is_registered, obstacle, stacks_of
@@ -30,7 +30,6 @@ from lorabank.bank.wrappers import BASE_LAYER, without_wrappers, wraps_base_laye
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
-from lorabank.formats.patterns import pattern_value
 
 ALL_LINEAR = "all-linear"
 
@@ -238,9 +237,10 @@ def resolve_targets(model: nn.Module, config: AdapterConfig, apart: Collection[s
             raise TargetError(f"targets: {lost[0]!r} is in none of the blocks {list(config.layers)} that `layers` names")
     if not chosen:
         raise TargetError(f"targets {as_list(config.targets)!r} less exclude {as_list(config.exclude)!r} leave no layer to adapt")
-    _check_patterns("rank_pattern", config.rank_pattern, chosen)
-    _check_patterns("alpha_pattern", config.alpha_pattern, chosen)
-    return {path: layer for path, layer in layers.items() if path in chosen}
+    found_layers = {path: layer for path, layer in layers.items() if path in chosen}
+    _check_patterns("rank_pattern", config.rank_pattern, found_layers)
+    _check_patterns("alpha_pattern", config.alpha_pattern, found_layers)
+    return found_layers
 
 
 def _trains(path: str, layer: nn.Module, apart: Collection[str]) -> bool:
@@ -268,10 +268,10 @@ def _part_matches(part: str, path: str, setting: str) -> bool:
         raise TargetError(f"{setting}: {part!r} is no regular expression: {error}") from error
 
 
-def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: set[str]) -> None:
+def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: Mapping[str, nn.Module]) -> None:
     for key, value in patterns.items():
         try:
-            used = any(pattern_value({key: value}, without_wrappers(path), 0) for path in chosen)
+            used = any(patterned({key: value}, without_wrappers(path), layer, 0) for path, layer in chosen.items())
         except re.error as error:
             raise TargetError(f"{setting}: {key!r} is no regular expression: {error}") from error
         if not used:

@@ -11,7 +11,7 @@ Shapes: E features of the module, R ranks: in_proj's A (R, E) and B (3E, R), out
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -80,21 +80,6 @@ def split_attention(
         twice = name == OUT and _adds_twice(settings)
         layers[path] = AdapterLayer(A, B * 2 if twice else B, settings.layer_scaling(owner), attention=True)
     return _without_room(layers), left
-
-
-def with_projections(settings: PeftSettings, paths: Collection[str]) -> PeftSettings:
-    """The settings with patterns that mean attention modules meaning their projections."""
-    owners = {path.rpartition(".")[0] for path in paths}
-
-    def inside(pattern: str) -> str:
-        named = any(re.match(rf"(.*\.)?({pattern})$", owner) for owner in owners)
-        return rf"({pattern})(\.{IN}|\.{OUT})?" if named else pattern
-
-    return replace(
-        settings,
-        rank_pattern={inside(pattern): rank for pattern, rank in settings.rank_pattern.items()},
-        alpha_pattern={inside(pattern): alpha for pattern, alpha in settings.alpha_pattern.items()},
-    )
 
 
 def _adds_twice(settings: PeftSettings) -> bool:

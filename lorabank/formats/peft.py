@@ -131,7 +131,7 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
         {f"{TENSOR_METADATA}{key}": value for key, value in tensor_metadata.items() if (key, value) != ("format", "pt")}
     )
     adapter = Adapter(
-        config=multihead.with_projections(settings, attention).adapter_config(where, sorted(layers)),
+        config=settings.adapter_config(where, sorted(layers)),
         layers=layers,
         base_weights=base_weights,
         base_model=_text(settings.raw.get("base_model_name_or_path")),

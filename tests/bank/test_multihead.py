@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -338,6 +339,18 @@ def test_attention_of_any_name_plays_its_roles() -> None:
     }
     every = ["q_proj", "k_proj", "v_proj", "out_proj"]
     assert names == {"attention": every, "q": ["q_proj"], "k": ["k_proj"], "v": ["v_proj"], "o": ["out_proj"], "mix": every}
+
+
+def test_patterns_may_name_the_module() -> None:
+    """As PEFT's do, which adapts it whole."""
+    bank = attach(Decoder())
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["self_attn", "linear1"], rank_pattern={r"0.self_attn": 5})
+    bank.add("a", config)
+    layers = bank.adapter("a").layers
+    ranks = {path.removeprefix("decoder.layers."): layer.rank for path, layer in layers.items() if "self_attn" in path}
+    assert ranks == {f"{i}.self_attn.{name}": 5 - 3 * i for i in (0, 1) for name in ("in_proj", "out_proj")}
+    with pytest.raises(TargetError, match=r"alpha_pattern\['multihead_attn'\] matches none of the 4 adapted layers"):
+        bank.add("b", AdapterConfig(rank=1, targets=["self_attn"], alpha_pattern={"multihead_attn": 2}))
 
 
 @pytest.mark.parametrize("role", ["q", "k", "v"])
