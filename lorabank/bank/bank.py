@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.attention import LoRAMultihead
 from lorabank.bank.biased import BiasedModule
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
@@ -24,10 +25,11 @@ from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.heads import head_parameters, peft_task
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.layers import LoRALayer, layer_kind
+from lorabank.bank.multihead import Projection, patterned
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
-from lorabank.bank.places import places_of, rows_lost
+from lorabank.bank.places import beside_turned, places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
@@ -44,7 +46,6 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
-from lorabank.formats.patterns import pattern_value
 from lorabank.formats.slices import sliced
 from lorabank.formats.token_rows import TokenRows
 
@@ -153,10 +154,10 @@ class AdapterBank:
         chosen, shared = tie(name, config, self._layers_and_slices(), chosen)
         check_decomposed(config, chosen)
         shapes: dict[str, tuple[int, float]] = {}
-        for path in chosen:
+        for path, layer in chosen.items():
             known = without_wrappers(path)
-            rank = pattern_value(config.rank_pattern, known, config.rank)
-            shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, known, config.alpha)))
+            rank = patterned(config.rank_pattern, known, layer, config.rank)
+            shapes[path] = (rank, config.scaling(rank, patterned(config.alpha_pattern, known, layer, config.alpha)))
         elsewhere = self.kept | {f"{path}.{key}" for path, module in copies.items() for key in module}
         more = planned(self.model, config, chosen, shared, elsewhere)
         check_extras_apart(saved, more.modules)
@@ -483,10 +484,11 @@ class AdapterBank:
             return self._wrap_slice(path, layer)
         if path not in self._layers:
             stacked = isinstance(layer, ExpertStack)
-            where = path.rpartition(".")[0] if stacked else path
+            where = path.rpartition(".")[0] if stacked or isinstance(layer, Projection) else path
             if not where:
+                what = "an nn.MultiheadAttention" if isinstance(layer, Projection) else "one linear layer"
                 raise TargetError(
-                    "the model itself is one linear layer, so there is no place to wrap it: put it into an nn.Sequential "
+                    f"the model itself is {what}, so there is no place to wrap it: put it into an nn.Sequential "
                     "or a module of yours"
                 )
             present = self.model.get_submodule(where)
@@ -495,9 +497,16 @@ class AdapterBank:
             if stacked:
                 wrapper = LoRAExperts(present, where, self)
                 places: Sequence[Carrier] = list(wrapper.carriers.values())
+            elif isinstance(layer, Projection):
+                wrapper = LoRAMultihead(present, where, self, rows_lost(self.model, where))
+                places = list(wrapper.carriers.values())
             else:
-                kind = LoRALayer if layer_kind(present) is not None else BiasedModule
-                wrapper = kind(present, where, self, rows_lost(self.model, where))
+                where_lost = rows_lost(self.model, where)
+                if layer_kind(present) is not None:
+                    turned = beside_turned(self.model, where)
+                    wrapper = LoRALayer(present, where, self, where_lost, beside_turned=turned)
+                else:
+                    wrapper = BiasedModule(present, where, self, where_lost)
                 places = [wrapper]
             for parent, attribute in places_of(self.model, present):
                 setattr(parent, attribute, wrapper)
@@ -505,9 +514,10 @@ class AdapterBank:
             for place in places:
                 self._layers[place.path] = place
                 self._reach.watch(place)
-            if isinstance(wrapper, LoRALayer | BiasedModule):
-                self._owners.watch(wrapper)
-            elif "." in where:
+            for place in places:
+                if isinstance(place, LoRALayer | BiasedModule):
+                    self._owners.watch(place)
+            if isinstance(wrapper, LoRAExperts) and "." in where:
                 wrapper.watch(self._owners.above(where))
         return self._layers[path]
 

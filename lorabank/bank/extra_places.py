@@ -10,6 +10,7 @@ from torch import nn
 from lorabank.bank.biased import is_norm
 from lorabank.bank.extras import BIAS, ROWS, Extras
 from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE, layer_kind
+from lorabank.bank.multihead import Projection
 from lorabank.bank.slices import FusedSlice
 from lorabank.bank.targets import adaptable_layers, matches, unsupported_linear_maps
 from lorabank.bank.tied import tied_pairs
@@ -136,8 +137,8 @@ _NO_LORA_BIAS = {EMBEDDING: "an embedding", EXPERTS: "a stack of experts", SLICE
 
 def _check_lora_bias(path: str, layer: nn.Module) -> None:
     kind = layer_kind(layer)
-    if kind is not None and kind.storage in _NO_LORA_BIAS:
-        what = _NO_LORA_BIAS[kind.storage]
+    if kind is not None and (kind.storage in _NO_LORA_BIAS or isinstance(layer, Projection)):
+        what = _NO_LORA_BIAS.get(kind.storage, "a projection of nn.MultiheadAttention")
         raise TargetError(
             f"lora_bias: {path!r} is {what}, whose lora_B can't have a bias. Leave it out of targets, or lora_bias."
         )
@@ -164,8 +165,17 @@ def _biases(
     exclude = [config.exclude] if isinstance(config.exclude, str) else config.exclude
     adapted = (path.rpartition(".")[0] if isinstance(layer, FusedSlice) else path for path, layer in chosen.items())
     wanted = dict.fromkeys(adapted) if config.bias == "lora_only" else known
+    attentions = [path for path, module in known.items() if isinstance(module, nn.MultiheadAttention)]
     found: dict[str, nn.Module] = {}
     for path in wanted:
+        within = next((attention for attention in attentions if f"{path}.".startswith(f"{attention}.")), None)
+        if within is not None:
+            if any(matches(part, within) for part in exclude):
+                continue
+            raise TargetError(
+                f"bias: {config.bias!r} means those of {within!r}, an nn.MultiheadAttention, which can't be trained yet. Leave it "
+                "out with exclude=[...], or leave bias out."
+            )
         module = known.get(path)
         if module is None or module._parameters.get("bias") is None or f"{path}.bias".lstrip(".") in kept:
             continue

@@ -13,6 +13,7 @@ from lorabank.bank.extra_places import extras_misfits
 from lorabank.bank.fused_layers import Slices, slices_of
 from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE
 from lorabank.bank.layers import layer_kind
+from lorabank.bank.multihead import Projection
 from lorabank.bank.parts import layer_parts, part_names
 from lorabank.bank.quantized import storage_of
 from lorabank.bank.stacks import ExpertStack
@@ -139,6 +140,8 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
     if (part.A.ndim > 2) != bool(kernel) or part.looks_up != looks_up:
         what = "a convolution" if part.A.ndim > 2 else "an embedding" if part.looks_up else "a linear layer"
         return f"{path}: made for {what}, the model's layer is a {type(layer).__name__}"
+    if isinstance(layer, Projection) and part.magnitude is not None:
+        return f"{path}: is decomposed (DoRA), which nn.MultiheadAttention's projections can't be; merge it where it was trained"
     if part.size != (fan_in, fan_out):
         return f"{path}: made for {part.size[0]} → {part.size[1]} features, the model's layer has {fan_in} → {fan_out}"
     if tuple(part.A.shape[2:]) != kernel or part.groups != kind.groups(layer):
@@ -159,8 +162,10 @@ def check_decomposed(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> 
                 f"use_dora: {path!r} is a slice of a fused layer, for which DoRA isn't supported yet. Name the whole layer in "
                 "targets, or leave use_dora out."
             )
-        if config.use_dora and kind is not None and kind.storage in (EMBEDDING, EXPERTS):
+        attends = isinstance(layer, Projection)
+        if config.use_dora and kind is not None and (attends or kind.storage in (EMBEDDING, EXPERTS)):
             what = "an embedding" if kind.storage == EMBEDDING else "a stack of experts"
+            what = "nn.MultiheadAttention's" if attends else what
             raise TargetError(f"use_dora: {path!r} is {what}, which DoRA isn't for. Leave it out of targets, or use_dora.")
 
 
@@ -183,8 +188,14 @@ def _absent(model: nn.Module, path: str, layers: Mapping[str, nn.Module]) -> str
         if component and not any(name.startswith(f"{component}.") for name in layers):
             return f"{path}: the model has no {component} (lorabank.formats.components.of_component takes one model's part)"
         return f"{path}: the model has no such layer{closest(path, layers)}"
+    if inside := [name.rpartition(".")[2] for name, layer in layers.items() if _is_projection_in(path, name, layer)]:
+        return f"{path}: is an nn.MultiheadAttention, whose layers are {', '.join(inside)}"
     why = unsupported_linear_maps(model).get(path, f"it is a {type(present).__name__}")
     return f"{path}: can't be adapted yet: {why}"
+
+
+def _is_projection_in(path: str, name: str, layer: nn.Module) -> bool:
+    return isinstance(layer, Projection) and name.rpartition(".")[0] == path
 
 
 def warn_ranks(name: str, ranks: Mapping[str, int], layers: Mapping[str, nn.Module]) -> None:

@@ -39,8 +39,13 @@ from lorabank.notices import warn_once
 class LoRALayer(Adapted, Carrier):
     """A base layer with the bank's slots beside it."""
 
-    def __init__(self, base: nn.Module, path: str, router: Router, rows_lost: str | None = None) -> None:
-        """`rows_lost`: why the route can't follow this layer's input to the batch's rows, None when it can."""
+    def __init__(
+        self, base: nn.Module, path: str, router: Router, rows_lost: str | None = None, *, beside_turned: bool = False
+    ) -> None:
+        """`rows_lost`: why the route can't follow this layer's input to the batch's rows, None when it can.
+
+        `beside_turned`: attention beside this layer has its rows second, so this layer's input may have as well.
+        """
         kind = layer_kind(base)
         if kind is None:
             raise TypeError(f"layer {path!r}: {type(base).__name__} can't be adapted")
@@ -58,6 +63,7 @@ class LoRALayer(Adapted, Carrier):
         own["moved"] = False
         own["router"] = router
         own["rows_lost"], own["folded"], own["called"] = rows_lost, None, None
+        own["beside_turned"] = beside_turned
         own["low_rank_map"] = kind.low_rank_map(base)
         own["_path_seed"] = zlib.crc32(path.encode())
 
@@ -69,6 +75,7 @@ class LoRALayer(Adapted, Carrier):
     read: int
     """Identity of the last plain call's input, which layers of a module that read one x have in common."""
     rows_lost: str | None
+    beside_turned: bool
     folded: OwnerWatch | None
     """Of the module that folds the batch's rows with what follows, ahead of this layer."""
     called: ContextVar[bool] | None
@@ -223,6 +230,8 @@ class LoRALayer(Adapted, Carrier):
             return "an adapter there trains a bias, or rows of its own"
         if not self.kind.in_blocks:
             return "its products are emulated"
+        if self.beside_turned:
+            return "an nn.MultiheadAttention beside it has its rows behind the tokens"
         return f"its input's rows aren't the batch's ({self.rows_lost})" if self.rows_lost is not None else self._called_as_is()
 
     def _called_as_is(self) -> str | None:
@@ -273,7 +282,7 @@ class LoRALayer(Adapted, Carrier):
             if not any(name in self.slots for name in routing.names):
                 return self.base(x)
             x = ids_of_rows(self.path, x, routing.rows)
-        units = self._units(routing, x)
+        units = self.units(routing, x)
         used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
         y = self._low_rank(x, [each for each in used if each[1].rank], units, routing)
         return self._with_extras(x, y, used, units) if any_extras(used) else y
@@ -324,10 +333,17 @@ class LoRALayer(Adapted, Carrier):
             return add_mapped(y[None], x[None], layer_map, plan, bias)[0]
         return add_mapped(y, x, layer_map, plan, bias)
 
-    def _units(self, routing: Routing, x: Tensor) -> int:
+    def units(self, routing: Routing, x: Tensor) -> int:
         """How many units x has under the routing. Raises RoutingError where it can't be split into them."""
         if self.folded is not None and routing.per == "row" and (rows := self.folded.rows) is not None:
             return routing.units_folded(rows, x, self.path)
+        alike = self.kind.linear and x.ndim > 2 and x.shape[0] == x.shape[1]
+        if self.beside_turned and routing.per == "row" and alike:
+            raise RoutingError(
+                f"layer {self.path!r} got {tuple(x.shape)}, and an nn.MultiheadAttention beside it has its rows behind tokens, "
+                "so which of two equal dimensions has the rows can't be told. Give another number of tokens, or build the "
+                "attention with batch_first=True."
+            )
         if not self.kind.kernel(self.base):
             return routing.units_of(x, self.path, features=self.kind.linear)
         if routing.per == "token":

@@ -36,6 +36,9 @@ FOLDING: Mapping[str, str] = {
 ELSEWHERE: Mapping[str, tuple[str, str]] = {
     r"(Longformer|LEDEncoder)SelfAttention": (r"(query|key|value)(_global)?", "its input is (tokens, rows, features)"),
     r"FSMT(En|De)coder": (r"layers\..*", "its input is (tokens, rows, features)"),
+    r"BridgeTowerResidualAttention": (r"mlp\..*", "its input is (tokens, rows, features)"),
+    r"Mask2FormerMaskedAttentionDecoderLayer": (r"fc[12]", "its input is (queries, rows, features)"),
+    r"OneFormerTransformerDecoder(QueryTransformerDecoder|FFN)Layer": (r"linear[12]", "its input is (queries, rows, features)"),
     r"XLNetModel": (r"layer\..*", "its input is (tokens, rows, features)"),
     r"Swinv2SelfAttention": (r"continuous_position_bias_mlp\..*", "its input is distances in a window, the same for all rows"),
 }

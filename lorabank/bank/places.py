@@ -7,6 +7,7 @@ import re
 from torch import Tensor, nn
 
 from lorabank.bank.owners import elsewhere, owners_of
+from lorabank.bank.wrapping import unwrapped
 from lorabank.errors import RoutingError
 
 _DISTANCES = re.compile(r"rel(ative)?_(att|pos|bias|emb)|distance|^pe_k$", re.IGNORECASE)
@@ -53,6 +54,15 @@ def places_of(model: nn.Module, layer: nn.Module) -> list[tuple[nn.Module, str]]
     ]
 
 
+def beside_turned(model: nn.Module, path: str) -> bool:
+    """Whether a layer stands in a module with an `nn.MultiheadAttention` whose rows are its second dimension.
+
+    The layer's own input may be turned like that one's, or not; where there are as many rows as tokens that can't be seen.
+    """
+    inside = (unwrapped(child) for owner, _ in owners_of(model, path) for child in owner._modules.values() if child is not None)
+    return any(isinstance(child, nn.MultiheadAttention) and not child.batch_first for child in inside)
+
+
 def rows_lost(model: nn.Module, path: str) -> str | None:
     """Why a layer's input doesn't have the batch's rows first, or None when it does as far as its place tells.
 
@@ -63,7 +73,10 @@ def rows_lost(model: nn.Module, path: str) -> str | None:
         return "an expert gets the tokens of all rows in an order of its own"
     if _DISTANCES.search(parts[-1]) and isinstance(model.get_submodule(path), nn.Embedding):
         return "its ids are distances between tokens, the same for all rows"
+    attends = isinstance(unwrapped(model.get_submodule(path)), nn.MultiheadAttention)  # which says where its rows are
     for owner, _ in owners_of(model, path):
+        if attends:
+            break
         if isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and not owner.self_attn.batch_first:
             return "its input is (tokens, rows, features); build the layer with batch_first=True"
     return elsewhere(model, path)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
 from lorabank.bank.kinds import layer_kind
+from lorabank.bank.multihead import Projection
 from lorabank.bank.places import places_of
 from lorabank.bank.reach import is_attached
 from lorabank.bank.targets import linear_layers, output_head_paths
@@ -77,7 +78,7 @@ def quantize_base(
             + (f": it is in {have} already." if have else ". Leave base_dtype out.")
         )
     where = None if device is None else torch.device(device)
-    present = model.get_submodule([*paths, *kept][0]).get_parameter("weight").device
+    present = linear_layers(model)[[*paths, *kept][0]].get_parameter("weight").device
     make = EmulatedFp8Linear if emulate else STORAGES[storage](where or present, say)
     if make is None:
         return QuantizedBase(storage=storage, layers=(), kept=dict.fromkeys(paths, "this GPU has no fp8 products") | kept)
@@ -103,13 +104,15 @@ def _candidates(model: nn.Module) -> list[str]:
 def _kept(model: nn.Module, storage: str) -> dict[str, str]:
     users = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    found: dict[str, str] = {}
+    found, layers = dict[str, str](), linear_layers(model)
     for path in _candidates(model):
-        layer = model.get_submodule(path)
+        layer = layers[path]
         weight = layer.get_parameter("weight")
         if weight.is_meta:
             raise LorabankError(f"quantize_base: {path}.weight is on the meta device: load the model first")
-        if users[id(weight)] > places[id(layer)]:
+        if isinstance(layer, Projection):
+            found[path] = "nn.MultiheadAttention reads their weight itself"
+        elif users[id(weight)] > places[id(layer)]:
             found[path] = "their weight is shared with another layer"
         elif layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
             found[path] = "they carry hooks"

@@ -23,6 +23,8 @@ from lorabank.bank import linear4bit
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import layer_kind
+from lorabank.bank.multihead import OUT, Projection, patterned, plays, projections_of
+from lorabank.bank.multihead import obstacle as attention_obstacle
 from lorabank.bank.owners import BYPASSED, is_named
 from lorabank.bank.slices import FusedSlice
 from lorabank.bank.stacks import ExpertStack, is_registered, obstacle, stacks_of
@@ -30,7 +32,6 @@ from lorabank.bank.wrappers import BASE_LAYER, without_wrappers, wraps_base_laye
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
-from lorabank.formats.patterns import pattern_value
 
 ALL_LINEAR = "all-linear"
 
@@ -39,6 +40,7 @@ _K = frozenset("k_proj k_lin key key_proj k to_k wk Wk".split())
 _V = frozenset("v_proj v_lin value value_proj v to_v wv Wv".split())
 _O = frozenset("o_proj out_proj out_lin o to_out wo_attn c_proj dense".split())
 _CROSS = re.compile(r"cross|encoder_attn|EncDecAttention|(^|\.)attn2(\.|$)", re.IGNORECASE)
+_TORCHS_CROSS = re.compile(r"(^|\.)multihead_attn(\.|$)")  # of nn.TransformerDecoderLayer, beside its self_attn
 _ATTENTION = re.compile(r"att", re.IGNORECASE)
 
 
@@ -93,7 +95,8 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     bypassed, found = _fused_away(model), dict[str, nn.Module]()
     for path, module in _own_modules(model):
         layer = unwrapped(module)
-        if path not in bypassed and layer_kind(layer) is not None:
+        found |= {f"{path}.{name}".lstrip("."): projection for name, projection in projections_of(layer).items()}
+        if path not in bypassed and path not in found and layer_kind(layer) is not None:
             found[path] = layer
         found |= {f"{path}.{name}".lstrip("."): stack for name, stack in stacks_of(layer).items()}
     return found
@@ -124,8 +127,9 @@ def _fused_away(model: nn.Module) -> dict[str, str]:
     """Layers that look as if they could be adapted and aren't called, or not always, with the reason."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found[f"{path}.out_proj".lstrip(".")] = "nn.MultiheadAttention reads its weight and never calls it"
+        layer = unwrapped(module)
+        if isinstance(layer, nn.MultiheadAttention) and attention_obstacle(layer) is not None:
+            found[f"{path}.{OUT}".lstrip(".")] = "nn.MultiheadAttention reads its weight and never calls it"
         for name, (children, why) in BYPASSED.items():
             if is_named(module, name):
                 found |= {f"{path}.{child}".lstrip("."): why for child in children if child in module._modules}
@@ -142,7 +146,8 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
         if path in heads or path in found or layer_kind(module) is not None:
             continue
         if isinstance(module, nn.MultiheadAttention):
-            found[path] = "nn.MultiheadAttention's fused q, k, v projection is not supported yet"
+            if (why := attention_obstacle(module)) is not None:
+                found[path] = f"an nn.MultiheadAttention that isn't supported: {why}"
         elif isinstance(module, nn.LazyLinear):
             found[path] = "LazyLinear has no weight before its first forward pass; run one first"
         elif linear4bit.is_linear4bit(module):
@@ -210,7 +215,7 @@ def resolve_targets(
 
     `apart`: paths of modules that train beside the base, which nothing here means. `fused`: slices that were declared of layers.
     """
-    whole = {path: layer for path, layer in adaptable_layers(model).items() if path not in apart}
+    whole = {path: layer for path, layer in adaptable_layers(model).items() if not _trains(path, layer, apart)}
     layers = with_slices(whole, slices_of(model, whole, fused or {}))
     heads = output_head_paths(model)
     chosen: set[str] = set()
@@ -244,9 +249,16 @@ def resolve_targets(
     if not chosen:
         raise TargetError(f"targets {as_list(config.targets)!r} less exclude {as_list(config.exclude)!r} leave no layer to adapt")
     _refuse_twice(chosen, layers)
-    _check_patterns("rank_pattern", config.rank_pattern, chosen)
-    _check_patterns("alpha_pattern", config.alpha_pattern, chosen)
-    return {path: layer for path, layer in layers.items() if path in chosen}
+    found_layers = {path: layer for path, layer in layers.items() if path in chosen}
+    _check_patterns("rank_pattern", config.rank_pattern, found_layers)
+    _check_patterns("alpha_pattern", config.alpha_pattern, found_layers)
+    return found_layers
+
+
+def _trains(path: str, layer: nn.Module, apart: Collection[str]) -> bool:
+    """Whether a layer, or the attention module whose weight it has, is one of those that train beside the base."""
+    within = isinstance(layer, Projection) and layer.name != OUT
+    return (_parents(path) if within else path) in apart
 
 
 def _named(part: str, layers: Mapping[str, nn.Module], setting: str) -> set[str]:
@@ -274,8 +286,10 @@ def _part_names(part: str, path: str, layer: nn.Module, setting: str) -> bool:
     if part in ALL_OF_A_KIND:
         kind = layer_kind(layer)
         return kind is not None and kind.storage == ALL_OF_A_KIND[part]
-    if isinstance(layer, ExpertStack) and part not in ROLES and _part_matches(part, _parents(path), setting):
-        return True  # the module of the stacks was named
+    if isinstance(layer, ExpertStack | Projection) and part not in ROLES and _part_matches(part, _parents(path), setting):
+        return True  # the module of the stacks, or of the attention, was named
+    if isinstance(layer, Projection) and part in ROLES:
+        return plays(part, layer, bool(_CROSS.search(path) or _TORCHS_CROSS.search(path)))
     return _part_matches(part, path, setting) and (part not in ROLES or setting == "exclude" or _is_linear(layer))
 
 
@@ -286,10 +300,10 @@ def _part_matches(part: str, path: str, setting: str) -> bool:
         raise TargetError(f"{setting}: {part!r} is no regular expression: {error}") from error
 
 
-def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: set[str]) -> None:
+def _check_patterns(setting: str, patterns: Mapping[str, float], chosen: Mapping[str, nn.Module]) -> None:
     for key, value in patterns.items():
         try:
-            used = any(pattern_value({key: value}, without_wrappers(path), 0) for path in chosen)
+            used = any(patterned({key: value}, without_wrappers(path), layer, 0) for path, layer in chosen.items())
         except re.error as error:
             raise TargetError(f"{setting}: {key!r} is no regular expression: {error}") from error
         if not used:
@@ -375,5 +389,7 @@ def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: n
     names = sorted({_leaf(path) for path in layers})
     hint = closest(part, [name for name in (*names, *ROLES, ALL_LINEAR, *ALL_OF_A_KIND) if name != part])
     fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""
+    if fused and any(isinstance(layer, Projection) for layer in layers.values()):
+        fused = " (nn.MultiheadAttention has q, k and v in one layer: name 'in_proj')"
     what = ALL_OF_A_KIND.get(part, "linear layer" if part in ROLES else "layer")
     return f"{setting}: {part!r} matches no {what} of the model{hint}{fused}. It has: {', '.join(names) or 'none'}"

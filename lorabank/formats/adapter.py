@@ -42,6 +42,8 @@ class AdapterLayer:
     """Of an expert in a stack of expert weights, whose path ends with its number: how many there are. 0 for other layers."""
     outputs: OutputSlice | None = None
     """Of a slice of a fused layer, whose path ends with the slice's name: which of the layer's outputs are B's rows."""
+    attention: bool = False
+    """Whether it is an `nn.MultiheadAttention`'s in_proj or out_proj, which PEFT's files name by the module."""
     magnitude: Tensor | None = None
     """(out,) of a decomposed layer (DoRA), whose weight is magnitude · V / ‖V‖ for each output, V = W + scaling · B A."""
 

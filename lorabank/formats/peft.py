@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
-from lorabank.formats import peft_extras, saved, slices, stacks
+from lorabank.formats import multihead, peft_extras, saved, slices, stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
@@ -73,10 +73,11 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         raise AdapterFileError("the adapter has no layers, so there is nothing to save")
     recorded, adapter = slices.record(adapter), slices.without_slices(adapter)
     tensors: dict[str, Tensor] = {}
-    for path, layer in adapter.layers.items():
+    layers = multihead.as_peft_has_them(adapter.layers)
+    for path, layer in layers.items():
         if not layer.stack:
             tensors |= to_tensors(path, layer)
-    tensors |= stacks.to_tensors(stacks.stacks(adapter.layers))
+    tensors |= stacks.to_tensors(stacks.stacks(layers))
     check_modules(adapter.modules, adapter.layers)
     tensors |= saved.to_tensors(adapter.modules)
     tensors |= {base_name(path): weight for path, weight in adapter.base_weights.items()}
@@ -85,7 +86,7 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         key.removeprefix(TENSOR_METADATA): value for key, value in adapter.metadata.items() if key.startswith(TENSOR_METADATA)
     }
     writer = tensors_writer(tensors, {**more, "format": "pt"})
-    settings = to_peft(adapter, stacks.one_of_each(adapter.layers))
+    settings = to_peft(adapter, stacks.one_of_each(multihead.one_of_each(layers)))
     own = {
         "version": 1,
         "peft": {key: settings.get(key) for key in SHARED_SETTINGS},
@@ -132,6 +133,8 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
     modules, tensors = split_modules(str(tensors_path), settings.raw.get("modules_to_save"), tensors)
     experts, tensors = stacks.split_stacks(str(tensors_path), settings, tensors)
     extras, tensors = peft_extras.split_extras(str(tensors_path), settings.raw, tensors)
+    attention, tensors = multihead.split_attention(str(tensors_path), settings, tensors)
+    experts |= attention
     magnitudes, tensors = split_magnitudes(str(tensors_path), tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
     plain = _layers(str(tensors_path), settings, tensors) if tensors or not experts else {}

@@ -98,6 +98,11 @@ def _experts(adapter: Adapter, reader: str) -> list[Obstacle]:
     return _found(f"experts aren't exported for {reader}", MERGE, layers)
 
 
+def _attention(adapter: Adapter, reader: str) -> list[Obstacle]:
+    layers = _paths(adapter, lambda path, layer: layer.attention)
+    return _found(f"nn.MultiheadAttention isn't adapted by {reader}", MERGE, layers)
+
+
 IMAGE_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 """Components of an image model's pipeline by which its paths are told; `transformer` begins GPT-2's paths as well."""
 IMAGE_BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
@@ -139,6 +144,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
         *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
         *_experts(adapter, "vLLM"),
         *_modules(adapter, "vLLM"),
+        *_attention(adapter, "vLLM"),
         *_found("vLLM takes no adapters for GPT-2", MERGE, transposed),
     ]
 
@@ -163,6 +169,7 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
         *_convolutions(adapter, "llama.cpp"),
         *_experts(adapter, "llama.cpp"),
         *_modules(adapter, "llama.cpp", "merge it (lorabank merge) and convert the merged model"),
+        *_attention(adapter, "llama.cpp"),
     ]
 
 
@@ -174,6 +181,7 @@ def _merged_gguf(adapter: Adapter) -> list[Obstacle]:
         *_extras(adapter, "a merge into a GGUF"),
         *_experts(adapter, "a GGUF"),
         *_modules(adapter, "a merge into a GGUF", "merge it (lorabank merge) and convert the merged model"),
+        *_attention(adapter, "a GGUF"),
     ]
 
 
@@ -182,6 +190,7 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
     three, one = (tuple(path for path, layer in layers.items() if layer.A.ndim == ndim) for ndim in (5, 3))
     convolved = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim > 2)
     stacked = _paths(adapter, lambda path, layer: layer.stack > 0)
+    attention = _paths(adapter, lambda path, layer: layer.attention)
     dora = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim == 2)
     low = _paths(adapter, lambda path, layer: layer.lora_bias is not None)
     return [
@@ -192,6 +201,7 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
         *_found("PEFT reads adapters of stacked experts from 0.17 on", "update PEFT", stacked),
         *_found("PEFT reads lora_bias from 0.14 on", "update PEFT", low),
         *_found("PEFT reads token rows from 0.15 on", "update PEFT", tuple(adapter.token_rows)),
+        *_found("PEFT reads adapters of nn.MultiheadAttention from 0.15 on", "update PEFT", attention),
         *_found("PEFT reads adapters of Conv3d from 0.14 on", "update PEFT", three),
         *_found("PEFT reads adapters of Conv1d from 0.15 on", "update PEFT", one),
     ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.layers import layer_kind
+from lorabank.bank.multihead import weight_name
 from lorabank.bank.parts import layer_parts
 from lorabank.bank.tied import shared_in
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, Setting, closest
@@ -242,7 +243,7 @@ def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module], adapter: Ada
         if value.numel() and not value.is_meta:
             users.setdefault((value.device, value.data_ptr()), []).append(name)
     for path in layers:
-        mine = path.rpartition(".")[0] if adapter.layers[path].stack else f"{path}.weight".lstrip(".")
+        mine = path.rpartition(".")[0] if adapter.layers[path].stack else weight_name(path, layers[path])
         weight = model.get_parameter(mine)
         ends = {mine, *(f"{head}.weight" for head, embedding in shared.items() if embedding == path)}
         others = [name for name in users[weight.device, weight.data_ptr()] if name not in ends]

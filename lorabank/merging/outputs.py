@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from lorabank.bank.attach import attach
 from lorabank.bank.layers import LoRALayer, layer_kind
+from lorabank.bank.multihead import Projection
 from lorabank.bank.reach import is_attached
+from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.kernels.maps import LowRankMap
@@ -88,15 +90,16 @@ def compare(plain: Tensor, beside: Tensor, merged: Tensor, report: MergeReport) 
 def adapter_beside(model: nn.Module, adapter: Adapter, *, strength: float = 1.0) -> Iterator[None]:
     """While open, every layer of `adapter` adds its change to the layer's output, through forward hooks: the plain definition.
 
-    Experts of a stack have no output of their own, norms' biases no layer, and modules trained in full aren't added to: then a
-    bank does it. Raises MergeError where the model has one already.
+    Experts of a stack and nn.MultiheadAttention's projections have no output of their own, norms' biases no layer, and modules
+    trained in full aren't added to: then a bank does it. Raises MergeError where the model has one already.
     """
-    changed = any(layer.stack or layer.lora_bias is not None for layer in adapter.layers.values())
+    inside = {path for path, layer in adaptable_layers(model).items() if isinstance(layer, Projection)}
+    changed = any(layer.stack or layer.lora_bias is not None or path in inside for path, layer in adapter.layers.items())
     if adapter.modules or adapter.extras or changed:
         if is_attached(model):
             raise MergeError(
-                "merge: with inputs the outputs of a mixture, or with trained biases, rows or modules, are compared through a "
-                "bank, and this model has one. Leave inputs out, or detach the bank first (bank.detach())."
+                "merge: with inputs the outputs of a mixture, of nn.MultiheadAttention, or with trained biases, rows or modules, "
+                "are compared through a bank, and this model has one. Leave inputs out, or detach the bank first (bank.detach())."
             )
         bank = attach(model)
         try:

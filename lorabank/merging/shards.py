@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.fit import misfit, other_weight
+from lorabank.bank.multihead import weight_name
 from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, ModelError, OutputError, closest
 from lorabank.formats.adapter import Adapter
@@ -165,7 +166,7 @@ def _places(model: nn.Module, adapter: Adapter, names: Names, owners: Mapping[st
             )
         if path not in layers:
             raise MergeError(f"merge: the model has no layer {path!r} that can be merged into{closest(path, layers)}")
-        module, name = layers[path], f"{path}.weight"
+        module, name = layers[path], weight_name(path, layers[path])
         if wrong := misfit(path, layer, module):
             raise MergeError(f"merge: {wrong}; the adapter belongs to another base")
         if not (all(bool(tensor.isfinite().all()) for tensor in layer.tensors.values()) and math.isfinite(layer.scaling)):

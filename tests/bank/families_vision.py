@@ -8,7 +8,7 @@ from typing import Any
 import transformers as hf
 from torch import nn
 
-from tests.bank.family import FUSED, IMAGE, ROWS, SIZES, TWO_SIDES, Family, named, pictures, random, video
+from tests.bank.family import IMAGE, ROWS, SIZES, TWO_SIDES, Family, named, pictures, random, video
 
 _WINDOWS: Mapping[str, Any] = {
     "image_size": 32,
@@ -162,5 +162,5 @@ VISION: Mapping[str, Family] = {
         prompt_encoder_config={"hidden_size": 16, "image_size": 32, "patch_size": 4, "mask_input_channels": 4},
         mask_decoder_config={**SIZES, "num_attention_heads": 2, "mlp_dim": 24, "iou_head_hidden_dim": 16},
     ),
-    "siglip_vision_model": _sees("SiglipVisionModel", known={**FUSED, "exclude": ["head.attention", "out_proj"]}, **IMAGE),
+    "siglip_vision_model": _sees("SiglipVisionModel", **IMAGE),
 }

@@ -28,10 +28,6 @@ IMAGE: Mapping[str, Any] = {**SIZES, "image_size": 16, "patch_size": 4}
 TWO_SIDES: Mapping[str, Any] = {
     f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 24))
 }
-FUSED: Mapping[str, Any] = {
-    "left": r"nn.MultiheadAttention reads its weight and never calls it\).*fused q, k, v projection",
-}
-"""What is known of families with torch's own attention."""
 Inputs = Callable[[], dict[str, Any]]
 
 

@@ -334,3 +334,13 @@ def test_detach_gives_the_model_back() -> None:
     bank.detach()
     assert {path: type(m) for path, m in model.named_modules()} == types
     assert state_bytes(model) == state_bytes(make("gpt2"))
+
+
+@pytest.mark.parametrize("setting", [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}])
+def test_those_of_torchs_attention_are_refused_by_name(setting: dict[str, Any]) -> None:
+    bank = attach(make("torch encoder"))
+    with pytest.raises(TargetError, match=r"nn\.MultiheadAttention"):
+        bank.add("a", AdapterConfig(targets="all-linear", **setting))
+    if "bias" in setting:
+        bank.add("a", AdapterConfig(targets=["linear1"], exclude=["self_attn"], **setting))
+        assert not any("attn" in key for key, _ in bank.named_parameters("a"))

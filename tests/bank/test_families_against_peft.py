@@ -55,6 +55,11 @@ def _in_peft(base: torch.nn.Module, folder: Path, family: Family) -> tuple[list[
             if type(owner).__name__ == "ParamWrapper":  # of stacked experts
                 path = f"{path.removesuffix('.base_layer')}.{owner.parameter_name}"
                 g = g if role == "A" else g.view(len(g), -1, owner.num_experts).permute(2, 1, 0).flatten(0, 1).t()
+            elif type(owner).__name__ == "MultiheadAttention":
+                path = f"{path}.in_proj"
+            elif path.endswith(".base_layer.out_proj"):
+                path = path.replace(".base_layer", "")
+                g = 2 * g if role == "A" else g  # its change is added twice, once past autograd; the file's B is half as large
             grads[f"a:{path}.{role}"] = g.flatten(1) if role == "A" else g.flatten(1).t()
     return [t.detach() for t in found], grads
 

@@ -191,11 +191,21 @@ def test_experts_are_targets_like_layers() -> None:
     assert set(_chosen("mixtral", "all-linear", exclude=["down_proj"])) == {stacks[0], *attention}
 
 
+class _OwnAttention(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
 def test_trap12_attention_that_never_calls_its_projection_is_refused() -> None:
+    """Where it computes in a way of its own; torch's own is in test_multihead.py."""
     model = TorchEncoder()
+    for layer in model.encoder.layers:
+        layer.self_attn = _OwnAttention(16, 2, batch_first=True)
     bank = attach(model)
     with pytest.raises(TargetError, match=r"self_attn.out_proj \(nn.MultiheadAttention reads its weight and never calls it\)"):
         bank.add("a", AdapterConfig(rank=2))
+    with pytest.raises(TargetError, match=r"'self_attn' names encoder.*, which can't be adapted: .*it has a forward of its own"):
+        bank.add("a", AdapterConfig(rank=2, targets=["self_attn"]))
     with pytest.raises(TargetError, match=r"'out_proj' names encoder.layers.0.self_attn.out_proj, which can't be adapted"):
         bank.add("a", AdapterConfig(rank=2, targets=["out_proj"]))
     bank.add("a", AdapterConfig(rank=2, exclude=["self_attn", "out_proj"]))

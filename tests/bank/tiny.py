@@ -186,7 +186,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "rows of handwritten": Handwritten,
 }
 TARGETS: dict[str, Any] = {
-    "torch encoder": ["linear1", "linear2", "head"],
     "pictures": ["all-linear", "all-conv", "all-embedding"],
     "decomposed pictures": ["all-linear", "all-conv"],
     "sliced gpt2": ["q", "v", "c_proj"],
