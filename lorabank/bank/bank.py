@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lorabank.bank.adapter_start import AdapterStart, check_prepared
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.experts import LoRAExperts
@@ -26,6 +27,7 @@ from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
+from lorabank.bank.spectral import check_start
 from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
@@ -58,6 +60,15 @@ class _Slot:
     task_type: str | None = None
     base_storage: str | None = None
     """How the base was stored where a loaded adapter was trained, if in fewer than 16 bits."""
+    start: AdapterStart | None = None
+    """What it was made with, where that was prepared."""
+
+
+def _fresh(place: Carrier, slot: _Slot, rank: int, scaling: float) -> SlotValues:
+    """What an untrained adapter has in a place."""
+    if slot.start is not None:
+        return slot.start.values(place.path, rank, scaling)
+    return place.fresh(slot.config, rank, scaling, slot.seed)
 
 
 class AdapterBank:
@@ -122,15 +133,19 @@ class AdapterBank:
         """The configuration of an adapter."""
         return self._slot(name).config
 
-    def add(self, name: str, config: AdapterConfig | Any, *, seed: int = 0) -> None:
+    def add(self, name: str, config: AdapterConfig | AdapterStart | Any, *, seed: int = 0) -> None:
         """A new, untrained adapter: A random, B zero, so outputs don't change yet.
 
-        `config` is an AdapterConfig, a dict of its fields, or a `peft.LoraConfig`. The start of A depends on `seed`, the layer
-        and the shape alone. Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
+        `config` is an AdapterConfig, a dict of its fields, a `peft.LoraConfig`, or what `lorabank.eva` or `lorabank.loftq` made.
+        A random start depends on `seed`, the layer and the shape alone. Raises TargetError, AdapterNameError or ConfigError; the
+        bank is unchanged then.
         """
         self._check_alive()
         check_new_name(name, self._slots)
-        config = as_adapter_config(config)
+        start = config if isinstance(config, AdapterStart) else None
+        config = as_adapter_config(config) if start is None else start.config
+        if start is None:
+            check_prepared(config)
         chosen = resolve_targets(self.model, config, kept_modules(self.kept))
         chosen, shared = tie(name, config, adaptable_layers(self.model), chosen)
         check_decomposed(config, chosen)
@@ -139,10 +154,11 @@ class AdapterBank:
             known = without_wrappers(path)
             rank = pattern_value(config.rank_pattern, known, config.rank)
             shapes[path] = (rank, config.scaling(rank, pattern_value(config.alpha_pattern, known, config.alpha)))
-        slot = _Slot(config=config, seed=seed, paths=tuple(chosen), shared=shared)
+        check_start(config, chosen, {path: rank for path, (rank, _) in shapes.items()})
+        slot = _Slot(config=config, seed=seed, paths=tuple(chosen), shared=shared, start=start)
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
 
-        self._install(name, slot, chosen, lambda place: place.fresh(config, *shapes[place.path], seed))
+        self._install(name, slot, chosen, lambda place: _fresh(place, slot, *shapes[place.path]))
 
     def load(self, name: str, adapter: Adapter, *, force: bool = False, seed: int = 0) -> None:
         """Put a trained adapter into the bank under `name`.
@@ -208,6 +224,21 @@ class AdapterBank:
                 tensors = self._layers[path].slots[adapter].tensors
                 for role, leaf in tensors.by_role.items():
                     yield f"{prefix}{path}.{role}", leaf
+
+    def frozen_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """`<layer path>.A` / `.B` and the tensor of where an adapter started, of one whose change is a difference from there."""
+        for path in self._slot(name).paths:
+            frozen = self._layers[path].slots[name].frozen
+            if frozen is not None:
+                yield from frozen.named(path)
+
+    def restart(self, name: str) -> None:
+        """Set an adapter that `add` made back to its first values."""
+        slot = self._slot(name)
+        for path in (path for path in slot.paths if path not in slot.shared):
+            place = self._layers[path]
+            mine = place.slots[name]
+            place.write(name, _fresh(place, slot, mine.rank, mine.scaling))
 
     def parameter_groups(self, name: str, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict[str, Any]]:
         """Groups for any torch optimizer: A with `learning_rate`, B with `loraplus_ratio` times it (LoRA+, arXiv:2402.12354)."""

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from lorabank.bank.frozen import FrozenPart
 from lorabank.bank.routing import Routing
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.config.adapter import AdapterConfig
@@ -26,6 +28,8 @@ class LayerSlot:
     seed: int
     shared: bool = False
     """Whether the numbers are another place's, turned (bank/tied.py)."""
+    frozen: FrozenPart | None = None
+    """Where it started, if its change is the difference from there."""
 
 
 class SlotValues(NamedTuple):
@@ -40,6 +44,8 @@ class SlotValues(NamedTuple):
     decomposed: bool
     rank: int
     scaling: float
+    frozen: tuple[Tensor, Tensor] | None = None
+    """A₀ (R, in) and B₀ (out, R) that the change is a difference from."""
 
 
 class Router(Protocol):
@@ -108,7 +114,8 @@ class Carrier(ABC):
     def add_slot(self, name: str, values: SlotValues, dropout: float, seed: int) -> SlotTensors:
         """Reserve room for an adapter's part; its values are written by `write`."""
         tensors = self.store.allocate(name, len(values.A), decomposed=values.decomposed)
-        self.slots[name] = LayerSlot(tensors, values.rank, values.scaling, dropout, seed)
+        frozen = None if values.frozen is None else FrozenPart(torch.zeros_like(tensors.A_RI), torch.zeros_like(tensors.B_RO))
+        self.slots[name] = LayerSlot(tensors, values.rank, values.scaling, dropout, seed, frozen=frozen)
         self._refresh()
         return tensors
 

@@ -41,6 +41,9 @@ class AdapterLayer:
     magnitude: Tensor | None = None
     """(out,) of a decomposed layer (DoRA), whose weight is magnitude · V / ‖V‖ for each output, V = W + scaling · B A."""
 
+    frozen_rank: int = 0
+    """Of its ranks, how many at the end are where it started, with B's sign turned, and don't train (docs/inits.md)."""
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by the name of their field."""
@@ -86,6 +89,10 @@ class Adapter:
                 raise AdapterFileError(
                     f"layer {path!r}: expected A (rank, in …) and B (out, rank) of one rank, "
                     f"got A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}"
+                )
+            if not 0 <= layer.frozen_rank < max(layer.rank, 1) or (layer.frozen_rank and 2 * layer.frozen_rank != layer.rank):
+                raise AdapterFileError(
+                    f"layer {path!r}: expected a frozen rank of 0 or half of its rank, {layer.rank}, got {layer.frozen_rank}"
                 )
             if layer.magnitude is not None and layer.magnitude.shape != layer.B.shape[:1]:
                 raise AdapterFileError(

@@ -22,6 +22,7 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats import stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.differences import FROZEN, marked, restored
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.peft_config import PeftSettings, config_from_dict, config_to_dict, read_settings, to_peft
@@ -81,7 +82,7 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         "version": 1,
         "peft": {key: settings.get(key) for key in SHARED_SETTINGS},
         "config": config_to_dict(adapter.config),
-        "metadata": dict(sorted(adapter.metadata.items())),
+        "metadata": dict(sorted(marked(adapter).items())),
         "tensors_sha256": _sha256(writer),
         "fingerprint": adapter.fingerprint.to_dict() if adapter.fingerprint else None,
     }
@@ -218,7 +219,8 @@ def _with_own(folder: Path, adapter: Adapter, settings: PeftSettings, own: _Own)
     """Add what `lorabank.json` knows, unless PEFT's settings were changed since: those are what other tools go by."""
     changed = [key for key in SHARED_SETTINGS if settings.raw.get(key) != own.peft.get(key)]
     if not changed:
-        return replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
+        adapter = replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
+        return restored(str(folder / OWN_FILE), adapter) if FROZEN in own.metadata else adapter
     warnings.warn(
         f"{folder / CONFIG_FILE}: {', '.join(changed)} changed since {OWN_FILE} was written; what {CONFIG_FILE} says is taken.",
         stacklevel=3,

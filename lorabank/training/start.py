@@ -77,13 +77,14 @@ def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
 
 def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
     """Set an adapter's values back to where they started."""
-    start = None if job.run.init_from is None else at_home(bank.model, Adapter.load(job.run.init_from))
+    if job.run.init_from is None:
+        bank.restart(name)
+        return
+    start = at_home(bank.model, Adapter.load(job.run.init_from))
     for layer in all_layers(bank):
         slot = layer.slots.get(name)
         if slot is not None and not slot.shared:
-            config = bank.config(name)
-            fresh = layer.fresh(config, slot.rank, slot.scaling, job.seed) if start is None else layer.values_of(start.layers)
-            layer.write(name, fresh)
+            layer.write(name, layer.values_of(start.layers))
 
 
 def adapter_is_finite(bank: AdapterBank, name: str) -> bool:

@@ -1,0 +1,42 @@
+"""The names of how an adapter starts, `AdapterConfig.init`. What each does stands in bank/init.py and bank/spectral.py."""
+
+from __future__ import annotations
+
+import re
+
+from lorabank.errors import ConfigError, Setting, closest
+
+RANDOM = ("uniform", "gaussian", "orthogonal")
+"""A, or A and B, drawn from the seed; ΔW begins at zero."""
+DIFFERENCES = ("pissa", "olora")
+"""A and B out of the base weight; the adapter's change is its difference from there. Also `pissa_niter_<n>`."""
+PREPARED = ("eva", "loftq")
+"""Out of data, or of the weights before quantisation: made by `lorabank.eva`, `lorabank.loftq`, or by a training run."""
+_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def is_difference(init: str) -> bool:
+    """Whether the adapter's change is scaling · (B A − B₀ A₀), A₀ and B₀ being where it starts."""
+    return init in DIFFERENCES or _NITER.fullmatch(init) is not None
+
+
+def niter(init: str) -> int | None:
+    """Subspace iterations of `pissa_niter_<n>`, None for other names."""
+    found = _NITER.fullmatch(init)
+    return None if found is None else int(found[1])
+
+
+def check_init(init: object, *, use_dora: bool, rank: int) -> None:
+    """Raise ConfigError for a name that isn't one, and for what doesn't go with it."""
+    known = (*RANDOM, *DIFFERENCES, *PREPARED)
+    if not isinstance(init, str) or not (init in known or is_difference(init)):
+        options = ", ".join((*RANDOM, "pissa", "pissa_niter_<n>", *DIFFERENCES[1:], *PREPARED))
+        raise ConfigError(Setting("init"), f": expected one of {options}, got {init!r}{closest(str(init), known)}")
+    if use_dora and init not in ("uniform", "gaussian"):
+        raise ConfigError(
+            Setting("init"),
+            f": {init!r} doesn't go with use_dora, whose magnitudes are the base weight's own. Use init 'uniform', or leave "
+            "use_dora out.",
+        )
+    if init == "orthogonal" and rank % 2:
+        raise ConfigError(Setting("init"), f": 'orthogonal' gives half of the ranks to A and half to B, got the odd rank {rank}")
