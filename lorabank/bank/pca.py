@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorabank.bank.leading import leading
+
 
 class PrincipalComponents:
     """The largest `components` directions of the rows seen so far, about their mean (Ross et al. 2008, the update of section 2).
@@ -44,6 +46,5 @@ class PrincipalComponents:
             self._mean_I = self._mean_I + moved_I * (count / total)
         else:
             self._squares, self._mean_I = squares, mean_I
-        _, S, Vh = torch.linalg.svd(centred_NI, full_matrices=False)
-        self._S_K, self.directions = S[: self.components].clone(), Vh[: self.components].clone()
+        _, self._S_K, self.directions = leading(centred_NI, self.components)
         self.count += count

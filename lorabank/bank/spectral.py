@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.kinds import EXPERTS, layer_kind
+from lorabank.bank.leading import leading
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.inits import PREPARED, is_difference, niter
 from lorabank.errors import TargetError
@@ -29,8 +30,7 @@ def principal(weight_OI: Tensor, rank: int, scaling: float) -> Pair:
 
     W = U S Vᵀ; A₀ = √(S[:r]/scaling) V[:, :r]ᵀ, B₀ = U[:, :r] √(S[:r]/scaling).
     """
-    U, S, Vh = torch.linalg.svd(weight_OI, full_matrices=False)
-    return factors(U[:, :rank], S[:rank], Vh[:rank], scaling)
+    return factors(*leading(weight_OI, rank), scaling)
 
 
 def principal_fast(weight_OI: Tensor, rank: int, scaling: float, iterations: int, generator: torch.Generator) -> Pair:

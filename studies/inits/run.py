@@ -3,7 +3,7 @@
     python studies/inits/run.py
 
 For each seed the adapters are made once; each learning rate starts from there again. Over a base in fp32 the inits that need no
-quantised base, over one rounded to NF4 LoftQ. What is measured goes into results/result.json after each learning rate.
+quantised base, over one rounded to NF4 LoftQ. A base and seed go into results/<base>-<seed>.json, written after each learning rate.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from lorabank.training.streams import RowStream
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 INITS: Mapping[str, Sequence[str]] = {
-    "fp32": ("uniform", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva"),
+    "fp32": ("uniform", "orthogonal", "pissa", "olora", "eva"),
     "nf4": ("uniform", "loftq"),
 }
 """By the base that they are trained over."""
@@ -180,38 +180,39 @@ def main() -> int:
     """Measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="name as in lorabank's settings (default %(default)s)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 3e-4, 2e-5])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 2e-3, 2e-5])
+    parser.add_argument("--bases", nargs="+", default=list(INITS), choices=list(INITS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4, help="rows a step of each adapter")
     parser.add_argument("--rank", type=int, default=16, help="alpha is the same, so the scaling is 1")
-    parser.add_argument("--eva-batches", type=int, default=8, help="micro-batches that EVA looks at")
+    parser.add_argument("--eva-batches", type=int, default=4, help="micro-batches that EVA looks at")
     parser.add_argument("--validation-rows", type=int, default=24)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=HERE / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     args.output.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
+    about: dict[str, Any] = {
+        "settings": {key: value for key, value in vars(args).items() if key not in ("output", "bases", "seeds")},
         "versions": {"torch": torch.__version__, "transformers": version("transformers"), "python": platform.python_version()},
         "machine": processor(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "runs": {},
     }
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
 
     def keep(storage: str, seed: int, rate: float | None, found: Mapping[str, Any]) -> None:
-        run = document["runs"].setdefault(storage, {}).setdefault(str(seed), {"rates": {}})
+        run = runs.setdefault((storage, seed), {**about, "base": storage, "seed": seed, "rates": {}})
         if rate is None:
             run.update(found)
         else:
             run["rates"][f"{rate:g}"] = found
-        (args.output / "result.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (args.output / f"{storage}-{seed}.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
     for seed in args.seeds:
-        for storage in INITS:
+        for storage in args.bases:
             measure(storage, seed, args, keep)
     write(args.output)
     return 0

@@ -1,4 +1,4 @@
-"""The tables of results/result.json.
+"""The tables of results/*.json.
 
 python studies/inits/table.py      # writes README.md's tables anew
 """
@@ -6,7 +6,7 @@ python studies/inits/table.py      # writes README.md's tables anew
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,19 @@ SHOWN = (0, 1, 2, 4, 9, 19, 29)
 """Steps whose training loss is shown, counted from 0: the loss before the step is made."""
 
 
-def table(document: Mapping[str, Any]) -> str:
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The runs in a folder, one a base and seed."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: for each base and learning rate, a line an init and seed."""
     parts: list[str] = []
-    for storage, seeds in document["runs"].items():
-        for rate in [f"{rate:g}" for rate in document["settings"]["rates"]]:
-            measured = {seed: run for seed, run in seeds.items() if rate in run["rates"]}
-            if measured:
-                parts += [f"Base in {storage}, learning rate {rate}:", "", *_lines(measured, rate), ""]
+    for storage in dict.fromkeys(run["base"] for run in runs):
+        mine = [run for run in runs if run["base"] == storage]
+        for rate in sorted({rate for run in mine for rate in run["rates"]}, key=float):
+            measured = {str(run["seed"]): run for run in mine if rate in run["rates"]}
+            parts += [f"Base in {storage}, learning rate {rate}:", "", *_lines(measured, rate), ""]
     return "\n".join(parts).rstrip()
 
 
@@ -47,19 +52,19 @@ def _lines(seeds: Mapping[str, Any], rate: str) -> list[str]:
     return lines
 
 
-def with_table(text: str, document: Mapping[str, Any]) -> str:
-    """README.md with the tables of `document` between its marks."""
+def with_table(text: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """README.md with the tables of `runs` between its marks."""
     before, mark, rest = text.partition(MARK)
-    return f"{before}{mark}\n{table(document)}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{mark}\n{table(runs)}\n{END}{rest.partition(END)[2]}"
 
 
 def write(folder: Path) -> None:
-    """Print the tables of the result in `folder`; write them into README.md where it is the study's own."""
-    document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    print(table(document))
+    """Print the tables of the results in `folder`; write them into README.md where it is the study's own."""
+    runs = read(folder)
+    print(table(runs))
     readme = HERE / "README.md"
     if folder.resolve() == HERE / "results" and readme.is_file():
-        readme.write_text(with_table(readme.read_text(encoding="utf-8"), document), encoding="utf-8")
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), runs), encoding="utf-8")
 
 
 if __name__ == "__main__":
