@@ -18,7 +18,7 @@ def leading(matrix_NM: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(work @ work.t() if wide else work.t() @ work)
     S = values.flip(0)[:count].clamp(min=0).sqrt()
     short = vectors.flip(1)[:, :count]
-    inverse = torch.where(S > 1e-7 * S[:1], 1 / S, 0.0)
+    inverse = torch.where(1e-7 * S[:1] < S, 1 / S, 0.0)
     S = torch.where(inverse > 0, S, 0.0)
     long = (work.t() @ short if wide else work @ short) * inverse
     U, V = (short, long) if wide else (long, short)

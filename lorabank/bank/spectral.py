@@ -76,10 +76,15 @@ def check_start(config: AdapterConfig, layers: dict[str, nn.Module], ranks: dict
                 f"init: {config.init!r} is for linear layers, and {path!r} is {what}. Leave it out of "
                 "targets, or use init 'uniform'."
             )
-        if kind is not None and spectral and ranks[path] > (most := min(kind.features(layer))):
+        if kind is not None and spectral and ranks[path] > (most := _directions(config.init, *kind.features(layer))):
             raise TargetError(
-                f"init: {config.init!r} can't give layer {path!r} the rank {ranks[path]}: its weight has {most} directions. "
-                f"Use a rank of at most {most} there (rank_pattern), or init 'uniform'."
+                f"init: {config.init!r} can't give layer {path!r} the rank {ranks[path]}: there are {most} directions to start "
+                f"from. Use a rank of at most {most} there (rank_pattern), or init 'uniform'."
             )
         if kind is not None and config.init == "orthogonal" and ranks[path] % 2:
             raise TargetError(f"init: 'orthogonal' needs an even rank, and layer {path!r} has {ranks[path]} (rank_pattern).")
+
+
+def _directions(init: str, fan_in: int, fan_out: int) -> int:
+    """How many there are: EVA's are those of the inputs alone."""
+    return fan_in if init == "eva" else min(fan_in, fan_out)

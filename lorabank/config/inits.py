@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from lorabank.errors import ConfigError, Setting, closest
 
@@ -40,3 +41,22 @@ def check_init(init: object, *, use_dora: bool, rank: int) -> None:
         )
     if init == "orthogonal" and rank % 2:
         raise ConfigError(Setting("init"), f": 'orthogonal' gives half of the ranks to A and half to B, got the odd rank {rank}")
+
+
+PEFT_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "eva_config": {
+        "rho": 2.0,
+        "use_label_mask": True,
+        "label_mask_value": -100,
+        "whiten": False,
+        "adjust_scaling_factors": True,
+    },
+    "loftq_config": {"loftq_iter": 1},
+}
+"""Sections of a LoraConfig that PEFT fills in by itself → what of them is done here. How many bits LoftQ has is the base's."""
+
+
+def is_default_section(name: str, value: object) -> bool:
+    """Whether a section of a LoraConfig asks for nothing but what `lorabank.eva` and `lorabank.loftq` do by themselves."""
+    known = PEFT_DEFAULTS.get(name)
+    return known is not None and isinstance(value, Mapping) and all(value.get(key, own) == own for key, own in known.items())

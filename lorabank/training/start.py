@@ -15,17 +15,21 @@ from lorabank.formats.adapter import Adapter
 from lorabank.kernels.native import library
 from lorabank.training.events import Notice
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.prepared import Original, prepared
 
 _ABOUT_LAYERS = ("targets", "exclude", "layers:", "rank_pattern", "alpha_pattern")
 """How the bank's messages begin that are about a setting."""
 
 
-def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> list[Notice]:
-    """Add the adapter of a job to the bank. Returns what the user should know: the bank's warnings, settings that gave way."""
+def add_adapter(bank: AdapterBank, name: str, job: AdapterJob, original: Original) -> list[Notice]:
+    """Add the adapter of a job to the bank. Returns what the user should know: the bank's warnings, settings that gave way.
+
+    `original`: loads the model as it was before quantisation, for adapters that start from what that took.
+    """
     notices: list[Notice] = []
     with warnings_as(notices, adapter=name):
         library.loaded()  # compiled now, if ever: a warning in the middle of training would tear the progress display
-        told = _add(bank, name, job)
+        told = _add(bank, name, job, original)
     return [*notices, Notice(text=told, adapter=name)] if told else notices
 
 
@@ -43,11 +47,11 @@ def warnings_as(notices: list[Notice], *, adapter: str | None = None) -> Iterato
             warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
 
 
-def _add(bank: AdapterBank, name: str, job: AdapterJob) -> str | None:
+def _add(bank: AdapterBank, name: str, job: AdapterJob, original: Original) -> str | None:
     wanted = job.run.adapter_config()
     if job.run.init_from is None:
         try:
-            bank.add(name, wanted, seed=job.seed)
+            bank.add(name, prepared(bank, name, job, original), seed=job.seed)
         except TargetError as error:  # the bank knows the setting, not where it stands
             place = f"adapters.{name}." if str(error).startswith(_ABOUT_LAYERS) else f"adapter {name!r}: "
             raise TargetError(f"{place}{error}") from error

@@ -3,7 +3,8 @@
     python studies/inits/run.py
 
 For each seed the adapters are made once; each learning rate starts from there again. Over a base in fp32 the inits that need no
-quantised base, over one rounded to NF4 LoftQ. A base and seed go into results/<base>-<seed>.json, written after each learning rate.
+quantised base, over one rounded to NF4 LoftQ. Each base and seed has its results/<base>-<seed>.json,
+written after each learning rate.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bias": "all"}, "bias"),
     ({"lora_bias": True}, "lora_bias"),
     ({"modules_to_save": ["head"]}, "modules_to_save"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights"),
     ({"init_lora_weights": False}, "init_lora_weights"),
     ({"task_type": "SEQ_CLS"}, "task_type"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices"),
