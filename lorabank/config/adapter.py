@@ -55,7 +55,7 @@ class AdapterConfig:
         check_positive_int("rank", self.rank, hint="a LoRA adapter needs at least rank 1")
         check_positive("alpha", self.alpha)
         check_fraction("dropout", self.dropout)
-        check_init(self.init, use_dora=self.use_dora, rank=self.rank)
+        check_init(self.init, use_dora=self.use_dora)
         for pattern, rank in self.rank_pattern.items():
             check_positive_int("rank_pattern", rank, part=f"[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():

@@ -27,7 +27,7 @@ def niter(init: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def check_init(init: object, *, use_dora: bool, rank: int) -> None:
+def check_init(init: object, *, use_dora: bool) -> None:
     """Raise ConfigError for a name that isn't one, and for what doesn't go with it."""
     known = (*RANDOM, *DIFFERENCES, *PREPARED)
     if not isinstance(init, str) or not (init in known or is_difference(init)):
@@ -39,8 +39,6 @@ def check_init(init: object, *, use_dora: bool, rank: int) -> None:
             f": {init!r} doesn't go with use_dora, whose magnitudes are the base weight's own. Use init 'uniform', or leave "
             "use_dora out.",
         )
-    if init == "orthogonal" and rank % 2:
-        raise ConfigError(Setting("init"), f": 'orthogonal' gives half of the ranks to A and half to B, got the odd rank {rank}")
 
 
 PEFT_DEFAULTS: Mapping[str, Mapping[str, object]] = {

@@ -90,9 +90,10 @@ class Adapter:
                     f"layer {path!r}: expected A (rank, in …) and B (out, rank) of one rank, "
                     f"got A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}"
                 )
-            if not 0 <= layer.frozen_rank < max(layer.rank, 1) or (layer.frozen_rank and 2 * layer.frozen_rank != layer.rank):
+            if layer.frozen_rank and (2 * layer.frozen_rank != layer.rank or layer.magnitude is not None):
                 raise AdapterFileError(
-                    f"layer {path!r}: expected a frozen rank of 0 or half of its rank, {layer.rank}, got {layer.frozen_rank}"
+                    f"layer {path!r}: expected a frozen rank of 0, or half of the rank {layer.rank} without DoRA's magnitudes, "
+                    f"got {layer.frozen_rank}"
                 )
             if layer.magnitude is not None and layer.magnitude.shape != layer.B.shape[:1]:
                 raise AdapterFileError(
@@ -102,7 +103,8 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         """Trained numbers in all layers."""
-        return sum(tensor.numel() for layer in self.layers.values() for tensor in layer.tensors.values())
+        every = sum(tensor.numel() for layer in self.layers.values() for tensor in layer.tensors.values())
+        return every - sum(layer.frozen_rank * sum(layer.size) for layer in self.layers.values())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """The same adapter with its tensors on another device or in another dtype."""
