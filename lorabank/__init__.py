@@ -27,6 +27,8 @@ _WHERE = {
     "AdapterBank": "lorabank.bank.bank",
     "attach": "lorabank.bank.attach",
     "quantize_base": "lorabank.bank.quantized",
+    "eva": "lorabank.bank.eva",
+    "loftq": "lorabank.bank.loftq",
     "BASE": "lorabank.bank.routing",
     "Routing": "lorabank.bank.routing",
     "combine": "lorabank.merging.combine",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from lorabank.api import train as train
     from lorabank.bank.attach import attach as attach
     from lorabank.bank.bank import AdapterBank as AdapterBank
+    from lorabank.bank.eva import eva as eva
+    from lorabank.bank.loftq import loftq as loftq
     from lorabank.bank.quantized import quantize_base as quantize_base
     from lorabank.bank.routing import BASE as BASE
     from lorabank.bank.routing import Routing as Routing
@@ -80,6 +84,8 @@ __all__ = [
     "attach",
     "combine",
     "combine_and_measure",
+    "eva",
+    "loftq",
     "merge",
     "merge_folder",
     "quantize_base",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.adapter_start import AdapterStart, check_prepared
 from lorabank.bank.attention import LoRAMultihead
 from lorabank.bank.biased import BiasedModule
 from lorabank.bank.carrier import Carrier, SlotValues
@@ -36,6 +37,7 @@ from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_r
 from lorabank.bank.saved_bank import SavedModules, Values
 from lorabank.bank.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.slices import FusedSlice, SliceCarrier
+from lorabank.bank.spectral import check_start
 from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
@@ -69,6 +71,15 @@ class _Slot:
     task_type: str | None = None
     base_storage: str | None = None
     """How the base was stored where a loaded adapter was trained, if in fewer than 16 bits."""
+    start: AdapterStart | None = None
+    """What it was made with, where that was prepared."""
+
+
+def _fresh(place: Carrier, slot: _Slot, rank: int, scaling: float) -> SlotValues:
+    """What an untrained adapter has in a place."""
+    if slot.start is not None and rank:
+        return slot.start.values(place.path, rank, scaling)
+    return place.fresh(slot.config, rank, scaling, slot.seed)
 
 
 class AdapterBank:
@@ -136,16 +147,19 @@ class AdapterBank:
         """The configuration of an adapter."""
         return self._slot(name).config
 
-    def add(self, name: str, config: AdapterConfig | Any, *, seed: int = 0, num_labels: int | None = None) -> None:
+    def add(self, name: str, config: AdapterConfig | AdapterStart | Any, *, seed: int = 0, num_labels: int | None = None) -> None:
         """A new, untrained adapter: A random, B zero, so outputs don't change yet.
 
-        `config` is an AdapterConfig, a dict of its fields, or a `peft.LoraConfig`. The start of A depends on `seed`, the layer
-        and the shape alone. `num_labels`: of a classifier's head of its own, which is random then.
-        Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
+        `config` is an AdapterConfig, a dict of its fields, a `peft.LoraConfig`, or what `lorabank.eva` or `lorabank.loftq` made.
+        A random start depends on `seed`, the layer and the shape alone. `num_labels`: of a classifier's head of its own, which is
+        random then. Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
         """
         self._check_alive()
         check_new_name(name, self._slots)
-        config = as_adapter_config(config)
+        prepared = config if isinstance(config, AdapterStart) else None
+        config = as_adapter_config(config) if prepared is None else prepared.config
+        if prepared is None:
+            check_prepared(config)
         saved = saved_paths(self.model, config, self.kept)
         chosen = without_saved(resolve_targets(self.model, config, kept_modules(self.kept), self.fused), saved)
         self._check_apart(saved, chosen)
@@ -162,12 +176,13 @@ class AdapterBank:
         more = planned(self.model, config, chosen, shared, elsewhere)
         check_extras_apart(saved, more.modules)
         self._check_apart(saved, more.modules)
+        check_start(config, chosen, {path: rank for path, (rank, _) in shapes.items()})
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
         layers = {**chosen, **more.modules}
-        slot = _Slot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared})
+        slot = _Slot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared}, start=prepared)
 
         def start(place: Carrier) -> SlotValues:
-            values = place.fresh(config, *shapes.get(place.path, (0, 1.0)), seed)
+            values = _fresh(place, slot, *shapes.get(place.path, (0, 1.0)))
             return values._replace(extras=more.of(place.path))
 
         self._install(name, slot, layers, start, copies)
@@ -264,6 +279,21 @@ class AdapterBank:
                     yield f"{prefix}{path}.{role}", leaf
             for key, leaf in self._saved.leaves(adapter):
                 yield f"{prefix}{key}", leaf
+
+    def frozen_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """`<layer path>.A` / `.B` and the tensor of where an adapter started, of one whose change is a difference from there."""
+        for path in self._slot(name).paths:
+            frozen = self._layers[path].slots[name].frozen
+            if frozen is not None:
+                yield from frozen.named(path)
+
+    def restart(self, name: str) -> None:
+        """Set an adapter that `add` made back to its first values."""
+        slot = self._slot(name)
+        for path in (path for path in slot.paths if path not in slot.shared):
+            place = self._layers[path]
+            mine = place.slots[name]
+            place.write(name, _fresh(place, slot, mine.rank, mine.scaling))
 
     def parameter_groups(self, name: str, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict[str, Any]]:
         """Groups for any torch optimizer: A with `learning_rate`, B with `loraplus_ratio` times it (LoRA+, arXiv:2402.12354)."""

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lorabank.bank.extras import Extras, TokenIds, copied
+from lorabank.bank.frozen import FrozenPart
 from lorabank.bank.routing import Routing
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.config.adapter import AdapterConfig
@@ -35,6 +37,9 @@ class LayerSlot:
         """Its leaves beside A and B and a magnitude, by role."""
         return self.tensors.extras
 
+    frozen: FrozenPart | None = None
+    """Where it started, if its change is the difference from there."""
+
 
 class SlotValues(NamedTuple):
     """What an adapter's part in a place begins with. R: the rank, or experts × rank."""
@@ -49,6 +54,8 @@ class SlotValues(NamedTuple):
     rank: int
     scaling: float
     extras: Extras = Extras()
+    frozen: tuple[Tensor, Tensor] | None = None
+    """A₀ (R, in) and B₀ (out, R) that the change is a difference from."""
 
 
 class Router(Protocol):
@@ -124,7 +131,8 @@ class Carrier(ABC):
         shapes = extras.shapes(self.base, self.store.out_features) if extras else None
         tensors = self.store.allocate(name, len(values.A), decomposed=values.decomposed, extras=shapes)
         ids = TokenIds(extras.ids) if extras.ids else None
-        self.slots[name] = LayerSlot(tensors, values.rank, values.scaling, dropout, seed, ids=ids)
+        frozen = None if values.frozen is None else FrozenPart(torch.zeros_like(tensors.A_RI), torch.zeros_like(tensors.B_RO))
+        self.slots[name] = LayerSlot(tensors, values.rank, values.scaling, dropout, seed, ids=ids, frozen=frozen)
         self._refresh()
         return tensors
 

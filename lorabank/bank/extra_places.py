@@ -173,8 +173,8 @@ def _biases(
             if any(matches(part, within) for part in exclude):
                 continue
             raise TargetError(
-                f"bias: {config.bias!r} means those of {within!r}, an nn.MultiheadAttention, which can't be trained yet. Leave it "
-                "out with exclude=[...], or leave bias out."
+                f"bias: {config.bias!r} means those of {within!r}, an nn.MultiheadAttention, which can't be trained yet. Leave "
+                "it out with exclude=[...], or leave bias out."
             )
         module = known.get(path)
         if module is None or module._parameters.get("bias") is None or f"{path}.bias".lstrip(".") in kept:

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
 from lorabank.bank.extras import LORA_BIAS, ROWS, Extras, add_rows, add_shifts, any_extras, fill
+from lorabank.bank.frozen import split
 from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
-from lorabank.bank.init import initial
+from lorabank.bank.init import initial, path_generator
 from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
 from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
 from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.slices import SliceCarrier
+from lorabank.bank.spectral import start_of_difference
 from lorabank.bank.storage import RankStore
 from lorabank.bank.wrapping import Adapted, check_loaded
 from lorabank.config.adapter import AdapterConfig
+from lorabank.config.inits import is_difference
 from lorabank.errors import RoutingError
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.output_slice import OutputSlice
@@ -110,6 +113,10 @@ class LoRALayer(Adapted, Carrier):
         """What changes nothing yet."""
         if not rank:
             return self._without_ranks()
+        if is_difference(config.init):
+            weight = self.kind.weight_oi(self._parameters, torch.float32)
+            A, B = start_of_difference(config, weight, rank, scaling, path_generator(seed, self.path))
+            return SlotValues(A, B, None, False, rank, scaling, frozen=(A, B))
         size = self.store.in_features, self.store.out_features
         A, B = initial(config.init, rank, size, seed, self.path, looks_up=self.kind.storage == EMBEDDING)
         return SlotValues(A, B, None, config.use_dora, rank, scaling)
@@ -121,7 +128,9 @@ class LoRALayer(Adapted, Carrier):
         mine = layers[self.path]
         low = mine.lora_bias
         extras = Extras() if low is None else Extras(lora_bias=True, values={LORA_BIAS: low})
-        return SlotValues(mine.A.flatten(1), mine.B, mine.magnitude, mine.magnitude is not None, mine.rank, mine.scaling, extras)
+        A, B, frozen = split(mine)
+        decomposed = mine.magnitude is not None
+        return SlotValues(A, B, mine.magnitude, decomposed, len(A), mine.scaling, extras=extras, frozen=frozen)
 
     def _without_ranks(self) -> SlotValues:
         """Of an adapter that has only extras here."""
@@ -135,6 +144,8 @@ class LoRALayer(Adapted, Carrier):
             tensors.A_RI.copy_(values.A)
             tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
             fill(self.base, tensors.extras, values.extras.values, slot.ids)
+            if slot.frozen is not None and values.frozen is not None:
+                slot.frozen.write(values.frozen[0], values.frozen[1].t())
             if tensors.magnitude_O is not None:
                 tensors.magnitude_O.copy_(self._norms(slot) if values.magnitude is None else values.magnitude)
 
@@ -143,16 +154,19 @@ class LoRALayer(Adapted, Carrier):
         slot, kernel, base = self.slots[name], self.kind.kernel(self.base), self.base
         if not slot.rank:
             return {}
-        A = slot.tensors.A_RI.detach().to("cpu", copy=True)
-        B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
+        A_RI, B_RO = slot.tensors.A_RI.detach(), slot.tensors.B_RO.detach()
+        if slot.frozen is not None:
+            A_RI, B_RO = slot.frozen.joined(A_RI, B_RO)
+        A = A_RI.to("cpu", copy=True)
+        B = B_RO.t().to("cpu", copy=True).contiguous()
         magnitude = slot.tensors.magnitude_O
-        made = AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING)
+        made = AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING, frozen_rank=len(A) - slot.rank)
         if magnitude is not None:
             made = replace(made, magnitude=magnitude.detach().to("cpu", copy=True))
         if (low := slot.extras.get(LORA_BIAS)) is not None:
             made = replace(made, lora_bias=low.detach().to("cpu", copy=True))
         if kernel:
-            made = replace(made, A=A.view(slot.rank, -1, *kernel), groups=self.kind.groups(base))
+            made = replace(made, A=A.view(len(A), -1, *kernel), groups=self.kind.groups(base))
         return {self.path: made}
 
     def _refresh(self) -> None:
@@ -192,6 +206,9 @@ class LoRALayer(Adapted, Carrier):
         self.store.to(device)
         for carrier in self.slices.values():
             carrier.store.to(device)
+        for slot in self.slots.values():
+            if slot.frozen is not None:
+                slot.frozen.to(device)
         if self.held is not None and self.held[0].device != device:
             vars(self)["held"] = self.kind.tensors(self._parameters)
         return self
@@ -228,6 +245,8 @@ class LoRALayer(Adapted, Carrier):
             return "an adapter there is decomposed (DoRA)"
         if any(slot.extras for slot in self.slots.values()):
             return "an adapter there trains a bias, or rows of its own"
+        if any(slot.frozen is not None for slot in self.slots.values()):
+            return "an adapter there is a difference from where it started"
         if not self.kind.in_blocks:
             return "its products are emulated"
         if self.beside_turned:
@@ -376,10 +395,13 @@ class LoRALayer(Adapted, Carrier):
                 examples_U=rows.examples_U,
                 places_UT=rows.places_UT,
             )
+        A_RI, B_RO = slot.tensors.A_RI, slot.tensors.B_RO
+        if slot.frozen is not None:
+            A_RI, B_RO = slot.frozen.joined(A_RI, B_RO)
         return Segment(
             rows=rows.rows,
-            A_RI=slot.tensors.A_RI,
-            B_RO=slot.tensors.B_RO,
+            A_RI=A_RI,
+            B_RO=B_RO,
             scaling=slot.scaling,
             weights_U=rows.weights_U,
             dropout=draw,

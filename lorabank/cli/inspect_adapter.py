@@ -122,6 +122,10 @@ def _facts(adapter: Adapter, path: Path) -> Table:
     }
     if len(ranks) > 1:
         rows["ranks"] = ", ".join(f"{rank} in {number}" for rank, number in sorted(ranks.items()))
+    if any(layer.frozen_rank for layer in adapter.layers.values()):
+        rows["start"] = (
+            f"a difference ({config.init}): files hold twice the rank, the last half where it started, which doesn't train"
+        )
     table = Table.grid(padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorabank.config.checks import check_choice, check_fraction, check_positive, check_positive_int, freeze_sequences
+from lorabank.config.checks import check_fraction, check_positive, check_positive_int, freeze_sequences
 from lorabank.config.extras import TokenIndices, check_extras, frozen_indices
+from lorabank.config.inits import check_init
 from lorabank.errors import ConfigError, Setting
 
 Targets = str | Sequence[str]
-
-INIT_NAMES = ("uniform", "gaussian")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,9 @@ class AdapterConfig:
     dropout: float = 0.0
     """Probability that a channel of a LoRA layer's input is dropped in training; in [0, 1)."""
     init: str = "uniform"
-    """How A starts: `uniform` in ±1/√in, or `gaussian` with σ = 1/rank. B starts at zero."""
+    """How A starts: `uniform` in ±1/√in, or `gaussian` with σ = 1/rank; B starts at zero. `orthogonal`: both random, B A = 0.
+    `pissa`, `pissa_niter_<n>`, `olora`: from the base weight, as a difference; `eva`: from data; `loftq`: from the weights before
+    quantisation (docs/inits.md)."""
     use_rslora: bool = False
     """Scale by α/√r instead of α/r (rsLoRA, arXiv:2312.03732)."""
     use_dora: bool = False
@@ -57,7 +58,7 @@ class AdapterConfig:
         check_positive_int("rank", self.rank, hint="a LoRA adapter needs at least rank 1")
         check_positive("alpha", self.alpha)
         check_fraction("dropout", self.dropout)
-        check_choice("init", self.init, INIT_NAMES)
+        check_init(self.init, use_dora=self.use_dora)
         for pattern, rank in self.rank_pattern.items():
             check_positive_int("rank_pattern", rank, part=f"[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from lorabank.config.inits import PREPARED, is_difference
 from lorabank.errors import ConfigError
 
 ROLE_WORDS = frozenset({"q", "k", "v", "o", "attention", "cross-attention", "mlp", "all-linear"})
@@ -95,14 +96,15 @@ def layers(value: object) -> Mapping[str, object]:
 
 
 def peft_init(value: object) -> Mapping[str, object]:
-    """PEFT's default is uniform in ±1/√in with B zero, `gaussian` has σ = 1/r: both are ours."""
+    """PEFT's default is uniform in ±1/√in with B zero, `gaussian` has σ = 1/r: both are ours, and so are its other names here."""
     if value is None or value is True or str(value).lower() == "true":
         return {"adapter.init": "uniform"}
-    if value == "gaussian":
-        return {"adapter.init": "gaussian"}
     if value is False or str(value).lower() == "false":
         raise ConfigError("false starts B at random numbers, so the adapter would change the model before training. Use true")
-    raise ConfigError(f"{value!r} rewrites the base weight or needs data, which a shared base can't have. Use true or 'gaussian'")
+    name = str(value).lower()
+    if name in ("gaussian", *PREPARED, "orthogonal") or is_difference(name):
+        return {"adapter.init": name}
+    raise ConfigError(f"{value!r} is not supported. There are true, gaussian, orthogonal, pissa, olora, eva and loftq")
 
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant_with_warmup": "constant"}

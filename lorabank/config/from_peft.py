@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from lorabank.config import aliases
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.coerce import coerce, field_types
+from lorabank.config.inits import is_default_section
 from lorabank.config.peft_fields import Role, with_role
 from lorabank.config.translate import translate
 from lorabank.errors import ConfigError, Setting
@@ -41,6 +42,8 @@ def adapter_config_from_peft(config: HasToDict | Mapping[str, Any]) -> AdapterCo
         if name in PASSED:
             if value is not None or name == "target_modules":
                 passed[name] = value
+        elif is_default_section(name, value):
+            continue
         elif name not in SILENT and value not in (None, False, "", 0) and value != {} and value != []:
             reason = aliases.REFUSED.get(name, "changes what is computed and is not supported. Leave it out.")
             raise ConfigError(f"LoraConfig.{name}: {reason}")

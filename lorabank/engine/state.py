@@ -18,7 +18,7 @@ from lorabank.engine.loss_scale import LossScales
 from lorabank.errors import CheckpointError
 from lorabank.optim.slot_optimizer import SlotOptimizer
 
-KINDS = ("param", "grad", "optim")
+KINDS = ("param", "grad", "optim", "frozen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class EngineState:
     """A snapshot: copies on the CPU, apart from the living bank."""
 
     tensors: Mapping[str, Tensor]
-    """`<adapter>/param/<leaf>`, `<adapter>/optim/<leaf>.<state>`, `<adapter>/grad/<leaf>` (of a step under way)."""
+    """`<adapter>/param/<leaf>`, `<adapter>/optim/<leaf>.<state>`, `<adapter>/grad/<leaf>` (of a step under way), and
+    `<adapter>/frozen/<leaf>`, where an adapter started whose change is the difference from there."""
     values: Mapping[str, Any]
     """Adapter to {"steps": optimizer steps, "rule": its optimizer, "loss_scale": for a base in fp16}; JSON-able."""
 
@@ -48,6 +49,8 @@ def save_state(bank: AdapterBank, optimizer: SlotOptimizer, loss_scales: LossSca
             tensors[f"{name}/param/{key}"] = leaf.detach().to("cpu", copy=True)
             if leaf.grad is not None:
                 tensors[f"{name}/grad/{key}"] = leaf.grad.to("cpu", copy=True)
+        for key, tensor in bank.frozen_tensors(name):
+            tensors[f"{name}/frozen/{key}"] = tensor.to("cpu", copy=True)
         for key, tensor in state.items():
             tensors[f"{name}/optim/{key}"] = tensor.to("cpu", copy=True)
     return EngineState(tensors=tensors, values=values)
@@ -71,16 +74,19 @@ def load_state(bank: AdapterBank, optimizer: SlotOptimizer, state: EngineState, 
             for key, leaf in bank.named_parameters(name):
                 leaf.copy_(part["param"][key])
                 leaf.grad = part["grad"][key].to(leaf.device, copy=True) if key in part["grad"] else None
+            for key, tensor in bank.frozen_tensors(name):
+                tensor.copy_(part["frozen"][key])
         optimizer.load_state(name, int(state.values[name]["steps"]), part["optim"])
     if loss_scales is not None:
         loss_scales.load({name: values["loss_scale"] for name, values in state.values.items() if "loss_scale" in values})
 
 
 def _check_leaves(bank: AdapterBank, name: str, part: Mapping[str, Mapping[str, Tensor]]) -> None:
-    shapes = {key: leaf.shape for key, leaf in bank.named_parameters(name)}
-    for kind in ("param", "grad"):
+    leaves = {key: leaf.shape for key, leaf in bank.named_parameters(name)}
+    frozen = {key: tensor.shape for key, tensor in bank.frozen_tensors(name)}
+    for kind, shapes in (("param", leaves), ("grad", leaves), ("frozen", frozen)):
         saved = part[kind]
-        missing = shapes.keys() - saved.keys() if kind == "param" else set()
+        missing = set() if kind == "grad" else shapes.keys() - saved.keys()
         wrong = sorted(missing | (saved.keys() - shapes.keys())) or sorted(k for k in saved if saved[k].shape != shapes[k])
         if wrong:
             key = wrong[0]

@@ -49,6 +49,8 @@ class AdapterLayer:
 
     lora_bias: Tensor | None = None
     """(out,) of lora_B (PEFT's `lora_bias`): outputs change by scaling · (B A x + lora_bias)."""
+    frozen_rank: int = 0
+    """Of its ranks, how many at the end are where it started, with B's sign turned, and don't train (docs/inits.md)."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -106,6 +108,11 @@ class Adapter:
                 raise AdapterFileError(
                     f"layer {path!r}: B has {len(layer.B)} rows, and the slice {layer.outputs.count} of the layer's outputs"
                 )
+            if layer.frozen_rank and (2 * layer.frozen_rank != layer.rank or layer.magnitude is not None):
+                raise AdapterFileError(
+                    f"layer {path!r}: expected a frozen rank of 0, or half of the rank {layer.rank} without DoRA's magnitudes, "
+                    f"got {layer.frozen_rank}"
+                )
             if layer.magnitude is not None and layer.magnitude.shape != layer.B.shape[:1]:
                 raise AdapterFileError(
                     f"layer {path!r}: expected a magnitude for each of {len(layer.B)} outputs, got {tuple(layer.magnitude.shape)}"
@@ -126,7 +133,8 @@ class Adapter:
         """Trained numbers in all layers, of biases and rows, and in modules that were trained in full."""
         saved = (value for module in self.modules.values() for value in module.values() if value.is_floating_point())
         layers = (tensor for layer in self.layers.values() for tensor in layer.tensors.values())
-        return sum(tensor.numel() for tensor in (*layers, *self.extras.values(), *saved))
+        every = sum(tensor.numel() for tensor in (*layers, *self.extras.values(), *saved))
+        return every - sum(layer.frozen_rank * sum(layer.size) for layer in self.layers.values())
 
     @property
     def extras(self) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def take_apart(layer: AdapterLayer, paths: Sequence[str], *, swapped: bool = Fal
             if begin == end:
                 continue
             A, B = A[begin:end], B[:, begin:end]
-        found[path] = replace(layer, A=A.clone(), B=B.clone(), magnitude=magnitudes[index])
+        found[path] = replace(layer, A=A.clone(), B=B.clone(), magnitude=magnitudes[index], frozen_rank=0)
     return found
 
 
@@ -83,7 +83,7 @@ def join(whole: Whole, parts: Mapping[str, AdapterLayer]) -> AdapterLayer:
                     column += block.shape[1]
                 row += height
         # α/r counts the joined rank, which `alpha_of` does from the scaling
-        joined = replace(first, A=A, B=B, scaling=scaling, magnitude=torch.cat(magnitudes) if magnitudes else None)
+        joined = replace(first, A=A, B=B, scaling=scaling, magnitude=torch.cat(magnitudes) if magnitudes else None, frozen_rank=0)
     if not whole.swapped:
         return joined
     return replace(joined, B=_swap(joined.B), magnitude=None if joined.magnitude is None else _swap(joined.magnitude))

@@ -22,6 +22,7 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats import multihead, peft_extras, saved, slices, stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
+from lorabank.formats.differences import FROZEN, marked, restored
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.peft_config import PeftSettings, config_from_dict, config_to_dict, read_settings, to_peft
@@ -91,7 +92,7 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         "version": 1,
         "peft": {key: settings.get(key) for key in SHARED_SETTINGS},
         "config": config_to_dict(adapter.config),
-        "metadata": dict(sorted(adapter.metadata.items())),
+        "metadata": dict(sorted(marked(adapter).items())),
         "tensors_sha256": _sha256(writer),
         "fingerprint": adapter.fingerprint.to_dict() if adapter.fingerprint else None,
     }
@@ -242,7 +243,8 @@ def _with_own(folder: Path, adapter: Adapter, settings: PeftSettings, own: _Own)
     changed = [key for key in SHARED_SETTINGS if key in own.peft and settings.raw.get(key) != own.peft[key]]
     if not changed:
         adapter = slices.split(str(folder / OWN_FILE), adapter, own.slices)
-        return replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
+        adapter = replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
+        return restored(str(folder / OWN_FILE), adapter) if FROZEN in own.metadata else adapter
     warnings.warn(
         f"{folder / CONFIG_FILE}: {', '.join(changed)} changed since {OWN_FILE} was written; what {CONFIG_FILE} says is taken.",
         stacklevel=3,

@@ -48,7 +48,7 @@ def folded(layer: AdapterLayer, rank: int) -> AdapterLayer:
     A, B = layer.A.detach().to(dtype), layer.B.detach().to(dtype) * layer.scaling
     A = torch.cat([A, A.new_zeros(missing, *A.shape[1:])])
     B = torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
-    return replace(layer, A=A, B=B, scaling=1.0)
+    return replace(layer, A=A, B=B, scaling=1.0, frozen_rank=0)
 
 
 def check_shapes(adapter: Adapter, folder: Path, *, where: str) -> None:

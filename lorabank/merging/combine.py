@@ -122,7 +122,7 @@ def _layer(method: str, terms: Sequence[Term], first: AdapterLayer, told: Mappin
         dtype = torch.promote_types(torch.float32, torch.promote_types(first.A.dtype, first.B.dtype))
         zeros = torch.zeros(first.B.shape[0], 1, dtype=dtype, device=first.A.device)
         A = first.A[:1].detach().to(dtype).nan_to_num(0.0, 0.0, 0.0)
-        return CombinedLayer(layer=replace(first, A=A, B=zeros, scaling=1.0))
+        return CombinedLayer(layer=replace(first, A=A, B=zeros, scaling=1.0, frozen_rank=0))
     energy = told.get("energy")
     unlimited = min(terms[0].layer.size)
     usual = max(term.layer.rank for term in terms) if energy is None else unlimited

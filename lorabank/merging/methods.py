@@ -64,7 +64,7 @@ def exact(terms: Sequence[Term], options: Options) -> CombinedLayer:
     dtype, first = _dtype(terms), terms[0].layer
     A = torch.cat([_wide(term.layer.A, first, dtype) for term in terms])
     B = torch.cat([_wide(term.layer.B, first, dtype) * (term.weight * term.layer.scaling) for term in terms], dim=1)
-    return CombinedLayer(layer=replace(first, A=A, B=B, scaling=1.0))
+    return CombinedLayer(layer=replace(first, A=A, B=B, scaling=1.0, frozen_rank=0))
 
 
 def svd(terms: Sequence[Term], options: Options) -> CombinedLayer:
@@ -165,7 +165,7 @@ def _delta(term: Term, terms: Sequence[Term]) -> Tensor:
 def _factored(terms: Sequence[Term], found: Truncated) -> CombinedLayer:
     first, dtype = terms[0].layer, _dtype(terms)
     A = found.A.to(dtype).view(-1, *first.A.shape[1:])
-    return CombinedLayer(layer=replace(first, A=A, B=found.B.to(dtype), scaling=1.0), truncated=found.dropped)
+    return CombinedLayer(layer=replace(first, A=A, B=found.B.to(dtype), scaling=1.0, frozen_rank=0), truncated=found.dropped)
 
 
 def _dtype(terms: Sequence[Term]) -> torch.dtype:

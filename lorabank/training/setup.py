@@ -23,6 +23,7 @@ from lorabank.training.evaluate import unique_prompts
 from lorabank.training.events import AdapterPlan, Listener, Notice, RunPlan
 from lorabank.training.identity import run_identity
 from lorabank.training.jobs import AdapterJob, make_job
+from lorabank.training.prepared import original_of
 from lorabank.training.run_folder import RunFolder, check_folder_name
 from lorabank.training.scorers import split_metrics
 from lorabank.training.start import add_adapter
@@ -123,8 +124,9 @@ def build_trainer(
     bank = attach(model)
     try:
         optimizer = SlotOptimizer(bank)
+        original = original_of(config, model)
         for name, job in jobs.items():
-            notices += add_adapter(bank, name, job)
+            notices += add_adapter(bank, name, job, original)
             optimizer.add(name, job.optimizer_config())
         engine = Engine(
             bank, gradient_checkpointing=config.gradient_checkpointing, activation_offloading=config.activation_offloading

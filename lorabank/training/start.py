@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
 from lorabank.bank.extra_places import merged, places_in
-from lorabank.bank.extras import Extras
 from lorabank.bank.fit import at_home
 from lorabank.bank.saved_bank import restart
 from lorabank.config.adapter import AdapterConfig
@@ -18,17 +17,21 @@ from lorabank.formats.adapter import Adapter
 from lorabank.kernels.native import library
 from lorabank.training.events import Notice
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.prepared import Original, prepared
 
 _ABOUT_LAYERS = ("targets", "exclude", "layers:", "rank_pattern", "alpha_pattern")
 """How the bank's messages begin that are about a setting."""
 
 
-def add_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> list[Notice]:
-    """Add the adapter of a job to the bank. Returns what the user should know: the bank's warnings, settings that gave way."""
+def add_adapter(bank: AdapterBank, name: str, job: AdapterJob, original: Original) -> list[Notice]:
+    """Add the adapter of a job to the bank. Returns what the user should know: the bank's warnings, settings that gave way.
+
+    `original`: loads the model as it was before quantisation, for adapters that start from what that took.
+    """
     notices: list[Notice] = []
     with warnings_as(notices, adapter=name):
         library.loaded()  # compiled now, if ever: a warning in the middle of training would tear the progress display
-        told = _add(bank, name, job)
+        told = _add(bank, name, job, original)
     return [*notices, Notice(text=told, adapter=name)] if told else notices
 
 
@@ -46,11 +49,11 @@ def warnings_as(notices: list[Notice], *, adapter: str | None = None) -> Iterato
             warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
 
 
-def _add(bank: AdapterBank, name: str, job: AdapterJob) -> str | None:
+def _add(bank: AdapterBank, name: str, job: AdapterJob, original: Original) -> str | None:
     wanted = job.run.adapter_config()
     if job.run.init_from is None:
         try:
-            bank.add(name, wanted, seed=job.seed)
+            bank.add(name, prepared(bank, name, job, original), seed=job.seed)
         except TargetError as error:  # the bank knows the setting, not where it stands
             place = f"adapters.{name}." if str(error).startswith(_ABOUT_LAYERS) else f"adapter {name!r}: "
             raise TargetError(f"{place}{error}") from error
@@ -80,16 +83,19 @@ def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
 
 def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
     """Set an adapter's values back to where they started."""
-    start = None if job.run.init_from is None else at_home(bank.model, Adapter.load(job.run.init_from))
+    saved = saved_modules(bank)
+    if job.run.init_from is None:
+        bank.restart(name)
+        restart(saved, name, lambda: saved.fresh(saved.paths(name), None, job.seed))
+        return
+    start = at_home(bank.model, Adapter.load(job.run.init_from))
     for layer in all_layers(bank):
         slot = layer.slots.get(name)
         if slot is not None and not slot.shared:
-            config = bank.config(name)
-            fresh = layer.fresh(config, slot.rank, slot.scaling, job.seed) if start is None else layer.values_of(start.layers)
-            more = Extras() if start is None else places_in(bank.model, start).of(layer.path)
-            layer.write(name, fresh._replace(extras=merged(fresh.extras, more)))
-    saved = saved_modules(bank)
-    restart(saved, name, lambda: saved.fresh(saved.paths(name), None, job.seed) if start is None else saved.fitting(name, start))
+            values = layer.values_of(start.layers)
+            more = places_in(bank.model, start).of(layer.path)
+            layer.write(name, values._replace(extras=merged(values.extras, more)))
+    restart(saved, name, lambda: saved.fitting(name, start))
 
 
 def adapter_is_finite(bank: AdapterBank, name: str) -> bool:

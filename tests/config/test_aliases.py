@@ -111,7 +111,10 @@ def test_keys_work_inside_an_adapter_and_in_their_section_only() -> None:
         ({"optimizer": "adamw_bnb_8bit"}, "optimizer: 'adamw_bnb_8bit'"),
         ({"lr_scheduler_type": "polynomial"}, "the schedule 'polynomial' is not supported"),
         ({"lr_scheduler": "cosine_with_restarts"}, "is not supported. There are constant, linear and cosine"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' rewrites the base weight"),
+        (
+            {"init_lora_weights": "corda"},
+            "init_lora_weights: 'corda' is not supported. There are true, gaussian, orthogonal, pissa",
+        ),
         ({"init_lora_weights": False}, "would change the model before training"),
         ({"eval_steps": 0.1}, "eval_steps: a share of the run"),
         ({"save_strategy": "epoch"}, "save_strategy: 'epoch' is not supported"),

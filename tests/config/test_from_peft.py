@@ -57,7 +57,7 @@ def test_names_that_are_roles_here_stay_names() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": None}, "target_modules"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights"),
     ({"init_lora_weights": False}, "init_lora_weights"),
     ({"trainable_token_indices": [1, 1]}, "trainable_token_indices"),
     ({"trainable_token_indices": {"embed_tokens": [-1]}}, "trainable_token_indices"),

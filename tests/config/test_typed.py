@@ -92,7 +92,7 @@ def test_settings_are_named_and_words_are_not_searched(kind: type[LorabankError]
         ({"defaults": {"betas": [0.9, 2]}}, "defaults.betas"),
         ({"defaults": {"betas": [0.9, "x"]}}, "defaults.betas"),
         ({"defaults": {"targets": []}}, "defaults.targets"),
-        ({"defaults": {"init_lora_weights": "olora"}}, "defaults.init_lora_weights"),
+        ({"defaults": {"init_lora_weights": "corda"}}, "defaults.init_lora_weights"),
         ({"data": {"max_length": 0}}, "data.max_length"),
         ({"data": {"max_lenght": 1}}, "data.max_lenght"),
         ({"eval": {"every": -1}}, "eval.every"),
