@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lorabank.cli.folders import refuse_existing
+from lorabank.cli.folders import chosen_path, refuse_existing
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.config.paths import expanded
-from lorabank.errors import AdapterFileError, ConfigError, ModelError
+from lorabank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from lorabank.formats.convert import Conversion
@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was done."""
-    source = expanded(args.source, place="SOURCE", kind=AdapterFileError)
+    source = chosen_path(args.source, place="SOURCE")
     target = refuse_existing(args.target, "TARGET")
     if args.to == "kohya" and target.suffix != ".safetensors":
         raise ConfigError(f"TARGET: kohya's form is one file, so its name ends in .safetensors, such as {target}.safetensors")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabank.cli.folders import refuse_existing, whole_folder
+from lorabank.cli.folders import chosen_path, refuse_existing, whole_folder
 from lorabank.cli.parser import CommandParser
 from lorabank.errors import ConfigError, ModelError, OutputError, closest
 
@@ -112,14 +112,16 @@ def to_ollama(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
 
     base = base_of(args, adapter)
     name = "model.gguf" if args.merged else "adapter.gguf"
-    tokenizer = tokenizer_for(Path(args.adapter), base)
-    template, stop = turn_template(tokenizer) if tokenizer else (None, [])
+    found = tokenizer_for(chosen_path(args.adapter, place="ADAPTER"), base)
+    template, stop = turn_template(found[0]) if found else (None, [])
     with whole_folder(output) as scratch:
         write_gguf(args, adapter, base, scratch / name, shown=output / name)
         origin = f"./{name}" if args.merged else args.from_name or str(base.resolve())
         note = "" if template or args.from_name else NO_TEMPLATE
         text = modelfile(origin, adapter=None if args.merged else f"./{name}", template=template, stop=stop, note=note)
         (scratch / "Modelfile").write_text(text, encoding="utf-8")
+    if found:
+        print(f"chat template: of the tokenizer in {found[1]}")
     if note:
         print(f"note: {note}")
     print(f"saved: {output / 'Modelfile'}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabank.cli.folders import chosen_path
 from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.cli.train import print_notes
-from lorabank.config.paths import expanded
 from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError
 
@@ -82,8 +81,7 @@ def run_config(source: str) -> TrainConfig | None:
     """
     from lorabank.config.parse import load_config
 
-    expanded(source, place="RUN")
-    path = Path(source)
+    path = chosen_path(source, place="RUN")
     inside = (path / "adapter_config.json").is_file()  # RUN/formal, or RUN/formal/last
     for folder in (path, *path.resolve().parents[:2]) if inside else (path,):
         if (folder / "config.yaml").is_file():

@@ -44,12 +44,15 @@ _OLD_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
-def load_diffusers(path: str | Path) -> Adapter:
-    """Read one of diffusers' files. Raises AdapterFileError that names the tensor or setting; nothing is read in part."""
+def load_diffusers(path: str | Path, *, allow_non_finite: bool = False) -> Adapter:
+    """Read one of diffusers' files; `allow_non_finite`: NaN and infinity too, to look at them.
+
+    Raises AdapterFileError that names the tensor or setting; nothing is read in part.
+    """
     path = Path(path)
     where = str(path)
     tensors, metadata = read_tensors(path)
-    named = _by_component(where, checked(where, tensors))
+    named = _by_component(where, checked(where, tensors, allow_non_finite=allow_non_finite))
     settings = _settings(where, metadata.get(SETTINGS), list(named))
     layers: dict[str, AdapterLayer] = {}
     for component, group in named.items():
