@@ -23,6 +23,7 @@ from lorabank.formats.components import COMPONENTS, components, in_file_names, i
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
+from lorabank.formats.peft_unknown import warn_unknown
 from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.peft_keys import PREFIX, from_tensors, pair_tensors, split_magnitudes, to_tensors
 
@@ -154,7 +155,10 @@ def _settings(where: str, text: str | None, there: list[str]) -> dict[str, PeftS
         raise AdapterFileError(
             f"{place}: has no settings of {lacking[0]!r}, whose layers' scaling is unknown: the file is incomplete."
         )
-    return {name: read_settings(f"{place}, {name}", part) for name, part in parts.items()}
+    read = {name: read_settings(f"{place}, {name}", part) for name, part in parts.items()}
+    for name, part in read.items():
+        warn_unknown(f"{place}, {name}", part.metadata, {})
+    return read
 
 
 def _trained(where: str, settings: Mapping[str, PeftSettings], layers: Mapping[str, AdapterLayer]) -> AdapterConfig | None:
