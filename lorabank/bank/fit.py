@@ -60,6 +60,9 @@ def check_fits(model: nn.Module, name: str, adapter: Adapter, *, force: bool = F
         if path in layers and part.stack != count:
             wrong.append(f"{path}: made for one of {part.stack or 'no'} stacked experts, the model has {count or 'no'} there")
             continue
+        if part.dense and part.magnitude is not None:
+            wrong.append(f"{path}: DoRA on a convolution in groups whose A reaches from one into another isn't supported")
+            continue
         if path not in layers:
             wrong.append(_absent(model, path, layers))
             continue
@@ -108,6 +111,8 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
     if (part.A.ndim > 2) != bool(kernel) or part.looks_up != looks_up:
         what = "a convolution" if part.A.ndim > 2 else "an embedding" if part.looks_up else "a linear layer"
         return f"{path}: made for {what}, the model's layer is a {type(layer).__name__}"
+    if part.dense:
+        fan_in *= kind.groups(layer)
     if part.size != (fan_in, fan_out):
         return f"{path}: made for {part.size[0]} → {part.size[1]} features, the model's layer has {fan_in} → {fan_out}"
     if tuple(part.A.shape[2:]) != kernel or part.groups != kind.groups(layer):

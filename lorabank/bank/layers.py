@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
+from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotParameters, SlotValues
+from lorabank.bank.dense import dense_kind
 from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.init import initial
 from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
@@ -22,7 +23,7 @@ from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.storage import RankStore
 from lorabank.bank.wrapping import Adapted, check_loaded
 from lorabank.config.adapter import AdapterConfig
-from lorabank.errors import RoutingError
+from lorabank.errors import AdapterFileError, RoutingError
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.kernels import ops
 from lorabank.kernels.mapped import add_mapped
@@ -57,9 +58,12 @@ class LoRALayer(Adapted, Carrier):
         own["rows_lost"], own["folded"], own["called"] = rows_lost, None, None
         own["low_rank_map"] = kind.low_rank_map(base)
         own["_path_seed"] = zlib.crc32(path.encode())
+        own["dense"] = False
 
     kind: LayerKind
     low_rank_map: LowRankMap
+    dense: bool
+    """Of a convolution in groups: whether the adapters' A sees all channels."""
     read: int
     """Identity of the last plain call's input, which layers of a module that read one x have in common."""
     rows_lost: str | None
@@ -95,6 +99,7 @@ class LoRALayer(Adapted, Carrier):
 
     def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
         """What changes nothing yet."""
+        self._take_form(dense=False)
         size = self.store.in_features, self.store.out_features
         A, B = initial(config.init, rank, size, seed, self.path, looks_up=self.kind.storage == EMBEDDING)
         return SlotValues(A, B, None, config.use_dora, rank, scaling)
@@ -102,6 +107,7 @@ class LoRALayer(Adapted, Carrier):
     def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
         """A trained adapter's, out of its layers by path."""
         mine = layers[self.path]
+        self._take_form(dense=mine.dense)
         return SlotValues(mine.A.flatten(1), mine.B, mine.magnitude, mine.magnitude is not None, mine.rank, mine.scaling)
 
     def write(self, name: str, values: SlotValues) -> None:
@@ -124,8 +130,25 @@ class LoRALayer(Adapted, Carrier):
         if magnitude is not None:
             made = replace(made, magnitude=magnitude.detach().to("cpu", copy=True))
         if kernel:
-            made = replace(made, A=A.view(slot.rank, -1, *kernel), groups=self.kind.groups(base))
+            made = replace(made, A=A.view(slot.rank, -1, *kernel), groups=self.kind.groups(base), dense=self.dense)
         return {self.path: made}
+
+    def _take_form(self, *, dense: bool) -> None:
+        """Keep A (rank, all channels · k · k), or A of a group's channels. Raises AdapterFileError beside one of the other form."""
+        if dense == self.dense:
+            return
+        if self.slots:
+            raise AdapterFileError(
+                f"layer {self.path!r} is a convolution in groups. A of {', '.join(self.slots)} sees "
+                f"{'all channels, as PEFT trains it, and' if self.dense else 'those of a group, and'} that of the new adapter "
+                "doesn't see the same. Load them into banks of their own, over copies of the model."
+            )
+        own, plain = vars(self), layer_kind(self.base)
+        assert plain is not None
+        own["dense"], own["kind"] = dense, dense_kind(plain) if dense else plain
+        own["low_rank_map"] = self.kind.low_rank_map(self.base)
+        own["store"] = RankStore(*self.kind.features(self.base), self.store.device)
+        self._modules["lora"] = SlotParameters({"": self.store})
 
     def _refresh(self) -> None:
         self._slot_parameters.refresh()

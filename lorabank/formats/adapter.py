@@ -34,6 +34,8 @@ class AdapterLayer:
     """α/r, or α/√r with rsLoRA."""
     groups: int = 1
     """Of a convolution: parts of the channels, whose A is the same."""
+    dense: bool = False
+    """Of a convolution in groups: whether A sees all channels, (rank, in, *kernel), as PEFT trains it (formats/dense.py)."""
     looks_up: bool = False
     """Whether the layer is an embedding."""
     stack: int = 0

@@ -23,9 +23,9 @@ from lorabank.formats.components import COMPONENTS, components, in_file_names, i
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
-from lorabank.formats.peft_unknown import warn_unknown
 from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.peft_keys import PREFIX, from_tensors, pair_tensors, split_magnitudes, to_tensors
+from lorabank.formats.peft_unknown import warn_unknown
 
 FILE = "pytorch_lora_weights.safetensors"
 SETTINGS = "lora_adapter_metadata"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lorabank.errors import AdapterFileError
+from lorabank.formats import dense
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import split
 from lorabank.formats.peft_config import stored_transposed
@@ -19,6 +20,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
 VLLM_EMBEDDING = "embed_tokens"
 """The name of the one embedding that vLLM adapts."""
+UNMERGED = "serve it beside the base (bank.load)"
 MERGE = "merge it (lorabank merge) and serve the merged model"
 
 
@@ -179,6 +181,10 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
     ]
 
 
+def _merge(adapter: Adapter) -> list[Obstacle]:
+    return [*_broken(adapter), *_found(f"a convolution in groups, and {dense.WHY}", UNMERGED, dense.dense_layers(adapter))]
+
+
 def _exact(adapter: Adapter) -> list[Obstacle]:
     way_out = "merge it into the base first, or route rows to a mixture"
     layers = _paths(adapter, lambda path, layer: layer.magnitude is not None)
@@ -191,6 +197,7 @@ READERS: Mapping[str, Reader] = {
     "gguf": Reader(title="llama.cpp, as an adapter", obstacles=_llama_cpp),
     "merged gguf": Reader(title="llama.cpp, merged", obstacles=_merged_gguf),
     "older peft": Reader(title="older PEFT", obstacles=_older_peft),
+    "merge": Reader(title="merge", obstacles=_merge),
     "combine": Reader(title="combine, exact", obstacles=_exact),
 }
 """Readers by name, in the order in which they are shown."""

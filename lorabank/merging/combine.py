@@ -279,11 +279,12 @@ def _check_one_base(adapters: Sequence[Adapter]) -> None:
 
 def _check_shapes(adapters: Sequence[Adapter]) -> None:
     shapes: dict[str, tuple[int, tuple[int, ...]]] = {}
-    kinds: dict[str, tuple[int, bool]] = {}
+    kinds: dict[str, tuple[int, bool, bool]] = {}
     for index, adapter in enumerate(adapters):
         for path, layer in adapter.layers.items():
             shape = (layer.B.shape[0], *layer.A.shape[1:])
-            if kinds.setdefault(path, (layer.groups, layer.looks_up)) != (layer.groups, layer.looks_up):
+            kind = layer.groups, layer.looks_up, layer.dense
+            if kinds.setdefault(path, kind) != kind:
                 raise MergeError(f"combine: layer {path!r} isn't of one kind in all adapters; they belong to different bases")
             first, known = shapes.setdefault(path, (index, shape))
             if known != shape:

@@ -25,7 +25,7 @@ from lorabank.formats.files import TORCH_DTYPES
 from lorabank.formats.fingerprint import Fingerprint, positions
 from lorabank.merging.checkpoint import INDEX, Names, Shard, names_in_model, read_shards, write_shard
 from lorabank.merging.layer import merge_tensor
-from lorabank.merging.merge import FORCE, MERGED_DTYPES, storage_in_training, warn_unresolved
+from lorabank.merging.merge import FORCE, MERGED_DTYPES, check_mergeable, storage_in_training, warn_unresolved
 from lorabank.merging.outputs import map_of
 from lorabank.merging.quantized import rounded
 from lorabank.merging.report import LayerLoss, MergeReport
@@ -144,6 +144,7 @@ def _places(model: nn.Module, adapter: Adapter, names: Names, owners: Mapping[st
     """Where each layer's weight is stored; all is checked before anything is written."""
     if not adapter.layers:
         raise MergeError("merge: the adapter has no layers")
+    check_mergeable(adapter)
     layers = adaptable_layers(model)
     users: dict[int, list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):

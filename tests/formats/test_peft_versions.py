@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from lorabank.bank.attach import attach
 from lorabank.errors import AdapterFileError
-from lorabank.formats.adapter import Adapter
 from lorabank.formats.peft import load_peft
 
 from .conftest import CONFIGS, adapter_of, llama
