@@ -21,8 +21,8 @@ from lorabank.bank.tied import shared_in
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, Setting, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.dense import WHY, dense_layers
-from lorabank.formats.readers import UNMERGED
 from lorabank.formats.fingerprint import Fingerprint
+from lorabank.formats.readers import UNMERGED
 from lorabank.kernels.fp8 import E4M3
 from lorabank.merging.layer import merge_layer, merge_quantized_layer
 from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
