@@ -134,7 +134,7 @@ class LoRALayer(Adapted, Carrier):
         return {self.path: made}
 
     def _take_form(self, *, dense: bool) -> None:
-        """Keep A (rank, all channels · k · k), or A of a group's channels. Raises AdapterFileError beside one of the other form."""
+        """Keep A of all channels, or of a group's. Raises AdapterFileError beside an adapter of the other form."""
         if dense == self.dense:
             return
         if self.slots:

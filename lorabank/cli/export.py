@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.cli.folders import chosen_path, refuse_existing, whole_folder
 from lorabank.cli.parser import CommandParser
+from lorabank.config.convert import dtype_name
+from lorabank.config.typed import named_as_typed
 from lorabank.errors import ConfigError, ModelError, OutputError, closest
 
 if TYPE_CHECKING:
@@ -44,15 +46,25 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or file")
     parser.add_argument("--to", metavar="TOOL", required=True, help=f"{', '.join(EXPORTS)}")
     parser.add_argument("--output", metavar="PATH", required=True, help="folder (gguf: file) to write; must not exist")
-    parser.add_argument("--base", metavar="MODEL", help="base: folder, GGUF file or hub id (default: the one that it names)")
+    parser.add_argument(
+        "--base", "--model", metavar="MODEL", help="base: folder, GGUF file or hub id (default: the one that it names)"
+    )
     parser.add_argument("--merged", action="store_true", help="gguf, ollama: write the adapter into a copy of the base GGUF")
-    parser.add_argument("--dtype", metavar="TYPE", help="gguf: f32 or f16 of an adapter (f32); also bf16, q8_0 merged (f16)")
+    parser.add_argument(
+        "--dtype", type=gguf_dtype, metavar="TYPE", help="gguf: f32 or f16 of an adapter (f32); also bf16, q8_0 merged (f16)"
+    )
     parser.add_argument(
         "--all-tensors", action="store_true", help="--merged: every matrix in --dtype, not only those that change"
     )
-    parser.add_argument("--force", action="store_true", help="gguf, ollama: even where the base GGUF seems to be another model")
+    parser.add_argument("--force", action="store_true", help="gguf, ollama: even where the base seems to be another model")
     parser.add_argument("--from", dest="from_name", metavar="NAME", help="ollama: its own name of the base, for FROM")
     return parser
+
+
+def gguf_dtype(text: str) -> str:
+    """GGUF's name of a storage, however it is spelled."""
+    name = dtype_name(text)
+    return {"fp32": "f32", "fp16": "f16"}.get(name, name)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,10 +166,12 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Path:
 def write_gguf(args: argparse.Namespace, adapter: Adapter, base: Path, file: Path, *, shown: Path | None = None) -> None:
     """The adapter, or the merged model, as one file; says what was done."""
     from lorabank.formats.gguf_base import check_base
+    from lorabank.merging.shards import check_folder_base
 
     where = str(args.adapter)
-    if base.is_file() and not args.force:
-        check_base(adapter, base, where=where)
+    if not args.force:
+        with named_as_typed({"force=True": "--force"}):
+            check_base(adapter, base, where=where) if base.is_file() else check_folder_base(base, adapter)
     if args.merged:
         from lorabank.merging.gguf import merge_gguf
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lorabank.cli.folders import chosen_path
 from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.cli.train import print_notes
+from lorabank.config.convert import dtype_name
 from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError
 
@@ -38,6 +39,7 @@ def add_machine(parser: CommandParser) -> None:
     group.add_argument(
         "--dtype",
         default="auto",
+        type=dtype_name,
         choices=("auto", "fp32", "bf16", "fp16", "fp8", "nf4"),
         help="storage of the base (default: %(default)s: fp8 or nf4 if it was trained over that)",
     )

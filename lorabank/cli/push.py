@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub; made if it doesn't exist")
     parser.add_argument("--private", action="store_true", help="make it a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made if it doesn't exist (default: the main one)")
-    parser.add_argument("--base", metavar="HUB_ID", help="the base model's hub id (default: the one that it names)")
+    parser.add_argument("--base", "--model", metavar="HUB_ID", help="the base model's hub id (default: the one that it names)")
     return parser
 
 

@@ -92,6 +92,14 @@ def merge_folder(
     return report
 
 
+def check_folder_base(folder: Path, adapter: Adapter) -> None:
+    """Raise FingerprintError where the model in `folder` isn't the adapter's base; without a fingerprint or weights nothing."""
+    if adapter.fingerprint is None or not any(folder.glob("*.safetensors")):
+        return
+    owners = {name: shard for shard in read_shards(folder) for name in shard.tensors}
+    _check_base(adapter, names_in_model(_skeleton(folder), iter(owners)), owners)
+
+
 def _skeleton(folder: Path) -> nn.Module:
     """The model that the folder's config describes, on the meta device: its modules' classes, and no weight."""
     import transformers
