@@ -7,7 +7,7 @@
 
 `tokens`: greedy tokens and log-probabilities of the bank beside llama.cpp's, for the base, each adapter file and each merged
 model. The base is unpacked to fp32 first, since llama.cpp rounds activations beside quantised weights. `tiny`: the same for a
-tiny random GPT-2, and for an adapter on the embedding of a tiny Llama. `convert`: for a tiny random model of every architecture
+tiny random GPT-2, an embedding, and stacked experts. `convert`: for a tiny random model of every architecture
 in the table but GPT-2, the tensors of our adapter file beside those of llama.cpp's own converter, convert_lora_to_gguf.py
 (`--source`: llama.cpp's source tree, which the source package of llama-cpp-python carries). It turns PEFT's GPT-2 files as if
 their A and B lay transposed, as the weights do, and they don't. All exit 1 where something differs.
@@ -16,6 +16,7 @@ their A and B lay transposed, as the weights do, and they don't. All exit 1 wher
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ from lorabank.formats.adapter import Adapter
 ROOT = Path(__file__).resolve().parents[1]
 GENERATE = ROOT / "studies" / "llama_cpp" / "generate_llama_cpp.py"
 COMPARE = ROOT / "studies" / "vllm" / "compare.py"
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -132,7 +134,8 @@ def tiny_adapter(kind: str, folder: Path) -> Adapter:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
-    return randomised(lb.attach(model), lb.AdapterConfig(rank=4, alpha=8))
+    targets = ["attention"] if kind in MIXTURES else "all-linear"  # their converter reads no stacks of PEFT's
+    return randomised(lb.attach(model), lb.AdapterConfig(rank=4, alpha=8, targets=targets))
 
 
 def randomised(bank: Any, config: Any) -> Adapter:
@@ -145,7 +148,7 @@ def randomised(bank: Any, config: Any) -> Adapter:
 
 
 def tiny(args: argparse.Namespace) -> None:
-    """`tiny`: a GPT-2, and an embedding, beside llama.cpp."""
+    """`tiny`: a GPT-2, an embedding, and experts, beside llama.cpp."""
     import lorabank as lb
     from lorabank.formats.gguf_adapter import write_adapter_gguf
     from lorabank.formats.gguf_base import read_base
@@ -158,6 +161,8 @@ def tiny(args: argparse.Namespace) -> None:
     cases = {
         "gpt2": (tiny_models.gpt2, lb.AdapterConfig(rank=4, alpha=8, alpha_pattern={"c_fc": 3.0})),
         "embedding": (tiny_models.llama, lb.AdapterConfig(rank=4, alpha=8, targets=["embed_tokens", "q_proj"])),
+        "qwen3_moe": (tiny_models.mixture, lb.AdapterConfig(rank=4, alpha=8, rank_pattern={"down_proj": 2})),
+        "mixtral": (functools.partial(tiny_models.mixture, kind="mixtral"), lb.AdapterConfig(rank=4, alpha=8)),
     }
     wrong = 0
     for name, (build, config) in cases.items():

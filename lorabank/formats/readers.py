@@ -86,8 +86,9 @@ def _convolutions(adapter: Adapter, reader: str) -> list[Obstacle]:
     return _found(f"{reader} adapts no convolutions", MERGE, _paths(adapter, lambda path, layer: layer.A.ndim > 2))
 
 
-def _experts(adapter: Adapter, reader: str) -> list[Obstacle]:
-    layers = _paths(adapter, lambda path, layer: ".experts." in f".{path}.")
+def _experts(adapter: Adapter, reader: str, *, stacked: bool = False) -> list[Obstacle]:
+    """`stacked`: those of a stack are read."""
+    layers = _paths(adapter, lambda path, layer: ".experts." in f".{path}." and not (stacked and layer.stack))
     return _found(f"experts aren't exported for {reader}", MERGE, layers)
 
 
@@ -151,7 +152,7 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
         *_image_models(adapter, "llama.cpp"),
         *_dora(adapter, "llama.cpp", merged),
         *_convolutions(adapter, "llama.cpp"),
-        *_experts(adapter, "llama.cpp"),
+        *_experts(adapter, "llama.cpp", stacked=True),
     ]
 
 
@@ -160,7 +161,7 @@ def _merged_gguf(adapter: Adapter) -> list[Obstacle]:
         *_broken(adapter),
         *_image_models(adapter, "llama.cpp"),
         *_convolutions(adapter, "a GGUF language model"),
-        *_experts(adapter, "a GGUF"),
+        *_experts(adapter, "a GGUF", stacked=True),
     ]
 
 
