@@ -87,18 +87,22 @@ def run(args: argparse.Namespace) -> int:
 def to_vllm(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
     """A folder of PEFT's files."""
     from lorabank.formats.vllm import check_shapes, vllm_adapter, vllm_rank
+    from lorabank.formats.vllm_experts import model_type_of
     from lorabank.models.load import check_name
     from lorabank.training.serving import vllm_line
 
     base = args.base or adapter.base_model
-    exported = vllm_adapter(adapter, where=args.adapter)
     if args.base:  # what an adapter names by itself may lie on another machine
         check_name(args.base)
-    if base and Path(base).expanduser().is_dir():
-        check_shapes(adapter, Path(base).expanduser(), where=args.adapter)
+    folder = Path(base).expanduser() if base and Path(base).expanduser().is_dir() else None
+    exported = vllm_adapter(adapter, where=args.adapter, model_type=model_type_of(folder) if folder else None)
+    if folder:
+        check_shapes(exported, folder, where=args.adapter)
     with whole_folder(output) as scratch:
         exported.save(scratch)
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    if any(layer.stack for layer in adapter.layers.values()):
+        print("note: experts are written as vLLM's source says that it reads them; a GPU is needed to run them there")
     was = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     print(f"saved: {output} ({len(exported.layers)} layers, rank {was} as {vllm_rank(exported)}, scaling folded into B)")
     print(vllm_line(base or "MODEL", {output.name: str(output)}, vllm_rank(exported)))

@@ -20,6 +20,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
 VLLM_EMBEDDING = "embed_tokens"
 """The name of the one embedding that vLLM adapts."""
+EXPORTED = "lorabank export --to vllm writes them so"
 UNMERGED = "serve it beside the base (bank.load)"
 MERGE = "merge it (lorabank merge) and serve the merged model"
 
@@ -130,7 +131,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
         *_dora(adapter, "vLLM"),
         *_convolutions(adapter, "vLLM"),
         *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
-        *_experts(adapter, "vLLM"),
+        *_found("vLLM reads experts one by one", EXPORTED, _paths(adapter, lambda path, layer: layer.stack > 0)),
         *_found("vLLM takes no adapters for GPT-2", MERGE, transposed),
     ]
 
