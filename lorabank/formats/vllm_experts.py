@@ -42,7 +42,7 @@ def one_by_one(adapter: Adapter, model_type: str | None, *, where: str) -> Adapt
     """The adapter with a layer for each part of each expert. Raises AdapterFileError for a family that isn't known."""
     if not any(layer.stack for layer in adapter.layers.values()):
         return adapter
-    if model_type not in FAMILIES:
+    if model_type is None or model_type not in FAMILIES:
         why = (
             f"what those of a {model_type!r} model are called in vLLM isn't known here{closest(model_type, FAMILIES)}"
             if model_type
