@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ EXAMPLES = """\
 examples:
   lorabank export out/support/formal --to vllm --output exported/formal
   lorabank export out/support/formal --to gguf --output formal.gguf
+  lorabank export out/support/formal --to gguf --merged --output merged.gguf
   lorabank export out/support/formal --to gguf --merged --base base.gguf --output merged.gguf
   lorabank export out/support/formal --to ollama --base base.gguf --output exported/ollama
 
@@ -49,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     parser.add_argument(
         "--base", "--model", metavar="MODEL", help="base: folder, GGUF file or hub id (default: the one that it names)"
     )
-    parser.add_argument("--merged", action="store_true", help="gguf, ollama: write the adapter into a copy of the base GGUF")
+    parser.add_argument("--merged", action="store_true", help="gguf, ollama: a whole model, the adapter in its weights")
     parser.add_argument(
         "--dtype", type=gguf_dtype, metavar="TYPE", help="gguf: f32 or f16 of an adapter (f32); also bf16, q8_0 merged (f16)"
     )
@@ -149,7 +152,7 @@ EXPORTS: Mapping[str, Callable[[argparse.Namespace, Any, Path], None]] = {"vllm"
 
 
 def base_of(args: argparse.Namespace, adapter: Adapter) -> Path:
-    """The base's folder, or its GGUF file. Raises ModelError where it isn't said, or must be a GGUF file and isn't."""
+    """The base's folder, or its GGUF file. Raises ModelError where it isn't said, or isn't there."""
     from lorabank.config.paths import expanded
     from lorabank.models.load import locate
 
@@ -159,12 +162,30 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Path:
     path = expanded(name, place="--base", kind=ModelError)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return path
-    if args.merged:
-        raise ModelError(
-            f"--merged: a merged GGUF is a copy of the base's own GGUF file, and base {name!r} isn't one. Name it with "
-            "--base BASE.gguf; or lorabank merge, then llama.cpp's convert_hf_to_gguf.py; or leave --merged out."
-        )
     return locate(name)
+
+
+@contextmanager
+def gguf_of(base: Path, beside: Path) -> Iterator[Path]:
+    """The base as a GGUF file: itself, or written for this from a transformers folder, in the dtype that it is stored in."""
+    if base.is_file():
+        yield base
+        return
+    from lorabank.cli.merge import stored_dtype
+    from lorabank.formats.gguf_base import require_gguf
+    from lorabank.formats.scratch import scratch_beside
+    from lorabank.formats.vllm_experts import model_type_of
+    from lorabank.models.gguf_write import check_family, write_model_gguf
+    from lorabank.models.load import load_base
+
+    require_gguf()
+    check_family(model_type_of(base), where=str(base))  # before anything is loaded
+    print(f"loading {base} …", file=sys.stderr, flush=True)
+    loaded = load_base(str(base), dtype=stored_dtype(str(base)), device="cpu")
+    with scratch_beside(beside) as scratch:
+        write_model_gguf(loaded.model, loaded.tokenizer, base, scratch / f"{base.name}.gguf", where=str(base))
+        del loaded
+        yield scratch / f"{base.name}.gguf"
 
 
 def write_gguf(args: argparse.Namespace, adapter: Adapter, base: Path, file: Path, *, shown: Path | None = None) -> None:
@@ -180,7 +201,8 @@ def write_gguf(args: argparse.Namespace, adapter: Adapter, base: Path, file: Pat
         from lorabank.merging.gguf import merge_gguf
 
         dtype = args.dtype or "f16"
-        done = merge_gguf(base, adapter, file, dtype=dtype, all_tensors=args.all_tensors, where=where)
+        with gguf_of(base, file) as source:
+            done = merge_gguf(source, adapter, file, dtype=dtype, all_tensors=args.all_tensors, where=where)
         lost = f"{done.lost_share:.2%} of the change lost to rounding"
         print(f"saved: {shown or file} ({done.changed} weights changed, {done.copied} tensors copied; {lost} in {dtype})")
         return
