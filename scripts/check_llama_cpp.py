@@ -3,11 +3,13 @@
     python -m venv LLAMA && LLAMA/bin/pip install llama-cpp-python==0.3.36        # builds llama.cpp: about 8 minutes on two cores
     python scripts/check_llama_cpp.py tokens --python LLAMA/bin/python --gguf BASE.gguf --work WORK formal=OUT/formal
     python scripts/check_llama_cpp.py tiny --python LLAMA/bin/python
+    python scripts/check_llama_cpp.py folder --python LLAMA/bin/python
     python scripts/check_llama_cpp.py convert --source llama.cpp
 
 `tokens`: greedy tokens and log-probabilities of the bank beside llama.cpp's, for the base, each adapter file and each merged
 model. The base is unpacked to fp32 first, since llama.cpp rounds activations beside quantised weights. `tiny`: the same for a
-tiny random GPT-2, and for an adapter on the embedding of a tiny Llama. `convert`: for a tiny random model of every architecture
+tiny random GPT-2, an embedding, and stacked experts. `folder`:
+transformers models (SmolLM2, tiny random ones) written as GGUF. `convert`: for a tiny random model of every architecture
 in the table but GPT-2, the tensors of our adapter file beside those of llama.cpp's own converter, convert_lora_to_gguf.py
 (`--source`: llama.cpp's source tree, which the source package of llama-cpp-python carries). It turns PEFT's GPT-2 files as if
 their A and B lay transposed, as the weights do, and they don't. All exit 1 where something differs.
@@ -16,6 +18,7 @@ their A and B lay transposed, as the weights do, and they don't. All exit 1 wher
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -31,6 +34,7 @@ from lorabank.formats.adapter import Adapter
 ROOT = Path(__file__).resolve().parents[1]
 GENERATE = ROOT / "studies" / "llama_cpp" / "generate_llama_cpp.py"
 COMPARE = ROOT / "studies" / "vllm" / "compare.py"
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -132,7 +136,8 @@ def tiny_adapter(kind: str, folder: Path) -> Adapter:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
-    return randomised(lb.attach(model), lb.AdapterConfig(rank=4, alpha=8))
+    targets = ["attention"] if kind in MIXTURES else "all-linear"  # their converter reads no stacks of PEFT's
+    return randomised(lb.attach(model), lb.AdapterConfig(rank=4, alpha=8, targets=targets))
 
 
 def randomised(bank: Any, config: Any) -> Adapter:
@@ -145,7 +150,7 @@ def randomised(bank: Any, config: Any) -> Adapter:
 
 
 def tiny(args: argparse.Namespace) -> None:
-    """`tiny`: a GPT-2, and an embedding, beside llama.cpp."""
+    """`tiny`: a GPT-2, an embedding, and experts, beside llama.cpp."""
     import lorabank as lb
     from lorabank.formats.gguf_adapter import write_adapter_gguf
     from lorabank.formats.gguf_base import read_base
@@ -158,6 +163,8 @@ def tiny(args: argparse.Namespace) -> None:
     cases = {
         "gpt2": (tiny_models.gpt2, lb.AdapterConfig(rank=4, alpha=8, alpha_pattern={"c_fc": 3.0})),
         "embedding": (tiny_models.llama, lb.AdapterConfig(rank=4, alpha=8, targets=["embed_tokens", "q_proj"])),
+        "qwen3_moe": (tiny_models.mixture, lb.AdapterConfig(rank=4, alpha=8, rank_pattern={"down_proj": 2})),
+        "mixtral": (functools.partial(tiny_models.mixture, kind="mixtral"), lb.AdapterConfig(rank=4, alpha=8)),
     }
     wrong = 0
     for name, (build, config) in cases.items():
@@ -184,6 +191,58 @@ def tiny(args: argparse.Namespace) -> None:
     sys.exit(1 if wrong else 0)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in ("llama", "mistral", "qwen2", "qwen3")},
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3": ("llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32}}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+}
+"""Tiny random models that are written as GGUF from transformers: name → (`model_type`, settings beside SIZES)."""
+
+
+def folder(args: argparse.Namespace) -> None:
+    """`folder`: transformers models written as GGUF, and the tokenizer of one, beside llama.cpp."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from lorabank.models.gguf_write import write_model_gguf
+    from lorabank.models.load import load_base
+
+    base = load_base(args.model, dtype="fp32", device="cpu")
+    ids = base.tokenizer("Explain 3 + 45 = 48, naïve café:\n\n  - ")["input_ids"]
+    models: dict[str, Any] = {args.model: base.model}
+    for name, (kind, more) in FOLDERS.items():
+        torch.manual_seed(0)
+        settings = {
+            **SIZES,
+            **more,
+            "vocab_size": len(base.tokenizer),
+            "max_position_embeddings": 256,
+            "moe_intermediate_size": 96,
+        }
+        models[name] = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**settings)).eval()
+        with torch.no_grad():
+            for key, parameter in models[name].named_parameters():
+                parameter.mul_(20.0 if key.endswith("mlp.gate.weight") else 3.0 if parameter.ndim > 1 else 1.0)
+    wrong = 0
+    for name, model in models.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            file, told = Path(scratch) / "m.gguf", Path(scratch) / "prompts.json"
+            write_model_gguf(model, base.tokenizer, base.folder, file, where=name)
+            told.write_text(json.dumps({"prompts": [ids], "max_new_tokens": 24, "stop_token_ids": []}))
+            child(args.python, GENERATE, "--prompts", told, "--output", Path(scratch) / "out.json", f"m={file}")
+            (found,) = json.loads((Path(scratch) / "out.json").read_text())["answers"]["m"]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*ids, *found["tokens"]]])).logits[0, len(ids) - 1 : -1].double()
+        same = logits.argmax(-1).tolist() == found["tokens"]
+        apart = (logits.log_softmax(-1).topk(2, -1).values - torch.tensor(found["top2"])).abs().max()
+        wrong += not same
+        print(f"{name:>22}: {len(found['tokens'])} tokens {'equal' if same else 'DIFFER'}, at most {apart:.1e} apart", flush=True)
+    sys.exit(1 if wrong else 0)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,6 +263,10 @@ def main() -> None:
     three = commands.add_parser("tiny", help="a tiny GPT-2, and an embedding, beside llama.cpp's")
     three.add_argument("--python", required=True, help="the interpreter of llama-cpp-python's environment")
     three.set_defaults(run=tiny)
+    four = commands.add_parser("folder", help="transformers models written as GGUF, beside llama.cpp's")
+    four.add_argument("--python", required=True, help="the interpreter of llama-cpp-python's environment")
+    four.add_argument("--model", default="smollm2-135m-instruct", help="a model whose tokenizer is used (default: %(default)s)")
+    four.set_defaults(run=folder)
     two = commands.add_parser("convert", help="adapter files beside those of llama.cpp's converter")
     two.add_argument("--source", type=Path, required=True, help="llama.cpp's source tree")
     two.add_argument("--python", default=sys.executable, help="interpreter for the converter (default: this one)")

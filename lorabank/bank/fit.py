@@ -79,6 +79,9 @@ def check_fits(
         if path in layers and part.stack != count:
             wrong.append(f"{path}: made for one of {part.stack or 'no'} stacked experts, the model has {count or 'no'} there")
             continue
+        if part.dense and part.magnitude is not None:
+            wrong.append(f"{path}: DoRA on a convolution in groups whose A reaches from one into another isn't supported")
+            continue
         if path not in layers:
             wrong.append(_absent(model, path, layers))
             continue
@@ -142,6 +145,8 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
         return f"{path}: made for {what}, the model's layer is a {type(layer).__name__}"
     if isinstance(layer, Projection) and part.magnitude is not None:
         return f"{path}: is decomposed (DoRA), which nn.MultiheadAttention's projections can't be; merge it where it was trained"
+    if part.dense:
+        fan_in *= kind.groups(layer)
     if part.size != (fan_in, fan_out):
         return f"{path}: made for {part.size[0]} → {part.size[1]} features, the model's layer has {fan_in} → {fan_out}"
     if tuple(part.A.shape[2:]) != kernel or part.groups != kind.groups(layer):

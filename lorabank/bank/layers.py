@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
+from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotParameters, SlotValues
+from lorabank.bank.dense import dense_kind
 from lorabank.bank.extras import LORA_BIAS, ROWS, Extras, add_rows, add_shifts, any_extras, fill
 from lorabank.bank.frozen import split
 from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
@@ -27,7 +28,7 @@ from lorabank.bank.storage import RankStore
 from lorabank.bank.wrapping import Adapted, check_loaded
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.inits import is_difference
-from lorabank.errors import RoutingError
+from lorabank.errors import AdapterFileError, RoutingError
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.output_slice import OutputSlice
 from lorabank.kernels import ops
@@ -69,12 +70,15 @@ class LoRALayer(Adapted, Carrier):
         own["beside_turned"] = beside_turned
         own["low_rank_map"] = kind.low_rank_map(base)
         own["_path_seed"] = zlib.crc32(path.encode())
+        own["dense"] = False
 
     kind: LayerKind
     _path_seed: int
     slices: dict[str, SliceCarrier]
     """Projections of a fused layer that adapters change apart from the others, by name."""
     low_rank_map: LowRankMap
+    dense: bool
+    """Of a convolution in groups: whether the adapters' A sees all channels."""
     read: int
     """Identity of the last plain call's input, which layers of a module that read one x have in common."""
     rows_lost: str | None
@@ -113,6 +117,7 @@ class LoRALayer(Adapted, Carrier):
         """What changes nothing yet."""
         if not rank:
             return self._without_ranks()
+        self._take_form(dense=False)
         if is_difference(config.init):
             weight = self.kind.weight_oi(self._parameters, torch.float32)
             A, B = start_of_difference(config, weight, rank, scaling, path_generator(seed, self.path))
@@ -126,6 +131,7 @@ class LoRALayer(Adapted, Carrier):
         if self.path not in layers:
             return self._without_ranks()
         mine = layers[self.path]
+        self._take_form(dense=mine.dense)
         low = mine.lora_bias
         extras = Extras() if low is None else Extras(lora_bias=True, values={LORA_BIAS: low})
         A, B, frozen = split(mine)
@@ -166,8 +172,25 @@ class LoRALayer(Adapted, Carrier):
         if (low := slot.extras.get(LORA_BIAS)) is not None:
             made = replace(made, lora_bias=low.detach().to("cpu", copy=True))
         if kernel:
-            made = replace(made, A=A.view(len(A), -1, *kernel), groups=self.kind.groups(base))
+            made = replace(made, A=A.view(len(A), -1, *kernel), groups=self.kind.groups(base), dense=self.dense)
         return {self.path: made}
+
+    def _take_form(self, *, dense: bool) -> None:
+        """Keep A of all channels, or of a group's. Raises AdapterFileError beside an adapter of the other form."""
+        if dense == self.dense:
+            return
+        if self.slots:
+            raise AdapterFileError(
+                f"layer {self.path!r} is a convolution in groups. A of {', '.join(self.slots)} sees "
+                f"{'all channels, as PEFT trains it, and' if self.dense else 'those of a group, and'} that of the new adapter "
+                "doesn't see the same. Load them into banks of their own, over copies of the model."
+            )
+        own, plain = vars(self), layer_kind(self.base)
+        assert plain is not None
+        own["dense"], own["kind"] = dense, dense_kind(plain) if dense else plain
+        own["low_rank_map"] = self.kind.low_rank_map(self.base)
+        own["store"] = RankStore(*self.kind.features(self.base), self.store.device)
+        self._modules["lora"] = SlotParameters({"": self.store})
 
     def _refresh(self) -> None:
         self._slot_parameters.refresh()

@@ -39,7 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         description="Put several adapters of one base together, each with a weight, into one adapter.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("parts", metavar="ADAPTER:WEIGHT", nargs="+", help="adapter folder and its weight")
+    parser.add_argument(
+        "parts", metavar="ADAPTER:WEIGHT", nargs="+", help="adapter folder (or FOLDER:NAME of several in it) and its weight"
+    )
     parser.add_argument(
         "-w",
         "--weights",
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             density=args.density,
             seed=args.seed,
             majority_sign_method=args.majority_sign_method,
+            names=[path for path, _ in parts],
             busy=bar,
         )
     with whole_folder(folder) as scratch:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lorabank.cli.folders import refuse_existing
+from lorabank.cli.folders import chosen_path, refuse_existing
 from lorabank.cli.parser import CommandParser, positive
+from lorabank.config.convert import dtype_name
 from lorabank.config.paths import expanded
-from lorabank.errors import AdapterFileError, ConfigError, ModelError
+from lorabank.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from lorabank.formats.convert import Conversion
@@ -39,16 +40,20 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     parser.add_argument("target", metavar="TARGET", help="what to write: a .safetensors file (kohya) or a folder; must not exist")
     parser.add_argument("--to", required=True, choices=FORMS, help="form to write")
     parser.add_argument("--lossy", action="store_true", help="write what is not exact too, and print how large the error is")
-    parser.add_argument("--dtype", default="keep", choices=DTYPES, help="of the tensors (default: %(default)s, as they are)")
+    parser.add_argument(
+        "--dtype", type=dtype_name, default="keep", choices=DTYPES, help="of the tensors (default: %(default)s, as they are)"
+    )
     parser.add_argument("--rank", type=positive, metavar="N", help="highest rank of LoHa and LoKr layers (default: all of it)")
     parser.add_argument("--component", metavar="NAME", help="one model: unet, text_encoder, …; PEFT's side has no such prefix")
-    parser.add_argument("--model", metavar="FOLDER", help="model or pipeline folder, to resolve names that are not known")
+    parser.add_argument(
+        "--model", "--base", metavar="FOLDER", help="model or pipeline folder, to resolve names that are not known"
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was done."""
-    source = expanded(args.source, place="SOURCE", kind=AdapterFileError)
+    source = chosen_path(args.source, place="SOURCE")
     target = refuse_existing(args.target, "TARGET")
     if args.to == "kohya" and target.suffix != ".safetensors":
         raise ConfigError(f"TARGET: kohya's form is one file, so its name ends in .safetensors, such as {target}.safetensors")

@@ -7,8 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorabank.config.paths import expanded
-from lorabank.errors import OutputError
+from lorabank.errors import AdapterFileError, OutputError
 from lorabank.formats.scratch import scratch_beside
+
+
+def chosen_path(source: str, place: str) -> Path:
+    """The file or folder of an adapter: a path, or `folder:name` for one of several in a folder.
+
+    Raises AdapterFileError for what can't be a path, or a name that the folder doesn't hold.
+    """
+    from lorabank.formats.choice import chosen
+
+    return chosen(expanded(source, place=place, kind=AdapterFileError))
 
 
 def refuse_existing(output: str, place: str = "--output") -> Path:

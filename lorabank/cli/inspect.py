@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabank.cli.folders import chosen_path
 from lorabank.cli.parser import CommandParser
-from lorabank.config.paths import expanded
 from lorabank.errors import AdapterFileError, closest
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         description="Show what an adapter folder (lorabank's or PEFT's) or a run folder holds. Loads no base model.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="adapter folder or file, or run folder")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="adapter folder or file, FOLDER:NAME of several in a folder, or run folder"
+    )
     parser.add_argument("--layers", action="store_true", help="a row for each layer instead of each kind of module")
     parser.add_argument("--json", action="store_true", help="print JSON: of a run, a list with its adapters")
     return parser
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    folder = expanded(args.folder, place="FOLDER", kind=AdapterFileError)
+    folder = chosen_path(args.folder, place="FOLDER")
     if not folder.exists():
         beside = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise AdapterFileError(f"{folder}: no such file or folder{closest(folder.name, beside)}")
@@ -79,11 +81,8 @@ def print_json(folder: Path, *, is_run: bool) -> int:
 def load(path: Path) -> Adapter:
     """Read an adapter, NaN and infinity included: looking at a broken one is what this command is for."""
     from lorabank.formats.detect import load_adapter
-    from lorabank.formats.peft import load_peft
 
-    if (path / "adapter_config.json").is_file():
-        return load_peft(path, allow_non_finite=True)
-    return load_adapter(path)
+    return load_adapter(path, allow_non_finite=True)
 
 
 def print_run(console: Console, folder: Path, *, layers: bool = False) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabank.cli.folders import chosen_path
 from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.cli.train import print_notes
-from lorabank.config.paths import expanded
+from lorabank.config.convert import dtype_name
 from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError
 
@@ -39,6 +39,7 @@ def add_machine(parser: CommandParser) -> None:
     group.add_argument(
         "--dtype",
         default="auto",
+        type=dtype_name,
         choices=("auto", "fp32", "bf16", "fp16", "fp8", "nf4"),
         help="storage of the base (default: %(default)s: fp8 or nf4 if it was trained over that)",
     )
@@ -82,8 +83,7 @@ def run_config(source: str) -> TrainConfig | None:
     """
     from lorabank.config.parse import load_config
 
-    expanded(source, place="RUN")
-    path = Path(source)
+    path = chosen_path(source, place="RUN")
     inside = (path / "adapter_config.json").is_file()  # RUN/formal, or RUN/formal/last
     for folder in (path, *path.resolve().parents[:2]) if inside else (path,):
         if (folder / "config.yaml").is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from lorabank.cli.folders import refuse_existing, whole_folder
@@ -24,7 +25,8 @@ examples:
   lorabank merge formal-adapter --model Qwen/Qwen3-0.6B --dtype fp32 --output merged/formal
   lorabank merge formal-adapter --model folder-of-70b --by-shard --output merged/formal
 
-The merged folder loads in plain transformers. Merging into bf16 rounds a part of the change away: how much is printed.
+The merged folder loads in plain transformers. --dtype auto keeps weights as the base stores them. Merging into bf16 rounds a
+part of the change away: how much is printed.
 """
 
 PROBE = "The merged model is asked to read this sentence, and so is the base with the adapter beside it: 3 + 4 = 7, naïve café."
@@ -41,13 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or file")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="folder to write; must not exist")
-    parser.add_argument("--model", metavar="BASE", help="base model (default: the one that the adapter names)")
+    parser.add_argument("--model", "--base", metavar="BASE", help="base model (default: the one that the adapter names)")
     parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="factor on the change (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="merge even where the adapter says that it belongs to another base")
     parser.add_argument(
         "--by-shard",
         action="store_true",
-        help="one tensor at a time, for a model that doesn't fit into memory; --dtype auto then keeps each as it is stored",
+        help="one tensor at a time, for a model that doesn't fit into memory",
     )
     add_machine(parser)
     return parser
@@ -82,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.by_shard:
         return _by_shard(args, adapter, name, folder)
     print(f"loading {name} …", file=sys.stderr, flush=True)
-    base = load_base(name, dtype=args.dtype, device=args.device)
+    base = load_base(name, dtype=stored_dtype(name) if args.dtype == "auto" else args.dtype, device=args.device)
     inputs = {"input_ids": base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(base.model.device)}
     handle = merge(base.model, adapter, strength=args.strength, force=args.force, inputs=inputs, say=None)
     print_report(handle.report)
@@ -92,6 +94,19 @@ def _run(args: argparse.Namespace) -> int:
         base.tokenizer.save_pretrained(scratch)
     print(f"saved: {folder} (a plain model: AutoModelForCausalLM.from_pretrained({str(folder)!r}))")
     return 0
+
+
+def stored_dtype(name: str) -> str:
+    """Our name of the storage that most numbers of a base have in its files; `auto` for one that a model isn't loaded in."""
+    from lorabank.formats.files import read_header
+    from lorabank.models.load import locate
+
+    sizes: Counter[str] = Counter()
+    for file in locate(name, say=lambda line: print(line, file=sys.stderr, flush=True)).glob("*.safetensors"):
+        for entry in read_header(file).tensors.values():
+            sizes[entry.dtype] += entry.end - entry.begin
+    most = sizes.most_common(1)[0][0] if sizes else ""
+    return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(most, "auto")
 
 
 def _by_shard(args: argparse.Namespace, adapter: Adapter, name: str, folder: Path) -> int:

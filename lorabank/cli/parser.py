@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from lorabank.errors import ConfigError, closest
 
+_NEGATIVE = re.compile(r"-[\d.].*")
+"""What begins as a number below zero does."""
+
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """Examples keep their line breaks."""
@@ -54,9 +57,12 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def with_dashes(words: Sequence[str]) -> list[str]:
-    """`--max_new_tokens=5` as `--max-new-tokens=5`: flags take dash or underscore."""
-    result = []
+    """`--max_new_tokens=5` as `--max-new-tokens=5`: flags take dash or underscore. `-w -1e-3` as `-w=-1e-3`: a number is none."""
+    result: list[str] = []
     for word in words:
+        if _NEGATIVE.fullmatch(word) and result and result[-1].startswith("-") and "=" not in result[-1]:
+            result[-1] += f"={word}"
+            continue
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             word = flag.replace("_", "-") + equals + value

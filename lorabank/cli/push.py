@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from lorabank.cli.folders import chosen_path
 from lorabank.cli.parser import CommandParser
-from lorabank.config.paths import expanded
-from lorabank.errors import AdapterFileError
 
 EXAMPLES = """\
 examples:
@@ -27,11 +26,11 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         description="Upload an adapter folder to a model hub, with a model card.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="adapter folder")
+    parser.add_argument("folder", metavar="FOLDER", help="adapter folder, or FOLDER:NAME of several in a folder")
     parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub; made if it doesn't exist")
     parser.add_argument("--private", action="store_true", help="make it a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made if it doesn't exist (default: the main one)")
-    parser.add_argument("--base", metavar="HUB_ID", help="the base model's hub id (default: the one that it names)")
+    parser.add_argument("--base", "--model", metavar="HUB_ID", help="the base model's hub id (default: the one that it names)")
     return parser
 
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from lorabank.training.publish import push
 
-    folder = expanded(args.folder, place="FOLDER", kind=AdapterFileError)
+    folder = chosen_path(args.folder, place="FOLDER")
     done = push(
         folder,
         args.repository,

@@ -174,18 +174,25 @@ def warmup_steps(value: object) -> Mapping[str, object]:
 
 _DTYPES = {
     "bfloat16": "bf16",
-    "torch.bfloat16": "bf16",
     "float16": "fp16",
-    "torch.float16": "fp16",
+    "f16": "fp16",
     "half": "fp16",
     "float32": "fp32",
-    "torch.float32": "fp32",
+    "f32": "fp32",
+    "float": "fp32",
 }
+
+
+def dtype_name(text: str) -> str:
+    """Our name of a storage that may be spelled as torch or GGUF do (`torch.bfloat16`, `f16`); another text as it is."""
+    plain = text.strip().lower().removeprefix("torch.")
+    return _DTYPES.get(plain, plain)
 
 
 def dtype(value: object) -> Mapping[str, object]:
     """torch's names for the storage of the base."""
-    return {"run.base_dtype": _DTYPES.get(str(value), value)}
+    name = str(value).removeprefix("torch.")
+    return {"run.base_dtype": _DTYPES.get(name, value)}
 
 
 def bf16(value: object) -> Mapping[str, object]:

@@ -49,13 +49,15 @@ PEFT_FIELDS: Mapping[str, PeftField] = {
     **_fields(Role.ABOUT, "peft_type task_type base_model_name_or_path"),
     **_fields(
         Role.NOTE,
-        "auto_mapping peft_version revision inference_mode fan_in_fan_out megatron_core qalora_group_size runtime_config",
+        "auto_mapping peft_version revision inference_mode fan_in_fan_out megatron_core qalora_group_size runtime_config "
+        "merge_weights",  # of PEFT 0.1 and 0.2, which merged in evaluation; files held A and B
     ),
     **_fields(
         Role.TRAINING,
         "layers_pattern loftq_config eva_config corda_config lora_ga_config velora_config",
     ),
     **_refused(
+        enable_lora="a change of parts of a fused layer (PEFT 0.1 and 0.2)",
         layer_replication="replicated layers",
         alora_invocation_tokens="activated LoRA (aLoRA)",
         use_qalora="QALoRA",

@@ -36,6 +36,8 @@ class AdapterLayer:
     """α/r, or α/√r with rsLoRA."""
     groups: int = 1
     """Of a convolution: parts of the channels, whose A is the same."""
+    dense: bool = False
+    """Of a convolution in groups: whether A sees all channels, (rank, in, *kernel), as PEFT trains it (formats/dense.py)."""
     looks_up: bool = False
     """Whether the layer is an embedding."""
     stack: int = 0
@@ -164,7 +166,20 @@ class Adapter:
 
     @classmethod
     def load(cls, source: str | Path) -> Adapter:
-        """Read an adapter folder or file; its form is told by its content. Raises AdapterFileError."""
+        """Read an adapter folder or file; its form is told by its content. Raises AdapterFileError.
+
+        Of a folder that holds several it is the one in the folder itself, or `folder:name`.
+        """
         from lorabank.formats.detect import load_adapter
 
         return load_adapter(Path(source))
+
+    @classmethod
+    def load_all(cls, folder: str | Path) -> dict[str, Adapter]:
+        """Every adapter in a folder by name, as PEFT writes them: `default` in the folder itself, others in subfolders.
+
+        Raises AdapterFileError where there is none, or one can't be read.
+        """
+        from lorabank.formats.detect import load_adapters
+
+        return load_adapters(folder)

@@ -26,6 +26,7 @@ from lorabank.formats.image_files import checked, file_metadata, held, warn_norm
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.peft_keys import PREFIX, from_tensors, pair_tensors, split_magnitudes, to_tensors
+from lorabank.formats.peft_unknown import warn_unknown
 from lorabank.formats.saved import refuse_modules
 from lorabank.formats.slices import without_slices
 
@@ -47,12 +48,15 @@ _OLD_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
-def load_diffusers(path: str | Path) -> Adapter:
-    """Read one of diffusers' files. Raises AdapterFileError that names the tensor or setting; nothing is read in part."""
+def load_diffusers(path: str | Path, *, allow_non_finite: bool = False) -> Adapter:
+    """Read one of diffusers' files; `allow_non_finite`: NaN and infinity too, to look at them.
+
+    Raises AdapterFileError that names the tensor or setting; nothing is read in part.
+    """
     path = Path(path)
     where = str(path)
     tensors, metadata = read_tensors(path)
-    named = _by_component(where, checked(where, tensors))
+    named = _by_component(where, checked(where, tensors, allow_non_finite=allow_non_finite))
     settings = _settings(where, metadata.get(SETTINGS), list(named))
     layers: dict[str, AdapterLayer] = {}
     for component, group in named.items():
@@ -159,6 +163,7 @@ def _settings(where: str, text: str | None, there: list[str]) -> dict[str, PeftS
     settings = {name: read_settings(f"{place}, {name}", part) for name, part in parts.items()}
     for name, said in settings.items():
         refuse_settings(f"{place}, {name}", said.raw)
+        warn_unknown(f"{place}, {name}", said.metadata, {})
     return settings
 
 

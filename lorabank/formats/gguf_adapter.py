@@ -21,6 +21,7 @@ from torch import Tensor
 from lorabank.errors import AdapterFileError, ConfigError, OutputError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.gguf_base import GgufBase, interleaved, require_gguf
+from lorabank.formats.gguf_experts import expert_places
 from lorabank.formats.readers import refuse
 from lorabank.formats.scratch import parents_of
 from lorabank.formats.slices import without_slices
@@ -46,12 +47,14 @@ class WrittenGguf:
 
 
 def places(adapter: Adapter, base: GgufBase, *, where: str = "the adapter") -> dict[str, str]:
-    """Module path → name of the weight in the GGUF, for all layers.
+    """Module path → name of the weight in the GGUF, for all layers but stacked experts.
 
     Raises AdapterFileError naming the layer that has no place, or another shape than the base's weight.
     """
     found: dict[str, str] = {}
     for path, layer in adapter.layers.items():
+        if layer.stack:  # gguf_experts.py
+            continue
         name = base.tensor_name(path)
         if name is None or (base.shapes and name not in base.shapes):
             tied = " (its output head is its embedding)" if name == HEAD and base.tied else ""
@@ -91,7 +94,11 @@ def write_adapter_gguf(
     refuse(adapter, "gguf", where=where)
     names = places(adapter, base, where=where)
     alpha = common_alpha(adapter)
-    pairs = {names[path]: as_llama_cpp_has_it(layer, names[path], base, alpha) for path, layer in adapter.layers.items()}
+    stacked = expert_places(adapter, base, where=where)
+    pairs = {name: as_llama_cpp_has_it(adapter.layers[path], name, base, alpha) for path, name in names.items()}
+    for name, part in stacked.items():
+        both = [as_llama_cpp_has_it(layer, name, base, alpha) for layer in part.experts]
+        pairs[name] = torch.stack([A for A, _ in both]), torch.stack([B for _, B in both])
     largest = max(float(value.abs().max()) for pair in pairs.values() for value in pair)
     if dtype == "f16" and largest > torch.finfo(torch.float16).max:
         raise AdapterFileError(f"{where}: holds numbers up to {largest:.3g}, which f16 can't. Write it with --dtype f32.")
@@ -110,7 +117,8 @@ def write_adapter_gguf(
         writer.close()
 
     write_whole(Path(file), write)
-    folded = sum(_folds(layer, alpha) for layer in adapter.layers.values())
+    plain = [layer for layer in adapter.layers.values() if not layer.stack]
+    folded = sum(_folds(layer, alpha) for layer in (*plain, *(part.experts[0] for part in stacked.values())))
     return WrittenGguf(file=Path(file), alpha=alpha, tensors=2 * len(pairs), folded=folded)
 
 

@@ -38,6 +38,10 @@ ARCHITECTURES: Mapping[str, str] = {
     "phi3": "phi3",
     "olmo2": "olmo2",
     "gpt2": "gpt2",
+    "mixtral": "llama",
+    "olmoe": "olmoe",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
 }
 """transformers' `model_type` → llama.cpp's name of the architecture. Others are refused: their rows' order isn't known."""
 INTERLEAVED = ("llama", "granite", "smollm3")
@@ -57,6 +61,10 @@ class GgufBase:
     kv_heads: int
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """(out, in) of its weights by llama.cpp's name (`blk.0.attn_q.weight`); empty where they aren't known."""
+    experts: int = 0
+    """How many there are in each stack of them."""
+    complete: bool = False
+    """Whether `shapes` has every weight: a folder's experts may be stored one by one."""
 
     @property
     def tied(self) -> bool:
@@ -144,6 +152,7 @@ def _from_folder(folder: Path, name: str) -> GgufBase:
         blocks=blocks,
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
+        experts=next((config[key] for key in ("num_local_experts", "num_experts") if isinstance(config.get(key), int)), 0),
     )
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -200,6 +209,8 @@ def _from_gguf(file: Path, name: str) -> GgufBase:
         blocks=blocks,
         heads=heads,
         kv_heads=kv_heads,
+        experts=value(f"{architecture}.expert_count") or 0,
+        complete=True,
         shapes={tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors},
     )
 

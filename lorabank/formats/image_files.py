@@ -41,12 +41,14 @@ class Kept:
     """`fingerprint`, `base_model` and `task_type` of the adapter."""
 
 
-def checked(where: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors. Raises AdapterFileError for NaN, infinity, or numbers that aren't floating-point ones."""
+def checked(where: str, tensors: Mapping[str, Tensor], *, allow_non_finite: bool = False) -> Mapping[str, Tensor]:
+    """The tensors. Raises AdapterFileError for numbers that aren't floating-point ones, or NaN and infinity unless allowed."""
     for name, value in tensors.items():
         if value.dtype not in SAVED_FLOATS and not (name.endswith(".alpha") and value.numel() == 1):
             raise AdapterFileError(f"{where}: tensor {name!r} is {value.dtype}; expected float32, bfloat16, float16 or float64")
-    if bad := first_non_finite(tensors):
+    # without its alpha there is no layer to look at
+    fatal = {name: value for name, value in tensors.items() if name.endswith(".alpha")} if allow_non_finite else tensors
+    if bad := first_non_finite(fatal):
         raise AdapterFileError(
             f"{where}: tensor {bad!r} holds NaN or infinity: its training diverged, or it overflowed when it was saved in 16 "
             "bits. Use an earlier checkpoint, or one in float32."

@@ -63,14 +63,14 @@ class KohyaFile:
     """How the names were read: `table` or `model`."""
 
 
-def load_kohya(path: str | Path, *, model: nn.Module | None = None) -> Adapter:
+def load_kohya(path: str | Path, *, model: nn.Module | None = None, allow_non_finite: bool = False) -> Adapter:
     """Read one of kohya's files; LoHa and LoKr get the rank that loses nothing but rounding, and a warning says so.
 
     `model`: the one that it is for (its weights are not read: a model on the meta device will do), by whose modules names are
     resolved that the table doesn't have. A pipeline's models are children of one module, under their names.
-    Raises AdapterFileError; nothing is read in part.
+    `allow_non_finite`: NaN and infinity are read too, to look at them. Raises AdapterFileError; nothing is read in part.
     """
-    found = read_kohya(path, model=model)
+    found = read_kohya(path, model=model, allow_non_finite=allow_non_finite)
     if found.decomposed:
         worst = max(found.decomposed.values(), key=lambda one: one.error)
         ranks = sorted(one.rank for one in found.decomposed.values())
@@ -83,7 +83,9 @@ def load_kohya(path: str | Path, *, model: nn.Module | None = None) -> Adapter:
     return found.adapter
 
 
-def read_kohya(path: str | Path, *, model: nn.Module | None = None, rank: int | None = None) -> KohyaFile:
+def read_kohya(
+    path: str | Path, *, model: nn.Module | None = None, rank: int | None = None, allow_non_finite: bool = False
+) -> KohyaFile:
     """Read one of kohya's files. `rank`: the highest that LoHa and LoKr layers get; None for one that loses only rounding.
 
     Raises AdapterFileError that names the tensor and the way out; nothing is read in part.
@@ -91,8 +93,11 @@ def read_kohya(path: str | Path, *, model: nn.Module | None = None, rank: int | 
     path = Path(path)
     tensors, metadata = read_tensors(path)
     where = str(path)
-    groups = _groups(where, checked(where, tensors))
+    groups = _groups(where, checked(where, tensors, allow_non_finite=allow_non_finite))
     shapes = None if model is None else weight_shapes(model)
+    if allow_non_finite:  # a layer that has to be decomposed first can't be looked at
+        products = [name for name, group in groups.items() if not group.keys() <= set(PLAIN_KEYS)]
+        checked(where, {key: value for key, value in tensors.items() if key.partition(".")[0] in products})
     places = _places(where, list(groups), shapes)
     small = _has_small_kernels(groups)
     layers, turned = dict[str, AdapterLayer](), dict[str, Decomposed]()

@@ -36,6 +36,7 @@ from lorabank.formats.peft_keys import (
     tensor_name,
     to_tensors,
 )
+from lorabank.formats.peft_unknown import warn_unknown
 from lorabank.formats.saved import check_modules, split_modules
 
 CONFIG_FILE = "adapter_config.json"
@@ -124,6 +125,7 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
             f"{folder}: has {CONFIG_FILE} and no {TENSORS_FILE}; the adapter is incomplete. Fetch or save it again."
         )
     own = _read_own(folder)
+    warn_unknown(where, settings.metadata, own.metadata if own else {})
     tensors, tensor_metadata = read_tensors(tensors_path)
     bad = None if allow_non_finite else first_non_finite(tensors)
     if bad:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,13 +16,13 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.patterns import pattern_value, to_patterns
 from lorabank.formats.peft_extras import has_lora_bias, token_indices, unheld_extras
 from lorabank.formats.peft_keys import file_rank
+from lorabank.formats.peft_unknown import METADATA_PREFIX, written_back
 
 READ = with_role(Role.SETTING, Role.ABOUT)
 """Keys that become fields of our values."""
 REFUSED = {name: field.feature for name, field in PEFT_FIELDS.items() if field.role is Role.REFUSED}
 """Keys that change what the adapter computes, with the name of what isn't supported yet."""
 HARMLESS_INITS = ("False", "eva", "orthogonal", "mica")  # other starting values for A and B, the base untouched
-METADATA_PREFIX = "peft."
 
 
 def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer] | None = None) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer] | None = None) 
         settings["lora_bias"] = True
     if adapter.token_rows:
         settings["trainable_token_indices"] = token_indices(adapter)
-    return settings
+    return {**written_back(adapter.metadata), **settings}
 
 
 def unheld(adapter: Adapter) -> dict[str, str]:
@@ -146,13 +145,6 @@ def read_settings(where: str, raw: object) -> PeftSettings:
     if raw.get("peft_type", "LORA") != "LORA":
         raise AdapterFileError(f"{where}: peft_type is {raw['peft_type']!r}; only 'LORA' adapters can be read")
     _refuse_unsupported(where, raw)
-    unknown = [key for key, value in raw.items() if key not in PEFT_FIELDS and not _empty(value)]
-    if unknown:
-        warnings.warn(
-            f"{where}: unknown settings {', '.join(sorted(unknown))} are kept in the adapter's metadata and change nothing here. "
-            "If one of them changes what the adapter computes, outputs will differ from the tool that wrote it.",
-            stacklevel=2,
-        )
     rank = raw.get("r")
     alpha = raw.get("lora_alpha", 8)  # PEFT's own default
     if type(rank) is not int or rank < 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorabank.errors import AdapterFileError
+from lorabank.formats import dense
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.files import SAVED_FLOATS
 from lorabank.notices import warn_once
@@ -43,10 +44,10 @@ def to_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
 
     PEFT's A of a grouped convolution sees all channels, so ours stands in it once for each group, zero where that sees nothing.
     """
-    A, B = layer.A, layer.B
+    A, B = dense.to_file(layer) if layer.dense else (layer.A, layer.B)
     if layer.A.ndim > 2:
         B = B.view(*B.shape, *(1,) * (A.ndim - 2))
-    if layer.groups > 1:
+    if layer.groups > 1 and not layer.dense:
         rank, width = A.shape[:2]
         wide = A.new_zeros(rank * layer.groups, width * layer.groups, *A.shape[2:])
         for i in range(layer.groups):
@@ -69,7 +70,7 @@ def _as_peft_has_it(magnitude: Tensor, ndim: int) -> Tensor:
 
 def file_rank(layer: AdapterLayer) -> int:
     """The rank that PEFT counts."""
-    return layer.rank * layer.groups
+    return dense.file_rank(layer) if layer.dense else layer.rank * layer.groups
 
 
 def from_tensors(where: str, path: str, pair: tuple[Tensor, Tensor], scaling: float, *, looks_up: bool) -> AdapterLayer:
@@ -84,10 +85,7 @@ def from_tensors(where: str, path: str, pair: tuple[Tensor, Tensor], scaling: fl
     blocks = A.view(groups, len(A) // groups, groups, -1, *A.shape[2:])
     own = torch.stack([blocks[i, :, i] for i in range(groups)])
     if sum(int(block.count_nonzero()) for block in own) != int(A.count_nonzero()):
-        raise AdapterFileError(
-            f"{where}: layer {path!r} is a convolution in {groups} groups, and its A reaches from one group into another, as "
-            "PEFT trains it. Such a change isn't one of the base weight (PEFT can't merge it either) and isn't supported yet."
-        )
+        return dense.from_file(A, B, scaling, groups)
     if all(torch.equal(block, own[0]) for block in own):
         return AdapterLayer(own[0].clone(), B, scaling, groups=groups)
     rank, out = B.shape[1], len(B) // groups

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lorabank.errors import AdapterFileError
+from lorabank.formats import dense
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import split
 from lorabank.formats.extras import extras_by_path
@@ -20,6 +21,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
 VLLM_EMBEDDING = "embed_tokens"
 """The name of the one embedding that vLLM adapts."""
+EXPORTED = "lorabank export --to vllm writes them so"
+UNMERGED = "serve it beside the base (bank.load)"
 MERGE = "merge it (lorabank merge) and serve the merged model"
 
 
@@ -93,8 +96,9 @@ def _modules(adapter: Adapter, reader: str, way_out: str = MERGE) -> list[Obstac
     return _found(f"{reader} reads no modules that were trained in full (modules_to_save)", way_out, tuple(adapter.modules))
 
 
-def _experts(adapter: Adapter, reader: str) -> list[Obstacle]:
-    layers = _paths(adapter, lambda path, layer: ".experts." in f".{path}.")
+def _experts(adapter: Adapter, reader: str, *, stacked: bool = False) -> list[Obstacle]:
+    """`stacked`: those of a stack are read."""
+    layers = _paths(adapter, lambda path, layer: ".experts." in f".{path}." and not (stacked and layer.stack))
     return _found(f"experts aren't exported for {reader}", MERGE, layers)
 
 
@@ -142,7 +146,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
         *_extras(adapter, "vLLM"),
         *_convolutions(adapter, "vLLM"),
         *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
-        *_experts(adapter, "vLLM"),
+        *_found("vLLM reads experts one by one", EXPORTED, _paths(adapter, lambda path, layer: layer.stack > 0)),
         *_modules(adapter, "vLLM"),
         *_attention(adapter, "vLLM"),
         *_found("vLLM takes no adapters for GPT-2", MERGE, transposed),
@@ -167,7 +171,7 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
         *_dora(adapter, "llama.cpp", merged),
         *_extras(adapter, "llama.cpp"),
         *_convolutions(adapter, "llama.cpp"),
-        *_experts(adapter, "llama.cpp"),
+        *_experts(adapter, "llama.cpp", stacked=True),
         *_modules(adapter, "llama.cpp", "merge it (lorabank merge) and convert the merged model"),
         *_attention(adapter, "llama.cpp"),
     ]
@@ -179,7 +183,7 @@ def _merged_gguf(adapter: Adapter) -> list[Obstacle]:
         *_image_models(adapter, "llama.cpp"),
         *_convolutions(adapter, "a GGUF language model"),
         *_extras(adapter, "a merge into a GGUF"),
-        *_experts(adapter, "a GGUF"),
+        *_experts(adapter, "a GGUF", stacked=True),
         *_modules(adapter, "a merge into a GGUF", "merge it (lorabank merge) and convert the merged model"),
         *_attention(adapter, "a GGUF"),
     ]
@@ -207,6 +211,10 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
     ]
 
 
+def _merge(adapter: Adapter) -> list[Obstacle]:
+    return [*_broken(adapter), *_found(f"a convolution in groups, and {dense.WHY}", UNMERGED, dense.dense_layers(adapter))]
+
+
 def _exact(adapter: Adapter) -> list[Obstacle]:
     way_out = "merge it into the base first, or route rows to a mixture"
     layers = _paths(adapter, lambda path, layer: layer.magnitude is not None)
@@ -220,6 +228,7 @@ READERS: Mapping[str, Reader] = {
     "gguf": Reader(title="llama.cpp, as an adapter", obstacles=_llama_cpp),
     "merged gguf": Reader(title="llama.cpp, merged", obstacles=_merged_gguf),
     "older peft": Reader(title="older PEFT", obstacles=_older_peft),
+    "merge": Reader(title="merge", obstacles=_merge),
     "combine": Reader(title="combine, exact", obstacles=_exact),
 }
 """Readers by name, in the order in which they are shown."""

@@ -17,14 +17,17 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import read_header
 from lorabank.formats.readers import VLLM_RANKS, refuse
 from lorabank.formats.slices import without_slices
+from lorabank.formats.vllm_experts import one_by_one
 
 
-def vllm_adapter(adapter: Adapter, *, where: str = "the adapter") -> Adapter:
+def vllm_adapter(adapter: Adapter, *, where: str = "the adapter", model_type: str | None = None) -> Adapter:
     """The same change as an adapter of one rank with α = r, float32 or wider; save it as any other.
 
-    The rank is the smallest value of vLLM's `--max-lora-rank` that holds all layers. `where` names the adapter in messages.
+    The rank is the smallest value of vLLM's `--max-lora-rank` that holds all layers. `where` names the adapter in messages;
+    `model_type` is transformers', of the base, by which stacked experts get their names.
     Raises AdapterFileError with every reason why vLLM can't read it (DoRA, convolutions, a rank above 512, NaN, …).
     """
+    adapter = one_by_one(adapter, model_type, where=where)
     refuse(adapter, "vllm", where=where)
     adapter = without_slices(adapter)
     rank = vllm_rank(adapter)

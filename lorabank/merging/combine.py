@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorabank.config.adapter import AdapterConfig
-from lorabank.errors import FingerprintError, MergeError, closest
+from lorabank.errors import MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.difference import norm
 from lorabank.formats.patterns import to_patterns
 from lorabank.formats.slices import without_slices
+from lorabank.merging.combine_base import check_one_base
 from lorabank.merging.combine_extras import biases_of, check_method, rows_of, with_lora_biases
 from lorabank.merging.combine_report import CombineReport, LayerError
 from lorabank.merging.low_rank import factored_norm, stacked
@@ -75,33 +76,42 @@ def combine_and_measure(
     density: float | None = None,
     seed: int | None = None,
     majority_sign_method: str | None = None,
+    names: Sequence[str] | None = None,
     busy: Busy = lambda activity, done, total: None,
 ) -> Combined:
-    """`combine`, with its report. `busy` gets (activity, layers done, layers in all)."""
+    """`combine`, with its report. `busy` gets (activity, layers done, in all); `names`: what messages call the adapters."""
     options = {"rank": rank, "energy": energy, "density": density, "seed": seed, "majority_sign_method": majority_sign_method}
-    return _combined(parts, method, options, busy)
+    return _combined(parts, method, options, busy, names)
 
 
-def _combined(parts: Weighted, method: str, given: Mapping[str, int | float | str | None], busy: Busy) -> Combined:
+def _combined(
+    parts: Weighted,
+    method: str,
+    given: Mapping[str, int | float | str | None],
+    busy: Busy,
+    names: Sequence[str] | None = None,
+) -> Combined:
     method = _known_method(method)
     told = _check_options(method, given)
     parts = [(without_slices(adapter), weight) for adapter, weight in parts]
     adapters = [adapter for adapter, _ in parts]
-    _check_adapters(adapters)
-    check_method(method, adapters)
+    called = [f"adapter {index}" for index in range(len(parts))] if names is None else [f"adapter {name!r}" for name in names]
+    _check_adapters(adapters, called)
+    check_method(method, adapters, called)
     weights = [
-        layer_weights(weight, adapter.layers, f"the weight of adapter {index}") for index, (adapter, weight) in enumerate(parts)
+        layer_weights(weight, adapter.layers, f"the weight of {name}")
+        for name, (adapter, weight) in zip(called, parts, strict=True)
     ]
-    _check_one_base(adapters)
-    _check_shapes(adapters)
+    check_one_base(adapters, called)
+    _check_shapes(adapters, called)
     seed = int(told.get("seed", 0))
     terms: dict[str, list[Term]] = {}
     for index, (adapter, own) in enumerate(zip(adapters, weights, strict=True)):
         for path, layer in adapter.layers.items():
             known = terms.setdefault(path, [])
             if own[path] != 0:
-                _refuse_non_finite(layer, path, index)
-                _refuse_too_large(layer, path, index, own[path], float(told.get("density", 1.0)))
+                _refuse_non_finite(layer, path, called[index])
+                _refuse_too_large(layer, path, called[index], own[path], float(told.get("density", 1.0)))
                 known.append(Term(layer=layer, weight=own[path], seed=_layer_seed(seed, index, path)))
     layers: dict[str, AdapterLayer] = {}
     errors: dict[str, LayerError] = {}
@@ -248,68 +258,57 @@ def _base_storage(adapters: Sequence[Adapter]) -> dict[str, str]:
     return {BASE_STORAGE: quantized[0]} if quantized else {}
 
 
-def _check_adapters(adapters: Sequence[Adapter]) -> None:
+def _check_adapters(adapters: Sequence[Adapter], called: Sequence[str]) -> None:
     if not adapters:
         raise MergeError("combine: no adapters given; expected a list of (adapter, weight)")
     for index, adapter in enumerate(adapters):
         if not adapter.layers:
-            raise MergeError(f"combine: adapter {index} has no layers")
+            raise MergeError(f"combine: {called[index]} has no layers")
         if adapter.modules:
             raise MergeError(
-                f"combine: adapter {index} has modules that were trained in full ({', '.join(list(adapter.modules)[:3])}): what "
+                f"combine: {called[index]} has modules that were trained in full ({', '.join(list(adapter.modules)[:3])}): what "
                 "they change isn't known without the base. Merge it into the base first, or route rows to a mixture."
             )
         decomposed = next((path for path, layer in adapter.layers.items() if layer.magnitude is not None), None)
         if decomposed is not None:
             raise MergeError(
-                f"combine: adapter {index} is decomposed (DoRA; layer {decomposed!r}): what it does to a weight depends on the "
+                f"combine: {called[index]} is decomposed (DoRA; layer {decomposed!r}): what it does to a weight depends on the "
                 "weight, so it isn't one of several sums. Merge it into the base first, or route rows to a mixture."
             )
 
 
-def _refuse_non_finite(layer: AdapterLayer, path: str, index: int) -> None:
+def _refuse_non_finite(layer: AdapterLayer, path: str, name: str) -> None:
     if not (all(bool(tensor.isfinite().all()) for tensor in layer.tensors.values()) and math.isfinite(layer.scaling)):
         raise MergeError(
-            f"combine: adapter {index} holds NaN or infinity in layer {path!r}: its training diverged. Use an earlier checkpoint "
+            f"combine: {name} holds NaN or infinity in layer {path!r}: its training diverged. Use an earlier checkpoint "
             "of it, or give that layer the weight 0."
         )
 
 
-def _refuse_too_large(layer: AdapterLayer, path: str, index: int, weight: float, density: float) -> None:
+def _refuse_too_large(layer: AdapterLayer, path: str, name: str, weight: float, density: float) -> None:
     """`density`: dare divides by it."""
     dtype = torch.promote_types(torch.float32, torch.promote_types(layer.A.dtype, layer.B.dtype))
     factor = float(layer.B.abs().max()) * abs(weight * layer.scaling)  # what goes into B must fit by itself
     size = max(norm(layer) * abs(weight), factor) / density
     if not size <= torch.finfo(dtype).max / HEADROOM:
         raise MergeError(
-            f"combine: weight {weight:g} of adapter {index} makes its change in layer {path!r} too large for {dtype}: the result "
+            f"combine: weight {weight:g} of {name} makes its change in layer {path!r} too large for {dtype}: the result "
             "wouldn't be finite. Choose a smaller weight."
         )
 
 
-def _check_one_base(adapters: Sequence[Adapter]) -> None:
-    known = [(index, adapter.fingerprint) for index, adapter in enumerate(adapters) if adapter.fingerprint]
-    for index, fingerprint in known[1:]:
-        difference = known[0][1].compare(fingerprint)
-        if difference:
-            bases = f"{adapters[known[0][0]].base_model or 'unnamed'} and {adapters[index].base_model or 'unnamed'}"
-            raise FingerprintError(
-                f"combine: adapters {known[0][0]} and {index} were trained on different bases ({bases}): {difference}. "
-                "Only adapters of one base can be combined."
-            )
-
-
-def _check_shapes(adapters: Sequence[Adapter]) -> None:
+def _check_shapes(adapters: Sequence[Adapter], called: Sequence[str]) -> None:
     shapes: dict[str, tuple[int, tuple[int, ...]]] = {}
-    kinds: dict[str, tuple[int, bool]] = {}
+    kinds: dict[str, tuple[int, bool, bool]] = {}
     for index, adapter in enumerate(adapters):
         for path, layer in adapter.layers.items():
             shape = (layer.B.shape[0], *layer.A.shape[1:])
-            if kinds.setdefault(path, (layer.groups, layer.looks_up)) != (layer.groups, layer.looks_up):
+            kind = layer.groups, layer.looks_up, layer.dense
+            if kinds.setdefault(path, kind) != kind:
                 raise MergeError(f"combine: layer {path!r} isn't of one kind in all adapters; they belong to different bases")
             first, known = shapes.setdefault(path, (index, shape))
             if known != shape:
                 raise MergeError(
-                    f"combine: layer {path!r} is {known} (out, in) in adapter {first} and {shape} in adapter {index}; "
+                    f"combine: layer {path!r} is {known} (out, in) in {called[first]} and {shape} in {called[index]}; "
                     "they belong to different bases"
                 )

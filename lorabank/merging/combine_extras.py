@@ -19,13 +19,16 @@ from lorabank.merging.weights import Weights
 Weighted = Sequence[tuple[Adapter, Weights]]
 
 
-def check_method(method: str, adapters: Sequence[Adapter]) -> None:
-    """Raise MergeError for a method that isn't a weighted sum, and adapters that change more than weights."""
-    for index, adapter in enumerate(adapters):
+def check_method(method: str, adapters: Sequence[Adapter], called: Sequence[str]) -> None:
+    """Raise MergeError for a method that isn't a weighted sum, and adapters that change more than weights.
+
+    called: what messages call the adapters.
+    """
+    for name, adapter in zip(called, adapters, strict=True):
         for path, what in extras_by_path(adapter).items():
             if method != "exact":
                 raise MergeError(
-                    f"combine: of {path!r} in adapter {index} {what}, and {method!r} is about changes of weights. Use 'exact'."
+                    f"combine: of {path!r} in {name} {what}, and {method!r} is about changes of weights. Use 'exact'."
                 )
 
 

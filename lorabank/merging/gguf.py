@@ -19,6 +19,7 @@ from lorabank.errors import AdapterFileError, ModelError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.gguf_adapter import DTYPES, check_dtype, places, write_whole
 from lorabank.formats.gguf_base import GgufBase, interleaved, open_gguf, read_base
+from lorabank.formats.gguf_experts import StackPart, expert_places, merged_experts
 from lorabank.formats.readers import refuse
 from lorabank.formats.slices import without_slices
 
@@ -61,13 +62,16 @@ def merge_gguf(
 
     check_dtype(dtype, tuple(DTYPES), what="a model's")
     layers: dict[str, AdapterLayer] = {}
+    stacked: dict[str, StackPart] = {}
     if adapter is not None:
         adapter = without_slices(adapter)
         refuse(adapter, "merged gguf", where=where)
         layers = {name: adapter.layers[path] for path, name in places(adapter, base, where=where).items()}
+        stacked = expert_places(adapter, base, where=where)
+    changed = layers.keys() | stacked.keys()
     reader = open_gguf(base_file, base.name)
     kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
-    written = [tensor for tensor in reader.tensors if tensor.name in layers or (all_tensors and len(tensor.shape) > 1)]
+    written = [tensor for tensor in reader.tensors if tensor.name in changed or (all_tensors and len(tensor.shape) > 1)]
     _check_widths(written, kind, dtype)
     rewritten = {tensor.name for tensor in written}
     lost = wanted = 0.0
@@ -95,9 +99,12 @@ def merge_gguf(
                 writer.write_tensor_data(tensor.data)
                 continue
             weight = _unpacked(tensor, base.name)
-            merged = merged_weight(weight, layers[tensor.name], tensor.name, base) if tensor.name in layers else weight
+            if tensor.name in stacked:
+                merged = merged_experts(weight, stacked[tensor.name])
+            else:
+                merged = merged_weight(weight, layers[tensor.name], tensor.name, base) if tensor.name in layers else weight
             packed = gguf.quants.quantize(merged.float().numpy(), kind)
-            if tensor.name in layers:
+            if tensor.name in changed:
                 stored = torch.from_numpy(np.array(gguf.quants.dequantize(packed, kind)))
                 lost += float((stored.double() - merged).square().sum())
                 wanted += float((merged - weight.double()).square().sum())
@@ -106,7 +113,7 @@ def merge_gguf(
 
     write_whole(file, write)
     share = (lost / wanted) ** 0.5 if wanted else 0.0
-    return MergedGguf(file=file, changed=len(layers), copied=len(reader.tensors) - len(rewritten), lost_share=share)
+    return MergedGguf(file=file, changed=len(changed), copied=len(reader.tensors) - len(rewritten), lost_share=share)
 
 
 def _check_widths(tensors: Sequence[Any], kind: Any, dtype: str) -> None:

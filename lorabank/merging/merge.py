@@ -21,7 +21,9 @@ from lorabank.bank.parts import layer_parts
 from lorabank.bank.tied import shared_in
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, Setting, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
+from lorabank.formats.dense import WHY, dense_layers
 from lorabank.formats.fingerprint import Fingerprint
+from lorabank.formats.readers import UNMERGED
 from lorabank.formats.slices import without_slices
 from lorabank.kernels.fp8 import E4M3
 from lorabank.merging.extras import check_extras, written
@@ -207,6 +209,7 @@ def _fitting_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     missing = [path for path in adapter.layers if path not in known]
     if missing:
         raise MergeError(_missing(model, missing, known, len(adapter.layers)))
+    check_mergeable(adapter)
     for path, layer in adapter.layers.items():
         weight, kind = known[path].get_parameter("weight"), layer_kind(known[path])
         quantized = kind is not None and kind.quantized
@@ -220,6 +223,12 @@ def _fitting_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
         if not (all(tensor.isfinite().all() for tensor in layer.tensors.values()) and math.isfinite(layer.scaling)):
             raise AdapterFileError(f"merge: layer {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
     return {path: known[path] for path in adapter.layers}
+
+
+def check_mergeable(adapter: Adapter) -> None:
+    """Raise MergeError where a layer's change isn't one of the base weight."""
+    if paths := dense_layers(adapter):
+        raise MergeError(f"merge: {paths[0]} is a convolution in groups, and {WHY}. {UNMERGED.capitalize()}, or train it here.")
 
 
 def _missing(model: nn.Module, missing: list[str], known: Mapping[str, nn.Module], total: int) -> str:

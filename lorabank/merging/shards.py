@@ -28,7 +28,7 @@ from lorabank.formats.fingerprint import Fingerprint, positions
 from lorabank.formats.slices import without_slices
 from lorabank.merging.checkpoint import INDEX, Names, Shard, names_in_model, read_shards, write_shard
 from lorabank.merging.layer import merge_tensor
-from lorabank.merging.merge import FORCE, MERGED_DTYPES, storage_in_training, warn_unresolved
+from lorabank.merging.merge import FORCE, MERGED_DTYPES, check_mergeable, storage_in_training, warn_unresolved
 from lorabank.merging.outputs import map_of
 from lorabank.merging.quantized import rounded
 from lorabank.merging.report import LayerLoss, MergeReport
@@ -102,6 +102,14 @@ def merge_folder(
     return report
 
 
+def check_folder_base(folder: Path, adapter: Adapter) -> None:
+    """Raise FingerprintError where the model in `folder` isn't the adapter's base; without a fingerprint or weights nothing."""
+    if adapter.fingerprint is None or not any(folder.glob("*.safetensors")):
+        return
+    owners = {name: shard for shard in read_shards(folder) for name in shard.tensors}
+    _check_base(adapter, names_in_model(_skeleton(folder), iter(owners)), owners)
+
+
 def _skeleton(folder: Path) -> nn.Module:
     """The model that the folder's config describes, on the meta device: its modules' classes, and no weight."""
     import transformers
@@ -154,6 +162,7 @@ def _places(model: nn.Module, adapter: Adapter, names: Names, owners: Mapping[st
     """Where each layer's weight is stored; all is checked before anything is written."""
     if not adapter.layers:
         raise MergeError("merge: the adapter has no layers")
+    check_mergeable(adapter)
     layers = adaptable_layers(model)
     users: dict[int, list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabank.formats.choice import MARK
 from lorabank.formats.modelfile import Turns, TurnTemplate, read_template
 from lorabank.models.load import load_tokenizer
 from lorabank.models.quiet import quiet_transformers
@@ -15,16 +16,20 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer_config.json"
 
 
-def tokenizer_for(adapter: Path, base: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the adapter (its template is the one of the training), else the base's; None where there is none."""
+def tokenizer_for(adapter: Path, base: Path) -> tuple[PreTrainedTokenizerBase, Path] | None:
+    """The tokenizer beside the adapter (its template is the one of the training), else the base's, and where it lies.
+
+    The folder around an adapter's is its own where that is an adapter's too (`formal/last`, PEFT's subfolders). None where there
+    is no tokenizer.
+    """
     from transformers import AutoTokenizer
 
-    folders = (adapter, adapter.parent, base)
-    folder = next((path for path in folders if (path / TOKENIZER_FILE).is_file()), None)
+    around = (adapter.parent,) if adapter.is_file() or (adapter.parent / MARK).is_file() else ()
+    folder = next((path for path in (adapter, *around, base) if (path / TOKENIZER_FILE).is_file()), None)
     if folder is None:
-        return load_tokenizer(str(base)) if base.is_file() else None
+        return (load_tokenizer(str(base)), base) if base.is_file() else None
     with quiet_transformers():
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True), folder
 
 
 def turn_template(tokenizer: PreTrainedTokenizerBase) -> tuple[TurnTemplate | None, list[str]]:

@@ -26,6 +26,8 @@ from lorabank.errors import (
     closest,
 )
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
+from lorabank.formats.choice import DEFAULT, adapters_in, chosen
+from lorabank.formats.peft import load_peft
 from lorabank.models.load import QUANTIZED, LoadedBase, load_base
 from lorabank.models.names import alias
 from lorabank.models.quiet import quiet_transformers
@@ -61,7 +63,7 @@ def load_run(
     The tokenizer is the one that was saved beside the adapters, chat template included; else the base's. Raises
     AdapterNameError for a name that the run doesn't have, CheckpointError for a run that hasn't ended, ModelError for its base.
     """
-    path = Path(source)
+    path = chosen(Path(source))
     config = _config_of(path)
     folders = adapter_folders(path, config)
     wanted = list(dict.fromkeys(name for name in (folders if adapters is None else adapters) if name != BASE_NAME))
@@ -72,7 +74,7 @@ def load_run(
             )
     if config is not None and not folders and adapters is None:
         raise CheckpointError(f"{source}: the run has no adapter yet, since it didn't end. To go on with it: {resume_line(path)}")
-    loaded = {name: Adapter.load(folders[name]) for name in wanted}
+    loaded = {name: load_peft(folders[name]) for name in wanted}
     base = _base(_base_name(path, config, folders, loaded), config, loaded, dtype=dtype, device=device)
     bank = attach(base.model)
     for name, adapter in loaded.items():
@@ -84,7 +86,8 @@ def load_run(
 def adapter_folders(path: Path, config: TrainConfig | None = None) -> dict[str, Path]:
     """Adapter name to folder, of a run folder (in the run's order) or a single adapter's."""
     if (path / "adapter_config.json").is_file():
-        return {_name_of(path.resolve()): path}
+        others = {name: folder for name, folder in adapters_in(path).items() if folder != path}
+        return {_name_of(path.resolve()): path} if not others else {DEFAULT: path, **others}
     if not path.is_dir():
         return {}
     found = {p.name: p for p in sorted(path.iterdir()) if (p / "adapter_config.json").is_file()}
@@ -116,7 +119,7 @@ def _base_name(path: Path, config: TrainConfig | None, folders: Mapping[str, Pat
     if not folders and config is None:
         return str(path)
     if not loaded:
-        loaded = {name: Adapter.load(folder) for name, folder in list(folders.items())[:1]}
+        loaded = {name: load_peft(folder) for name, folder in list(folders.items())[:1]}
     names = [config.model] if config is not None else []
     names = [name for name in (*names, *(adapter.base_model for adapter in loaded.values())) if name]
     if not names:

@@ -19,6 +19,7 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint, sampled
 from lorabank.formats.gguf_adapter import places, write_adapter_gguf
 from lorabank.formats.gguf_base import ARCHITECTURES, INTERLEAVED, check_base, interleaved, read_base
+from lorabank.formats.gguf_experts import expert_places
 from lorabank.merging.gguf import merge_gguf
 from lorabank.models import load_base
 from tests.models.conftest import tiny_llama
@@ -144,10 +145,12 @@ def test_every_architecture_of_the_table(kind: str, tmp_path: Path) -> None:
         "eos_token_id": 2,
     }
     gpt2: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    if kind in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
+        sizes |= {"num_local_experts" if kind == "mixtral" else "num_experts": 4, "num_experts_per_tok": 2}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**(gpt2 if kind == "gpt2" else sizes)))
     model.save_pretrained(tmp_path / "base")
     bank = lb.attach(model)
-    bank.add("a", lb.AdapterConfig(rank=2, alpha=2))
+    bank.add("a", lb.AdapterConfig(rank=2, alpha=2, exclude=["shared_expert_gate"] if kind == "qwen2_moe" else []))
     with torch.no_grad():
         for parameter in bank.parameters("a"):
             parameter.normal_()
@@ -155,7 +158,10 @@ def test_every_architecture_of_the_table(kind: str, tmp_path: Path) -> None:
     base = read_base(tmp_path / "base")
     found = tensors(write_adapter_gguf(adapter, base, tmp_path / "a.gguf").file)
     names = places(adapter, base)
-    assert len(found) == 2 * len(adapter.layers) == 2 * len(set(names.values()))
+    stacked = expert_places(adapter, base, where="a")
+    plain = [path for path, layer in adapter.layers.items() if not layer.stack]
+    assert len(found) == 2 * (len(plain) + len(stacked)) == 2 * (len(set(names.values())) + len(stacked))
+    assert len(stacked) == (3 if len(plain) < len(adapter.layers) else 0)
     moved = {path for path, name in names.items() if not torch.equal(found[f"{name}.lora_b"], adapter.layers[path].B)}
     expected = {path for path in names if path.endswith(("q_proj", "k_proj"))} if base.architecture in INTERLEAVED else set()
     assert moved == expected

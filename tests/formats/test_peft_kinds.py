@@ -114,14 +114,6 @@ def test_groups_that_pefts_a_keeps_apart_are_ours(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_groups_that_pefts_a_mixes_are_refused(tmp_path: Path) -> None:
-    base = Convolutions()
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["grouped"], init_lora_weights=False))
-    theirs.save_pretrained(str(tmp_path))
-    with pytest.raises(AdapterFileError, match="'grouped' is a convolution in 2 groups, and its A reaches from one"):
-        Adapter.load(tmp_path)
-
-
 # ---- DoRA ------------------------------------------------------------------------------------------------------------------
 
 

@@ -154,7 +154,7 @@ def test_the_inputs_are_left_as_they_are(three: list[Adapter]) -> None:
 
 def test_different_bases_are_refused(make_llama: MakeLlama, make_adapter: MakeAdapter) -> None:
     one, other = make_adapter(make_llama(0)), make_adapter(make_llama(1))
-    with pytest.raises(FingerprintError, match=r"adapters 0 and 2 were trained on different bases"):
+    with pytest.raises(FingerprintError, match=r"adapter 0 and adapter 2 were trained on different bases"):
         combine([(one, 0.5), (one, 0.1), (other, 0.5)])
     combine([(one, 0.5), (replace(other, fingerprint=None), 0.5)])
 
