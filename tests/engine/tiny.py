@@ -182,6 +182,7 @@ class Job:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     targets: str | Sequence[str] = "all-linear"
     use_dora: bool = False
+    modules_to_save: Sequence[str] | None = None
 
 
 def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -189,7 +190,13 @@ def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any
     bank = attach(make_base())
     optimizer = SlotOptimizer(bank)
     for job in jobs:
-        config = AdapterConfig(rank=job.rank, dropout=job.dropout, targets=job.targets, use_dora=job.use_dora)
+        config = AdapterConfig(
+            rank=job.rank,
+            dropout=job.dropout,
+            targets=job.targets,
+            use_dora=job.use_dora,
+            modules_to_save=job.modules_to_save,
+        )
         bank.add(job.name, config, seed=sum(job.name.encode()))
         optimizer.add(job.name, job.optimizer)
     verbs = Engine(bank, **engine)
