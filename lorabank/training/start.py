@@ -71,7 +71,8 @@ def _shape(config: AdapterConfig) -> str:
 
 
 def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
-    plain, names = AdapterConfig(), ("rank", "alpha", "targets", "use_rslora", "use_dora", "ensure_weight_tying", "modules_to_save")
+    names = ("rank", "alpha", "targets", "use_rslora", "use_dora", "ensure_weight_tying", "modules_to_save")
+    plain = AdapterConfig()
     asked = [name for name in names if getattr(wanted, name) not in (getattr(plain, name), getattr(found, name))]
     return f" (the settings {', '.join(asked)} of this run give way to it)" if asked else ""
 

@@ -313,7 +313,29 @@ def test_adapters_come_and_go_and_are_extracted_and_loaded() -> None:
     with torch.no_grad(), bank.route("again"):
         assert torch.equal(outputs(model, x), expected)
     assert all(torch.equal(v, adapter.modules[p][k]) for p, m in bank.adapter("again").modules.items() for k, v in m.items())
+    for value in (v for module in adapter.modules.values() for v in module.values()):
+        assert value.untyped_storage().nbytes() == value.nbytes
     assert adapter.num_parameters == sum(p.numel() for p in bank.parameters("again")) + 1  # the buffer
+
+
+def test_copies_stay_fp32_where_the_base_changes_its_dtype_and_move_with_it() -> None:
+    model, bank = two("handwritten")
+    model.to(torch.bfloat16)
+    assert model.get_parameter("head.out.weight").dtype == torch.bfloat16
+    leaves = dict(saved_modules(bank).leaves("a"))
+    assert {leaf.dtype for leaf in leaves.values()} == {torch.float32}
+    with bank.route(["a", BASE]):
+        y = outputs(model, ids(2))
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+
+
+def test_what_goes_on_training_beside_the_base_has_no_copies() -> None:
+    model = made("handwritten")
+    bank = attach(model, keep_trainable=["head"])
+    with pytest.raises(TargetError, match=r"'head' trains beside the base already \(keep_trainable\)"):
+        bank.add("a", AdapterConfig(rank=2, modules_to_save=["head"]))
 
 
 def test_a_copied_model_is_the_plain_base() -> None:
