@@ -144,15 +144,17 @@ class SavedModule(Adapted):
         if self.called is not None:
             self.called.set(True)
         routing, x = self.router.route_in_force(self.path), first_tensor(args, kwargs)
-        if routing is None or x is None or x.numel() == 0 or not routing.names & self.slots.keys():
+        nothing = x is not None and x.numel() == 0
+        if routing is None or nothing or not routing.names & self.slots.keys():
             return self._call(None, args, kwargs)
         if routing.tensors_only and not routing.rows_follow:
             raise RoutingError(f"module {self.path!r} is trained in full, which a captured pass can't follow from batch to batch")
         if routing.per == "all":
             return self._for_all(routing.plans[1], args, kwargs)
-        if self.rows_lost is not None:
+        if self.rows_lost is not None or x is None:
+            why = "it gets no tensor" if self.rows_lost is None else self.rows_lost
             raise RoutingError(
-                f"module {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), or "
+                f"module {self.path!r} can't tell the rows apart: {why}. Route all rows alike (bank.use(name), or "
                 "bank.route(name)), or leave it out of modules_to_save."
             )
         if routing.per == "token":
