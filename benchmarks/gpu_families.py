@@ -213,7 +213,7 @@ def own_loss(model: Callable[..., Any], given: Mapping[str, Tensor]) -> Tensor:
 def ours(model: PreTrainedModel, given: Given, *, compiled: bool) -> System:
     """Through the engine where it trains such models, else in a loop of one's own. The adapter is the same each time."""
     bank = lb.attach(model)
-    bank.add(NAME, lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets="all-linear"))
+    bank.add(NAME, lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets="all-linear", modules_to_save=[]))
     with torch.no_grad():
         for i, leaf in enumerate(bank.parameters(NAME)):  # B isn't zero, so that A has a gradient
             leaf.copy_(torch.randn(leaf.shape, generator=torch.Generator().manual_seed(i)) * 0.02)

@@ -160,8 +160,9 @@ class AdapterBank:
         config = as_adapter_config(config) if prepared is None else prepared.config
         if prepared is None:
             check_prepared(config)
-        saved = saved_paths(self.model, config, self.kept)
-        chosen = without_saved(resolve_targets(self.model, config, kept_modules(self.kept), self.fused), saved)
+        chosen = resolve_targets(self.model, config, kept_modules(self.kept), self.fused)
+        saved = saved_paths(self.model, config, chosen, self.kept)
+        chosen = without_saved(chosen, saved)
         self._check_apart(saved, chosen)
         copies = self._saved.fresh(saved, num_labels, seed)
         warn_tied(name, self.model, saved, together=config.ensure_weight_tying)

@@ -52,7 +52,7 @@ def head_paths(model: nn.Module) -> list[str]:
 
 
 def head_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters in those modules, and of the model itself: the parts that were never loaded."""
+    """Names of the parameters in those modules, which were never loaded."""
     heads = tuple(f"{path}." for path in head_paths(model))
     return frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
 

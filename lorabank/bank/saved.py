@@ -149,15 +149,17 @@ class SavedModule(Adapted):
         if self.called is not None:
             self.called.set(True)
         routing, x = self.router.route_in_force(self.path), first_tensor(args, kwargs)
-        if routing is None or x is None or x.numel() == 0 or not routing.names & self.slots.keys():
+        nothing = x is not None and x.numel() == 0
+        if routing is None or nothing or not routing.names & self.slots.keys():
             return self._call(None, args, kwargs)
-        if routing.tensors_only:
+        if routing.tensors_only and not routing.rows_follow:
             raise RoutingError(f"module {self.path!r} is trained in full, which a captured pass can't follow from batch to batch")
         if routing.per == "all":
             return self._for_all(routing.plans[1], args, kwargs)
-        if self.rows_lost is not None:
+        if self.rows_lost is not None or x is None:
+            why = "it gets no tensor" if self.rows_lost is None else self.rows_lost
             raise RoutingError(
-                f"module {self.path!r} can't tell the rows apart: {self.rows_lost}. Route all rows alike (bank.use(name), or "
+                f"module {self.path!r} can't tell the rows apart: {why}. Route all rows alike (bank.use(name), or "
                 "bank.route(name)), or leave it out of modules_to_save."
             )
         if routing.per == "token":
@@ -227,6 +229,8 @@ class SavedModule(Adapted):
     def _by_units(self, routing: Routing, units: int, count: int, device: torch.device, call: _Call) -> Any:
         """Units of one adapter through its copy, the rest through the base, with what weighted parts change of it."""
         parts = [part for part in routing.plans[units] if part.slot in self.slots]
+        if routing.tensors_only:
+            return self._following(parts, count, count // units, device, call)
         times = Counter(unit for part in parts for unit in part.units)
         alone = [(part.slot, [u for u in part.units if part.weights_U is None and times[u] == 1]) for part in parts]
         own = [(slot, mine) for slot, mine in alone if mine]
@@ -253,3 +257,16 @@ class SavedModule(Adapted):
                 y = changed(y, base, call(part.slot, places(mine, each, device)), weights, self.path, among)
             found, rows = [y, *found], [places(here, each, device), *rows]
         return put_together(found, count, rows, self.path, whole=whole, widens=self.labels is not None)
+
+    def _following(self, parts: Sequence[SlotRows], count: int, each: int, device: torch.device, call: _Call) -> Any:
+        """The same in a captured pass: of one adapter a row, which rows is read off tensors, and how many never changes."""
+        within = torch.arange(each, device=device)
+        units = [torch.arange(count // each, device=device)[part.rows] for part in parts]
+        rows = [(mine[:, None] * each + within).reshape(-1) for mine in units]
+        left = count - sum(map(len, rows))
+        if len(parts) == 1 and not left:
+            return call(parts[0].slot, None)
+        found = [call(part.slot, mine) for part, mine in zip(parts, rows, strict=True)]
+        if left:
+            found, rows = [call(None, None), *found], [torch.arange(count, device=device), *rows]
+        return put_together(found, count, rows, self.path, whole=left > 0, widens=self.labels is not None)

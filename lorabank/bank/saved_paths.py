@@ -21,12 +21,12 @@ from lorabank.notices import warn_once
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def saved_paths(model: nn.Module, config: AdapterConfig, kept: Collection[str] = ()) -> list[str]:
+def saved_paths(model: nn.Module, config: AdapterConfig, targeted: Collection[str], kept: Collection[str] = ()) -> list[str]:
     """Paths of the modules that `config` trains in full, in the model's order. Raises TargetError.
 
     Those whose path ends with a name in `modules_to_save`, letter by letter as PEFT has it (`norm` names `input_layernorm` too),
-    and a classifier's head, unless `modules_to_save` is empty or `targets` names layers of it alone. `kept`: parameters that
-    train beside the base.
+    and a classifier's head, unless `modules_to_save` is empty or `targets` means layers of it alone. `targeted`: paths of
+    the layers that `targets` means; `kept`: parameters that train beside the base.
     """
     modules = {path: unwrapped(module) for path, module in own_modules(model) if path}
     chosen: set[str] = set()
@@ -39,14 +39,20 @@ def saved_paths(model: nn.Module, config: AdapterConfig, kept: Collection[str] =
     for path in sorted(chosen):
         if why := unsavable(modules[path]):
             raise TargetError(f"modules_to_save: {path!r} can't be trained in full: {why}")
-    chosen |= _heads(model, config, chosen, modules)
+    chosen |= _heads(model, config, chosen, targeted, modules)
     outer = [path for path in modules if path in chosen and not _inside(path, chosen - {path})]
     if apart := [path for path in outer if any(_inside(other, [path]) for other in kept_modules(kept))]:
         raise TargetError(f"modules_to_save: {apart[0]!r} trains beside the base already (keep_trainable). Leave it out of one.")
     return outer
 
 
-def _heads(model: nn.Module, config: AdapterConfig, chosen: Collection[str], modules: Mapping[str, nn.Module]) -> set[str]:
+def _heads(
+    model: nn.Module,
+    config: AdapterConfig,
+    chosen: Collection[str],
+    targeted: Collection[str],
+    modules: Mapping[str, nn.Module],
+) -> set[str]:
     """A classifier's head, said once, where the configuration doesn't speak of it."""
     if config.modules_to_save is not None and not config.modules_to_save:
         return set()
@@ -55,8 +61,8 @@ def _heads(model: nn.Module, config: AdapterConfig, chosen: Collection[str], mod
     layers = adaptable_layers(model)
     heads = [path for path in head_paths(model) if not _inside(path, chosen)]
     meant = ([path for path in layers if matches(part, path)] for part in named)
-    if not heads or any(found and all(_inside(path, heads) for path in found) for found in meant):
-        return set()
+    if not heads or any(found and all(_inside(path, heads) for path in found) for found in (*meant, targeted)):
+        return set()  # LoRA is asked for there
     kind = type(model).__name__
     if bad := next((f"{path!r}: {why}" for path in heads if (why := unsavable(modules[path]))), None):
         warn_once(f"{kind}: adapters get no head of their own, and the base's stays as it is, {bad}")

@@ -91,7 +91,7 @@ def changed(total: Any, base: Any, output: Any, weights: Tensor, path: str, rows
                 f"module {path!r}: outputs of {output.shape[-1]} and {mine.shape[-1]} labels can't be mixed. Give each row one "
                 "adapter."
             )
-        change = weights.to(mine.dtype).view(-1, *(1,) * (mine.ndim - 1)) * (output.to(mine.dtype) - mine)
+        change = weights.to(mine.device, mine.dtype).view(-1, *(1,) * (mine.ndim - 1)) * (output.to(mine.dtype) - mine)
         return total + change if rows is None else total.index_add(0, rows, change)
     if type(base) in (tuple, list):
         return type(base)(changed(t, b, o, weights, path, rows) for t, b, o in zip(total, base, output, strict=True))

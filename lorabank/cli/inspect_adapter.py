@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabank.formats.measure import HUGE, RULE, Findings, LayerMeasure, findings, measures
-from lorabank.formats.readers import READERS
+from lorabank.formats.readers import READERS, non_finite
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from torch import Tensor
 
     from lorabank.formats.adapter import Adapter
 
@@ -50,8 +51,9 @@ def as_json(adapter: Adapter, path: Path) -> dict[str, Any]:
         "base": {"name": adapter.base_model, "fingerprint": fingerprint_digest(adapter), "task_type": adapter.task_type},
         "parameters": adapter.num_parameters,
         "dtypes": dtypes(adapter),
+        "modules": {path: _count(module) for path, module in adapter.modules.items()},
         "layers": [{**_finite(vars(layer)), "gain": _number(layer.gain)} for layer in found],
-        "broken": list(stands_out.broken),
+        "broken": [*stands_out.broken, *broken_modules(adapter)],
         "zero": list(stands_out.zero),
         "huge": [layer.path for layer in stands_out.huge],
         "outliers": dict(stands_out.outliers),
@@ -62,6 +64,16 @@ def as_json(adapter: Adapter, path: Path) -> dict[str, Any]:
             for name, reader in READERS.items()
         },
     }
+
+
+def _count(module: Mapping[str, Tensor]) -> int:
+    """Parameters of a module that was trained in full, and numbers in its buffers."""
+    return sum(value.numel() for value in module.values() if value.is_floating_point())
+
+
+def broken_modules(adapter: Adapter) -> list[str]:
+    """Paths of the modules that were trained in full and hold NaN or infinity."""
+    return [path for path in non_finite(adapter) if path in adapter.modules]
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +107,11 @@ def print_adapter(console: Console, adapter: Adapter, path: Path, *, layers: boo
     console.print(_facts(adapter, path))
     console.print(_layer_table(found) if layers else _kind_table(found))
     _print_findings(console, found, stands_out)
+    broken = broken_modules(adapter)
+    for name in broken:
+        console.print(f"[red]NaN or infinity in module {name}, which was trained in full[/]")
     console.print(_readers(adapter))
-    return not stands_out.broken
+    return not stands_out.broken and not broken
 
 
 def _facts(adapter: Adapter, path: Path) -> Table:
@@ -107,6 +122,7 @@ def _facts(adapter: Adapter, path: Path) -> Table:
 
     config = adapter.config
     size = sum(value.nbytes for layer in adapter.layers.values() for value in layer.tensors.values())
+    size += sum(value.nbytes for module in adapter.modules.values() for value in module.values())
     kind = ("rsLoRA, α/√r" if config.use_rslora else "LoRA, α/r") + (", DoRA" if config.use_dora else "")
     patterns = " (patterns differ)" if config.rank_pattern or config.alpha_pattern else ""
     scalings = sorted({layer.scaling for layer in adapter.layers.values()})
@@ -120,6 +136,8 @@ def _facts(adapter: Adapter, path: Path) -> Table:
         "base": f"{escape(adapter.base_model or 'not named')}; {sampled}",
         "layers": f"{len(adapter.layers)} layers, {adapter.num_parameters:,} parameters",
     }
+    if adapter.modules:
+        rows["in full"] = ", ".join(f"{escape(name)} ({_count(module):,})" for name, module in adapter.modules.items())
     if len(ranks) > 1:
         rows["ranks"] = ", ".join(f"{rank} in {number}" for rank, number in sorted(ranks.items()))
     if any(layer.frozen_rank for layer in adapter.layers.values()):

@@ -21,8 +21,12 @@ def left_out(bank: AdapterBank) -> list[str]:
     found = _found_blocks(bank)
     inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
     alone = [layer for layer in all_layers(bank) if not (layer.follows or (layer.fusable and id(layer) in inside))]
-    whole = [path for path, module in saved_modules(bank).modules.items() if module.slots]  # which no block computes itself
-    return [*(layer.path for layer in alone), *whole] if found else []
+    return [*(layer.path for layer in alone), *saved_paths(bank)] if found else []
+
+
+def saved_paths(bank: AdapterBank) -> list[str]:
+    """Modules that adapters train in full, which no block computes itself."""
+    return [path for path, module in saved_modules(bank).modules.items() if module.slots]
 
 
 def _found_blocks(bank: AdapterBank) -> list[FusedBlock]:

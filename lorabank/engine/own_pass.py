@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
+from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.routing import BASE, Routing, RowRoute, Size
 from lorabank.engine.attention import own_attention
-from lorabank.engine.compiled import fused_blocks, left_out, takes_tables
+from lorabank.engine.compiled import fused_blocks, left_out, saved_paths, takes_tables
 from lorabank.engine.compiling import give_up, repeated_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.gradients import fresh_gradients, leaves_of
@@ -216,14 +216,8 @@ class TrainingPass:
         if not self.cuda_graphs or self.base_dropout or self.graphs.refused is not None or not _on_gpu(self.bank.device):
             return False
         seen, bank = self._model, self.bank
-        if whole := [path for path, module in saved_modules(bank).modules.items() if module.slots]:
-            warn_once(
-                f"TrainingPass: {whole[0]!r} is trained in full, whose rows no captured pass can follow, so passes run kernel by "
-                "kernel, and small ones wait for the host. TrainingPass(cuda_graphs=False) silences this."
-            )
-            return False
         if seen.structure != bank.structure or not seen.blocks or not all(block.in_place for block in seen.blocks):
-            blocks, alone, layers = fused_blocks(bank, whole=False), left_out(bank), list(all_layers(bank))
+            blocks, alone, layers = fused_blocks(bank, whole=False), left_out(bank), [*all_layers(bank), *saved_paths(bank)]
             only_alone = len(alone) == len(layers) > 0
             seen = self._model = _Model(bank.structure, blocks, bool(alone), only_alone, list(bank.model.parameters()))
             self._known.clear()

@@ -71,8 +71,10 @@ def _found(what: str, way_out: str, layers: tuple[str, ...]) -> list[Obstacle]:
 
 
 def non_finite(adapter: Adapter) -> tuple[str, ...]:
-    """Paths of the layers that hold NaN or infinity."""
-    return _paths(adapter, lambda path, layer: not all(bool(value.isfinite().all()) for value in layer.tensors.values()))
+    """Paths of the layers, and of modules that were trained in full, that hold NaN or infinity."""
+    layers = _paths(adapter, lambda path, layer: not all(bool(value.isfinite().all()) for value in layer.tensors.values()))
+    modules = (path for path, module in adapter.modules.items() if not all(bool(v.isfinite().all()) for v in module.values()))
+    return (*layers, *modules)
 
 
 def _broken(adapter: Adapter) -> list[Obstacle]:

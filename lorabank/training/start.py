@@ -19,7 +19,7 @@ from lorabank.training.events import Notice
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.prepared import Original, prepared
 
-_ABOUT_LAYERS = ("targets", "exclude", "layers:", "rank_pattern", "alpha_pattern")
+_ABOUT_LAYERS = ("targets", "exclude", "layers:", "rank_pattern", "alpha_pattern", "modules_to_save")
 """How the bank's messages begin that are about a setting."""
 
 
@@ -76,7 +76,8 @@ def _shape(config: AdapterConfig) -> str:
 
 
 def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
-    plain, names = AdapterConfig(), ("rank", "alpha", "targets", "use_rslora", "use_dora", "ensure_weight_tying")
+    names = ("rank", "alpha", "targets", "use_rslora", "use_dora", "ensure_weight_tying", "modules_to_save")
+    plain = AdapterConfig()
     asked = [name for name in names if getattr(wanted, name) not in (getattr(plain, name), getattr(found, name))]
     return f" (the settings {', '.join(asked)} of this run give way to it)" if asked else ""
 

@@ -313,7 +313,64 @@ def test_adapters_come_and_go_and_are_extracted_and_loaded() -> None:
     with torch.no_grad(), bank.route("again"):
         assert torch.equal(outputs(model, x), expected)
     assert all(torch.equal(v, adapter.modules[p][k]) for p, m in bank.adapter("again").modules.items() for k, v in m.items())
+    for value in (v for module in adapter.modules.values() for v in module.values()):
+        assert value.untyped_storage().nbytes() == value.nbytes
     assert adapter.num_parameters == sum(p.numel() for p in bank.parameters("again")) + 1  # the buffer
+
+
+def test_copies_stay_fp32_where_the_base_changes_its_dtype_and_move_with_it() -> None:
+    model, bank = two("handwritten")
+    model.to(torch.bfloat16)
+    assert model.get_parameter("head.out.weight").dtype == torch.bfloat16
+    leaves = dict(saved_modules(bank).leaves("a"))
+    assert {leaf.dtype for leaf in leaves.values()} == {torch.float32}
+    with bank.route(["a", BASE]):
+        y = outputs(model, ids(2))
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+
+
+class _Prompted(Handwritten):
+    """A module of it makes something out of nothing but its parameter."""
+
+    class Prompt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vector = nn.Parameter(torch.zeros(16))
+
+        def forward(self) -> Tensor:
+            return self.vector
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = _Prompted.Prompt()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids) + self.prompt())
+
+
+def test_a_module_without_inputs_has_one_route_for_all_rows() -> None:
+    model = _Prompted()
+    bank = attach(model)
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        bank.add(name, AdapterConfig(rank=2, targets=["head"], modules_to_save=["prompt"]))
+        with torch.no_grad():
+            dict(bank.named_parameters(name))["prompt.vector"].fill_(value)
+    x = ids(2)
+    with torch.no_grad():
+        for route, value in (("a", 1.0), (BASE, 0.0), ({"a": 0.5, "b": 0.25}, 1.25)):
+            with bank.route(route):
+                torch.testing.assert_close(model(x), model.head.base(model.embed(x) + value))
+        with pytest.raises(RoutingError, match="'prompt' can't tell the rows apart: it gets no tensor"), bank.route(["a", "b"]):
+            model(x)
+
+
+def test_what_goes_on_training_beside_the_base_has_no_copies() -> None:
+    model = made("handwritten")
+    bank = attach(model, keep_trainable=["head"])
+    with pytest.raises(TargetError, match=r"'head' trains beside the base already \(keep_trainable\)"):
+        bank.add("a", AdapterConfig(rank=2, modules_to_save=["head"]))
 
 
 def test_a_copied_model_is_the_plain_base() -> None:

@@ -44,6 +44,21 @@ def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
+def test_modules_in_full_are_shown_and_nan_in_them_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = Adapter.load(many(tmp_path / "a"))
+    folder = replace(adapter, modules={"score": {"weight": torch.ones(3, 32)}}).save(tmp_path / "b")
+    assert "in full score (96)" in shown([str(folder)], capsys)
+    told = as_json(folder, capsys)
+    assert told["modules"] == {"score": 96}
+    assert told["parameters"] == adapter.num_parameters + 96
+    assert any("trained in full" in each["what"] for each in told["readers"]["vllm"])
+    assert told["broken"] == []
+    broken = replace(adapter, modules={"score": {"weight": torch.full((3, 32), math.nan)}}).save(tmp_path / "c")
+    assert main(["inspect", str(broken)]) == 1
+    assert "NaN or infinity in module score" in " ".join(capsys.readouterr().out.split())
+    assert as_json(broken, capsys)["broken"] == ["score"]
+
+
 @pytest.mark.parametrize("shape", [(5, 24, 40), (40, 24, 16), (1, 8, 8)], ids=["wide", "rank above the layer", "rank 1"])
 def test_norms_are_those_of_the_change(shape: tuple[int, int, int]) -> None:
     rank, fan_in, fan_out = shape

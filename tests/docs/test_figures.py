@@ -126,6 +126,7 @@ PROVOKE: list[Callable[[Path], object]] = [
     lambda folder: config_from_dict({"defaults": {"rnak": 8}}),
     _misspelt_target,
     _left_out,
+    lambda folder: lb.attach(tiny_model()).add("formal", lb.AdapterConfig(modules_to_save=["lm_haed"])),
     _no_route,
     _rows_multiplied,
     _other_base,

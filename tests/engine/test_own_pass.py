@@ -212,6 +212,8 @@ def fused(bank: AdapterBank) -> AdapterBank:
     [
         ("bert", ["q"]),
         ("bert", ["v", "pooler.dense", "classifier"]),  # two layers that are in no block
+        ("bert", ["q", "classifier"]),
+        ("vit", ["q"]),  # with a head of each adapter's own
         ("vit", ["q", "classifier"]),
         ("whisper", ["cross-attention"]),  # which reads an encoder's tokens and a decoder's
     ],

@@ -184,6 +184,7 @@ class Job:
     use_dora: bool = False
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Settings of what is trained beside A and B."""
+    modules_to_save: Sequence[str] | None = None
 
 
 def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -191,7 +192,14 @@ def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any
     bank = attach(make_base())
     optimizer = SlotOptimizer(bank)
     for job in jobs:
-        config = AdapterConfig(rank=job.rank, dropout=job.dropout, targets=job.targets, use_dora=job.use_dora, **job.extras)
+        config = AdapterConfig(
+            rank=job.rank,
+            dropout=job.dropout,
+            targets=job.targets,
+            use_dora=job.use_dora,
+            modules_to_save=job.modules_to_save,
+            **job.extras,
+        )
         bank.add(job.name, config, seed=sum(job.name.encode()))
         optimizer.add(job.name, job.optimizer)
     verbs = Engine(bank, **engine)

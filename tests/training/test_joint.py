@@ -125,6 +125,28 @@ def test_an_adapter_that_goes_nan_stops_alone(tokenizer: PreTrainedTokenizerFast
     assert "they are untrained" in (tmp_path / "out" / "wild" / "README.md").read_text(encoding="utf-8")
 
 
+def test_modules_in_full_are_trained_alone_as_together_saved_and_set_back(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    headed = {"rank": 2, "max_steps": 5, "modules_to_save": ["lm_head"]}
+    wild = {**headed, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
+    both, _ = run(tokenizer, {"headed": headed, "wild": wild}, output=str(tmp_path / "out"))
+    alone, _ = run(tokenizer, {"headed": headed})
+    assert_same_adapter("headed", both, alone)
+    start = tiny_model().get_parameter("lm_head.weight")
+    found, expected = (result.trained["headed"].modules["lm_head"]["weight"] for result in (both, alone))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found, start, atol=1e-3)
+    assert both.adapters["wild"].status == "stopped: not finite"
+    assert torch.equal(lb.Adapter.load(tmp_path / "out" / "wild").modules["lm_head"]["weight"], start)
+    saved = lb.Adapter.load(tmp_path / "out" / "headed" / "last").modules["lm_head"]["weight"]
+    assert torch.equal(saved, found)
+    again, _ = run(
+        tokenizer, {"next": {"init_from": str(tmp_path / "out" / "headed" / "last"), "max_steps": 1, "learning_rate": 1e-9}}
+    )
+    torch.testing.assert_close(again.trained["next"].modules["lm_head"]["weight"], found)
+
+
 def test_weights_that_become_infinite_go_back_to_the_last_good_ones(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     wild = {"rank": 4, "max_steps": 2, "learning_rate": 1e37, "weight_decay": 100, "warmup_steps": 0}
     result, told = run(tokenizer, {"wild": wild}, output=str(tmp_path / "out"))
