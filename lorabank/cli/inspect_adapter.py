@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabank.formats.measure import HUGE, RULE, Findings, LayerMeasure, findings, measures
-from lorabank.formats.readers import READERS
+from lorabank.formats.readers import READERS, non_finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +96,7 @@ def print_adapter(console: Console, adapter: Adapter, path: Path, *, layers: boo
     console.print(_layer_table(found) if layers else _kind_table(found))
     _print_findings(console, found, stands_out)
     console.print(_readers(adapter))
-    return not stands_out.broken
+    return not non_finite(adapter)
 
 
 def _facts(adapter: Adapter, path: Path) -> Table:
@@ -106,7 +106,8 @@ def _facts(adapter: Adapter, path: Path) -> Table:
     from lorabank.training import human
 
     config = adapter.config
-    size = sum(value.nbytes for layer in adapter.layers.values() for value in layer.tensors.values())
+    tensors = [value for layer in adapter.layers.values() for value in layer.tensors.values()]
+    size = sum(value.nbytes for value in (*tensors, *adapter.extras.values()))
     kind = ("rsLoRA, α/√r" if config.use_rslora else "LoRA, α/r") + (", DoRA" if config.use_dora else "")
     patterns = " (patterns differ)" if config.rank_pattern or config.alpha_pattern else ""
     scalings = sorted({layer.scaling for layer in adapter.layers.values()})
@@ -120,6 +121,8 @@ def _facts(adapter: Adapter, path: Path) -> Table:
         "base": f"{escape(adapter.base_model or 'not named')}; {sampled}",
         "layers": f"{len(adapter.layers)} layers, {adapter.num_parameters:,} parameters",
     }
+    if also := _extras(adapter):
+        rows["also trained"] = escape(also)
     if len(ranks) > 1:
         rows["ranks"] = ", ".join(f"{rank} in {number}" for rank, number in sorted(ranks.items()))
     table = Table.grid(padding=(0, 2))
@@ -128,6 +131,14 @@ def _facts(adapter: Adapter, path: Path) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def _extras(adapter: Adapter) -> str:
+    """What is trained beside A and B; empty for nothing."""
+    low = sum(layer.lora_bias is not None for layer in adapter.layers.values())
+    found = [f"{low} biases of lora_B"] if low else []
+    found += [f"{len(adapter.biases)} biases"] if adapter.biases else []
+    return ", ".join([*found, *(f"{len(own.ids)} token rows of {path}" for path, own in adapter.token_rows.items())])
 
 
 def _kind_table(found: Sequence[LayerMeasure]) -> Table:

@@ -68,8 +68,9 @@ def _found(what: str, way_out: str, layers: tuple[str, ...]) -> list[Obstacle]:
 
 
 def non_finite(adapter: Adapter) -> tuple[str, ...]:
-    """Paths of the layers that hold NaN or infinity."""
-    return _paths(adapter, lambda path, layer: not all(bool(value.isfinite().all()) for value in layer.tensors.values()))
+    """Paths of the layers, and names of the biases and rows, that hold NaN or infinity."""
+    layers = _paths(adapter, lambda path, layer: not all(bool(value.isfinite().all()) for value in layer.tensors.values()))
+    return (*layers, *(name for name, value in adapter.extras.items() if not value.isfinite().all()))
 
 
 def _broken(adapter: Adapter) -> list[Obstacle]:
