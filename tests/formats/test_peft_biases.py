@@ -23,6 +23,7 @@ from lorabank.formats.kohya import save_kohya
 from lorabank.formats.readers import obstacles
 from lorabank.formats.token_rows import TokenRows
 from lorabank.formats.vllm import vllm_adapter
+from lorabank.training.serving import serve_lines
 from tests.bank.tiny import VOCABULARY, add, bert, gpt2, ids, llama, outputs
 
 PREFIX = "base_model.model."
@@ -241,6 +242,7 @@ def test_other_forms_and_tools_refuse_by_name(folder: Path, tmp_path: Path) -> N
         assert found
         assert "transformer.wte" in found[0].layers
         assert "transformer.ln_f" in found[0].layers
+    assert "vLLM reads no trained biases or token rows" in serve_lines("base", {"a": str(folder)})[1][0]
     with pytest.raises(AdapterFileError, match="vLLM reads no trained biases or token rows"):
         vllm_adapter(adapter)
     for to, save in (("kohya", save_kohya), ("diffusers", save_diffusers)):
