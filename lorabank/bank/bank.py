@@ -308,7 +308,8 @@ class AdapterBank:
         """What is adapted, what is not, and each adapter's parameters. Print it."""
         heads = output_head_paths(self.model)
         base = [p for name, p in self.model.named_parameters() if name in self._required_grad]
-        adapted = {path for slot in self._slots.values() for path in slot.paths}
+        low_rank = {name: [p for p in slot.paths if self._layers[p].slots[name].rank] for name, slot in self._slots.items()}
+        adapted = {path for paths in low_rank.values() for path in paths}
         adapted |= {
             self._layers[path].path.rpartition(".")[0] for path in adapted if isinstance(self._layers[path], SliceCarrier)
         }
@@ -320,8 +321,8 @@ class AdapterBank:
                     rank=slot.config.rank,
                     alpha=slot.config.alpha,
                     parameters=sum(p.numel() for p in self.parameters(name)),
-                    layers=len(slot.paths),
-                    kinds=count_kinds(list(slot.paths)),
+                    layers=len(low_rank[name]),
+                    kinds=count_kinds(low_rank[name]),
                     saved=self._saved.paths(name),
                 )
                 for name, slot in self._slots.items()

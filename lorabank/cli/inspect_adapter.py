@@ -111,7 +111,7 @@ def print_adapter(console: Console, adapter: Adapter, path: Path, *, layers: boo
     for name in broken:
         console.print(f"[red]NaN or infinity in module {name}, which was trained in full[/]")
     console.print(_readers(adapter))
-    return not stands_out.broken and not broken
+    return not non_finite(adapter)
 
 
 def _facts(adapter: Adapter, path: Path) -> Table:
@@ -121,8 +121,9 @@ def _facts(adapter: Adapter, path: Path) -> Table:
     from lorabank.training import human
 
     config = adapter.config
-    size = sum(value.nbytes for layer in adapter.layers.values() for value in layer.tensors.values())
-    size += sum(value.nbytes for module in adapter.modules.values() for value in module.values())
+    tensors = [value for layer in adapter.layers.values() for value in layer.tensors.values()]
+    modules = (value for module in adapter.modules.values() for value in module.values())
+    size = sum(value.nbytes for value in (*tensors, *adapter.extras.values(), *modules))
     kind = ("rsLoRA, α/√r" if config.use_rslora else "LoRA, α/r") + (", DoRA" if config.use_dora else "")
     patterns = " (patterns differ)" if config.rank_pattern or config.alpha_pattern else ""
     scalings = sorted({layer.scaling for layer in adapter.layers.values()})
@@ -138,6 +139,8 @@ def _facts(adapter: Adapter, path: Path) -> Table:
     }
     if adapter.modules:
         rows["in full"] = ", ".join(f"{escape(name)} ({_count(module):,})" for name, module in adapter.modules.items())
+    if also := _extras(adapter):
+        rows["also trained"] = escape(also)
     if len(ranks) > 1:
         rows["ranks"] = ", ".join(f"{rank} in {number}" for rank, number in sorted(ranks.items()))
     if any(layer.frozen_rank for layer in adapter.layers.values()):
@@ -150,6 +153,14 @@ def _facts(adapter: Adapter, path: Path) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def _extras(adapter: Adapter) -> str:
+    """What is trained beside A and B; empty for nothing."""
+    low = sum(layer.lora_bias is not None for layer in adapter.layers.values())
+    found = [f"{low} biases of lora_B"] if low else []
+    found += [f"{len(adapter.biases)} biases"] if adapter.biases else []
+    return ", ".join([*found, *(f"{len(own.ids)} token rows of {path}" for path, own in adapter.token_rows.items())])
 
 
 def _kind_table(found: Sequence[LayerMeasure]) -> Table:

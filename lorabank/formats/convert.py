@@ -106,8 +106,8 @@ def convert(
     if component is not None:
         adapter = _one_component(adapter, component, strip=to == "peft")
         turned = {path: how for path, how in turned.items() if path in adapter.layers or to == "peft"}
-    if to != "peft":
-        refuse_extras(adapter, f"{to}'s form")
+    if to != "peft" or TARGETS[to].unheld(adapter):
+        refuse_extras(adapter, f"the form of {to}")
     _refuse_truncated(turned, lossy)
     whole, dropped = adapter, TARGETS[to].unheld(adapter)
     if dropped:
@@ -119,7 +119,7 @@ def convert(
         TARGETS[to].save(adapter, written)
         again = _read_back(written)
         error = difference(whole.layers, again.layers)
-        if (off := extras_error(adapter, again)) > EXACT and not lossy:
+        if (off := extras_error(whole, again)) > EXACT and not lossy:
             raise AdapterFileError(
                 f"{source}: {to} in {_dtypes(again)} would hold its biases or token rows with a relative error of {off:.2g}. "
                 "Nothing was written; --lossy allows it."

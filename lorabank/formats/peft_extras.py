@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorabank.config.extras import frozen_indices
+from lorabank.config.extras import BIAS_MODES, frozen_indices
 from lorabank.errors import AdapterFileError, ConfigError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.peft_keys import PREFIX, bare_path, check_dtype
@@ -101,6 +101,8 @@ def split_extras(where: str, settings: Mapping[str, Any], tensors: Mapping[str, 
     biases: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     mode, with_low = settings.get("bias") or "none", settings.get("lora_bias") is True
+    if mode not in BIAS_MODES:
+        raise AdapterFileError(f"{where}: bias in adapter_config.json should be one of {', '.join(BIAS_MODES)}, got {mode!r}")
     for name, value in tensors.items():
         _check_said(where, name, settings)
         if (match := _LOW.fullmatch(name)) and with_low:

@@ -71,10 +71,11 @@ def _found(what: str, way_out: str, layers: tuple[str, ...]) -> list[Obstacle]:
 
 
 def non_finite(adapter: Adapter) -> tuple[str, ...]:
-    """Paths of the layers, and of modules that were trained in full, that hold NaN or infinity."""
+    """Paths of the layers, names of biases and rows, and paths of modules trained in full, that hold NaN or infinity."""
     layers = _paths(adapter, lambda path, layer: not all(bool(value.isfinite().all()) for value in layer.tensors.values()))
+    extras = (name for name, value in adapter.extras.items() if not value.isfinite().all())
     modules = (path for path, module in adapter.modules.items() if not all(bool(v.isfinite().all()) for v in module.values()))
-    return (*layers, *modules)
+    return (*layers, *extras, *modules)
 
 
 def _broken(adapter: Adapter) -> list[Obstacle]:

@@ -29,7 +29,10 @@ def serve_lines(model: str, folders: Mapping[str, str]) -> tuple[str, list[str]]
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
         largest, patterns = max(largest, rank), patterns or has_patterns(config)
-        reason = obstacle(rank, use_dora=bool(config.get("use_dora")), experts=bool(config.get("target_parameters")))
+        more = config.get("bias") != "none" or config.get("lora_bias") or config.get("trainable_token_indices")
+        reason = obstacle(
+            rank, use_dora=bool(config.get("use_dora")), experts=bool(config.get("target_parameters")), extras=bool(more)
+        )
         if reason:
             obstacles.append(f"{name}: {reason}")
     if obstacles:
@@ -54,8 +57,10 @@ def has_patterns(config: Mapping[str, object]) -> bool:
     return bool(config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
-def obstacle(rank: int, *, use_dora: bool = False, experts: bool = False) -> str | None:
-    """Why vLLM refuses an adapter of this rank, or DoRA's, or one on stacked experts; None when it doesn't."""
+def obstacle(rank: int, *, use_dora: bool = False, experts: bool = False, extras: bool = False) -> str | None:
+    """Why vLLM refuses an adapter of this rank, or DoRA's, one on experts, or with biases or token rows; None if it doesn't."""
+    if extras:
+        return "vLLM reads no trained biases or token rows; merge it (lorabank merge) and serve the merged model"
     if experts:
         return "experts aren't exported for vLLM; merge it (lorabank merge) and serve the merged model"
     if use_dora:

@@ -75,8 +75,11 @@ def _shape(config: AdapterConfig) -> str:
     return f"{'DoRA, ' if config.use_dora else ''}rank {config.rank}, alpha {config.alpha:g}, targets {targets}"
 
 
+_EXTRAS = ("bias", "lora_bias", "trainable_token_indices")
+
+
 def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
-    names = ("rank", "alpha", "targets", "use_rslora", "use_dora", "ensure_weight_tying", "modules_to_save")
+    names = ("rank", "alpha", "targets", "use_rslora", "use_dora", "ensure_weight_tying", "modules_to_save", *_EXTRAS)
     plain = AdapterConfig()
     asked = [name for name in names if getattr(wanted, name) not in (getattr(plain, name), getattr(found, name))]
     return f" (the settings {', '.join(asked)} of this run give way to it)" if asked else ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank import BASE, Adapter, AdapterConfig, attach, combine, merge
-from lorabank.bank.bank import AdapterBank
+from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.errors import AdapterFileError, ConfigError, MergeError, RoutingError, TargetError
 from tests.bank.tiny import EXTRAS, TARGETS, add, bert, gpt2, gradients, ids, llama, make, mixtral, outputs, state_bytes, two
 
@@ -73,6 +73,29 @@ def make_state(make_model: Any) -> dict[str, Tensor]:
     return make_model().state_dict()
 
 
+@pytest.mark.parametrize("kind", EXTRAS)
+def test_what_starts_again_starts_where_it_did(kind: str) -> None:
+    _, bank = two(kind)
+    bank.add("new", bank.config("a"))
+    for layer in all_layers(bank):
+        if not layer.slots["a"].shared:
+            layer.write("a", layer.fresh(bank.config("a"), layer.slots["a"].rank, layer.slots["a"].scaling, 0))
+    fresh = dict(bank.named_parameters("new"))
+    for key, leaf in bank.named_parameters("a"):
+        assert torch.equal(leaf, fresh[key]), key
+
+
+def test_groups_and_summary() -> None:
+    _, bank = two("biased gpt2")
+    groups = bank.parameter_groups("a", 1e-3, loraplus_ratio=16)
+    assert [group["lr"] for group in groups] == [1e-3, 16e-3]
+    fast = {id(p) for p in groups[1]["params"]}
+    assert {key.rpartition(".")[2] for key, p in bank.named_parameters("a") if id(p) in fast} == {"B"}
+    assert sum(len(group["params"]) for group in groups) == len(bank.parameters("a"))
+    assert bank.summary().adapters["a"].layers == 8
+    assert "ln_f" not in bank.summary().adapters["a"].kinds
+
+
 def test_lora_bias_is_added_times_scaling_and_weight() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3, bias=False))
@@ -86,7 +109,7 @@ def test_lora_bias_is_added_times_scaling_and_weight() -> None:
     weights = [1.0, 0.0, -0.5, 0.25, 2.0]
     with bank.route([{"a": weight} for weight in weights]):
         found = model(x)
-    torch.testing.assert_close(found, x @ model[0].weight.t() + torch.tensor(weights)[:, None] * change)
+    torch.testing.assert_close(found, x @ model[0].get_parameter("weight").t() + torch.tensor(weights)[:, None] * change)
 
 
 def test_which_biases_are_meant() -> None:
@@ -233,7 +256,7 @@ def test_law7_lora_biases_add_up_and_biases_need_weights_of_one() -> None:
 def test_loading_gives_the_same_outputs_and_order_of_leaves() -> None:
     model, bank = two("biased gpt2")
     adapter, x = bank.adapter("a"), ids(2)
-    turned = Adapter(**{**vars(adapter), "biases": dict(reversed(adapter.biases.items()))})
+    turned = Adapter(**{**vars(adapter), "biases": dict(reversed(list(adapter.biases.items())))})
     bank.load("again", turned)
     with bank.route("a"):
         expected = outputs(model, x)

@@ -20,9 +20,10 @@ from tests.bank.tiny import VOCABULARY, Handwritten, Pictures, add, gpt2, gradie
 IDS = [30, 7, 12]
 
 
-def tied(tie: bool = True) -> LlamaForCausalLM:
+def tied(tie: bool = True, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return llama(tie_word_embeddings=tie).eval()
+    model: Any = llama(tie_word_embeddings=tie)
+    return model.to(dtype).eval()
 
 
 def rows(bank: AdapterBank, name: str = "a") -> dict[str, nn.Parameter]:
@@ -92,7 +93,7 @@ def test_logits_of_a_tied_head_change_for_these_ids_alone() -> None:
             expected = head(h)
         with bank.route([{"a": 0.5}, "a"]):
             found = head(h)
-        change = h @ (rows(bank)["model.embed_tokens.rows"] - head.weight[IDS]).t()
+        change = h @ (rows(bank)["model.embed_tokens.rows"] - head.get_parameter("weight")[IDS]).t()
     others = [i for i in range(VOCABULARY) if i not in IDS]
     assert torch.equal(found[..., others], expected[..., others])
     torch.testing.assert_close(found[..., IDS], expected[..., IDS] + torch.tensor([0.5, 1.0])[:, None, None] * change)
@@ -181,12 +182,12 @@ def test_rows_that_go_nan_touch_no_other_row_nor_other_tokens(kind: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tie", [True, False])
 def test_law5_merged_equals_unmerged_and_comes_back_bit_for_bit(tie: bool, dtype: torch.dtype) -> None:
-    bank = attach(tied(tie).to(dtype))
+    bank = attach(tied(tie, dtype))
     add(bank, "a", trainable_token_indices=IDS)
     adapter, x = bank.adapter("a"), with_ids()
     with torch.no_grad():
         expected = outputs(bank.model, x).float()
-    model = tied(tie).to(dtype)
+    model = tied(tie, dtype)
     before = state_bytes(model)
     handle = merge(model, adapter, say=None, inputs={"input_ids": x}, force=True)
     tolerance = 1e-5 if dtype == torch.float32 else 0.1

@@ -59,6 +59,10 @@ def _left_out(folder: Path) -> None:
     lb.attach(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))).add("formal", lb.AdapterConfig(rank=1))
 
 
+def _token_beyond(folder: Path) -> None:
+    lb.attach(tiny_model()).add("formal", lb.AdapterConfig(rank=2, trainable_token_indices=[258]))
+
+
 def _other_base(folder: Path) -> None:
     bank = lb.attach(tiny_model(seed=1))
     bank.load("formal", _two()[1].adapter("formal"))
@@ -129,6 +133,7 @@ PROVOKE: list[Callable[[Path], object]] = [
     lambda folder: lb.attach(tiny_model()).add("formal", lb.AdapterConfig(modules_to_save=["lm_haed"])),
     _no_route,
     _rows_multiplied,
+    _token_beyond,
     _other_base,
     _existing_folder,
     _nan,

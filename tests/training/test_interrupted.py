@@ -27,7 +27,7 @@ def settings_of(base: Path, rows: Path, odd: Path) -> dict[str, Any]:
         "adapters": {
             "formal": {"rank": 4, "dropout": 0.2, "targets": ["all-linear", "all-embedding"]},
             "terse": {"rank": 8, "use_dora": True, "loraplus_ratio": 16, "gradient_accumulation": 3, "batch_size": 2}
-            | {"max_steps": 5},
+            | {"max_steps": 5, "trainable_token_indices": [40, 34]},
             "hasty": {"rank": 2, "early_stopping": 1, "optimizer": "lion", "val_data": str(odd), "learning_rate": 0.02}
             | {"modules_to_save": ["lm_head", "norm"]},
         },

@@ -11,11 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lorabank import AdapterConfig
+from lorabank import AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.kernels.gpu import adamw
 from lorabank.optim import gpu, plain
 from lorabank.optim.slot_optimizer import OptimizerConfig, SlotOptimizer, SlotStep
+from tests.bank.tiny import make
 from tests.optim.test_rules import make_bank
 
 RATE = 1e-2
@@ -103,6 +104,31 @@ def test_the_optimizer_is_the_plain_one(device: torch.device, switch: Switch, mo
         values = _values(expected_bank, expected, name)
         for key, value in _values(bank, optimizer, name).items():
             torch.testing.assert_close(value, values[key], rtol=2e-6, atol=2e-7, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_biases_and_rows_step_as_on_the_plain_path(device: torch.device, switch: Switch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves of tensors of their own, beside A and B; LoRA+ leaves their rate alone."""
+    found: list[dict[str, Tensor]] = []
+    for kernels in (False, True):
+        switch(kernels)
+        if kernels:
+            monkeypatch.setattr(plain, "step", None)
+        bank = attach(make("handwritten"))
+        bank.add("a", AdapterConfig(rank=2, bias="all", lora_bias=True))
+        bank.add("rows", AdapterConfig(rank=2, targets="head", trainable_token_indices=[5, 9]))
+        bank.model.to(device)
+        optimizer = SlotOptimizer(bank)
+        configs = {"a": CONFIGS["b"], "rows": CONFIGS["a"]}
+        for name, config in configs.items():
+            optimizer.add(name, config)
+        for step in range(2):
+            for name in configs:
+                _give(bank, name, step)
+            optimizer.step(dict.fromkeys(configs, RATE), dict.fromkeys(configs, 3.0))
+        found.append({f"{name}:{key}": value for name in configs for key, value in _values(bank, optimizer, name).items()})
+    assert {key.rpartition(".")[2] for key in found[0]} >= {"bias", "lora_bias", "rows"}
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=2e-6, atol=2e-7, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_a_saved_state_goes_on_to_the_same_bytes(device: torch.device, switch: Switch) -> None:
