@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import lorabank as lb
 from lorabank.errors import AdapterFileError
+from lorabank.formats import diffusers, kohya
+from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.readers import obstacles
 from tests.bank.tiny import TorchEncoder, add, fill, ids
 
@@ -187,6 +189,16 @@ def test_who_else_can_not_read_it() -> None:
         (found,) = obstacles(bank.adapter("a"), reader)
         assert "nn.MultiheadAttention" in found.what
         assert found.layers == (IN, OUT)
+
+
+@pytest.mark.parametrize("unheld", [kohya.unheld, diffusers.unheld])
+def test_image_models_forms_refuse_it_by_name(unheld: Callable[[Adapter], dict[str, str]]) -> None:
+    path = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"  # a name that both forms know
+    layer = AdapterLayer(torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    plain = Adapter(config=lb.AdapterConfig(rank=2), layers={path: layer})
+    assert unheld(plain) == {}
+    (why,) = unheld(replace(plain, layers={path: replace(layer, attention=True)})).values()
+    assert why == "it is nn.MultiheadAttention's, which nobody reads in that form"
 
 
 def _edit(folder: Path, changes: dict[str, Tensor | None]) -> None:
