@@ -501,6 +501,20 @@ def test_hooks_from_before_the_bank_are_refused() -> None:
         model(x, x, x)
 
 
+def test_a_captured_pass_is_followed_by_its_rows_or_refused() -> None:
+    model, x = Attends(batch_first=True).eval(), _random(ROWS, QUERIES, SIZE)
+    bank = bank_over(model)
+    first = bank.routing(["a", BASE, "b", "b"], exact=False)
+    with bank.route(["b", "a", BASE, "b"]):
+        expected = model(x, x, x)[0]
+    with bank.route(first.following({}, [torch.tensor([1]), torch.tensor([0, 3])])):  # of `a`, of `b`
+        torch.testing.assert_close(model(x, x, x)[0], expected, rtol=1e-5, atol=1e-5)
+    exact = bank.routing(["a", BASE, "b", "b"])
+    for refused in (first.following({}, None), exact.following({}, exact.slot_rows(bank.device))):
+        with pytest.raises(RoutingError, match="'attn' takes its plain path, which a captured"), bank.route(refused):
+            model(x, x, x)
+
+
 # ---- the attached model ------------------------------------------------------------------------------------------------------
 
 
