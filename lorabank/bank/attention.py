@@ -234,7 +234,8 @@ class LoRAMultihead(Adapted):
 
     def _check(self, routing: Routing, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raise RoutingError or LorabankError for a call that can't be computed here."""
-        if routing.tensors_only:
+        numbers_read = routing.per == "row" and routing.exact  # by `_untouched`, on the host
+        if routing.tensors_only and (numbers_read or not routing.rows_follow):
             raise RoutingError(f"attention {self.path!r} takes its plain path, which a captured pass can't follow")
         if query.is_nested or key.is_nested or value.is_nested:
             raise LorabankError(

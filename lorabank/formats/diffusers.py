@@ -110,6 +110,8 @@ def unheld(adapter: Adapter) -> dict[str, str]:
             found[path] = f"it belongs to no component ({', '.join(COMPONENTS[:4])}) of a pipeline"
         elif layer.looks_up:
             found[path] = "it is an embedding"
+        elif layer.attention:
+            found[path] = "it is nn.MultiheadAttention's, which nobody reads in that form"
     return found
 
 

@@ -163,6 +163,8 @@ def unheld(adapter: Adapter) -> dict[str, str]:
             found[path] = what if component else f"it belongs to no component ({', '.join(COMPONENTS[:4])}) of an image model"
         elif layer.looks_up:
             found[path] = "it is an embedding"
+        elif layer.attention:
+            found[path] = "it is nn.MultiheadAttention's, which nobody reads in that form"
         elif layer.groups > 1:
             found[path] = f"it is a convolution in {layer.groups} groups, which kohya's tools read in two ways"
         elif not (math.isfinite(layer.scaling) and layer.scaling > 0):

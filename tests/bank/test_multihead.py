@@ -6,16 +6,19 @@ import copy
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers as hf
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lorabank import BASE, AdapterConfig, attach, merge, quantize_base
+from lorabank import BASE, AdapterConfig, attach, merge, merge_folder, quantize_base
 from lorabank.bank.attention import LoRAMultihead
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
@@ -498,6 +501,20 @@ def test_hooks_from_before_the_bank_are_refused() -> None:
         model(x, x, x)
 
 
+def test_a_captured_pass_is_followed_by_its_rows_or_refused() -> None:
+    model, x = Attends(batch_first=True).eval(), _random(ROWS, QUERIES, SIZE)
+    bank = bank_over(model)
+    first = bank.routing(["a", BASE, "b", "b"], exact=False)
+    with bank.route(["b", "a", BASE, "b"]):
+        expected = model(x, x, x)[0]
+    with bank.route(first.following({}, [torch.tensor([1]), torch.tensor([0, 3])])):  # of `a`, of `b`
+        torch.testing.assert_close(model(x, x, x)[0], expected, rtol=1e-5, atol=1e-5)
+    exact = bank.routing(["a", BASE, "b", "b"])
+    for refused in (first.following({}, None), exact.following({}, exact.slot_rows(bank.device))):
+        with pytest.raises(RoutingError, match="'attn' takes its plain path, which a captured"), bank.route(refused):
+            model(x, x, x)
+
+
 # ---- the attached model ------------------------------------------------------------------------------------------------------
 
 
@@ -580,6 +597,23 @@ def test_a_merge_compares_a_models_outputs_through_a_bank() -> None:
     handle = merge(make("torch encoder"), bank.adapter("a"), inputs=ids(2), say=None)
     assert handle.logits is not None
     assert handle.logits.difference < 1e-4 < handle.logits.change
+
+
+def test_a_folder_is_merged_tensor_by_tensor_as_in_memory(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    model = hf.SiglipVisionModel(hf.SiglipVisionConfig(**sizes, num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "base")
+    bank = attach(model)
+    add(bank, "a", targets=["head.attention"])
+    adapter = bank.adapter("a")
+    bank.detach()
+    merge_folder(tmp_path / "base", adapter, tmp_path / "out", say=None)
+    merge(model, adapter, say=None)
+    found, base = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items() if name in found)
+    changed = {name for name, value in found.items() if not torch.equal(value, base[name])}
+    assert {name.rpartition("attention.")[2] for name in changed} == {"in_proj_weight", "out_proj.weight"}
 
 
 def test_a_quantised_base_leaves_its_weights_as_they_are() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import lorabank as lb
 from lorabank.errors import AdapterFileError
+from lorabank.formats import diffusers, kohya
+from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.readers import obstacles
 from tests.bank.tiny import TorchEncoder, add, fill, ids
 
@@ -149,6 +151,29 @@ def test_a_change_that_their_version_adds_twice_is_read_as_it_computes(version: 
     assert torch.equal(loaded.layers[IN].B, stored[_B])
 
 
+class _Reads(nn.Module):
+    """Attention to something else, with rows behind the tokens, at the top of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        hidden = torch.tensor([[False, False, False, True], [False] * 4])
+        return self.attn(x, memory, memory, key_padding_mask=hidden, need_weights=False)[0].detach()
+
+
+def test_cross_attention_with_a_short_path(tmp_path: Path) -> None:
+    model, x, memory = _Reads(), torch.randn(3, 2, 8), torch.randn(4, 2, 8)
+    bank = lb.attach(model)
+    add(bank, "a", rank_pattern={"out_proj": 2})
+    expected = model(x, memory)
+    bank.adapter("a").save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(_Reads(), str(tmp_path))
+    torch.testing.assert_close(theirs(x, memory), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_their_files_names(tmp_path: Path) -> None:
     """What is written is what PEFT's own state dict has, of an adapter that was injected into a plain module."""
     bank = lb.attach(_model())
@@ -187,6 +212,16 @@ def test_who_else_can_not_read_it() -> None:
         (found,) = obstacles(bank.adapter("a"), reader)
         assert "nn.MultiheadAttention" in found.what
         assert found.layers == (IN, OUT)
+
+
+@pytest.mark.parametrize("unheld", [kohya.unheld, diffusers.unheld])
+def test_image_models_forms_refuse_it_by_name(unheld: Callable[[Adapter], dict[str, str]]) -> None:
+    path = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"  # a name that both forms know
+    layer = AdapterLayer(torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    plain = Adapter(config=lb.AdapterConfig(rank=2), layers={path: layer})
+    assert unheld(plain) == {}
+    (why,) = unheld(replace(plain, layers={path: replace(layer, attention=True)})).values()
+    assert why == "it is nn.MultiheadAttention's, which nobody reads in that form"
 
 
 def _edit(folder: Path, changes: dict[str, Tensor | None]) -> None:
