@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         raise AdapterFileError(f"{folder}: no such file or folder{closest(folder.name, beside)}")
     from lorabank.cli.inspect_adapter import print_adapter
 
+    if folder.name == "adapter_config.json":
+        folder = folder.parent
     is_run = (folder / "config.yaml").is_file()
     if args.json:
         return print_json(folder, is_run=is_run)

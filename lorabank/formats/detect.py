@@ -94,6 +94,9 @@ def load_adapters(folder: str | Path) -> dict[str, Adapter]:
 def _load_file(path: Path, allow_non_finite: bool) -> Adapter:
     if path.name == CONFIG_FILE:
         return load_peft(path.parent, allow_non_finite=allow_non_finite)
+    if path.suffix.lower() == ".json":
+        where = f"Name the folder: {path.parent}" if (path.parent / CONFIG_FILE).is_file() else "Name the adapter's folder"
+        raise AdapterFileError(f"{path}: a JSON file, which holds no tensors. {where}.")
     header = read_header(path)
     for form in FORMATS.values():
         if form.recognise(header):

@@ -1,4 +1,4 @@
-"""Stacked experts in GGUF: llama.cpp keeps gate, up and down apart, a stack (experts, out, in) each, and adapts each by a stack.
+"""Stacked experts in GGUF: llama.cpp keeps gate, up and down apart, a stack (experts, out, in) each, adapted with a stack each.
 
 `<weight>.lora_a` is (experts, r, in) and `.lora_b` (experts, out, r) there (`build_lora_mm_id` in llama.cpp's llama-graph.cpp).
 transformers has gate and up in one parameter, whose outputs are gate's, then up's: both get its A, and their half of its B.

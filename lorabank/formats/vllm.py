@@ -67,6 +67,8 @@ def check_shapes(adapter: Adapter, folder: Path, *, where: str) -> None:
         raise AdapterFileError(
             f"{where}: {folder} holds no model (no config.json, no weights). Name the base's folder with --base."
         )
+    if (folder / "adapter_config.json").is_file():
+        raise AdapterFileError(f"{where}: {folder} is an adapter, not a model. Name the base's folder with --base.")
     ends = {_end(name.removesuffix(".weight")) for name in shapes}
     if shapes and not any(_end(path) in ends for path in adapter.layers):
         first = next(iter(adapter.layers))

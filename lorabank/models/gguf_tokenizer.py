@@ -1,4 +1,4 @@
-"""A transformers tokenizer as GGUF keeps it: byte-level BPE alone, whose rule of splitting text is one that llama.cpp knows by name.
+"""A transformers tokenizer as GGUF keeps it: byte-level BPE, whose rule of splitting text is one that llama.cpp knows by name.
 
 GGUF names that rule and doesn't hold it, so a tokenizer with another rule is refused: it would give other tokens in silence.
 """
@@ -35,8 +35,8 @@ def add_tokenizer(writer: Any, folder: Path, tokenizer: PreTrainedTokenizerBase,
     rule = pre_tokenizer(data)
     if rule is None:
         raise ModelError(
-            f"{where}: its tokenizer is no byte-level BPE whose rule of splitting text is known here, so llama.cpp would give other "
-            "tokens. Use llama.cpp's converter: python convert_hf_to_gguf.py FOLDER."
+            f"{where}: its tokenizer is no byte-level BPE whose rule of splitting text is known here, so llama.cpp would give "
+            "other tokens. Use llama.cpp's converter: python convert_hf_to_gguf.py FOLDER."
         )
     added = {item["id"]: item for item in data.get("added_tokens", [])}
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}

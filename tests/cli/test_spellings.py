@@ -130,3 +130,19 @@ def test_a_gguf_adapters_base_folder_is_checked(
     assert "--force" in told
     assert not (tmp_path / "b.gguf").exists()
     assert main([*words, "--base", str(tmp_path / "other"), "--force", "--output", str(tmp_path / "b.gguf")]) == 0
+
+
+def test_a_file_of_the_folder_is_as_good_as_the_folder(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(adapter_folder), "--json"]) == 0
+    whole = capsys.readouterr().out
+    assert main(["inspect", str(adapter_folder / "adapter_config.json"), "--json"]) == 0
+    assert capsys.readouterr().out == whole
+    assert main(["inspect", str(adapter_folder / "lorabank.json")]) == 2
+    assert f"a JSON file, which holds no tensors. Name the folder: {adapter_folder}" in capsys.readouterr().err
+
+
+def test_an_adapter_for_a_base_is_told(adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", str(adapter_folder), "--to", "vllm", "--base", str(adapter_folder), "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "is an adapter, not a model. Name the base's folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

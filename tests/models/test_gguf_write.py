@@ -135,7 +135,7 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="positions are of the kind 'dynamic'"):
         write(tmp_path / "r", tmp_path / "a.gguf")
     folder_of(tmp_path / "m", "qwen3_moe", num_experts=4, num_experts_per_tok=2, norm_topk_prob=False)
-    with pytest.raises(ModelError, match="llama.cpp always normalises the weights"):
+    with pytest.raises(ModelError, match=r"llama\.cpp always normalises the weights"):
         write(tmp_path / "m", tmp_path / "a.gguf")
     folder_of(tmp_path / "t")
     whole = tokenizer_of("smollm")
