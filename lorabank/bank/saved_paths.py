@@ -131,6 +131,8 @@ def unsavable(module: nn.Module) -> str | None:
     for name, p in module.named_parameters():
         if p.is_meta:
             return f"its parameter {name!r} is on the meta device: not loaded yet, or offloaded"
+        if name.rpartition(".")[2] == "B":
+            return f"its parameter {name!r} is called as LoRA's B is, by which optimizers tell that (loraplus_ratio)"
         if p.dtype not in SAVED_FLOATS:
             return f"its parameter {name!r} is stored in {p.dtype}. Keep it out of the quantisation, or target it with LoRA"
     for name, inner in module.named_modules():

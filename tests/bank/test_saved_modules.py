@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank, saved_modules
+from lorabank.bank.layers import LoRALayer
 from lorabank.errors import ConfigError, LorabankError, RoutingError, TargetError, UnreachedLayerError
 from tests.bank.tiny import VOCABULARY, Handwritten, clear, fill, gradients, ids, llama, state_bytes
 
@@ -350,6 +351,12 @@ class _Prompted(Handwritten):
         return self.head(self.embed(input_ids) + self.prompt())
 
 
+def _plain_head(model: nn.Module) -> nn.Module:
+    head = model.get_submodule("head")
+    assert isinstance(head, LoRALayer)
+    return head.base
+
+
 def test_a_module_without_inputs_has_one_route_for_all_rows() -> None:
     model = _Prompted()
     bank = attach(model)
@@ -361,7 +368,7 @@ def test_a_module_without_inputs_has_one_route_for_all_rows() -> None:
     with torch.no_grad():
         for route, value in (("a", 1.0), (BASE, 0.0), ({"a": 0.5, "b": 0.25}, 1.25)):
             with bank.route(route):
-                torch.testing.assert_close(model(x), model.head.base(model.embed(x) + value))
+                torch.testing.assert_close(model(x), _plain_head(model)(model.embed(x) + value))
         with pytest.raises(RoutingError, match="'prompt' can't tell the rows apart: it gets no tensor"), bank.route(["a", "b"]):
             model(x)
 
@@ -503,6 +510,8 @@ class _Counting(nn.Module):
         self.counted = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
         self.blocks = nn.ModuleList([nn.Linear(4, 4)])
         self.act = nn.ReLU()
+        self.named = nn.Module()
+        self.named.B = nn.Parameter(torch.zeros(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.counted(self.blocks[0](self.lin(x))))
@@ -520,6 +529,7 @@ class _Counting(nn.Module):
             r"'counted' can't be trained in full: its '1' is a BatchNorm1d, whose running statistics",
         ),
         ({"modules_to_save": ["blocks"]}, "'blocks' can't be trained in full: a ModuleList isn't called"),
+        ({"modules_to_save": ["named"]}, "'named' can't be trained in full: its parameter 'B' is called as LoRA's B is"),
         ({"modules_to_save": ["act"]}, "'act' can't be trained in full: a ReLU has no parameters"),
         ({"targets": ["lin"], "modules_to_save": ["lin"]}, r"every layer that they name \('lin'\) is in modules_to_save"),
     ],
