@@ -103,8 +103,10 @@ def test_the_products_are_the_formula(kind: str) -> None:
     with torch.no_grad():
         for path, part in adapter.layers.items():
             stack, _, expert = path.rpartition(".")
-            weight = model.get_parameter(stack)[int(expert)] if part.stack else model.get_parameter(f"{path}.weight")
-            turned = kind == "gpt-oss" if part.stack else isinstance(model.get_submodule(path), Conv1D | nn.Embedding)
+            own = f"{path}_weight" if path.endswith("self_attn.in_proj") else f"{path}.weight"
+            weight = model.get_parameter(stack)[int(expert)] if part.stack else model.get_parameter(own)
+            inside = part.stack or part.attention  # of a module, not one
+            turned = kind == "gpt-oss" if inside else isinstance(model.get_submodule(path), Conv1D | nn.Embedding)
             changed = (weight.t() if turned else weight) + part.delta()
             if part.magnitude is not None:  # DoRA, eq. 5
                 norm = changed.flatten(1).norm(dim=1)
