@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabank.cli.folders import refuse_existing, whole_folder
+from lorabank.cli.folders import chosen_path, refuse_existing, whole_folder
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.errors import ConfigError, MergeError
 
@@ -103,7 +104,12 @@ def weighted(parts: Sequence[str], weights: Sequence[str]) -> list[tuple[str, We
 
 def split_weight(text: str) -> tuple[str, Weights]:
     """`folder:0.7` or `folder:mlp=0.7,*=1` as a pair. Raises ConfigError without a weight."""
+    from lorabank.formats.choice import adapters_in
+
     path, _, weight = text.rpartition(":")
+    folder = chosen_path(path, place="ADAPTER") if path else Path(text)
+    if path and folder.is_dir() and weight in adapters_in(folder):
+        raise ConfigError(f"{text}: names an adapter of a folder and no weight: {text}:1, or -w for each adapter")
     if not path:
         raise ConfigError(f"{text}: expected ADAPTER:WEIGHT, such as out/support/formal:0.7, or -w for each adapter")
     return path, _weight(weight, f"{text}: expected ADAPTER:WEIGHT")

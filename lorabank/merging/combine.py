@@ -150,14 +150,23 @@ def _error(terms: Sequence[Term], made: CombinedLayer) -> LayerError:
     if not terms:
         return LayerError(exact=0.0, difference=0.0, truncated=0.0, ranks=ranks, rank=made.layer.rank)
     factors = [(term.layer.A.flatten(1), term.layer.B, term.weight * term.layer.scaling) for term in terms]
+    floor = RESOLVED * math.fsum(norm(term.layer) * abs(term.weight) for term in terms)  # parts that cancel leave rounding alone
     less = (made.layer.A.flatten(1), made.layer.B, -made.layer.scaling)
     return LayerError(
-        exact=factored_norm(*stacked(factors)),
-        difference=factored_norm(*stacked([*factors, less])),
+        exact=_above(floor, factored_norm(*stacked(factors))),
+        difference=_above(floor, factored_norm(*stacked([*factors, less]))),
         truncated=made.truncated,
         ranks=ranks,
         rank=made.layer.rank,
     )
+
+
+RESOLVED = 1e-6
+"""Share of the parts' ‖ΔW‖ below which a difference is float32's rounding."""
+
+
+def _above(floor: float, value: float) -> float:
+    return 0.0 if value <= floor else value
 
 
 def _adapter(

@@ -146,3 +146,20 @@ def test_an_adapter_for_a_base_is_told(adapter_folder: Path, tmp_path: Path, cap
     assert main(words) == 2
     assert "is an adapter, not a model. Name the base's folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_folder_without_its_weight(
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Adapter.load(adapter_folder).save(tmp_path / "run" / "one")
+    words = ["combine", f"{tmp_path / 'run'}:one", "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert f"names an adapter of a folder and no weight: {tmp_path / 'run'}:one:1" in capsys.readouterr().err
+
+
+def test_parts_that_cancel_leave_no_error(adapter_folder: Path) -> None:
+    adapter = Adapter.load(adapter_folder)
+    done = lb.combine_and_measure([(adapter, 0.3), (adapter, -0.3)])
+    assert done.report.error == 0
+    small = lb.combine_and_measure([(adapter, 1.0)], "svd", rank=1)
+    assert small.report.error > 0.01  # what is more than rounding is still told
