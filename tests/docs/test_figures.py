@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,13 +14,13 @@ from torch import nn
 
 import lorabank as lb
 from lorabank.bank.bank import AdapterBank
-from lorabank.cli.export import base_of
 from lorabank.config.parse import config_from_dict
 from lorabank.data.prepare import prepare
 from lorabank.engine.step import Engine
 from lorabank.formats.convert import convert
 from lorabank.formats.files import refuse_pickle
 from lorabank.formats.vllm import vllm_adapter
+from lorabank.models.gguf_write import check_family
 from lorabank.models.names import check_not_closed
 from lorabank.planner.learning_rate import LORA_FACTOR, SHORT_RUN_FACTOR, SHORT_RUN_STEPS
 from lorabank.training.publish import base_on_hub
@@ -119,7 +118,7 @@ def _vllm_refuses(folder: Path) -> None:
 
 
 def _merged_gguf(folder: Path) -> None:
-    base_of(argparse.Namespace(merged=True, base=str(folder), adapter="out/formal"), _plain_adapter())
+    check_family("gemma", where=str(folder))
 
 
 def _plain_adapter() -> lb.Adapter:
