@@ -7,6 +7,7 @@ route asks for that. Shapes: B rows × T queries or S keys × E features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.carrier import LayerSlot, Router
+from lorabank.bank.carrier import LayerSlot, Router, SlotParameters
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.multihead import APART, IN, OUT, Projection, projections_of
 from lorabank.bank.routing import Routing, SlotRows
+from lorabank.bank.slices import SliceCarrier
+from lorabank.bank.storage import RankStore
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import LorabankError, RoutingError
-from lorabank.formats.adapter import AdapterLayer
+from lorabank.formats.output_slice import OutputSlice
 from lorabank.kernels.attend import Attention
-from lorabank.kernels.segments import Segment
+from lorabank.kernels.segments import Outputs, Segment
 
 
 class ProjectionLayer(LoRALayer):
@@ -30,12 +33,14 @@ class ProjectionLayer(LoRALayer):
 
     def __init__(self, base: Projection, path: str, router: Router, rows_lost: str | None) -> None:
         super().__init__(base, path, router, rows_lost)
-        vars(self).update(projection=base, shown=None, parts={})
+        vars(self).update(projection=base, shown=None, stored_as=None, parts={})
 
     projection: Projection
     """Its base."""
     shown: Callable[[], None] | None
     """Called when the leaves are others."""
+    stored_as: Callable[[str, RankStore], None] | None
+    """Called with a slice's name and store."""
     parts: dict[tuple[int, int], _Rows]
 
     @property
@@ -43,12 +48,17 @@ class ProjectionLayer(LoRALayer):
         """Never a part of a compiled block: what is between the projections isn't compiled."""
         return "nn.MultiheadAttention computes with its weights, and is left out whole"
 
-    def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
-        """A copy of an adapter's present values here, on the CPU, by path."""
-        layers = super().adapter_layers(name)
-        if not self.projection.fused:
-            return layers
-        return {path: replace(layer, attention=True) for path, layer in layers.items()}
+    @property
+    def attends(self) -> bool:
+        """Whether PEFT's files name it by the attention module."""
+        return self.projection.fused
+
+    def slice(self, name: str, outputs: OutputSlice) -> SliceCarrier:
+        """q, k or v alone, made when it is first asked for."""
+        known, carrier = name in self.slices, super().slice(name, outputs)
+        if not known and self.stored_as is not None:
+            self.stored_as(name, carrier.store)
+        return carrier
 
     def rows_of(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Outputs `start` to `stop` alone, of an input that isn't the others'."""
@@ -70,7 +80,7 @@ class _Rows(LoRALayer):
     def __init__(self, whole: ProjectionLayer, rows: slice) -> None:
         projection = Projection(whole.projection.attention, whole.projection.name, rows)
         super().__init__(projection, whole.path, whole.router, whole.rows_lost)
-        vars(self).update(projection=projection, slots=whole.slots, rows=rows)
+        vars(self).update(projection=projection, slots=whole.slots, slices=whole.slices, rows=rows)
 
     projection: Projection
     rows: slice
@@ -78,6 +88,24 @@ class _Rows(LoRALayer):
     def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing, path_seed: int) -> Segment:
         segment = super()._segment(rows, slot, routing, path_seed)
         return replace(segment, B_RO=segment.B_RO[:, self.rows].contiguous())
+
+    def _slice_segments(self, routing: Routing, units: int) -> list[Segment]:
+        """Those parts of slices that are among these outputs."""
+        found: list[Segment] = []
+        for carrier in self.slices.values():
+            first, last = carrier.outputs.start, carrier.outputs.start + carrier.outputs.width
+            start, stop = max(first, self.rows.start), min(last, self.rows.stop)
+            for rows in routing.plans[units] if start < stop else ():
+                if (slot := carrier.slots.get(rows.slot)) is not None:
+                    whole = super()._segment(rows, slot, routing, carrier.path_seed)
+                    outputs = Outputs(start - self.rows.start, stop - start, self.rows.stop - self.rows.start)
+                    B_RO = whole.B_RO[:, start - first : stop - first].contiguous()
+                    found.append(replace(whole, B_RO=B_RO, outputs=outputs))
+        return found
+
+
+def _show_slice(shows: SlotParameters, projection: str, name: str, store: RankStore) -> None:
+    shows.show(f"{projection}_{name}_", store)
 
 
 class LoRAMultihead(Adapted):
@@ -89,8 +117,10 @@ class LoRAMultihead(Adapted):
         carriers = {name: ProjectionLayer(each, f"{path}.{name}", router, rows_lost) for name, each in projections.items()}
         super().__init__(base, path, {f"{name}_": carrier.store for name, carrier in carriers.items()})
         self.__dict__.update(carriers=carriers, router=router)
-        for carrier in carriers.values():
-            vars(carrier)["shown"] = self._slot_parameters.refresh  # nothing of this wrapper, which a cycle would keep alive
+        shows = self._slot_parameters  # and nothing else of this wrapper, which a cycle would keep alive
+        for name, carrier in carriers.items():
+            stored_as = functools.partial(_show_slice, shows, name)
+            vars(carrier).update(shown=shows.refresh, stored_as=stored_as)
 
     carriers: dict[str, ProjectionLayer]
     """By name, the output's last."""
@@ -109,7 +139,8 @@ class LoRAMultihead(Adapted):
         self.base._apply(fn, recurse)
         for carrier in self.carriers.values():
             carrier.projection.refresh()
-            carrier.store.to(carrier.stored()[0].device)
+            for place in (carrier, *carrier.slices.values()):
+                place.store.to(carrier.stored()[0].device)
         return self
 
     def forward(
@@ -184,7 +215,8 @@ class LoRAMultihead(Adapted):
     _eager: Any = torch.compiler.disable(_adapted)
 
     def _here(self) -> set[str]:
-        return {name for carrier in self.carriers.values() for name in carrier.slots}
+        places = (place for carrier in self.carriers.values() for place in (carrier, *carrier.slices.values()))
+        return {name for place in places for name in place.slots}
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v; each distinct input goes through its part of the projection once."""

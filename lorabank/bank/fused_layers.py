@@ -14,6 +14,7 @@ from torch import nn
 from lorabank.bank.kinds import EXPERTS, SLICE, layer_kind
 from lorabank.bank.slices import FusedSlice
 from lorabank.bank.wrappers import BASE_LAYER
+from lorabank.bank.wrapping import unwrapped
 from lorabank.errors import ConfigError, closest
 from lorabank.formats.output_slice import OutputSlice
 
@@ -136,6 +137,8 @@ FUSED: Mapping[tuple[str, str], Layout] = {
 
 def known_slices(owner: nn.Module, name: str, total: int) -> Slices | None:
     """The slices of the layer `name` of a module of transformers', None where it isn't in the table."""
+    if isinstance(owner, nn.MultiheadAttention):
+        return _equal("q", "k", "v")(owner, total) if name == "in_proj" else None
     module = type(owner).__module__.split(".")
     if module[:2] != ["transformers", "models"] or len(module) < 3:
         return None
@@ -154,7 +157,7 @@ def slices_of(
             continue
         features = kind.features(layer)
         owner, _, name = path.removesuffix(f".{BASE_LAYER}").rpartition(".")
-        slices = declared.get(path) or known_slices(model.get_submodule(owner), name, features[1])
+        slices = declared.get(path) or known_slices(unwrapped(model.get_submodule(owner)), name, features[1])
         if slices:
             found[path] = {part: FusedSlice(layer, outputs, features) for part, outputs in slices.items()}
     return found

@@ -173,7 +173,7 @@ class LoRALayer(Adapted, Carrier):
             made = replace(made, lora_bias=low.detach().to("cpu", copy=True))
         if kernel:
             made = replace(made, A=A.view(len(A), -1, *kernel), groups=self.kind.groups(base), dense=self.dense)
-        return {self.path: made}
+        return {self.path: replace(made, attention=self.attends)}
 
     def _take_form(self, *, dense: bool) -> None:
         """Keep A of all channels, or of a group's. Raises AdapterFileError beside an adapter of the other form."""
@@ -205,6 +205,11 @@ class LoRALayer(Adapted, Carrier):
             self.slices[name] = SliceCarrier(self, name, outputs, self.router)
             self._slot_parameters.show(f"{name}_", self.slices[name].store)
         return self.slices[name]
+
+    @property
+    def attends(self) -> bool:
+        """Whether it is a projection of an `nn.MultiheadAttention` that PEFT's files name by the module."""
+        return False
 
     @property
     def in_use(self) -> bool:

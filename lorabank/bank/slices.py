@@ -81,7 +81,7 @@ class SliceCarrier(Carrier):
         slot = self.slots[name]
         A = slot.tensors.A_RI.detach().to("cpu", copy=True)
         B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
-        return {self.path: AdapterLayer(A, B, slot.scaling, outputs=self.outputs)}
+        return {self.path: AdapterLayer(A, B, slot.scaling, outputs=self.outputs, attention=self.layer.attends)}
 
     def _refresh(self) -> None:
         self.layer.show()

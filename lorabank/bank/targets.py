@@ -389,7 +389,5 @@ def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: n
     names = sorted({_leaf(path) for path in layers})
     hint = closest(part, [name for name in (*names, *ROLES, ALL_LINEAR, *ALL_OF_A_KIND) if name != part])
     fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""
-    if fused and any(isinstance(layer, Projection) for layer in layers.values()):
-        fused = " (nn.MultiheadAttention has q, k and v in one layer: name 'in_proj')"
     what = ALL_OF_A_KIND.get(part, "linear layer" if part in ROLES else "layer")
     return f"{setting}: {part!r} matches no {what} of the model{hint}{fused}. It has: {', '.join(names) or 'none'}"

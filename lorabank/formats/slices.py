@@ -111,7 +111,7 @@ def _joined(path: str, parts: Mapping[str, AdapterLayer]) -> AdapterLayer:
         factor = layer.scaling / scaling
         B[outputs.rows, start : start + layer.rank] = (layer.B if factor == 1 else layer.B * factor).to(dtype)
         start += layer.rank
-    return AdapterLayer(torch.cat([layer.A.to(dtype) for layer in layers]), B, scaling)
+    return AdapterLayer(torch.cat([layer.A.to(dtype) for layer in layers]), B, scaling, attention=layers[0].attention)
 
 
 def _common_scaling(scalings: list[float]) -> float:
@@ -133,10 +133,10 @@ def _parts(path: str, layer: AdapterLayer, recorded: Mapping[str, Mapping[str, A
             raise ValueError(f"{name!r}: rank {rank}, scaling {scaling} and {outputs.total} outputs")
         B = layer.B[outputs.rows, start : start + rank]
         factor = scaling / layer.scaling
-        if not _is_power_of_two(factor):
-            raise ValueError(f"{name!r}: a scaling of {scaling} beside {layer.scaling}")
+        if not _is_power_of_two(factor):  # of an attention whose two projections have one scaling in PEFT's file
+            factor, scaling = 1.0, layer.scaling
         A, B = layer.A[start : start + rank].clone(), (B / factor).contiguous()
-        found[f"{path}.{name}"] = AdapterLayer(A, B, scaling, outputs=outputs)
+        found[f"{path}.{name}"] = AdapterLayer(A, B, scaling, outputs=outputs, attention=layer.attention)
         start += rank
     inside = sum(int(part.B.count_nonzero()) for part in found.values())
     if start != layer.rank or inside != int(layer.B.count_nonzero()):

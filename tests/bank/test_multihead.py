@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lorabank import BASE, AdapterConfig, attach, merge, merge_folder, quantize_base
+from lorabank import BASE, Adapter, AdapterConfig, attach, merge, merge_folder, quantize_base
 from lorabank.bank.attention import LoRAMultihead
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
@@ -124,9 +124,13 @@ def _changed(model: nn.Module, bank: AdapterBank, leaves: Mapping[str, Tensor], 
     mixed = {route: 1.0} if isinstance(route, str) else route if isinstance(route, Mapping) else {}
     for name, weight in mixed.items():
         for path, layer in bank.adapter(name).layers.items():
-            where = f"{path}.weight" if path.endswith("out_proj") else f"{path}_weight"
+            owner = path if layer.outputs is None else path.rpartition(".")[0]
+            where = f"{owner}.weight" if owner.endswith("out_proj") else f"{owner}_weight"
             A, B = leaves[f"{name}:{path}.A"], leaves[f"{name}:{path}.B"]
-            weights[where] = weights[where] + weight * layer.scaling * (B.t() @ A)
+            change = weight * layer.scaling * (B.t() @ A)
+            if layer.outputs is not None:
+                change = torch.zeros_like(weights[where]).index_copy(0, layer.outputs.rows, change)
+            weights[where] = weights[where] + change
     return weights
 
 
@@ -146,9 +150,19 @@ def _row(x: Tensor, row: int, batch_first: bool) -> Tensor:
 def test_law2_outputs_weights_and_every_gradient_are_those_of_changed_weights(
     settings: dict[str, Any], call: dict[str, Any], batch_first: bool
 ) -> None:
+    _is_that_of_changed_weights(settings, call, batch_first)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_law2_of_q_and_v_alone(call: dict[str, Any], batch_first: bool) -> None:
+    _is_that_of_changed_weights({}, call, batch_first, targets=["q", "v", "out_proj"], rank_pattern={"v": 4})
+
+
+def _is_that_of_changed_weights(settings: dict[str, Any], call: dict[str, Any], batch_first: bool, **config: Any) -> None:
     model = Attends(batch_first=batch_first, **settings).eval()
     plain = copy.deepcopy(model)
-    bank = bank_over(model)
+    bank = bank_over(model, **config)
     q, k, v = inputs = _inputs(call.get("inputs", "self"), settings, batch_first)
     arguments = _call(call, k.shape[1 if batch_first else 0])
     with bank.route(ROUTES):
@@ -357,9 +371,37 @@ def test_patterns_may_name_the_module() -> None:
 
 
 @pytest.mark.parametrize("role", ["q", "k", "v"])
-def test_a_part_of_the_one_projection_is_refused_with_the_way_out(role: str) -> None:
-    with pytest.raises(TargetError, match=f"'{role}' matches no linear layer.*q, k and v in one layer: name 'in_proj'"):
-        attach(Decoder()).add("a", AdapterConfig(rank=1, targets=[role]))
+def test_a_role_means_its_part_of_the_one_projection(role: str) -> None:
+    bank = attach(Decoder())
+    add(bank, "a", targets=[role])
+    parts = {path.rpartition("attn.")[2] for path in bank.adapter("a").layers}
+    assert parts == {f"in_proj.{role}"}
+    shown = {key.rpartition("lora.")[2] for key, _ in bank.model.named_parameters() if ".lora." in key}
+    assert shown == {f"in_proj_{role}_A_a", f"in_proj_{role}_B_a"}
+
+
+def test_q_and_v_alone_in_files_and_merged(tmp_path: Path) -> None:
+    """PEFT reads them as a change of all of in_proj; they come back as they were."""
+    plain = Attends(batch_first=True).eval()
+    model = copy.deepcopy(plain)
+    bank = bank_over(model, targets=["q", "v"])
+    x = _random(2, QUERIES, SIZE)
+    with bank.route("a"):
+        expected = model(x, x, x)[0]
+    folder = bank.adapter("a").save(tmp_path / "a")
+    again = Adapter.load(folder)
+    assert [path.rpartition(".")[2] for path in again.layers] == ["q", "v"]
+    again.save(tmp_path / "b")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "lorabank.json"):
+        assert (folder / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    bank.load("again", again)
+    with bank.route("again"):
+        assert torch.allclose(model(x, x, x)[0], expected, atol=1e-6)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder)).eval()
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.allclose(theirs(x, x, x)[0], expected, atol=1e-5)
+    merge(plain, again, say=None)
+    assert torch.allclose(plain(x, x, x)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
