@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorabank.bank.adapter_start import AdapterStart, check_prepared
-from lorabank.bank.attention import LoRAMultihead
-from lorabank.bank.biased import BiasedModule
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
-from lorabank.bank.experts import LoRAExperts
 from lorabank.bank.extra_places import merged, places_in, planned
 from lorabank.bank.extras import BIAS, ROWS
 from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, task_type, warn_ranks, warn_storage
@@ -25,36 +19,28 @@ from lorabank.bank.fused import SLOTS
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.heads import head_parameters, peft_task
 from lorabank.bank.keep import kept_modules
-from lorabank.bank.layers import LoRALayer, layer_kind
-from lorabank.bank.multihead import Projection, patterned
+from lorabank.bank.multihead import patterned
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
-from lorabank.bank.places import beside_turned, places_of, rows_lost
 from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
-from lorabank.bank.routing import DropoutState, Repeat, Routing, RowRoute, all_rows, build_routing
+from lorabank.bank.routed import Routed
 from lorabank.bank.saved_bank import SavedModules, Values
 from lorabank.bank.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.slices import FusedSlice, SliceCarrier
 from lorabank.bank.spectral import check_start
-from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
 from lorabank.bank.tied import in_turn, shared_in, tie
+from lorabank.bank.wrapped import Wrapped
 from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
-from lorabank.bank.wrapping import Adapted
 from lorabank.config.adapter import AdapterConfig
-from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, RoutingError, TargetError, closest
+from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.slices import sliced
 from lorabank.formats.token_rows import TokenRows
-
-_CAPTURE = (
-    "Pass context_fn=bank.checkpoint_context to the checkpointing function (with use_reentrant=False), or choose the route "
-    "with bank.use(name)."
-)
 
 _Start = Callable[[Carrier], SlotValues]
 """What a slot begins with in one place."""
@@ -82,7 +68,7 @@ def _fresh(place: Carrier, slot: _Slot, rank: int, scaling: float) -> SlotValues
     return place.fresh(slot.config, rank, scaling, slot.seed)
 
 
-class AdapterBank:
+class AdapterBank(Routed):
     """Owns the trainable tensors of every adapter in every wrapped layer, and decides which rows use which adapter.
 
     Made by `lorabank.attach(model)`. A layer is wrapped when an adapter first needs it and stays until `detach`.
@@ -90,25 +76,21 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module, kept: Collection[str] = (), fused: Mapping[str, Slices] | None = None) -> None:
         """`kept`: names of the model's own parameters that go on training. `fused`: slices that were declared of layers."""
+        super().__init__()
         self.model, self.fused = model, dict(fused or {})
         self.kept = frozenset(kept)
         self.structure = 0
         self._slots: dict[str, _Slot] = {}
-        self._layers: dict[str, Carrier] = {}
-        self._wrappers: list[Adapted] = []
         self._numbers: dict[str, int] = {}
-        self._sticky: Routing | None = None
-        self._only: Routing | None = None
-        self._seen: dict[str, int] = {}
-        self._warned_dropout: set[str] = set()
-        self._current: ContextVar[Routing | None] = ContextVar("lorabank_routing", default=None)
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._fingerprint: Fingerprint | None = None
         self._heads = head_parameters(model)
         self._detached = False
         self._reach = ReachCheck(model, self)
         self._owners = Owners(model)
-        self._saved = SavedModules(model, self, self._reach, self._owners)
+        self._wrapped = Wrapped(model, self._reach, self._owners)
+        self._layers = self._wrapped.layers
+        self._saved = SavedModules(model, self._reach, self._owners)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.kept)
 
@@ -118,6 +100,10 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         """The adapters in the bank, in the order in which they were added."""
         return tuple(self._slots)
+
+    @property
+    def _known(self) -> KeysView[str]:
+        return self._slots.keys()
 
     @property
     def slot_numbers(self) -> Mapping[str, int]:
@@ -334,100 +320,6 @@ class AdapterBank:
             unsupported=unsupported_linear_maps(self.model),
         )
 
-    # ---- routing --------------------------------------------------------------------------------------------------
-
-    def routing(
-        self,
-        rows: RowRoute | Sequence[RowRoute] | None = None,
-        *,
-        tokens: Sequence[RowRoute] | None = None,
-        repeat: Repeat | None = None,
-        dropout: DropoutState | None = None,
-        exact: bool = True,
-    ) -> Routing:
-        """Build a Routing: `rows` is one route for all rows or a list with one a row; `tokens` a list with one a packed token.
-
-        `repeat` says how a library multiplies the rows: ("interleave", k) for beams, ("tile", k) for guidance. `exact=False`: the
-        base's products may round otherwise than the base alone, where that is faster (the engine's own passes do so).
-        """
-        self._check_alive()
-        known, device = self.names, self.device
-        return build_routing(rows, known=known, device=device, tokens=tokens, repeat=repeat, dropout=dropout, exact=exact)
-
-    @contextlib.contextmanager
-    def route(
-        self,
-        rows: RowRoute | Sequence[RowRoute] | Routing | None = None,
-        *,
-        tokens: Sequence[RowRoute] | None = None,
-        repeat: Repeat | None = None,
-    ) -> Iterator[Routing]:
-        """Put a route in force inside the `with`. Backward uses it too, wherever it is called."""
-        self._check_alive()
-        given = isinstance(rows, Routing)
-        if given and (tokens is not None or repeat is not None):
-            raise RoutingError("route: a Routing is complete; give tokens= and repeat= to bank.routing(...) when building it")
-        routing = rows if given else self.routing(rows, tokens=tokens, repeat=repeat)
-        if _in_backward():
-            routing = replace(routing, set_in_backward=True)
-        if (outer := self._current.get()) is not None:
-            routing = outer.inside(routing)
-        previous = self._current.set(routing)
-        try:
-            yield routing
-        finally:
-            self._current.reset(previous)
-
-    def use(self, route: RowRoute | None) -> None:
-        """A route for all rows that stays in force, in every thread, until changed; None takes it back.
-
-        `with route(...)` goes first. Removing an adapter that it names takes it back, too.
-        """
-        self._check_alive()
-        if route is not None and isinstance(route, Sequence) and not isinstance(route, str):
-            raise RoutingError(f"use: one route for all rows, got {route!r}. One entry a row: `with bank.route([...])`.")
-        self._sticky = None if route is None else self.routing(route)
-
-    def route_in_force(self, layer: str = "") -> Routing | None:
-        """The routing for this call, or None when the bank has no adapter. Raises RoutingError when it can't be known."""
-        routing = self._chosen()
-        recomputing = _in_backward()
-        if routing is None:
-            if not self._slots:
-                return None
-            if recomputing:
-                raise RoutingError(
-                    f"layer {layer!r} is being recomputed in backward and no route was captured for it. {_CAPTURE}"
-                )
-            raise RoutingError(
-                f"layer {layer!r}: the bank has {len(self._slots)} adapters ({', '.join(self._slots)}) and no route is in force. "
-                "Call the model inside `with bank.route(...)`, or choose one with bank.use(name)."
-            )
-        if not routing.names <= self._slots.keys():
-            gone = ", ".join(sorted(routing.names - self._slots.keys()))
-            raise RoutingError(f"the route in force names {gone}, which was removed from the bank. Build a new route.")
-        if not recomputing:
-            self._seen[layer] = routing.id
-        elif not routing.set_in_backward and self._seen.get(layer) != routing.id:
-            # reentrant checkpointing keeps nothing of its forward, so another route would give wrong gradients in silence
-            raise RoutingError(
-                f"layer {layer!r} is being recomputed in backward under another route than its forward saw. {_CAPTURE}"
-            )
-        if routing.dropout is None and torch.is_grad_enabled():
-            self._warn_dropout(routing)
-        return routing
-
-    def checkpoint_context(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-        """`context_fn` for `torch.utils.checkpoint.checkpoint(use_reentrant=False)`: recomputation gets the forward's route."""
-        routing = self._chosen()
-        if routing is None:
-            return contextlib.nullcontext(), contextlib.nullcontext()
-        return contextlib.nullcontext(), self.route(routing)
-
-    def _chosen(self) -> Routing | None:
-        """The routing in force, if any: of the innermost `with`, else `use`, else of the only adapter."""
-        return self._current.get() or self._sticky or self._only
-
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def check_reached(self) -> None:
@@ -444,17 +336,11 @@ class AdapterBank:
         Hooks that were registered on a wrapped layer while it was wrapped go with the wrapper.
         """
         self._check_alive()
-        for wrapper in (*self._wrappers, *self._saved.modules.values()):
-            wrapper.bring_home()
-            wrapper.base.training = wrapper.training  # its modules are the wrapper's, too
-            for parent, attribute in places_of(self.model, wrapper):
-                setattr(parent, attribute, wrapper.base)
+        self._wrapped.take_out(self._saved.modules.values())
         self._reach.close()
         self._owners.close()
         for name, p in self.model.named_parameters():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
-        self._layers.clear()
-        self._wrappers.clear()
         self._saved.clear()
         self._slots.clear()
         self._numbers.clear()
@@ -493,7 +379,7 @@ class AdapterBank:
         done: list[str] = []
         try:
             for path in in_turn(slot.paths, slot.shared):
-                place = self._wrap(path, layers[path])
+                place = self._wrapped.wrap(path, layers[path], self)
                 if path in slot.shared:
                     place.share_slot(name, self._layers[slot.shared[path]].slots[name], slot.config.dropout)
                     done.append(path)
@@ -502,7 +388,7 @@ class AdapterBank:
                 place.add_slot(name, values, slot.config.dropout, slot.seed)
                 done.append(path)
                 place.write(name, values)
-            self._saved.install(name, copies)
+            self._saved.install(name, copies, self)
         except BaseException:
             for path in done:
                 self._layers[path].remove_slot(name)
@@ -511,81 +397,9 @@ class AdapterBank:
         self._numbers[name] = next(i for i in range(len(self._slots)) if i not in self._numbers.values())
         self._changed()
 
-    def _wrap(self, path: str, layer: nn.Module) -> Carrier:
-        if isinstance(layer, FusedSlice):
-            return self._wrap_slice(path, layer)
-        if path not in self._layers:
-            stacked = isinstance(layer, ExpertStack)
-            where = path.rpartition(".")[0] if stacked or isinstance(layer, Projection) else path
-            if not where:
-                what = "an nn.MultiheadAttention" if isinstance(layer, Projection) else "one linear layer"
-                raise TargetError(
-                    f"the model itself is {what}, so there is no place to wrap it: put it into an nn.Sequential "
-                    "or a module of yours"
-                )
-            present = self.model.get_submodule(where)
-            if isinstance(present, Adapted):
-                raise LorabankError(f"layer {path!r} is wrapped by another bank; detach that one first")
-            if stacked:
-                wrapper = LoRAExperts(present, where, self)
-                places: Sequence[Carrier] = list(wrapper.carriers.values())
-            elif isinstance(layer, Projection):
-                wrapper = LoRAMultihead(present, where, self, rows_lost(self.model, where))
-                places = list(wrapper.carriers.values())
-            else:
-                where_lost = rows_lost(self.model, where)
-                if layer_kind(present) is not None:
-                    turned = beside_turned(self.model, where)
-                    wrapper = LoRALayer(present, where, self, where_lost, beside_turned=turned)
-                else:
-                    wrapper = BiasedModule(present, where, self, where_lost)
-                places = [wrapper]
-            for parent, attribute in places_of(self.model, present):
-                setattr(parent, attribute, wrapper)
-            self._wrappers.append(wrapper)
-            for place in places:
-                self._layers[place.path] = place
-                self._reach.watch(place)
-            for place in places:
-                if isinstance(place, LoRALayer | BiasedModule):
-                    self._owners.watch(place)
-            if isinstance(wrapper, LoRAExperts) and "." in where:
-                wrapper.watch(self._owners.above(where))
-        return self._layers[path]
-
-    def _wrap_slice(self, path: str, part: FusedSlice) -> Carrier:
-        parent, _, name = path.rpartition(".")
-        whole = self._wrap(parent, part.layer)
-        assert isinstance(whole, LoRALayer)
-        place = whole.slice(name, part.outputs)
-        if place.outputs != part.outputs:
-            raise LorabankError(f"layer {path!r}: another adapter of this bank has other outputs there; name the slice otherwise")
-        if path not in self._layers:
-            self._layers[path] = place
-            self._reach.watch(place)
-        return place
-
     def _changed(self) -> None:
         self.structure += 1
-        self._only = all_rows(next(iter(self._slots)), self.device) if len(self._slots) == 1 else None
-        if self._sticky is not None and not self._sticky.names <= self._slots.keys():
-            self._sticky = None
-
-    def _warn_dropout(self, routing: Routing) -> None:
-        for name in routing.names - self._warned_dropout:
-            self._warned_dropout.add(name)
-            dropout = self._slots[name].config.dropout
-            if dropout > 0:
-                warnings.warn(
-                    f"adapter {name!r} has dropout {dropout:g}, which is drawn only inside lorabank's own training step: "
-                    "this forward pass with gradients runs without it",
-                    stacklevel=2,
-                )
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread: a layer called now is being recomputed."""
-    return torch._C._current_graph_task_id() != -1
+        self._keep_routes()
 
 
 def all_layers(bank: AdapterBank) -> Iterable[Carrier]:

@@ -27,8 +27,8 @@ Values = Mapping[str, Mapping[str, Tensor]]
 class SavedModules:
     """The wrapped modules of one bank, and which adapter has a copy of which."""
 
-    def __init__(self, model: nn.Module, router: Router, reach: ReachCheck, owners: Owners) -> None:
-        self._model, self._router, self._reach, self._owners = model, router, reach, owners
+    def __init__(self, model: nn.Module, reach: ReachCheck, owners: Owners) -> None:
+        self._model, self._reach, self._owners = model, reach, owners
         self.modules: dict[str, SavedModule] = {}
         self._of: dict[str, tuple[str, ...]] = {}
 
@@ -72,12 +72,12 @@ class SavedModules:
             made[owner][key] = torch.zeros(shape) if old.ndim == 1 else normal(shape, spread or 0.02, seed, f"{owner}.{key}")
         return made
 
-    def install(self, name: str, values: Values) -> None:
-        """Give an adapter its copies, with these values. On any failure it has none."""
+    def install(self, name: str, values: Values, router: Router) -> None:
+        """Give an adapter its copies, with these values; on any failure it has none. `router`: the bank, which isn't kept."""
         done: list[str] = []
         try:
             for path in values:
-                module = self._wrap(path)
+                module = self._wrap(path, router)
                 module.add_slot(name, values[path])
                 done.append(path)
         except BaseException:
@@ -96,7 +96,7 @@ class SavedModules:
         self.modules.clear()
         self._of.clear()
 
-    def _wrap(self, path: str) -> SavedModule:
+    def _wrap(self, path: str, router: Router) -> SavedModule:
         if path not in self.modules:
             present = self._model.get_submodule(path)
             if isinstance(present, Adapted) or any(isinstance(module, Adapted) for module in present.modules()):
@@ -107,7 +107,7 @@ class SavedModules:
             labels = label_layer(self._model)
             inside = labels is not None and f"{labels}.".startswith(f"{path}.")
             own = labels.removeprefix(path).lstrip(".") if labels is not None and inside else None
-            wrapper = SavedModule(present, path, self._router, rows_lost(self._model, path), own)
+            wrapper = SavedModule(present, path, router, rows_lost(self._model, path), own)
             for parent, attribute in places_of(self._model, present):
                 setattr(parent, attribute, wrapper)
             self.modules[path] = wrapper
