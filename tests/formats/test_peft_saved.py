@@ -135,6 +135,25 @@ def test_pefts_computes_the_same_here(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(outputs(model, ids(3)), outputs(theirs, ids(3)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["BERT, sequences", "RoBERTa's head of layers", "DistilBERT's two"])
+def test_with_all_biases_peft_saves_a_heads_bias_three_times(kind: str, tmp_path: Path) -> None:
+    """Its own by two names, and the base's under `original_module`, which nothing computes with."""
+    _, task, targets, saved = CASES[kind]
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, target_modules=targets, modules_to_save=saved, task_type=task, bias="all", init_lora_weights=False)
+    theirs = get_peft_model(made(kind), config).eval()
+    with torch.no_grad():
+        for p in (p for p in theirs.parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape) * 0.2)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    assert any(".original_module." in name for name in load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    model = made(kind)
+    bank = attach(model)
+    bank.load("a", Adapter.load(tmp_path / "theirs"))
+    with bank.route("a"):
+        torch.testing.assert_close(outputs(model, ids(3)), outputs(theirs, ids(3)), rtol=1e-4, atol=1e-5)
+
+
 def _saved_in(model: PeftModel) -> set[str]:
     wrappers = (path for path, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper")
     return {path.removeprefix("base_model.model.") for path in wrappers}
@@ -231,7 +250,7 @@ def test_no_other_form_drops_a_module_in_silence(score: Adapter, tmp_path: Path)
         vllm_adapter(score)
     for reader in ("vllm", "older vllm", "gguf", "merged gguf", "combine"):
         assert any("trained in full" in each.what for each in obstacles(score, reader)), reader
-    assert {*READERS} == {"vllm", "older vllm", "gguf", "merged gguf", "combine", "older peft"}
+    assert {*READERS} == {"vllm", "older vllm", "gguf", "merged gguf", "combine", "older peft", "merge"}
     refuse(score, "older peft")
     with pytest.raises(MergeError, match=r"combine: adapter 1 has modules that were trained in full \(score\)"):
         lb.combine([(trained_without(), 0.5), (score, 0.5)])
