@@ -25,13 +25,18 @@ Record = dict[str, dict[str, dict[str, Any]]]
 
 
 def sliced(layers: Mapping[str, AdapterLayer]) -> dict[str, dict[str, AdapterLayer]]:
-    """Each fused layer's path → its slices that are adapted, by name."""
+    """Each fused layer's path → its slices that are adapted, by name; in an order that a file and its copy have in common."""
     found: dict[str, dict[str, AdapterLayer]] = defaultdict(dict)
-    for path, layer in layers.items():
+    for path, layer in sorted(layers.items(), key=_where):
         if layer.outputs is not None:
             parent, _, name = path.rpartition(".")
             found[parent][name] = layer
     return dict(found)
+
+
+def _where(item: tuple[str, AdapterLayer]) -> tuple[str, int]:
+    path, layer = item
+    return (path, 0) if layer.outputs is None else (path.rpartition(".")[0], layer.outputs.start)
 
 
 def without_slices(adapter: Adapter) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,17 @@ def test_a_file_is_the_same_change_of_the_whole_layer_and_comes_back_as_slices(k
 
     (folder / "lorabank.json").unlink()  # what another tool would keep
     assert {path.rpartition(".")[2] for path in Adapter.load(folder).layers} <= {"c_attn", "query_key_value"}
+
+
+def test_layers_in_any_order_are_the_same_bytes(tmp_path: Path) -> None:
+    bank = attach(make("sliced gpt2"))
+    bank.add("a", AdapterConfig(rank=2, targets=["q", "v"]))
+    fill(bank, "a")
+    adapter = bank.adapter("a")
+    adapter.save(tmp_path / "a")
+    replace(adapter, layers=dict(reversed(adapter.layers.items()))).save(tmp_path / "b")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "lorabank.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
