@@ -38,6 +38,10 @@ class FileExtras:
         """The layers with lora_B's biases. Raises AdapterFileError for one that no layer has."""
         if lone := sorted(self.lora_biases.keys() - layers.keys()):
             raise AdapterFileError(f"{where}: layer {lone[0]!r} has a bias of lora_B and no lora_A and lora_B: it is incomplete.")
+        if self.lora_biases and (bare := sorted(layers.keys() - self.lora_biases.keys())):
+            raise AdapterFileError(
+                f"{where}: layer {bare[0]!r} has no '.lora_B.bias' and others have: it is incomplete. Fetch it again."
+            )
         made = dict(layers)
         for path, bias in self.lora_biases.items():
             if bias.shape != (layers[path].size[1],):

@@ -214,6 +214,8 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], object], str]
         lambda t: t.update({f"{PREFIX}x.lora_B.bias": torch.zeros(5)}),
         "layer 'x' has a bias of lora_B and no lora_A",
     ),
+    "one of two gone": ({}, lambda t: t.pop(LOW), r"has no '\.lora_B\.bias' and others have: it is incomplete"),
+    "no names": ({"target_parameters": True}, lambda t: None, "target_parameters should be a list of names, got true"),
     "not a number": ({}, lambda t: t.update({ROWS: torch.full((2, 16), float("nan"))}), "holds NaN or infinity"),
     "whole numbers": ({}, lambda t: t.update({LOW: torch.zeros(48, dtype=torch.int64)}), r"is torch\.int64"),
     "no such mode": ({"bias": "boft_only"}, lambda t: None, "bias in .* should be one of none, all, lora_only, got 'boft_only'"),

@@ -304,6 +304,25 @@ def test_a_file_that_lacks_or_doubles_a_module_is_refused(
         Adapter.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("bias", torch.ones(5), r"'weight' \(3, 16\) and 'bias' \(5,\) are of different numbers of labels"),
+        ("bias", torch.ones(3, dtype=torch.int64), r"'bias' is torch\.int64; expected float32"),
+    ],
+)
+def test_a_head_that_doesnt_fit_itself_is_refused_when_it_is_loaded(key: str, value: Tensor, says: str, tmp_path: Path) -> None:
+    adapter, _ = trained_here("BERT, sequences")
+    folder = adapter.save(tmp_path / "a")
+    _changed(folder, lambda t: t.update({f"base_model.model.classifier.{key}": value}))
+    bank = attach(made("BERT, sequences"))
+    with pytest.raises(AdapterFileError, match=says):
+        bank.load("a", Adapter.load(folder))
+    assert not bank.names
+    with pytest.raises(MergeError, match="'bias' is"):
+        lb.merge(made("BERT, sequences"), Adapter.load(folder), say=None)
+
+
 def test_a_module_under_its_wrappers_name_is_read(score: Adapter, tmp_path: Path) -> None:
     folder = score.save(tmp_path / "a")
     _changed(folder, lambda t: t.update({"base_model.model.score.modules_to_save.default.weight": t.pop(KEY)}))
