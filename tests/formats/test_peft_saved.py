@@ -256,6 +256,23 @@ def test_no_other_form_drops_a_module_in_silence(score: Adapter, tmp_path: Path)
         lb.combine([(trained_without(), 0.5), (score, 0.5)])
 
 
+def test_convert_measures_what_a_dtype_loses_of_a_module(score: Adapter, tmp_path: Path) -> None:
+    """LoRA's own numbers fit into bf16 here, so the module alone is rounded."""
+    lora = {
+        path: replace(layer, A=layer.A.bfloat16().float(), B=layer.B.bfloat16().float()) for path, layer in score.layers.items()
+    }
+    folder = replace(score, layers=lora).save(tmp_path / "a")
+    with pytest.raises(AdapterFileError, match=r"modules in full with a relative error of 0\.0"):
+        convert(folder, tmp_path / "b", "peft", dtype=torch.bfloat16)
+    assert not (tmp_path / "b").exists()
+    done = convert(folder, tmp_path / "b", "peft", dtype=torch.bfloat16, lossy=True)
+    assert done.error.worst == 0 < done.beside < 0.01
+    large = {"score": {"weight": score.modules["score"]["weight"] * 1e6}}
+    folder = replace(score, layers=lora, modules=large).save(tmp_path / "c")
+    with pytest.raises(AdapterFileError, match="module 'score' has numbers above 65504"):
+        convert(folder, tmp_path / "d", "peft", dtype=torch.float16, lossy=True)
+
+
 def trained_without() -> Adapter:
     bank = attach(made("Llama's score"))
     bank.add("a", AdapterConfig(rank=3, targets=["q_proj"], modules_to_save=[]))
