@@ -72,12 +72,9 @@ def unheld_extras(adapter: Adapter) -> dict[str, str]:
     return found
 
 
-def token_indices(adapter: Adapter) -> list[int] | dict[str, list[int]]:
-    """PEFT's setting: a list, as it was asked for, of the model's own table of tokens; else by path."""
-    asked, rows = adapter.config.trainable_token_indices, adapter.token_rows
-    if len(rows) == 1 and not isinstance(asked, Mapping) and next(iter(rows.values())).ids == tuple(asked):
-        return list(asked)
-    return {path: list(own.ids) for path, own in sorted(rows.items())}
+def token_indices(adapter: Adapter) -> dict[str, list[int]]:
+    """PEFT's setting, by path: for a list it finds the table only where the model has `get_input_embeddings`."""
+    return {path: list(own.ids) for path, own in sorted(adapter.token_rows.items())}
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:

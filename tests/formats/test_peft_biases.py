@@ -24,7 +24,7 @@ from lorabank.formats.readers import obstacles
 from lorabank.formats.token_rows import TokenRows
 from lorabank.formats.vllm import vllm_adapter
 from lorabank.training.serving import serve_lines
-from tests.bank.tiny import VOCABULARY, add, bert, gpt2, ids, llama, outputs
+from tests.bank.tiny import VOCABULARY, Handwritten, add, bert, gpt2, ids, llama, outputs
 
 PREFIX = "base_model.model."
 IDS = [30, 7]
@@ -118,6 +118,16 @@ def test_ours_in_peft(make_model: Callable[[], nn.Module], config: dict[str, Any
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert loaded.config == adapter.config
     assert loaded.num_parameters == adapter.num_parameters == sum(p.numel() for p in bank.parameters("a"))
+
+
+def test_rows_of_a_module_that_doesnt_tell_its_table_are_read_by_peft(tmp_path: Path) -> None:
+    """PEFT looks for a table called `embed_tokens` where a list of ids is all that the settings say."""
+    bank = attach(made(Handwritten))
+    add(bank, "a", targets=["blocks.*"], trainable_token_indices=IDS)
+    bank.adapter("a").save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(made(Handwritten), str(tmp_path)).eval()  # type: ignore[arg-type]
+    with bank.route("a"):
+        torch.testing.assert_close(theirs(x_with_ids()), outputs(bank.model, x_with_ids()), rtol=1e-4, atol=1e-5)
 
 
 THEIRS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
