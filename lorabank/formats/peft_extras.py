@@ -80,7 +80,7 @@ def token_indices(adapter: Adapter) -> dict[str, list[int]]:
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's extras as PEFT's file has them. Raises AdapterFileError where its settings can't say that they are there."""
     for path, why in unheld_extras(adapter).items():
-        raise AdapterFileError(f"module {path!r}: PEFT's form can't hold it: {why}.")
+        raise AdapterFileError(f"module {path!r}: PEFT's form can't hold it: {why}. Merge the adapter into its base instead.")
     found: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
         if layer.lora_bias is not None:

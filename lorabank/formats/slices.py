@@ -108,6 +108,8 @@ def _joined(path: str, parts: Mapping[str, AdapterLayer]) -> AdapterLayer:
                 raise AdapterFileError(f"layer {path!r}: its slices {names[j]!r} and {names[i]!r} have outputs in common")
     if any(layer.magnitude is not None for layer in layers):
         raise AdapterFileError(f"layer {path!r}: its slices are decomposed (DoRA), which isn't supported")
+    if any(layer.lora_bias is not None or layer.frozen_rank for layer in layers):
+        raise AdapterFileError(f"layer {path!r}: its slices have a lora_bias or a frozen half, which isn't supported")
     dtype = reduce(torch.promote_types, (layer.B.dtype for layer in layers))
     scaling = _common_scaling([layer.scaling for layer in layers])
     B = torch.zeros(slices[0].total, sum(layer.rank for layer in layers), dtype=dtype)

@@ -184,6 +184,11 @@ def _adapter(
     rank, rank_pattern = to_patterns({path: layer.rank for path, layer in layers.items()})
     # every layer's scaling is 1, so its alpha is its rank
     biases, rows = biases_of(parts), rows_of(parts)
+    if both := sorted(rows.keys() & layers.keys()):
+        raise MergeError(
+            f"combine: {both[0]!r} has trained token rows in one adapter and A and B in another, which don't go together. Leave "
+            "one of them out."
+        )
     modes = {adapter.config.bias for adapter in adapters if adapter.biases}
     config = AdapterConfig(
         rank=rank,
