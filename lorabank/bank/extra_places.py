@@ -122,8 +122,8 @@ def extras_misfits(model: nn.Module, adapter: Adapter) -> list[str]:
         lacking = [path for path in biased if path not in adapter.biases]
         wrong += [f"{path}.bias: bias is 'lora_only' and the adapter has none for it: it is incomplete" for path in lacking[:1]]
     for path, layer in adapter.layers.items():
-        if layer.lora_bias is not None and (layer.looks_up or layer.stack):
-            wrong.append(f"{path}: it has a lora_bias, which embeddings and stacks of experts can't")
+        if layer.lora_bias is not None and (layer.looks_up or layer.stack or layer.attention or layer.outputs is not None):
+            wrong.append(f"{path}: it has a lora_bias, which embeddings, stacks of experts, attention and slices can't")
     return wrong
 
 

@@ -19,6 +19,7 @@ from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.errors import AdapterFileError, ConfigError, LorabankError, closest
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.files import SAVED_FLOATS
 
 Values = Mapping[str, Mapping[str, Tensor]]
 """Module path → name in it → tensor."""
@@ -147,8 +148,13 @@ class SavedModules:
             same = value.shape[1:] == mine.shape[1:] and value.ndim == mine.ndim if key in free else value.shape == mine.shape
             if not same:
                 raise refuse(f"{key!r} is {tuple(value.shape)}, the model has {tuple(mine.shape)}")
+            if isinstance(own[key], nn.Parameter) and value.dtype not in SAVED_FLOATS:
+                raise refuse(f"{key!r} is {value.dtype}; expected float32, bfloat16, float16 or float64")
             if not isinstance(own[key], nn.Parameter) and not torch.equal(value.to(mine.device, mine.dtype), mine):
                 raise refuse(f"{key!r} is no parameter, so one for all adapters, and the file has another")
+        if len({len(values[key]) for key in free if key in values}) > 1:
+            shapes = " and ".join(f"{key!r} {tuple(values[key].shape)}" for key in free if key in values)
+            raise refuse(f"{shapes} are of different numbers of labels; fetch it again")
         return {key: values[key] for key in parameters}
 
 

@@ -98,8 +98,9 @@ def check_apart(saved: Collection[str], layers: Collection[str], wrapped: Collec
     for path in saved:
         if inner := next((layer for layer in wrapped if _inside(layer, [path])), None):
             raise TargetError(
-                f"modules_to_save: {path!r} would be trained in full, and layer {inner!r} has another adapter's LoRA. One bank "
-                "does one of them: save it in both adapters, in neither (modules_to_save=[]), or attach a bank of its own."
+                f"modules_to_save: {path!r} would be trained in full, and layer {inner!r} has another adapter's LoRA or bias. "
+                "One bank does one of them: save it in both adapters, in neither (modules_to_save=[]), or attach a bank of its "
+                "own."
             )
         if other := next((o for o in others if o != path and (_inside(o, [path]) or _inside(path, [o]))), None):
             raise TargetError(

@@ -113,6 +113,8 @@ def described(done: Conversion, to: str) -> list[str]:
     if done.unchecked:
         lines.append("fingerprint left out: it names the base's parameters as they were before; loading won't check the base")
     lines.append(f"written and read back: {done.error}")
+    if done.beside:
+        lines.append(f"its biases, token rows and modules in full: relative error at most {done.beside:.2g}")
     lines.append(f"saved: {done.path}")
     return lines
 

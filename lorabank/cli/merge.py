@@ -88,6 +88,9 @@ def _run(args: argparse.Namespace) -> int:
     inputs = {"input_ids": base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(base.model.device)}
     handle = merge(base.model, adapter, strength=args.strength, force=args.force, inputs=inputs, say=None)
     print_report(handle.report)
+    if adapter.modules:
+        more = f" and {len(adapter.modules) - 3} more" if len(adapter.modules) > 3 else ""
+        print(f"taken over in full: {', '.join(list(adapter.modules)[:3])}{more}")
     print(f"on a sentence: {handle.logits}")
     with quiet_transformers(), whole_folder(folder) as scratch:
         base.model.save_pretrained(scratch)
@@ -151,6 +154,9 @@ def print_report(report: MergeReport) -> None:
     table.add_section()
     table.add_row("all", str(len(report.layers)), f"{report.relative_change:.2g}", f"{report.lost_share:.2%}", "")
     Console().print(table)
+    if report.extras:
+        delta, lost = (math.hypot(*(getattr(each, key) for each in report.extras.values())) for key in ("delta", "lost"))
+        print(f"biases and tables of rows: {len(report.extras)}, lost of their change {lost / delta if delta else 0.0:.2%}")
     print(f"weights in {', '.join(report.dtypes)}")
     if report.trained_in:
         print(f"trained on a {report.trained_in} base: these weights differ from it by ‖W − Wq‖/‖W‖ = {report.base_error:.2%}")

@@ -61,6 +61,16 @@ def add_run_options(parser: CommandParser) -> None:
     adapter.add_argument("--rank", metavar="N", help="rank of the update (default: 16)")
     adapter.add_argument("--alpha", metavar="X", help="the update is scaled by alpha/rank (default: 32)")
     adapter.add_argument("--targets", metavar="NAMES", help="all-linear, q,v,mlp or module names (default: all-linear)")
+    adapter.add_argument(
+        "--init", metavar="START", help="uniform, gaussian, orthogonal, pissa, olora, eva, loftq (default: uniform)"
+    )
+    adapter.add_argument(
+        "--modules-to-save", metavar="NAMES", help="trained in full beside the adapter (default: a classifier's head)"
+    )
+    adapter.add_argument("--bias", metavar="WHICH", help="none, lora_only or all biases of the model are trained (default: none)")
+    adapter.add_argument(
+        "--trainable-token-indices", metavar="IDS", help="tokens whose rows of the embedding are trained, such as 5,9"
+    )
     adapter.add_argument("--learning-rate", metavar="X", help="step size (default: auto, printed with its reason)")
     adapter.add_argument("--batch-size", metavar="N", help="rows of an adapter in a pass (default: 8)")
     adapter.add_argument("--gradient-accumulation", metavar="N", help="passes an optimizer step (default: 1)")

@@ -46,7 +46,7 @@ def coerce(value: object, annotation: object, place: str, part: str = "") -> obj
         if value is None or str not in options:
             raise _wrong(place, part, _describe(annotation), "nothing")
     sequence = next((option for option in options if typing.get_origin(option) is collections.abc.Sequence), None)
-    by_name = isinstance(value, Mapping) and is_mapping(annotation)
+    by_name = is_mapping(annotation) and (isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("{")))
     if sequence is not None and not by_name and (str not in options or _is_list(value)):
         return _sequence(value, typing.get_args(sequence)[0], annotation, place, part)
     mapping = next((option for option in options if typing.get_origin(option) is collections.abc.Mapping), None)
@@ -111,7 +111,9 @@ def _sequence(value: object, item: object, annotation: object, place: str, part:
 
 
 def _mapping(value: object, item: object, place: str, part: str) -> dict[str, object]:
-    if isinstance(value, str):  # on the command line: q_proj:8,v_proj:16
+    if isinstance(value, str) and "[" in value:  # on the command line: {embed_tokens: [3, 4], lm_head: [3]}
+        value = _flow(value, place, part)
+    if isinstance(value, str):  # q_proj:8,v_proj:16
         pairs = [pair.rpartition(":") for pair in value.strip("{} ").split(",") if pair.strip()]
         if any(not key for key, _, _ in pairs):
             raise _wrong(place, part, "name:value pairs", repr(value))
@@ -119,6 +121,15 @@ def _mapping(value: object, item: object, place: str, part: str) -> dict[str, ob
     if not isinstance(value, Mapping):
         raise _wrong(place, part, "names with values", repr(value))
     return {str(key): coerce(entry, item, place, f"{part}.{key}") for key, entry in value.items()}
+
+
+def _flow(value: str, place: str, part: str) -> object:
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise _wrong(place, part, "names with lists, such as {embed_tokens: [3, 4]}", repr(value)) from error
 
 
 def _describe(annotation: object) -> str:

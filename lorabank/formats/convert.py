@@ -30,6 +30,7 @@ from lorabank.formats.lycoris import EXACT
 from lorabank.formats.lycoris_layers import Decomposed
 from lorabank.formats.peft import CONFIG_FILE, TENSORS_FILE, save_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
+from lorabank.formats.readers import non_finite
 from lorabank.formats.scratch import scratch_beside
 from lorabank.formats.slices import without_slices
 
@@ -67,6 +68,8 @@ class Conversion:
     """As it was read back."""
     error: Difference
     """Of what was written, against what was read."""
+    beside: float = 0.0
+    """The largest ‖lost‖ / ‖old‖ of biases, token rows and modules in full."""
     decomposed: Mapping[str, Decomposed] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     """Layers that were left out, and why."""
@@ -101,15 +104,15 @@ def convert(
         raise AdapterFileError(f"--to: there is no form {to!r}{closest(to, TARGETS)}; there are {', '.join(TARGETS)}")
     form = form_of(source)
     adapter, turned, resolved = _read(source, form, rank, model)
-    adapter = without_slices(adapter)
     fingerprint = adapter.fingerprint
     if component is not None:
         adapter = _one_component(adapter, component, strip=to == "peft")
         turned = {path: how for path, how in turned.items() if path in adapter.layers or to == "peft"}
-    if to != "peft" or TARGETS[to].unheld(adapter):
+    if to != "peft" or TARGETS[to].unheld(without_slices(adapter)):
+        adapter = without_slices(adapter)
         refuse_extras(adapter, f"the form of {to}")
     _refuse_truncated(turned, lossy)
-    whole, dropped = adapter, TARGETS[to].unheld(adapter)
+    whole, dropped = adapter, TARGETS[to].unheld(without_slices(adapter))
     if dropped:
         adapter = _without(adapter, dropped, to, lossy)
     if dtype is not None:
@@ -121,8 +124,8 @@ def convert(
         error = difference(whole.layers, again.layers)
         if (off := extras_error(whole, again)) > EXACT and not lossy:
             raise AdapterFileError(
-                f"{source}: {to} in {_dtypes(again)} would hold its biases or token rows with a relative error of {off:.2g}. "
-                "Nothing was written; --lossy allows it."
+                f"{source}: {to} in {_dtypes(again)} would hold its biases, token rows or modules in full with a relative error "
+                f"of {off:.2g}. Nothing was written; --lossy allows it."
             )
         if error.worst > EXACT and not lossy:
             raise AdapterFileError(
@@ -135,6 +138,7 @@ def convert(
         path=target,
         adapter=again,
         error=error,
+        beside=off,
         decomposed=turned,
         dropped=dropped,
         resolved=resolved,
@@ -223,10 +227,10 @@ def _without(adapter: Adapter, problems: Mapping[str, str], to: str, lossy: bool
 
 def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     cast = adapter.to(dtype=dtype)
-    for path, layer in cast.layers.items():
-        if not all(bool(tensor.isfinite().all()) for tensor in layer.tensors.values()):
-            largest = f"{torch.finfo(dtype).max:g}, the largest in {str(dtype).removeprefix('torch.')}"
-            raise AdapterFileError(f"layer {path!r} has numbers above {largest}. Nothing was written; choose bf16 or fp32.")
+    if broken := non_finite(cast):
+        largest = f"{torch.finfo(dtype).max:g}, the largest in {str(dtype).removeprefix('torch.')}"
+        what = "layer" if broken[0] in cast.layers else "module" if broken[0] in cast.modules else "tensor"
+        raise AdapterFileError(f"{what} {broken[0]!r} has numbers above {largest}. Nothing was written; choose bf16 or fp32.")
     return cast
 
 

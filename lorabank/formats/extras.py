@@ -45,7 +45,7 @@ def refuse_settings(where: str, settings: Mapping[str, Any]) -> None:
 
 
 def extras_error(old: Adapter, new: Adapter) -> float:
-    """‖lost‖ / ‖old‖, the largest of all biases and token rows; infinite where one is missing."""
+    """‖lost‖ / ‖old‖, the largest of all biases, token rows and tensors of modules in full; infinite where one is missing."""
     before, after = _named(old), _named(new)
     if before.keys() != after.keys():
         return math.inf
@@ -54,7 +54,13 @@ def extras_error(old: Adapter, new: Adapter) -> float:
 
 def _named(adapter: Adapter) -> dict[str, Tensor]:
     low = {f"{path}.lora_bias": layer.lora_bias for path, layer in adapter.layers.items() if layer.lora_bias is not None}
-    return {**low, **adapter.extras}
+    whole = {
+        f"{path}.{key} (in full)": value
+        for path, module in adapter.modules.items()
+        for key, value in module.items()
+        if value.is_floating_point()
+    }
+    return {**low, **whole, **adapter.extras}
 
 
 def _share(old: Tensor, new: Tensor) -> float:

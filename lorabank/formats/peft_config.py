@@ -97,7 +97,7 @@ class PeftSettings:
     @property
     def target_parameters(self) -> list[str]:
         """Parameters of modules that are adapted, such as stacked expert weights, by the end of their paths."""
-        return [str(name) for name in self.raw.get("target_parameters") or []]
+        return list(self.raw.get("target_parameters") or [])
 
     def layer_rank(self, path: str) -> int:
         """The rank that PEFT would give the layer."""
@@ -151,6 +151,9 @@ def read_settings(where: str, raw: object) -> PeftSettings:
         raise AdapterFileError(f"{where}: r should be a whole number ≥ 1, got {rank!r}")
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise AdapterFileError(f"{where}: lora_alpha should be a number, got {alpha!r}")
+    names = raw.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterFileError(f"{where}: target_parameters should be a list of names, got {json.dumps(names)[:120]}")
     kept = {key: value for key, value in raw.items() if key not in READ and not _empty(value)}
     return PeftSettings(
         rank=rank,

@@ -38,6 +38,10 @@ class FileExtras:
         """The layers with lora_B's biases. Raises AdapterFileError for one that no layer has."""
         if lone := sorted(self.lora_biases.keys() - layers.keys()):
             raise AdapterFileError(f"{where}: layer {lone[0]!r} has a bias of lora_B and no lora_A and lora_B: it is incomplete.")
+        if self.lora_biases and (bare := sorted(layers.keys() - self.lora_biases.keys())):
+            raise AdapterFileError(
+                f"{where}: layer {bare[0]!r} has no '.lora_B.bias' and others have: it is incomplete. Fetch it again."
+            )
         made = dict(layers)
         for path, bias in self.lora_biases.items():
             if bias.shape != (layers[path].size[1],):
@@ -68,18 +72,15 @@ def unheld_extras(adapter: Adapter) -> dict[str, str]:
     return found
 
 
-def token_indices(adapter: Adapter) -> list[int] | dict[str, list[int]]:
-    """PEFT's setting: a list, as it was asked for, of the model's own table of tokens; else by path."""
-    asked, rows = adapter.config.trainable_token_indices, adapter.token_rows
-    if len(rows) == 1 and not isinstance(asked, Mapping) and next(iter(rows.values())).ids == tuple(asked):
-        return list(asked)
-    return {path: list(own.ids) for path, own in sorted(rows.items())}
+def token_indices(adapter: Adapter) -> dict[str, list[int]]:
+    """PEFT's setting, by path: for a list it finds the table only where the model has `get_input_embeddings`."""
+    return {path: list(own.ids) for path, own in sorted(adapter.token_rows.items())}
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's extras as PEFT's file has them. Raises AdapterFileError where its settings can't say that they are there."""
     for path, why in unheld_extras(adapter).items():
-        raise AdapterFileError(f"module {path!r}: PEFT's form can't hold it: {why}.")
+        raise AdapterFileError(f"module {path!r}: PEFT's form can't hold it: {why}. Merge the adapter into its base instead.")
     found: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
         if layer.lora_bias is not None:

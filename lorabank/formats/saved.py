@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from lorabank.errors import AdapterFileError
@@ -34,13 +35,15 @@ def split_modules(
     ends = [name for name in names if isinstance(name, str) and name] if isinstance(names, list) else []
     found: dict[str, dict[str, Tensor]] = {}
     left: dict[str, Tensor] = {}
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items(), key=lambda item: bool(_INSIDE.search(item[0]))):
         plain = bare_path(_INSIDE.sub("", name))
         path = None if _LORA.search(name) else _module(plain, ends)
         if path is None:
             left[name] = value
             continue
         key = plain.removeprefix(f"{path}.")
+        if _told(found.get(path, {}), name, value):
+            continue
         if key in found.setdefault(path, {}):
             raise AdapterFileError(f"{where}: {name!r} is a second {key!r} of module {path!r}: two adapters in a file")
         found[path][key] = value
@@ -51,6 +54,14 @@ def split_modules(
             "Fetch or save it again."
         )
     return dict(sorted(found.items())), left
+
+
+def _told(module: Mapping[str, Tensor], name: str, value: Tensor) -> bool:
+    """Whether a wrapper's tensor is of no use: where `bias` is "all" PEFT saves its biases, and the base's, beside the module."""
+    if not module or not _INSIDE.search(name):
+        return False
+    ends = (key for key in module if name.endswith(f".{key}"))
+    return ".original_module." in name or any(torch.equal(module[key], value) for key in ends)
 
 
 def _module(name: str, ends: Sequence[str]) -> str | None:

@@ -25,13 +25,18 @@ Record = dict[str, dict[str, dict[str, Any]]]
 
 
 def sliced(layers: Mapping[str, AdapterLayer]) -> dict[str, dict[str, AdapterLayer]]:
-    """Each fused layer's path → its slices that are adapted, by name."""
+    """Each fused layer's path → its slices that are adapted, by name; in an order that a file and its copy have in common."""
     found: dict[str, dict[str, AdapterLayer]] = defaultdict(dict)
-    for path, layer in layers.items():
+    for path, layer in sorted(layers.items(), key=_where):
         if layer.outputs is not None:
             parent, _, name = path.rpartition(".")
             found[parent][name] = layer
     return dict(found)
+
+
+def _where(item: tuple[str, AdapterLayer]) -> tuple[str, int]:
+    path, layer = item
+    return (path, 0) if layer.outputs is None else (path.rpartition(".")[0], layer.outputs.start)
 
 
 def without_slices(adapter: Adapter) -> Adapter:
@@ -103,6 +108,8 @@ def _joined(path: str, parts: Mapping[str, AdapterLayer]) -> AdapterLayer:
                 raise AdapterFileError(f"layer {path!r}: its slices {names[j]!r} and {names[i]!r} have outputs in common")
     if any(layer.magnitude is not None for layer in layers):
         raise AdapterFileError(f"layer {path!r}: its slices are decomposed (DoRA), which isn't supported")
+    if any(layer.lora_bias is not None or layer.frozen_rank for layer in layers):
+        raise AdapterFileError(f"layer {path!r}: its slices have a lora_bias or a frozen half, which isn't supported")
     dtype = reduce(torch.promote_types, (layer.B.dtype for layer in layers))
     scaling = _common_scaling([layer.scaling for layer in layers])
     B = torch.zeros(slices[0].total, sum(layer.rank for layer in layers), dtype=dtype)

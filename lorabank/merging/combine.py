@@ -19,6 +19,7 @@ from lorabank.formats.slices import without_slices
 from lorabank.merging.combine_base import check_one_base
 from lorabank.merging.combine_extras import biases_of, check_method, rows_of, with_lora_biases
 from lorabank.merging.combine_report import CombineReport, LayerError
+from lorabank.merging.combine_tied import pairs_of, with_tied
 from lorabank.merging.low_rank import factored_norm, stacked
 from lorabank.merging.methods import COMBINERS, MAJORITY_SIGNS, PEFT_NAMES, TAKES, CombinedLayer, Options, Term
 from lorabank.merging.weights import Weights, as_text, layer_weights
@@ -121,10 +122,13 @@ def _combined(
         made = _layer(method, found, first, told)
         layers[path] = made.layer
         errors[path] = _error(found, made)
-    layers = with_lora_biases(layers, adapters, weights)
+    pairs = pairs_of(adapters, weights)
+    layers = with_tied(with_lora_biases(layers, adapters, weights), pairs)
+    errors |= {head: errors[embedding] for head, embedding in pairs.items()}
     busy("combining", len(terms), len(terms))
     report = CombineReport(method=method, layers=errors)
-    return Combined(adapter=_adapter(parts, method, told, layers, report), report=report)
+    made = _adapter(parts, method, told, layers, report)
+    return Combined(adapter=replace(made, config=replace(made.config, ensure_weight_tying=bool(pairs))), report=report)
 
 
 def _layer(method: str, terms: Sequence[Term], first: AdapterLayer, told: Mapping[str, int | float | str]) -> CombinedLayer:
@@ -180,6 +184,11 @@ def _adapter(
     rank, rank_pattern = to_patterns({path: layer.rank for path, layer in layers.items()})
     # every layer's scaling is 1, so its alpha is its rank
     biases, rows = biases_of(parts), rows_of(parts)
+    if both := sorted(rows.keys() & layers.keys()):
+        raise MergeError(
+            f"combine: {both[0]!r} has trained token rows in one adapter and A and B in another, which don't go together. Leave "
+            "one of them out."
+        )
     modes = {adapter.config.bias for adapter in adapters if adapter.biases}
     config = AdapterConfig(
         rank=rank,

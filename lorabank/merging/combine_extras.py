@@ -39,7 +39,7 @@ def with_lora_biases(
     having = any(layer.lora_bias is not None for adapter in adapters for layer in adapter.layers.values())
     made: dict[str, AdapterLayer] = {}
     for path, layer in layers.items():
-        total = layer.B.new_zeros(len(layer.B)) if having and not (layer.looks_up or layer.stack) else None
+        total = layer.B.new_zeros(len(layer.B)) if having and not (layer.looks_up or layer.stack or layer.attention) else None
         for adapter, own in zip(adapters, weights, strict=True):
             low = adapter.layers[path].lora_bias if path in adapter.layers else None
             if low is not None and total is not None and own[path] != 0:

@@ -37,6 +37,8 @@ def fitting_modules(model: nn.Module, adapter: Adapter) -> dict[str, tuple[Tenso
                     f"merge: module {path!r}: {key!r} is {tuple(value.shape)} in the adapter and {tuple(own[key].shape)} in the "
                     "model. Load the base with as many labels."
                 )
+            if isinstance(own[key], nn.Parameter) and not value.is_floating_point():
+                raise MergeError(f"merge: module {path!r}: {key!r} is {value.dtype} in the adapter; expected floating point")
             if not value.isfinite().all():
                 raise MergeError(f"merge: module {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
             if not isinstance(own[key], nn.Parameter):

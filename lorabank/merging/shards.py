@@ -34,6 +34,10 @@ from lorabank.merging.quantized import rounded
 from lorabank.merging.report import LayerLoss, MergeReport
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".pb")
+UNTIE = (
+    "The adapter changes one of them: untie the weights first (a model saved with tie_word_embeddings=false), or serve the "
+    "adapter unmerged."
+)
 Busy = Callable[[str, int, int], object]
 
 
@@ -184,8 +188,8 @@ def _places(model: nn.Module, adapter: Adapter, names: Names, owners: Mapping[st
         others = [other for other in users[id(weight)] if other != name]
         if others:
             raise MergeError(
-                f"merge: {name} is tied to {', '.join(others)}: merging would change both, the adapter changes one. "
-                "Untie the weights first (a model saved with tie_word_embeddings=false), or serve the adapter unmerged."
+                f"merge: {name} is tied to {', '.join(others)}, which isn't merged tensor by tensor. "
+                + ("Load the model and use merge." if adapter.config.ensure_weight_tying else UNTIE)
             )
         places[_stored_key(name, tuple(weight.shape), names, owners)] = (path, module)
     return places

@@ -253,7 +253,8 @@ def _check_causal(name: str, config: Any, settings: Mapping[str, Any], *, trust_
     expected = f"expected {' or '.join(causal)}" if causal else f"model_type {config.model_type!r} has no causal language model"
     raise ModelError(
         f"model {name!r}: {', '.join(stored) or config.model_type} is {what} ({expected}). "
-        "Task text-generation needs a decoder, such as Qwen, Llama or GPT-2."
+        "Task text-generation needs a decoder, such as Qwen, Llama or GPT-2; others are adapted and merged in Python (lb.attach, "
+        "lb.merge)."
     )
 
 

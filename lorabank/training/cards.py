@@ -13,7 +13,7 @@ from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.training import human
-from lorabank.training.serving import has_patterns, obstacle, vllm_line
+from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle, vllm_line
 
 USE = "## Use"
 """Heading of the section on how to load the adapter."""
@@ -49,6 +49,8 @@ class CardFacts:
     """Trained tokens."""
     version: str = ""
     """Of lorabank."""
+    unserved: str | None = None
+    """Why vLLM can't read it, where its file says so."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -104,6 +106,8 @@ def _training(facts: CardFacts) -> str:
         ("alpha", f"{run.alpha:g}" + (" (rsLoRA: α/√r)" if run.use_rslora else " (α/r)")),
         ("targets", f"`{targets}`"),
         ("dropout", f"{run.dropout:g}"),
+        *([("start", run.init)] if run.init != "uniform" else []),
+        *([("also trained", also)] if (also := _also_trained(run)) else []),
         ("learning rate", f"{human.rate(facts.learning_rate)}, {run.lr_scheduler}"),
         ("batch", batch),
         ("optimizer", run.optimizer + (f", LoRA+ ratio {run.loraplus_ratio:g}" if run.loraplus_ratio != 1 else "")),
@@ -115,6 +119,19 @@ def _training(facts: CardFacts) -> str:
     if facts.tokens_seen is not None:
         rows.append(("trained tokens", f"{facts.tokens_seen:,}"))
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _also_trained(run: AdapterRun) -> str:
+    """What there is beside A and B, in the words of the settings."""
+    rows = run.trainable_token_indices
+    ids = sum(map(len, rows.values())) if isinstance(rows, Mapping) else len(rows)
+    found = [
+        *([f"`modules_to_save`: {', '.join(run.modules_to_save)}"] if run.modules_to_save else []),
+        *([f"`bias: {run.bias}`"] if run.bias != "none" else []),
+        *(["`lora_bias`"] if run.lora_bias else []),
+        *([f"{ids} token row{'s' if ids > 1 else ''}"] if ids else []),
+    ]
+    return ", ".join(found)
 
 
 def _scores(facts: CardFacts) -> str:
@@ -137,7 +154,19 @@ def _use(facts: CardFacts) -> str:
     run = facts.run
     patterns = has_patterns({"rank_pattern": run.rank_pattern, "alpha_pattern": run.alpha_pattern})
     rank = max([run.rank, *run.rank_pattern.values()])
-    return how_to_load(facts.name, facts.base_model, rank, patterns=patterns, use_dora=run.use_dora)
+    extras = run.bias != "none" or run.lora_bias or bool(run.trainable_token_indices)
+    reason = facts.unserved or obstacle(rank, use_dora=run.use_dora, extras=extras, modules=bool(run.modules_to_save))
+    return how_to_load(facts.name, facts.base_model, rank, patterns=patterns, unserved=reason)
+
+
+MODEL_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""transformers' class by PEFT's task type; else that of language models."""
 
 
 def how_to_load(
@@ -146,11 +175,15 @@ def how_to_load(
     rank: int,
     *,
     patterns: bool,
-    use_dora: bool,
+    unserved: str | None,
     repository: str | None = None,
     revision: str | None = None,
+    task_type: str | None = None,
 ) -> str:
-    """The section on use: lorabank, PEFT, vLLM. `repository`: where it lies on a hub; None: in a folder, `path/to/NAME`."""
+    """The section on use: lorabank, PEFT, vLLM. `repository`: where it lies on a hub; None: in a folder, `path/to/NAME`.
+
+    unserved: why vLLM can't read it. task_type: PEFT's, which says the model's class.
+    """
     place = f'"path/to/{name}"'
     fetch = ""
     at = f', revision="{revision}"' if repository and revision else ""
@@ -164,18 +197,18 @@ def how_to_load(
     if not base_model:
         return blocks[0]
     location = f'"{repository}"{at}' if repository else place
+    model_class = MODEL_CLASSES.get(task_type or "", "AutoModelForCausalLM")
     blocks.append(
-        f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{base_model}")\n'
+        f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import {model_class}\n\n"
+        f'model = {model_class}.from_pretrained("{base_model}")\n'
         f"model = PeftModel.from_pretrained(model, {location})\n```"
     )
-    reason = obstacle(rank, use_dora=use_dora)
-    if reason is None:
+    if unserved is None:
         version = " (0.32 or newer: rank and alpha differ between layers)" if patterns else ""
         line = vllm_line(base_model, {name: repository or f"path/to/{name}"}, rank)
         blocks.append(f"```sh\n# vLLM{version}\n{line}\n```")
     else:
-        blocks.append(f"vLLM can't read this adapter rightly as it is: {reason}.")
+        blocks.append(f"vLLM can't read this adapter rightly as it is: {unserved}.")
     return "\n\n".join(blocks)
 
 
@@ -191,9 +224,10 @@ def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: s
         base_model,
         max(ranks),
         patterns=len(ranks) > 1 or len(scalings) > 1,
-        use_dora=adapter.config.use_dora,
+        unserved=adapter_obstacle(adapter),
         repository=repository,
         revision=revision,
+        task_type=adapter.task_type,
     )
     front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
     named = _listed(front.get("base_model"))

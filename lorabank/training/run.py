@@ -25,6 +25,7 @@ from lorabank.training.metrics_file import cut_back
 from lorabank.training.plots import loss_plot
 from lorabank.training.progress import INTERRUPTED, NOT_FINITE, RUNNING, AdapterProgress
 from lorabank.training.run_folder import RunFolder, resume_line
+from lorabank.training.serving import folder_obstacle
 from lorabank.training.setup import run_plan
 from lorabank.training.trainer import Trainer
 
@@ -201,6 +202,7 @@ def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: M
             warning=_not_finite(p),
             tokens_seen=int(p.tokens_seen),
             version=__version__,
+            unserved=folder_obstacle(folder.path / name),
         )
         write_card(folder.path / name, facts)
     folder.write_hardest({name: hardest_rows(trainer, name) for name in trainer.jobs})

@@ -6,8 +6,10 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from lorabank.formats.readers import VLLM_RANKS, rank_obstacle
+from lorabank.formats.adapter import Adapter
+from lorabank.formats.readers import EXPORTED, MERGE, VLLM_RANKS, obstacles, rank_obstacle
 
 
 def chat_line(output: str, names: Sequence[str]) -> str:
@@ -27,12 +29,9 @@ def serve_lines(model: str, folders: Mapping[str, str]) -> tuple[str, list[str]]
     obstacles, largest, patterns = [], 1, False
     for name, folder in folders.items():
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+        rank = largest_rank(config)
         largest, patterns = max(largest, rank), patterns or has_patterns(config)
-        more = config.get("bias") != "none" or config.get("lora_bias") or config.get("trainable_token_indices")
-        reason = obstacle(
-            rank, use_dora=bool(config.get("use_dora")), experts=bool(config.get("target_parameters")), extras=bool(more)
-        )
+        reason = settings_obstacle(config)
         if reason:
             obstacles.append(f"{name}: {reason}")
     if obstacles:
@@ -57,12 +56,55 @@ def has_patterns(config: Mapping[str, object]) -> bool:
     return bool(config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
-def obstacle(rank: int, *, use_dora: bool = False, experts: bool = False, extras: bool = False) -> str | None:
-    """Why vLLM refuses an adapter of this rank, or DoRA's, one on experts, or with biases or token rows; None if it doesn't."""
-    if extras:
-        return "vLLM reads no trained biases or token rows; merge it (lorabank merge) and serve the merged model"
-    if experts:
-        return "experts aren't exported for vLLM; merge it (lorabank merge) and serve the merged model"
-    if use_dora:
-        return "vLLM doesn't read DoRA; merge it (lorabank merge) and serve the merged model"
-    return f"{rank_obstacle(rank)}; merge it (lorabank merge)" if rank > VLLM_RANKS[-1] else None
+def folder_obstacle(folder: str | Path) -> str | None:
+    """Why vLLM refuses the adapter in a folder; None if it doesn't, or none is there."""
+    file = Path(folder) / "adapter_config.json"
+    return settings_obstacle(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def largest_rank(config: Mapping[str, Any]) -> int:
+    """Of all layers, by PEFT's settings."""
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def settings_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM refuses an adapter with these settings of PEFT's; None if it doesn't."""
+    return obstacle(
+        largest_rank(config),
+        use_dora=bool(config.get("use_dora")),
+        experts=bool(config.get("target_parameters")),
+        extras=config.get("bias", "none") != "none" or bool(config.get("lora_bias") or config.get("trainable_token_indices")),
+        modules=bool(config.get("modules_to_save")),
+        transposed=bool(config.get("fan_in_fan_out")),
+    )
+
+
+def obstacle(
+    rank: int,
+    *,
+    use_dora: bool = False,
+    experts: bool = False,
+    extras: bool = False,
+    modules: bool = False,
+    transposed: bool = False,
+) -> str | None:
+    """Why vLLM refuses an adapter; None if it doesn't.
+
+    extras: it has biases or token rows. modules: some were trained in full. transposed: the base keeps weights as GPT-2 does.
+    """
+    for there, what in (
+        (extras, "vLLM reads no trained biases or token rows"),
+        (modules, "vLLM reads no modules that were trained in full (modules_to_save)"),
+        (use_dora, "vLLM doesn't read DoRA"),
+        (transposed, "vLLM takes no adapters for GPT-2"),
+    ):
+        if there:
+            return f"{what}; {MERGE}"
+    if rank > VLLM_RANKS[-1]:
+        return f"{rank_obstacle(rank)}; merge it (lorabank merge)"
+    return f"vLLM reads experts one by one; {EXPORTED}" if experts else None
+
+
+def adapter_obstacle(adapter: Adapter) -> str | None:
+    """Why vLLM refuses the adapter; None if it doesn't."""
+    return "; ".join(f"{each.what}; {each.way_out}" for each in obstacles(adapter, "vllm")) or None

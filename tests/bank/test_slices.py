@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lorabank.bank.fused_layers import FUSED, slices_of
 from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import AdapterFileError, ConfigError, TargetError
 from lorabank.formats.adapter import AdapterLayer
+from lorabank.formats.convert import convert
 from lorabank.formats.output_slice import OutputSlice
 from lorabank.formats.slices import without_slices
 from tests.bank.families import FAMILIES
@@ -133,6 +135,27 @@ def test_a_file_is_the_same_change_of_the_whole_layer_and_comes_back_as_slices(k
 
     (folder / "lorabank.json").unlink()  # what another tool would keep
     assert {path.rpartition(".")[2] for path in Adapter.load(folder).layers} <= {"c_attn", "query_key_value"}
+
+
+def test_converted_to_pefts_form_they_stay_slices(tmp_path: Path) -> None:
+    bank = attach(make("sliced gpt2"))
+    bank.add("a", AdapterConfig(rank=2, targets=["q", "v"]))
+    fill(bank, "a")
+    folder = bank.adapter("a").save(tmp_path / "a")
+    assert convert(folder, tmp_path / "b", "peft").adapter.layers.keys() == bank.adapter("a").layers.keys()
+    for file in ("adapter_model.safetensors", "adapter_config.json", "lorabank.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_layers_in_any_order_are_the_same_bytes(tmp_path: Path) -> None:
+    bank = attach(make("sliced gpt2"))
+    bank.add("a", AdapterConfig(rank=2, targets=["q", "v"]))
+    fill(bank, "a")
+    adapter = bank.adapter("a")
+    adapter.save(tmp_path / "a")
+    replace(adapter, layers=dict(reversed(adapter.layers.items()))).save(tmp_path / "b")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "lorabank.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lorabank import AdapterConfig, attach
 from lorabank.cli import main
 from lorabank.cli.chat import answer_table
 from lorabank.config.parse import dump_yaml
@@ -435,6 +436,20 @@ def test_merge_names_its_flags(
     assert main([*line, "--force", "--strength", "1e39"]) == 2
     assert "is too large for torch.float32. Merge it with a smaller --strength." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_merge_shows_what_is_beside_a_and_b(base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    bank = attach(AutoModelForCausalLM.from_pretrained(base_folder))
+    config = AdapterConfig(rank=2, targets=["q"], modules_to_save=["norm"], trainable_token_indices=[3])
+    bank.add("a", config)
+    replace(bank.adapter("a"), base_model=str(base_folder)).save(tmp_path / "a")
+    assert main(["merge", str(tmp_path / "a"), "--output", str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().out
+    assert "biases and tables of rows: 1, lost of their change 0.00%" in said
+    assert "taken over in full: model.layers.0.input_layernorm, " in said
+    assert " and 2 more" in said
 
 
 def test_merge_shows_experts_by_the_name_of_their_stack(capsys: pytest.CaptureFixture[str]) -> None:

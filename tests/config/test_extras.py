@@ -38,6 +38,12 @@ def test_flags() -> None:
     assert config.adapters["a"].bias == "none"
     one = parse_train_arguments(shlex.split("--model M --data f --trainable-token-indices 5")).config
     assert one.defaults.trainable_token_indices == (5,)
+    line = "--model M --data f --adapter 'a,trainable_token_indices={embed_tokens: [3, 4], lm_head: [5]},rank=2'"
+    named = parse_train_arguments(shlex.split(line)).config.adapters["a"]
+    assert named.trainable_token_indices == {"embed_tokens": (3, 4), "lm_head": (5,)}
+    assert named.rank == 2
+    with pytest.raises(ConfigError, match=r"--trainable-token-indices: expected names with lists"):
+        parse_train_arguments(shlex.split("--model M --data f --trainable-token-indices '{embed_tokens: [3, 4'"))
 
 
 @pytest.mark.parametrize(

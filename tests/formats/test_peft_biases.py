@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lorabank import Adapter, attach
-from lorabank.errors import AdapterFileError
+from lorabank.errors import AdapterFileError, TargetError
 from lorabank.formats.convert import convert
 from lorabank.formats.diffusers import save_diffusers
 from lorabank.formats.kohya import save_kohya
@@ -24,7 +24,7 @@ from lorabank.formats.readers import obstacles
 from lorabank.formats.token_rows import TokenRows
 from lorabank.formats.vllm import vllm_adapter
 from lorabank.training.serving import serve_lines
-from tests.bank.tiny import VOCABULARY, add, bert, gpt2, ids, llama, outputs
+from tests.bank.tiny import VOCABULARY, Handwritten, add, bert, gpt2, ids, llama, outputs
 
 PREFIX = "base_model.model."
 IDS = [30, 7]
@@ -120,6 +120,16 @@ def test_ours_in_peft(make_model: Callable[[], nn.Module], config: dict[str, Any
     assert loaded.num_parameters == adapter.num_parameters == sum(p.numel() for p in bank.parameters("a"))
 
 
+def test_rows_of_a_module_that_doesnt_tell_its_table_are_read_by_peft(tmp_path: Path) -> None:
+    """PEFT looks for a table called `embed_tokens` where a list of ids is all that the settings say."""
+    bank = attach(made(Handwritten))
+    add(bank, "a", targets=["blocks.*"], trainable_token_indices=IDS)
+    bank.adapter("a").save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(made(Handwritten), str(tmp_path)).eval()  # type: ignore[arg-type]
+    with bank.route("a"):
+        torch.testing.assert_close(theirs(x_with_ids()), outputs(bank.model, x_with_ids()), rtol=1e-4, atol=1e-5)
+
+
 THEIRS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "lora_bias": (gpt2, {"target_modules": ["c_attn", "c_fc"], "lora_bias": True, "fan_in_fan_out": True}),
     "lora_only": (biased, {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}),
@@ -162,6 +172,10 @@ def test_theirs_here(make_model: Callable[[], nn.Module], config: dict[str, Any]
         torch.testing.assert_close(outputs(model, x), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(plain, expected, atol=2e-3)
     ours = {name for name, _ in bank.named_parameters("a")}
+    if make_model is bert:  # by itself a new adapter has a head of its own, which isn't for one bank with a bias of the base's
+        with pytest.raises(TargetError, match="layer 'classifier' has another adapter's LoRA or bias"):
+            bank.add("fresh", wanted)
+        wanted.modules_to_save = []
     bank.add("fresh", wanted)
     assert {name for name, _ in bank.named_parameters("fresh")} == ours
     trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
@@ -210,6 +224,8 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], object], str]
         lambda t: t.update({f"{PREFIX}x.lora_B.bias": torch.zeros(5)}),
         "layer 'x' has a bias of lora_B and no lora_A",
     ),
+    "one of two gone": ({}, lambda t: t.pop(LOW), r"has no '\.lora_B\.bias' and others have: it is incomplete"),
+    "no names": ({"target_parameters": True}, lambda t: None, "target_parameters should be a list of names, got true"),
     "not a number": ({}, lambda t: t.update({ROWS: torch.full((2, 16), float("nan"))}), "holds NaN or infinity"),
     "whole numbers": ({}, lambda t: t.update({LOW: torch.zeros(48, dtype=torch.int64)}), r"is torch\.int64"),
     "no such mode": ({"bias": "boft_only"}, lambda t: None, "bias in .* should be one of none, all, lora_only, got 'boft_only'"),
@@ -263,7 +279,9 @@ def test_convert_carries_them_and_measures_what_a_dtype_loses(folder: Path, tmp_
     edit(
         folder, {}, lambda tensors: [value.copy_(value.bfloat16().float()) for name, value in tensors.items() if "lora_" in name]
     )
-    with pytest.raises(AdapterFileError, match=r"would hold its biases or token rows with a relative error of 0\.0"):
+    with pytest.raises(
+        AdapterFileError, match=r"would hold its biases, token rows or modules in full with a relative error of 0\.0"
+    ):
         convert(folder, tmp_path / "short", "peft", dtype=torch.bfloat16)
     convert(folder, tmp_path / "short", "peft", dtype=torch.bfloat16, lossy=True)
     rows = Adapter.load(tmp_path / "short").token_rows["transformer.wte"]

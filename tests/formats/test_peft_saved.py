@@ -135,6 +135,25 @@ def test_pefts_computes_the_same_here(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(outputs(model, ids(3)), outputs(theirs, ids(3)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["BERT, sequences", "RoBERTa's head of layers", "DistilBERT's two"])
+def test_with_all_biases_peft_saves_a_heads_bias_three_times(kind: str, tmp_path: Path) -> None:
+    """Its own by two names, and the base's under `original_module`, which nothing computes with."""
+    _, task, targets, saved = CASES[kind]
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, target_modules=targets, modules_to_save=saved, task_type=task, bias="all", init_lora_weights=False)
+    theirs = get_peft_model(made(kind), config).eval()
+    with torch.no_grad():
+        for p in (p for p in theirs.parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape) * 0.2)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    assert any(".original_module." in name for name in load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    model = made(kind)
+    bank = attach(model)
+    bank.load("a", Adapter.load(tmp_path / "theirs"))
+    with bank.route("a"):
+        torch.testing.assert_close(outputs(model, ids(3)), outputs(theirs, ids(3)), rtol=1e-4, atol=1e-5)
+
+
 def _saved_in(model: PeftModel) -> set[str]:
     wrappers = (path for path, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper")
     return {path.removeprefix("base_model.model.") for path in wrappers}
@@ -231,10 +250,27 @@ def test_no_other_form_drops_a_module_in_silence(score: Adapter, tmp_path: Path)
         vllm_adapter(score)
     for reader in ("vllm", "older vllm", "gguf", "merged gguf", "combine"):
         assert any("trained in full" in each.what for each in obstacles(score, reader)), reader
-    assert {*READERS} == {"vllm", "older vllm", "gguf", "merged gguf", "combine", "older peft"}
+    assert {*READERS} == {"vllm", "older vllm", "gguf", "merged gguf", "combine", "older peft", "merge"}
     refuse(score, "older peft")
     with pytest.raises(MergeError, match=r"combine: adapter 1 has modules that were trained in full \(score\)"):
         lb.combine([(trained_without(), 0.5), (score, 0.5)])
+
+
+def test_convert_measures_what_a_dtype_loses_of_a_module(score: Adapter, tmp_path: Path) -> None:
+    """LoRA's own numbers fit into bf16 here, so the module alone is rounded."""
+    lora = {
+        path: replace(layer, A=layer.A.bfloat16().float(), B=layer.B.bfloat16().float()) for path, layer in score.layers.items()
+    }
+    folder = replace(score, layers=lora).save(tmp_path / "a")
+    with pytest.raises(AdapterFileError, match=r"modules in full with a relative error of 0\.0"):
+        convert(folder, tmp_path / "b", "peft", dtype=torch.bfloat16)
+    assert not (tmp_path / "b").exists()
+    done = convert(folder, tmp_path / "b", "peft", dtype=torch.bfloat16, lossy=True)
+    assert done.error.worst == 0 < done.beside < 0.01
+    large = {"score": {"weight": score.modules["score"]["weight"] * 1e6}}
+    folder = replace(score, layers=lora, modules=large).save(tmp_path / "c")
+    with pytest.raises(AdapterFileError, match="module 'score' has numbers above 65504"):
+        convert(folder, tmp_path / "d", "peft", dtype=torch.float16, lossy=True)
 
 
 def trained_without() -> Adapter:
@@ -283,6 +319,25 @@ def test_a_file_that_lacks_or_doubles_a_module_is_refused(
     _changed(folder, change)
     with pytest.raises(AdapterFileError, match=says):
         Adapter.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("bias", torch.ones(5), r"'weight' \(3, 16\) and 'bias' \(5,\) are of different numbers of labels"),
+        ("bias", torch.ones(3, dtype=torch.int64), r"'bias' is torch\.int64; expected float32"),
+    ],
+)
+def test_a_head_that_doesnt_fit_itself_is_refused_when_it_is_loaded(key: str, value: Tensor, says: str, tmp_path: Path) -> None:
+    adapter, _ = trained_here("BERT, sequences")
+    folder = adapter.save(tmp_path / "a")
+    _changed(folder, lambda t: t.update({f"base_model.model.classifier.{key}": value}))
+    bank = attach(made("BERT, sequences"))
+    with pytest.raises(AdapterFileError, match=says):
+        bank.load("a", Adapter.load(folder))
+    assert not bank.names
+    with pytest.raises(MergeError, match="'bias' is"):
+        lb.merge(made("BERT, sequences"), Adapter.load(folder), say=None)
 
 
 def test_a_module_under_its_wrappers_name_is_read(score: Adapter, tmp_path: Path) -> None:

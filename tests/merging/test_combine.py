@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lorabank.errors import FingerprintError, MergeError
+from lorabank import attach, merge
+from lorabank.errors import AdapterFileError, FingerprintError, MergeError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.merging.combine import combine
 from lorabank.merging.methods import COMBINERS
 from lorabank.merging.outputs import adapter_beside
+from tests.bank.tiny import TorchEncoder, add, ids, llama, outputs
 
 MakeAdapter = Callable[..., Adapter]
 MakeLlama = Callable[..., LlamaForCausalLM]
@@ -175,3 +177,59 @@ def test_bad_arguments(three: list[Adapter]) -> None:
     for weight in (float("nan"), float("inf"), "0.5", True, None):
         with pytest.raises(MergeError, match="weight of adapter 0"):
             combine([(three[0], weight)])  # type: ignore[list-item]
+
+
+def tied() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return llama(tie_word_embeddings=True).eval()
+
+
+@pytest.mark.parametrize("method", list(COMBINERS))
+def test_what_was_trained_at_both_ends_of_a_tied_weight_stays_so_and_merges(method: str) -> None:
+    model = tied()
+    bank = attach(model)
+    add(bank, "a", targets=["q", "embed_tokens"], ensure_weight_tying=True)
+    add(bank, "b", targets=["v", "embed_tokens"], rank=2, ensure_weight_tying=True)
+    both = combine([(bank.adapter("a"), 0.7), (bank.adapter("b"), -0.4)], method)
+    assert both.config.ensure_weight_tying
+    bank.load("both", both)
+    with bank.route("both"):
+        expected = outputs(model, ids(2))
+    if method == "exact":
+        with bank.route({"a": 0.7, "b": -0.4}):
+            torch.testing.assert_close(outputs(model, ids(2)), expected, rtol=1e-4, atol=1e-5)
+    bank.detach()
+    merge(model, both, say=None)
+    torch.testing.assert_close(outputs(model, ids(2)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_weight_whose_ends_get_other_weights_is_two_changes() -> None:
+    bank = attach(tied())
+    add(bank, "a", targets=["embed_tokens"], ensure_weight_tying=True)
+    assert not combine([(bank.adapter("a"), {"lm_head": 0.5, "*": 1.0})]).config.ensure_weight_tying
+
+
+def test_a_bias_of_lora_b_isnt_given_to_what_cant_have_one() -> None:
+    """An attention's projections and embeddings: PEFT's form then can't hold the sum, a merge can."""
+    torch.manual_seed(0)
+    model = TorchEncoder().eval()
+    with torch.no_grad():
+        bank = attach(model)
+        add(bank, "low", targets=["linear1"], lora_bias=True)
+        add(bank, "attention", targets=["self_attn"])
+        both = combine([(bank.adapter("low"), 0.6), (bank.adapter("attention"), 0.4)])
+        with bank.route({"low": 0.6, "attention": 0.4}):
+            expected = outputs(model, ids(2))
+        with pytest.raises(AdapterFileError, match=r"in_proj': PEFT's form can't hold it.*Merge the adapter into its base"):
+            both.save("never")
+        bank.detach()
+        merge(model, both, say=None)
+        torch.testing.assert_close(outputs(model, ids(2)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_token_rows_and_a_change_of_their_table_arent_one_adapter() -> None:
+    bank = attach(tied())
+    add(bank, "rows", targets=["q"], trainable_token_indices=[3, 5])
+    add(bank, "table", targets=["embed_tokens"])
+    with pytest.raises(MergeError, match=r"'model\.embed_tokens' has trained token rows in one adapter and A and B in another"):
+        combine([(bank.adapter("rows"), 1.0), (bank.adapter("table"), 0.0)])

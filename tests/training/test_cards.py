@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from lorabank import Adapter, AdapterConfig
 from lorabank.config.train import AdapterRun
-from lorabank.training.cards import CardFacts, model_card, write_card
+from lorabank.formats.adapter import AdapterLayer
+from lorabank.training.cards import CardFacts, card_for_hub, model_card, write_card
+from lorabank.training.serving import serve_lines
 
 FACTS = CardFacts(
     name="terse",
@@ -84,6 +89,65 @@ def test_no_vllm_line_for_dora() -> None:
     card = model_card(replace(FACTS, run=AdapterRun(use_dora=True)))
     assert "vllm serve" not in card
     assert "vLLM doesn't read DoRA; merge it (lorabank merge)" in card
+
+
+@pytest.mark.parametrize(
+    "run, said, why",
+    [
+        (
+            AdapterRun(modules_to_save=["lm_head"]),
+            "`modules_to_save`: lm_head",
+            "vLLM reads no modules that were trained in full",
+        ),
+        (AdapterRun(bias="all", lora_bias=True), "`bias: all`, `lora_bias`", "vLLM reads no trained biases or token rows"),
+        (AdapterRun(trainable_token_indices={"wte": [3, 4]}), "2 token rows", "vLLM reads no trained biases or token rows"),
+    ],
+)
+def test_what_is_trained_beside_a_and_b_is_said_and_no_vllm_line(run: AdapterRun, said: str, why: str) -> None:
+    card = model_card(replace(FACTS, run=run))
+    assert f"| also trained | {said} |" in card
+    assert "vllm serve" not in card
+    assert why in card
+
+
+def test_where_the_adapter_started_is_said_and_what_only_the_file_knows() -> None:
+    assert "| start | pissa |" in model_card(replace(FACTS, run=AdapterRun(init="pissa")))
+    assert "start" not in model_card(FACTS)
+    card = model_card(replace(FACTS, unserved="vLLM reads experts one by one; export it"))
+    assert "as it is: vLLM reads experts one by one; export it." in card
+    assert "vllm serve" not in card
+
+
+def test_a_finished_run_gives_no_line_that_vllm_refuses(tmp_path: Path) -> None:
+    for name, more in (
+        ("head", {"modules_to_save": ["lm_head"]}),
+        ("gpt2", {"fan_in_fan_out": True}),
+        ("experts", {"target_parameters": ["mlp.experts.down_proj"]}),
+    ):
+        (tmp_path / name).mkdir()
+        settings = {"r": 4, "bias": "none", **more}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    title, lines = serve_lines("base", {name: str(tmp_path / name) for name in ("head", "gpt2", "experts")})
+    assert title == "vLLM can't serve these adapters as they are:"
+    assert [line.partition(";")[0] for line in lines] == [
+        "head: vLLM reads no modules that were trained in full (modules_to_save)",
+        "gpt2: vLLM takes no adapters for GPT-2",
+        "experts: vLLM reads experts one by one",
+    ]
+
+
+def test_a_classifiers_card_names_its_class_and_no_vllm_line() -> None:
+    layer = AdapterLayer(torch.zeros(2, 4), torch.zeros(4, 2), 1.0)
+    adapter = Adapter(
+        config=AdapterConfig(rank=2, targets=["q"]),
+        layers={"encoder.q": layer},
+        modules={"classifier": {"weight": torch.zeros(2, 4)}},
+        task_type="SEQ_CLS",
+    )
+    card = card_for_hub(None, adapter, "mood", base_model="org/base", repository="me/mood", revision=None)
+    assert "AutoModelForSequenceClassification.from_pretrained" in card
+    assert "AutoModelForCausalLM" not in card
+    assert "vllm serve" not in card
 
 
 @pytest.mark.parametrize("run", [AdapterRun(rank_pattern={"q": 4}), AdapterRun(alpha_pattern={"q": 4})])
