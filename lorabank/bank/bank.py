@@ -78,7 +78,7 @@ class _Slot:
 def _fresh(place: Carrier, slot: _Slot, rank: int, scaling: float) -> SlotValues:
     """What an untrained adapter has in a place."""
     if slot.start is not None and rank:
-        return slot.start.values(place.path, rank, scaling)
+        return slot.start.values(place.path, rank, (place.store.in_features, place.store.out_features), scaling)
     return place.fresh(slot.config, rank, scaling, slot.seed)
 
 
