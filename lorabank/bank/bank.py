@@ -73,6 +73,8 @@ class _Slot:
     """How the base was stored where a loaded adapter was trained, if in fewer than 16 bits."""
     start: AdapterStart | None = None
     """What it was made with, where that was prepared."""
+    num_labels: int | None = None
+    """Of the head that was made for it."""
 
 
 def _fresh(place: Carrier, slot: _Slot, rank: int, scaling: float) -> SlotValues:
@@ -176,11 +178,17 @@ class AdapterBank:
         elsewhere = self.kept | {f"{path}.{key}" for path, module in copies.items() for key in module}
         more = planned(self.model, config, chosen, shared, elsewhere)
         check_extras_apart(saved, more.modules)
-        self._check_apart(saved, more.modules)
+        # the other end of tied weights, biases and rows, which `exclude` doesn't speak of alone
+        self._check_apart(
+            saved,
+            {**chosen, **more.modules},
+            way="leave out what means it here (ensure_weight_tying, bias, trainable_token_indices)",
+        )
         check_start(config, chosen, {path: rank for path, (rank, _) in shapes.items()})
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
         layers = {**chosen, **more.modules}
-        slot = _Slot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared}, start=prepared)
+        slot = _Slot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared})
+        slot = replace(slot, start=prepared, num_labels=num_labels)
 
         def start(place: Carrier) -> SlotValues:
             values = _fresh(place, slot, *shapes.get(place.path, (0, 1.0)))
@@ -295,6 +303,7 @@ class AdapterBank:
             place = self._layers[path]
             mine = place.slots[name]
             place.write(name, _fresh(place, slot, mine.rank, mine.scaling))
+        self._saved.write(name, self._saved.fresh(self._saved.paths(name), slot.num_labels, slot.seed))
 
     def parameter_groups(self, name: str, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict[str, Any]]:
         """Groups for any torch optimizer: A with `learning_rate`, B with `loraplus_ratio` times it (LoRA+, arXiv:2402.12354)."""
@@ -485,8 +494,9 @@ class AdapterBank:
         if self._detached:
             raise LorabankError("this bank was detached from its model; call lorabank.attach(model) for a new one")
 
-    def _check_apart(self, saved: Collection[str], layers: Collection[str]) -> None:
-        check_apart(saved, layers, [path for path, place in self._layers.items() if place.slots], list(self._saved.modules))
+    def _check_apart(self, saved: Collection[str], layers: Collection[str], *, way: str = "") -> None:
+        wrapped = [path for path, place in self._layers.items() if place.slots]
+        check_apart(saved, layers, wrapped, {path: module.in_use for path, module in self._saved.modules.items()}, way=way)
 
     def _install(self, name: str, slot: _Slot, layers: Mapping[str, nn.Module], start: _Start, copies: Values) -> None:
         """Reserve and fill the slot in every place; on any failure the bank is as before."""

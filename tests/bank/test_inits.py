@@ -7,7 +7,6 @@ import gc
 import json
 import warnings
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -626,7 +625,13 @@ def test_what_cant_go_together_is_refused() -> None:
 
 def classifier() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 61}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "vocab_size": 61,
+    }
     model = BertForSequenceClassification(BertConfig(**sizes)).eval()
     return model, [{"input_ids": torch.randint(3, 61, (16, 9))}]
 
@@ -659,8 +664,9 @@ def test_eva_shares_out_nothing_to_what_is_trained_in_full_and_keeps_exclude() -
 def test_a_start_of_another_model_is_refused() -> None:
     model, data = classifier()
     start = lb.eva(model, data, lb.AdapterConfig(rank=2), rho=1.0)
-    sizes = {"num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 61}
-    for other in ({"hidden_size": 16, "num_hidden_layers": 2}, {"hidden_size": 32, "num_hidden_layers": 1}):
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 61}
+    others: list[dict[str, Any]] = [{"hidden_size": 16, "num_hidden_layers": 2}, {"hidden_size": 32, "num_hidden_layers": 1}]
+    for other in others:
         bank = lb.attach(BertForSequenceClassification(BertConfig(**sizes, **other)))
         with pytest.raises(TargetError, match=r"prepared for another model: layer 'bert.encoder.layer"):
             bank.add("a", start)
