@@ -176,7 +176,7 @@ class AdapterBank:
             rank = patterned(config.rank_pattern, known, layer, config.rank)
             shapes[path] = (rank, config.scaling(rank, patterned(config.alpha_pattern, known, layer, config.alpha)))
         elsewhere = self.kept | {f"{path}.{key}" for path, module in copies.items() for key in module}
-        more = planned(self.model, config, chosen, shared, elsewhere)
+        more = planned(name, self.model, config, chosen, shared, elsewhere)
         check_extras_apart(saved, more.modules)
         # the other end of tied weights, biases and rows, which `exclude` doesn't speak of alone
         self._check_apart(
@@ -470,6 +470,12 @@ class AdapterBank:
         self.structure += 1
         self._detached = True
         return self.model
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise LorabankError(
+            "a bank can't be copied or pickled. copy.deepcopy(bank.model) gives the plain base, to which attach(...) and "
+            "load(name, bank.adapter(name)) bring the adapters; an adapter is a value, which can be."
+        )
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 

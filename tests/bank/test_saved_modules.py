@@ -606,6 +606,9 @@ def test_num_labels_needs_a_head_that_is_saved() -> None:
     with pytest.raises(ConfigError, match=r"num_labels: expected a whole number ≥ 1, got 0"):
         bank.add("a", AdapterConfig(rank=2), num_labels=0)
     assert bank.names == ()
+    answers = attach(hf.BertForQuestionAnswering(hf.BertConfig(**_WORDS)))  # its outputs are a start and an end
+    with pytest.raises(ConfigError, match="num_labels: the adapter saves no linear layer with an output a label"):
+        answers.add("a", AdapterConfig(rank=2), num_labels=5)
 
 
 def test_a_tied_head_leaves_the_embedding_alone_and_says_so() -> None:
