@@ -18,7 +18,7 @@ from lorabank.bank.biased import BiasedModule
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.experts import LoRAExperts
-from lorabank.bank.extra_places import merged, places_in, planned
+from lorabank.bank.extra_places import check_not_kept, merged, places_in, planned
 from lorabank.bank.extras import BIAS, ROWS
 from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, task_type, warn_ranks, warn_storage
 from lorabank.bank.fused import SLOTS
@@ -178,6 +178,7 @@ class AdapterBank:
         elsewhere = self.kept | {f"{path}.{key}" for path, module in copies.items() for key in module}
         more = planned(name, self.model, config, chosen, shared, elsewhere)
         check_extras_apart(saved, more.modules)
+        check_not_kept(self.model, self.kept, more)
         # the other end of tied weights, biases and rows, which `exclude` doesn't speak of alone
         self._check_apart(
             saved,
@@ -219,6 +220,7 @@ class AdapterBank:
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))
         told = adapter.metadata.get(BASE_STORAGE)
         more = places_in(self.model, adapter)
+        check_not_kept(self.model, self.kept, more)
         paths = tuple(dict.fromkeys((*in_order, *more.modules)))
         shared = {**shared_in(adapter, layers), **more.shared}
         slot = _Slot(adapter.config, seed, paths, shared, adapter.base_model, adapter.task_type, told)

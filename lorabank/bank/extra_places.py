@@ -76,6 +76,19 @@ def planned(
     return ExtraPlaces(found, _in_order(model, modules), ends)
 
 
+def check_not_kept(model: nn.Module, kept: Collection[str], places: ExtraPlaces) -> None:
+    """Raise TargetError where an adapter has rows or a bias of what trains beside the base (`kept`: names of parameters)."""
+    trained = {id(p) for name, p in model.named_parameters() if name in kept}
+    for path, module in places.modules.items():
+        extras = places.of(path)
+        for role, has in (("weight", extras.ids), ("bias", extras.bias)):
+            if has and id(module._parameters.get(role)) in trained:
+                what = "trainable_token_indices" if role == "weight" else "bias"
+                raise TargetError(
+                    f"{what}: the {role} of {path!r} trains beside the base already (keep_trainable). Leave it out of one."
+                )
+
+
 def places_in(model: nn.Module, adapter: Adapter) -> ExtraPlaces:
     """The extras of a trained adapter, which fits the model (`check_extras`), with their values."""
     found: dict[str, Extras] = {}
