@@ -75,6 +75,8 @@ class _Slot:
     """What it was made with, where that was prepared."""
     num_labels: int | None = None
     """Of the head that was made for it."""
+    loaded: bool = False
+    """Whether its first values were a trained adapter's, which are kept nowhere here."""
 
 
 def _fresh(place: Carrier, slot: _Slot, rank: int, scaling: float) -> SlotValues:
@@ -223,7 +225,7 @@ class AdapterBank:
         check_not_kept(self.model, self.kept, more)
         paths = tuple(dict.fromkeys((*in_order, *more.modules)))
         shared = {**shared_in(adapter, layers), **more.shared}
-        slot = _Slot(adapter.config, seed, paths, shared, adapter.base_model, adapter.task_type, told)
+        slot = _Slot(adapter.config, seed, paths, shared, adapter.base_model, adapter.task_type, told, loaded=True)
         copies = self._saved.fitting(name, adapter)
         self._check_apart(copies, paths)
         warn_tied(name, self.model, list(copies), together=False)
@@ -299,8 +301,13 @@ class AdapterBank:
                 yield from frozen.named(path)
 
     def restart(self, name: str) -> None:
-        """Set an adapter that `add` made back to its first values."""
+        """Set an adapter that `add` made back to its first values. Raises LorabankError for one that was loaded."""
         slot = self._slot(name)
+        if slot.loaded:
+            raise LorabankError(
+                f"restart: adapter {name!r} was loaded, and its first values are its file's. bank.remove({name!r}) and "
+                f"bank.load({name!r}, adapter) bring them back."
+            )
         for path in (path for path in slot.paths if path not in slot.shared):
             place = self._layers[path]
             mine = place.slots[name]

@@ -596,6 +596,9 @@ def test_a_restart_is_the_start_of_copies_and_new_heads_too() -> None:
             p.add_(1.0)
     bank.restart("a")
     assert all(torch.equal(p, before[key]) for key, p in bank.named_parameters("a"))
+    bank.load("again", bank.adapter("a"))
+    with pytest.raises(LorabankError, match="'again' was loaded, and its first values are its file's"):
+        bank.restart("again")
 
 
 def test_num_labels_needs_a_head_that_is_saved() -> None:
