@@ -10,7 +10,7 @@ from torch import Tensor
 from lorabank.bank.carrier import SlotValues
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.inits import PREPARED
-from lorabank.errors import ConfigError, Setting
+from lorabank.errors import ConfigError, Setting, TargetError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,18 @@ class AdapterStart:
     B: Mapping[str, Tensor]
     """(out, rank); of a layer that isn't here it is zero."""
 
-    def values(self, path: str, rank: int, scaling: float) -> SlotValues:
-        """What a slot begins with at `path`."""
-        return SlotValues(self.A[path], self.B.get(path), None, False, rank, scaling)
+    def values(self, path: str, rank: int, features: tuple[int, int], scaling: float) -> SlotValues:
+        """What a slot begins with at `path`, a layer of these (in, out). Raises TargetError where it was made for another."""
+        A, B = self.A.get(path), self.B.get(path)
+        made = None if A is None else (tuple(A.shape), None if B is None else tuple(B.shape))
+        if A is None or A.shape != (rank, features[0]) or (B is not None and B.shape != (features[1], rank)):
+            has = "has none for it" if made is None else f"has shapes {made[0]} and {made[1] or 'zero'}"
+            raise TargetError(
+                f"init: {self.config.init!r} was prepared for another model: layer {path!r} starts with A {(rank, features[0])} "
+                f"and B {(features[1], rank)}, and what was prepared {has}. Make it of this bank with "
+                f"lorabank.{self.config.init}."
+            )
+        return SlotValues(A, B, None, False, rank, scaling)
 
 
 _WAY_OUT = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorabank.bank.adapter_start import AdapterStart, check_prepared
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
-from lorabank.bank.extra_places import merged, places_in, planned
+from lorabank.bank.extra_places import check_not_kept, merged, places_in, planned
 from lorabank.bank.extras import BIAS, ROWS
 from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, task_type, warn_ranks, warn_storage
 from lorabank.bank.fused import SLOTS
@@ -59,12 +59,16 @@ class _Slot:
     """How the base was stored where a loaded adapter was trained, if in fewer than 16 bits."""
     start: AdapterStart | None = None
     """What it was made with, where that was prepared."""
+    num_labels: int | None = None
+    """Of the head that was made for it."""
+    loaded: bool = False
+    """Whether its first values were a trained adapter's, which are kept nowhere here."""
 
 
 def _fresh(place: Carrier, slot: _Slot, rank: int, scaling: float) -> SlotValues:
     """What an untrained adapter has in a place."""
     if slot.start is not None and rank:
-        return slot.start.values(place.path, rank, scaling)
+        return slot.start.values(place.path, rank, (place.store.in_features, place.store.out_features), scaling)
     return place.fresh(slot.config, rank, scaling, slot.seed)
 
 
@@ -160,13 +164,20 @@ class AdapterBank(Routed):
             rank = patterned(config.rank_pattern, known, layer, config.rank)
             shapes[path] = (rank, config.scaling(rank, patterned(config.alpha_pattern, known, layer, config.alpha)))
         elsewhere = self.kept | {f"{path}.{key}" for path, module in copies.items() for key in module}
-        more = planned(self.model, config, chosen, shared, elsewhere)
+        more = planned(name, self.model, config, chosen, shared, elsewhere)
         check_extras_apart(saved, more.modules)
-        self._check_apart(saved, more.modules)
+        check_not_kept(self.model, self.kept, more)
+        # the other end of tied weights, biases and rows, which `exclude` doesn't speak of alone
+        self._check_apart(
+            saved,
+            {**chosen, **more.modules},
+            way="leave out what means it here (ensure_weight_tying, bias, trainable_token_indices)",
+        )
         check_start(config, chosen, {path: rank for path, (rank, _) in shapes.items()})
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
         layers = {**chosen, **more.modules}
-        slot = _Slot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared}, start=prepared)
+        slot = _Slot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared})
+        slot = replace(slot, start=prepared, num_labels=num_labels)
 
         def start(place: Carrier) -> SlotValues:
             values = _fresh(place, slot, *shapes.get(place.path, (0, 1.0)))
@@ -197,9 +208,10 @@ class AdapterBank(Routed):
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))
         told = adapter.metadata.get(BASE_STORAGE)
         more = places_in(self.model, adapter)
+        check_not_kept(self.model, self.kept, more)
         paths = tuple(dict.fromkeys((*in_order, *more.modules)))
         shared = {**shared_in(adapter, layers), **more.shared}
-        slot = _Slot(adapter.config, seed, paths, shared, adapter.base_model, adapter.task_type, told)
+        slot = _Slot(adapter.config, seed, paths, shared, adapter.base_model, adapter.task_type, told, loaded=True)
         copies = self._saved.fitting(name, adapter)
         self._check_apart(copies, paths)
         warn_tied(name, self.model, list(copies), together=False)
@@ -275,12 +287,18 @@ class AdapterBank(Routed):
                 yield from frozen.named(path)
 
     def restart(self, name: str) -> None:
-        """Set an adapter that `add` made back to its first values."""
+        """Set an adapter that `add` made back to its first values. Raises LorabankError for one that was loaded."""
         slot = self._slot(name)
+        if slot.loaded:
+            raise LorabankError(
+                f"restart: adapter {name!r} was loaded, and its first values are its file's. bank.remove({name!r}) and "
+                f"bank.load({name!r}, adapter) bring them back."
+            )
         for path in (path for path in slot.paths if path not in slot.shared):
             place = self._layers[path]
             mine = place.slots[name]
             place.write(name, _fresh(place, slot, mine.rank, mine.scaling))
+        self._saved.write(name, self._saved.fresh(self._saved.paths(name), slot.num_labels, slot.seed))
 
     def parameter_groups(self, name: str, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict[str, Any]]:
         """Groups for any torch optimizer: A with `learning_rate`, B with `loraplus_ratio` times it (LoRA+, arXiv:2402.12354)."""
@@ -348,6 +366,12 @@ class AdapterBank(Routed):
         self._detached = True
         return self.model
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise LorabankError(
+            "a bank can't be copied or pickled. copy.deepcopy(bank.model) gives the plain base, to which attach(...) and "
+            "load(name, bank.adapter(name)) bring the adapters; an adapter is a value, which can be."
+        )
+
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _slot(self, name: str) -> _Slot:
@@ -371,8 +395,9 @@ class AdapterBank(Routed):
         if self._detached:
             raise LorabankError("this bank was detached from its model; call lorabank.attach(model) for a new one")
 
-    def _check_apart(self, saved: Collection[str], layers: Collection[str]) -> None:
-        check_apart(saved, layers, [path for path, place in self._layers.items() if place.slots], list(self._saved.modules))
+    def _check_apart(self, saved: Collection[str], layers: Collection[str], *, way: str = "") -> None:
+        wrapped = [path for path, place in self._layers.items() if place.slots]
+        check_apart(saved, layers, wrapped, {path: module.in_use for path, module in self._saved.modules.items()}, way=way)
 
     def _install(self, name: str, slot: _Slot, layers: Mapping[str, nn.Module], start: _Start, copies: Values) -> None:
         """Reserve and fill the slot in every place; on any failure the bank is as before."""

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from lorabank.bank.adapter_start import AdapterStart
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.keep import kept_modules
+from lorabank.bank.heads import head_paths
 from lorabank.bank.kinds import layer_kind
-from lorabank.bank.loftq import prepared_config
+from lorabank.bank.loftq import low_rank_layers, prepared_config
+from lorabank.bank.multihead import Projection, patterned
 from lorabank.bank.pca import PrincipalComponents
 from lorabank.bank.routing import BASE
 from lorabank.bank.spectral import check_start
-from lorabank.bank.targets import resolve_targets
 from lorabank.bank.wrappers import without_wrappers
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.checks import check_positive
-from lorabank.errors import DataError, UnreachedLayerError
+from lorabank.errors import DataError, TargetError, UnreachedLayerError
 from lorabank.formats.patterns import pattern_value, to_patterns
 
 IGNORED_LABEL = -100
@@ -45,9 +45,16 @@ def eva(bank: AdapterBank | nn.Module, batches: Iterable[Batch], config: Adapter
     model = bank.model if isinstance(bank, AdapterBank) else bank
     check_positive("rho", rho)
     config = prepared_config(config, "eva")
-    chosen = resolve_targets(model, config, kept_modules(bank.kept) if isinstance(bank, AdapterBank) else ())
-    ranks = {path: pattern_value(config.rank_pattern, without_wrappers(path), config.rank) for path in chosen}
+    chosen, saved = low_rank_layers(bank, config)
+    if head_paths(model) and not saved and config.modules_to_save is None:
+        config = replace(config, modules_to_save=())  # LoRA was asked for on the head, which may get no rank
+    ranks = {path: patterned(config.rank_pattern, without_wrappers(path), layer, config.rank) for path, layer in chosen.items()}
     check_start(config, chosen, ranks)
+    if inside := next((path for path, layer in chosen.items() if isinstance(layer, Projection)), None):
+        raise TargetError(
+            f"init: 'eva' looks at layers' inputs, and {inside!r} is a projection of nn.MultiheadAttention, no module that is "
+            "called. Leave it out of targets, or use init 'uniform'."
+        )
     sizes = {path: kind.features(layer)[0] for path, layer in chosen.items() if (kind := layer_kind(layer)) is not None}
     most = {path: min(max(1, round(rank * rho)), sizes[path]) for path, rank in ranks.items()}
     seen = _Inputs(most)
@@ -87,8 +94,7 @@ def _redistributed(config: AdapterConfig, ranks: Mapping[str, int], given: Mappi
         alpha=alpha,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
-        targets=list(names),
-        exclude=(),
+        targets=list(names),  # `exclude` stays: it speaks of biases too
         layers=None,
     )
 

@@ -13,7 +13,7 @@ from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE, layer_kind
 from lorabank.bank.multihead import Projection
 from lorabank.bank.slices import FusedSlice
 from lorabank.bank.targets import adaptable_layers, matches, unsupported_linear_maps
-from lorabank.bank.tied import tied_pairs
+from lorabank.bank.tied import sharers, tied_pairs, warn_apart
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest
@@ -37,11 +37,16 @@ class ExtraPlaces:
 
 
 def planned(
-    model: nn.Module, config: AdapterConfig, chosen: Mapping[str, nn.Module], shared: Mapping[str, str], kept: Collection[str]
+    name: str,
+    model: nn.Module,
+    config: AdapterConfig,
+    chosen: Mapping[str, nn.Module],
+    shared: Mapping[str, str],
+    kept: Collection[str],
 ) -> ExtraPlaces:
     """What `config` asks for beside A and B in `chosen`. `kept`: names of parameters that the model trains itself.
 
-    Raises TargetError, naming the layer, for what can't be trained there.
+    Raises TargetError, naming the layer, for what can't be trained there. Warns of rows of a weight that others have too.
     """
     found: dict[str, Extras] = {}
     modules: dict[str, nn.Module] = {}
@@ -65,7 +70,23 @@ def planned(
     for path in (*own, *ends):
         modules[path] = adaptable_layers(model)[path]
     _check_apart(own, ends, chosen, found)
+    for path, others in sharers(adaptable_layers(model) if own else {}).items():
+        if path in own and (apart := [other for other in others if other not in (*own, *ends)]):
+            warn_apart(name, path, apart)
     return ExtraPlaces(found, _in_order(model, modules), ends)
+
+
+def check_not_kept(model: nn.Module, kept: Collection[str], places: ExtraPlaces) -> None:
+    """Raise TargetError where an adapter has rows or a bias of what trains beside the base (`kept`: names of parameters)."""
+    trained = {id(p) for name, p in model.named_parameters() if name in kept}
+    for path, module in places.modules.items():
+        extras = places.of(path)
+        for role, has in (("weight", extras.ids), ("bias", extras.bias)):
+            if has and id(module._parameters.get(role)) in trained:
+                what = "trainable_token_indices" if role == "weight" else "bias"
+                raise TargetError(
+                    f"{what}: the {role} of {path!r} trains beside the base already (keep_trainable). Leave it out of one."
+                )
 
 
 def places_in(model: nn.Module, adapter: Adapter) -> ExtraPlaces:

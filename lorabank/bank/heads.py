@@ -58,7 +58,12 @@ def head_parameters(model: nn.Module) -> frozenset[str]:
 
 
 def label_layer(model: nn.Module) -> str | None:
-    """Path of the linear layer in a head that has an output a label; None where there is none such."""
+    """Path of the linear layer in a head that has an output a label; None where there is none such.
+
+    An answer's start and end aren't labels: their number is the model's code's.
+    """
+    if _ending(model) == "ForQuestionAnswering":
+        return None
     count = getattr(model.config, "num_labels", None) if isinstance(model, PreTrainedModel) else None
     found = None
     for path in head_paths(model):

@@ -13,6 +13,8 @@ from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.init import initial_A
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.kinds import layer_kind
+from lorabank.bank.multihead import patterned
+from lorabank.bank.saved_paths import saved_paths, without_saved
 from lorabank.bank.spectral import check_start, principal
 from lorabank.bank.targets import adaptable_layers, resolve_targets
 from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
@@ -38,8 +40,8 @@ def loftq(bank: AdapterBank | nn.Module, original: nn.Module, config: AdapterCon
     """
     model = bank.model if isinstance(bank, AdapterBank) else bank
     config = prepared_config(config, "loftq")
-    chosen = resolve_targets(model, config, kept_modules(bank.kept) if isinstance(bank, AdapterBank) else ())
-    ranks = {path: pattern_value(config.rank_pattern, without_wrappers(path), config.rank) for path in chosen}
+    chosen, _ = low_rank_layers(bank, config)
+    ranks = {path: patterned(config.rank_pattern, without_wrappers(path), layer, config.rank) for path, layer in chosen.items()}
     check_start(config, chosen, ranks)
     prefix, whole = base_prefix(model), adaptable_layers(original)
     A: dict[str, Tensor] = {}
@@ -60,6 +62,17 @@ def loftq(bank: AdapterBank | nn.Module, original: nn.Module, config: AdapterCon
             "or fp8 (base_dtype, lorabank.quantize_base), or use init 'uniform'.",
         )
     return AdapterStart(config=config, A=A, B=B)
+
+
+def low_rank_layers(bank: AdapterBank | nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], list[str]]:
+    """(the layers that an adapter of this configuration has A and B for, paths of the modules that it trains in full)."""
+    if isinstance(bank, AdapterBank):
+        model, kept, fused = bank.model, bank.kept, bank.fused
+    else:
+        model, kept, fused = bank, frozenset[str](), {}
+    chosen = resolve_targets(model, config, kept_modules(kept), fused)
+    saved = saved_paths(model, config, chosen, kept)
+    return without_saved(chosen, saved), saved
 
 
 def prepared_config(config: AdapterConfig, init: str) -> AdapterConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,11 @@ class SavedModules:
             raise
         self._of[name] = tuple(values)
 
+    def write(self, name: str, values: Values) -> None:
+        """Copy values into an adapter's copies."""
+        for path, mine in values.items():
+            self.modules[path].write(name, mine)
+
     def remove(self, name: str) -> None:
         """Forget an adapter's copies."""
         for path in self._of.pop(name, ()):
@@ -160,10 +165,3 @@ class SavedModules:
 
 def _names_of(layer: str) -> Collection[str]:
     return [f"{layer}.{part}".lstrip(".") for part in ("weight", "bias")]
-
-
-def restart(modules: SavedModules, name: str, values: Callable[[], Values]) -> None:
-    """Set an adapter's copies back to `values`."""
-    if modules.paths(name):
-        for path, mine in values().items():
-            modules.modules[path].write(name, mine)

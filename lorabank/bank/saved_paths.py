@@ -90,28 +90,42 @@ def without_saved(chosen: Mapping[str, nn.Module], saved: Collection[str]) -> di
     return left
 
 
-def check_apart(saved: Collection[str], layers: Collection[str], wrapped: Collection[str], others: Collection[str]) -> None:
+def check_apart(
+    saved: Collection[str], layers: Collection[str], wrapped: Collection[str], others: Mapping[str, bool], *, way: str = ""
+) -> None:
     """Raise TargetError where one module would be trained in full and have LoRA, or be in two modules of different adapters.
 
-    saved, layers: of a new adapter. wrapped, others: layers with LoRA, and modules trained in full, of those in the bank.
+    saved, layers: of a new adapter; `way`: how to leave such a layer out, if not by `exclude`. wrapped: layers with LoRA, biases
+    or token rows of adapters in the bank. others: modules trained in full → whether an adapter in the bank still does so.
     """
     for path in saved:
         if inner := next((layer for layer in wrapped if _inside(layer, [path])), None):
             raise TargetError(
-                f"modules_to_save: {path!r} would be trained in full, and layer {inner!r} has another adapter's LoRA or bias. "
-                "One bank does one of them: save it in both adapters, in neither (modules_to_save=[]), or attach a bank of its "
-                "own."
+                f"modules_to_save: {path!r} would be trained in full, and layer {inner!r} has another adapter's LoRA, bias or "
+                "token rows. One bank does one of them: save it in both adapters, in neither (modules_to_save=[]), or attach a "
+                "bank of its own."
             )
         if other := next((o for o in others if o != path and (_inside(o, [path]) or _inside(path, [o]))), None):
+            _check_in_bank("modules_to_save", path, other, others[other])
             raise TargetError(
                 f"modules_to_save: {path!r} and another adapter's {other!r} are one in the other. Name the same module in both."
             )
     for path in layers:
         if outer := next((other for other in others if _inside(path, [other])), None):
+            _check_in_bank("targets", path, outer, others[outer])
             raise TargetError(
                 f"targets: layer {path!r} is in {outer!r}, which another adapter trains in full. One bank does one of them: "
-                f"exclude it here (exclude=[{outer!r}]), save it here too (modules_to_save), or attach a bank of its own."
+                f"{way or f'exclude it here (exclude=[{outer!r}])'}, save it here too (modules_to_save), or attach a bank of "
+                "its own."
             )
+
+
+def _check_in_bank(setting: str, path: str, outer: str, in_use: bool) -> None:
+    if not in_use:
+        raise TargetError(
+            f"{setting}: {path!r} can't be adapted beside {outer!r}, which an adapter that was removed trained in full: its "
+            "place stays as it is until bank.detach(). Attach a new bank."
+        )
 
 
 def check_extras_apart(saved: Collection[str], places: Collection[str]) -> None:

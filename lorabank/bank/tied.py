@@ -8,7 +8,7 @@ the head's A is the embedding's B and its B the embedding's A.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -33,6 +33,16 @@ def tied_pairs(layers: Mapping[str, nn.Module]) -> dict[str, str]:
         if kind is not None and kind.storage == "linear" and id(weight) in embeddings:
             found[path] = embeddings[id(weight)]
     return found
+
+
+def sharers(layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Path of each linear layer and embedding → paths of the others that have its weight."""
+    users: dict[int, list[str]] = {}
+    for path, layer in layers.items():
+        kind, weight = layer_kind(layer), layer._parameters.get("weight")
+        if kind is not None and weight is not None and kind.storage in (EMBEDDING, "linear"):
+            users.setdefault(id(weight), []).append(path)
+    return {path: [other for other in mine if other != path] for mine in users.values() for path in mine}
 
 
 def tie(
@@ -60,7 +70,20 @@ def tie(
                 "ensure_weight_tying=True changes both.",
                 stacklevel=4,
             )
+    for path, others in sharers(layers).items():
+        # further embeddings of one weight, such as a decoder's, which nothing ties
+        if path in chosen and path not in {*touched, *touched.values()} and (apart := [o for o in others if o not in chosen]):
+            warn_apart(name, path, apart)
     return dict(chosen), {}
+
+
+def warn_apart(name: str, path: str, others: Sequence[str]) -> None:
+    """Warn that a weight which other layers have too changes in one of them."""
+    warnings.warn(
+        f"adapter {name!r}: {path!r} and {', '.join(map(repr, others))} have one weight, and the adapter changes the first "
+        "alone. Name the others as well if they are to change.",
+        stacklevel=5,
+    )
 
 
 def shared_in(adapter: Adapter, layers: Mapping[str, nn.Module]) -> dict[str, str]:

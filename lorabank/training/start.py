@@ -10,7 +10,6 @@ from dataclasses import replace
 from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
 from lorabank.bank.extra_places import merged, places_in
 from lorabank.bank.fit import at_home
-from lorabank.bank.saved_bank import restart
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, TargetError
 from lorabank.formats.adapter import Adapter
@@ -87,10 +86,8 @@ def _gave_way(wanted: AdapterConfig, found: AdapterConfig) -> str:
 
 def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
     """Set an adapter's values back to where they started."""
-    saved = saved_modules(bank)
     if job.run.init_from is None:
         bank.restart(name)
-        restart(saved, name, lambda: saved.fresh(saved.paths(name), None, job.seed))
         return
     start = at_home(bank.model, Adapter.load(job.run.init_from))
     for layer in all_layers(bank):
@@ -99,7 +96,8 @@ def restart_adapter(bank: AdapterBank, name: str, job: AdapterJob) -> None:
             values = layer.values_of(start.layers)
             more = places_in(bank.model, start).of(layer.path)
             layer.write(name, values._replace(extras=merged(values.extras, more)))
-    restart(saved, name, lambda: saved.fitting(name, start))
+    saved = saved_modules(bank)
+    saved.write(name, saved.fitting(name, start))
 
 
 def adapter_is_finite(bank: AdapterBank, name: str) -> bool:

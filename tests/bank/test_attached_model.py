@@ -256,6 +256,13 @@ def test_detach_restores_a_mode_that_changed_meanwhile() -> None:
     assert all(m.training for m in model.modules())
 
 
+def test_a_bank_isnt_copied() -> None:
+    _, bank = two("handwritten")
+    for way in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(LorabankError, match="a bank can't be copied or pickled"):
+            way(bank)
+
+
 def test_a_detached_bank_says_so() -> None:
     model, bank = two("handwritten")
     bank.detach()

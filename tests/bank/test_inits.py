@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import lorabank as lb
 from lorabank.bank.bank import AdapterBank, all_layers
@@ -620,3 +621,59 @@ def test_what_cant_go_together_is_refused() -> None:
     layer = lb.AdapterLayer(torch.ones(4, 3), torch.ones(2, 4), 1.0, frozen_rank=1)
     with pytest.raises(AdapterFileError, match="expected a frozen rank of 0, or half of the rank 4"):
         Adapter(config=config("pissa"), layers={"x": layer})
+
+
+def classifier() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "vocab_size": 61,
+    }
+    model = BertForSequenceClassification(BertConfig(**sizes)).eval()
+    return model, [{"input_ids": torch.randint(3, 61, (16, 9))}]
+
+
+def test_eva_leaves_a_classifier_the_head_of_its_own() -> None:
+    """It names the layers that got a rank, which must not read as LoRA asked for on the head."""
+    model, data = classifier()
+    bank = lb.attach(model)
+    bank.add("plain", lb.AdapterConfig(rank=2))
+    bank.add("five", lb.eva(bank, data, lb.AdapterConfig(rank=2)), num_labels=5)
+    heads = [{key for key, _ in bank.named_parameters(name) if "classifier" in key} for name in bank.names]
+    assert heads == [{"classifier.weight", "classifier.bias"}] * 2
+    assert dict(bank.named_parameters("five"))["classifier.bias"].shape == (5,)
+
+
+def test_eva_shares_out_nothing_to_what_is_trained_in_full_and_keeps_exclude() -> None:
+    model, data = classifier()
+    bank = lb.attach(model)
+    start = lb.eva(bank, data, lb.AdapterConfig(rank=2, modules_to_save=["output.dense"]))
+    assert not any(path.endswith("output.dense") for path in start.A)
+    assert sum(map(len, start.A.values())) == 2 * 5
+    wanted = lb.AdapterConfig(rank=2, bias="all", exclude=["LayerNorm", "output.dense"])
+    bank.add("plain", wanted)
+    bank.add("eva", lb.eva(bank, data, wanted))
+    biases = [{key for key, _ in bank.named_parameters(name) if key.endswith(".bias")} for name in bank.names]
+    assert biases[0] == biases[1]
+    assert not any("LayerNorm" in key for key in biases[1])
+
+
+def test_a_start_of_another_model_is_refused() -> None:
+    model, data = classifier()
+    start = lb.eva(model, data, lb.AdapterConfig(rank=2), rho=1.0)
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 61}
+    others: list[dict[str, Any]] = [{"hidden_size": 16, "num_hidden_layers": 2}, {"hidden_size": 32, "num_hidden_layers": 1}]
+    for other in others:
+        bank = lb.attach(BertForSequenceClassification(BertConfig(**sizes, **other)))
+        with pytest.raises(TargetError, match=r"prepared for another model: layer 'bert.encoder.layer"):
+            bank.add("a", start)
+        assert bank.names == ()
+
+
+def test_eva_names_an_attention_whose_projections_nobody_calls() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    with pytest.raises(TargetError, match=r"'eva' looks at layers' inputs, and 'self_attn.in_proj' is a projection"):
+        lb.eva(model, [{"src": torch.randn(4, 6, 16)}], lb.AdapterConfig(rank=2))

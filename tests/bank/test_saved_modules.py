@@ -566,6 +566,41 @@ def test_one_module_isnt_trained_in_full_and_with_lora_in_one_bank() -> None:
     assert torch.equal(found[1], outputs(made("handwritten"), ids(2))[1])  # b is untrained
 
 
+def test_what_stands_against_a_saved_head_is_said_as_it_is() -> None:
+    """The other end of a tied weight, which `exclude` doesn't leave out, and a place whose adapter is gone."""
+    torch.manual_seed(0)
+    bank = attach(llama(tie_word_embeddings=True).eval())
+    with pytest.warns(UserWarning, match="have one weight"):
+        add(bank, "a", targets=["q"], modules_to_save=["lm_head"])
+    tied: list[dict[str, Any]] = [
+        {"targets": ["all-embedding"], "ensure_weight_tying": True},
+        {"targets": ["q"], "trainable_token_indices": [5]},
+    ]
+    for each in tied:
+        with pytest.raises(
+            TargetError, match=r"'lm_head' is in 'lm_head', which another adapter trains.*leave out what means it"
+        ):
+            bank.add("b", AdapterConfig(rank=2, **each))
+    bank.remove("a")
+    with pytest.raises(TargetError, match="'lm_head', which an adapter that was removed trained in full"):
+        bank.add("b", AdapterConfig(rank=2, **tied[0]))
+    assert bank.names == ()
+
+
+def test_a_restart_is_the_start_of_copies_and_new_heads_too() -> None:
+    bank = attach(bert())
+    bank.add("a", AdapterConfig(rank=2), num_labels=5, seed=3)
+    before = {key: p.detach().clone() for key, p in bank.named_parameters("a")}
+    with torch.no_grad():
+        for p in bank.parameters("a"):
+            p.add_(1.0)
+    bank.restart("a")
+    assert all(torch.equal(p, before[key]) for key, p in bank.named_parameters("a"))
+    bank.load("again", bank.adapter("a"))
+    with pytest.raises(LorabankError, match="'again' was loaded, and its first values are its file's"):
+        bank.restart("again")
+
+
 def test_num_labels_needs_a_head_that_is_saved() -> None:
     bank = attach(made("output head"))
     with pytest.raises(ConfigError, match="num_labels: the adapter saves no linear layer with an output a label"):
@@ -574,6 +609,9 @@ def test_num_labels_needs_a_head_that_is_saved() -> None:
     with pytest.raises(ConfigError, match=r"num_labels: expected a whole number ≥ 1, got 0"):
         bank.add("a", AdapterConfig(rank=2), num_labels=0)
     assert bank.names == ()
+    answers = attach(hf.BertForQuestionAnswering(hf.BertConfig(**_WORDS)))  # its outputs are a start and an end
+    with pytest.raises(ConfigError, match="num_labels: the adapter saves no linear layer with an output a label"):
+        answers.add("a", AdapterConfig(rank=2), num_labels=5)
 
 
 def test_a_tied_head_leaves_the_embedding_alone_and_says_so() -> None:

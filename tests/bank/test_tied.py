@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import lorabank as lb
 from lorabank import BASE
@@ -162,3 +163,15 @@ def test_training_keeps_the_ends_together() -> None:
     assert not torch.equal(layers[EMBEDDING].A, before.A)
     assert torch.equal(layers[HEAD].A, layers[EMBEDDING].B.t())
     assert torch.equal(layers[HEAD].B, layers[EMBEDDING].A.t())
+
+
+@pytest.mark.parametrize(
+    "config", [{"targets": ["encoder.embed_tokens"]}, {"trainable_token_indices": {"encoder.embed_tokens": [5]}}]
+)
+def test_the_other_tables_of_one_weight_are_told(config: dict[str, Any]) -> None:
+    """T5's encoder and decoder have a table each, of the weight that its head has too."""
+    sizes: dict[str, Any] = {"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    bank = lb.attach(T5ForConditionalGeneration(T5Config(**sizes)))
+    apart = "'encoder.embed_tokens' and 'shared', 'decoder.embed_tokens', 'lm_head' have one weight"
+    with pytest.warns(UserWarning, match=apart):
+        bank.add("a", lb.AdapterConfig(rank=2, **config))

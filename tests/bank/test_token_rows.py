@@ -291,6 +291,23 @@ def test_what_isnt_a_table_is_named(make_model: Any, config: dict[str, Any], sai
     assert bank.names == ()
 
 
+def test_a_table_that_trains_beside_the_base_has_no_rows_of_an_adapter() -> None:
+    model = llama().eval()
+    adapter: dict[str, Any] = {"rank": 2, "targets": ["q"], "trainable_token_indices": {"lm_head": [4]}}
+    plain = attach(model)
+    plain.add("a", AdapterConfig(**adapter))
+    loaded = plain.adapter("a")
+    model = plain.detach().requires_grad_(False)
+    model.get_submodule("lm_head").requires_grad_(True)
+    bank = attach(model, keep_trainable=["lm_head"])
+    said = r"trainable_token_indices: the weight of 'lm_head' trains beside the base already \(keep_trainable\)"
+    with pytest.raises(TargetError, match=said):
+        bank.add("a", AdapterConfig(**adapter))
+    with pytest.raises(TargetError, match=said):
+        bank.load("a", loaded, force=True)
+    assert bank.names == ()
+
+
 def test_rows_that_dont_fit_load_nothing() -> None:
     adapter = two("rows of tied llama")[1].adapter("a")
     bank = attach(tied())

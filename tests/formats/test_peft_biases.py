@@ -173,7 +173,7 @@ def test_theirs_here(make_model: Callable[[], nn.Module], config: dict[str, Any]
     assert not torch.allclose(plain, expected, atol=2e-3)
     ours = {name for name, _ in bank.named_parameters("a")}
     if make_model is bert:  # by itself a new adapter has a head of its own, which isn't for one bank with a bias of the base's
-        with pytest.raises(TargetError, match="layer 'classifier' has another adapter's LoRA or bias"):
+        with pytest.raises(TargetError, match="layer 'classifier' has another adapter's LoRA, bias or token rows"):
             bank.add("fresh", wanted)
         wanted.modules_to_save = []
     bank.add("fresh", wanted)
