@@ -86,7 +86,7 @@ def test_roles_follow_each_familys_names(kind: str, role: str, expected: list[st
 @pytest.mark.parametrize("kind", [k for k in MODELS if k != "torch encoder"])
 def test_all_linear_is_every_linear_layer_but_the_output_head(kind: str) -> None:
     model = make(kind)
-    head = getattr(model, "lm_head", None)
+    head = next((model._modules[name] for name in ("lm_head", "embed_out") if name in model._modules), None)
     expected = [path for path, m in linear_layers(model).items() if m is not head]
     assert _chosen(kind, "all-linear") == expected
     assert expected

@@ -29,6 +29,8 @@ def _generate(bank: AdapterBank, prompt: list[int], route: Any) -> list[int]:
     model = bank.model
     assert isinstance(model, PreTrainedModel)
     text = torch.tensor([prompt])
+    if "output_router_logits" in vars(model.config):
+        model.config.output_router_logits = False  # transformers 5.10 can't reckon its loss behind a cache
     with bank.route(route):
         out: Any = model.generate(  # type: ignore[operator]
             text,
