@@ -165,9 +165,12 @@ class Carrier(ABC):
     def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
         """A trained adapter's, out of its layers by path."""
 
-    @abstractmethod
     def write(self, name: str, values: SlotValues) -> None:
         """Copy values into an adapter's leaves."""
+        tensors = self.slots[name].tensors
+        with torch.no_grad():
+            tensors.A_RI.copy_(values.A)
+            tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
 
     @abstractmethod
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
@@ -68,13 +67,6 @@ class SliceCarrier(Carrier):
         """A trained adapter's, out of its layers by path."""
         mine = layers[self.path]
         return SlotValues(mine.A, mine.B, None, False, mine.rank, mine.scaling)
-
-    def write(self, name: str, values: SlotValues) -> None:
-        """Copy values into an adapter's leaves."""
-        tensors = self.slots[name].tensors
-        with torch.no_grad():
-            tensors.A_RI.copy_(values.A)
-            tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
 
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values here, on the CPU, by path."""

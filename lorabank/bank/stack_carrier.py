@@ -106,13 +106,6 @@ class StackCarrier(Carrier):
             ranges=tuple((slot.tensors.start, slot.tensors.stop) for slot in present),
         )
 
-    def write(self, name: str, values: SlotValues) -> None:
-        """Copy values into an adapter's leaves."""
-        tensors = self.slots[name].tensors
-        with torch.no_grad():
-            tensors.A_RI.copy_(values.A)
-            tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
-
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values, a layer an expert, on the CPU."""
         slot, parts = self.slots[name], self.parts
