@@ -9,11 +9,12 @@ from torch import Tensor
 from lorabank import BASE
 from lorabank.engine.compiling import compile_blocks
 from lorabank.engine.step import Engine, forward_backward
-from tests.bank.tiny import MIXTURES, clear, gradients, ids, make, outputs, two
+from tests.bank.tiny import MIXTURES, MODELS, clear, gradients, ids, make, outputs, two
 from tests.engine.tiny import batch_of, make_bank, make_model
 from tests.engine.tiny import gradients as tiny_gradients
 
-KINDS = ["pictures", "mixtral", "gpt-oss", "decomposed llama", "decomposed gpt2", "decomposed pictures"]
+KINDS = [kind for kind in MODELS if kind not in ("llama", "gpt2", "bert", "t5", "bart", "handwritten")]
+"""The plain ones have tests/gpu/test_laws.py."""
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
 CUDA = torch.device("cuda")
 
