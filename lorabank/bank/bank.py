@@ -406,8 +406,11 @@ class AdapterBank(Routed):
             for path in in_turn(slot.paths, slot.shared):
                 place = self._wrapped.wrap(path, layers[path], self)
                 if path in slot.shared:
-                    place.share_slot(name, self._layers[slot.shared[path]].slots[name], slot.config.dropout)
+                    table = self._layers[slot.shared[path]]
+                    place.share_slot(name, table.slots[name], slot.config.dropout)
                     done.append(path)
+                    if not table.slots[name].rank:
+                        self._reach.read_at(table, place)
                     continue
                 values = start(place)
                 place.add_slot(name, values, slot.config.dropout, slot.seed)

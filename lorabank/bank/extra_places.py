@@ -29,7 +29,7 @@ class ExtraPlaces:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     """The modules at these paths, and at `shared`'s."""
     shared: Mapping[str, str] = field(default_factory=dict)
-    """Path of a head whose weight is an embedding's with rows of its own → the embedding's path, whose rows it reads."""
+    """Path of a layer whose weight is an embedding's with rows of its own → the embedding's path, whose rows it reads."""
 
     def of(self, path: str) -> Extras:
         """Those of one place."""
@@ -247,10 +247,10 @@ def _rows(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]
         if max(ids) >= size:
             raise TargetError(f"trainable_token_indices: {paths[0]!r}: {_beyond(max(ids), size)}")
         found[paths[0]] = tuple(ids)
-    for head, table in tied_pairs(adaptable_layers(model)).items():
-        if head in found and table in found and found.pop(head) != found[table]:
+    for end, table in _ends_of(model).items():
+        if end in found and table in found and found.pop(end) != found[table]:
             raise TargetError(
-                f"trainable_token_indices: {head!r} and {table!r} have one weight, and other ids are named for "
+                f"trainable_token_indices: {end!r} and {table!r} have one weight, and other ids are named for "
                 f"each. Name {table!r} alone: the other follows it."
             )
     return found
@@ -263,11 +263,16 @@ def _beyond(token: int, size: int) -> str:
     )
 
 
-def _input_embedding(model: nn.Module, known: Mapping[str, nn.Module]) -> str:
-    """Path of the model's table of tokens."""
+def _own_table(model: nn.Module, known: Mapping[str, nn.Module]) -> list[str]:
+    """Path of the table that the model itself says tokens are looked up in; nothing where it doesn't say."""
     get = getattr(model, "get_input_embeddings", None)
     table = get() if callable(get) else None
-    paths = [path for path, module in known.items() if module is table or (isinstance(table, Adapted) and module is table.base)]
+    return [path for path, module in known.items() if isinstance(table, nn.Module) and module is unwrapped(table)][:1]
+
+
+def _input_embedding(model: nn.Module, known: Mapping[str, nn.Module]) -> str:
+    """Path of the model's table of tokens."""
+    paths = _own_table(model, known)
     if not paths:
         tables = [path for path, module in known.items() if isinstance(module, nn.Embedding)]
         paths = tables if len(tables) == 1 else []
@@ -287,11 +292,24 @@ def _no_table(layer: nn.Module) -> str | None:
     return None
 
 
+def _ends_of(model: nn.Module) -> dict[str, str]:
+    """Path of each layer that follows an embedding of its weight → the embedding's path.
+
+    A head follows its embedding. Of the model's own table of tokens all follow, as in PEFT: T5's `shared` is called by nothing,
+    and stands for the encoder's, the decoder's and the head's.
+    """
+    layers = adaptable_layers(model)
+    found = tied_pairs(layers)
+    for table in _own_table(model, layers):
+        found |= dict.fromkeys(sharers(layers).get(table, ()), table)
+    return found
+
+
 def _tied_ends(model: nn.Module, own: Collection[str]) -> dict[str, str]:
-    """Head → embedding of those whose weight is a table's with rows of an adapter, and that have none themselves."""
+    """The layers that read the rows of a table in `own` and have none themselves → the table's path."""
     if not own:
         return {}
-    return {head: table for head, table in tied_pairs(adaptable_layers(model)).items() if table in own and head not in own}
+    return {end: table for end, table in _ends_of(model).items() if table in own and end not in own}
 
 
 def _check_apart(own: Collection[str], ends: Mapping[str, str], chosen: Collection[str], found: Mapping[str, Extras]) -> None:

@@ -24,7 +24,7 @@ from lorabank.formats.readers import obstacles
 from lorabank.formats.token_rows import TokenRows
 from lorabank.formats.vllm import vllm_adapter
 from lorabank.training.serving import serve_lines
-from tests.bank.tiny import VOCABULARY, Handwritten, add, bert, gpt2, ids, llama, outputs
+from tests.bank.tiny import VOCABULARY, Handwritten, add, bert, gpt2, ids, llama, outputs, t5
 
 PREFIX = "base_model.model."
 IDS = [30, 7]
@@ -89,6 +89,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "rows by name": (biased, {"trainable_token_indices": {"embed_tokens": IDS, "lm_head": [3, 30]}}),
     "rows of a head": (biased, {"trainable_token_indices": {"lm_head": IDS}}),
     "rows, grown": (grown, {"trainable_token_indices": [VOCABULARY + 1, IDS[1]]}),
+    "rows of T5": (t5, {"trainable_token_indices": IDS}),
     "everything": (gpt2, {"bias": "all", "lora_bias": True, "trainable_token_indices": IDS}),
 }
 
@@ -104,7 +105,8 @@ def test_ours_in_peft(make_model: Callable[[], nn.Module], config: dict[str, Any
     base = made(make_model)
     plain = outputs(base, x).detach()
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "one")).eval()
-    torch.testing.assert_close(outputs(theirs, x).detach(), expected, rtol=1e-4, atol=2e-5)
+    found = outputs(theirs.get_base_model(), x).detach()  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     assert not torch.allclose(plain, expected, atol=1e-2)
     # without what this is about the outputs would be others
     bare = attach(made(make_model))
@@ -150,6 +152,8 @@ THEIRS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": IDS, "lm_head": [3, 30]}},
     ),
     "rows of a tied head": (tied, {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": IDS}}),
+    "rows of T5": (t5, {"target_modules": ["q"], "trainable_token_indices": IDS}),
+    "rows of T5 by name": (t5, {"target_modules": ["q"], "trainable_token_indices": {"shared": IDS, "lm_head": IDS}}),
 }
 
 
@@ -163,7 +167,7 @@ def test_theirs_here(make_model: Callable[[], nn.Module], config: dict[str, Any]
         for p in theirs.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-        expected = outputs(theirs, x)
+        expected = outputs(theirs.get_base_model(), x)  # type: ignore[arg-type]
         theirs.save_pretrained(str(tmp_path))
         model = made(make_model)
         plain = outputs(model, x)
