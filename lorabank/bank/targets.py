@@ -387,7 +387,9 @@ def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: n
         way_out = f"name the layers inside it, such as '{part}.*'" if inside else "linear layers, convolutions and embeddings can"
         return f"{setting}: {part!r} names {path}, a {type(unwrapped(module)).__name__}, which can't be adapted yet; {way_out}"
     names = sorted({_leaf(path) for path in layers})
-    hint = closest(part, [name for name in (*names, *ROLES, ALL_LINEAR, *ALL_OF_A_KIND) if name != part])
+    length = part.count(".") + 1
+    ends = names if length == 1 else sorted({".".join(path.split(".")[-length:]) for path in layers})
+    hint = closest(part, [name for name in (*ends, *ROLES, ALL_LINEAR, *ALL_OF_A_KIND) if name != part])
     fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""
     what = ALL_OF_A_KIND.get(part, "linear layer" if part in ROLES else "layer")
     return f"{setting}: {part!r} matches no {what} of the model{hint}{fused}. It has: {', '.join(names) or 'none'}"
