@@ -286,6 +286,12 @@ class AdapterBank(Routed):
             if frozen is not None:
                 yield from frozen.named(path)
 
+    def token_ids(self, name: str) -> dict[str, tuple[int, ...]]:
+        """`<layer path>.rows` of each table that an adapter trains rows of, and the ids that these are of, in order."""
+        slot = self._slot(name)
+        own = ((path, self._layers[path].slots[name].ids) for path in slot.paths if path not in slot.shared)
+        return {f"{path}.{ROWS}": ids.ids for path, ids in own if ids is not None}
+
     def restart(self, name: str) -> None:
         """Set an adapter that `add` made back to its first values. Raises LorabankError for one that was loaded."""
         slot = self._slot(name)
