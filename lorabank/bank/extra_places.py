@@ -12,7 +12,7 @@ from lorabank.bank.extras import BIAS, ROWS, Extras
 from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE, layer_kind
 from lorabank.bank.multihead import Projection
 from lorabank.bank.slices import FusedSlice
-from lorabank.bank.targets import adaptable_layers, matches, unsupported_linear_maps
+from lorabank.bank.targets import adaptable_layers, as_list, matches, unsupported_linear_maps
 from lorabank.bank.tied import sharers, tied_pairs, warn_apart
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
@@ -138,14 +138,37 @@ def extras_misfits(model: nn.Module, adapter: Adapter) -> list[str]:
             wrong.append(f"token rows of {path}: {_beyond(max(own.ids), ids)}")
         elif path in adapter.layers:
             wrong.append(f"token rows of {path}: it has A and B there too, which don't go together")
-    if adapter.config.bias == "lora_only":
-        biased = [p for p in adapter.layers if p in modules and modules[p]._parameters.get("bias") is not None]
-        lacking = [path for path in biased if path not in adapter.biases]
-        wrong += [f"{path}.bias: bias is 'lora_only' and the adapter has none for it: it is incomplete" for path in lacking[:1]]
+    if lacking := _lacking_biases(modules, adapter):
+        wrong.append(
+            f"{lacking[0]}.bias: bias is {adapter.config.bias!r} and the adapter has none for it: it is incomplete. Fetch it "
+            "again, or name the module in exclude_modules of adapter_config.json if it was left out on purpose"
+        )
     for path, layer in adapter.layers.items():
         if layer.lora_bias is not None and (layer.looks_up or layer.stack or layer.attention or layer.outputs is not None):
             wrong.append(f"{path}: it has a lora_bias, which embeddings, stacks of experts, attention and slices can't")
     return wrong
+
+
+def _lacking_biases(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Modules whose bias a whole file has, and this adapter hasn't.
+
+    PEFT saves all biases of the model for bias: all, whatever it excludes, but those in modules that it saves in full. An adapter
+    of a bank, which a fingerprint tells, may lack some: of parameters that went on training beside the base.
+    """
+    mode, exclude = adapter.config.bias, as_list(adapter.config.exclude)
+    biased = [p for p, module in modules.items() if module._parameters.get("bias") is not None and p not in adapter.biases]
+    if mode == "lora_only":
+        return [path for path in biased if path in adapter.layers]
+    if mode == "none" or adapter.fingerprint is not None:
+        return []
+    apart = tuple(f"{path}." for path in adapter.modules)
+    return [
+        path
+        for path in biased
+        if not (apart and f"{path}.".startswith(apart))
+        and not {"lora_A", "lora_B"} & set(path.split("."))
+        and not any(matches(part, path) for part in exclude)
+    ]
 
 
 def _in_order(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -183,7 +206,7 @@ def _biases(
 ) -> dict[str, nn.Module]:
     """Modules whose bias is trained, by path."""
     known = _modules(model)
-    exclude = [config.exclude] if isinstance(config.exclude, str) else config.exclude
+    exclude = as_list(config.exclude)
     adapted = (path.rpartition(".")[0] if isinstance(layer, FusedSlice) else path for path, layer in chosen.items())
     wanted = dict.fromkeys(adapted) if config.bias == "lora_only" else known
     attentions = [path for path, module in known.items() if isinstance(module, nn.MultiheadAttention)]

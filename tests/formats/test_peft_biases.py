@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lorabank import Adapter, attach
-from lorabank.errors import AdapterFileError, TargetError
+from lorabank import Adapter, attach, merge
+from lorabank.errors import AdapterFileError, MergeError, TargetError
 from lorabank.formats.convert import convert
 from lorabank.formats.diffusers import save_diffusers
 from lorabank.formats.kohya import save_kohya
@@ -241,6 +241,32 @@ def test_files_that_dont_fit_together_are_named(folder: Path, settings: Any, cha
     edit(folder, settings, change)
     with pytest.raises(AdapterFileError, match=said):
         Adapter.load(folder)
+
+
+@pytest.mark.parametrize("mode", ["all", "lora_only"])
+def test_a_file_that_lost_a_bias_is_refused_by_the_model(mode: str, tmp_path: Path) -> None:
+    """PEFT saves every bias that the setting means, whatever `exclude_modules` says."""
+    wanted = peft.LoraConfig(r=2, target_modules=["c_attn"], exclude_modules=["h.0.attn.c_attn"], bias=mode, fan_in_fan_out=True)  # type: ignore[arg-type]
+    peft.get_peft_model(made(gpt2), wanted).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    model = made(gpt2)
+    bank = attach(model)
+    bank.load("whole", Adapter.load(tmp_path))
+    layer = "transformer.h.1.attn.c_attn"
+    gone = f"{PREFIX}transformer.ln_f.bias" if mode == "all" else f"{PREFIX}{layer}.base_layer.bias"
+    edit(tmp_path, {}, lambda tensors: tensors.pop(gone))
+    lost = Adapter.load(tmp_path)
+    path = gone.removeprefix(PREFIX).replace(".base_layer", "")
+    said = (
+        rf"{path}: bias is '{mode}' and the adapter has none for it: it is incomplete\. Fetch it again, or name .*exclude_modules"
+    )
+    with pytest.raises(AdapterFileError, match=said):
+        bank.load("lost", lost)
+    with pytest.raises(MergeError, match=said):
+        merge(made(gpt2), lost, say=None)
+    assert bank.names == ("whole",)
+    if mode == "all":
+        edit(tmp_path, {"exclude_modules": ["h.0.attn.c_attn", "ln_f"]})
+        bank.load("less", Adapter.load(tmp_path))
 
 
 def test_some_lora_biases_and_not_others_arent_pefts() -> None:
