@@ -18,7 +18,7 @@ from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, t
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.heads import head_parameters, peft_task
-from lorabank.bank.keep import kept_modules
+from lorabank.bank.keep import check_stacks_frozen, kept_modules
 from lorabank.bank.multihead import patterned
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
@@ -206,6 +206,7 @@ class AdapterBank(Routed):
         # in the order that `add` has them, not the file's
         layers = self._layers_and_slices(adapter)
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))
+        check_stacks_frozen(name, {path: layers[path] for path in in_order}, self.kept)
         told = adapter.metadata.get(BASE_STORAGE)
         more = places_in(self.model, adapter)
         check_not_kept(self.model, self.kept, more)
