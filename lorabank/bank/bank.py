@@ -14,7 +14,16 @@ from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.extra_places import check_not_kept, merged, places_in, planned
 from lorabank.bank.extras import BIAS, ROWS
-from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, task_type, warn_ranks, warn_storage
+from lorabank.bank.fit import (
+    at_home,
+    check_decomposed,
+    check_fits,
+    features,
+    task_type,
+    warn_empty_experts,
+    warn_ranks,
+    warn_storage,
+)
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.heads import head_parameters, peft_task
@@ -203,6 +212,7 @@ class AdapterBank(Routed):
         adapter = at_home(self.model, adapter)
         check_fits(self.model, name, adapter, force=force, fused=self.fused)
         warn_storage(name, adapter, self.model)
+        warn_empty_experts(name, adapter, self.model)
         # in the order that `add` has them, not the file's
         layers = self._layers_and_slices(adapter)
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))

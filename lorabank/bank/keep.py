@@ -56,7 +56,7 @@ def kept_modules(kept: Collection[str]) -> frozenset[str]:
 
 
 def stack_trains(path: str, stack: ExpertStack, kept: Collection[str]) -> bool:
-    """Whether a stack of experts, or the other one of its module, is among the parameters that train: which rules adapters out."""
+    """Whether a stack of experts, or the other one of its module, trains itself: which rules adapters out."""
     return any(f"{path.rpartition('.')[0]}.{name}" in kept for name in stacks_of(stack.experts))
 
 
