@@ -22,7 +22,8 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import COMPONENTS, components, in_file_names, in_model_names, of_component, split
 from lorabank.formats.extras import refuse_extras, refuse_settings
 from lorabank.formats.files import read_tensors, write_tensors
-from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
+from lorabank.formats.image_files import checked, file_metadata, held, with_file_metadata
+from lorabank.formats.norms import warn_norms
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.peft_keys import PREFIX, from_tensors, pair_tensors, split_magnitudes, to_tensors

@@ -22,10 +22,11 @@ from lorabank.formats.components import COMPONENTS, alpha_of, split
 from lorabank.formats.extras import refuse_extras
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.fused import Whole, join, take_apart
-from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
+from lorabank.formats.image_files import checked, file_metadata, held, with_file_metadata
 from lorabank.formats.kohya_names import PREFIXES, Naming, Place, kernel_of, name_of, place
 from lorabank.formats.lycoris_layers import KEYS as LYCORIS_KEYS
 from lorabank.formats.lycoris_layers import Decomposed, decomposed, tucker_pair
+from lorabank.formats.norms import warn_norms
 from lorabank.formats.saved import refuse_modules
 from lorabank.formats.slices import without_slices
 
