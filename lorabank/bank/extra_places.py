@@ -138,6 +138,11 @@ def extras_misfits(model: nn.Module, adapter: Adapter) -> list[str]:
             wrong.append(f"token rows of {path}: {_beyond(max(own.ids), ids)}")
         elif path in adapter.layers:
             wrong.append(f"token rows of {path}: it has A and B there too, which don't go together")
+    asked = adapter.config.trainable_token_indices
+    held = {*adapter.token_rows, *_tied_ends(model, adapter.token_rows)}
+    for name in asked if isinstance(asked, Mapping) and adapter.token_rows else ():
+        if not any(path == name or path.endswith(f".{name}") for path in held):
+            wrong.append(f"token rows of {name}: trainable_token_indices names it and the adapter has none: it is incomplete")
     if lacking := _lacking_biases(modules, adapter):
         wrong.append(
             f"{lacking[0]}.bias: bias is {adapter.config.bias!r} and the adapter has none for it: it is incomplete. Fetch it "

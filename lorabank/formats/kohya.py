@@ -108,7 +108,9 @@ def read_kohya(
         layer, how = _layer(where, name, group, rank, kernel)
         for module, part in take_apart(layer, here.paths, swapped=here.swapped).items():
             if module in layers:
-                raise AdapterFileError(f"{where}: {name!r} and another layer are both {module!r}: two adapters in one file.")
+                raise AdapterFileError(
+                    f"{where}: {name!r} and another layer are both {module!r}: two adapters in one file. Save each by itself."
+                )
             layers[module] = part
             if how:
                 turned[module] = how
@@ -202,7 +204,7 @@ def _groups(where: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Te
             )
         groups.setdefault(name, {})[role] = value
     if not groups:
-        raise AdapterFileError(f"{where}: holds no tensors")
+        raise AdapterFileError(f"{where}: holds no tensors. Fetch or save it again.")
     return groups
 
 
@@ -292,7 +294,9 @@ def _layer(
     alpha = _alpha(where, name, tensors.get("alpha"))
     if any(key in tensors for key in LYCORIS_KEYS):
         if mixed := sorted(set(tensors) & set(PLAIN_KEYS[:3])):
-            raise AdapterFileError(f"{where}: layer {name!r} is LyCORIS' and has {mixed[0]!r} too: two adapters in one file.")
+            raise AdapterFileError(
+                f"{where}: layer {name!r} is LyCORIS' and has {mixed[0]!r} too: two adapters in one file. Save each by itself."
+            )
         layer, how = decomposed(where, name, tensors, alpha, rank=rank, kernel=kernel)
     else:
         layer, how = _plain(where, name, tensors, alpha), None

@@ -276,7 +276,11 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise AdapterFileError(f"{path.parent}: has no {path.name}, so the adapter's rank and scaling are unknown") from error
+        raise AdapterFileError(
+            f"{path.parent}: has no {path.name}, so the adapter's rank and scaling are unknown. Fetch or save it again."
+        ) from error
+    except OSError as error:
+        raise AdapterFileError(f"{path}: can't be read ({error.strerror or error}). Fetch or save the adapter again.") from error
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path}: no valid JSON ({error}). Fetch or save the adapter again.") from error
 

@@ -153,6 +153,8 @@ def test_half_a_pair(folder: Path, role: str) -> None:
 
 BAD_TENSORS = {
     "int8": (torch.ones(4, 32, dtype=torch.int8), "int8"),
+    "float8": (torch.ones(4, 32).to(torch.float8_e4m3fn), "float8_e4m3fn; expected float32"),
+    "float8 NaN": (torch.full((4, 32), float("nan")).to(torch.float8_e5m2), "holds NaN"),
     "conv": (torch.ones(4, 32, 1, 1), "aren't one convolution's"),
     "vector": (torch.ones(4), "two dimensions"),
     "empty": (torch.ones(0, 32), "two dimensions"),
@@ -266,6 +268,13 @@ def test_our_own_file_altered(plain_adapter: Adapter, tmp_path: Path, change: di
     path = folder / "lorabank.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(AdapterFileError):
+        load_peft(folder)
+
+
+def test_a_folder_where_the_settings_should_be(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
+    with pytest.raises(AdapterFileError, match=r"adapter_config\.json: can't be read \(Is a directory\)\. Fetch"):
         load_peft(folder)
 
 

@@ -269,6 +269,25 @@ def test_a_file_that_lost_a_bias_is_refused_by_the_model(mode: str, tmp_path: Pa
         bank.load("less", Adapter.load(tmp_path))
 
 
+def test_rows_that_are_named_and_arent_there_are_refused(tmp_path: Path) -> None:
+    """Of tied tables with the same ids PEFT saves one; else each that is named has its rows."""
+    head = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
+    for ids_of_head in ([3, 30, 5], IDS):
+        bank = attach(made(biased))
+        add(bank, "a", targets=["q_proj"], trainable_token_indices={"embed_tokens": IDS, "lm_head": ids_of_head})
+        bank.adapter("a").save(tmp_path)
+        (tmp_path / "lorabank.json").unlink()
+        edit(tmp_path, {}, lambda tensors: tensors.pop(head))
+        if ids_of_head is not IDS:
+            with pytest.raises(AdapterFileError, match="names 'lm_head' and there are no rows of it: it is incomplete"):
+                Adapter.load(tmp_path)
+    lost = Adapter.load(tmp_path)
+    bank = attach(made(biased))
+    with pytest.raises(AdapterFileError, match=r"token rows of lm_head: .* the adapter has none: it is incomplete"):
+        bank.load("b", lost)
+    attach(made(tied)).load("b", lost)
+
+
 def test_some_lora_biases_and_not_others_arent_pefts() -> None:
     bank = attach(made(gpt2))
     add(bank, "a", targets=["c_attn"], lora_bias=True)
