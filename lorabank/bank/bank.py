@@ -14,11 +14,20 @@ from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.extra_places import check_not_kept, merged, places_in, planned
 from lorabank.bank.extras import BIAS, ROWS
-from lorabank.bank.fit import at_home, check_decomposed, check_fits, features, task_type, warn_ranks, warn_storage
+from lorabank.bank.fit import (
+    at_home,
+    check_decomposed,
+    check_fits,
+    features,
+    task_type,
+    warn_empty_experts,
+    warn_ranks,
+    warn_storage,
+)
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.heads import head_parameters, peft_task
-from lorabank.bank.keep import kept_modules
+from lorabank.bank.keep import check_stacks_frozen, kept_modules
 from lorabank.bank.multihead import patterned
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
@@ -203,9 +212,11 @@ class AdapterBank(Routed):
         adapter = at_home(self.model, adapter)
         check_fits(self.model, name, adapter, force=force, fused=self.fused)
         warn_storage(name, adapter, self.model)
+        warn_empty_experts(name, adapter, self.model)
         # in the order that `add` has them, not the file's
         layers = self._layers_and_slices(adapter)
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))
+        check_stacks_frozen(name, {path: layers[path] for path in in_order}, self.kept)
         told = adapter.metadata.get(BASE_STORAGE)
         more = places_in(self.model, adapter)
         check_not_kept(self.model, self.kept, more)
@@ -285,6 +296,12 @@ class AdapterBank(Routed):
             frozen = self._layers[path].slots[name].frozen
             if frozen is not None:
                 yield from frozen.named(path)
+
+    def token_ids(self, name: str) -> dict[str, tuple[int, ...]]:
+        """`<layer path>.rows` of each table that an adapter trains rows of, and the ids that these are of, in order."""
+        slot = self._slot(name)
+        own = ((path, self._layers[path].slots[name].ids) for path in slot.paths if path not in slot.shared)
+        return {f"{path}.{ROWS}": ids.ids for path, ids in own if ids is not None}
 
     def restart(self, name: str) -> None:
         """Set an adapter that `add` made back to its first values. Raises LorabankError for one that was loaded."""
@@ -406,8 +423,11 @@ class AdapterBank(Routed):
             for path in in_turn(slot.paths, slot.shared):
                 place = self._wrapped.wrap(path, layers[path], self)
                 if path in slot.shared:
-                    place.share_slot(name, self._layers[slot.shared[path]].slots[name], slot.config.dropout)
+                    table = self._layers[slot.shared[path]]
+                    place.share_slot(name, table.slots[name], slot.config.dropout)
                     done.append(path)
+                    if not table.slots[name].rank:
+                        self._reach.read_at(table, place)
                     continue
                 values = start(place)
                 place.add_slot(name, values, slot.config.dropout, slot.seed)

@@ -12,7 +12,7 @@ from lorabank.bank.extras import BIAS, ROWS, Extras
 from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE, layer_kind
 from lorabank.bank.multihead import Projection
 from lorabank.bank.slices import FusedSlice
-from lorabank.bank.targets import adaptable_layers, matches, unsupported_linear_maps
+from lorabank.bank.targets import adaptable_layers, as_list, matches, unsupported_linear_maps
 from lorabank.bank.tied import sharers, tied_pairs, warn_apart
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig
@@ -29,7 +29,7 @@ class ExtraPlaces:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     """The modules at these paths, and at `shared`'s."""
     shared: Mapping[str, str] = field(default_factory=dict)
-    """Path of a head whose weight is an embedding's with rows of its own → the embedding's path, whose rows it reads."""
+    """Path of a layer whose weight is an embedding's with rows of its own → the embedding's path, whose rows it reads."""
 
     def of(self, path: str) -> Extras:
         """Those of one place."""
@@ -138,14 +138,42 @@ def extras_misfits(model: nn.Module, adapter: Adapter) -> list[str]:
             wrong.append(f"token rows of {path}: {_beyond(max(own.ids), ids)}")
         elif path in adapter.layers:
             wrong.append(f"token rows of {path}: it has A and B there too, which don't go together")
-    if adapter.config.bias == "lora_only":
-        biased = [p for p in adapter.layers if p in modules and modules[p]._parameters.get("bias") is not None]
-        lacking = [path for path in biased if path not in adapter.biases]
-        wrong += [f"{path}.bias: bias is 'lora_only' and the adapter has none for it: it is incomplete" for path in lacking[:1]]
+    asked = adapter.config.trainable_token_indices
+    held = {*adapter.token_rows, *_tied_ends(model, adapter.token_rows)}
+    for name in asked if isinstance(asked, Mapping) and adapter.token_rows else ():
+        if not any(path == name or path.endswith(f".{name}") for path in held):
+            wrong.append(f"token rows of {name}: trainable_token_indices names it and the adapter has none: it is incomplete")
+    if lacking := _lacking_biases(modules, adapter):
+        wrong.append(
+            f"{lacking[0]}.bias: bias is {adapter.config.bias!r} and the adapter has none for it: it is incomplete. Fetch it "
+            "again, or name the module in exclude_modules of adapter_config.json if it was left out on purpose"
+        )
     for path, layer in adapter.layers.items():
         if layer.lora_bias is not None and (layer.looks_up or layer.stack or layer.attention or layer.outputs is not None):
             wrong.append(f"{path}: it has a lora_bias, which embeddings, stacks of experts, attention and slices can't")
     return wrong
+
+
+def _lacking_biases(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Modules whose bias a whole file has, and this adapter hasn't.
+
+    PEFT saves all biases of the model for bias: all, whatever it excludes, but those in modules that it saves in full. An adapter
+    of a bank, which a fingerprint tells, may lack some: of parameters that went on training beside the base.
+    """
+    mode, exclude = adapter.config.bias, as_list(adapter.config.exclude)
+    biased = [p for p, module in modules.items() if module._parameters.get("bias") is not None and p not in adapter.biases]
+    if mode == "lora_only":
+        return [path for path in biased if path in adapter.layers]
+    if mode == "none" or adapter.fingerprint is not None:
+        return []
+    apart = tuple(f"{path}." for path in adapter.modules)
+    return [
+        path
+        for path in biased
+        if not (apart and f"{path}.".startswith(apart))
+        and not {"lora_A", "lora_B"} & set(path.split("."))
+        and not any(matches(part, path) for part in exclude)
+    ]
 
 
 def _in_order(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -183,7 +211,7 @@ def _biases(
 ) -> dict[str, nn.Module]:
     """Modules whose bias is trained, by path."""
     known = _modules(model)
-    exclude = [config.exclude] if isinstance(config.exclude, str) else config.exclude
+    exclude = as_list(config.exclude)
     adapted = (path.rpartition(".")[0] if isinstance(layer, FusedSlice) else path for path, layer in chosen.items())
     wanted = dict.fromkeys(adapted) if config.bias == "lora_only" else known
     attentions = [path for path, module in known.items() if isinstance(module, nn.MultiheadAttention)]
@@ -247,10 +275,10 @@ def _rows(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]
         if max(ids) >= size:
             raise TargetError(f"trainable_token_indices: {paths[0]!r}: {_beyond(max(ids), size)}")
         found[paths[0]] = tuple(ids)
-    for head, table in tied_pairs(adaptable_layers(model)).items():
-        if head in found and table in found and found.pop(head) != found[table]:
+    for end, table in _ends_of(model).items():
+        if end in found and table in found and found.pop(end) != found[table]:
             raise TargetError(
-                f"trainable_token_indices: {head!r} and {table!r} have one weight, and other ids are named for "
+                f"trainable_token_indices: {end!r} and {table!r} have one weight, and other ids are named for "
                 f"each. Name {table!r} alone: the other follows it."
             )
     return found
@@ -263,11 +291,16 @@ def _beyond(token: int, size: int) -> str:
     )
 
 
-def _input_embedding(model: nn.Module, known: Mapping[str, nn.Module]) -> str:
-    """Path of the model's table of tokens."""
+def _own_table(model: nn.Module, known: Mapping[str, nn.Module]) -> list[str]:
+    """Path of the table that the model itself says tokens are looked up in; nothing where it doesn't say."""
     get = getattr(model, "get_input_embeddings", None)
     table = get() if callable(get) else None
-    paths = [path for path, module in known.items() if module is table or (isinstance(table, Adapted) and module is table.base)]
+    return [path for path, module in known.items() if isinstance(table, nn.Module) and module is unwrapped(table)][:1]
+
+
+def _input_embedding(model: nn.Module, known: Mapping[str, nn.Module]) -> str:
+    """Path of the model's table of tokens."""
+    paths = _own_table(model, known)
     if not paths:
         tables = [path for path, module in known.items() if isinstance(module, nn.Embedding)]
         paths = tables if len(tables) == 1 else []
@@ -287,11 +320,24 @@ def _no_table(layer: nn.Module) -> str | None:
     return None
 
 
+def _ends_of(model: nn.Module) -> dict[str, str]:
+    """Path of each layer that follows an embedding of its weight → the embedding's path.
+
+    A head follows its embedding. Of the model's own table of tokens all follow, as in PEFT: T5's `shared` is called by nothing,
+    and stands for the encoder's, the decoder's and the head's.
+    """
+    layers = adaptable_layers(model)
+    found = tied_pairs(layers)
+    for table in _own_table(model, layers):
+        found |= dict.fromkeys(sharers(layers).get(table, ()), table)
+    return found
+
+
 def _tied_ends(model: nn.Module, own: Collection[str]) -> dict[str, str]:
-    """Head → embedding of those whose weight is a table's with rows of an adapter, and that have none themselves."""
+    """The layers that read the rows of a table in `own` and have none themselves → the table's path."""
     if not own:
         return {}
-    return {head: table for head, table in tied_pairs(adaptable_layers(model)).items() if table in own and head not in own}
+    return {end: table for end, table in _ends_of(model).items() if table in own and end not in own}
 
 
 def _check_apart(own: Collection[str], ends: Mapping[str, str], chosen: Collection[str], found: Mapping[str, Extras]) -> None:

@@ -186,6 +186,25 @@ def warn_storage(name: str, adapter: Adapter, model: nn.Module) -> None:
         )
 
 
+def warn_empty_experts(name: str, adapter: Adapter, model: nn.Module) -> None:
+    """Warn where an adapter has nothing for some experts of a stack that it adapts: they are zeros, without a gradient.
+
+    PEFT's form has zeros for them too. An adapter has what its file has, so they aren't started afresh.
+    """
+    stacks = {path: layer.count for path, layer in adaptable_layers(model).items() if isinstance(layer, ExpertStack)}
+    for path, count in stacks.items():
+        layers = {i: part for i in range(count) if (part := adapter.layers.get(f"{path}.{i}")) is not None}
+        empty = [i for i in range(count) if i not in layers or not (layers[i].A.any() or layers[i].B.any())]
+        if layers and empty:
+            shown = ", ".join(map(str, empty[:5])) + (" …" if len(empty) > 5 else "")
+            warnings.warn(
+                f"adapter {name!r}: it has nothing for {len(empty)} of the {count} experts of {path!r} ({shown}). They stay the "
+                "base's, in further training too. A new adapter trains them.",
+                stacklevel=3,
+            )
+            return
+
+
 def _absent(model: nn.Module, path: str, layers: Mapping[str, nn.Module]) -> str:
     present = dict(model.named_modules()).get(path)
     if present is None:

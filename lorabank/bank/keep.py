@@ -7,12 +7,13 @@ A bank freezes the model. A bottleneck, a prefix, a head or another PEFT method 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lorabank.errors import ConfigError, closest
+from lorabank.bank.stacks import ExpertStack, stacks_of
+from lorabank.errors import ConfigError, TargetError, closest
 
 Matcher = Callable[[str, str], bool]
 """(pattern, path) → whether it names it."""
@@ -50,8 +51,23 @@ def _and_above(name: str) -> list[str]:
 
 
 def kept_modules(kept: Collection[str]) -> frozenset[str]:
-    """Paths of the modules that these parameters are in."""
-    return frozenset(name.rpartition(".")[0] for name in kept)
+    """Paths of the modules that these parameters are in, and the parameters' own names, which stacks of experts go by."""
+    return frozenset(name.rpartition(".")[0] for name in kept) | frozenset(kept)
+
+
+def stack_trains(path: str, stack: ExpertStack, kept: Collection[str]) -> bool:
+    """Whether a stack of experts, or the other one of its module, trains itself: which rules adapters out."""
+    return any(f"{path.rpartition('.')[0]}.{name}" in kept for name in stacks_of(stack.experts))
+
+
+def check_stacks_frozen(name: str, layers: Mapping[str, nn.Module], kept: Collection[str]) -> None:
+    """Raise TargetError where a loaded adapter changes stacked experts that train themselves, which isn't supported."""
+    stacks = {path: layer for path, layer in layers.items() if isinstance(layer, ExpertStack)}
+    if path := next((path for path, stack in stacks.items() if stack_trains(path, stack, kept)), None):
+        raise TargetError(
+            f"adapter {name!r} changes the experts {path!r}, whose base weight trains beside it (keep_trainable). Leave them out "
+            "of keep_trainable, or load it into a bank over another copy of the model."
+        )
 
 
 def warn_stopped(model: nn.Module, kept: Collection[str]) -> None:

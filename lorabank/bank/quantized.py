@@ -17,6 +17,7 @@ from lorabank.bank.kinds import layer_kind
 from lorabank.bank.multihead import Projection
 from lorabank.bank.places import places_of
 from lorabank.bank.reach import is_attached
+from lorabank.bank.stacks import ExpertStack
 from lorabank.bank.targets import linear_layers, output_head_paths
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import ConfigError, LorabankError, MissingExtraError, closest
@@ -110,7 +111,9 @@ def _kept(model: nn.Module, storage: str) -> dict[str, str]:
         weight = layer.get_parameter("weight")
         if weight.is_meta:
             raise LorabankError(f"quantize_base: {path}.weight is on the meta device: load the model first")
-        if isinstance(layer, Projection):
+        if isinstance(layer, ExpertStack):
+            found[path] = "they are stacked experts, which stay in the model's dtype"
+        elif isinstance(layer, Projection):
             found[path] = "nn.MultiheadAttention reads their weight itself"
         elif users[id(weight)] > places[id(layer)]:
             found[path] = "their weight is shared with another layer"

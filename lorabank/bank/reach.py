@@ -36,6 +36,7 @@ class ReachCheck:
     def __init__(self, model: nn.Module, owner: object) -> None:
         """`owner`: the bank. The mark ends with it: a bank that nobody holds any more and that has no adapter is no bank."""
         self._pending: list[Reached] = []
+        self._read_at: dict[str, list[Reached]] = {}
         self._hook = model.register_forward_hook(_AfterForward(self, owner))
 
     def watch(self, layer: Reached) -> None:
@@ -43,9 +44,17 @@ class ReachCheck:
         if layer.in_turn or "experts" not in layer.path.split("."):
             self._pending.append(layer)
 
+    def read_at(self, table: Reached, other: Reached) -> None:
+        """Note that `other` reads the rows of `table`, so that a call of either will do for the table."""
+        self._read_at.setdefault(table.path, []).append(other)
+
     def check(self) -> None:
         """Raise UnreachedLayerError for watched layers that hold an adapter and were not called; they stay watched."""
-        missed = [layer for layer in self._pending if layer.slots and not layer.reached]
+        missed = [
+            layer
+            for layer in self._pending
+            if layer.slots and not any(place.reached for place in (layer, *self._read_at.get(layer.path, ())))
+        ]
         if not missed:
             self.skip()
             return
@@ -64,6 +73,7 @@ class ReachCheck:
     def close(self) -> None:
         """Take the hook off the model."""
         self._pending = []
+        self._read_at = {}
         self._hook.remove()
 
 

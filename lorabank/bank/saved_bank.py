@@ -134,7 +134,8 @@ class SavedModules:
     def _fitting(self, name: str, path: str, here: str | None, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         def refuse(why: str) -> AdapterFileError:
             return AdapterFileError(
-                f"adapter {name!r} doesn't fit this model; nothing was loaded. Its module {path!r}, saved in full: {why}."
+                f"adapter {name!r} doesn't fit this model; nothing was loaded. Its module {path!r}, saved in full: {why}. "
+                "Load the model class that it was trained on, or fetch the file again."
             )
 
         if here is None:

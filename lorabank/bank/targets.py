@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lorabank.bank import linear4bit
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
+from lorabank.bank.keep import stack_trains
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.multihead import OUT, Projection, patterned, plays, projections_of
@@ -215,7 +216,9 @@ def resolve_targets(
 
     `apart`: paths of modules that train beside the base, which nothing here means. `fused`: slices that were declared of layers.
     """
-    whole = {path: layer for path, layer in adaptable_layers(model).items() if not _trains(path, layer, apart)}
+    adapted = adaptable_layers(model)
+    beside = {path: layer for path, layer in adapted.items() if _trains(path, layer, apart)}
+    whole = {path: layer for path, layer in adapted.items() if path not in beside}
     layers = with_slices(whole, slices_of(model, whole, fused or {}))
     heads = output_head_paths(model)
     chosen: set[str] = set()
@@ -229,6 +232,10 @@ def resolve_targets(
                 _refuse_others(model, part, config)
             found = _named(part, layers, "targets")
         if not found:
+            if path := next((path for path, layer in beside.items() if _part_names(part, path, layer, "targets")), None):
+                raise TargetError(
+                    f"targets: {part!r} names {path}, which trains beside the base (keep_trainable). Leave it out of one of them."
+                )
             raise TargetError(_no_match("targets", part, layers, model))
         blocks[part] = {part_of_block(path) for path in found}
         chosen |= found
@@ -239,6 +246,7 @@ def resolve_targets(
         if config.bias == "all":
             others.append({path: "" for path, module in model.named_modules() if module._parameters.get("bias") is not None})
         found |= {path for each in others for path in each if _part_matches(part, path, "exclude")}
+        found |= {path for path, layer in beside.items() if _part_names(part, path, layer, "exclude")}
         if not found:
             raise TargetError(_no_match("exclude", part, layers, model))
         chosen -= found
@@ -256,7 +264,9 @@ def resolve_targets(
 
 
 def _trains(path: str, layer: nn.Module, apart: Collection[str]) -> bool:
-    """Whether a layer, or the attention module whose weight it has, is one of those that train beside the base."""
+    """Whether a layer, or the attention module whose weight it has, or its experts, are of those that train beside the base."""
+    if isinstance(layer, ExpertStack):
+        return stack_trains(path, layer, apart)
     within = isinstance(layer, Projection) and layer.name != OUT
     return (_parents(path) if within else path) in apart
 
@@ -387,7 +397,9 @@ def _no_match(setting: str, part: str, layers: Mapping[str, nn.Module], model: n
         way_out = f"name the layers inside it, such as '{part}.*'" if inside else "linear layers, convolutions and embeddings can"
         return f"{setting}: {part!r} names {path}, a {type(unwrapped(module)).__name__}, which can't be adapted yet; {way_out}"
     names = sorted({_leaf(path) for path in layers})
-    hint = closest(part, [name for name in (*names, *ROLES, ALL_LINEAR, *ALL_OF_A_KIND) if name != part])
+    length = part.count(".") + 1
+    ends = names if length == 1 else sorted({".".join(path.split(".")[-length:]) for path in layers})
+    hint = closest(part, [name for name in (*ends, *ROLES, ALL_LINEAR, *ALL_OF_A_KIND) if name != part])
     fused = " (this model may fuse q, k and v into one layer)" if part in ("q", "k", "v") else ""
     what = ALL_OF_A_KIND.get(part, "linear layer" if part in ROLES else "layer")
     return f"{setting}: {part!r} matches no {what} of the model{hint}{fused}. It has: {', '.join(names) or 'none'}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorabank.config.checks import check_fraction, check_positive, check_positive_int, freeze_sequences
+from lorabank.config.checks import check_bool, check_fraction, check_positive, check_positive_int, freeze_sequences
 from lorabank.config.extras import TokenIndices, check_extras, frozen_indices
 from lorabank.config.inits import check_init
 from lorabank.errors import ConfigError, Setting
@@ -58,6 +58,8 @@ class AdapterConfig:
         check_positive_int("rank", self.rank, hint="a LoRA adapter needs at least rank 1")
         check_positive("alpha", self.alpha)
         check_fraction("dropout", self.dropout)
+        for name in ("use_rslora", "use_dora", "ensure_weight_tying", "lora_bias"):
+            check_bool(name, getattr(self, name))
         check_init(self.init, use_dora=self.use_dora)
         for pattern, rank in self.rank_pattern.items():
             check_positive_int("rank_pattern", rank, part=f"[{pattern!r}]")

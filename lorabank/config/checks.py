@@ -40,10 +40,24 @@ def _wrong(name: str, expected: str, value: object, *, part: str = "", hint: str
     return ConfigError(Setting(name), f"{part}: expected {expected}, got {value!r}{hint}")
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is one that a float can hold; a whole number in a file may have any number of digits."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+
+
 def _number(name: str, value: object, part: str = "") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong(name, "a number", value, part=part)
-    if not math.isfinite(value):
+    if not is_finite(value):
         raise _wrong(name, "a finite number", value, part=part)
     return float(value)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
+from lorabank.bank.extras import BIAS, LORA_BIAS, ROWS
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
 from lorabank.engine.fused_block import FusedBlock
+
+_SETTINGS = {ROWS: "trainable_token_indices", BIAS: "bias (exclude=[...])", LORA_BIAS: "lora_bias"}
+"""By what an adapter has in a place beside A and B."""
 
 
 def fused_blocks(bank: AdapterBank, *, whole: bool = True) -> list[FusedBlock]:
@@ -22,6 +28,21 @@ def left_out(bank: AdapterBank) -> list[str]:
     inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
     alone = [layer for layer in all_layers(bank) if not (layer.follows or (layer.fusable and id(layer) in inside))]
     return [*(layer.path for layer in alone), *saved_paths(bank)] if found else []
+
+
+def named_by(bank: AdapterBank, paths: Sequence[str]) -> str:
+    """The settings of adapters that mean these modules, for a message that says to leave them out."""
+    places = {place.path: place for place in all_layers(bank)}
+    found: dict[str, None] = {}
+    for path in paths:
+        if path not in places:
+            found["modules_to_save"] = None
+            continue
+        slots = places[path].slots.values()
+        own = {role for slot in slots for role in slot.extras}
+        settings = [setting for role, setting in _SETTINGS.items() if role in own]
+        found |= dict.fromkeys(settings or ["targets (exclude=[...])"])
+    return " and ".join(found)
 
 
 def saved_paths(bank: AdapterBank) -> list[str]:

@@ -18,7 +18,7 @@ from lorabank.bank.wrapping import Adapted
 from lorabank.config.checks import check_choice
 from lorabank.engine.attention import own_attention
 from lorabank.engine.batch import Batch
-from lorabank.engine.compiled import fused_blocks, left_out, takes_tables
+from lorabank.engine.compiled import fused_blocks, left_out, named_by, takes_tables
 from lorabank.engine.compiling import compiles
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.graphs import PassGraphs
@@ -183,7 +183,8 @@ class Engine:
         if paths := left_out(self.bank):
             warn_once(
                 f"passes aren't captured as CUDA graphs, so small ones wait for the host: {len(paths)} adapted layers are in "
-                f"no compiled block ({paths[0]!r} for one). exclude=[...] leaves them out of targets."
+                f"no compiled block ({paths[0]!r} for one). Leave them out of {named_by(self.bank, paths)}, or silence this with "
+                "Engine(cuda_graphs=False)."
             )
         elif not self.uncompiled and compiles(model) and not fused_blocks(self.bank, whole=False):
             warn_once(

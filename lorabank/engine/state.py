@@ -6,7 +6,7 @@ of the adapter's step count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ class EngineState:
     """`<adapter>/param/<leaf>`, `<adapter>/optim/<leaf>.<state>`, `<adapter>/grad/<leaf>` (of a step under way), and
     `<adapter>/frozen/<leaf>`, where an adapter started whose change is the difference from there."""
     values: Mapping[str, Any]
-    """Adapter to {"steps": optimizer steps, "rule": its optimizer, "loss_scale": for a base in fp16}; JSON-able."""
+    """Adapter to {"steps": optimizer steps, "rule": its optimizer, "loss_scale": for a base in fp16, "ids": leaf of token rows to
+    the ids that they are of}; JSON-able."""
 
 
 def save_state(bank: AdapterBank, optimizer: SlotOptimizer, loss_scales: LossScales | None = None) -> EngineState:
@@ -45,6 +46,8 @@ def save_state(bank: AdapterBank, optimizer: SlotOptimizer, loss_scales: LossSca
         values[name] = {"steps": step, "rule": optimizer.config(name).rule}
         if name in scales:
             values[name]["loss_scale"] = list(scales[name])
+        if ids := _token_ids(bank, name):
+            values[name]["ids"] = ids
         for key, leaf in bank.named_parameters(name):
             tensors[f"{name}/param/{key}"] = leaf.detach().to("cpu", copy=True)
             if leaf.grad is not None:
@@ -68,6 +71,7 @@ def load_state(bank: AdapterBank, optimizer: SlotOptimizer, state: EngineState, 
                 f"checkpoint: adapter {name!r} was trained with {rule}, this run has {optimizer.config(name).rule}"
             )
         _check_leaves(bank, name, part)
+        _check_ids(bank, name, state.values[name])
         optimizer.check_state(name, int(state.values[name]["steps"]), part["optim"])
     for name, part in parts.items():
         with torch.no_grad():
@@ -93,6 +97,26 @@ def _check_leaves(bank: AdapterBank, name: str, part: Mapping[str, Mapping[str, 
             expected = tuple(shapes[key]) if key in shapes else "none"
             got = tuple(saved[key].shape) if key in saved else "none"
             raise CheckpointError(f"checkpoint: adapter {name!r}, {kind} {key}: expected shape {expected}, got {got}")
+
+
+def _token_ids(bank: AdapterBank, name: str) -> dict[str, list[int]]:
+    return {key: list(ids) for key, ids in bank.token_ids(name).items()}
+
+
+def _check_ids(bank: AdapterBank, name: str, values: Mapping[str, Any]) -> None:
+    """Rows have no mark of whose they are: as many of other ids would be taken for these."""
+    saved: Mapping[str, list[int]] = values.get("ids", {})
+    for key, ids in _token_ids(bank, name).items():
+        if key in saved and list(saved[key]) != ids:
+            raise CheckpointError(
+                f"checkpoint: adapter {name!r}, {key}: its rows are of other token ids ({_shown(saved[key])}) than this "
+                f"adapter's ({_shown(ids)}). Add the adapter with the ids, and their order, that it was trained with "
+                "(trainable_token_indices)."
+            )
+
+
+def _shown(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids[:4])) + (" …" if len(ids) > 4 else "")
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import COMPONENTS, components, in_file_names, in_model_names, of_component, split
 from lorabank.formats.extras import refuse_extras, refuse_settings
 from lorabank.formats.files import read_tensors, write_tensors
-from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
+from lorabank.formats.image_files import checked, file_metadata, held, with_file_metadata
+from lorabank.formats.norms import warn_norms
 from lorabank.formats.peft_config import METADATA_PREFIX, PeftSettings, read_settings, to_peft
 from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.peft_keys import PREFIX, from_tensors, pair_tensors, split_magnitudes, to_tensors
@@ -131,11 +132,12 @@ def _by_component(where: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
         group = found.setdefault(component, {})
         if PREFIX + name[1:] in group:
             raise AdapterFileError(
-                f"{where}: tensor {key!r} is there twice, in an old and a new spelling: two adapters in a file."
+                f"{where}: tensor {key!r} is there twice, in an old and a new spelling: two adapters in a file. Save "
+                "each by itself."
             )
         group[PREFIX + name[1:]] = value
     if not found:
-        raise AdapterFileError(f"{where}: holds no tensors")
+        raise AdapterFileError(f"{where}: holds no tensors. Fetch or save it again.")
     return found
 
 
@@ -157,10 +159,13 @@ def _settings(where: str, text: str | None, there: list[str]) -> dict[str, PeftS
             raise AdapterFileError(f"{place}: {key!r} belongs to no component; expected unet.r, unet.lora_alpha and so on.")
         parts.setdefault(component, {})[name] = value
     if lacking := [name for name in parts if name not in there]:
-        raise AdapterFileError(f"{place}: has settings of {lacking[0]!r} and the file no layers of it: it is incomplete.")
+        raise AdapterFileError(
+            f"{place}: has settings of {lacking[0]!r} and the file no layers of it: it is incomplete. Fetch it again."
+        )
     if lacking := [name for name in there if name not in parts]:
         raise AdapterFileError(
-            f"{place}: has no settings of {lacking[0]!r}, whose layers' scaling is unknown: the file is incomplete."
+            f"{place}: has no settings of {lacking[0]!r}, whose layers' scaling is unknown: the file is incomplete. Fetch it "
+            "again."
         )
     settings = {name: read_settings(f"{place}, {name}", part) for name, part in parts.items()}
     for name, said in settings.items():
@@ -206,10 +211,13 @@ def _layers(where: str, component: str, settings: PeftSettings | None, tensors: 
             scaling = settings.layer_scaling(path)
         layers[path] = from_tensors(place, path, (A, B), scaling, looks_up=looks_up)
     if lone := sorted(set(magnitudes) - set(layers)):
-        raise AdapterFileError(f"{place}: layer {lone[0]!r} has DoRA's magnitudes and no lora_A and lora_B: it is incomplete.")
+        raise AdapterFileError(
+            f"{place}: layer {lone[0]!r} has DoRA's magnitudes and no lora_A and lora_B: it is incomplete. Fetch it again."
+        )
     use_dora = bool(magnitudes) or (settings is not None and settings.use_dora)
     if use_dora and (lone := sorted(set(layers) - set(magnitudes))):
         raise AdapterFileError(
-            f"{place}: layer {lone[0]!r} has no lora_magnitude_vector, and {component}'s adapter is DoRA: it is incomplete."
+            f"{place}: layer {lone[0]!r} has no lora_magnitude_vector, and {component}'s adapter is DoRA: it is incomplete. "
+            "Fetch it again."
         )
     return {path: replace(layer, magnitude=magnitudes[path]) if path in magnitudes else layer for path, layer in layers.items()}

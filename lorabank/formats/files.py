@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ Writer = Callable[[BinaryIO], object]
 """Writes one file's content into an open binary file."""
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMENSIONS = 64  # torch's limit
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CODES = {
     torch.float64: "F64",
@@ -134,14 +136,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, checked against the file's size. Raises AdapterFileError."""
-    refuse_pickle(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise _broken(path, f"its header claims {length} bytes of a file of {size}")
-        text = file.read(length)
+    try:
+        refuse_pickle(path)
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise _broken(path, f"its header claims {length} bytes of a file of {size}")
+            text = file.read(length)
+    except OSError as error:
+        raise AdapterFileError(f"{path}: can't be read ({error.strerror or error}). Look at its permissions.") from error
     try:
         header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -167,7 +172,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor that holds NaN or infinity, or None."""
-    return next((name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    return next((name for name, value in tensors.items() if value.is_floating_point() and not _all_finite(value)), None)
+
+
+def _all_finite(value: Tensor) -> bool:
+    return bool((value if value.dtype in SAVED_FLOATS else value.float()).isfinite().all())  # torch can't ask of 8 bits
 
 
 def refuse_pickle(path: Path) -> None:
@@ -197,9 +206,9 @@ def _entry(path: Path, name: str, value: object) -> TensorEntry:
         raise _broken(path, f"{name!r} has the impossible offsets {offsets!r}")
     if not isinstance(dtype, str) or dtype not in _BYTES:
         raise _broken(path, f"{name!r} has the unknown dtype {dtype!r}; known are {', '.join(_BYTES)}")
-    expected = _BYTES[dtype]
-    for n in shape:
-        expected *= n
+    if len(shape) > MAX_DIMENSIONS or math.prod(n for n in shape if n) >= 2**63:  # torch can't make it, even without elements
+        raise _broken(path, f"{name!r} has an impossible shape of {len(shape)} dimensions")
+    expected = _BYTES[dtype] * math.prod(shape)
     if offsets[1] - offsets[0] != expected:
         raise _broken(
             path, f"{name!r} needs {expected} bytes as {dtype} {shape}, its offsets {offsets} span {offsets[1] - offsets[0]}"

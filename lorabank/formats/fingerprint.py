@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorabank.config.checks import is_finite
 from lorabank.errors import AdapterFileError
 
 SAMPLED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -189,9 +190,9 @@ def _sample_from(name: str, entry: object) -> SampledTensor:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("shape"), list) or not isinstance(entry.get("values"), list):
         raise problem
     shape, values = entry["shape"], entry["values"]
-    if not shape or not all(type(size) is int and size > 0 for size in shape):
+    if not shape or not all(type(size) is int and 0 < size < 2**63 for size in shape):
         raise problem
-    if not all(value is None or type(value) in (int, float) for value in values):
+    if not all(value is None or (type(value) in (int, float) and is_finite(value)) for value in values):
         raise problem
     if len(values) not in (0, len(positions(tuple(shape)))):
         raise problem

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,6 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.components import config_of
-from lorabank.formats.difference import norm
 from lorabank.formats.files import SAVED_FLOATS, first_non_finite
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.patterns import pattern_value
@@ -27,8 +25,6 @@ from lorabank.formats.peft import TENSOR_METADATA
 from lorabank.formats.peft_config import config_from_dict, config_to_dict
 
 OWN = "lorabank"
-HUGE = 1e4
-"""‖ΔW‖ from which on a layer is named in a warning: weights of these models have norms of 10 to 300."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +50,6 @@ def checked(where: str, tensors: Mapping[str, Tensor], *, allow_non_finite: bool
             "bits. Use an earlier checkpoint, or one in float32."
         )
     return tensors
-
-
-def warn_norms(where: str, layers: Mapping[str, AdapterLayer]) -> None:
-    """Warn of layers whose change is far larger than any weight of such a model; the picture would be noise."""
-    norms = {path: norm(layer) for path, layer in layers.items() if layer.magnitude is None}
-    high = {path: value for path, value in norms.items() if not value <= HUGE}
-    if high:
-        worst = max(high, key=lambda path: high[path] if math.isfinite(high[path]) else math.inf)
-        warnings.warn(
-            f"{where}: {len(high)} of {len(layers)} layers change their weight by more than it is, {worst!r} by a norm of "
-            f"{high[worst]:.3g}: its training diverged, or its alpha is wrong. Use an earlier checkpoint, or a small strength.",
-            stacklevel=3,
-        )
 
 
 def held(problems: Mapping[str, str]) -> str:

@@ -22,10 +22,11 @@ from lorabank.formats.components import COMPONENTS, alpha_of, split
 from lorabank.formats.extras import refuse_extras
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.fused import Whole, join, take_apart
-from lorabank.formats.image_files import checked, file_metadata, held, warn_norms, with_file_metadata
+from lorabank.formats.image_files import checked, file_metadata, held, with_file_metadata
 from lorabank.formats.kohya_names import PREFIXES, Naming, Place, kernel_of, name_of, place
 from lorabank.formats.lycoris_layers import KEYS as LYCORIS_KEYS
 from lorabank.formats.lycoris_layers import Decomposed, decomposed, tucker_pair
+from lorabank.formats.norms import warn_norms
 from lorabank.formats.saved import refuse_modules
 from lorabank.formats.slices import without_slices
 
@@ -107,7 +108,9 @@ def read_kohya(
         layer, how = _layer(where, name, group, rank, kernel)
         for module, part in take_apart(layer, here.paths, swapped=here.swapped).items():
             if module in layers:
-                raise AdapterFileError(f"{where}: {name!r} and another layer are both {module!r}: two adapters in one file.")
+                raise AdapterFileError(
+                    f"{where}: {name!r} and another layer are both {module!r}: two adapters in one file. Save each by itself."
+                )
             layers[module] = part
             if how:
                 turned[module] = how
@@ -201,7 +204,7 @@ def _groups(where: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Te
             )
         groups.setdefault(name, {})[role] = value
     if not groups:
-        raise AdapterFileError(f"{where}: holds no tensors")
+        raise AdapterFileError(f"{where}: holds no tensors. Fetch or save it again.")
     return groups
 
 
@@ -291,7 +294,9 @@ def _layer(
     alpha = _alpha(where, name, tensors.get("alpha"))
     if any(key in tensors for key in LYCORIS_KEYS):
         if mixed := sorted(set(tensors) & set(PLAIN_KEYS[:3])):
-            raise AdapterFileError(f"{where}: layer {name!r} is LyCORIS' and has {mixed[0]!r} too: two adapters in one file.")
+            raise AdapterFileError(
+                f"{where}: layer {name!r} is LyCORIS' and has {mixed[0]!r} too: two adapters in one file. Save each by itself."
+            )
         layer, how = decomposed(where, name, tensors, alpha, rank=rank, kernel=kernel)
     else:
         layer, how = _plain(where, name, tensors, alpha), None

@@ -55,9 +55,9 @@ def split_attention(
     for name, value in tensors.items():
         outer, inner = _OUT.fullmatch(name), _IN.fullmatch(name)
         if outer is not None:
-            renamed[f"{bare_path(outer['path'])}.{OUT}{outer['end']}"] = value
+            _put(where, renamed, f"{bare_path(outer['path'])}.{OUT}{outer['end']}", name, value)
         elif inner is not None and bare_path(inner["path"]) in owners:
-            renamed[f"{bare_path(inner['path'])}.{IN}{inner['end']}"] = value
+            _put(where, renamed, f"{bare_path(inner['path'])}.{IN}{inner['end']}", name, value)
         else:
             left[name] = value
     if not owners:
@@ -67,7 +67,7 @@ def split_attention(
         owner, _, name = path.rpartition(".")
         if f"{owner}.{IN}{_any_end(renamed, owner)}" not in renamed:
             raise AdapterFileError(
-                f"{where}: {owner!r} has {OUT}'s matrices and no {tensor_name(owner, 'A')!r}: it is incomplete"
+                f"{where}: {owner!r} has {OUT}'s matrices and no {tensor_name(owner, 'A')!r}: it is incomplete. Fetch it again."
             )
         rank = settings.layer_rank(owner)
         outputs = A.shape[1] * (3 if name == IN else 1)
@@ -80,6 +80,12 @@ def split_attention(
         twice = name == OUT and _adds_twice(settings)
         layers[path] = AdapterLayer(A, B * 2 if twice else B, settings.layer_scaling(owner), attention=True)
     return _without_room(layers), left
+
+
+def _put(where: str, renamed: dict[str, Tensor], key: str, name: str, value: Tensor) -> None:
+    if key in renamed:
+        raise AdapterFileError(f"{where}: {name!r} stands there a second time: two adapters in a file. Fetch or save it again.")
+    renamed[key] = value
 
 
 def _adds_twice(settings: PeftSettings) -> bool:

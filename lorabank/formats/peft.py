@@ -25,6 +25,7 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.differences import FROZEN, marked, restored
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
+from lorabank.formats.norms import warn_norms
 from lorabank.formats.peft_config import PeftSettings, config_from_dict, config_to_dict, read_settings, to_peft
 from lorabank.formats.peft_keys import (
     base_name,
@@ -144,6 +145,8 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
     layers = _decomposed(str(tensors_path), settings, plain, magnitudes) | experts
     check_modules(modules, layers)
     layers = extras.in_layers(str(tensors_path), layers)
+    if not allow_non_finite:  # else it is being looked at
+        warn_norms(str(tensors_path), layers)
     metadata = dict(settings.metadata)
     metadata.update(
         {f"{TENSOR_METADATA}{key}": value for key, value in tensor_metadata.items() if (key, value) != ("format", "pt")}
@@ -246,6 +249,11 @@ def _with_own(folder: Path, adapter: Adapter, settings: PeftSettings, own: _Own)
     if not changed:
         adapter = slices.split(str(folder / OWN_FILE), adapter, own.slices)
         adapter = replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
+        for path, why in peft_extras.unheld_extras(adapter).items():
+            raise AdapterFileError(
+                f"{folder / OWN_FILE}: its config isn't this adapter's: of {path!r} {why}. It was altered; delete it to load the "
+                f"adapter by {CONFIG_FILE} alone."
+            )
         return restored(str(folder / OWN_FILE), adapter) if FROZEN in own.metadata else adapter
     warnings.warn(
         f"{folder / CONFIG_FILE}: {', '.join(changed)} changed since {OWN_FILE} was written; what {CONFIG_FILE} says is taken.",
@@ -268,7 +276,11 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise AdapterFileError(f"{path.parent}: has no {path.name}, so the adapter's rank and scaling are unknown") from error
+        raise AdapterFileError(
+            f"{path.parent}: has no {path.name}, so the adapter's rank and scaling are unknown. Fetch or save it again."
+        ) from error
+    except OSError as error:
+        raise AdapterFileError(f"{path}: can't be read ({error.strerror or error}). Fetch or save the adapter again.") from error
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path}: no valid JSON ({error}). Fetch or save the adapter again.") from error
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lorabank.config.adapter import AdapterConfig
+from lorabank.config.checks import is_finite
 from lorabank.config.peft_fields import PEFT_FIELDS, Role, with_role
 from lorabank.errors import AdapterFileError, ConfigError
 from lorabank.formats.adapter import Adapter, AdapterLayer
@@ -149,8 +150,11 @@ def read_settings(where: str, raw: object) -> PeftSettings:
     alpha = raw.get("lora_alpha", 8)  # PEFT's own default
     if type(rank) is not int or rank < 1:
         raise AdapterFileError(f"{where}: r should be a whole number ≥ 1, got {rank!r}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise AdapterFileError(f"{where}: lora_alpha should be a number, got {alpha!r}")
+    if type(alpha) not in (int, float) or not is_finite(alpha):
+        raise AdapterFileError(f"{where}: lora_alpha should be a number, got {str(alpha)[:120]}")
+    for key in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
+        if not isinstance(raw.get(key), bool | None):
+            raise AdapterFileError(f"{where}: {key} should be true or false, got {json.dumps(raw[key])[:120]}")
     names = raw.get("target_parameters") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterFileError(f"{where}: target_parameters should be a list of names, got {json.dumps(names)[:120]}")
@@ -206,7 +210,7 @@ def _refuse_unsupported(where: str, raw: Mapping[str, Any]) -> None:
 def _pattern(where: str, key: str, value: object, kinds: tuple[type, ...]) -> dict[str, Any]:
     if value is None:
         return {}
-    if not isinstance(value, dict) or not all(type(number) in kinds for number in value.values()):
+    if not isinstance(value, dict) or not all(type(number) in kinds and is_finite(number) for number in value.values()):
         raise AdapterFileError(f"{where}: {key} should map module names to numbers, got {json.dumps(value)[:120]}")
     for pattern, number in value.items():
         if key == "rank_pattern" and number < 1:

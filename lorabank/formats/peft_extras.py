@@ -37,7 +37,9 @@ class FileExtras:
     def in_layers(self, where: str, layers: Mapping[str, AdapterLayer]) -> dict[str, AdapterLayer]:
         """The layers with lora_B's biases. Raises AdapterFileError for one that no layer has."""
         if lone := sorted(self.lora_biases.keys() - layers.keys()):
-            raise AdapterFileError(f"{where}: layer {lone[0]!r} has a bias of lora_B and no lora_A and lora_B: it is incomplete.")
+            raise AdapterFileError(
+                f"{where}: layer {lone[0]!r} has a bias of lora_B and no lora_A and lora_B: it is incomplete. Fetch it again."
+            )
         if self.lora_biases and (bare := sorted(layers.keys() - self.lora_biases.keys())):
             raise AdapterFileError(
                 f"{where}: layer {bare[0]!r} has no '.lora_B.bias' and others have: it is incomplete. Fetch it again."
@@ -119,7 +121,7 @@ def split_extras(where: str, settings: Mapping[str, Any], tensors: Mapping[str, 
             continue
         path = bare_path(match["path"])
         if path in home:
-            raise AdapterFileError(f"{where}: {name!r} stands there a second time: two adapters in a file")
+            raise AdapterFileError(f"{where}: {name!r} stands there a second time: two adapters in a file. Save each by itself.")
         check_dtype(where, name, value)
         home[path] = value
     if with_low and not low:
@@ -165,8 +167,18 @@ def _token_rows(where: str, settings: Mapping[str, Any], rows: Mapping[str, Tens
                 "belong together; fetch both again."
             )
         found[path] = TokenRows(ids, value)
+    for name, ids in asked.items() if isinstance(asked, Mapping) else ():
+        # of tied tables with the same ids PEFT saves one: whether these are tied the model knows
+        if not any(_named(path, name) for path in found) and not any(own.ids == tuple(ids) for own in found.values()):
+            raise AdapterFileError(
+                f"{where}: trainable_token_indices names {name!r} and there are no rows of it: it is incomplete. Fetch it again."
+            )
     return found
 
 
 def _ids_of(path: str, asked: Mapping[str, Any]) -> tuple[int, ...] | None:
-    return next((tuple(ids) for name, ids in asked.items() if path == name or path.endswith(f".{name}")), None)
+    return next((tuple(ids) for name, ids in asked.items() if _named(path, name)), None)
+
+
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")

@@ -120,7 +120,9 @@ def split_magnitudes(where: str, tensors: Mapping[str, Tensor]) -> tuple[dict[st
         else:
             path = bare_path(match["path"])
             if path in found:
-                raise AdapterFileError(f"{where}: {name!r} is a second magnitude of {path!r}: two adapters in a file")
+                raise AdapterFileError(
+                    f"{where}: {name!r} is a second magnitude of {path!r}: two adapters in a file. Save each by itself."
+                )
             check_dtype(where, name, value)
             found[path] = value.reshape(-1)
     return found, left
@@ -145,20 +147,22 @@ def pair_tensors(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[T
         adapters.add(adapter)
         if (path, role) in found:
             raise AdapterFileError(
-                f"{where}: {name!r} and {found[path, role]!r} are one matrix of {path!r}: two adapters in a file"
+                f"{where}: {name!r} and {found[path, role]!r} are one matrix of {path!r}: two adapters in a file. "
+                "Save each by itself."
             )
         found[path, role] = name
     if len(adapters) > 1:
         names = ", ".join(sorted(repr(name) for name in adapters))
         raise AdapterFileError(f"{where}: tensors of several adapters in one file ({names}). Save one adapter a folder.")
     if not found:
-        raise AdapterFileError(f"{where}: holds no tensors")
+        raise AdapterFileError(f"{where}: holds no tensors. Fetch or save it again.")
     pairs: dict[str, tuple[Tensor, Tensor, bool]] = {}
     for path in sorted({path for path, _ in found}):
         for role, other in (("A", "B"), ("B", "A")):
             if (path, role) not in found:
                 raise AdapterFileError(
-                    f"{where}: layer {path!r} has {found[path, other]!r} and no lora_{role}: the file is incomplete"
+                    f"{where}: layer {path!r} has {found[path, other]!r} and no lora_{role}: the file is incomplete. "
+                    "Fetch or save it again."
                 )
         names = found[path, "A"], found[path, "B"]
         kinds = [_EMBEDDING.fullmatch(name) is not None for name in names]

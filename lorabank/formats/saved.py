@@ -45,7 +45,9 @@ def split_modules(
         if _told(found.get(path, {}), name, value):
             continue
         if key in found.setdefault(path, {}):
-            raise AdapterFileError(f"{where}: {name!r} is a second {key!r} of module {path!r}: two adapters in a file")
+            raise AdapterFileError(
+                f"{where}: {name!r} is a second {key!r} of module {path!r}: two adapters in a file. Save each by itself."
+            )
         found[path][key] = value
     met = {end for end in ends if any(path.endswith(end) for path in found)}
     if missing := [end for end in ends if end not in met and not (found and end in BY_TASK)]:
@@ -77,7 +79,10 @@ def check_modules(modules: Mapping[str, Mapping[str, Tensor]], layers: Collectio
         if not any(value.dtype in SAVED_FLOATS for value in module.values()):
             raise AdapterFileError(f"module {path!r}: saved in full, and none of its tensors is a parameter")
         if inner := next((layer for layer in layers if layer == path or layer.startswith(f"{path}.")), None):
-            raise AdapterFileError(f"module {path!r} is saved in full and layer {inner!r} in it has LoRA: two adapters in a file")
+            raise AdapterFileError(
+                f"module {path!r} is saved in full and layer {inner!r} in it has LoRA: two adapters in a file. Save "
+                "each by itself."
+            )
 
 
 def refuse_modules(adapter: Adapter, form: str) -> None:

@@ -86,7 +86,7 @@ def split(where: str, adapter: Adapter, recorded: object) -> Adapter:
             continue
         try:
             layers |= _parts(path, layer, parts)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
             raise AdapterFileError(
                 f"{where}: what it says of the slices of {path!r} isn't this layer's ({error}). Delete it to load the adapter by "
                 "adapter_config.json alone."

@@ -85,7 +85,9 @@ def split_stacks(
         check_dtype(where, name, value)
         pair = found[path][match["inner"].count("base_layer")]
         if match["role"] in pair:
-            raise AdapterFileError(f"{where}: {name!r} is a second lora_{match['role']} of {path!r}: two adapters in a file")
+            raise AdapterFileError(
+                f"{where}: {name!r} is a second lora_{match['role']} of {path!r}: two adapters in a file. Save each by itself."
+            )
         pair[match["role"]] = value
     if lost := [target for target in targets if not any(target in _named(owner, [target]) for owner in found)]:
         raise AdapterFileError(
@@ -126,10 +128,11 @@ def _named(owner: str, targets: Sequence[str]) -> list[str]:
 
 def _experts(where: str, settings: PeftSettings, path: str, pair: Mapping[str, Tensor]) -> dict[str, AdapterLayer]:
     if pair.keys() != {"A", "B"}:
-        raise AdapterFileError(f"{where}: {path!r} lacks its lora_{'AB'.replace(next(iter(pair)), '')}: the file is incomplete")
+        lost = "B" if "A" in pair else "A"
+        raise AdapterFileError(f"{where}: {path!r} lacks its lora_{lost}: the file is incomplete. Fetch or save it again.")
     A, B, rank = pair["A"], pair["B"], settings.layer_rank(path)
-    count, rest = divmod(len(A), rank)
-    if A.ndim != 2 or B.ndim != 2 or rest or count < 1 or B.shape[1] != len(A):
+    count, rest = divmod(len(A), rank) if A.ndim == B.ndim == 2 else (0, 0)
+    if rest or count < 1 or B.shape[1] != len(A):
         raise AdapterFileError(
             f"{where}: the adapter of {path!r} is {tuple(A.shape)} and {tuple(B.shape)}; expected (experts · {rank}, in) and "
             f"(out, {rank} · experts) with the rank that the configuration says. The two files don't belong together."

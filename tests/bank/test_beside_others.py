@@ -17,7 +17,7 @@ from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.errors import ConfigError, TargetError
-from tests.bank.tiny import fill, ids, llama, state_bytes
+from tests.bank.tiny import fill, gpt_oss, ids, llama, mixtral, state_bytes
 
 
 class Bottleneck(nn.Module):
@@ -263,3 +263,37 @@ def test_keep_trainable_names_something_that_trains(pattern: Any, message: str) 
 def test_keeping_everything_is_no_frozen_base() -> None:
     with pytest.raises(ConfigError, match="so there is no frozen base"):
         attach(llama(), keep_trainable="*")
+
+
+@pytest.mark.parametrize("make_model", [mixtral, gpt_oss])
+def test_stacked_experts_that_train_beside_the_base_have_no_adapter(make_model: Any) -> None:
+    """Their products would give the stack no gradient: `targets` never means them, and no file brings A and B of them."""
+    plain = attach(make_model().requires_grad_(False))
+    plain.add("a", AdapterConfig(rank=1, targets=["experts"]))
+    loaded, x = plain.adapter("a"), ids(2)
+    model = make_model()
+    bank = attach(model, keep_trainable=["experts"])
+    bank.add("all", AdapterConfig(rank=1, targets="all-linear", exclude=["experts"]))
+    assert {path.rpartition(".")[2] for path in bank.adapter("all").layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with bank.route("all"):
+        model(input_ids=x).logits.square().sum().backward()
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if name in bank.kept)
+    with pytest.raises(
+        TargetError, match=rf"'experts' names {stack}, which trains beside the base \(keep_trainable\)\. Leave it"
+    ):
+        bank.add("b", AdapterConfig(rank=1, targets=["experts"]))
+    with pytest.raises(
+        TargetError, match=rf"'b' changes the experts '{stack}', whose base weight trains beside it .* load it into"
+    ):
+        bank.load("b", loaded, force=True)
+    assert bank.names == ("all",)
+    half = attach(make_model(), keep_trainable=["down_proj"])
+    with pytest.raises(TargetError, match=r"'gate_up_proj' names .*, which trains beside the base"):
+        half.add("a", AdapterConfig(rank=1, targets=["gate_up_proj"]))
+
+
+def test_a_layer_that_trains_beside_the_base_is_named_as_that() -> None:
+    bank = attach(llama(), keep_trainable="q_proj")
+    with pytest.raises(TargetError, match=r"'q' names model\.layers\.0\.self_attn\.q_proj, which trains beside the base"):
+        bank.add("a", AdapterConfig(rank=1, targets=["q"]))

@@ -27,7 +27,7 @@ from lorabank.formats.adapter import Adapter
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.kernels import fp8
 from lorabank.notices import warn_once
-from tests.bank.tiny import VOCABULARY, add, clear, gradients, ids, llama, outputs, state_bytes
+from tests.bank.tiny import VOCABULARY, add, clear, gpt_oss, gradients, ids, llama, mixtral, outputs, state_bytes
 
 EMULATED = "fp8 emulated"
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
@@ -309,6 +309,16 @@ def test_sizes_that_fp8_units_dont_take_stay_and_are_counted() -> None:
         "6 linear layers are not kept in fp8: 6 because their sizes aren't multiples of 32 (model.layers.0.mlp.gate_proj for one)"
     )
     bank_over(model)
+
+
+@pytest.mark.parametrize("make_model", [mixtral, gpt_oss])
+def test_stacked_experts_stay_and_are_told(make_model: Any) -> None:
+    model = make_model()
+    said: list[str] = []
+    report = quantize_base(model, "fp8", say=said.append)
+    stacks = {path for path, why in report.kept.items() if why == "they are stacked experts, which stay in the model's dtype"}
+    assert {path.rpartition(".")[2] for path in stacks} == {"gate_up_proj", "down_proj"}
+    assert "2 because they are stacked experts" in said[-1]
 
 
 def test_shared_and_hooked_layers_stay() -> None:

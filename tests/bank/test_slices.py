@@ -312,6 +312,7 @@ def test_a_wrong_declaration_is_named(fused: Any, message: str) -> None:
     [
         ({"targets": ["c_attn", "q"]}, "names? '.*c_attn' and its slice 'q'"),
         ({"targets": ["c_attn.w"]}, "matches no layer"),
+        ({"targets": ["c_atn.q"]}, r"'c_atn\.q' matches no layer of the model \(did you mean 'c_attn\.q'\?\)"),
         ({"targets": ["q"], "use_dora": True}, "is a slice of a fused layer"),
         ({"targets": ["q"], "rank_pattern": {"v": 2}}, "matches none of the 2 adapted layers"),
         ({"targets": ["q"], "exclude": ["c_attn"]}, "leave no layer"),

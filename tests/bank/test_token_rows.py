@@ -15,7 +15,7 @@ from lorabank import BASE, Adapter, AdapterConfig, attach, combine, merge
 from lorabank.bank.bank import AdapterBank
 from lorabank.errors import AdapterFileError, ConfigError, MergeError, TargetError
 from lorabank.formats.token_rows import TokenRows
-from tests.bank.tiny import VOCABULARY, Handwritten, Pictures, add, gpt2, gradients, ids, llama, outputs, state_bytes, two
+from tests.bank.tiny import VOCABULARY, Handwritten, Pictures, add, gpt2, gradients, ids, llama, outputs, state_bytes, t5, two
 
 IDS = [30, 7, 12]
 
@@ -228,6 +228,35 @@ def test_both_ends_that_arent_tied_have_rows_of_their_own() -> None:
     assert set(rows(bank)) == {"model.embed_tokens.rows"}
     with pytest.raises(TargetError, match="have one weight, and other ids are named for each"):
         bank.add("b", AdapterConfig(rank=1, trainable_token_indices={"embed_tokens": IDS, "lm_head": [3]}))
+
+
+def test_rows_of_t5s_table_are_read_by_encoder_decoder_and_head() -> None:
+    """`shared`, which nothing calls, is the table that the model names; PEFT's rows are read by all that have its weight."""
+    torch.manual_seed(0)
+    model: Any = t5().eval()
+    before, x = state_bytes(model), with_ids()
+    bank = attach(model)
+    bank.add("a", AdapterConfig(rank=2, targets=["q"], trainable_token_indices=IDS))
+    bank.add("same", AdapterConfig(rank=2, targets=["q"], trainable_token_indices={"shared": IDS, "decoder.embed_tokens": IDS}))
+    assert set(rows(bank)) == set(rows(bank, "same")) == {"shared.rows"}
+    with torch.no_grad():
+        rows(bank)["shared.rows"].add_(torch.randn(3, 16))
+    with bank.route(["a", BASE, "a"]):
+        found = outputs(model, x).detach()
+    twin: Any = t5().eval()
+    twin.load_state_dict(model.state_dict())
+    assert len({id(twin.get_submodule(path).weight) for path in ("shared", "encoder.embed_tokens", "lm_head")}) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(found[1], outputs(twin, x)[1], rtol=1e-4, atol=1e-5)
+        twin.shared.weight[IDS] = rows(bank)["shared.rows"].detach()
+        torch.testing.assert_close(found[0], outputs(twin, x)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(TargetError, match=r"'encoder\.embed_tokens' and 'shared' have one weight, and other ids"):
+        bank.add("b", AdapterConfig(rank=2, trainable_token_indices={"shared": IDS, "encoder.embed_tokens": [3]}))
+    adapter = bank.adapter("a")
+    assert state_bytes(bank.detach()) == before
+    merge(model, adapter, say=None)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model, x)[0], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_law7_combined_rows() -> None:

@@ -176,6 +176,24 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
         assert {name: _bytes(bank, optimizer, name) for name in bank.names} == before
 
 
+def test_a_state_of_other_token_ids_is_refused() -> None:
+    """As many rows of other ids fit in shape, and would be another text's."""
+    bank = make_bank(names=("a",), trainable_token_indices=[20, 21])
+    optimizer, engine = _optimizer(bank), Engine(bank)
+    _pass(engine, optimizer, ["a"], 0)
+    state = save_state(bank, optimizer)
+    assert state.values["a"]["ids"] == {"model.embed_tokens.rows": [20, 21]}
+    load_state(bank, optimizer, state)
+    for ids in ([20, 22], [21, 20]):
+        other = make_bank(names=("a",), trainable_token_indices=ids)
+        resumed = _optimizer(other)
+        before = _bytes(other, resumed, "a")
+        said = rf"'a', model\.embed_tokens\.rows: its rows are of other token ids \(20, 21\) than .*\({ids[0]}, {ids[1]}\)\. Add"
+        with pytest.raises(CheckpointError, match=said):
+            load_state(other, resumed, state)
+        assert _bytes(other, resumed, "a") == before
+
+
 def test_an_adapter_that_took_anothers_name_does_not_inherit_its_state() -> None:
     bank = make_bank()
     optimizer, engine = _optimizer(bank), Engine(bank)

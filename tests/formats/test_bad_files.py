@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,8 @@ def test_half_a_pair(folder: Path, role: str) -> None:
 
 BAD_TENSORS = {
     "int8": (torch.ones(4, 32, dtype=torch.int8), "int8"),
+    "float8": (torch.ones(4, 32).to(torch.float8_e4m3fn), "float8_e4m3fn; expected float32"),
+    "float8 NaN": (torch.full((4, 32), float("nan")).to(torch.float8_e5m2), "holds NaN"),
     "conv": (torch.ones(4, 32, 1, 1), "aren't one convolution's"),
     "vector": (torch.ones(4), "two dimensions"),
     "empty": (torch.ones(0, 32), "two dimensions"),
@@ -266,3 +269,63 @@ def test_our_own_file_altered(plain_adapter: Adapter, tmp_path: Path, change: di
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(AdapterFileError):
         load_peft(folder)
+
+
+def test_a_folder_where_the_settings_should_be(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
+    with pytest.raises(AdapterFileError, match=r"adapter_config\.json: can't be read \(Is a directory\)\. Fetch"):
+        load_peft(folder)
+
+
+BEYOND = 10**400
+"""A whole number that no float holds, as JSON may have it."""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("lora_alpha", BEYOND, r"lora_alpha should be a number, got 1000"),
+        ("lora_dropout", BEYOND, r"dropout: expected a finite number"),
+        ("alpha_pattern", {"q_proj": BEYOND}, r"alpha_pattern should map module names to numbers"),
+        ("rank_pattern", {"q_proj": BEYOND}, r"rank_pattern should map module names to numbers"),
+        ("use_rslora", 1, r"use_rslora should be true or false, got 1"),
+        ("use_dora", "no", r'use_dora should be true or false, got "no"'),
+        ("lora_bias", 0, r"lora_bias should be true or false, got 0"),
+        ("ensure_weight_tying", [], r"ensure_weight_tying should be true or false, got \[\]"),
+    ],
+)
+def test_numbers_that_no_float_holds_and_switches_that_are_none(folder: Path, key: str, value: object, says: str) -> None:
+    """PEFT takes `use_rslora: 1` for true; taken for false here it would be another scaling."""
+    edit_config(folder, **{key: value})
+    with pytest.raises(AdapterFileError, match=rf"adapter_config\.json: {says}"):
+        load_peft(folder)
+
+
+@pytest.mark.parametrize("where", ["values", "shape"])
+def test_a_fingerprint_with_numbers_that_no_float_holds(plain_adapter: Adapter, tmp_path: Path, where: str) -> None:
+    folder = plain_adapter.save(tmp_path / "a")
+    path = folder / "lorabank.json"
+    data = json.loads(path.read_text())
+    next(iter(data["fingerprint"]["tensors"].values()))[where][0] = BEYOND
+    path.write_text(json.dumps(data))
+    with pytest.raises(AdapterFileError, match="should hold a shape and values"):
+        load_peft(folder)
+
+
+def test_an_own_file_whose_settings_dont_hold_the_adapter(plain_adapter: Adapter, tmp_path: Path) -> None:
+    config = replace(plain_adapter.config, bias="all")
+    folder = replace(plain_adapter, config=config, biases={"model.norm": torch.ones(32)}).save(tmp_path / "a")
+    path = folder / "lorabank.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "config": {**data["config"], "bias": "none"}}))
+    with pytest.raises(AdapterFileError, match=r"lorabank\.json: its config isn't this adapter's: of 'model\.norm' its bias was"):
+        load_peft(folder)
+    path.unlink()
+    assert load_peft(folder).biases.keys() == {"model.norm"}
+
+
+def test_a_change_that_is_far_too_large_is_named(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors[f"{KEY}B.weight"].fill_(1e8))
+    with pytest.warns(UserWarning, match=rf"1 of 6 layers change their weight by more than it is, '{PATH}' by a norm of"):
+        assert PATH in load_peft(folder).layers

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lorabank import Adapter, attach
-from lorabank.errors import AdapterFileError, TargetError
+from lorabank import Adapter, attach, merge
+from lorabank.errors import AdapterFileError, MergeError, TargetError
 from lorabank.formats.convert import convert
 from lorabank.formats.diffusers import save_diffusers
 from lorabank.formats.kohya import save_kohya
@@ -24,7 +24,7 @@ from lorabank.formats.readers import obstacles
 from lorabank.formats.token_rows import TokenRows
 from lorabank.formats.vllm import vllm_adapter
 from lorabank.training.serving import serve_lines
-from tests.bank.tiny import VOCABULARY, Handwritten, add, bert, gpt2, ids, llama, outputs
+from tests.bank.tiny import VOCABULARY, Handwritten, add, bert, gpt2, ids, llama, outputs, t5
 
 PREFIX = "base_model.model."
 IDS = [30, 7]
@@ -89,6 +89,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "rows by name": (biased, {"trainable_token_indices": {"embed_tokens": IDS, "lm_head": [3, 30]}}),
     "rows of a head": (biased, {"trainable_token_indices": {"lm_head": IDS}}),
     "rows, grown": (grown, {"trainable_token_indices": [VOCABULARY + 1, IDS[1]]}),
+    "rows of T5": (t5, {"trainable_token_indices": IDS}),
     "everything": (gpt2, {"bias": "all", "lora_bias": True, "trainable_token_indices": IDS}),
 }
 
@@ -104,7 +105,8 @@ def test_ours_in_peft(make_model: Callable[[], nn.Module], config: dict[str, Any
     base = made(make_model)
     plain = outputs(base, x).detach()
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "one")).eval()
-    torch.testing.assert_close(outputs(theirs, x).detach(), expected, rtol=1e-4, atol=2e-5)
+    found = outputs(theirs.get_base_model(), x).detach()  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     assert not torch.allclose(plain, expected, atol=1e-2)
     # without what this is about the outputs would be others
     bare = attach(made(make_model))
@@ -150,6 +152,8 @@ THEIRS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": IDS, "lm_head": [3, 30]}},
     ),
     "rows of a tied head": (tied, {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": IDS}}),
+    "rows of T5": (t5, {"target_modules": ["q"], "trainable_token_indices": IDS}),
+    "rows of T5 by name": (t5, {"target_modules": ["q"], "trainable_token_indices": {"shared": IDS, "lm_head": IDS}}),
 }
 
 
@@ -163,7 +167,7 @@ def test_theirs_here(make_model: Callable[[], nn.Module], config: dict[str, Any]
         for p in theirs.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-        expected = outputs(theirs, x)
+        expected = outputs(theirs.get_base_model(), x)  # type: ignore[arg-type]
         theirs.save_pretrained(str(tmp_path))
         model = made(make_model)
         plain = outputs(model, x)
@@ -237,6 +241,51 @@ def test_files_that_dont_fit_together_are_named(folder: Path, settings: Any, cha
     edit(folder, settings, change)
     with pytest.raises(AdapterFileError, match=said):
         Adapter.load(folder)
+
+
+@pytest.mark.parametrize("mode", ["all", "lora_only"])
+def test_a_file_that_lost_a_bias_is_refused_by_the_model(mode: str, tmp_path: Path) -> None:
+    """PEFT saves every bias that the setting means, whatever `exclude_modules` says."""
+    wanted = peft.LoraConfig(r=2, target_modules=["c_attn"], exclude_modules=["h.0.attn.c_attn"], bias=mode, fan_in_fan_out=True)  # type: ignore[arg-type]
+    peft.get_peft_model(made(gpt2), wanted).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    model = made(gpt2)
+    bank = attach(model)
+    bank.load("whole", Adapter.load(tmp_path))
+    layer = "transformer.h.1.attn.c_attn"
+    gone = f"{PREFIX}transformer.ln_f.bias" if mode == "all" else f"{PREFIX}{layer}.base_layer.bias"
+    edit(tmp_path, {}, lambda tensors: tensors.pop(gone))
+    lost = Adapter.load(tmp_path)
+    path = gone.removeprefix(PREFIX).replace(".base_layer", "")
+    said = (
+        rf"{path}: bias is '{mode}' and the adapter has none for it: it is incomplete\. Fetch it again, or name .*exclude_modules"
+    )
+    with pytest.raises(AdapterFileError, match=said):
+        bank.load("lost", lost)
+    with pytest.raises(MergeError, match=said):
+        merge(made(gpt2), lost, say=None)
+    assert bank.names == ("whole",)
+    if mode == "all":
+        edit(tmp_path, {"exclude_modules": ["h.0.attn.c_attn", "ln_f"]})
+        bank.load("less", Adapter.load(tmp_path))
+
+
+def test_rows_that_are_named_and_arent_there_are_refused(tmp_path: Path) -> None:
+    """Of tied tables with the same ids PEFT saves one; else each that is named has its rows."""
+    head = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
+    for ids_of_head in ([3, 30, 5], IDS):
+        bank = attach(made(biased))
+        add(bank, "a", targets=["q_proj"], trainable_token_indices={"embed_tokens": IDS, "lm_head": ids_of_head})
+        bank.adapter("a").save(tmp_path)
+        (tmp_path / "lorabank.json").unlink()
+        edit(tmp_path, {}, lambda tensors: tensors.pop(head))
+        if ids_of_head is not IDS:
+            with pytest.raises(AdapterFileError, match="names 'lm_head' and there are no rows of it: it is incomplete"):
+                Adapter.load(tmp_path)
+    lost = Adapter.load(tmp_path)
+    bank = attach(made(biased))
+    with pytest.raises(AdapterFileError, match=r"token rows of lm_head: .* the adapter has none: it is incomplete"):
+        bank.load("b", lost)
+    attach(made(tied)).load("b", lost)
 
 
 def test_some_lora_biases_and_not_others_arent_pefts() -> None:

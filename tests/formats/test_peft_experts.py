@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorabank as lb
@@ -96,7 +97,11 @@ def test_experts_of_other_ranks_and_scalings_and_some_without_any_are_one_stack_
     assert not loaded.layers[f"{stack}.2"].delta().any()
     x = ids(2)
     for name, adapter in (("b", changed), ("c", loaded)):
-        bank.load(name, adapter)
+        said = (
+            rf"'{name}': it has nothing for 1 of the 3 experts of '{stack}' \(2\)\. They stay the base's, in further training too"
+        )
+        with pytest.warns(UserWarning, match=said):
+            bank.load(name, adapter)
     found = []
     for name in ("b", "c"):
         with bank.route(name):
@@ -125,6 +130,19 @@ def test_files_that_dont_fit_their_configuration_are_refused(values: dict[str, A
     bank.adapter("a").save(tmp_path)
     _edited(tmp_path, **values)
     with pytest.raises(AdapterFileError, match=message):
+        lb.Adapter.load(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (9, 16, 1)])
+def test_a_stack_without_two_dimensions_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    bank = lb.attach(_model(mixtral))
+    add(bank, "a", targets=["experts"])
+    bank.adapter("a").save(tmp_path)
+    _edited(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.mlp.experts.lora_A.weight"] = torch.ones(shape)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match=r"the adapter of '.*experts\.down_proj' is \(.*; expected \(experts · 3, in\)"):
         lb.Adapter.load(tmp_path)
 
 

@@ -244,6 +244,10 @@ _INNER = "base_model.model.encoder.layers.0.self_attn.base_layer.out_proj.lora_{
         ({_INNER.format("B"): torch.ones(48, 3)}, r"the out_proj of attention .*B \(48, 3\); expected .* and \(16, 3\)"),
         ({_A: torch.ones(2, 16), _B: torch.ones(48, 2)}, r"the in_proj .*A \(2, 16\).*with the rank that the configuration"),
         ({_A: torch.full((3, 16), torch.nan)}, "holds NaN"),
+        (
+            {_A.removeprefix("base_model.model."): torch.ones(3, 16)},
+            r"self_attn\.lora_A\.weight' stands there a second time: two adapters in a file\. Fetch",
+        ),
     ],
 )
 def test_files_that_dont_fit_are_refused(changes: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:
