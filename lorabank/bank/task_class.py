@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForAudioClassification,
@@ -59,6 +60,7 @@ AUTO = (
     AutoModel,
 )
 """All that a class may be loaded by, the likeliest first."""
+VOCABULARY = "vocab_size"
 ANY_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Task types that models of other classes have as well, such as those that read pictures: the configuration's comes first."""
 
@@ -95,6 +97,21 @@ def task_model(config: Any, adapter: Adapter, where: str) -> TaskModel:
     return TaskModel(kind=kind, labels=_labels(skeleton_of(kind, config), adapter))
 
 
+def vocabulary(config: Any, task: TaskModel, adapter: Adapter) -> int | None:
+    """How many ids the adapter's own embedding has, trained in full with tokens that were added; None for as many as before."""
+    known = getattr(config.get_text_config(), VOCABULARY, None)
+    for path, module in skeleton_of(task.kind, config).named_modules():
+        weight = adapter.modules.get(path, {}).get("weight")
+        if (
+            isinstance(module, nn.Embedding)
+            and weight is not None
+            and weight.ndim == 2
+            and len(weight) != known == len(module.weight)
+        ):
+            return len(weight)
+    return None
+
+
 def skeleton_of(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     """A model of the class on the meta device: its modules, and no weight."""
     make: Any = kind
@@ -117,6 +134,13 @@ def auto_name(architecture: str, model_type: str) -> str:
 def is_causal(kind: type[PreTrainedModel], config: Any) -> bool:
     """Whether the class is the model type's language model that continues text."""
     return kind in _classes(AutoModelForCausalLM, type(config))
+
+
+def reads_text(model: PreTrainedModel) -> bool:
+    """Whether ids of tokens are all that the model needs (of an encoder-decoder, for each of the two)."""
+    autos = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM, *CLASSIFIERS[:3])
+    named = any(type(model) in _classes(auto, type(model.config)) for auto in autos)
+    return named and model.main_input_name == "input_ids"
 
 
 def named_class(config: Any, where: str, *, known: bool) -> type[PreTrainedModel] | None:
@@ -146,7 +170,7 @@ def _wanted(config: Any, adapter: Adapter, where: str) -> list[type[PreTrainedMo
     named = named_class(config, where, known=bool(noted or by_task))
     first = [named] if named is not None and (not by_task or named in by_task or task in ANY_HEAD) else []
     every: list[type[PreTrainedModel]] = [*([noted] if noted else []), *first, *by_task]
-    wanted = list(dict.fromkeys(every))
+    wanted = list(dict.fromkeys(every)) or ([] if task else _classes(AutoModelForCausalLM, type(config)))
     if not wanted:
         what = f"task type {task} has no class for it" if task else "it names no class (architectures)"
         raise ModelError(

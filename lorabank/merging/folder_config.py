@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from lorabank.bank.task_class import TaskModel, skeleton_of
+from lorabank.bank.task_class import VOCABULARY, TaskModel, skeleton_of, vocabulary
 from lorabank.errors import MergeError, ModelError
 from lorabank.formats.adapter import Adapter
 from lorabank.merging.ties import check_partable, parted, untied_settings
-
-VOCABULARY = "vocab_size"
 
 
 def read_config(folder: Path) -> Any:
@@ -57,21 +54,6 @@ def merged_settings(settings: Mapping[str, Any], config: Any, task: TaskModel, a
 def as_config(like: Any, settings: Mapping[str, Any]) -> Any:
     """Settings as transformers' own configuration, of the class of `like`."""
     return type(like).from_dict(copy.deepcopy(dict(settings)))
-
-
-def vocabulary(config: Any, task: TaskModel, adapter: Adapter) -> int | None:
-    """How many ids the adapter's own embedding has, trained in full with tokens that were added; None for as many as before."""
-    known = getattr(config.get_text_config(), VOCABULARY, None)
-    for path, module in skeleton_of(task.kind, config).named_modules():
-        weight = adapter.modules.get(path, {}).get("weight")
-        if (
-            isinstance(module, nn.Embedding)
-            and weight is not None
-            and weight.ndim == 2
-            and len(weight) != known == len(module.weight)
-        ):
-            return len(weight)
-    return None
 
 
 def with_dtype(settings: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
