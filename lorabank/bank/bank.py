@@ -44,6 +44,7 @@ from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_p
 from lorabank.bank.tied import in_turn, shared_in, tie
 from lorabank.bank.wrapped import Wrapped
 from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
+from lorabank.bank.wrapping import unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterNameError, FingerprintError, LorabankError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
@@ -139,7 +140,9 @@ class AdapterBank(Routed):
         if self._fingerprint is None:
             prefix = base_prefix(self.model)
             without = self.kept | self._heads
-            self._fingerprint = Fingerprint.of(self.model, without=without, named=lambda name: base_path(name, prefix))
+            self._fingerprint = Fingerprint.of(
+                self.model, without=without, named=lambda name: base_path(name, prefix), unwrapped=unwrapped
+            )
         return self._fingerprint
 
     def config(self, name: str) -> AdapterConfig:

@@ -137,14 +137,14 @@ def check_extras_apart(saved: Collection[str], places: Collection[str]) -> None:
         )
 
 
-def unsavable(module: nn.Module) -> str | None:
-    """Why a module can't be trained in full; None where it can."""
+def unsavable(module: nn.Module, *, unloaded: bool = False) -> str | None:
+    """Why a module can't be trained in full; None where it can. `unloaded`: it stands for one whose weights are in a file."""
     if isinstance(module, _LISTS):
         return f"a {type(module).__name__} isn't called. Name the modules in it"
     if next(module.parameters(), None) is None:
         return f"a {type(module).__name__} has no parameters"
     for name, p in module.named_parameters():
-        if p.is_meta:
+        if p.is_meta and not unloaded:
             return f"its parameter {name!r} is on the meta device: not loaded yet, or offloaded"
         if name.rpartition(".")[2] == "B":
             return f"its parameter {name!r} is called as LoRA's B is, by which optimizers tell that (loraplus_ratio)"

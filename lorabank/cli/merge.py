@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lorabank.cli.folders import refuse_existing, whole_folder
+from lorabank.cli.folders import chosen_path, refuse_existing, whole_folder
 from lorabank.cli.loading import add_machine
 from lorabank.cli.parser import CommandParser
 from lorabank.config.typed import named_as_typed
@@ -16,8 +18,11 @@ from lorabank.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from lorabank.formats.adapter import Adapter
     from lorabank.merging.report import MergeReport
+    from lorabank.models.load_task import LoadedTask
 
 EXAMPLES = """\
 examples:
@@ -55,6 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     return parser
 
 
+TIE, VOCABULARY = "tie_word_embeddings", "vocab_size"
 FLAGS = {"force=True": "--force", "strength": "--strength"}
 """What messages of the library speak of, as it is typed here."""
 
@@ -73,30 +79,98 @@ def _run(args: argparse.Namespace) -> int:
             f"memory is merged into as it is stored, {args.dtype} too, by lorabank.merge."
         )
     from lorabank.formats.adapter import Adapter
+    from lorabank.formats.slices import without_slices
     from lorabank.merging.merge import merge
-    from lorabank.models.load import load_base
+    from lorabank.merging.ties import untie
+    from lorabank.models.load_task import load_for
     from lorabank.models.quiet import quiet_transformers
 
-    adapter = Adapter.load(args.adapter)
+    adapter = without_slices(Adapter.load(args.adapter))
     name = args.model or adapter.base_model
     if not name:
         raise ModelError(f"{args.adapter}: the adapter doesn't name its base model. Name it with --model.")
     if args.by_shard:
         return _by_shard(args, adapter, name, folder)
     print(f"loading {name} …", file=sys.stderr, flush=True)
-    base = load_base(name, dtype=stored_dtype(name) if args.dtype == "auto" else args.dtype, device=args.device)
-    inputs = {"input_ids": base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(base.model.device)}
+    base = load_for(name, adapter, dtype=stored_dtype(name) if args.dtype == "auto" else args.dtype, device=args.device)
+    parted = bool(untie(base.model, adapter))
+    inputs = probe(base)
     handle = merge(base.model, adapter, strength=args.strength, force=args.force, inputs=inputs, say=None)
     print_report(handle.report)
-    if adapter.modules:
-        more = f" and {len(adapter.modules) - 3} more" if len(adapter.modules) > 3 else ""
-        print(f"taken over in full: {', '.join(list(adapter.modules)[:3])}{more}")
-    print(f"on a sentence: {handle.logits}")
+    print(f"on a sentence: {handle.logits}" if inputs else "outputs weren't compared: the model reads more than a sentence")
     with quiet_transformers(), whole_folder(folder) as scratch:
         base.model.save_pretrained(scratch)
-        base.tokenizer.save_pretrained(scratch)
-    print(f"saved: {folder} (a plain model: AutoModelForCausalLM.from_pretrained({str(folder)!r}))")
+        if base.causal and base.tokenizer is not None:
+            base.tokenizer.save_pretrained(scratch)
+        else:
+            copy_rest(base.folder, scratch)
+        told = what_changed(args.adapter, adapter, base.folder, scratch, parted=parted)
+    print_saved(folder, told)
     return 0
+
+
+def probe(base: LoadedTask) -> dict[str, Tensor] | None:
+    """A sentence as the model reads it; None for one that reads other things."""
+    from lorabank.bank.task_class import reads_text
+
+    if base.tokenizer is None or not reads_text(base.model):
+        return None
+    ids = base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(base.model.device)
+    return {"input_ids": ids, "decoder_input_ids": ids} if base.model.config.is_encoder_decoder else {"input_ids": ids}
+
+
+def copy_rest(source: Path, target: Path) -> None:
+    """What lies beside a model's weights and configuration, as it stands: its tokenizer, or what prepares its pictures."""
+    from lorabank.merging.shards import WEIGHT_FILES
+
+    for path in sorted(source.iterdir()):
+        weights = path.name.removesuffix(".index.json").endswith(WEIGHT_FILES)
+        if path.is_file() and not weights and not path.name.startswith(".") and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+
+
+def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, parted: bool) -> list[str]:
+    """Lines on what the merged folder has that the base hasn't; puts the adapter's tokenizer where its tokens are more.
+
+    parted: whether weights that were tied aren't any more.
+    """
+    before, after = settings_in(base), settings_in(merged)
+    told: list[str] = []
+    if adapter.modules:
+        more = f" and {len(adapter.modules) - 3} more" if len(adapter.modules) > 3 else ""
+        told.append(f"taken over in full: {', '.join(list(adapter.modules)[:3])}{more}")
+    if "id2label" in after and len(after["id2label"]) != len(before.get("id2label") or "12"):
+        told.append(f"labels: {len(after['id2label'])}, called LABEL_0 …: give them names in config.json (id2label, label2id)")
+    if parted:
+        told.append(f"the output head and the embedding are two weights now ({TIE}: false)")
+    if VOCABULARY in before and after.get(VOCABULARY) != before[VOCABULARY]:
+        told.append(f"tokens: {after.get(VOCABULARY)}, the base's were {before[VOCABULARY]}; {_tokenizer(source, merged)}")
+    return told
+
+
+def _tokenizer(source: str, merged: Path) -> str:
+    """Put the tokenizer beside the adapter into the merged folder, and say so."""
+    from lorabank.models.chat_templates import tokenizer_for
+
+    found = tokenizer_for(chosen_path(source, place="ADAPTER"), merged)
+    if found is None or found[1] == merged:
+        return "there is no tokenizer beside the adapter that knows them, so add one to the folder"
+    found[0].save_pretrained(merged)
+    return f"the tokenizer is that in {found[1]}"
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def print_saved(folder: Path, told: list[str]) -> None:
+    """The last words."""
+    from lorabank.bank.task_class import auto_name
+
+    said = settings_in(folder)
+    auto = auto_name(str((said.get("architectures") or ["?"])[0]), str(said.get("model_type")))
+    print("\n".join([*told, f"saved: {folder} (a plain model: {auto}.from_pretrained({str(folder)!r}))"]))
 
 
 def stored_dtype(name: str) -> str:
@@ -124,8 +198,10 @@ def _by_shard(args: argparse.Namespace, adapter: Adapter, name: str, folder: Pat
     dtype = None if args.dtype == "auto" else pick_dtype(args.dtype, pick_device("cpu"))
     with whole_folder(folder) as scratch, BusyBar() as bar:
         report = merge_folder(source, adapter, scratch, strength=args.strength, dtype=dtype, force=args.force, say=None, busy=bar)
+        parted = settings_in(scratch).get(TIE) is False and settings_in(source).get(TIE) is not False
+        told = what_changed(args.adapter, adapter, source, scratch, parted=parted)
     print_report(report)
-    print(f"saved: {folder} (a plain model: AutoModelForCausalLM.from_pretrained({str(folder)!r}))")
+    print_saved(folder, told)
     return 0
 
 

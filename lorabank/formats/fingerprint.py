@@ -52,12 +52,17 @@ class Fingerprint:
 
     @classmethod
     def of(
-        cls, model: nn.Module, *, without: Collection[str] = (), named: Callable[[str], str] = lambda name: name
+        cls,
+        model: nn.Module,
+        *,
+        without: Collection[str] = (),
+        named: Callable[[str], str] = lambda name: name,
+        unwrapped: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> Fingerprint:
         """Sample at most 32 parameters of `model`; reads a few hundred numbers, whatever the model's size.
 
         `without`: names of parameters that train beside the base, and are no part of it. `named`: a parameter's name in the
-        model → in the base, where that is wrapped.
+        model → in the base, where that is wrapped. `unwrapped`: a module of the model → the base's own.
         """
         left_out = {name for name, _ in model.named_buffers()} | {*without}  # running statistics move too
         here = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor) and name not in left_out}
@@ -65,7 +70,7 @@ class Fingerprint:
         embeddings = {
             named(f"{path}.weight" if path else "weight")
             for path, module in model.named_modules()
-            if isinstance(module, nn.Embedding)
+            if isinstance(unwrapped(module), nn.Embedding)
         }
         vocabulary_sizes = {state[name].shape[0] for name in embeddings if name in state}
         groups: dict[str, list[str]] = {group: [] for group in TENSORS_PER_GROUP}

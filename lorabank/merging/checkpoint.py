@@ -7,7 +7,7 @@ own table of conversions; a tensor that is more than renamed has no name here, s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -119,6 +119,12 @@ class Names:
     """Parameter of the model → the tensor that is it, under whatever name."""
     converted: Mapping[str, str]
     """Parameter (the first of several) → a tensor of which transformers makes it at load."""
+    targets: tuple[str, ...] = ()
+    """Patterns of all that the conversions in use make."""
+
+    def made_at_load(self, name: str) -> bool:
+        """Whether a conversion may make the parameter of other tensors."""
+        return name in self.converted or any("\\" in target or target in name for target in self.targets)
 
 
 def names_in_model(model: nn.Module, stored: Iterator[str]) -> Names:
@@ -133,19 +139,21 @@ def names_in_model(model: nn.Module, stored: Iterator[str]) -> Names:
     known, prefix = set(model.state_dict()), getattr(loaded, "base_model_prefix", "")
     found: dict[str, str] = {}
     converted: dict[str, str] = {}
+    targets: dict[str, None] = {}
     for key in sorted(stored):
         name = key
         for transform in renamings:
             name, _ = transform.rename_source_key(name)
-        made = next((new for new, source in (t.rename_source_key(name) for t in converters) if source is not None), None)
+        made = next(((t, new) for t in converters for new, source in [t.rename_source_key(name)] if source is not None), None)
         if made is not None:
-            converted[_with_prefix(made, known, prefix)] = key
+            converted[_with_prefix(made[1], known, prefix)] = key
+            targets |= dict.fromkeys(made[0].target_patterns)
             continue
         name = _with_prefix(name, known, prefix)
         if name in found:
             raise ModelError(f"the checkpoint holds {name!r} twice, as {found[name]!r} and {key!r}. Load and save it again.")
         found[name] = key
-    return Names(stored=found, converted=converted)
+    return Names(stored=found, converted=converted, targets=tuple(targets))
 
 
 def _with_prefix(name: str, known: set[str], prefix: str) -> str:
@@ -158,28 +166,49 @@ def _with_prefix(name: str, known: set[str], prefix: str) -> str:
     return bare if bare in known else name
 
 
-Change = Callable[[str, Tensor], Tensor]
-"""(stored name, tensor) → the tensor to write, in the dtype that it will have."""
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a tensor is in a new file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        """How many it holds."""
+        return prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.numbers * self.dtype.itemsize
 
 
-def write_shard(shard: Shard, target: Path, dtypes: Mapping[str, torch.dtype], change: Change, changed: set[str]) -> None:
-    """The file anew, one tensor in memory at a time. `dtypes`: of each tensor in the new file; `changed`: those to read."""
+def write_shard(
+    shard: Shard, path: Path, tensors: Mapping[str, Target], value: Callable[[str], Tensor], changed: Collection[str]
+) -> None:
+    """A file of `tensors`, one in memory at a time: `value` gives those in `changed`, the others are `shard`'s own bytes."""
     codes = {dtype: code for code, dtype in TORCH_DTYPES.items()}
-    order = sorted(shard.tensors, key=lambda name: (-dtypes[name].itemsize, shard.tensors[name].begin))  # keeps them aligned
+    last = max((entry.end for entry in shard.tensors.values()), default=0)
+    begins = {name: shard.tensors[name].begin if name in shard.tensors else last for name in tensors}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, begins[name]))  # keeps them aligned
     header: dict[str, object] = {"__metadata__": dict(shard.metadata)} if shard.metadata else {}
     offset = 0
     for name in order:
-        shape = shard.tensors[name].shape
-        size = prod(shape) * dtypes[name].itemsize
-        header[name] = {"dtype": codes[dtypes[name]], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
+        target = tensors[name]
+        header[name] = {
+            "dtype": codes[target.dtype],
+            "shape": list(target.shape),
+            "data_offsets": [offset, offset + target.size],
+        }
+        offset += target.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with open(target, "xb") as file:
+    with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             if name not in changed:
                 shard.copy(name, file)
                 continue
-            value = change(name, shard.read(name)).contiguous().reshape(-1)
-            file.write(value.view(torch.uint8).numpy().data if value.numel() else b"")
+            held = value(name).contiguous().reshape(-1)
+            file.write(held.view(torch.uint8).numpy().data if held.numel() else b"")

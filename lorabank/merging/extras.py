@@ -61,22 +61,34 @@ def check_extras(model: nn.Module, adapter: Adapter) -> None:
 
 def written(model: nn.Module, adapter: Adapter, strength: float) -> list[Written]:
     """The model's tensors that change, with their new values; nothing is written yet."""
-    found = [_written_bias(model, adapter, path, strength) for path in _biased(adapter)]
-    for path, own in adapter.token_rows.items():
+    found = [_written_bias(model, adapter, path, strength) for path in biased(adapter)]
+    for path in adapter.token_rows:
         held = model.get_submodule(path).get_parameter("weight")
-        ids = torch.tensor(own.ids, device=held.device)
-        before = held.detach()[ids].float()
-        wanted = _between(before, own.rows.to(held.device, torch.float32), strength)
-        value = held.detach().clone()
-        value[ids] = wanted.to(held.dtype)
-        found.append(Written(name=f"{path}.weight", held=held, value=value, loss=_loss(before, wanted, value[ids].float())))
+        value, loss = merged_rows(held.detach().clone(), adapter, path, strength)
+        found.append(Written(name=f"{path}.weight", held=held, value=value, loss=loss))
     return found
 
 
 def _written_bias(model: nn.Module, adapter: Adapter, path: str, strength: float) -> Written:
     held = _bias(model, path)
     assert held is not None  # `check_extras` saw it
-    before = held.detach().float()
+    value, loss = merged_bias(held.detach(), adapter, path, strength)
+    return Written(name=f"{path}.bias", held=held, value=value, loss=loss)
+
+
+def merged_rows(table: Tensor, adapter: Adapter, path: str, strength: float) -> tuple[Tensor, LayerLoss]:
+    """(a table with the adapter's rows written into it, what rounding lost of them)."""
+    own = adapter.token_rows[path]
+    ids = torch.tensor(own.ids, device=table.device)
+    before = table[ids].float()
+    wanted = _between(before, own.rows.to(table.device, torch.float32), strength)
+    table[ids] = wanted.to(table.dtype)
+    return table, _loss(before, wanted, table[ids].float())
+
+
+def merged_bias(held: Tensor, adapter: Adapter, path: str, strength: float) -> tuple[Tensor, LayerLoss]:
+    """(a bias as the adapter makes it, in its dtype, what rounding lost of the change)."""
+    before = held.float()
     wanted = before
     if path in adapter.biases:
         wanted = _between(before, adapter.biases[path].to(held.device, torch.float32), strength)
@@ -84,10 +96,11 @@ def _written_bias(model: nn.Module, adapter: Adapter, path: str, strength: float
     if layer is not None and layer.lora_bias is not None:
         wanted = wanted + strength * layer.scaling * layer.lora_bias.to(held.device, torch.float32)
     value = wanted.to(held.dtype)
-    return Written(name=f"{path}.bias", held=held, value=value, loss=_loss(before, wanted, value.float()))
+    return value, _loss(before, wanted, value.float())
 
 
-def _biased(adapter: Adapter) -> list[str]:
+def biased(adapter: Adapter) -> list[str]:
+    """Paths of the modules whose bias it changes."""
     low = [path for path, layer in adapter.layers.items() if layer.lora_bias is not None]
     return list(dict.fromkeys((*adapter.biases, *low)))
 

@@ -19,6 +19,7 @@ from lorabank.bank.layers import layer_kind
 from lorabank.bank.multihead import weight_name
 from lorabank.bank.parts import layer_parts
 from lorabank.bank.tied import shared_in
+from lorabank.bank.wrapping import unwrapped
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, Setting, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.dense import WHY, dense_layers
@@ -111,13 +112,8 @@ def merge(
     Raises FingerprintError, or MergeError naming the layer; the model is then as it was. Warns when rounding loses most of
     Δ, which is then below what the weights' storage resolves.
     """
-    if not math.isfinite(strength):
-        raise MergeError(f"merge: strength should be a number, got {strength}")
-    if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
-        raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
+    check_strength(adapter, strength)
     adapter = without_slices(adapter)
-    if strength != 1 and adapter.modules:
-        raise MergeError(f"merge: {next(iter(adapter.modules))!r} was trained in full, and is merged whole; leave strength out")
     if not force:
         check_fingerprint(model, adapter)
     whole = fitting_modules(model, adapter)
@@ -191,7 +187,7 @@ def warn_unresolved(report: MergeReport) -> None:
 
 def check_fingerprint(model: nn.Module, adapter: Adapter) -> None:
     """Raise FingerprintError when `adapter` was trained on another base than `model`. Says nothing without a fingerprint."""
-    difference = adapter.fingerprint.compare(Fingerprint.of(model)) if adapter.fingerprint else None
+    difference = adapter.fingerprint.compare(Fingerprint.of(model, unwrapped=unwrapped)) if adapter.fingerprint else None
     if difference:
         base = f" ({adapter.base_model})" if adapter.base_model else ""
         raise FingerprintError(
@@ -223,6 +219,16 @@ def _fitting_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
         if not (all(tensor.isfinite().all() for tensor in layer.tensors.values()) and math.isfinite(layer.scaling)):
             raise AdapterFileError(f"merge: layer {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
     return {path: known[path] for path in adapter.layers}
+
+
+def check_strength(adapter: Adapter, strength: float) -> None:
+    """Raise MergeError for what is no number, and for a part of what is merged whole."""
+    if not math.isfinite(strength):
+        raise MergeError(f"merge: strength should be a number, got {strength}")
+    if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
+        raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
+    if strength != 1 and adapter.modules:
+        raise MergeError(f"merge: {next(iter(adapter.modules))!r} was trained in full, and is merged whole; leave strength out")
 
 
 def check_mergeable(adapter: Adapter) -> None:

@@ -7,7 +7,6 @@ that the adapter changes. Everything else is copied in pieces. The numbers are t
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,27 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.fit import misfit, other_weight
-from lorabank.bank.multihead import weight_name
+from lorabank.bank.fit import other_weight
 from lorabank.bank.targets import adaptable_layers
-from lorabank.errors import AdapterFileError, FingerprintError, MergeError, ModelError, OutputError, closest
+from lorabank.bank.task_class import skeleton_of, task_model
+from lorabank.errors import MergeError, ModelError, OutputError
 from lorabank.formats.adapter import Adapter
-from lorabank.formats.extras import extras_by_path
 from lorabank.formats.files import TORCH_DTYPES
-from lorabank.formats.fingerprint import Fingerprint, positions
 from lorabank.formats.slices import without_slices
-from lorabank.merging.checkpoint import INDEX, Names, Shard, names_in_model, read_shards, write_shard
+from lorabank.merging.checkpoint import INDEX, Shard, Target, names_in_model, read_shards, write_shard
+from lorabank.merging.extras import merged_bias, merged_rows
+from lorabank.merging.folder_config import read_config, with_dtype
 from lorabank.merging.layer import merge_tensor
-from lorabank.merging.merge import FORCE, MERGED_DTYPES, check_mergeable, storage_in_training, warn_unresolved
+from lorabank.merging.merge import MERGED_DTYPES, check_strength, storage_in_training, warn_unresolved
 from lorabank.merging.outputs import map_of
 from lorabank.merging.quantized import rounded
 from lorabank.merging.report import LayerLoss, MergeReport
+from lorabank.merging.shard_plan import Made, Plan, check_base, plan
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".pb")
-UNTIE = (
-    "The adapter changes one of them: untie the weights first (a model saved with tie_word_embeddings=false), or serve the "
-    "adapter unmerged."
-)
+CONFIG = "config.json"
 Busy = Callable[[str, int, int], object]
 
 
@@ -54,52 +51,40 @@ def merge_folder(
 ) -> MergeReport:
     """Write the model of `folder` with `adapter` merged into the new or empty folder `output`, one tensor at a time.
 
-    folder: a transformers model in safetensors, of one file or many; config, tokenizer and what else is there are copied.
+    folder: a transformers model in safetensors, of one file or many; config, tokenizer and what else is there are copied. The new
+    folder is of the class that the adapter was trained on, and its config.json says so: that class, as many labels and tokens as
+    the adapter has, and `tie_word_embeddings` false where it changes a tied head and its embedding apart.
     dtype: of every floating tensor; None keeps each as it is stored. force, strength, say: as `merge` has them.
     busy: gets (activity, tensors done, tensors in all).
-    Raises ModelError for a folder that can't be read, MergeError where a layer's weight isn't stored as it is in the model
-    (stacked or permuted at load, tied, quantised), FingerprintError for another base, OutputError for a full disk; nothing is
-    left then.
+    Raises ModelError for a folder that can't be read, MergeError where a weight isn't stored as it is in the model (stacked or
+    permuted at load, quantised), FingerprintError for another base, OutputError for a full disk; nothing is left then.
     """
     folder, output, adapter = Path(folder), Path(output), without_slices(adapter)
-    if not math.isfinite(strength):
-        raise MergeError(f"merge: strength should be a number, got {strength}")
-    if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
-        raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
-    if adapter.modules:
-        raise MergeError(
-            f"merge: {next(iter(adapter.modules))!r} was trained in full, which isn't merged tensor by tensor. Load the model "
-            "and use merge."
-        )
+    check_strength(adapter, strength)
     if dtype is not None and dtype not in MERGED_DTYPES:
         raise MergeError(f"merge: dtype should be float32, float64, bfloat16 or float16, got {dtype}")
-    for path, what in extras_by_path(adapter).items():
-        raise MergeError(f"merge: of {path!r} {what}, which isn't merged tensor by tensor yet. Load the model and use merge.")
-    shards, model = read_shards(folder), _skeleton(folder)
-    owners = {name: shard for shard in shards for name in shard.tensors}
-    names = names_in_model(model, iter(owners))
-    if not force:
-        _check_base(adapter, names, owners)
-    places = _places(model, adapter, names, owners, force)
-    written = _Written(shards, output, dtype)
-    work = _Work(adapter=adapter, places=places, strength=strength, force=force)
+    shards = read_shards(folder)
+    settings = _settings(folder)
+    planned = plan(folder, settings, shards, adapter, dtype=dtype, force=force)
+    layers = adaptable_layers(planned.model)
+    work = _Work(adapter=adapter, plan=planned, layers=layers, shards=shards, strength=strength, force=force)
+    written = _Written(shards, output, planned)
     try:
         written.begin()
-        done, total = 0, sum(len(shard.tensors) for shard in shards)
+        done, total = 0, len(planned.targets)
         for shard in shards:
             busy("merging", done, total)
-            written.shard(shard, places, work.change)
-            done += len(shard.tensors)
+            done += written.shard(shard, work.tensor)
         busy("merging", done, total)
-        _copy_others(folder, output, dtype, written.size)
+        _copy_others(
+            folder, output, written, with_dtype(planned.settings, dtype) if planned.settings != settings or dtype else None
+        )
     except BaseException as error:  # an interrupt too: a folder that is half written is nobody's model
         written.undo()
         if isinstance(error, OSError) and not isinstance(error, OutputError):
             raise OutputError(f"{output}: can't be written: {error.strerror or error}. Nothing is left of it.") from error
         raise
-    merged_in = {str(written.dtypes[key]).removeprefix("torch.") for key in places}
-    losses = {path: work.losses[path] for path in adapter.layers}
-    report = MergeReport(layers=losses, dtypes=tuple(sorted(merged_in)), trained_in=work.storage)
+    report = work.report()
     warn_unresolved(report)
     if say is not None:
         say(str(report))
@@ -111,137 +96,63 @@ def check_folder_base(folder: Path, adapter: Adapter) -> None:
     if adapter.fingerprint is None or not any(folder.glob("*.safetensors")):
         return
     owners = {name: shard for shard in read_shards(folder) for name in shard.tensors}
-    _check_base(adapter, names_in_model(_skeleton(folder), iter(owners)), owners)
+    config = read_config(folder)
+    model = skeleton_of(task_model(config, adapter, repr(str(folder))).kind, config)
+    check_base(adapter, names_in_model(model, iter(owners)), owners)
 
 
-def _skeleton(folder: Path) -> nn.Module:
-    """The model that the folder's config describes, on the meta device: its modules' classes, and no weight."""
-    import transformers
-
+def _settings(folder: Path) -> dict[str, Any]:
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # wrong values surface as whatever the model's config class happens to raise
-        raise ModelError(f"model {str(folder)!r}: its config.json can't be used ({str(error)[:200]}).") from error
-    if getattr(config, "quantization_config", None):
-        raise MergeError(f"merge: {str(folder)!r} holds quantised weights; use the model's bf16 or fp32 release")
-    named = (config.architectures or ["?"])[0]
-    known: Any = getattr(transformers, named, None)
-    if known is None:
-        raise ModelError(
-            f"model {str(folder)!r}: its class {named!r} isn't one of transformers', so what its tensors are isn't known. "
-            "Load it and use merge."
-        )
-    with torch.device("meta"):
-        model: nn.Module = known._from_config(config)
-    return model
-
-
-def _check_base(adapter: Adapter, names: Names, owners: Mapping[str, Shard]) -> None:
-    """Compare the fingerprint's samples with the stored numbers, which also shows that names mean what they mean in the model."""
-    if adapter.fingerprint is None:
-        return
-    here = {}
-    for name, sample in adapter.fingerprint.tensors.items():
-        key = names.stored.get(name)
-        if key is not None and owners[key].tensors[key].shape:
-            shape = owners[key].tensors[key].shape
-            numbers = owners[key].values(key, positions(shape))
-            values = tuple(number if math.isfinite(number) else None for number in numbers)
-            here[name] = replace(sample, shape=shape, values=values)
-    difference = adapter.fingerprint.compare(Fingerprint(tensors=here))
-    if difference:
-        base = f" ({adapter.base_model})" if adapter.base_model else ""
-        raise FingerprintError(
-            f"the adapter was trained on another base{base}: {difference}. Name that base's folder, or pass ",
-            FORCE,
-            " if you know that it fits.",
-        )
-
-
-_Places = dict[str, tuple[str, nn.Module]]
-"""Stored tensor → (the layer's path, the layer)."""
-
-
-def _places(model: nn.Module, adapter: Adapter, names: Names, owners: Mapping[str, Shard], force: bool) -> _Places:
-    """Where each layer's weight is stored; all is checked before anything is written."""
-    if not adapter.layers:
-        raise MergeError("merge: the adapter has no layers")
-    check_mergeable(adapter)
-    layers = adaptable_layers(model)
-    users: dict[int, list[str]] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(value), []).append(name)
-    places: _Places = {}
-    for path, layer in adapter.layers.items():
-        if layer.stack:
-            raise MergeError(
-                f"merge: {path} is an expert of a stack, which isn't merged tensor by tensor. Load the model and use merge."
-            )
-        if path not in layers:
-            raise MergeError(f"merge: the model has no layer {path!r} that can be merged into{closest(path, layers)}")
-        module, name = layers[path], weight_name(path, layers[path])
-        if wrong := misfit(path, layer, module):
-            raise MergeError(f"merge: {wrong}; the adapter belongs to another base")
-        if not (all(bool(tensor.isfinite().all()) for tensor in layer.tensors.values()) and math.isfinite(layer.scaling)):
-            raise AdapterFileError(f"merge: layer {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
-        weight = module.get_parameter("weight")
-        others = [other for other in users[id(weight)] if other != name]
-        if others:
-            raise MergeError(
-                f"merge: {name} is tied to {', '.join(others)}, which isn't merged tensor by tensor. "
-                + ("Load the model and use merge." if adapter.config.ensure_weight_tying else UNTIE)
-            )
-        places[_stored_key(name, tuple(weight.shape), names, owners)] = (path, module)
-    return places
-
-
-def _stored_key(name: str, shape: tuple[int, ...], names: Names, owners: Mapping[str, Shard]) -> str:
-    key = names.stored.get(name)
-    if key is None:
-        made = names.converted.get(name)
-        how = f"made of {made!r} and maybe others when the model is loaded" if made else "not among the checkpoint's tensors"
-        raise MergeError(f"merge: {name} is {how}, so it can't be merged tensor by tensor. Load the model and use merge.")
-    entry = owners[key].tensors[key]
-    if entry.shape != shape:
-        raise MergeError(
-            f"merge: {name} is {shape} in the model and {entry.shape} in {owners[key].path.name} (as {key!r}), so it isn't "
-            "stored as it is. Load the model and use merge."
-        )
-    if TORCH_DTYPES[entry.dtype] not in MERGED_DTYPES:
-        raise MergeError(
-            f"merge: {name} is stored as {entry.dtype}; expected float32, float64, bfloat16 or float16. Use the model's bf16 or "
-            "fp32 release."
-        )
-    return key
+        read: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {str(folder)!r}: its {CONFIG} can't be read ({error}). Copy or download it again.") from error
+    return read
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """Adds the adapter's changes as tensors come by, and keeps what was lost."""
+    """Makes the tensors of the new folder one by one, and keeps what was lost."""
 
     adapter: Adapter
-    places: _Places
+    plan: Plan
+    layers: Mapping[str, nn.Module]
+    """Of the plan's model, by path."""
+    shards: list[Shard]
     strength: float
     force: bool
     losses: dict[str, LayerLoss] = field(default_factory=dict)
-    """By path, filled as it goes."""
+    """By the layer's path, filled as it goes."""
+    extras: dict[str, LayerLoss] = field(default_factory=dict)
+    """By parameter, of biases and tables."""
 
-    @property
-    def storage(self) -> str | None:
-        """How the base was quantised while the adapter was trained."""
-        return storage_in_training(self.adapter)
+    def tensor(self, key: str) -> Tensor:
+        """A tensor of the new folder."""
+        made = self.plan.made.get(key)
+        target, source = self.plan.targets[key], key if made is None else made.source
+        if made is not None and made.whole is not None:
+            return made.whole.to("cpu", target.dtype)
+        shard = next(shard for shard in self.shards if source in shard.tensors)
+        assert source is not None  # only the adapter's own values have none
+        value = shard.read(source).to(target.dtype)
+        return value if made is None else self._changed(made, value)
 
-    def change(self, key: str, value: Tensor) -> Tensor:
-        """The tensor to write, in `value`'s dtype."""
-        if key not in self.places:
-            return value
-        path, module = self.places[key]
+    def _changed(self, made: Made, value: Tensor) -> Tensor:
+        if made.layer is not None:
+            return self._merged(made.layer, value)
+        if made.bias is not None:
+            value, self.extras[made.name] = merged_bias(value, self.adapter, made.bias, self.strength)
+        elif made.rows is not None:
+            value, self.extras[made.name] = merged_rows(value, self.adapter, made.rows, self.strength)
+        return value
+
+    def _merged(self, path: str, value: Tensor) -> Tensor:
+        module, storage = self.layers[path], storage_in_training(self.adapter)
         self._check_brought(path, module, value)
-        layer_map = map_of(module)
-        merged, loss, change = merge_tensor(path, value, self.adapter.layers[path], layer_map, self.strength)
-        if self.storage is not None and self.adapter.layers[path].A.ndim == 2 and not self.adapter.layers[path].looks_up:
+        layer, layer_map = self.adapter.layers[path], map_of(module)
+        merged, loss, change = merge_tensor(path, value, layer, layer_map, self.strength)
+        if storage is not None and layer.A.ndim == 2 and not layer.looks_up:
             weight_OI = layer_map.flat(change.before).float()
-            loss = replace(loss, moved=float(torch.linalg.vector_norm(weight_OI - rounded(weight_OI, self.storage))))
+            loss = replace(loss, moved=float(torch.linalg.vector_norm(weight_OI - rounded(weight_OI, storage))))
         self.losses[path] = loss
         return merged
 
@@ -258,17 +169,32 @@ class _Work:
         if wrong:
             raise MergeError(f"merge: {wrong}; the adapter belongs to another base")
 
+    def report(self) -> MergeReport:
+        """Of all that was made, in the adapter's order."""
+        merged_in = {self.plan.targets[key].dtype for key, made in self.plan.made.items() if made.layer is not None}
+        return MergeReport(
+            layers={path: self.losses[path] for path in self.adapter.layers if path in self.losses},
+            dtypes=tuple(sorted(str(dtype).removeprefix("torch.") for dtype in merged_in)),
+            extras=self.extras,
+            trained_in=storage_in_training(self.adapter),
+        )
+
 
 class _Written:
     """The new folder: what is in it so far, and the way back."""
 
-    def __init__(self, shards: list[Shard], output: Path, dtype: torch.dtype | None) -> None:
-        self.output = output
-        self.dtypes = {
-            name: _new_dtype(TORCH_DTYPES[entry.dtype], dtype) for shard in shards for name, entry in shard.tensors.items()
-        }
-        sizes = ((name, math.prod(entry.shape)) for shard in shards for name, entry in shard.tensors.items())
-        self.size = sum(numbers * self.dtypes[name].itemsize for name, numbers in sizes)
+    def __init__(self, shards: list[Shard], output: Path, planned: Plan) -> None:
+        self.output, self.targets = output, planned.targets
+        self.made = planned.made
+        self.size = sum(target.size for target in planned.targets.values())
+        self.files = {name: shard.path.name for shard in shards for name in shard.tensors if name in planned.targets}
+        added = [name for name in planned.targets if name not in self.files]
+        self.files |= dict.fromkeys(added, shards[-1].path.name)
+        """Every tensor's file."""
+        stored = {name: (shard.tensors[name].dtype, shard.tensors[name].shape) for shard in shards for name in shard.tensors}
+        as_before = {name: (TORCH_DTYPES[code], shape) for name, (code, shape) in stored.items()}
+        self.as_before = as_before == {name: (target.dtype, target.shape) for name, target in planned.targets.items()}
+        """Whether the folder's index says the same as the base's."""
         self._created = False
 
     def begin(self) -> None:
@@ -284,16 +210,25 @@ class _Written:
                 "left. Free some space or choose another disk."
             )
 
-    def shard(self, shard: Shard, places: _Places, change: Callable[[str, Tensor], Tensor]) -> None:
-        """One file of the model anew."""
-        converted = {name for name, entry in shard.tensors.items() if self.dtypes[name] != TORCH_DTYPES[entry.dtype]}
-        write_shard(
-            shard,
-            self.output / shard.path.name,
-            {name: self.dtypes[name] for name in shard.tensors},
-            lambda name, value: change(name, value.to(self.dtypes[name])),
-            converted | (places.keys() & shard.tensors.keys()),
-        )
+    def shard(self, shard: Shard, value: Callable[[str], Tensor]) -> int:
+        """One file of the model anew; returns how many tensors are in it. One that holds nothing any more isn't written."""
+        tensors: dict[str, Target] = {name: self.targets[name] for name, file in self.files.items() if file == shard.path.name}
+        if not tensors:
+            return 0
+        other = {
+            name
+            for name, target in tensors.items()
+            if name in self.made or target.dtype != TORCH_DTYPES[shard.tensors[name].dtype]
+        }
+        write_shard(shard, self.output / shard.path.name, tensors, value, other)
+        return len(tensors)
+
+    def index(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """The base's index with the new folder's tensors."""
+        about = {**said.get("metadata", {}), "total_size": self.size}
+        if "total_parameters" in about:
+            about["total_parameters"] = sum(target.numbers for target in self.targets.values())
+        return {**said, "metadata": about, "weight_map": self.files}
 
     def undo(self) -> None:
         """Remove what was written."""
@@ -302,23 +237,16 @@ class _Written:
                 path.unlink()
 
 
-def _new_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return stored if wanted is None or stored not in MERGED_DTYPES else wanted
-
-
-def _copy_others(folder: Path, output: Path, dtype: torch.dtype | None, size: int) -> None:
-    """Config, tokenizer and the like; not weights in other forms. What says a dtype or a size says the new one."""
+def _copy_others(folder: Path, output: Path, written: _Written, settings: Mapping[str, Any] | None) -> None:
+    """Tokenizer and the like; not weights in other forms. `settings`: the new config.json, None for the base's own."""
     for path in sorted(folder.iterdir()):
         weights = path.name.removesuffix(".index.json").endswith(WEIGHT_FILES) and path.name != INDEX
         if not path.is_file() or weights or path.name.startswith("."):
             continue
-        if path.name in ("config.json", INDEX) and dtype is not None:
-            said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if path.name == INDEX:
-                said["metadata"] = {**said.get("metadata", {}), "total_size": size}
-            else:
-                said.pop("torch_dtype", None)
-                said["dtype"] = str(dtype).removeprefix("torch.")
-            (output / path.name).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        new: Mapping[str, Any] | None = settings if path.name == CONFIG else None
+        if path.name == INDEX and not written.as_before:
+            new = written.index(json.loads(path.read_text(encoding="utf-8")))
+        if new is not None:
+            (output / path.name).write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         else:
             shutil.copyfile(path, output / path.name)

@@ -162,15 +162,6 @@ def test_names_that_conversions_make_are_not_taken_for_stored_ones(tmp_path: Pat
         names_in_model(model, iter([keys[2], "model.layers.0.mlp.gate.weight"]))
 
 
-def test_tied_weights_are_refused(make_adapter: MakeAdapter, tmp_path: Path) -> None:
-    model = llama(tied=True)
-    model.save_pretrained(tmp_path / "base")
-    config = AdapterConfig(rank=1, targets=["lm_head"])
-    adapter = Adapter(config=config, layers={"lm_head": AdapterLayer(torch.ones(1, 32), torch.ones(64, 1), 1.0)})
-    with pytest.raises(MergeError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
-        merge_folder(tmp_path / "base", adapter, tmp_path / "out")
-
-
 def test_what_is_refused_leaves_nothing(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     model = llama()
     base, out = tmp_path / "base", tmp_path / "out"
