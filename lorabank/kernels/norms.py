@@ -28,3 +28,10 @@ def output_norms(weight_OI: Tensor, A_RI: Tensor, B_RO: Tensor, scaling: float) 
             for weight, b in zip(weight_OI.split(rows), B_OR.split(rows), strict=True)
         ]
         return torch.cat(squares).clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+
+
+def base_norms(weight_OI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """‖W‖ of each output (O,) in `dtype`: to the bit what `output_norms` gives where B is zero."""
+    outputs, inputs = weight_OI.shape
+    A_RI, B_RO = (torch.zeros(0, size, dtype=dtype, device=weight_OI.device) for size in (inputs, outputs))
+    return output_norms(weight_OI, A_RI, B_RO, 1.0)

@@ -27,7 +27,7 @@ from lorabank.formats.readers import UNMERGED
 from lorabank.formats.slices import without_slices
 from lorabank.kernels.fp8 import E4M3
 from lorabank.merging.extras import check_extras, written
-from lorabank.merging.layer import merge_layer, merge_quantized_layer
+from lorabank.merging.layer import base_norms_of, merge_layer, merge_quantized_layer
 from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
 from lorabank.merging.quantized import STORAGES, rounded
 from lorabank.merging.report import UNRESOLVED, LayerLoss, MergeReport
@@ -115,7 +115,7 @@ def merge(
         raise MergeError(f"merge: strength should be a number, got {strength}")
     if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
         raise MergeError("merge: a decomposed adapter (DoRA) is merged whole; leave strength out")
-    adapter = without_slices(adapter)
+    adapter = without_slices(adapter, base_norms_of(model))
     if strength != 1 and adapter.modules:
         raise MergeError(f"merge: {next(iter(adapter.modules))!r} was trained in full, and is merged whole; leave strength out")
     if not force:
