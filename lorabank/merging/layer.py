@@ -6,7 +6,8 @@ Shape suffixes: O out, I in, R ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from lorabank.bank.layers import layer_kind
 from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import MergeError, Setting
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.formats.slice_vectors import Norms
+from lorabank.formats.slice_vectors import Norms, joined_vectors
 from lorabank.kernels.maps import LowRankMap
 from lorabank.kernels.norms import base_norms, output_norms
 from lorabank.merging.outputs import decomposed, map_of
@@ -67,6 +68,12 @@ def base_norms_of(model: nn.Module) -> Norms:
         return base_norms(weight_OI, _wide(weight_OI))
 
     return norms
+
+
+def with_norms(path: str, layer: AdapterLayer, parts: Mapping[str, AdapterLayer], weight_OI: Tensor) -> AdapterLayer:
+    """A layer that its slices `parts` are, where they are decomposed with the norms of this weight for its other outputs."""
+    norms = base_norms(weight_OI, _wide(weight_OI))
+    return replace(layer, **joined_vectors(path, parts, layer.scaling, None, lambda path, outputs: norms))
 
 
 def _wide(weight: Tensor) -> torch.dtype:

@@ -21,13 +21,13 @@ from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.multihead import weight_name
 from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, ModelError, OutputError, closest
-from lorabank.formats.adapter import Adapter
+from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.extras import extras_by_path
 from lorabank.formats.files import TORCH_DTYPES
 from lorabank.formats.fingerprint import Fingerprint, positions
-from lorabank.formats.slices import without_slices
+from lorabank.formats.slices import sliced, without_slices
 from lorabank.merging.checkpoint import INDEX, Names, Shard, names_in_model, read_shards, write_shard
-from lorabank.merging.layer import merge_tensor
+from lorabank.merging.layer import merge_tensor, with_norms
 from lorabank.merging.merge import FORCE, MERGED_DTYPES, check_mergeable, storage_in_training, warn_unresolved
 from lorabank.merging.outputs import map_of
 from lorabank.merging.quantized import rounded
@@ -61,7 +61,8 @@ def merge_folder(
     (stacked or permuted at load, tied, quantised), FingerprintError for another base, OutputError for a full disk; nothing is
     left then.
     """
-    folder, output, adapter = Path(folder), Path(output), without_slices(adapter)
+    folder, output, fused = Path(folder), Path(output), sliced(adapter.layers)
+    adapter = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # norms come with the weights
     if not math.isfinite(strength):
         raise MergeError(f"merge: strength should be a number, got {strength}")
     if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
@@ -82,7 +83,7 @@ def merge_folder(
         _check_base(adapter, names, owners)
     places = _places(model, adapter, names, owners, force)
     written = _Written(shards, output, dtype)
-    work = _Work(adapter=adapter, places=places, strength=strength, force=force)
+    work = _Work(adapter=adapter, places=places, strength=strength, force=force, fused=fused)
     try:
         written.begin()
         done, total = 0, sum(len(shard.tensors) for shard in shards)
@@ -223,6 +224,8 @@ class _Work:
     places: _Places
     strength: float
     force: bool
+    fused: Mapping[str, Mapping[str, AdapterLayer]]
+    """Path of each layer that is adapted by its slices → these."""
     losses: dict[str, LayerLoss] = field(default_factory=dict)
     """By path, filled as it goes."""
 
@@ -238,7 +241,10 @@ class _Work:
         path, module = self.places[key]
         self._check_brought(path, module, value)
         layer_map = map_of(module)
-        merged, loss, change = merge_tensor(path, value, self.adapter.layers[path], layer_map, self.strength)
+        layer = self.adapter.layers[path]
+        if path in self.fused:
+            layer = with_norms(path, layer, self.fused[path], layer_map.flat(value))
+        merged, loss, change = merge_tensor(path, value, layer, layer_map, self.strength)
         if self.storage is not None and self.adapter.layers[path].A.ndim == 2 and not self.adapter.layers[path].looks_up:
             weight_OI = layer_map.flat(change.before).float()
             loss = replace(loss, moved=float(torch.linalg.vector_norm(weight_OI - rounded(weight_OI, self.storage))))
