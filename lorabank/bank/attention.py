@@ -85,8 +85,10 @@ class _Rows(LoRALayer):
     projection: Projection
     rows: slice
 
-    def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing, path_seed: int) -> Segment:
-        segment = super()._segment(rows, slot, routing, path_seed)
+    def _segment(
+        self, rows: SlotRows, slot: LayerSlot, routing: Routing, path_seed: int, outputs: Outputs | None = None
+    ) -> Segment:
+        segment = super()._segment(rows, slot, routing, path_seed, outputs)
         return replace(segment, B_RO=segment.B_RO[:, self.rows].contiguous())
 
     def _slice_segments(self, routing: Routing, units: int) -> list[Segment]:

@@ -169,7 +169,7 @@ class AdapterBank(Routed):
         copies = self._saved.fresh(saved, num_labels, seed)
         warn_tied(name, self.model, saved, together=config.ensure_weight_tying)
         chosen, shared = tie(name, config, self._layers_and_slices(), chosen)
-        check_decomposed(config, chosen)
+        check_decomposed(config, chosen, shared)
         shapes: dict[str, tuple[int, float]] = {}
         for path, layer in chosen.items():
             known = without_wrappers(path)
@@ -242,8 +242,12 @@ class AdapterBank(Routed):
         layers: dict[str, AdapterLayer] = {}
         biases: dict[str, Tensor] = {}
         rows: dict[str, TokenRows] = {}
+        norms: dict[str, Tensor] = {}
         for path in slot.paths:
             place = self._layers[path]
+            if isinstance(place, SliceCarrier) and (fused := base_path(place.layer.path, prefix)) not in norms:
+                beside = place.layer.norms_beside(name)
+                norms |= {} if beside is None else {fused: beside}
             layers |= {base_path(part, prefix): layer for part, layer in place.adapter_layers(name).items()}
             extras, ids = place.adapter_extras(name), place.slots[name].ids
             if BIAS in extras:
@@ -255,6 +259,7 @@ class AdapterBank(Routed):
         return Adapter(
             config=slot.config,
             layers=layers,
+            base_norms=norms,
             biases=biases,
             token_rows=rows,
             fingerprint=self.fingerprint,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.extras import Extras, TokenIds, copied
+from lorabank.bank.extras import LORA_BIAS, Extras, TokenIds, copied
 from lorabank.bank.frozen import FrozenPart
 from lorabank.bank.routing import Routing
 from lorabank.bank.storage import RankStore, SlotTensors
@@ -39,6 +39,12 @@ class LayerSlot:
 
     frozen: FrozenPart | None = None
     """Where it started, if its change is the difference from there."""
+
+
+def vectors_of(slot: LayerSlot) -> dict[str, Tensor]:
+    """A copy of its magnitude and lora_B's bias on the CPU, those that there are, by `AdapterLayer`'s names."""
+    found = {"magnitude": slot.tensors.magnitude_O, LORA_BIAS: slot.extras.get(LORA_BIAS)}
+    return {name: leaf.detach().to("cpu", copy=True) for name, leaf in found.items() if leaf is not None}
 
 
 class SlotValues(NamedTuple):

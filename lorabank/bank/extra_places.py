@@ -9,8 +9,8 @@ from torch import nn
 
 from lorabank.bank.biased import is_norm
 from lorabank.bank.extras import BIAS, ROWS, Extras
-from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE, layer_kind
-from lorabank.bank.multihead import Projection
+from lorabank.bank.kinds import EMBEDDING, EXPERTS, layer_kind
+from lorabank.bank.multihead import in_attention
 from lorabank.bank.slices import FusedSlice
 from lorabank.bank.targets import adaptable_layers, as_list, matches, unsupported_linear_maps
 from lorabank.bank.tied import sharers, tied_pairs, warn_apart
@@ -149,8 +149,8 @@ def extras_misfits(model: nn.Module, adapter: Adapter) -> list[str]:
             "again, or name the module in exclude_modules of adapter_config.json if it was left out on purpose"
         )
     for path, layer in adapter.layers.items():
-        if layer.lora_bias is not None and (layer.looks_up or layer.stack or layer.attention or layer.outputs is not None):
-            wrong.append(f"{path}: it has a lora_bias, which embeddings, stacks of experts, attention and slices can't")
+        if layer.lora_bias is not None and (layer.looks_up or layer.stack or layer.attention):
+            wrong.append(f"{path}: it has a lora_bias, which embeddings, stacks of experts and attention can't")
     return wrong
 
 
@@ -181,12 +181,12 @@ def _in_order(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, n
     return {path: modules[path] for path in _modules(model) if path in modules}
 
 
-_NO_LORA_BIAS = {EMBEDDING: "an embedding", EXPERTS: "a stack of experts", SLICE: "a slice of a fused layer"}
+_NO_LORA_BIAS = {EMBEDDING: "an embedding", EXPERTS: "a stack of experts"}
 
 
 def _check_lora_bias(path: str, layer: nn.Module) -> None:
     kind = layer_kind(layer)
-    if kind is not None and (kind.storage in _NO_LORA_BIAS or isinstance(layer, Projection)):
+    if kind is not None and (kind.storage in _NO_LORA_BIAS or in_attention(layer)):
         what = _NO_LORA_BIAS.get(kind.storage, "a projection of nn.MultiheadAttention")
         raise TargetError(
             f"lora_bias: {path!r} is {what}, whose lora_B can't have a bias. Leave it out of targets, or lora_bias."

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.routing import SlotRows
+from lorabank.formats.adapter import AdapterLayer
 from lorabank.kernels.additions import Addition, add_changes
 
 BIAS, LORA_BIAS, ROWS = "bias", "lora_bias", "rows"
@@ -47,6 +48,12 @@ class Extras:
         if self.ids:
             found[ROWS] = (len(self.ids), base.get_parameter("weight").shape[1])
         return found
+
+
+def lora_bias_of(layer: AdapterLayer) -> Extras:
+    """What a trained adapter's layer has of them."""
+    low = layer.lora_bias
+    return Extras() if low is None else Extras(lora_bias=True, values={LORA_BIAS: low})
 
 
 class TokenIds:
@@ -125,6 +132,15 @@ def add_shifts(y: Tensor, used: Used, bias: Tensor | None, shape: Sequence[int],
                 vector = vector.view(-1, *(1,) * (len(shape) - 3))
             additions.append(Addition(rows=rows.rows, change=_weighed(vector, rows, len(shape))))
     return add_changes(y, shape, additions) if additions else y
+
+
+def add_column_shifts(y: Tensor, used: Iterable[tuple[SlotRows, HasExtras, Tensor]], units: int) -> Tensor:
+    """y (…, O) with each slot's bias of lora_B in its rows, at these outputs (int64)."""
+    additions = [
+        Addition(rows=rows.rows, change=_weighed(slot.extras[LORA_BIAS] * slot.scaling, rows, 3), columns_n=columns_n)
+        for rows, slot, columns_n in used
+    ]
+    return add_changes(y, (units, -1, y.shape[-1]), additions)
 
 
 def _shift(slot: HasExtras, bias: Tensor | None) -> Tensor | None:

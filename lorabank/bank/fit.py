@@ -11,9 +11,9 @@ from torch import nn
 
 from lorabank.bank.extra_places import extras_misfits
 from lorabank.bank.fused_layers import Slices, slices_of
-from lorabank.bank.kinds import EMBEDDING, EXPERTS, SLICE
+from lorabank.bank.kinds import EMBEDDING, EXPERTS
 from lorabank.bank.layers import layer_kind
-from lorabank.bank.multihead import Projection
+from lorabank.bank.multihead import Projection, in_attention
 from lorabank.bank.parts import layer_parts, part_names
 from lorabank.bank.quantized import storage_of
 from lorabank.bank.stacks import ExpertStack
@@ -63,7 +63,8 @@ def check_fits(
     `force`: weights of the base that came with the adapter may have other values than this model's. `fused`: slices that were
     declared of layers.
     """
-    slices, adapter = sliced(adapter.layers), without_slices(adapter)
+    slices = sliced(adapter.layers)
+    adapter = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # of which only the sizes are looked at
     if not adapter.layers:
         raise AdapterFileError(f"adapter {name!r} has no layers, so there is nothing to load")
     if adapter.config.use_dora and all(layer.magnitude is None for layer in adapter.layers.values()):
@@ -158,20 +159,23 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
     return None
 
 
-def check_decomposed(config: AdapterConfig, layers: Mapping[str, nn.Module]) -> None:
-    """Raise TargetError where DoRA is asked for on layers that have no direction and magnitude."""
+def check_decomposed(config: AdapterConfig, layers: Mapping[str, nn.Module], shared: Mapping[str, str]) -> None:
+    """Raise TargetError where DoRA is asked for on layers that have no direction and magnitude.
+
+    `shared`: paths among them that read another's numbers → whose.
+    """
+    if not config.use_dora:
+        return
     for path, layer in layers.items():
-        kind = layer_kind(layer)
-        if config.use_dora and kind is not None and kind.storage == SLICE:
-            raise TargetError(
-                f"use_dora: {path!r} is a slice of a fused layer, for which DoRA isn't supported yet. Name the whole layer in "
-                "targets, or leave use_dora out."
-            )
-        attends = isinstance(layer, Projection)
-        if config.use_dora and kind is not None and (attends or kind.storage in (EMBEDDING, EXPERTS)):
-            what = "an embedding" if kind.storage == EMBEDDING else "a stack of experts"
-            what = "nn.MultiheadAttention's" if attends else what
+        kind, attends = layer_kind(layer), in_attention(layer)
+        if kind is not None and (attends or kind.storage == EXPERTS):
+            what = "nn.MultiheadAttention's" if attends else "a stack of experts"
             raise TargetError(f"use_dora: {path!r} is {what}, which DoRA isn't for. Leave it out of targets, or use_dora.")
+    for head, embedding in shared.items():
+        raise TargetError(
+            f"use_dora: {head!r} would read the numbers of {embedding!r} (ensure_weight_tying), and a magnitude of each feature "
+            "there is none of each output here. Leave out ensure_weight_tying, or use_dora."
+        )
 
 
 def warn_storage(name: str, adapter: Adapter, model: nn.Module) -> None:

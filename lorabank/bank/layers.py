@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotParameters, SlotValues
+from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotParameters, SlotValues, vectors_of
 from lorabank.bank.dense import dense_kind
-from lorabank.bank.extras import LORA_BIAS, ROWS, Extras, add_rows, add_shifts, any_extras, fill
+from lorabank.bank.extras import ROWS, add_rows, add_shifts, any_extras, fill, lora_bias_of
 from lorabank.bank.frozen import split
 from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.init import initial, path_generator
@@ -22,7 +22,7 @@ from lorabank.bank.kinds import LAYER_KINDS as LAYER_KINDS
 from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
-from lorabank.bank.slices import SliceCarrier
+from lorabank.bank.slices import SliceCarrier, add_slice_biases
 from lorabank.bank.spectral import start_of_difference
 from lorabank.bank.storage import RankStore
 from lorabank.bank.wrapping import Adapted, check_loaded
@@ -30,12 +30,12 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.config.inits import is_difference
 from lorabank.errors import AdapterFileError, RoutingError
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.formats.output_slice import OutputSlice
+from lorabank.formats.output_slice import OutputSlice, others
 from lorabank.kernels import ops
 from lorabank.kernels.mapped import add_mapped
 from lorabank.kernels.maps import LowRankMap
-from lorabank.kernels.norms import output_norms
-from lorabank.kernels.segments import Decomposition, DropoutDraw, Segment, drop_threshold
+from lorabank.kernels.norms import base_norms, output_norms
+from lorabank.kernels.segments import Decomposition, DropoutDraw, Outputs, Segment, drop_threshold
 from lorabank.kernels.tables import bits32
 from lorabank.notices import warn_once
 
@@ -132,10 +132,8 @@ class LoRALayer(Adapted, Carrier):
             return self._without_ranks()
         mine = layers[self.path]
         self._take_form(dense=mine.dense)
-        low = mine.lora_bias
-        extras = Extras() if low is None else Extras(lora_bias=True, values={LORA_BIAS: low})
         A, B, frozen = split(mine)
-        decomposed = mine.magnitude is not None
+        decomposed, extras = mine.magnitude is not None, lora_bias_of(mine)
         return SlotValues(A, B, mine.magnitude, decomposed, len(A), mine.scaling, extras=extras, frozen=frozen)
 
     def _without_ranks(self) -> SlotValues:
@@ -153,7 +151,7 @@ class LoRALayer(Adapted, Carrier):
             if slot.frozen is not None and values.frozen is not None:
                 slot.frozen.write(values.frozen[0], values.frozen[1].t())
             if tensors.magnitude_O is not None:
-                tensors.magnitude_O.copy_(self._norms(slot) if values.magnitude is None else values.magnitude)
+                tensors.magnitude_O.copy_(self.norms(slot) if values.magnitude is None else values.magnitude)
 
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values here, on the CPU, by path."""
@@ -165,12 +163,8 @@ class LoRALayer(Adapted, Carrier):
             A_RI, B_RO = slot.frozen.joined(A_RI, B_RO)
         A = A_RI.to("cpu", copy=True)
         B = B_RO.t().to("cpu", copy=True).contiguous()
-        magnitude = slot.tensors.magnitude_O
         made = AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING, frozen_rank=len(A) - slot.rank)
-        if magnitude is not None:
-            made = replace(made, magnitude=magnitude.detach().to("cpu", copy=True))
-        if (low := slot.extras.get(LORA_BIAS)) is not None:
-            made = replace(made, lora_bias=low.detach().to("cpu", copy=True))
+        made = replace(made, **vectors_of(slot))
         if kernel:
             made = replace(made, A=A.view(len(A), -1, *kernel), groups=self.kind.groups(base), dense=self.dense)
         return {self.path: replace(made, attention=self.attends)}
@@ -332,7 +326,8 @@ class LoRALayer(Adapted, Carrier):
         units = self.units(routing, x)
         used = [(rows, slot) for rows in routing.plans[units] if (slot := self.slots.get(rows.slot)) is not None]
         y = self._low_rank(x, [each for each in used if each[1].rank], units, routing)
-        return self._with_extras(x, y, used, units) if any_extras(used) else y
+        y = self._with_extras(x, y, used, units) if any_extras(used) else y
+        return add_slice_biases(y, self.slices.values(), routing.plans[units], units) if self.slices else y
 
     def _low_rank(self, x: Tensor, used: Sequence[tuple[SlotRows, LayerSlot]], units: int, routing: Routing) -> Tensor:
         """The base's output with what A and B of these slots change, and those of slices."""
@@ -350,8 +345,7 @@ class LoRALayer(Adapted, Carrier):
             structure_now=lambda: self.router.structure,
         )
         if not self.kind.linear or any(segment.decomposition is not None for segment in plan.segments):
-            y = self._mapped(x, self.base(x), routing.per == "token", replace(plan, segments=tuple(segments)))
-            return ops.add_lora(y, x, replace(plan, segments=tuple(parts))) if parts else y
+            return self._mapped(x, self.base(x), routing.per == "token", plan)
         product = self.kind.product if routing.exact else self.kind.fast
         if product is None or self._called_as_is() is not None:
             return ops.add_lora(self.base(x), x, plan)
@@ -407,13 +401,16 @@ class LoRALayer(Adapted, Carrier):
 
     def _slice_segments(self, routing: Routing, units: int) -> list[Segment]:
         return [
-            replace(self._segment(rows, slot, routing, carrier.path_seed), outputs=carrier.changed)
+            self._segment(rows, slot, routing, carrier.path_seed, carrier.changed)
             for carrier in self.slices.values()
             for rows in routing.plans[units]
             if (slot := carrier.slots.get(rows.slot)) is not None
         ]
 
-    def _segment(self, rows: SlotRows, slot: LayerSlot, routing: Routing, path_seed: int) -> Segment:
+    def _segment(
+        self, rows: SlotRows, slot: LayerSlot, routing: Routing, path_seed: int, outputs: Outputs | None = None
+    ) -> Segment:
+        """`outputs`: those that the slot changes, of a slice."""
         draw = None
         if routing.dropout is not None and slot.dropout > 0 and rows.examples_U is not None:
             draw = DropoutDraw(
@@ -433,13 +430,22 @@ class LoRALayer(Adapted, Carrier):
             scaling=slot.scaling,
             weights_U=rows.weights_U,
             dropout=draw,
-            decomposition=self._decomposition(slot),
+            decomposition=self._decomposition(slot, outputs),
+            outputs=outputs,
         )
 
-    def _decomposition(self, slot: LayerSlot) -> Decomposition | None:
+    def _decomposition(self, slot: LayerSlot, outputs: Outputs | None) -> Decomposition | None:
         magnitude = slot.tensors.magnitude_O
-        return None if magnitude is None else Decomposition(magnitude_O=magnitude, norm_O=self._norms(slot))
+        return None if magnitude is None else Decomposition(magnitude_O=magnitude, norm_O=self.norms(slot, outputs))
 
-    def _norms(self, slot: LayerSlot) -> Tensor:
-        tensors = slot.tensors
-        return output_norms(self.kind.weight_oi(self._parameters, torch.float32), tensors.A_RI, tensors.B_RO, slot.scaling)
+    def norms(self, slot: LayerSlot, outputs: Outputs | None = None) -> Tensor:
+        """‖W + scaling · B A‖ of each output, or of a slice's."""
+        weight_OI, tensors = self.kind.weight_oi(self._parameters, torch.float32), slot.tensors
+        mine = weight_OI if outputs is None else outputs.rows_of(weight_OI)
+        return output_norms(mine, tensors.A_RI, tensors.B_RO, slot.scaling)
+
+    def norms_beside(self, name: str) -> Tensor | None:
+        """‖W‖ of those outputs that no slice of a decomposed adapter has, in order; None where it has no such slice, or all."""
+        parts = [each for each in self.slices.values() if name in each.slots and each.slots[name].tensors.magnitude_O is not None]
+        rest = others([each.outputs for each in parts]) if parts else ()
+        return base_norms(self.kind.weight_oi(self._parameters, torch.float32))[rest].cpu() if len(rest) else None

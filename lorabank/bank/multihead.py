@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lorabank.bank.kinds import LAYER_KINDS, layer_kind
+from lorabank.bank.slices import FusedSlice
 from lorabank.formats.patterns import pattern_value
 
 T = TypeVar("T", int, float)
@@ -80,6 +81,11 @@ def obstacle(module: nn.MultiheadAttention) -> str | None:
     if layer_kind(module.out_proj) is not LAYER_KINDS[nn.Linear]:
         return f"its out_proj is a {type(module.out_proj).__name__} with a weight or forward of its own"
     return None
+
+
+def in_attention(layer: nn.Module) -> bool:
+    """Whether a layer is a projection of an `nn.MultiheadAttention`, or a slice of one."""
+    return isinstance(layer.layer if isinstance(layer, FusedSlice) else layer, Projection)
 
 
 def projections_of(module: nn.Module) -> dict[str, Projection]:

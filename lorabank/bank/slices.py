@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
+from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues, vectors_of
+from lorabank.bank.extras import add_column_shifts, fill, lora_bias_of
 from lorabank.bank.init import initial
+from lorabank.bank.routing import SlotRows
 from lorabank.bank.storage import RankStore
 from lorabank.config.adapter import AdapterConfig
 from lorabank.formats.adapter import AdapterLayer
@@ -46,6 +50,7 @@ class SliceCarrier(Carrier):
         self.slots: dict[str, LayerSlot] = {}
         self.path_seed = zlib.crc32(self.path.encode())
         self.changed = Outputs(outputs.start, outputs.width, outputs.period)
+        self._columns: Tensor | None = None
 
     @property
     def reached(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -61,19 +66,47 @@ class SliceCarrier(Carrier):
         """What changes nothing yet."""
         size = self.store.in_features, self.store.out_features
         A, B = initial(config.init, rank, size, seed, self.path, looks_up=False)
-        return SlotValues(A, B, None, False, rank, scaling)
+        return SlotValues(A, B, None, config.use_dora, rank, scaling)
 
     def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
         """A trained adapter's, out of its layers by path."""
         mine = layers[self.path]
-        return SlotValues(mine.A, mine.B, None, False, mine.rank, mine.scaling)
+        extras = lora_bias_of(mine)
+        return SlotValues(mine.A, mine.B, mine.magnitude, mine.magnitude is not None, mine.rank, mine.scaling, extras=extras)
+
+    def write(self, name: str, values: SlotValues) -> None:
+        """Copy values into an adapter's leaves. A magnitude that isn't given is the norm of what it has become."""
+        super().write(name, values)
+        slot = self.slots[name]
+        fill(self.base, slot.extras, values.extras.values, slot.ids)
+        if (magnitude := slot.tensors.magnitude_O) is not None:
+            with torch.no_grad():
+                magnitude.copy_(self.layer.norms(slot, self.changed) if values.magnitude is None else values.magnitude)
 
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values here, on the CPU, by path."""
         slot = self.slots[name]
         A = slot.tensors.A_RI.detach().to("cpu", copy=True)
         B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
-        return {self.path: AdapterLayer(A, B, slot.scaling, outputs=self.outputs, attention=self.layer.attends)}
+        made = AdapterLayer(A, B, slot.scaling, outputs=self.outputs, attention=self.layer.attends)
+        return {self.path: replace(made, **vectors_of(slot))}
+
+    def columns(self, device: torch.device) -> Tensor:
+        """int64: its outputs among the layer's."""
+        if self._columns is None or self._columns.device != device:
+            self._columns = self.outputs.rows.to(device)
+        return self._columns
 
     def _refresh(self) -> None:
         self.layer.show()
+
+
+def add_slice_biases(y: Tensor, carriers: Iterable[SliceCarrier], plan: Sequence[SlotRows], units: int) -> Tensor:
+    """y with the biases of lora_B of the slots in a layer's slices."""
+    used = [
+        (rows, slot, carrier.columns(y.device))
+        for carrier in carriers
+        for rows in plan
+        if (slot := carrier.slots.get(rows.slot)) is not None and slot.extras
+    ]
+    return add_column_shifts(y, used, units) if used else y

@@ -97,6 +97,8 @@ def shared_in(adapter: Adapter, layers: Mapping[str, nn.Module]) -> dict[str, st
 def mirrored(adapter: Adapter, head: str, embedding: str) -> bool:
     """Whether the head's change is the embedding's, turned."""
     mine, other = adapter.layers[head], adapter.layers[embedding]
+    if mine.magnitude is not None or other.magnitude is not None:  # of each output of its own end
+        return False
     return mine.scaling == other.scaling and torch.equal(mine.A, other.B.t()) and torch.equal(mine.B, other.A.t())
 
 

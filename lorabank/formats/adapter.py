@@ -86,6 +86,8 @@ class Adapter:
     """Path of each module that was trained in full (`modules_to_save`) to its parameters, and buffers as the base has them."""
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base that a file holds beside the adapter, by module path: PEFT saves embeddings that carry one along."""
+    base_norms: Mapping[str, Tensor] = field(default_factory=dict)
+    """By path of a fused layer whose slices are decomposed: ‖W‖ of each output that none of them has, in order."""
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     """Module path to its trained bias as a whole, in place of the base's (`bias="lora_only"` or `"all"`)."""
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
@@ -154,9 +156,10 @@ class Adapter:
             path: {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in module.items()}
             for path, module in self.modules.items()
         }
+        norms = {path: norm.to(device=device, dtype=dtype) for path, norm in self.base_norms.items()}
         biases = {path: bias.to(device=device, dtype=dtype) for path, bias in self.biases.items()}
         rows = {path: replace(own, rows=own.rows.to(device=device, dtype=dtype)) for path, own in self.token_rows.items()}
-        return replace(self, layers=moved, modules=modules, biases=biases, token_rows=rows)
+        return replace(self, layers=moved, modules=modules, base_norms=norms, biases=biases, token_rows=rows)
 
     def save(self, folder: str | Path) -> Path:
         """Write PEFT's file format (`adapter_config.json`, `adapter_model.safetensors`) into `folder`; returns it."""

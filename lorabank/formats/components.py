@@ -44,8 +44,9 @@ def of_component(adapter: Adapter, name: str) -> Adapter:
             f"It has {', '.join(filter(None, has)) or 'none but a model without components'}."
         )
     weights = {split(path)[1]: value for path, value in adapter.base_weights.items() if split(path)[0] == name}
+    norms = {split(path)[1]: value for path, value in adapter.base_norms.items() if split(path)[0] == name}
     modules = {split(path)[1]: module for path, module in adapter.modules.items() if split(path)[0] == name}
-    changes = {"layers": layers, "modules": modules, "base_weights": weights}
+    changes = {"layers": layers, "modules": modules, "base_weights": weights, "base_norms": norms}
     return replace(adapter, config=config_of(layers, adapter.config), fingerprint=None, **changes)
 
 
@@ -56,8 +57,9 @@ def as_component(adapter: Adapter, name: str) -> Adapter:
     refuse_extras(adapter, "an image model's part")
     layers = {f"{name}.{path}": layer for path, layer in adapter.layers.items()}
     weights = {f"{name}.{path}": value for path, value in adapter.base_weights.items()}
+    norms = {f"{name}.{path}": value for path, value in adapter.base_norms.items()}
     modules = {f"{name}.{path}": module for path, module in adapter.modules.items()}
-    changes = {"layers": layers, "modules": modules, "base_weights": weights}
+    changes = {"layers": layers, "modules": modules, "base_weights": weights, "base_norms": norms}
     return replace(adapter, config=config_of(layers, adapter.config), fingerprint=None, **changes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,3 +42,11 @@ class OutputSlice:
     def overlaps(self, other: OutputSlice) -> bool:
         """Whether an output is in both."""
         return bool(torch.isin(self.rows, other.rows).any())
+
+
+def others(slices: Sequence[OutputSlice]) -> Tensor:
+    """int64: the outputs of a layer that are in none of these slices of it, in order."""
+    left = torch.ones(slices[0].total, dtype=torch.bool)
+    for part in slices:
+        left[part.rows] = False
+    return left.nonzero().flatten()

@@ -26,7 +26,7 @@ from lorabank.formats.differences import FROZEN, marked, restored
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.norms import warn_norms
-from lorabank.formats.peft_config import PeftSettings, config_from_dict, config_to_dict, read_settings, to_peft
+from lorabank.formats.peft_config import PeftSettings, config_from_dict, config_to_dict, read_settings, to_peft, undecomposed
 from lorabank.formats.peft_keys import (
     base_name,
     from_tensors,
@@ -75,6 +75,8 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
     if not adapter.layers:
         raise AdapterFileError("the adapter has no layers, so there is nothing to save")
     recorded, adapter = slices.record(adapter), slices.without_slices(adapter)
+    for path, why in undecomposed(adapter).items():
+        raise AdapterFileError(f"layer {path!r}: PEFT's form can't hold it: {why}. Merge the adapter into its base instead.")
     tensors: dict[str, Tensor] = {}
     layers = multihead.as_peft_has_them(adapter.layers)
     for path, layer in layers.items():
@@ -192,13 +194,7 @@ def _decomposed(
     where: str, settings: PeftSettings, layers: Mapping[str, AdapterLayer], magnitudes: Mapping[str, Tensor]
 ) -> dict[str, AdapterLayer]:
     """The layers with DoRA's magnitudes. Raises AdapterFileError where these aren't as the settings say."""
-    for path in magnitudes:
-        if settings.use_dora and path in layers and layers[path].looks_up:
-            raise AdapterFileError(
-                f"{where}: {magnitude_name(path)!r} is DoRA's magnitude of an embedding, which isn't supported, and without it "
-                "the adapter would compute something else. Merge it with the tool that made it."
-            )
-    expected = [path for path, layer in layers.items() if not layer.looks_up] if settings.use_dora else []
+    expected = list(layers) if settings.use_dora else []
     if wrong := sorted(set(expected) ^ set(magnitudes)):
         has = "no lora_magnitude_vector" if wrong[0] in expected else "a lora_magnitude_vector"
         raise AdapterFileError(

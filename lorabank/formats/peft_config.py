@@ -73,13 +73,18 @@ def to_peft(adapter: Adapter, layers: Mapping[str, AdapterLayer] | None = None) 
 def unheld(adapter: Adapter) -> dict[str, str]:
     """Module path → why PEFT's settings can't say what that layer is; empty where they can."""
     found: dict[str, str] = unheld_extras(adapter)
-    decomposed = any(layer.magnitude is not None for layer in adapter.layers.values())
+    found |= undecomposed(adapter)
     for path, layer in adapter.layers.items():
         if not (math.isfinite(layer.scaling) and layer.scaling > 0):
             found[path] = f"its scaling is {layer.scaling:g}, and α is above 0 there. Multiply B by it and use a scaling of 1"
-        elif decomposed and layer.magnitude is None and not layer.looks_up:
-            found[path] = "other layers are decomposed (DoRA) and it isn't, which PEFT has no setting for"
     return found
+
+
+def undecomposed(adapter: Adapter) -> dict[str, str]:
+    """Module path → why it isn't held, of layers without a magnitude beside decomposed ones."""
+    plain = [path for path, layer in adapter.layers.items() if layer.magnitude is None]
+    why = "other layers are decomposed (DoRA) and it isn't, which PEFT has no setting for"
+    return dict.fromkeys(plain, why) if len(plain) < len(adapter.layers) else {}
 
 
 @dataclass(frozen=True, kw_only=True)

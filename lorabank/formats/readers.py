@@ -198,13 +198,15 @@ def _older_peft(adapter: Adapter) -> list[Obstacle]:
     convolved = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim > 2)
     stacked = _paths(adapter, lambda path, layer: layer.stack > 0)
     attention = _paths(adapter, lambda path, layer: layer.attention)
-    dora = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim == 2)
+    dora = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.A.ndim == 2 and not layer.looks_up)
+    looked_up = _paths(adapter, lambda path, layer: layer.magnitude is not None and layer.looks_up)
     low = _paths(adapter, lambda path, layer: layer.lora_bias is not None)
     return [
         *_broken(adapter),
         *_found("PEFT reads rsLoRA from 0.8 on", "update PEFT", tuple(layers)[:1] if adapter.config.use_rslora else ()),
         *_found("PEFT reads DoRA from 0.9 on", "update PEFT", dora),
         *_found("PEFT reads DoRA on convolutions from 0.10 on", "update PEFT", convolved),
+        *_found("PEFT reads DoRA on embeddings from 0.13 on", "update PEFT", looked_up),
         *_found("PEFT reads adapters of stacked experts from 0.17 on", "update PEFT", stacked),
         *_found("PEFT reads lora_bias from 0.14 on", "update PEFT", low),
         *_found("PEFT reads token rows from 0.15 on", "update PEFT", tuple(adapter.token_rows)),

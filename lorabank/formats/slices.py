@@ -15,10 +15,12 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
-from lorabank.formats.output_slice import OutputSlice
+from lorabank.formats.output_slice import OutputSlice, others
+from lorabank.formats.slice_vectors import Norms, joined_vectors
 
 Record = dict[str, dict[str, dict[str, Any]]]
 """Layer → slice → what `split` needs to know, as JSON has it."""
@@ -39,8 +41,13 @@ def _where(item: tuple[str, AdapterLayer]) -> tuple[str, int]:
     return (path, 0) if layer.outputs is None else (path.rpartition(".")[0], layer.outputs.start)
 
 
-def without_slices(adapter: Adapter) -> Adapter:
-    """The same change with one layer for each fused layer, of its slices' ranks in all. Raises AdapterFileError for overlaps."""
+def without_slices(adapter: Adapter, norms: Norms | None = None) -> Adapter:
+    """The same change with one layer for each fused layer, of its slices' ranks in all.
+
+    Where slices are decomposed (DoRA) the layer is, too: its other outputs have their norm as magnitude, which changes nothing.
+    `norms`: those of the base at hand; else they are `adapter.base_norms`. Raises AdapterFileError for overlaps, and where there
+    are no norms.
+    """
     fused = sliced(adapter.layers)
     if not fused:
         return adapter
@@ -54,8 +61,10 @@ def without_slices(adapter: Adapter) -> Adapter:
                 )
             layers[path] = layer
         elif parent not in layers:
-            layers[parent] = _joined(parent, fused[parent])
-    return replace(adapter, layers=layers)
+            joined = _joined(parent, fused[parent])
+            vectors = joined_vectors(parent, fused[parent], joined.scaling, adapter.base_norms.get(parent), norms)
+            layers[parent] = replace(joined, **vectors)
+    return replace(adapter, layers=layers, base_norms={})
 
 
 def record(adapter: Adapter) -> Record:
@@ -79,19 +88,23 @@ def split(where: str, adapter: Adapter, recorded: object) -> Adapter:
     if not isinstance(recorded, Mapping) or not recorded:
         return adapter
     layers: dict[str, AdapterLayer] = {}
+    norms: dict[str, Tensor] = {}
     for path, layer in adapter.layers.items():
         parts = recorded.get(path)
         if parts is None:
             layers[path] = layer
             continue
         try:
-            layers |= _parts(path, layer, parts)
+            made = _parts(path, layer, parts)
+            layers |= made
+            if layer.magnitude is not None and len(rest := others([_outputs(part) for part in made.values()])):
+                norms[path] = layer.magnitude[rest]
         except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
             raise AdapterFileError(
                 f"{where}: what it says of the slices of {path!r} isn't this layer's ({error}). Delete it to load the adapter by "
                 "adapter_config.json alone."
             ) from error
-    return replace(adapter, layers=layers)
+    return replace(adapter, layers=layers, base_norms=norms)
 
 
 def _outputs(layer: AdapterLayer) -> OutputSlice:
@@ -106,10 +119,8 @@ def _joined(path: str, parts: Mapping[str, AdapterLayer]) -> AdapterLayer:
         for j, other in enumerate(slices[:i]):
             if mine.total != other.total or mine.overlaps(other):
                 raise AdapterFileError(f"layer {path!r}: its slices {names[j]!r} and {names[i]!r} have outputs in common")
-    if any(layer.magnitude is not None for layer in layers):
-        raise AdapterFileError(f"layer {path!r}: its slices are decomposed (DoRA), which isn't supported")
-    if any(layer.lora_bias is not None or layer.frozen_rank for layer in layers):
-        raise AdapterFileError(f"layer {path!r}: its slices have a lora_bias or a frozen half, which isn't supported")
+    if any(layer.frozen_rank for layer in layers):
+        raise AdapterFileError(f"layer {path!r}: its slices have a frozen half, which isn't supported")
     dtype = reduce(torch.promote_types, (layer.B.dtype for layer in layers))
     scaling = _common_scaling([layer.scaling for layer in layers])
     B = torch.zeros(slices[0].total, sum(layer.rank for layer in layers), dtype=dtype)
@@ -143,9 +154,16 @@ def _parts(path: str, layer: AdapterLayer, recorded: Mapping[str, Mapping[str, A
         if not _is_power_of_two(factor):  # of an attention whose two projections have one scaling in PEFT's file
             factor, scaling = 1.0, layer.scaling
         A, B = layer.A[start : start + rank].clone(), (B / factor).contiguous()
-        found[f"{path}.{name}"] = AdapterLayer(A, B, scaling, outputs=outputs, attention=layer.attention)
+        part = AdapterLayer(A, B, scaling, outputs=outputs, attention=layer.attention)
+        if layer.magnitude is not None:
+            part = replace(part, magnitude=layer.magnitude[outputs.rows])
+        if layer.lora_bias is not None:
+            part = replace(part, lora_bias=layer.lora_bias[outputs.rows] / factor)
+        found[f"{path}.{name}"] = part
         start += rank
     inside = sum(int(part.B.count_nonzero()) for part in found.values())
     if start != layer.rank or inside != int(layer.B.count_nonzero()):
         raise ValueError(f"ranks {start} of {layer.rank}, {inside} of {int(layer.B.count_nonzero())} numbers of B")
+    if layer.lora_bias is not None and layer.lora_bias[others([_outputs(part) for part in found.values()])].any():
+        raise ValueError("a bias of lora_B at outputs that are no slice's")
     return found

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lorabank.kernels.maps import LowRankMap
 from lorabank.kernels.ops import Plan, check_route, without_autocast
-from lorabank.kernels.segments import Segment, take_units
+from lorabank.kernels.segments import Outputs, Segment, take_units
 
 
 def samples_of(x: Tensor, units: int) -> Tensor:
@@ -65,7 +65,7 @@ class _AddMapped(torch.autograd.Function):
                     change = (
                         weighed(_without_bias(y_UN, segment, layer_map, bias_O), segment).mul_(gain - 1).add_(change.mul_(gain))
                     )
-                _add_rows(out_UN, segment, change)
+                _add_rows(out_UN, segment, change, segment.outputs)
                 shrunk.append(narrow)
         decomposed = any(segment.decomposition is not None for segment in plan.segments)
         ctx.plan, ctx.map = plan, layer_map
@@ -88,7 +88,7 @@ class _AddMapped(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         with without_autocast(x):
             for segment, narrow in zip(plan.segments, shrunk, strict=True):
-                dy_mine = take_units(dy_UN, segment.rows).to(segment.A_RI.dtype).flatten(0, 1)
+                dy_mine = _outputs_of(dy_UN, segment).to(segment.A_RI.dtype).flatten(0, 1)
                 needs_A, needs_B = next(needs), next(needs)
                 d_magnitude: list[Tensor | None] = []
                 if segment.decomposition is not None:
@@ -102,11 +102,11 @@ class _AddMapped(torch.autograd.Function):
                         d_magnitude = [None]
                     through_y = weighed(dy_mine * (gain - 1), segment) if needs_y or ctx.needs_input_grad[4] else None
                     if through_y is not None and ctx.needs_input_grad[4]:
-                        own = layer_map.over_places(through_y)  # the bias is in y, and no part of what is decomposed
-                        d_bias = -own if d_bias is None else d_bias - own
+                        own = _among_all(layer_map.over_places(through_y), segment, bias_O)
+                        d_bias = -own if d_bias is None else d_bias - own  # it is in y, and no part of what is decomposed
                     if through_y is not None and needs_y:
                         to_y = dy.clone(memory_format=torch.contiguous_format) if to_y is dy else to_y
-                        _add_rows(samples_of(to_y, plan.units), segment, through_y)
+                        _add_rows(samples_of(to_y, plan.units), segment, through_y, segment.outputs)
                     dy_mine = dy_mine * gain
                 dy_mine = dy_mine.mul(segment.scaling)
                 d_narrow, dB = layer_map.expand_backward(dy_mine, narrow, segment.B_RO, needs_B)
@@ -118,10 +118,29 @@ class _AddMapped(torch.autograd.Function):
         return to_y, dx, None, None, None if d_bias is None else d_bias.to(bias_O.dtype), *gradients
 
 
+def _outputs_of(y_UN: Tensor, segment: Segment) -> Tensor:
+    """The segment's samples (units, N, …), of a slice its own outputs of them."""
+    mine = take_units(y_UN, segment.rows)
+    return mine if segment.outputs is None else segment.outputs.of(mine).flatten(-2)
+
+
+def _among_all(vector: Tensor, segment: Segment, like_O: Tensor) -> Tensor:
+    """A number for each of the segment's outputs as one for each of the layer's, zero for the others."""
+    if segment.outputs is None:
+        return vector
+    wide = vector.new_zeros(like_O.shape)
+    part = segment.outputs.of(wide)
+    part.copy_(vector.view(part.shape))
+    return wide
+
+
 def _without_bias(y_UN: Tensor, segment: Segment, layer_map: LowRankMap, bias_O: Tensor | None) -> Tensor:
     """W x of the segment's samples, (units · N, …), a copy in A's dtype."""
-    base = take_units(y_UN, segment.rows).flatten(0, 1).to(segment.A_RI.dtype, copy=True)
-    return base if bias_O is None else base.sub_(layer_map.outputs(bias_O.to(base.dtype), base))
+    base = _outputs_of(y_UN, segment).flatten(0, 1).to(segment.A_RI.dtype, copy=True)
+    if bias_O is None:
+        return base
+    bias = bias_O if segment.outputs is None else segment.outputs.of(bias_O).flatten()
+    return base.sub_(layer_map.outputs(bias.to(base.dtype), base))
 
 
 def _tensors(segment: Segment) -> list[Tensor]:
@@ -141,14 +160,18 @@ def _restored(segments: Sequence[Segment], tensors: Sequence[Tensor]) -> tuple[S
     return tuple(made)
 
 
-def _add_rows(out_UN: Tensor, segment: Segment, change: Tensor) -> None:
-    """out[rows] += change, in place, rounded once into out's dtype."""
+def _add_rows(out_UN: Tensor, segment: Segment, change: Tensor, outputs: Outputs | None = None) -> None:
+    """out[rows] += change, in place, rounded once into out's dtype. `outputs`: those that the change is of, None for all."""
     rows = take_units(out_UN, segment.rows)
-    total = (rows.to(change.dtype) + change.view(rows.shape)).to(out_UN.dtype)
+    part = rows if outputs is None else outputs.of(rows)
+    total = (part.to(change.dtype) + change.view(part.shape)).to(out_UN.dtype)
     if isinstance(segment.rows, slice):
-        rows.copy_(total)
-    else:
+        part.copy_(total)
+    elif outputs is None:
         out_UN.index_copy_(0, segment.rows, total)
+    else:
+        part.copy_(total)
+        out_UN.index_copy_(0, segment.rows, rows)
 
 
 def add_mapped(y: Tensor, x: Tensor, layer_map: LowRankMap, plan: Plan, bias_O: Tensor | None = None) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lorabank.kernels.ops import without_autocast
 
-PIECE = 2**22
-"""Numbers of V that are held at once, at most."""
+PIECE, CPU_PIECE = 2**22, 2**20
+"""Numbers of V that are held at once, at most; fewer on a CPU, whose cache then holds them."""
 PIECES = 8
 """Pieces of V, at least."""
 
@@ -20,11 +20,26 @@ PIECES = 8
 def output_norms(weight_OI: Tensor, A_RI: Tensor, B_RO: Tensor, scaling: float) -> Tensor:
     """(O,) in A's dtype, no gradient, nowhere zero: where all is zero it is the root of the smallest normal number."""
     with torch.no_grad(), without_autocast(weight_OI):
-        A, B_OR = A_RI.detach(), B_RO.detach().t()
-        outputs, inputs = weight_OI.shape
-        rows = max(1, min(PIECE // max(1, inputs), -(-outputs // PIECES)))
-        squares = [
-            torch.addmm(weight.to(A.dtype), b, A, alpha=scaling).square_().sum(1)
-            for weight, b in zip(weight_OI.split(rows), B_OR.split(rows), strict=True)
-        ]
-        return torch.cat(squares).clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+        A, B = A_RI.detach(), B_RO.detach()
+        if weight_OI.stride(0) < weight_OI.stride(1):  # stored (in, out), as embeddings are, it is read in order by inputs
+            squares_O = torch.stack(_squares(weight_OI.t(), A.t(), B, scaling, 0)).sum(0)
+        else:
+            squares_O = torch.cat(_squares(weight_OI, B.t(), A, scaling, 1))
+        return squares_O.clamp_min(torch.finfo(A.dtype).tiny).sqrt()
+
+
+def _squares(weight: Tensor, left: Tensor, right: Tensor, scaling: float, dim: int) -> list[Tensor]:
+    """Of pieces of weight + scaling · left @ right, some rows each, the sums of squares along `dim`."""
+    most = CPU_PIECE if weight.device.type == "cpu" else PIECE
+    rows = max(1, min(most // max(1, weight.shape[1]), -(-len(weight) // PIECES)))
+    return [
+        torch.addmm(piece.to(left.dtype), mine, right, alpha=scaling).square_().sum(dim)
+        for piece, mine in zip(weight.split(rows), left.split(rows), strict=True)
+    ]
+
+
+def base_norms(weight_OI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """‖W‖ of each output (O,) in `dtype`: to the bit what `output_norms` gives where B is zero."""
+    outputs, inputs = weight_OI.shape
+    A_RI, B_RO = (torch.zeros(0, size, dtype=dtype, device=weight_OI.device) for size in (inputs, outputs))
+    return output_norms(weight_OI, A_RI, B_RO, 1.0)

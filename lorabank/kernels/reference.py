@@ -69,10 +69,13 @@ def add_mapped(
         change = layer_map.expand(layer_map.shrink(mine.flatten(0, 1), segment.A_RI), segment.B_RO) * segment.scaling
         if segment.decomposition is not None:
             base = base_UN[rows].flatten(0, 1).to(change.dtype)
-            bias = 0 if bias_O is None else layer_map.outputs(bias_O.to(change.dtype), base)
+            bias = None if bias_O is None else bias_O.to(change.dtype)
+            if segment.outputs is not None:
+                base, bias = (None if value is None else segment.outputs.of(value).flatten(-2) for value in (base, bias))
+                assert base is not None
             gain = layer_map.outputs(segment.decomposition.gain_O, base)
-            change = (gain - 1) * (base - bias) + gain * change
-        change = change.view(y_UN[rows].shape)
+            change = (gain - 1) * (base - (0 if bias is None else layer_map.outputs(bias, base))) + gain * change
+        change = _in_place(change, segment, y.shape[-1]).view(y_UN[rows].shape)
         if segment.weights_U is not None:
             weights_U = segment.weights_U.to(change.device, change.dtype)
             change = change * weights_U.view(-1, *(1,) * (change.ndim - 1))

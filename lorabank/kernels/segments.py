@@ -58,6 +58,10 @@ class Outputs(NamedTuple):
         """These numbers of y (…, O) as a view of it, (…, O / period, width)."""
         return y.unflatten(-1, (-1, self.period))[..., self.start : self.start + self.width]
 
+    def rows_of(self, weight_OI: Tensor) -> Tensor:
+        """Their rows of a weight, a view where they lie in one piece."""
+        return weight_OI.unflatten(0, (-1, self.period))[:, self.start : self.start + self.width].flatten(0, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:

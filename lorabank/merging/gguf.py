@@ -140,7 +140,8 @@ def merged_weight(weight: Tensor, layer: AdapterLayer, name: str, base: GgufBase
     delta = layer.scaling * (B @ A)
     merged = weight.double() + (delta.t() if layer.looks_up else delta)
     if magnitude is not None:
-        merged = merged * (magnitude.double() / merged.norm(dim=1))[:, None]
+        turned = merged.t() if layer.looks_up else merged  # a view: its rows are the outputs
+        turned *= (magnitude.double() / turned.norm(dim=1))[:, None]
     return merged
 
 

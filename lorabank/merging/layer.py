@@ -6,16 +6,19 @@ Shape suffixes: O out, I in, R ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lorabank.bank.layers import layer_kind
+from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import MergeError, Setting
 from lorabank.formats.adapter import AdapterLayer
+from lorabank.formats.slice_vectors import Norms, joined_vectors
 from lorabank.kernels.maps import LowRankMap
-from lorabank.kernels.norms import output_norms
+from lorabank.kernels.norms import base_norms, output_norms
 from lorabank.merging.outputs import decomposed, map_of
 from lorabank.merging.quantized import requantized
 from lorabank.merging.report import LayerLoss
@@ -54,11 +57,34 @@ def change_of(before: Tensor, layer: AdapterLayer, layer_map: LowRankMap, streng
     return Change(before=before, delta=delta, A_RI=A_RI, B_RO=B_RO, gain_O=gain_O)
 
 
+def base_norms_of(model: nn.Module) -> Norms:
+    """The norms of a model's weights, output by output, to the bit those that `change_of` finds where B is zero."""
+    layers = adaptable_layers(model)
+
+    def norms(path: str, outputs: int) -> Tensor | None:
+        if path not in layers or (kind := layer_kind(layers[path])) is None or kind.features(layers[path])[1] != outputs:
+            return None
+        weight_OI = kind.weight_oi(layers[path]._parameters, torch.float32)
+        return base_norms(weight_OI, _wide(weight_OI))
+
+    return norms
+
+
+def with_norms(path: str, layer: AdapterLayer, parts: Mapping[str, AdapterLayer], weight_OI: Tensor) -> AdapterLayer:
+    """A layer that its slices `parts` are, where they are decomposed with the norms of this weight for its other outputs."""
+    norms = base_norms(weight_OI, _wide(weight_OI))
+    return replace(layer, **joined_vectors(path, parts, layer.scaling, None, lambda path, outputs: norms))
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 def merge_tensor(
     path: str, weight: Tensor, layer: AdapterLayer, layer_map: LowRankMap, strength: float
 ) -> tuple[Tensor, LayerLoss, Change]:
     """(weight + ΔW in the weight's dtype, what rounding lost, the change). Raises MergeError where the dtype can't hold it."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = _wide(weight)
     change = change_of(weight.detach().to(wide, copy=True), layer, layer_map, strength)
     merged = (change.before + change.delta).to(weight.dtype)
     after = merged.to(wide)

@@ -28,7 +28,7 @@ from lorabank.formats.readers import UNMERGED
 from lorabank.formats.slices import without_slices
 from lorabank.kernels.fp8 import E4M3
 from lorabank.merging.extras import check_extras, written
-from lorabank.merging.layer import merge_layer, merge_quantized_layer
+from lorabank.merging.layer import base_norms_of, merge_layer, merge_quantized_layer
 from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
 from lorabank.merging.quantized import STORAGES, rounded
 from lorabank.merging.report import UNRESOLVED, LayerLoss, MergeReport
@@ -113,7 +113,7 @@ def merge(
     Δ, which is then below what the weights' storage resolves.
     """
     check_strength(adapter, strength)
-    adapter = without_slices(adapter)
+    adapter = without_slices(adapter, base_norms_of(model))
     if not force:
         check_fingerprint(model, adapter)
     whole = fitting_modules(model, adapter)

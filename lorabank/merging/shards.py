@@ -20,13 +20,13 @@ from lorabank.bank.fit import other_weight
 from lorabank.bank.targets import adaptable_layers
 from lorabank.bank.task_class import skeleton_of, task_model
 from lorabank.errors import MergeError, ModelError, OutputError
-from lorabank.formats.adapter import Adapter
+from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import TORCH_DTYPES
-from lorabank.formats.slices import without_slices
+from lorabank.formats.slices import sliced, without_slices
 from lorabank.merging.checkpoint import INDEX, Shard, Target, names_in_model, read_shards, write_shard
 from lorabank.merging.extras import merged_bias, merged_rows
 from lorabank.merging.folder_config import read_config, with_dtype
-from lorabank.merging.layer import merge_tensor
+from lorabank.merging.layer import merge_tensor, with_norms
 from lorabank.merging.merge import MERGED_DTYPES, check_strength, storage_in_training, warn_unresolved
 from lorabank.merging.outputs import map_of
 from lorabank.merging.quantized import rounded
@@ -59,7 +59,8 @@ def merge_folder(
     Raises ModelError for a folder that can't be read, MergeError where a weight isn't stored as it is in the model (stacked or
     permuted at load, quantised), FingerprintError for another base, OutputError for a full disk; nothing is left then.
     """
-    folder, output, adapter = Path(folder), Path(output), without_slices(adapter)
+    folder, output, fused = Path(folder), Path(output), sliced(adapter.layers)
+    adapter = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # norms come with the weights
     check_strength(adapter, strength)
     if dtype is not None and dtype not in MERGED_DTYPES:
         raise MergeError(f"merge: dtype should be float32, float64, bfloat16 or float16, got {dtype}")
@@ -67,7 +68,7 @@ def merge_folder(
     settings = _settings(folder)
     planned = plan(folder, settings, shards, adapter, dtype=dtype, force=force)
     layers = adaptable_layers(planned.model)
-    work = _Work(adapter=adapter, plan=planned, layers=layers, shards=shards, strength=strength, force=force)
+    work = _Work(adapter=adapter, plan=planned, layers=layers, shards=shards, strength=strength, force=force, fused=fused)
     written = _Written(shards, output, planned)
     try:
         written.begin()
@@ -120,6 +121,8 @@ class _Work:
     shards: list[Shard]
     strength: float
     force: bool
+    fused: Mapping[str, Mapping[str, AdapterLayer]]
+    """Path of each layer that is adapted by its slices → these."""
     losses: dict[str, LayerLoss] = field(default_factory=dict)
     """By the layer's path, filled as it goes."""
     extras: dict[str, LayerLoss] = field(default_factory=dict)
@@ -149,6 +152,8 @@ class _Work:
         module, storage = self.layers[path], storage_in_training(self.adapter)
         self._check_brought(path, module, value)
         layer, layer_map = self.adapter.layers[path], map_of(module)
+        if path in self.fused:
+            layer = with_norms(path, layer, self.fused[path], layer_map.flat(value))
         merged, loss, change = merge_tensor(path, value, layer, layer_map, self.strength)
         if storage is not None and layer.A.ndim == 2 and not layer.looks_up:
             weight_OI = layer_map.flat(change.before).float()

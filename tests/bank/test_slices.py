@@ -313,7 +313,6 @@ def test_a_wrong_declaration_is_named(fused: Any, message: str) -> None:
         ({"targets": ["c_attn", "q"]}, "names? '.*c_attn' and its slice 'q'"),
         ({"targets": ["c_attn.w"]}, "matches no layer"),
         ({"targets": ["c_atn.q"]}, r"'c_atn\.q' matches no layer of the model \(did you mean 'c_attn\.q'\?\)"),
-        ({"targets": ["q"], "use_dora": True}, "is a slice of a fused layer"),
         ({"targets": ["q"], "rank_pattern": {"v": 2}}, "matches none of the 2 adapted layers"),
         ({"targets": ["q"], "exclude": ["c_attn"]}, "leave no layer"),
     ],
@@ -401,5 +400,3 @@ def test_a_layers_bias_is_trained_beside_its_slices() -> None:
     assert torch.equal(y[1], outputs(plain, x)[1])
     merge(plain, adapter, say=None)
     assert torch.allclose(outputs(plain, x)[0], y[0], atol=1e-5)
-    with pytest.raises(TargetError, match=r"lora_bias: .* is a slice of a fused layer"):
-        attach(gpt2()).add("a", AdapterConfig(targets=["q"], lora_bias=True))

@@ -178,6 +178,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decomposed pictures": Pictures,
     "sliced gpt2": gpt2,
     "sliced neox": neox,
+    "decomposed sliced gpt2": gpt2,
+    "decomposed sliced neox": neox,
+    "biased sliced gpt2": gpt2,
+    "biased sliced neox": neox,
     "biased gpt2": gpt2,
     "biased bert": bert,
     "biased pictures": Pictures,
@@ -187,9 +191,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 TARGETS: dict[str, Any] = {
     "pictures": ["all-linear", "all-conv", "all-embedding"],
-    "decomposed pictures": ["all-linear", "all-conv"],
+    "decomposed pictures": ["all-linear", "all-conv", "all-embedding"],
     "sliced gpt2": ["q", "v", "c_proj"],
     "sliced neox": ["q", "k", "query_key_value.v", "mlp"],
+    "decomposed sliced gpt2": ["q", "v", "c_proj"],
+    "decomposed sliced neox": ["q", "k", "query_key_value.v", "mlp"],
+    "biased sliced gpt2": ["v", "c_proj"],  # what reaches q is too small: rounding shows in it
+    "biased sliced neox": ["q", "query_key_value.v", "mlp"],
     "biased pictures": ["all-linear", "all-conv"],
     "biased bert": ["value", "dense"],  # a key's bias is the same for all scores of a query, so its gradient is zero
 }
@@ -198,6 +206,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "biased gpt2": {"bias": "all", "lora_bias": True},
     "biased bert": {"bias": "lora_only"},
     "biased pictures": {"bias": "all", "lora_bias": True},
+    "biased sliced gpt2": {"bias": "lora_only", "lora_bias": True},
+    "biased sliced neox": {"lora_bias": True},
     "decomposed biased gpt2": {"bias": "all"},
     "rows of tied llama": {"trainable_token_indices": list(range(5, 30, 2))},
     "rows of handwritten": {"trainable_token_indices": {"embed": list(range(30, 4, -1))}},

@@ -130,6 +130,26 @@ def test_law3_with_dora(checkpointing: bool) -> None:
         assert all(not torch.equal(joint[name][key], begin) for key, begin in started[name].items() if key.endswith(".magnitude"))
 
 
+@pytest.mark.parametrize(("family", "checkpointing"), [("gpt2", True), ("neox", False)])
+def test_law3_with_decomposed_and_biased_slices_and_embeddings(family: str, checkpointing: bool) -> None:
+    """Beside adapters of the whole layers."""
+    table = "wte" if family == "gpt2" else "embed_in"
+    sliced = {"long": {"use_dora": True}, "wide": {"extras": {"lora_bias": True}}, "single": {"use_dora": True}}
+    targets = {"long": ["q", "v", "mlp"], "wide": ["q", "v"], "single": ["v", table]}
+    jobs = [replace(job, **sliced[job.name], targets=targets[job.name]) if job.name in sliced else job for job in JOBS]
+
+    def base() -> torch.nn.Module:
+        return make_model(family, spread=2.0)
+
+    joint = train(base, jobs, gradient_checkpointing=checkpointing)
+    alone = {name: leaves for job in jobs for name, leaves in train(base, [job]).items()}
+    _compare(jobs, joint, alone, 1e-3 if family == "gpt2" else 1e-4)
+    started = train(base, [replace(job, steps=0) for job in jobs])
+    for name, role in (("long", "v.magnitude"), ("wide", "v.lora_bias"), ("single", f"{table}.magnitude")):
+        moved = [key for key, begin in started[name].items() if key.endswith(role) and not torch.equal(joint[name][key], begin)]
+        assert moved, role
+
+
 @pytest.mark.parametrize(("family", "checkpointing"), [("gpt2", False), ("opt", True)])
 def test_law3_with_biases_and_token_rows(family: str, checkpointing: bool) -> None:
     """Every bias, those of lora_B, and rows of a table that the head has too; beside an adapter that has none of them.

@@ -340,3 +340,18 @@ def test_a_gguf_of_another_model_of_the_same_shape(tmp_path: Path) -> None:
     with pytest.raises(FingerprintError, match=r"a: the adapter was trained on another base than 'other\.gguf'.*norm.*--force"):
         check_base(adapter, tmp_path / "other.gguf", where="a")
     check_base(replace(adapter, fingerprint=None), tmp_path / "other.gguf", where="a")
+
+
+def test_a_decomposed_embedding_is_merged(base_file: Path, tmp_path: Path) -> None:
+    """A magnitude of each feature, whose norm is over the ids."""
+    adapter = trained(lb.AdapterConfig(rank=3, targets=["embed_tokens", "q_proj"]), use_dora=True)
+    done = merge_gguf(base_file, adapter, tmp_path / "merged.gguf", dtype="f32")
+    plain = tiny_llama()
+    bank = lb.attach(plain)
+    bank.load("a", adapter)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad(), bank.route("a"):
+        expected = plain(ids).logits
+    merged = load_base(str(done.file), cache=tmp_path / "cache", device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(merged.model(ids).logits, expected, rtol=1e-4, atol=1e-5)

@@ -121,8 +121,10 @@ def decomposed(kind: str) -> tuple[nn.Module, list[str]]:
     """(a model, what is adapted in it)."""
     torch.manual_seed(2)
     if kind == "convolutions":
-        return Convolutions().eval(), ["along", "strided", "deep", "head"]
-    return (llama() if kind == "llama" else gpt2()).eval(), ["q_proj", "down_proj"] if kind == "llama" else ["c_attn", "c_proj"]
+        return Convolutions().eval(), ["embed", "along", "strided", "deep", "head"]
+    if kind == "llama":
+        return llama().eval(), ["q_proj", "down_proj", "embed_tokens"]
+    return gpt2().eval(), ["c_attn", "c_proj", "wpe"]
 
 
 def answer(model: Any, x: Tensor) -> Tensor:
@@ -155,7 +157,8 @@ def test_dora_both_ways(kind: str, tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "ours")).eval()  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(answer(again, x), expected, rtol=1e-3, atol=1e-4)
     written, given = (load_file(tmp_path / which / "adapter_model.safetensors") for which in ("ours", "theirs"))
-    assert {key: value.shape for key, value in written.items()} == {key: value.shape for key, value in given.items()}
+    added = {key: value.shape for key, value in given.items() if ".base_layer." not in key}  # an embedding's own weight
+    assert {key: value.shape for key, value in written.items()} == added
     Adapter.load(tmp_path / "ours").save(tmp_path / "once more")
     for file in ("adapter_config.json", "adapter_model.safetensors", "lorabank.json"):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "once more" / file).read_bytes()
@@ -189,11 +192,21 @@ def test_magnitudes_that_do_not_fit_are_named(change: str, tmp_path: Path) -> No
         Adapter.load(tmp_path)
 
 
-def test_pefts_dora_of_an_embedding_is_refused_by_name(tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["wte"], use_dora=True))  # pyright: ignore[reportArgumentType]
-    theirs.save_pretrained(str(tmp_path))
-    with pytest.raises(AdapterFileError, match="lora_magnitude_vector' is DoRA's magnitude of an embedding, which"):
-        Adapter.load(tmp_path)
+def test_an_embedding_without_magnitudes_beside_decomposed_layers_is_refused_both_ways(tmp_path: Path) -> None:
+    bank = attach(llama())
+    add(bank, "a", targets=["q", "embed_tokens"], use_dora=True)
+    adapter = bank.adapter("a")
+    plain = replace(adapter.layers["model.embed_tokens"], magnitude=None)
+    with pytest.raises(AdapterFileError, match=r"'model.embed_tokens'.* other layers are decomposed \(DoRA\) and it isn't"):
+        replace(adapter, layers={**adapter.layers, "model.embed_tokens": plain}).save(tmp_path / "bad")
+    adapter.save(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.model.embed_tokens.lora_magnitude_vector"]
+    save_file(tensors, file)
+    (tmp_path / "a" / "lorabank.json").unlink()
+    with pytest.raises(AdapterFileError, match=r"'model.embed_tokens' has no lora_magnitude_vector .*use_dora: true"):
+        Adapter.load(tmp_path / "a")
 
 
 # ---- an embedding that PEFT saves along -----------------------------------------------------------------------------------

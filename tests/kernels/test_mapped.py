@@ -16,12 +16,13 @@ from lorabank.kernels import reference
 from lorabank.kernels.mapped import add_mapped
 from lorabank.kernels.maps import LowRankMap
 from lorabank.kernels.norms import output_norms
-from lorabank.kernels.segments import Decomposition, DropoutDraw, Rows, Segment
+from lorabank.kernels.segments import Decomposition, DropoutDraw, Outputs, Rows, Segment
 from tests.kernels.cases import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),
+    "wide": (lambda: nn.Linear(6, 8), (3, 6)),
     "conv1d of GPT-2": (lambda: Conv1D(5, 6), (3, 6)),
     "1-D": (lambda: nn.Conv1d(4, 5, 3, padding=1), (4, 7)),
     "2-D": (lambda: nn.Conv2d(4, 5, 3), (4, 5, 6)),
@@ -126,6 +127,36 @@ def test_the_fast_path_is_the_definition(name: str, rows: str, dropout: float, d
     assert any(key.startswith("magnitude") for key in found) == decomposed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [Outputs(1, 3, 5), Outputs(1, 2, 4)], ids=["in one piece", "in turn"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_segments_of_some_outputs(rows: str, outputs: Outputs, dtype: torch.dtype) -> None:
+    """Beside one of all outputs, decomposed and not; the others' numbers aren't written."""
+    name = "linear" if outputs.period == 5 else "wide"
+    layer, x, segments, units = case(name, rows, weighted=rows == "mixtures", dropout=0.4, decomposed=True)
+    layer, x, parts = layer.to(dtype), x.to(dtype), list[Segment]()
+    for i, segment in enumerate(segments):
+        B, part = outputs.of(segment.B_RO).flatten(-2), segment.decomposition
+        if part is not None:
+            norms = output_norms(outputs.rows_of(layer.get_parameter("weight")), segment.A_RI, B, segment.scaling)
+            part = Decomposition(magnitude_O=norms * (1 + 0.5 * torch.randn(len(norms))), norm_O=norms)
+        parts.append(replace(segment, B_RO=B, decomposition=part, outputs=outputs) if i != 1 else segment)
+    (y, found), (expected_y, expected) = (run(layer, x, parts, units, fast=fast) for fast in (True, False))
+    exact = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    torch.testing.assert_close(y, expected_y, **exact)
+    assert expected.keys() >= {"x", "bias", "magnitude0"}
+    for key, wanted in expected.items():
+        mine = found[key]
+        assert mine is not None or wanted is None or not wanted.any(), key
+        if mine is not None and wanted is not None:
+            torch.testing.assert_close(mine, wanted, **exact, msg=lambda said, key=key: f"{key}: {said}")
+    alone, _ = run(layer, x, parts[:1], units, fast=True)
+    changed = torch.zeros(y.shape[-1], dtype=torch.bool)
+    outputs.of(changed).fill_(True)
+    assert torch.equal(alone[..., ~changed], layer(x).detach()[..., ~changed])
+    assert not torch.equal(alone[..., changed], layer(x).detach()[..., changed])
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_decomposed_layer_is_a_change_of_the_weight(name: str) -> None:
     """magnitude · V / ‖V‖ for each output, V = W + scaling · B A (DoRA, eq. 5)."""
@@ -214,12 +245,14 @@ def test_the_bias_is_no_part_of_what_is_decomposed() -> None:
     torch.testing.assert_close(found["bias"], dy.flatten(0, -2).sum(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("left", [1.0, 1e-2, 1e-4])
-def test_norms_where_little_of_the_weight_is_left(left: float) -> None:
-    """B A undoes the weight but for a part of that size. In every number of pieces."""
+def test_norms_where_little_of_the_weight_is_left(left: float, turned: bool) -> None:
+    """B A undoes the weight but for a part of that size. In every number of pieces, of outputs and of inputs (`turned`)."""
     torch.manual_seed(0)
     u, v, rest = torch.randn(50, 1), torch.randn(1, 40), torch.randn(50, 40)
     weight, A, B = u @ v + left * rest, v, -u.t() / 2
+    weight = weight.t().contiguous().t() if turned else weight
     exact = (weight.double() + 2.0 * B.t().double() @ A.double()).norm(dim=1).float()
     found = output_norms(weight, A, B, 2.0)
     torch.testing.assert_close(found, exact, rtol=2e-3, atol=0)

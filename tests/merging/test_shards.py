@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from lorabank import attach
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, MergeError, ModelError, OutputError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.merging.merge import merge
 from lorabank.merging.shards import merge_folder
+from tests.bank.tiny import fill
 from tests.merging.conftest import gpt2, llama
 
 MakeAdapter = Callable[..., Adapter]
@@ -116,6 +118,24 @@ def test_a_decomposed_adapter_is_merged_the_same(
     assert report.trained_in == "nf4" and 0.05 < report.base_error < 0.15
     with pytest.raises(MergeError, match="is merged whole"):
         merge_folder(folder, adapter, tmp_path / "half", strength=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:merge.* of the adapter's change was lost")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decomposed_slices_and_embeddings_are_merged_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The other outputs' norms are those of the numbers that are merged into, and they stay as they are."""
+    gpt2().save_pretrained(tmp_path / "base", max_shard_size="20kB")
+    bank = attach(gpt2())
+    bank.add("a", AdapterConfig(rank=2, targets=["q", "v", "wpe"], use_dora=True))
+    fill(bank, "a")
+    adapter = replace(bank.adapter("a"), base_norms={})
+    merge_folder(tmp_path / "base", adapter, tmp_path / "out", dtype=dtype, say=None)
+    found = tensors_in(tmp_path / "out")
+    assert_equal(found, merged_in_memory(tmp_path / "base", adapter, tmp_path / "memory", dtype))
+    name, size = "transformer.h.0.attn.c_attn.weight", gpt2().config.n_embd
+    base = tensors_in(tmp_path / "base")[name].to(dtype)
+    assert torch.equal(found[name][:, size : 2 * size], base[:, size : 2 * size])
+    assert not torch.equal(found[name][:, :size], base[:, :size])
 
 
 def test_another_base_is_told_from_single_numbers(

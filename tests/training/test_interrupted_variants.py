@@ -17,6 +17,8 @@ ENDS = {"eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1}
 FUSED: dict[str, dict[str, Any]] = {
     "slices": {"rank": 4, "targets": ["q", "v", "gate_up_proj.up"], "rank_pattern": {"v": 3}, "dropout": 0.1},
     "plain": {"rank": 2},
+    "decomposed": {"rank": 3, "targets": ["q", "v", "gate_up_proj.up", "embed_tokens"], "use_dora": True, "dropout": 0.1},
+    "low": {"rank": 2, "targets": ["k", "gate_up_proj.gate"], "lora_bias": True, "weight_decay": 0.1},
     "pissa": {"rank": 4, "init": "pissa", "dropout": 0.1, "modules_to_save": ["model.norm"]},
     "approximate": {"rank": 4, "init": "pissa_niter_2", "lora_bias": True, "trainable_token_indices": [5, 70, 71]},
     "olora": {"rank": 3, "init": "olora", "loraplus_ratio": 4},
@@ -76,5 +78,10 @@ def test_killed_and_resumed(family: str, rows_file: Path, tmp_path: Path) -> Non
     assert train_in_child(cut, settings, resume=True) == 0
     assert_same_run(whole / "out", cut / "out")
     layers = Adapter.load(cut / "out" / "slices").layers
+    if family == "fused":
+        for name in ("decomposed", "low"):
+            parts = {path.rpartition(".")[2]: layer for path, layer in Adapter.load(cut / "out" / name).layers.items()}
+            assert all((part.lora_bias if name == "low" else part.magnitude) is not None for part in parts.values())
+            assert parts.keys() == ({"k", "gate"} if name == "low" else {"q", "v", "up", "embed_tokens"})
     ranks = {"fused": {"q": 4, "v": 3, "up": 4}, "biased": {"q": 4, "v": 4}}
     assert {path.rpartition(".")[2]: layer.rank for path, layer in layers.items()} == ranks[family]
