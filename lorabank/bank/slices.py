@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
-from lorabank.bank.init import initial
+from lorabank.bank.frozen import split
+from lorabank.bank.init import initial, path_generator
 from lorabank.bank.storage import RankStore
 from lorabank.config.adapter import AdapterConfig
+from lorabank.config.inits import is_difference
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.output_slice import OutputSlice
 from lorabank.kernels.segments import Outputs
@@ -36,6 +39,13 @@ class FusedSlice(nn.Module):
         raise NotImplementedError
 
 
+def whole_of(path: str, layer: nn.Module) -> tuple[str, nn.Module, OutputSlice | None]:
+    """(path, layer) of the module that computes it, and which of its outputs it is; None for all of them."""
+    if isinstance(layer, FusedSlice):
+        return path.rpartition(".")[0], layer.layer, layer.outputs
+    return path, layer, None
+
+
 class SliceCarrier(Carrier):
     """One projection of a wrapped fused layer with the adapters' parts in it."""
 
@@ -58,7 +68,9 @@ class SliceCarrier(Carrier):
         return False
 
     def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
-        """What changes nothing yet."""
+        """What changes nothing yet. Spectra are those of the slice's own rows of the weight."""
+        if is_difference(config.init):
+            return self.layer.difference(config, rank, scaling, path_generator(seed, self.path), self.outputs)
         size = self.store.in_features, self.store.out_features
         A, B = initial(config.init, rank, size, seed, self.path, looks_up=False)
         return SlotValues(A, B, None, False, rank, scaling)
@@ -66,14 +78,14 @@ class SliceCarrier(Carrier):
     def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
         """A trained adapter's, out of its layers by path."""
         mine = layers[self.path]
-        return SlotValues(mine.A, mine.B, None, False, mine.rank, mine.scaling)
+        A, B, frozen = split(mine)
+        return SlotValues(A, B, None, False, len(A), mine.scaling, frozen=frozen)
 
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values here, on the CPU, by path."""
-        slot = self.slots[name]
-        A = slot.tensors.A_RI.detach().to("cpu", copy=True)
-        B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
-        return {self.path: AdapterLayer(A, B, slot.scaling, outputs=self.outputs, attention=self.layer.attends)}
+        A, B, frozen_rank = self.pair(name)
+        made = AdapterLayer(A, B, self.slots[name].scaling, outputs=self.outputs, frozen_rank=frozen_rank)
+        return {self.path: replace(made, attention=self.layer.attends)}
 
     def _refresh(self) -> None:
         self.layer.show()
