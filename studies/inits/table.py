@@ -128,11 +128,11 @@ def _lines(runs: Runs, rate: str) -> list[str]:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Their mean, and the lowest and the highest where there are several."""
+    """Their mean, and the lowest and the highest where they differ."""
     if not values:
         return "–"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    mean, lowest, highest = (f"{found:.{digits}f}" for found in (statistics.mean(values), min(values), max(values)))
+    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 def with_table(text: str, runs: Runs, name: str = "") -> str:
