@@ -142,7 +142,7 @@ class LoRAMultihead(Adapted):
         for carrier in self.carriers.values():
             carrier.projection.refresh()
             for place in (carrier, *carrier.slices.values()):
-                place.store.to(carrier.stored()[0].device)
+                place.move(carrier.stored()[0].device)
         return self
 
     def forward(

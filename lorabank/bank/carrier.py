@@ -177,6 +177,24 @@ class Carrier(ABC):
         with torch.no_grad():
             tensors.A_RI.copy_(values.A)
             tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
+        frozen = self.slots[name].frozen
+        if frozen is not None and values.frozen is not None:
+            frozen.write(values.frozen[0], values.frozen[1].t())
+
+    def move(self, device: torch.device) -> None:
+        """Take the adapters' numbers to where the layer has gone."""
+        self.store.to(device)
+        for slot in self.slots.values():
+            if slot.frozen is not None:
+                slot.frozen.to(device)
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor, int]:
+        """Copies on the CPU of an adapter's A (R, in) and B (out, R), with where it started behind; of how many ranks that is."""
+        slot = self.slots[name]
+        A_RI, B_RO = slot.tensors.A_RI.detach(), slot.tensors.B_RO.detach()
+        if slot.frozen is not None:
+            A_RI, B_RO = slot.frozen.joined(A_RI, B_RO)
+        return A_RI.to("cpu", copy=True), B_RO.t().to("cpu", copy=True).contiguous(), len(A_RI) - len(slot.tensors.A_RI)
 
     @abstractmethod
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:

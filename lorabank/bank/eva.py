@@ -18,6 +18,7 @@ from lorabank.bank.loftq import low_rank_layers, prepared_config
 from lorabank.bank.multihead import Projection, patterned
 from lorabank.bank.pca import PrincipalComponents
 from lorabank.bank.routing import BASE
+from lorabank.bank.slices import whole_of
 from lorabank.bank.spectral import check_start
 from lorabank.bank.wrappers import without_wrappers
 from lorabank.config.adapter import AdapterConfig
@@ -50,14 +51,14 @@ def eva(bank: AdapterBank | nn.Module, batches: Iterable[Batch], config: Adapter
         config = replace(config, modules_to_save=())  # LoRA was asked for on the head, which may get no rank
     ranks = {path: patterned(config.rank_pattern, without_wrappers(path), layer, config.rank) for path, layer in chosen.items()}
     check_start(config, chosen, ranks)
-    if inside := next((path for path, layer in chosen.items() if isinstance(layer, Projection)), None):
+    if inside := next((path for path, layer in chosen.items() if isinstance(whole_of(path, layer)[1], Projection)), None):
         raise TargetError(
             f"init: 'eva' looks at layers' inputs, and {inside!r} is a projection of nn.MultiheadAttention, no module that is "
             "called. Leave it out of targets, or use init 'uniform'."
         )
     sizes = {path: kind.features(layer)[0] for path, layer in chosen.items() if (kind := layer_kind(layer)) is not None}
     most = {path: min(max(1, round(rank * rho)), sizes[path]) for path, rank in ranks.items()}
-    seen = _Inputs(most)
+    seen = _Inputs(most, {path: whole_of(path, layer)[0] for path, layer in chosen.items()})
     with _base_alone(bank), seen.watching(model):
         for batch in batches:
             seen.run(model, batch)
@@ -110,8 +111,9 @@ class _Components:
 class _Inputs:
     """The components of every layer's inputs, found while batches pass. Layers that read one tensor have one in common."""
 
-    def __init__(self, most: Mapping[str, int]) -> None:
-        self._most = most
+    def __init__(self, most: Mapping[str, int], modules: Mapping[str, str]) -> None:
+        """`most`: components by layer; `modules`: the path of the module whose input is the layer's."""
+        self._most, self._modules = most, modules
         self._leader: dict[str, str] = {}
         """Layer to the first that reads the same tensor, itself for the first."""
         self._fits: dict[str, PrincipalComponents] = {}
@@ -123,7 +125,7 @@ class _Inputs:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Hooks on the layers, while inside."""
-        hooks = [model.get_submodule(path).register_forward_pre_hook(_Note(self, path)) for path in self._most]
+        hooks = [model.get_submodule(self._modules[path]).register_forward_pre_hook(_Note(self, path)) for path in self._most]
         try:
             yield
         finally:

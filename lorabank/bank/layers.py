@@ -119,12 +119,20 @@ class LoRALayer(Adapted, Carrier):
             return self._without_ranks()
         self._take_form(dense=False)
         if is_difference(config.init):
-            weight = self.kind.weight_oi(self._parameters, torch.float32)
-            A, B = start_of_difference(config, weight, rank, scaling, path_generator(seed, self.path))
-            return SlotValues(A, B, None, False, rank, scaling, frozen=(A, B))
+            return self.difference(config, rank, scaling, path_generator(seed, self.path))
         size = self.store.in_features, self.store.out_features
         A, B = initial(config.init, rank, size, seed, self.path, looks_up=self.kind.storage == EMBEDDING)
         return SlotValues(A, B, None, config.use_dora, rank, scaling)
+
+    def difference(
+        self, config: AdapterConfig, rank: int, scaling: float, generator: torch.Generator, outputs: OutputSlice | None = None
+    ) -> SlotValues:
+        """Where an adapter of the layer, or of some of its outputs, begins whose change is the difference from there."""
+        weight_OI = self.kind.weight_oi(self._parameters, torch.float32)
+        if outputs is not None:
+            weight_OI = weight_OI[outputs.rows.to(weight_OI.device)]
+        A, B = start_of_difference(config, weight_OI, rank, scaling, generator)
+        return SlotValues(A, B, None, False, rank, scaling, frozen=(A, B))
 
     def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
         """A trained adapter's, out of its layers by path."""
@@ -142,14 +150,11 @@ class LoRALayer(Adapted, Carrier):
 
     def write(self, name: str, values: SlotValues) -> None:
         """Copy values into an adapter's leaves. A magnitude that isn't given is the norm of what it has become."""
+        super().write(name, values)
         slot = self.slots[name]
         tensors = slot.tensors
         with torch.no_grad():
-            tensors.A_RI.copy_(values.A)
-            tensors.B_RO.zero_() if values.B is None else tensors.B_RO.copy_(values.B.t())
             fill(self.base, tensors.extras, values.extras.values, slot.ids)
-            if slot.frozen is not None and values.frozen is not None:
-                slot.frozen.write(values.frozen[0], values.frozen[1].t())
             if tensors.magnitude_O is not None:
                 tensors.magnitude_O.copy_(self.norms(slot) if values.magnitude is None else values.magnitude)
 
@@ -158,12 +163,8 @@ class LoRALayer(Adapted, Carrier):
         slot, kernel, base = self.slots[name], self.kind.kernel(self.base), self.base
         if not slot.rank:
             return {}
-        A_RI, B_RO = slot.tensors.A_RI.detach(), slot.tensors.B_RO.detach()
-        if slot.frozen is not None:
-            A_RI, B_RO = slot.frozen.joined(A_RI, B_RO)
-        A = A_RI.to("cpu", copy=True)
-        B = B_RO.t().to("cpu", copy=True).contiguous()
-        made = AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING, frozen_rank=len(A) - slot.rank)
+        A, B, frozen_rank = self.pair(name)
+        made = AdapterLayer(A, B, slot.scaling, looks_up=self.kind.storage == EMBEDDING, frozen_rank=frozen_rank)
         made = replace(made, **vectors_of(slot))
         if kernel:
             made = replace(made, A=A.view(len(A), -1, *kernel), groups=self.kind.groups(base), dense=self.dense)
@@ -225,12 +226,8 @@ class LoRALayer(Adapted, Carrier):
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         self.base._apply(fn, recurse)  # into the dictionaries that are this layer's too
         device = self.base.get_parameter("weight").device
-        self.store.to(device)
-        for carrier in self.slices.values():
-            carrier.store.to(device)
-        for slot in self.slots.values():
-            if slot.frozen is not None:
-                slot.frozen.to(device)
+        for place in (self, *self.slices.values()):
+            place.move(device)
         if self.held is not None and self.held[0].device != device:
             vars(self)["held"] = self.kind.tensors(self._parameters)
         return self

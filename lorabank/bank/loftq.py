@@ -15,6 +15,7 @@ from lorabank.bank.keep import kept_modules
 from lorabank.bank.kinds import layer_kind
 from lorabank.bank.multihead import patterned
 from lorabank.bank.saved_paths import saved_paths, without_saved
+from lorabank.bank.slices import whole_of
 from lorabank.bank.spectral import check_start, principal
 from lorabank.bank.targets import adaptable_layers, resolve_targets
 from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
@@ -47,13 +48,15 @@ def loftq(bank: AdapterBank | nn.Module, original: nn.Module, config: AdapterCon
     A: dict[str, Tensor] = {}
     B: dict[str, Tensor] = {}
     for path, layer in chosen.items():
-        kind = layer_kind(layer)
+        owner, module, outputs = whole_of(path, layer)
+        kind = layer_kind(module)
         assert kind is not None  # what `resolve_targets` gives
         if not kind.quantized:
-            A[path] = initial_A("uniform", ranks[path], kind.features(layer)[0], seed, path)
+            A[path] = initial_A("uniform", ranks[path], kind.features(module)[0], seed, path)
             continue
         alpha = pattern_value(config.alpha_pattern, without_wrappers(path), config.alpha)
-        lost = _lost(path, layer, whole.get(base_path(path, prefix)))
+        lost = _lost(owner, module, whole.get(base_path(owner, prefix)))
+        lost = lost if outputs is None else lost[outputs.rows.to(lost.device)]
         A[path], B[path] = (part.cpu() for part in principal(lost, ranks[path], config.scaling(ranks[path], alpha)))
     if not B:
         raise ConfigError(

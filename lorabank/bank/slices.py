@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues, vectors_of
 from lorabank.bank.extras import add_column_shifts, fill, lora_bias_of
-from lorabank.bank.init import initial
+from lorabank.bank.frozen import split
+from lorabank.bank.init import initial, path_generator
 from lorabank.bank.routing import SlotRows
 from lorabank.bank.storage import RankStore
 from lorabank.config.adapter import AdapterConfig
+from lorabank.config.inits import is_difference
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.output_slice import OutputSlice
 from lorabank.kernels.segments import Outputs
@@ -38,6 +40,13 @@ class FusedSlice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Nothing: the layer computes all its slices at once."""
         raise NotImplementedError
+
+
+def whole_of(path: str, layer: nn.Module) -> tuple[str, nn.Module, OutputSlice | None]:
+    """(path, layer) of the module that computes it, and which of its outputs it is; None for all of them."""
+    if isinstance(layer, FusedSlice):
+        return path.rpartition(".")[0], layer.layer, layer.outputs
+    return path, layer, None
 
 
 class SliceCarrier(Carrier):
@@ -63,7 +72,9 @@ class SliceCarrier(Carrier):
         return False
 
     def fresh(self, config: AdapterConfig, rank: int, scaling: float, seed: int) -> SlotValues:
-        """What changes nothing yet."""
+        """What changes nothing yet. Spectra are those of the slice's own rows of the weight."""
+        if is_difference(config.init):
+            return self.layer.difference(config, rank, scaling, path_generator(seed, self.path), self.outputs)
         size = self.store.in_features, self.store.out_features
         A, B = initial(config.init, rank, size, seed, self.path, looks_up=False)
         return SlotValues(A, B, None, config.use_dora, rank, scaling)
@@ -71,8 +82,9 @@ class SliceCarrier(Carrier):
     def values_of(self, layers: Mapping[str, AdapterLayer]) -> SlotValues:
         """A trained adapter's, out of its layers by path."""
         mine = layers[self.path]
-        extras = lora_bias_of(mine)
-        return SlotValues(mine.A, mine.B, mine.magnitude, mine.magnitude is not None, mine.rank, mine.scaling, extras=extras)
+        A, B, frozen = split(mine)
+        decomposed, extras = mine.magnitude is not None, lora_bias_of(mine)
+        return SlotValues(A, B, mine.magnitude, decomposed, len(A), mine.scaling, extras=extras, frozen=frozen)
 
     def write(self, name: str, values: SlotValues) -> None:
         """Copy values into an adapter's leaves. A magnitude that isn't given is the norm of what it has become."""
@@ -85,11 +97,10 @@ class SliceCarrier(Carrier):
 
     def adapter_layers(self, name: str) -> dict[str, AdapterLayer]:
         """A copy of an adapter's present values here, on the CPU, by path."""
+        A, B, frozen_rank = self.pair(name)
         slot = self.slots[name]
-        A = slot.tensors.A_RI.detach().to("cpu", copy=True)
-        B = slot.tensors.B_RO.detach().t().to("cpu", copy=True).contiguous()
-        made = AdapterLayer(A, B, slot.scaling, outputs=self.outputs, attention=self.layer.attends)
-        return {self.path: replace(made, **vectors_of(slot))}
+        made = AdapterLayer(A, B, slot.scaling, outputs=self.outputs, frozen_rank=frozen_rank)
+        return {self.path: replace(made, attention=self.layer.attends, **vectors_of(slot))}
 
     def columns(self, device: torch.device) -> Tensor:
         """int64: its outputs among the layer's."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.kinds import EXPERTS, SLICE, layer_kind
+from lorabank.bank.kinds import EXPERTS, layer_kind
 from lorabank.bank.leading import leading
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.inits import PREPARED, is_difference, niter
@@ -63,9 +63,6 @@ def start_of_difference(config: AdapterConfig, weight_OI: Tensor, rank: int, sca
     return principal_fast(weight_OI, rank, scaling, iterations, generator)
 
 
-_PARTS = {EXPERTS: "a stack of experts", SLICE: "a slice of a fused layer"}
-
-
 def check_start(config: AdapterConfig, layers: dict[str, nn.Module], ranks: dict[str, int]) -> None:
     """Raise TargetError for a layer that the configuration's `init` isn't for, or whose rank it can't give."""
     spectral = is_difference(config.init) or config.init in PREPARED
@@ -73,8 +70,8 @@ def check_start(config: AdapterConfig, layers: dict[str, nn.Module], ranks: dict
         return
     for path, layer in layers.items():
         kind = layer_kind(layer)
-        if kind is not None and (not kind.linear or kind.storage in _PARTS):
-            what = _PARTS.get(kind.storage, f"a {type(layer).__name__}")
+        if kind is not None and (not kind.linear or kind.storage == EXPERTS):
+            what = "a stack of experts" if kind.storage == EXPERTS else f"a {type(layer).__name__}"
             raise TargetError(
                 f"init: {config.init!r} is for linear layers, and {path!r} is {what}. Leave it out of "
                 "targets, or use init 'uniform'."

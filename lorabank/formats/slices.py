@@ -1,15 +1,15 @@
 """Adapters of slices of fused layers, such as q in a layer that computes q, k and v: each has ranks of its own.
 
 No other tool's files know slices. What stands there is one pair of matrices for the whole layer, whose ranks are the slices' one
-behind the other and whose B is zero outside of each slice's own outputs. That is the same change of the weight. Our own file
-beside it says which ranks are which slice's, so a slice comes back as it was.
+behind the other, all frozen ones at the end, and whose B is zero outside of each slice's own outputs. That is the same change of
+the weight. Our own file beside it says which ranks are which slice's, so a slice comes back as it was.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -75,6 +75,7 @@ def record(adapter: Adapter) -> Record:
         found[parent] = {
             name: {
                 "rank": layer.rank,
+                **({"frozen_rank": layer.frozen_rank} if layer.frozen_rank else {}),
                 "scaling": layer.scaling if _is_power_of_two(layer.scaling / common) else common,
                 **vars(_outputs(layer)),
             }
@@ -119,17 +120,25 @@ def _joined(path: str, parts: Mapping[str, AdapterLayer]) -> AdapterLayer:
         for j, other in enumerate(slices[:i]):
             if mine.total != other.total or mine.overlaps(other):
                 raise AdapterFileError(f"layer {path!r}: its slices {names[j]!r} and {names[i]!r} have outputs in common")
-    if any(layer.frozen_rank for layer in layers):
-        raise AdapterFileError(f"layer {path!r}: its slices have a frozen half, which isn't supported")
     dtype = reduce(torch.promote_types, (layer.B.dtype for layer in layers))
     scaling = _common_scaling([layer.scaling for layer in layers])
-    B = torch.zeros(slices[0].total, sum(layer.rank for layer in layers), dtype=dtype)
-    start = 0
-    for layer, outputs in zip(layers, slices, strict=True):
+    A = layers[0].A.new_empty(sum(layer.rank for layer in layers), layers[0].A.shape[1], dtype=dtype)
+    B = A.new_zeros(slices[0].total, len(A))
+    places = _places([(layer.rank, layer.frozen_rank) for layer in layers])
+    for layer, outputs, ranks in zip(layers, slices, places, strict=True):
         factor = layer.scaling / scaling
-        B[outputs.rows, start : start + layer.rank] = (layer.B if factor == 1 else layer.B * factor).to(dtype)
-        start += layer.rank
-    return AdapterLayer(torch.cat([layer.A.to(dtype) for layer in layers]), B, scaling, attention=layers[0].attention)
+        A[ranks] = layer.A.to(dtype)
+        B[outputs.rows[:, None], ranks] = (layer.B if factor == 1 else layer.B * factor).to(dtype)
+    frozen = sum(layer.frozen_rank for layer in layers) if all(layer.frozen_rank for layer in layers) else 0
+    return AdapterLayer(A, B, scaling, attention=layers[0].attention, frozen_rank=frozen)
+
+
+def _places(ranks: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Of slices of these (ranks, frozen ones at their end): where each one's are in the layer, which has all frozen ones last."""
+    own = [rank - frozen for rank, frozen in ranks]
+    order = torch.arange(sum(rank for rank, _ in ranks))
+    trained, behind = order[: sum(own)].split(own), order[sum(own) :].split([frozen for _, frozen in ranks])
+    return [torch.cat(each) for each in zip(trained, behind, strict=True)]
 
 
 def _common_scaling(scalings: list[float]) -> float:
@@ -143,27 +152,28 @@ def _is_power_of_two(value: float) -> bool:
 
 def _parts(path: str, layer: AdapterLayer, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, AdapterLayer]:
     found: dict[str, AdapterLayer] = {}
-    start = 0
-    for name, said in recorded.items():
-        rank, scaling = said["rank"], float(said["scaling"])
+    ranks = [(said["rank"], said.get("frozen_rank", 0)) for said in recorded.values()]
+    numbers = all(type(n) is int for pair in ranks for n in pair) and all(rank > 0 and 2 * n in (0, rank) for rank, n in ranks)
+    if not numbers or sum(rank for rank, _ in ranks) != layer.rank:
+        raise ValueError(f"ranks and frozen ranks {ranks} of {layer.rank}")
+    for (name, said), mine in zip(recorded.items(), _places(ranks), strict=True):
+        rank, scaling = len(mine), float(said["scaling"])
         outputs = OutputSlice(**{key: said[key] for key in ("start", "width", "period", "total")})
-        if outputs.total != len(layer.B) or type(rank) is not int or rank < 1 or not (math.isfinite(scaling) and scaling > 0):
+        if outputs.total != len(layer.B) or not (math.isfinite(scaling) and scaling > 0):
             raise ValueError(f"{name!r}: rank {rank}, scaling {scaling} and {outputs.total} outputs")
-        B = layer.B[outputs.rows, start : start + rank]
+        B = layer.B[outputs.rows[:, None], mine]
         factor = scaling / layer.scaling
         if not _is_power_of_two(factor):  # of an attention whose two projections have one scaling in PEFT's file
             factor, scaling = 1.0, layer.scaling
-        A, B = layer.A[start : start + rank].clone(), (B / factor).contiguous()
-        part = AdapterLayer(A, B, scaling, outputs=outputs, attention=layer.attention)
+        part = AdapterLayer(layer.A[mine], (B / factor).contiguous(), scaling, outputs=outputs, attention=layer.attention)
         if layer.magnitude is not None:
             part = replace(part, magnitude=layer.magnitude[outputs.rows])
         if layer.lora_bias is not None:
             part = replace(part, lora_bias=layer.lora_bias[outputs.rows] / factor)
         found[f"{path}.{name}"] = part
-        start += rank
     inside = sum(int(part.B.count_nonzero()) for part in found.values())
-    if start != layer.rank or inside != int(layer.B.count_nonzero()):
-        raise ValueError(f"ranks {start} of {layer.rank}, {inside} of {int(layer.B.count_nonzero())} numbers of B")
+    if inside != int(layer.B.count_nonzero()):
+        raise ValueError(f"{inside} of {int(layer.B.count_nonzero())} numbers of B")
     if layer.lora_bias is not None and layer.lora_bias[others([_outputs(part) for part in found.values()])].any():
         raise ValueError("a bias of lora_B at outputs that are no slice's")
     return found

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
 import lorabank as lb
 from lorabank.bank.bank import AdapterBank, all_layers
@@ -153,6 +153,7 @@ def test_leading_is_the_start_of_an_svd(shape: tuple[int, int]) -> None:
 
 def peft_model(base: nn.Module, init: str, rho: float = 2.0) -> nn.Module:
     more: dict[str, Any] = {"eva_config": peft.EvaConfig(rho=rho)} if init == "eva" else {}
+    more["fan_in_fan_out"] = isinstance(base, GPT2LMHeadModel)
     settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=init, **more)
     model = peft.get_peft_model(base, settings, low_cpu_mem_usage=init == "eva")
     if init == "eva":
@@ -169,10 +170,13 @@ def their_leaves(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "eva"])
-def test_peft_starts_and_trains_the_same(init: str) -> None:
-    mine, bank = attached(init)
-    theirs = peft_model(make("llama"), init)
+@pytest.mark.parametrize(
+    ("init", "kind"), [("pissa", "llama"), ("olora", "llama"), ("eva", "llama"), ("pissa", "gpt2"), ("eva", "gpt2")]
+)
+def test_peft_starts_and_trains_the_same(init: str, kind: str) -> None:
+    """Linear layers, and GPT-2's `Conv1D`: PEFT has no others. Its OLoRA of a `Conv1D` is that of the transposed weight."""
+    mine, bank = attached(init, kind)
+    theirs = peft_model(make(kind), init)
     leaves, other = dict(bank.named_parameters("a")), their_leaves(theirs)
     assert leaves.keys() == other.keys()
     signs = {}
@@ -203,6 +207,33 @@ def test_peft_starts_and_trains_the_same(init: str) -> None:
         with torch.no_grad():
             for p in bank.parameters("a"):
                 p -= 0.5 * p.grad  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "error"),
+    [
+        ("pictures", {"target_modules": ["blocks.0"]}, (ValueError, "Unknown initialization")),
+        ("torch encoder", {"target_modules": ["self_attn"]}, (AttributeError, "no attribute 'weight'")),
+        (
+            "mixtral",
+            {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]},
+            (AttributeError, "no attribute 'weight'"),
+        ),
+        ("handwritten", {"target_modules": ["embed"]}, None),
+    ],
+)
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal"])
+def test_peft_has_no_such_start_for_other_layers(
+    init: str, kind: str, what: dict[str, Any], error: tuple[type[Exception], str] | None
+) -> None:
+    """What is refused here by name (or, on attention modules, done) fails there, or is the plain start without a word."""
+    settings = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=init, **what)
+    if error is not None:
+        with pytest.raises(error[0], match=error[1]):
+            peft.get_peft_model(make(kind), settings)
+        return
+    leaves = [p for p in peft.get_peft_model(make(kind), settings).parameters() if p.requires_grad]
+    assert [bool(p.any()) for p in leaves] == [False, True]
 
 
 @pytest.mark.parametrize("said", ["pissa", "pissa_niter_16", "olora", "orthogonal"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorabank import BASE, AdapterConfig, attach
+from lorabank.bank.adapter_start import AdapterStart
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.engine.batch import Batch, make_batch
@@ -185,6 +186,8 @@ class Job:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Settings of what is trained beside A and B."""
     modules_to_save: Sequence[str] | None = None
+    prepare: Callable[[AdapterBank, AdapterConfig], AdapterStart] | None = None
+    """Makes the start that data, or other weights, are needed for."""
 
 
 def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any) -> dict[str, dict[str, Tensor]]:
@@ -200,7 +203,7 @@ def train(make_base: Callable[[], nn.Module], jobs: Sequence[Job], **engine: Any
             modules_to_save=job.modules_to_save,
             **job.extras,
         )
-        bank.add(job.name, config, seed=sum(job.name.encode()))
+        bank.add(job.name, job.prepare(bank, config) if job.prepare else config, seed=sum(job.name.encode()))
         optimizer.add(job.name, job.optimizer)
     verbs = Engine(bank, **engine)
     seen = {job.name: 0 for job in jobs}

@@ -24,6 +24,8 @@ FUSED: dict[str, dict[str, Any]] = {
     "olora": {"rank": 3, "init": "olora", "loraplus_ratio": 4},
     "eva": {"rank": 2, "init": "eva", "targets": ["o_proj", "down_proj"]},
     "orthogonal": {"rank": 4, "init": "orthogonal", "lora_bias": True, "dropout": 0.1},
+    "sliced-pissa": {"rank": 4, "init": "pissa", "targets": ["q", "v"], "rank_pattern": {"v": 3}, "dropout": 0.1},
+    "sliced-eva": {"rank": 2, "init": "eva", "targets": ["q", "gate_up_proj.up"]},
     "headed": {"rank": 2, "modules_to_save": ["lm_head"], "gradient_accumulation": 2, "weight_decay": 0.1},
     "rows": {"rank": 2, "trainable_token_indices": [40, 5], "modules_to_save": ["lm_head"], "targets": ["q", "v"]},
 }
@@ -36,9 +38,15 @@ BIASED: dict[str, dict[str, Any]] = {
     "dora": {"rank": 2, "use_dora": True, "bias": "lora_only", "exclude": ["mlp"]},
 }
 """The same over a model with biases, whose head is its embedding."""
+QUANTISED: dict[str, dict[str, Any]] = {
+    "slices": {"rank": 4, "targets": ["q", "v"], "init": "loftq", "weight_decay": 0.1},
+    "loftq": {"rank": 4, "init": "loftq", "dropout": 0.1, "gradient_accumulation": 2},
+    "pissa": {"rank": 2, "init": "pissa", "loraplus_ratio": 4},
+}
+"""The same over a base in fp8."""
 
 
-RUNS = {"fused": FUSED, "biased": BIASED}
+RUNS = {"fused": FUSED, "biased": BIASED, "quantised": QUANTISED}
 
 
 def _base(family: str) -> PreTrainedModel:
@@ -66,6 +74,7 @@ def test_killed_and_resumed(family: str, rows_file: Path, tmp_path: Path) -> Non
         "learning_rate": 5e-3,
         "max_steps": 7,
         "adapters": RUNS[family],
+        "base_dtype": "fp8" if family == "quantised" else "auto",
         "save": {"every": 3, "keep": 1},
         "threads": 1,
         "seed": 1,
@@ -83,5 +92,5 @@ def test_killed_and_resumed(family: str, rows_file: Path, tmp_path: Path) -> Non
             parts = {path.rpartition(".")[2]: layer for path, layer in Adapter.load(cut / "out" / name).layers.items()}
             assert all((part.lora_bias if name == "low" else part.magnitude) is not None for part in parts.values())
             assert parts.keys() == ({"k", "gate"} if name == "low" else {"q", "v", "up", "embed_tokens"})
-    ranks = {"fused": {"q": 4, "v": 3, "up": 4}, "biased": {"q": 4, "v": 4}}
+    ranks = {"fused": {"q": 4, "v": 3, "up": 4}, "biased": {"q": 4, "v": 4}, "quantised": {"q": 4, "v": 4}}
     assert {path.rpartition(".")[2]: layer.rank for path, layer in layers.items()} == ranks[family]
