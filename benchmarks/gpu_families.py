@@ -210,13 +210,14 @@ def own_loss(model: Callable[..., Any], given: Mapping[str, Tensor]) -> Tensor:
     return out.loss if "labels" in inputs else cross_entropy(out.logits.float().flatten(0, -2), given["targets"].flatten())
 
 
-def ours(model: PreTrainedModel, given: Given, *, compiled: bool) -> System:
+def ours(model: PreTrainedModel, given: Given, *, compiled: bool, use_dora: bool = False) -> System:
     """Through the engine where it trains such models, else in a loop of one's own. The adapter is the same each time."""
     bank = lb.attach(model)
-    bank.add(NAME, lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets="all-linear", modules_to_save=[]))
+    bank.add(NAME, lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets="all-linear", modules_to_save=[], use_dora=use_dora))
     with torch.no_grad():
-        for i, leaf in enumerate(bank.parameters(NAME)):  # B isn't zero, so that A has a gradient
-            leaf.copy_(torch.randn(leaf.shape, generator=torch.Generator().manual_seed(i)) * 0.02)
+        for i, (key, leaf) in enumerate(bank.named_parameters(NAME)):  # B isn't zero, so that A has a gradient
+            if not key.endswith(".magnitude"):
+                leaf.copy_(torch.randn(leaf.shape, generator=torch.Generator().manual_seed(i)) * 0.02)
     if compiled:
         compile_blocks(model)
     optimizer = SlotOptimizer(bank)
@@ -245,7 +246,8 @@ def pefts(model: PreTrainedModel, adapter: lb.Adapter) -> System:
     import peft
 
     turned = any(isinstance(module, Conv1D) for module in model.modules())
-    config = peft.LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=list(adapter.layers), fan_in_fan_out=turned)
+    targets, use_dora = list(adapter.layers), any(layer.magnitude is not None for layer in adapter.layers.values())
+    config = peft.LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=targets, fan_in_fan_out=turned, use_dora=use_dora)
     half, device = next(model.parameters()).dtype != torch.float32, next(model.parameters()).device.type
     wrapped = peft.get_peft_model(model, config)
     trained = {name: leaf for name, leaf in wrapped.named_parameters() if leaf.requires_grad}
@@ -254,6 +256,10 @@ def pefts(model: PreTrainedModel, adapter: lb.Adapter) -> System:
         for role, value in (("A", layer.A), ("B", layer.B)):
             leaf = leaves[f"{path}.{role}"] = trained[f"base_model.model.{path}.lora_{role}.default.weight"]
             leaf.data.copy_(value)
+        if layer.magnitude is not None:
+            leaf = trained[f"base_model.model.{path}.lora_magnitude_vector.default.weight"]
+            leaves[f"{path}.magnitude"] = leaf
+            leaf.data.copy_(layer.magnitude)
     optimizer = torch.optim.AdamW(leaves.values(), lr=RATE, fused=True)
 
     def run(given: Given) -> Callable[[], float]:
