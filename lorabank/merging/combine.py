@@ -17,9 +17,10 @@ from lorabank.formats.difference import norm
 from lorabank.formats.patterns import to_patterns
 from lorabank.formats.slices import without_slices
 from lorabank.merging.combine_base import check_one_base
-from lorabank.merging.combine_extras import biases_of, check_method, rows_of, with_lora_biases
+from lorabank.merging.combine_extras import check_method, with_lora_biases
 from lorabank.merging.combine_report import CombineReport, LayerError
 from lorabank.merging.combine_tied import pairs_of, with_tied
+from lorabank.merging.combine_whole import Wholes, task_of, wholes_of
 from lorabank.merging.low_rank import factored_norm, stacked
 from lorabank.merging.methods import COMBINERS, MAJORITY_SIGNS, PEFT_NAMES, TAKES, CombinedLayer, Options, Term
 from lorabank.merging.weights import Weights, as_text, layer_weights
@@ -105,6 +106,8 @@ def _combined(
     ]
     check_one_base(adapters, called)
     _check_shapes(adapters, called)
+    wholes = wholes_of(parts, called)
+    _check_tables(wholes, adapters, called)
     seed = int(told.get("seed", 0))
     terms: dict[str, list[Term]] = {}
     for index, (adapter, own) in enumerate(zip(adapters, weights, strict=True)):
@@ -127,7 +130,7 @@ def _combined(
     errors |= {head: errors[embedding] for head, embedding in pairs.items()}
     busy("combining", len(terms), len(terms))
     report = CombineReport(method=method, layers=errors)
-    made = _adapter(parts, method, told, layers, report)
+    made = _adapter(parts, method, told, layers, wholes, report)
     return Combined(adapter=replace(made, config=replace(made.config, ensure_weight_tying=bool(pairs))), report=report)
 
 
@@ -178,36 +181,34 @@ def _adapter(
     method: str,
     told: Mapping[str, int | float | str],
     layers: Mapping[str, AdapterLayer],
+    wholes: Wholes,
     report: CombineReport,
 ) -> Adapter:
     adapters = [adapter for adapter, _ in parts]
     rank, rank_pattern = to_patterns({path: layer.rank for path, layer in layers.items()})
     # every layer's scaling is 1, so its alpha is its rank
-    biases, rows = biases_of(parts), rows_of(parts)
-    if both := sorted(rows.keys() & layers.keys()):
-        raise MergeError(
-            f"combine: {both[0]!r} has trained token rows in one adapter and A and B in another, which don't go together. Leave "
-            "one of them out."
-        )
-    modes = {adapter.config.bias for adapter in adapters if adapter.biases}
+    # "lora_only" says that no adapted layer's bias is the base's
+    every = all(adapter.config.bias == "lora_only" and adapter.biases.keys() <= wholes.biases.keys() for adapter in adapters)
     config = AdapterConfig(
         rank=rank,
         alpha=rank,
         rank_pattern=rank_pattern,
         alpha_pattern=rank_pattern,
         targets=sorted(layers),
-        bias="all" if "all" in modes else min(modes, default="none"),
+        bias="none" if not wholes.biases else "lora_only" if every else "all",
         lora_bias=any(layer.lora_bias is not None for layer in layers.values()),
-        trainable_token_indices={path: own.ids for path, own in rows.items()},
+        trainable_token_indices={path: own.ids for path, own in wholes.token_rows.items()},
+        modules_to_save=sorted(wholes.modules) or None,
     )
     return Adapter(
         config=config,
         layers=layers,
-        biases=biases,
-        token_rows=rows,
+        modules=wholes.modules,
+        biases=wholes.biases,
+        token_rows=wholes.token_rows,
         fingerprint=next((a.fingerprint for a in adapters if a.fingerprint), None),
         base_model=next((a.base_model for a in adapters if a.base_model), None),
-        task_type=next((a.task_type for a in adapters if a.task_type), None),
+        task_type=task_of(parts, wholes.modules),
         metadata={
             "combine.method": method,
             "combine.weights": " ".join(as_text(weight) for _, weight in parts),
@@ -282,16 +283,23 @@ def _check_adapters(adapters: Sequence[Adapter], called: Sequence[str]) -> None:
     for index, adapter in enumerate(adapters):
         if not adapter.layers:
             raise MergeError(f"combine: {called[index]} has no layers")
-        if adapter.modules:
-            raise MergeError(
-                f"combine: {called[index]} has modules that were trained in full ({', '.join(list(adapter.modules)[:3])}): what "
-                "they change isn't known without the base. Merge it into the base first, or route rows to a mixture."
-            )
         decomposed = next((path for path, layer in adapter.layers.items() if layer.magnitude is not None), None)
         if decomposed is not None:
             raise MergeError(
                 f"combine: {called[index]} is decomposed (DoRA; layer {decomposed!r}): what it does to a weight depends on the "
                 "weight, so it isn't one of several sums. Merge it into the base first, or route rows to a mixture."
+            )
+
+
+def _check_tables(wholes: Wholes, adapters: Sequence[Adapter], called: Sequence[str]) -> None:
+    """Raise MergeError where one adapter has rows of a table and another A and B of it."""
+    for path in wholes.token_rows:
+        changed = next((name for adapter, name in zip(adapters, called, strict=True) if path in adapter.layers), None)
+        if changed is not None:
+            owner = next(name for adapter, name in zip(adapters, called, strict=True) if path in adapter.token_rows)
+            raise MergeError(
+                f"combine: {path!r} has trained token rows in {owner} and A and B in {changed}, which don't go together. Leave "
+                "one of them out."
             )
 
 

@@ -268,7 +268,8 @@ def test_law7_combined_rows() -> None:
         found = outputs(model, x)
     with bank.route({"a": 1.5, "b": -0.5}):
         torch.testing.assert_close(found, outputs(model, x), rtol=1e-3, atol=1e-4)
-    with pytest.raises(MergeError, match=r"token rows of 'model\.embed_tokens' is trained as a whole.* they are 1, 1"):
+    message = r"token rows of 'model\.embed_tokens' are trained as a whole.* they are 1 of adapter 0, 1 of adapter 1\. "
+    with pytest.raises(MergeError, match=message):
         combine([(a, 1.0), (b, 1.0)])
 
 

@@ -30,7 +30,6 @@ from transformers import (
     LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
-    ViTModel,
 )
 
 from lorabank.bank.attach import attach
@@ -174,14 +173,16 @@ def test_a_picture_classifier(way: list[str], tmp_path: Path, capsys: pytest.Cap
     config = ViTConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )  # fmt: skip
-    base = saved(ViTModel(config, add_pooling_layer=False), tmp_path / "base", None)
+    base = saved(ViTForImageClassification(config), tmp_path / "base", None)
+    said = {**json.loads((base / "config.json").read_text()), "architectures": ["ViTModel"]}
+    (base / "config.json").write_text(json.dumps(said))
     (base / "preprocessor_config.json").write_text("{}")
     bank = trained(ViTForImageClassification.from_pretrained(base), tmp_path / "adapter", base, labels=4)
     code, out = merged(tmp_path, way)
     assert code == 0
-    said = capsys.readouterr().out
-    assert "AutoModelForImageClassification.from_pretrained" in said and "labels: 4" in said
-    assert way or "outputs weren't compared: the model reads more than a sentence" in said
+    told = capsys.readouterr().out
+    assert "AutoModelForImageClassification.from_pretrained" in told and "labels: 4" in told
+    assert way or "outputs weren't compared: the model reads more than a sentence" in told
     pixels = torch.rand(2, 3, 8, 8)
     found = plain(ViTForImageClassification, out, pixel_values=pixels)
     torch.testing.assert_close(found, beside(bank, pixel_values=pixels), rtol=1e-4, atol=1e-5)

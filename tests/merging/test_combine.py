@@ -231,5 +231,5 @@ def test_token_rows_and_a_change_of_their_table_arent_one_adapter() -> None:
     bank = attach(tied())
     add(bank, "rows", targets=["q"], trainable_token_indices=[3, 5])
     add(bank, "table", targets=["embed_tokens"])
-    with pytest.raises(MergeError, match=r"'model\.embed_tokens' has trained token rows in one adapter and A and B in another"):
+    with pytest.raises(MergeError, match=r"'model\.embed_tokens' has trained token rows in adapter 0 and A and B in adapter 1"):
         combine([(bank.adapter("rows"), 1.0), (bank.adapter("table"), 0.0)])

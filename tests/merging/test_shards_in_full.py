@@ -32,7 +32,6 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
-    ViTModel,
 )
 
 from lorabank.bank.attach import attach
@@ -251,7 +250,9 @@ def test_a_picture_classifier_that_the_folder_does_not_name(tmp_path: Path) -> N
     config = ViTConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )  # fmt: skip
-    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    said = {**settings_of(tmp_path / "base"), "architectures": ["ViTModel"]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(said))
     adapter, model, bank = trained(ViTForImageClassification.from_pretrained(tmp_path / "base").eval(), labels=4)
     pixels = torch.rand(2, 3, 8, 8)
     expected = beside(model, bank, pixel_values=pixels)
