@@ -6,7 +6,7 @@ changes is written in 16 or 32 bits: in 4 bits rounding would lose most of ΔW.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from lorabank.formats.gguf_adapter import DTYPES, check_dtype, places, write_who
 from lorabank.formats.gguf_base import GgufBase, interleaved, open_gguf, read_base
 from lorabank.formats.gguf_experts import StackPart, expert_places, merged_experts
 from lorabank.formats.readers import refuse
-from lorabank.formats.slices import without_slices
+from lorabank.formats.slices import sliced, without_slices
+from lorabank.merging.layer import with_norms
 
 WRITER_SETS = ("general.architecture",)
 """Keys that gguf's writer writes by itself; those that begin with `GGUF.` are the reader's own."""
@@ -63,10 +64,14 @@ def merge_gguf(
     check_dtype(dtype, tuple(DTYPES), what="a model's")
     layers: dict[str, AdapterLayer] = {}
     stacked: dict[str, StackPart] = {}
+    fused: dict[str, Mapping[str, AdapterLayer]] = {}
     if adapter is not None:
-        adapter = without_slices(adapter)
+        parts = sliced(adapter.layers)
+        adapter = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # norms come with the weights
         refuse(adapter, "merged gguf", where=where)
-        layers = {name: adapter.layers[path] for path, name in places(adapter, base, where=where).items()}
+        named = places(adapter, base, where=where)
+        layers = {name: adapter.layers[path] for path, name in named.items()}
+        fused = {named[path]: own for path, own in parts.items()}
         stacked = expert_places(adapter, base, where=where)
     changed = layers.keys() | stacked.keys()
     reader = open_gguf(base_file, base.name)
@@ -102,7 +107,10 @@ def merge_gguf(
             if tensor.name in stacked:
                 merged = merged_experts(weight, stacked[tensor.name])
             else:
-                merged = merged_weight(weight, layers[tensor.name], tensor.name, base) if tensor.name in layers else weight
+                layer = layers.get(tensor.name)
+                if layer is not None and tensor.name in fused:
+                    layer = with_norms(tensor.name, layer, fused[tensor.name], weight.double())
+                merged = weight if layer is None else merged_weight(weight, layer, tensor.name, base)
             packed = gguf.quants.quantize(merged.float().numpy(), kind)
             if tensor.name in changed:
                 stored = torch.from_numpy(np.array(gguf.quants.dequantize(packed, kind)))

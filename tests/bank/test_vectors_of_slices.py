@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from lorabank import BASE, Adapter, AdapterConfig, attach, combine, merge
+from lorabank import BASE, Adapter, AdapterConfig, attach, combine, merge, quantize_base
+from lorabank.bank.kinds import layer_kind
 from lorabank.errors import AdapterFileError, MergeError, TargetError
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.convert import convert
@@ -89,6 +90,30 @@ def test_a_new_one_changes_nothing_and_starts_at_its_own_outputs(kind: str) -> N
             assert torch.allclose(layer.magnitude, mine.norm(dim=1))
         else:
             assert layer.lora_bias is not None and not layer.lora_bias.any()
+
+
+def test_over_a_quantised_layer_they_are_of_the_stored_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 96), nn.Linear(96, 16))
+    assert quantize_base(model, "fp8", say=lambda text: None).layers == ("0",)
+    kind = layer_kind(model[0])
+    assert kind is not None and kind.quantized
+    weight, bias = kind.weight_oi(model[0]._parameters, torch.float32), model[0].get_parameter("bias").detach()
+    bank = attach(model, fused={"0": ["q", "k", "v"]})
+    bank.add("a", AdapterConfig(rank=2, targets=["0.q", "0.v"], use_dora=True))
+    fill(bank, "a")
+    x, wanted = torch.randn(3, 32), weight.clone()
+    for layer in bank.adapter("a").layers.values():
+        assert layer.outputs is not None and layer.magnitude is not None
+        rows = layer.outputs.rows
+        V = weight[rows] + layer.delta()
+        wanted[rows] = (layer.magnitude / V.norm(dim=1))[:, None] * V
+    with bank.route(["a", BASE, "a"]):
+        y = bank.model.get_submodule("0")(x)
+    assert torch.allclose(y[[0, 2]], x[[0, 2]] @ wanted.T + bias, atol=1e-5)
+    assert not torch.allclose(y[0], x[0] @ weight.T + bias, atol=1e-2)
+    handle = merge(bank.model, bank.adapter("a"), say=None, force=True)
+    assert handle.report.layers.keys() == {"0"}
 
 
 def test_every_mixture_of_whole_sliced_decomposed_and_biased_adapters_adds_up() -> None:

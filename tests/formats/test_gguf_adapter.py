@@ -355,3 +355,36 @@ def test_a_decomposed_embedding_is_merged(base_file: Path, tmp_path: Path) -> No
     merged = load_base(str(done.file), cache=tmp_path / "cache", device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(merged.model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decomposed_slices_leave_the_other_rows_of_a_quantised_weight(tmp_path: Path) -> None:
+    """Whose norms aren't those of the base that the adapter was trained on."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3))
+    weight = model.get_parameter("transformer.h.0.attn.c_attn.weight").detach().t().contiguous()
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "gpt2")
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("blk.0.attn_qkv.weight", gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    bank = lb.attach(model)
+    bank.add("a", lb.AdapterConfig(rank=2, targets=["q", "v"], use_dora=True))
+    with torch.no_grad():
+        for key, p in bank.named_parameters("a"):
+            p.copy_(1.5 * p if key.endswith("magnitude") else 0.3 * torch.randn(p.shape))
+    adapter = replace(bank.adapter("a"), fingerprint=None)
+    merged = tensors(merge_gguf(tmp_path / "base.gguf", adapter, tmp_path / "m.gguf", dtype="f32").file)["blk.0.attn_qkv.weight"]
+    (stored,) = gguf.GGUFReader(tmp_path / "base.gguf").tensors
+    before = torch.from_numpy(np.array(gguf.quants.dequantize(stored.data, kind)))
+    merged = merged.view(torch.float32).view(before.shape)
+    assert torch.equal(merged[32:64], before[32:64])
+    for name, rows in (("q", slice(0, 32)), ("v", slice(64, 96))):
+        layer = adapter.layers[f"transformer.h.0.attn.c_attn.{name}"]
+        assert layer.magnitude is not None
+        V = before[rows] + layer.delta()
+        torch.testing.assert_close(merged[rows], (layer.magnitude / V.norm(dim=1))[:, None] * V)
