@@ -53,7 +53,7 @@ def as_json(adapter: Adapter, path: Path) -> dict[str, Any]:
         "dtypes": dtypes(adapter),
         "modules": {path: _count(module) for path, module in adapter.modules.items()},
         "layers": [{**_finite(vars(layer)), "gain": _number(layer.gain)} for layer in found],
-        "broken": [*stands_out.broken, *broken_modules(adapter)],
+        "broken": list(dict.fromkeys([*stands_out.broken, *non_finite(adapter)])),
         "zero": list(stands_out.zero),
         "huge": [layer.path for layer in stands_out.huge],
         "outliers": dict(stands_out.outliers),
@@ -71,9 +71,11 @@ def _count(module: Mapping[str, Tensor]) -> int:
     return sum(value.numel() for value in module.values() if value.is_floating_point())
 
 
-def broken_modules(adapter: Adapter) -> list[str]:
-    """Paths of the modules that were trained in full and hold NaN or infinity."""
-    return [path for path in non_finite(adapter) if path in adapter.modules]
+def broken_beside(adapter: Adapter) -> list[str]:
+    """What holds NaN or infinity beside the layers, in words."""
+    broken = non_finite(adapter)
+    modules = [f"module {path}, which was trained in full" for path in adapter.modules if path in broken]
+    return [*(name for name in adapter.extras if name in broken), *modules]
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,9 +109,8 @@ def print_adapter(console: Console, adapter: Adapter, path: Path, *, layers: boo
     console.print(_facts(adapter, path))
     console.print(_layer_table(found) if layers else _kind_table(found))
     _print_findings(console, found, stands_out)
-    broken = broken_modules(adapter)
-    for name in broken:
-        console.print(f"[red]NaN or infinity in module {name}, which was trained in full[/]")
+    for name in broken_beside(adapter):
+        console.print(f"[red]NaN or infinity in {name}[/]")
     console.print(_readers(adapter))
     return not non_finite(adapter)
 

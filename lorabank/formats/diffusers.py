@@ -151,7 +151,7 @@ def _settings(where: str, text: str | None, there: list[str]) -> dict[str, PeftS
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{place}: no valid JSON ({error}). Fetch or save the file again.") from error
     if not isinstance(raw, dict):
-        raise AdapterFileError(f"{place}: expected a JSON object, got {type(raw).__name__}")
+        raise AdapterFileError(f"{place}: expected a JSON object, got {type(raw).__name__}. Fetch or save the file again.")
     parts: dict[str, dict[str, Any]] = {}
     for key, value in raw.items():
         component, name = split(str(key))

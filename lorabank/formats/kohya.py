@@ -318,8 +318,11 @@ def _plain(where: str, name: str, tensors: Mapping[str, Tensor], alpha: float | 
     else:
         A, B = down, up.flatten(1) if up.ndim > 1 else up
     shapes = f"lora_down {tuple(down.shape)}, lora_up {tuple(up.shape)}"
-    if not 2 <= A.ndim <= 5 or 0 in A.shape or B.ndim != 2 or B.shape[1] != A.shape[0] or any(n != 1 for n in up.shape[2:]):
-        raise AdapterFileError(f"{where}: layer {name!r} isn't A (rank, in …) and B (out, rank) of one rank: {shapes}.")
+    fit = 2 <= A.ndim <= 5 and B.ndim == 2 and B.shape[1] == A.shape[0] and all(n == 1 for n in up.shape[2:])
+    if not fit or 0 in (*A.shape, *B.shape):
+        raise AdapterFileError(
+            f"{where}: layer {name!r} isn't A (rank, in …) and B (out, rank) of one rank: {shapes}. Fetch the file again."
+        )
     return AdapterLayer(A, B, 1.0 if alpha is None else alpha / A.shape[0])
 
 
@@ -327,7 +330,7 @@ def _alpha(where: str, name: str, value: Tensor | None) -> float | None:
     if value is None:
         return None
     if value.numel() != 1:
-        raise AdapterFileError(f"{where}: '{name}.alpha' should be one number, got {tuple(value.shape)}")
+        raise AdapterFileError(f"{where}: '{name}.alpha' should be one number, got {tuple(value.shape)}. Fetch the file again.")
     alpha = float(value)
     if alpha <= 0:
         raise AdapterFileError(
@@ -340,26 +343,29 @@ def _alpha(where: str, name: str, value: Tensor | None) -> float | None:
 def _magnitude(where: str, name: str, value: Tensor, layer: AdapterLayer) -> Tensor:
     """DoRA's magnitudes (out,) of a `dora_scale`, (out, 1, …). LyCORIS' older (1, in, …) scales inputs, which ours can't."""
     width, height = layer.A.shape[1], len(layer.B)
-    if value.shape[0] == height and value.numel() == height:
+    if value.shape[:1] == (height,) and value.numel() == height:
         return value.flatten()
     if value.shape[:2] == (1, width) and value.numel() == width:
         raise AdapterFileError(
             f"{where}: '{name}.dora_scale' {tuple(value.shape)} has a magnitude for each input (LyCORIS' wd_on_output=False); "
             f"DoRA here, in PEFT and in the paper has one for each output, ({height}, 1). Merge it with the tool that made it."
         )
-    raise AdapterFileError(f"{where}: '{name}.dora_scale' {tuple(value.shape)} should be one number for each of {height} outputs")
+    raise AdapterFileError(
+        f"{where}: '{name}.dora_scale' {tuple(value.shape)} should be one number for each of {height} outputs. Fetch "
+        "the file again."
+    )
 
 
 def _has_small_kernels(groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
     """Whether a file is of SD 1.x, whose `proj_in` are 1 × 1 convolutions: its text has 768 channels."""
     widths = [
-        tensors[key].shape[-1]
+        tensors[key].shape[-1:]
         for name, tensors in groups.items()
         if name.endswith("attn2_to_k")
         for key in ("lora_down.weight", "hada_w1_b")
         if key in tensors
     ]
-    return bool(widths) and widths[0] == 768
+    return bool(widths) and widths[0] == (768,)
 
 
 def _naming(places: Mapping[str, Place], layers: Mapping[str, AdapterLayer]) -> Naming | None:

@@ -122,7 +122,9 @@ def check(where: str, name: str, tensors: Mapping[str, Tensor]) -> None:
         loha_shape(tensors) if "hada_w1_a" in names else lokr_shape(tensors)
     except (RuntimeError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{key} {tuple(tensors[key].shape)}" for key in sorted(names))
-        raise AdapterFileError(f"{where}: layer {name!r} has tensors that don't fit each other: {shapes}.") from error
+        raise AdapterFileError(
+            f"{where}: layer {name!r} has tensors that don't fit each other: {shapes}. Fetch it again."
+        ) from error
 
 
 def loha_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -60,6 +60,6 @@ def tucker_pair(where: str, name: str, up: Tensor, mid: Tensor, down: Tensor) ->
     if mid.ndim < 3 or down.ndim < 2 or up.ndim < 2 or not ones or (up.shape[1], down.shape[0]) != (rank, mid.shape[1]):
         raise AdapterFileError(
             f"{where}: layer {name!r} has tensors that don't fit each other: lora_up {tuple(up.shape)}, lora_mid "
-            f"{tuple(mid.shape)}, lora_down {tuple(down.shape)}."
+            f"{tuple(mid.shape)}, lora_down {tuple(down.shape)}. Fetch it again."
         )
     return lycoris.tucker(up, mid, down)

@@ -133,8 +133,8 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
     bad = None if allow_non_finite else first_non_finite(tensors)
     if bad:
         raise AdapterFileError(
-            f"{tensors_path}: tensor {bad!r} holds NaN or infinity: its training diverged. Use an earlier checkpoint, "
-            "or load_peft(folder, allow_non_finite=True) to look at it."
+            f"{tensors_path}: tensor {bad!r} holds NaN or infinity: its training diverged. Use an earlier checkpoint. To look at "
+            "it: `lorabank inspect`, or load_peft(folder, allow_non_finite=True)."
         )
     modules, tensors = split_modules(str(tensors_path), settings.raw.get("modules_to_save"), tensors)
     experts, tensors = stacks.split_stacks(str(tensors_path), settings, tensors)

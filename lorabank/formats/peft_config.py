@@ -147,9 +147,13 @@ class PeftSettings:
 def read_settings(where: str, raw: object) -> PeftSettings:
     """Check a parsed `adapter_config.json`. Raises AdapterFileError for what isn't plain LoRA or isn't understood."""
     if not isinstance(raw, dict):
-        raise AdapterFileError(f"{where}: expected a JSON object with PEFT's settings, got {type(raw).__name__}")
+        raise AdapterFileError(
+            f"{where}: expected a JSON object with PEFT's settings, got {type(raw).__name__}. Fetch or save it again."
+        )
     if raw.get("peft_type", "LORA") != "LORA":
-        raise AdapterFileError(f"{where}: peft_type is {raw['peft_type']!r}; only 'LORA' adapters can be read")
+        raise AdapterFileError(
+            f"{where}: peft_type is {raw['peft_type']!r}; only 'LORA' adapters can be read. Merge it with the tool that made it."
+        )
     _refuse_unsupported(where, raw)
     rank = raw.get("r")
     alpha = raw.get("lora_alpha", 8)  # PEFT's own default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from lorabank.cli import main
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.token_rows import TokenRows
 
 NAME = "lora_unet_down_blocks_0_attentions_0_proj_in"
 PATH = "unet.down_blocks.0.attentions.0.proj_in"
@@ -43,6 +45,19 @@ def test_nan_is_shown_and_never_loaded(name: str, tmp_path: Path, capsys: pytest
         Adapter.load(file)
     assert main(["convert", str(file), str(tmp_path / "out"), "--to", "peft"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_nan_beside_the_layers_is_shown_in_both_forms(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = Adapter.load(adapter_folder)
+    rows = TokenRows((3,), torch.full((1, 16), torch.nan))
+    config = replace(adapter.config, trainable_token_indices={"embed_tokens": [3]})
+    replace(adapter, config=config, token_rows={"model.embed_tokens": rows}).save(adapter_folder)
+    assert main(["inspect", str(adapter_folder), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["broken"] == ["model.embed_tokens (token rows)"]
+    assert main(["inspect", str(adapter_folder)]) == 1
+    assert "NaN or infinity in model.embed_tokens (token rows)" in capsys.readouterr().out
+    assert main(["convert", str(adapter_folder), str(adapter_folder / "x"), "--to", "peft"]) == 2
+    assert "To look at it: `lorabank inspect`" in capsys.readouterr().err
 
 
 def test_an_alpha_that_is_nan_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

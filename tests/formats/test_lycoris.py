@@ -170,8 +170,26 @@ def test_it_is_said_and_written_as_lora(tmp_path: Path) -> None:
             {"lora_down.weight": rand(2, 8, 1, 1), "lora_mid.weight": rand(3, 2, 3, 3), "lora_up.weight": rand(6, 2, 1, 1)},
             "don't fit",
         ),
+        (
+            {"lora_down.weight": rand(2, 8), "lora_up.weight": rand(6, 2), "dora_scale": torch.tensor(1.0)},
+            r"dora_scale' \(\) should be one number for each of 6 outputs\. Fetch the file again",
+        ),
+        ({"lora_down.weight": torch.tensor(1.0), "lora_up.weight": rand(6, 2)}, r"lora_down \(\), lora_up \(6, 2\)\. Fetch"),
+        ({"lora_down.weight": rand(2, 8), "lora_up.weight": rand(0, 2)}, r"isn't A .* lora_up \(0, 2\)\. Fetch the file again"),
     ],
-    ids=["half", "one factor", "two kinds", "ranks", "widths", "inner", "LoRA too", "tucker"],
+    ids=[
+        "half",
+        "one factor",
+        "two kinds",
+        "ranks",
+        "widths",
+        "inner",
+        "LoRA too",
+        "tucker",
+        "one magnitude",
+        "a number",
+        "no outputs",
+    ],
 )
 def test_broken_layers_are_named(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=message):
@@ -181,3 +199,10 @@ def test_broken_layers_are_named(tensors: dict[str, Tensor], message: str, tmp_p
 def test_a_kernel_that_does_not_divide(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="a convolution of 3 × 3, and its 71 numbers"):
         load_kohya(write(tmp_path / "a.safetensors", CONV, loha(6, 71, 2)))
+
+
+def test_a_number_where_the_width_of_text_is_looked_up(tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {"lora_down.weight": torch.tensor(1.0), "lora_up.weight": rand(6, 2)}
+    with pytest.raises(AdapterFileError, match=rf"layer '{name}' isn't A .*lora_down \(\)"):
+        load_kohya(write(tmp_path / "a.safetensors", name, tensors))
