@@ -6,7 +6,7 @@ llama-cpp-python 0.3.36 carries it (`src/llama-adapter.cpp`), and PEFT's wheels 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorabank.errors import AdapterFileError
@@ -21,6 +21,9 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
 VLLM_EMBEDDING = "embed_tokens"
 """The name of the one embedding that vLLM adapts."""
+VLLM_HEADS = ("score", "classifier")
+"""Paths of a classifier's head: the one module that vLLM reads as it was trained in full, from 0.31 on."""
+NO_MODULES = "vLLM reads no modules that were trained in full (modules_to_save)"
 EXPORTED = "lorabank export --to vllm writes them so"
 UNMERGED = "serve it beside the base (bank.load)"
 MERGE = "merge it (lorabank merge) and serve the merged model"
@@ -55,9 +58,9 @@ def obstacles(adapter: Adapter, reader: str) -> list[Obstacle]:
     return READERS[reader].obstacles(adapter)
 
 
-def refuse(adapter: Adapter, reader: str, *, where: str = "the adapter") -> None:
-    """Raise AdapterFileError with every reason why `reader` can't read the adapter; nothing where it can."""
-    found = obstacles(adapter, reader)
+def refuse(adapter: Adapter, reader: str, *, where: str = "the adapter", also: Sequence[Obstacle] = ()) -> None:
+    """Raise AdapterFileError with every reason why `reader` can't read the adapter, `also` among them; nothing where it can."""
+    found = [*obstacles(adapter, reader), *also]
     if found:
         raise AdapterFileError(f"{where} can't be read by {READERS[reader].title}: {'; '.join(map(str, found))}.")
 
@@ -139,6 +142,12 @@ def rank_obstacle(rank: int) -> str:
     return f"rank {rank} is above vLLM's largest, {VLLM_RANKS[-1]}"
 
 
+def unread_modules(paths: Iterable[str]) -> tuple[str, ...]:
+    """Those of the modules trained in full that vLLM doesn't read: it takes one head, under the path that it has there."""
+    found = tuple(paths)
+    return () if len(found) == 1 and found[0] in VLLM_HEADS else found
+
+
 def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
     names = _paths(adapter, lambda path, layer: layer.looks_up and path.rpartition(".")[2] != VLLM_EMBEDDING)
     transposed = tuple(adapter.layers)[:1] if stored_transposed(adapter) else ()
@@ -150,7 +159,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
         *_convolutions(adapter, "vLLM"),
         *_found(f"vLLM adapts no embedding but {VLLM_EMBEDDING!r}", MERGE, names),
         *_found("vLLM reads experts one by one", EXPORTED, _paths(adapter, lambda path, layer: layer.stack > 0)),
-        *_modules(adapter, "vLLM"),
+        *_found(NO_MODULES, MERGE, unread_modules(adapter.modules)),
         *_attention(adapter, "vLLM"),
         *_found("vLLM takes no adapters for GPT-2", MERGE, transposed),
     ]
@@ -163,7 +172,8 @@ def _older_vllm(adapter: Adapter) -> list[Obstacle]:
         what="rank or scaling differ between layers, and it takes one for all",
         way_out="lorabank export --to vllm folds and pads them",
     )
-    return [*_vllm(adapter), *([mixed] if len(ranks) > 1 or len(scalings) > 1 else [])]
+    head = _found("vLLM reads a head that was trained in full from 0.31 on", f"update vLLM, or {MERGE}", tuple(adapter.modules))
+    return [*_vllm(adapter), *head, *([mixed] if len(ranks) > 1 or len(scalings) > 1 else [])]
 
 
 def _llama_cpp(adapter: Adapter) -> list[Obstacle]:

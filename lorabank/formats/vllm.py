@@ -18,17 +18,19 @@ from lorabank.formats.files import read_header
 from lorabank.formats.readers import VLLM_RANKS, refuse
 from lorabank.formats.slices import without_slices
 from lorabank.formats.vllm_experts import one_by_one
+from lorabank.formats.vllm_families import family_obstacles
 
 
 def vllm_adapter(adapter: Adapter, *, where: str = "the adapter", model_type: str | None = None) -> Adapter:
     """The same change as an adapter of one rank with α = r, float32 or wider; save it as any other.
 
     The rank is the smallest value of vLLM's `--max-lora-rank` that holds all layers. `where` names the adapter in messages;
-    `model_type` is transformers', of the base, by which stacked experts get their names.
+    `model_type` is transformers', of the base: by it stacked experts get their names, and is known what vLLM adapts of a family.
     Raises AdapterFileError with every reason why vLLM can't read it (DoRA, convolutions, a rank above 512, NaN, …).
     """
     adapter = one_by_one(adapter, model_type, where=where)
-    refuse(adapter, "vllm", where=where)
+    as_matrices = {path: replace(layer, stack=0) for path, layer in adapter.layers.items()}  # stacks that vLLM reads are left
+    refuse(replace(adapter, layers=as_matrices), "vllm", where=where, also=family_obstacles(adapter, model_type))
     adapter = without_slices(adapter)
     rank = vllm_rank(adapter)
     config = AdapterConfig(

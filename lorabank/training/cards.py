@@ -155,7 +155,7 @@ def _use(facts: CardFacts) -> str:
     patterns = has_patterns({"rank_pattern": run.rank_pattern, "alpha_pattern": run.alpha_pattern})
     rank = max([run.rank, *run.rank_pattern.values()])
     extras = run.bias != "none" or run.lora_bias or bool(run.trainable_token_indices)
-    reason = facts.unserved or obstacle(rank, use_dora=run.use_dora, extras=extras, modules=bool(run.modules_to_save))
+    reason = facts.unserved or obstacle(rank, use_dora=run.use_dora, extras=extras, modules=run.modules_to_save or ())
     return how_to_load(facts.name, facts.base_model, rank, patterns=patterns, unserved=reason)
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lorabank.formats.adapter import Adapter
-from lorabank.formats.readers import EXPORTED, MERGE, VLLM_RANKS, obstacles, rank_obstacle
+from lorabank.formats.readers import EXPORTED, MERGE, NO_MODULES, VLLM_RANKS, obstacles, rank_obstacle, unread_modules
+
+HEAD = "vLLM reads its head beside a base that is a classifier itself; vllm serve BASE --runner pooling --enable-lora"
+"""Of a classifier whose head was trained in full. Its base is a language model as a rule, of which vLLM would make none."""
 
 
 def chat_line(output: str, names: Sequence[str]) -> str:
@@ -74,7 +77,7 @@ def settings_obstacle(config: Mapping[str, Any]) -> str | None:
         use_dora=bool(config.get("use_dora")),
         experts=bool(config.get("target_parameters")),
         extras=config.get("bias", "none") != "none" or bool(config.get("lora_bias") or config.get("trainable_token_indices")),
-        modules=bool(config.get("modules_to_save")),
+        modules=config.get("modules_to_save") or (),
         transposed=bool(config.get("fan_in_fan_out")),
     )
 
@@ -85,16 +88,16 @@ def obstacle(
     use_dora: bool = False,
     experts: bool = False,
     extras: bool = False,
-    modules: bool = False,
+    modules: Sequence[str] = (),
     transposed: bool = False,
 ) -> str | None:
     """Why vLLM refuses an adapter; None if it doesn't.
 
-    extras: it has biases or token rows. modules: some were trained in full. transposed: the base keeps weights as GPT-2 does.
+    extras: it has biases or token rows. modules: trained in full. transposed: the base keeps weights as GPT-2 does.
     """
     for there, what in (
         (extras, "vLLM reads no trained biases or token rows"),
-        (modules, "vLLM reads no modules that were trained in full (modules_to_save)"),
+        (unread_modules(modules), NO_MODULES),
         (use_dora, "vLLM doesn't read DoRA"),
         (transposed, "vLLM takes no adapters for GPT-2"),
     ):
@@ -102,9 +105,12 @@ def obstacle(
             return f"{what}; {MERGE}"
     if rank > VLLM_RANKS[-1]:
         return f"{rank_obstacle(rank)}; merge it (lorabank merge)"
+    if modules:
+        return HEAD
     return f"vLLM reads experts one by one; {EXPORTED}" if experts else None
 
 
 def adapter_obstacle(adapter: Adapter) -> str | None:
     """Why vLLM refuses the adapter; None if it doesn't."""
-    return "; ".join(f"{each.what}; {each.way_out}" for each in obstacles(adapter, "vllm")) or None
+    found = "; ".join(f"{each.what}; {each.way_out}" for each in obstacles(adapter, "vllm"))
+    return found or (HEAD if adapter.modules else None)
