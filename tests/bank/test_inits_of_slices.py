@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import lorabank as lb
 from lorabank.bank.bank import AdapterBank
+from lorabank.engine.batch import make_batch
 from lorabank.engine.state import load_state, save_state
+from lorabank.engine.step import Engine, forward_backward
 from lorabank.errors import AdapterFileError, TargetError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.slices import without_slices
@@ -291,6 +293,21 @@ def test_a_mixed_batch_is_the_separate_batches_and_the_base_stays() -> None:
     gc.collect()
     assert kept and all(ref() is None for ref in kept)
     assert state_bytes(bank.detach()) == before
+
+
+def test_dropout_is_the_same_for_what_trains_and_where_it_started() -> None:
+    """At its start the change is zero under any mask, if both parts have the same one."""
+    losses = {}
+    for init in ("uniform", "pissa"):
+        bank = attached("sliced gpt2", init, dropout=0.5)
+        batch = make_batch([(row.tolist(), [1.0] * 8) for row in ids(3, 8)], "a")
+        losses[init] = forward_backward(Engine(bank), batch, steps={"a": 3})["a"].mean
+        masked = [None if p.grad is None else p.grad.clone() for p in bank.parameters("a")]
+        clear(bank)
+        forward_backward(Engine(bank), batch, steps={"a": 4})
+        now = [p.grad for p in bank.parameters("a")]
+        assert any(a is not None and b is not None and not torch.equal(a, b) for a, b in zip(masked, now, strict=True)), "drawn"
+    assert losses["pissa"] == pytest.approx(losses["uniform"], abs=2e-6)
 
 
 def test_restart_and_state_bring_slices_back() -> None:
