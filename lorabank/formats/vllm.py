@@ -16,6 +16,7 @@ from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import read_header
 from lorabank.formats.readers import VLLM_RANKS, refuse
+from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import without_slices
 from lorabank.formats.vllm_experts import one_by_one
 
@@ -29,7 +30,7 @@ def vllm_adapter(adapter: Adapter, *, where: str = "the adapter", model_type: st
     """
     adapter = one_by_one(adapter, model_type, where=where)
     refuse(adapter, "vllm", where=where)
-    adapter = without_slices(adapter)
+    adapter = without_slices(adapter, any_norms)
     rank = vllm_rank(adapter)
     config = AdapterConfig(
         rank=rank, alpha=rank, targets=sorted(adapter.layers), dropout=adapter.config.dropout, init=adapter.config.init

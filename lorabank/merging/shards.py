@@ -25,6 +25,7 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.extras import extras_by_path
 from lorabank.formats.files import TORCH_DTYPES
 from lorabank.formats.fingerprint import Fingerprint, positions
+from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import sliced, without_slices
 from lorabank.merging.checkpoint import INDEX, Names, Shard, names_in_model, read_shards, write_shard
 from lorabank.merging.layer import merge_tensor, with_norms
@@ -62,7 +63,7 @@ def merge_folder(
     left then.
     """
     folder, output, fused = Path(folder), Path(output), sliced(adapter.layers)
-    adapter = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # norms come with the weights
+    adapter = without_slices(adapter, any_norms)  # norms come with the weights
     if not math.isfinite(strength):
         raise MergeError(f"merge: strength should be a number, got {strength}")
     if strength != 1 and any(layer.magnitude is not None for layer in adapter.layers.values()):
