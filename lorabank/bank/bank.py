@@ -37,7 +37,7 @@ from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routed import Routed
 from lorabank.bank.saved_bank import SavedModules, Values
 from lorabank.bank.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
-from lorabank.bank.slices import FusedSlice, SliceCarrier
+from lorabank.bank.slices import FusedSlice, SliceCarrier, norms_beside
 from lorabank.bank.spectral import check_start
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
@@ -246,7 +246,7 @@ class AdapterBank(Routed):
         for path in slot.paths:
             place = self._layers[path]
             if isinstance(place, SliceCarrier) and (fused := base_path(place.layer.path, prefix)) not in norms:
-                beside = place.layer.norms_beside(name)
+                beside = norms_beside(place.layer, name)
                 norms |= {} if beside is None else {fused: beside}
             layers |= {base_path(part, prefix): layer for part, layer in place.adapter_layers(name).items()}
             extras, ids = place.adapter_extras(name), place.slots[name].ids

@@ -23,6 +23,7 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.components import split
+from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import sliced, without_slices
 
 
@@ -64,7 +65,7 @@ def check_fits(
     declared of layers.
     """
     slices = sliced(adapter.layers)
-    adapter = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # of which only the sizes are looked at
+    adapter = without_slices(adapter, any_norms)  # of which only the sizes are looked at
     if not adapter.layers:
         raise AdapterFileError(f"adapter {name!r} has no layers, so there is nothing to load")
     if adapter.config.use_dora and all(layer.magnitude is None for layer in adapter.layers.values()):
@@ -171,7 +172,8 @@ def check_decomposed(config: AdapterConfig, layers: Mapping[str, nn.Module], sha
         if kind is not None and (attends or kind.storage == EXPERTS):
             what = "nn.MultiheadAttention's" if attends else "a stack of experts"
             raise TargetError(f"use_dora: {path!r} is {what}, which DoRA isn't for. Leave it out of targets, or use_dora.")
-    for head, embedding in shared.items():
+    if shared:
+        head, embedding = next(iter(shared.items()))
         raise TargetError(
             f"use_dora: {head!r} would read the numbers of {embedding!r} (ensure_weight_tying), and a magnitude of each feature "
             "there is none of each output here. Leave out ensure_weight_tying, or use_dora."

@@ -30,11 +30,11 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.config.inits import is_difference
 from lorabank.errors import AdapterFileError, RoutingError
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.formats.output_slice import OutputSlice, others
+from lorabank.formats.output_slice import OutputSlice
 from lorabank.kernels import ops
 from lorabank.kernels.mapped import add_mapped
 from lorabank.kernels.maps import LowRankMap
-from lorabank.kernels.norms import base_norms, output_norms
+from lorabank.kernels.norms import output_norms
 from lorabank.kernels.segments import Decomposition, DropoutDraw, Outputs, Segment, drop_threshold
 from lorabank.kernels.tables import bits32
 from lorabank.notices import warn_once
@@ -440,9 +440,3 @@ class LoRALayer(Adapted, Carrier):
         weight_OI, tensors = self.kind.weight_oi(self._parameters, torch.float32), slot.tensors
         mine = weight_OI if outputs is None else outputs.rows_of(weight_OI)
         return output_norms(mine, tensors.A_RI, tensors.B_RO, slot.scaling)
-
-    def norms_beside(self, name: str) -> Tensor | None:
-        """‖W‖ of those outputs that no slice of a decomposed adapter has, in order; None where it has no such slice, or all."""
-        parts = [each for each in self.slices.values() if name in each.slots and each.slots[name].tensors.magnitude_O is not None]
-        rest = others([each.outputs for each in parts]) if parts else ()
-        return base_norms(self.kind.weight_oi(self._parameters, torch.float32))[rest].cpu() if len(rest) else None

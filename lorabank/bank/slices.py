@@ -19,7 +19,8 @@ from lorabank.bank.storage import RankStore
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.inits import is_difference
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.formats.output_slice import OutputSlice
+from lorabank.formats.output_slice import OutputSlice, others
+from lorabank.kernels.norms import base_norms
 from lorabank.kernels.segments import Outputs
 
 if TYPE_CHECKING:
@@ -110,6 +111,13 @@ class SliceCarrier(Carrier):
 
     def _refresh(self) -> None:
         self.layer.show()
+
+
+def norms_beside(layer: LoRALayer, name: str) -> Tensor | None:
+    """‖W‖ of those outputs that no slice of a decomposed adapter has, in order; None where it has no such slice, or all."""
+    parts = [each for each in layer.slices.values() if name in each.slots and each.slots[name].tensors.magnitude_O is not None]
+    rest = others([each.outputs for each in parts]) if parts else ()
+    return base_norms(layer.kind.weight_oi(layer._parameters, torch.float32))[rest].cpu() if len(rest) else None
 
 
 def add_slice_biases(y: Tensor, carriers: Iterable[SliceCarrier], plan: Sequence[SlotRows], units: int) -> Tensor:

@@ -24,6 +24,7 @@ from lorabank.formats.gguf_base import GgufBase, interleaved, require_gguf
 from lorabank.formats.gguf_experts import expert_places
 from lorabank.formats.readers import refuse
 from lorabank.formats.scratch import parents_of
+from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import without_slices
 
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -90,7 +91,7 @@ def write_adapter_gguf(
     import gguf
 
     check_dtype(dtype, ADAPTER_DTYPES, what="an adapter's")
-    adapter = without_slices(adapter)
+    adapter = without_slices(adapter, any_norms)
     refuse(adapter, "gguf", where=where)
     names = places(adapter, base, where=where)
     alpha = common_alpha(adapter)

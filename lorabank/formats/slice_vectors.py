@@ -20,6 +20,11 @@ Norms = Callable[[str, int], Tensor | None]
 """A layer's path and how many outputs it has → ‖W‖ of each, None where that isn't known."""
 
 
+def any_norms(path: str, outputs: int) -> Tensor:
+    """`Norms` for who looks at sizes, refuses DoRA, or has the weights' own norms later."""
+    return torch.ones(outputs)
+
+
 def joined_vectors(
     path: str, parts: Mapping[str, AdapterLayer], scaling: float, kept: Tensor | None, norms: Norms | None
 ) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import read_header
 from lorabank.formats.readers import VLLM_RANKS, refuse
+from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import without_slices
 from lorabank.formats.vllm_experts import one_by_one
 from lorabank.formats.vllm_families import family_obstacles
@@ -31,7 +32,7 @@ def vllm_adapter(adapter: Adapter, *, where: str = "the adapter", model_type: st
     adapter = one_by_one(adapter, model_type, where=where)
     as_matrices = {path: replace(layer, stack=0) for path, layer in adapter.layers.items()}  # stacks that vLLM reads are left
     refuse(replace(adapter, layers=as_matrices), "vllm", where=where, also=family_obstacles(adapter, model_type))
-    adapter = without_slices(adapter)
+    adapter = without_slices(adapter, any_norms)
     rank = vllm_rank(adapter)
     config = AdapterConfig(
         rank=rank, alpha=rank, targets=sorted(adapter.layers), dropout=adapter.config.dropout, init=adapter.config.init

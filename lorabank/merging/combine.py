@@ -15,6 +15,7 @@ from lorabank.errors import MergeError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.difference import norm
 from lorabank.formats.patterns import to_patterns
+from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import without_slices
 from lorabank.merging.combine_base import check_one_base
 from lorabank.merging.combine_extras import check_method, with_lora_biases
@@ -95,7 +96,7 @@ def _combined(
 ) -> Combined:
     method = _known_method(method)
     told = _check_options(method, given)
-    parts = [(without_slices(adapter), weight) for adapter, weight in parts]
+    parts = [(without_slices(adapter, any_norms), weight) for adapter, weight in parts]
     adapters = [adapter for adapter, _ in parts]
     called = [f"adapter {index}" for index in range(len(parts))] if names is None else [f"adapter {name!r}" for name in names]
     _check_adapters(adapters, called)

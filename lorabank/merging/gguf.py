@@ -21,6 +21,7 @@ from lorabank.formats.gguf_adapter import DTYPES, check_dtype, places, write_who
 from lorabank.formats.gguf_base import GgufBase, interleaved, open_gguf, read_base
 from lorabank.formats.gguf_experts import StackPart, expert_places, merged_experts
 from lorabank.formats.readers import refuse
+from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import sliced, without_slices
 from lorabank.merging.layer import with_norms
 
@@ -67,7 +68,7 @@ def merge_gguf(
     fused: dict[str, Mapping[str, AdapterLayer]] = {}
     if adapter is not None:
         parts = sliced(adapter.layers)
-        adapter = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # norms come with the weights
+        adapter = without_slices(adapter, any_norms)  # norms come with the weights
         refuse(adapter, "merged gguf", where=where)
         named = places(adapter, base, where=where)
         layers = {name: adapter.layers[path] for path, name in named.items()}

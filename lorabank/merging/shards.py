@@ -22,6 +22,7 @@ from lorabank.bank.task_class import skeleton_of, task_model
 from lorabank.errors import MergeError, ModelError, OutputError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import TORCH_DTYPES
+from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import sliced, without_slices
 from lorabank.merging.checkpoint import INDEX, Shard, Target, names_in_model, read_shards, write_shard
 from lorabank.merging.extras import merged_bias, merged_rows
@@ -60,7 +61,7 @@ def merge_folder(
     permuted at load, quantised), FingerprintError for another base, OutputError for a full disk; nothing is left then.
     """
     folder, output, fused = Path(folder), Path(output), sliced(adapter.layers)
-    adapter = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # norms come with the weights
+    adapter = without_slices(adapter, any_norms)  # norms come with the weights
     check_strength(adapter, strength)
     if dtype is not None and dtype not in MERGED_DTYPES:
         raise MergeError(f"merge: dtype should be float32, float64, bfloat16 or float16, got {dtype}")
