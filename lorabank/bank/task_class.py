@@ -100,7 +100,7 @@ def task_model(config: Any, adapter: Adapter, where: str) -> TaskModel:
 def vocabulary(config: Any, task: TaskModel, adapter: Adapter) -> int | None:
     """How many ids the adapter's own embedding has, trained in full with tokens that were added; None for as many as before."""
     known = getattr(config.get_text_config(), VOCABULARY, None)
-    for path, module in skeleton_of(task.kind, config).named_modules():
+    for path, module in skeleton_of(task.kind, config).named_modules() if adapter.modules else ():
         weight = adapter.modules.get(path, {}).get("weight")
         if (
             isinstance(module, nn.Embedding)

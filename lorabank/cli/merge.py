@@ -143,6 +143,8 @@ def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, par
         told.append(f"labels: {len(after['id2label'])}, called LABEL_0 …: give them names in config.json (id2label, label2id)")
     if parted:
         told.append(f"the output head and the embedding are two weights now ({TIE}: false)")
+    if "pad_token_id" in after and after["pad_token_id"] is None and auto_class(merged) == "AutoModelForSequenceClassification":
+        told.append("no pad_token_id: set the one of training in config.json, by which rows of several lengths know their ends")
     if VOCABULARY in before and after.get(VOCABULARY) != before[VOCABULARY]:
         told.append(f"tokens: {after.get(VOCABULARY)}, the base's were {before[VOCABULARY]}; {_tokenizer(source, merged)}")
     return told
@@ -164,13 +166,17 @@ def settings_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def print_saved(folder: Path, told: list[str]) -> None:
-    """The last words."""
+def auto_class(folder: Path) -> str:
+    """What of transformers loads a model folder."""
     from lorabank.bank.task_class import auto_name
 
     said = settings_in(folder)
-    auto = auto_name(str((said.get("architectures") or ["?"])[0]), str(said.get("model_type")))
-    print("\n".join([*told, f"saved: {folder} (a plain model: {auto}.from_pretrained({str(folder)!r}))"]))
+    return auto_name(str((said.get("architectures") or ["?"])[0]), str(said.get("model_type")))
+
+
+def print_saved(folder: Path, told: list[str]) -> None:
+    """The last words."""
+    print("\n".join([*told, f"saved: {folder} (a plain model: {auto_class(folder)}.from_pretrained({str(folder)!r}))"]))
 
 
 def stored_dtype(name: str) -> str:

@@ -234,7 +234,7 @@ def _exact(adapter: Adapter) -> list[Obstacle]:
     way_out = "merge it into the base first, or route rows to a mixture"
     layers = _paths(adapter, lambda path, layer: layer.magnitude is not None)
     dora = _found("what DoRA does to a weight isn't one of several sums", way_out, layers)
-    return [*_broken(adapter), *dora, *_modules(adapter, "combine", way_out)]
+    return [*_broken(adapter), *dora]
 
 
 READERS: Mapping[str, Reader] = {

@@ -55,7 +55,7 @@ def check_extras(model: nn.Module, adapter: Adapter) -> None:
         if others:
             raise MergeError(
                 f"merge: {path}.weight is tied to {', '.join(sorted(others))}: merging rows would change both, the adapter "
-                "changes one. Untie the weights first, or serve the adapter unmerged."
+                "changes one. Merge the model's folder (lorabank merge), which unties them, or serve the adapter unmerged."
             )
 
 

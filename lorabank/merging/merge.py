@@ -265,8 +265,8 @@ def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module], adapter: Ada
         if others:
             raise MergeError(
                 f"merge: {path}.weight is tied to {', '.join(others)}: merging would change both, the adapter changes one. "
-                "Train with ensure_weight_tying, untie the weights first (a model saved with tie_word_embeddings=false), or "
-                "serve the adapter unmerged."
+                "Train with ensure_weight_tying, merge the model's folder (lorabank merge), which unties them, or serve the "
+                "adapter unmerged."
             )
 
 

@@ -35,8 +35,7 @@ def fitting_modules(model: nn.Module, adapter: Adapter) -> dict[str, tuple[Tenso
             if others := [name for name in others if not _same(adapter, name, value)]:
                 raise MergeError(
                     f"merge: {path}.{key} is tied to {', '.join(others)}: merging would change both, the adapter changes one. "
-                    "Merge the model's folder (lorabank merge), which unties them, untie the weights first (a model saved with "
-                    "tie_word_embeddings=false), or serve the adapter unmerged."
+                    "Merge the model's folder (lorabank merge), which unties them, or serve the adapter unmerged."
                 )
             found[f"{path}.{key}"] = own, value
     return found

@@ -248,7 +248,7 @@ def _check_all_there(model: nn.Module, checkpoint: _Checkpoint, made: Mapping[st
             missing += [] if again.made_at_load(name) else [name]
             continue
         source = made[key].source if key in made else key
-        if source is not None and not again.converted:
+        if source is not None:
             shard = checkpoint.owners[source]
             if shard.tensors[source].shape != value.shape:
                 raise MergeError(

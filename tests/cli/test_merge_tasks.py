@@ -101,7 +101,7 @@ def test_pefts_classifier_over_a_language_model(
     code, out = merged(tmp_path, way)
     assert code == 0
     said = capsys.readouterr().out
-    assert "taken over in full: score\n" in said and "labels: 5, called LABEL_0" in said
+    assert "taken over in full: score\n" in said and "labels: 5, called LABEL_0" in said and "\nno pad_token_id: set" in said
     assert f"AutoModelForSequenceClassification.from_pretrained('{out}')" in said
     assert way or "on a sentence: merged and unmerged outputs differ by at most" in said
     with torch.no_grad():

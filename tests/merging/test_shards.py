@@ -297,7 +297,9 @@ def test_memory_is_that_of_one_tensor_not_of_the_model(tmp_path: Path) -> None:
             for i in range(blocks)
             for leaf, n_in, n_out in (("up_proj", WIDTH, 2 * WIDTH), ("down_proj", 2 * WIDTH, WIDTH))
         }
-        Adapter(config=AdapterConfig(rank=4, alpha=0.4, targets=["mlp"]), layers=layers).save(tmp_path / f"adapter{suffix}")
+        whole = {f"model.layers.{i}.mlp.gate_proj": {"weight": torch.randn(2 * WIDTH, WIDTH)} for i in range(blocks)}
+        config = AdapterConfig(rank=4, alpha=0.4, targets=["mlp"], modules_to_save=["gate_proj"])
+        Adapter(config=config, layers=layers, modules=whole).save(tmp_path / f"adapter{suffix}")
     words = [str(tmp_path / name) for name in ("small", "large", "adapter", "out")]
     done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -307,4 +309,4 @@ def test_memory_is_that_of_one_tensor_not_of_the_model(tmp_path: Path) -> None:
     assert rise < 8 * tensor < size / 5, f"{rise / 2**20:.1f} MiB more for a model of {size / 2**20:.1f} MiB"
     changed = tensors_in(tmp_path / "out")
     before_merge = tensors_in(tmp_path / "large")
-    assert sum(not torch.equal(value, before_merge[name]) for name, value in changed.items()) == count
+    assert sum(not torch.equal(value, before_merge[name]) for name, value in changed.items()) == count + BLOCKS

@@ -26,6 +26,12 @@ from transformers import (
     BertModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
     T5Config,
@@ -330,6 +336,38 @@ def test_several_classes_that_would_do(tmp_path: Path) -> None:
     assert adapter.task_type == "SEQ_CLS"
     message = r"changes what BertModel hasn't got, and fits BertForSequenceClassification and BertForTokenClassification"
     refused(tmp_path / "base", replace(adapter, task_type=None), ModelError, message)
+
+
+def test_the_class_that_peft_notes_decides(tmp_path: Path) -> None:
+    """PEFT writes `auto_mapping` where it was told no task type."""
+    torch.manual_seed(0)
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path / "base")
+    model = BertForTokenClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    settings = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, settings).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapter = Adapter.load(tmp_path / "adapter")
+    assert adapter.task_type is None
+    merge_folder(tmp_path / "base", adapter, tmp_path / "out", say=None)
+    with torch.no_grad():
+        expected = wrapped(input_ids=IDS).logits
+    found = plain(AutoModelForTokenClassification, tmp_path / "out", input_ids=IDS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_several_layers_over_experts_that_are_stacked_at_load(tmp_path: Path) -> None:
+    """RoBERTa's head is two layers; Mixtral's files hold each expert by itself, and the model a stack."""
+    torch.manual_seed(0)
+    RobertaModel(RobertaConfig(**BERT), add_pooling_layer=False).save_pretrained(tmp_path / "roberta")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    mixtral = MixtralConfig(**small, num_key_value_heads=2, num_local_experts=2, pad_token_id=0)
+    MixtralForCausalLM(mixtral).save_pretrained(tmp_path / "mixtral")
+    for name, kind in (("roberta", RobertaForSequenceClassification), ("mixtral", MixtralForSequenceClassification)):
+        adapter, model, bank = trained(kind.from_pretrained(tmp_path / name).eval(), labels=3)
+        expected = beside(model, bank, input_ids=IDS)
+        merge_folder(tmp_path / name, adapter, tmp_path / f"{name}-out", say=None)
+        found = plain(AutoModelForSequenceClassification, tmp_path / f"{name}-out", input_ids=IDS)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_is_added_to_a_checkpoint_that_has_none(tmp_path: Path) -> None:
