@@ -22,7 +22,7 @@ from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
-from lorabank.formats.components import split
+from lorabank.formats.components import components, split
 from lorabank.formats.slices import sliced, without_slices
 
 
@@ -83,7 +83,7 @@ def check_fits(
             wrong.append(f"{path}: DoRA on a convolution in groups whose A reaches from one into another isn't supported")
             continue
         if path not in layers:
-            wrong.append(_absent(model, path, layers))
+            wrong.append(_absent(model, path, layers, several=len(components(list(adapter.layers))) > 1))
             continue
         if why := misfit(path, part, layers[path]) or other_weight(path, adapter, layers[path], force=force):
             wrong.append(why)
@@ -205,11 +205,13 @@ def warn_empty_experts(name: str, adapter: Adapter, model: nn.Module) -> None:
             return
 
 
-def _absent(model: nn.Module, path: str, layers: Mapping[str, nn.Module]) -> str:
+def _absent(model: nn.Module, path: str, layers: Mapping[str, nn.Module], *, several: bool) -> str:
+    """`several`: whether the adapter has layers of several models of a pipeline."""
     present = dict(model.named_modules()).get(path)
     if present is None:
-        component = split(path)[0]
-        if component and not any(name.startswith(f"{component}.") for name in layers):
+        component, within = split(path)
+        a_part = several or component != "transformer" or within in layers  # GPT-2 and others have a module of that name
+        if component and a_part and not any(name.startswith(f"{component}.") for name in layers):
             return f"{path}: the model has no {component} (lorabank.formats.components.of_component takes one model's part)"
         return f"{path}: the model has no such layer{closest(path, layers)}"
     if inside := [name.rpartition(".")[2] for name, layer in layers.items() if _is_projection_in(path, name, layer)]:

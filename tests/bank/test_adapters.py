@@ -198,6 +198,8 @@ def test_an_adapter_that_doesnt_fit_names_the_layers_and_loads_nothing() -> None
         ),
         ({q: good, "model__norm": good}, r"model.norm: can't be adapted yet: it is a LlamaRMSNorm"),
         ({f"x{i}": good for i in range(5)}, r"… and 2 more"),
+        ({"transformer__h__0__c_attn": good}, r"c_attn: the model has no such layer\. Load the model class"),  # GPT-2's
+        ({f"transformer__{q}": good}, r"q_proj: the model has no transformer \(lorabank\.formats\.components\.of_component"),
         ({}, "has no layers"),
     ):
         with pytest.raises(AdapterFileError, match=message):
