@@ -25,8 +25,8 @@ def fitting_modules(model: nn.Module, adapter: Adapter) -> dict[str, tuple[Tenso
         if present is None:
             known = [name for name, _ in model.named_modules() if name]
             raise MergeError(
-                f"merge: the model has no module {path!r}, which the adapter trained in full{closest(path, known)}. Load the model "
-                "class that it was trained on."
+                f"merge: the model has no module {path!r}, which the adapter trained in full{closest(path, known)}. Load the "
+                "model class that it was trained on."
             )
         module = unwrapped(present)
         if why := unsavable(module):
