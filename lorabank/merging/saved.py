@@ -24,10 +24,7 @@ def fitting_modules(model: nn.Module, adapter: Adapter) -> dict[str, tuple[Tenso
         present = dict(model.named_modules()).get(path)
         if present is None:
             known = [name for name, _ in model.named_modules() if name]
-            raise MergeError(
-                f"merge: the model has no module {path!r}, which the adapter trained in full{closest(path, known)}. Load the "
-                "model class that it was trained on."
-            )
+            raise MergeError(f"merge: the model has no module {path!r}, which the adapter trained in full{closest(path, known)}")
         module = unwrapped(present)
         if why := unsavable(module):
             raise MergeError(f"merge: module {path!r} can't take the adapter's values: {why}")
