@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.components import components, split
+from lorabank.formats.files import SAVED_FLOATS
 from lorabank.formats.slices import sliced, without_slices
 
 
@@ -139,6 +141,15 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
     """Why an adapter's layer isn't this layer's, if it isn't."""
     kind, (fan_in, fan_out) = layer_kind(layer), features(layer)
     assert kind is not None
+    for tensor in part.tensors.values():
+        if tensor.is_meta or tensor.dtype not in SAVED_FLOATS:
+            return (
+                f"{path}: a tensor is {'on the meta device' if tensor.is_meta else tensor.dtype}; expected floating-point numbers"
+            )
+    if not math.isfinite(part.scaling):
+        return f"{path}: its scaling is {part.scaling}; expected a finite number"
+    if part.dense and kind.groups(layer) < 2:
+        return f"{path}: made for a convolution in groups, the model's layer has none"
     kernel, looks_up = kind.kernel(layer), kind.storage == EMBEDDING
     if (part.A.ndim > 2) != bool(kernel) or part.looks_up != looks_up:
         what = "a convolution" if part.A.ndim > 2 else "an embedding" if part.looks_up else "a linear layer"
@@ -151,7 +162,7 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
         return f"{path}: made for {part.size[0]} → {part.size[1]} features, the model's layer has {fan_in} → {fan_out}"
     if tuple(part.A.shape[2:]) != kernel or part.groups != kind.groups(layer):
         mine, theirs = (
-            " × ".join(map(str, sizes)) + (f" in {groups} groups" if groups > 1 else "")
+            (" × ".join(map(str, sizes)) or "none") + (f" in {groups} groups" if groups > 1 else "")
             for sizes, groups in ((part.A.shape[2:], part.groups), (kernel, kind.groups(layer)))
         )
         return f"{path}: made for a kernel of {mine}, the model's layer has {theirs}"
