@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,8 @@ from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
-from lorabank.formats.components import split
+from lorabank.formats.components import components, split
+from lorabank.formats.files import SAVED_FLOATS
 from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import sliced, without_slices
 
@@ -85,7 +87,7 @@ def check_fits(
             wrong.append(f"{path}: DoRA on a convolution in groups whose A reaches from one into another isn't supported")
             continue
         if path not in layers:
-            wrong.append(_absent(model, path, layers))
+            wrong.append(_absent(model, path, layers, several=len(components(list(adapter.layers))) > 1))
             continue
         if why := misfit(path, part, layers[path]) or other_weight(path, adapter, layers[path], force=force):
             wrong.append(why)
@@ -141,6 +143,15 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
     """Why an adapter's layer isn't this layer's, if it isn't."""
     kind, (fan_in, fan_out) = layer_kind(layer), features(layer)
     assert kind is not None
+    for tensor in part.tensors.values():
+        if tensor.is_meta or tensor.dtype not in SAVED_FLOATS:
+            return (
+                f"{path}: a tensor is {'on the meta device' if tensor.is_meta else tensor.dtype}; expected floating-point numbers"
+            )
+    if not math.isfinite(part.scaling):
+        return f"{path}: its scaling is {part.scaling}; expected a finite number"
+    if part.dense and kind.groups(layer) < 2:
+        return f"{path}: made for a convolution in groups, the model's layer has none"
     kernel, looks_up = kind.kernel(layer), kind.storage == EMBEDDING
     if (part.A.ndim > 2) != bool(kernel) or part.looks_up != looks_up:
         what = "a convolution" if part.A.ndim > 2 else "an embedding" if part.looks_up else "a linear layer"
@@ -153,7 +164,7 @@ def misfit(path: str, part: AdapterLayer, layer: nn.Module) -> str | None:
         return f"{path}: made for {part.size[0]} → {part.size[1]} features, the model's layer has {fan_in} → {fan_out}"
     if tuple(part.A.shape[2:]) != kernel or part.groups != kind.groups(layer):
         mine, theirs = (
-            " × ".join(map(str, sizes)) + (f" in {groups} groups" if groups > 1 else "")
+            (" × ".join(map(str, sizes)) or "none") + (f" in {groups} groups" if groups > 1 else "")
             for sizes, groups in ((part.A.shape[2:], part.groups), (kernel, kind.groups(layer)))
         )
         return f"{path}: made for a kernel of {mine}, the model's layer has {theirs}"
@@ -211,11 +222,13 @@ def warn_empty_experts(name: str, adapter: Adapter, model: nn.Module) -> None:
             return
 
 
-def _absent(model: nn.Module, path: str, layers: Mapping[str, nn.Module]) -> str:
+def _absent(model: nn.Module, path: str, layers: Mapping[str, nn.Module], *, several: bool) -> str:
+    """`several`: whether the adapter has layers of several models of a pipeline."""
     present = dict(model.named_modules()).get(path)
     if present is None:
-        component = split(path)[0]
-        if component and not any(name.startswith(f"{component}.") for name in layers):
+        component, within = split(path)
+        a_part = several or component != "transformer" or within in layers  # GPT-2 and others have a module of that name
+        if component and a_part and not any(name.startswith(f"{component}.") for name in layers):
             return f"{path}: the model has no {component} (lorabank.formats.components.of_component takes one model's part)"
         return f"{path}: the model has no such layer{closest(path, layers)}"
     if inside := [name.rpartition(".")[2] for name, layer in layers.items() if _is_projection_in(path, name, layer)]:

@@ -61,14 +61,19 @@ class AdapterConfig:
         for name in ("use_rslora", "use_dora", "ensure_weight_tying", "lora_bias"):
             check_bool(name, getattr(self, name))
         check_init(self.init, use_dora=self.use_dora)
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(Setting(name), f": expected module names with numbers, got {getattr(self, name)!r}")
         for pattern, rank in self.rank_pattern.items():
             check_positive_int("rank_pattern", rank, part=f"[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
             check_positive("alpha_pattern", alpha, part=f"[{pattern!r}]")
         for name in ("targets", "exclude"):
             _check_targets(name, getattr(self, name), may_be_empty=name == "exclude")
-        if self.layers is not None and any(not isinstance(i, int) or i < 0 for i in self.layers):
-            raise ConfigError(Setting("layers"), f": expected block indices ≥ 0, got {list(self.layers)!r}")
+        blocks = self.layers
+        listed = isinstance(blocks, Sequence) and not isinstance(blocks, str)
+        if blocks is not None and not (listed and all(isinstance(i, int) and i >= 0 for i in blocks)):
+            raise ConfigError(Setting("layers"), f": expected a list of block indices ≥ 0, got {blocks!r}")
         saved = self.modules_to_save
         if saved is not None and (isinstance(saved, str) or any(not isinstance(name, str) or not name for name in saved)):
             raise ConfigError(Setting("modules_to_save"), f": expected a list of module names, got {saved!r}")

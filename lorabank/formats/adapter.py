@@ -103,9 +103,9 @@ class Adapter:
 
     def __post_init__(self) -> None:
         for path, layer in self.layers.items():
-            if not 2 <= layer.A.ndim <= 5 or layer.B.ndim != 2 or layer.A.shape[0] != layer.B.shape[1]:
+            if not 2 <= layer.A.ndim <= 5 or layer.B.ndim != 2 or not 0 < len(layer.A) == layer.B.shape[1]:
                 raise AdapterFileError(
-                    f"layer {path!r}: expected A (rank, in …) and B (out, rank) of one rank, "
+                    f"layer {path!r}: expected A (rank, in …) and B (out, rank) of one rank of at least 1, "
                     f"got A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)}"
                 )
             if layer.outputs is not None and layer.outputs.count != len(layer.B):
@@ -126,9 +126,10 @@ class Adapter:
                     f"layer {path!r}: expected a lora_bias for each of {len(layer.B)} outputs, got {tuple(layer.lora_bias.shape)}"
                 )
         for path, own in self.token_rows.items():
-            if own.rows.ndim != 2 or len(own.rows) != len(own.ids) or len(set(own.ids)) != len(own.ids):
+            fit = own.rows.ndim == 2 and len(own.rows) == len(own.ids) == len(set(own.ids))
+            if not fit or min(own.ids, default=-1) < 0:
                 raise AdapterFileError(
-                    f"token rows of {path!r}: expected one row (n, features) for each of {len(own.ids)} different ids, "
+                    f"token rows of {path!r}: expected one row (n, features) for each of {len(own.ids)} different ids ≥ 0, "
                     f"got {tuple(own.rows.shape)}"
                 )
 

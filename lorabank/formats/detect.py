@@ -97,6 +97,8 @@ def _load_file(path: Path, allow_non_finite: bool) -> Adapter:
     if path.suffix.lower() == ".json":
         where = f"Name the folder: {path.parent}" if (path.parent / CONFIG_FILE).is_file() else "Name the adapter's folder"
         raise AdapterFileError(f"{path}: a JSON file, which holds no tensors. {where}.")
+    if not path.is_file():  # opening a pipe waits for ever
+        raise AdapterFileError(f"{path}: neither a file nor a folder. Name an adapter's file or folder.")
     header = read_header(path)
     for form in FORMATS.values():
         if form.recognise(header):

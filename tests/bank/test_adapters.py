@@ -198,10 +198,21 @@ def test_an_adapter_that_doesnt_fit_names_the_layers_and_loads_nothing() -> None
         ),
         ({q: good, "model__norm": good}, r"model.norm: can't be adapted yet: it is a LlamaRMSNorm"),
         ({f"x{i}": good for i in range(5)}, r"… and 2 more"),
+        ({"transformer__h__0__c_attn": good}, r"c_attn: the model has no such layer\. Load the model class"),  # GPT-2's
+        ({f"transformer__{q}": good}, r"q_proj: the model has no transformer \(lorabank\.formats\.components\.of_component"),
+        ({q: AdapterLayer(a.int(), b, 1.0)}, r"q_proj: a tensor is torch\.int32; expected floating-point numbers"),
+        ({q: AdapterLayer(a, b.to("meta"), 1.0)}, r"q_proj: a tensor is on the meta device"),
+        ({q: AdapterLayer(a, b, float("nan"))}, r"q_proj: its scaling is nan; expected a finite number"),
+        ({q: replace(good, dense=True)}, r"q_proj: made for a convolution in groups, the model's layer has none"),
+        ({q: replace(good, groups=2)}, r"q_proj: made for a kernel of none in 2 groups, the model's layer has none"),
+        ({q: AdapterLayer(a[:0], b[:, :0], 1.0)}, r"of one rank of at least 1, got A \(0, 16\) and B \(16, 0\)"),
         ({}, "has no layers"),
     ):
         with pytest.raises(AdapterFileError, match=message):
             load(**layers)
+    for other in ("out/formal", {"rank": 4}, None):
+        with pytest.raises(AdapterFileError, match=r"expected a lorabank\.Adapter, got .*Adapter\.load\(path\) reads one"):
+            bank.load("x", other)  # type: ignore[arg-type]
     assert bank.names == ()
     assert not any(".lora." in name for name, _ in bank.model.named_parameters())
 

@@ -348,6 +348,9 @@ def test_rows_that_dont_fit_load_nothing() -> None:
         with pytest.raises(AdapterFileError, match=said):
             bank.load("a", Adapter(**{**vars(adapter), "token_rows": own}), force=True)
     assert bank.names == ()
+    for own in (TokenRows((-1, 2), torch.zeros(2, 16)), TokenRows((), torch.zeros(0, 16))):
+        with pytest.raises(AdapterFileError, match=r"expected one row .* different ids ≥ 0"):
+            Adapter(**{**vars(adapter), "token_rows": {"x": own}})
     with pytest.raises(AdapterFileError, match=r"expected one row .* for each of 2 different ids"):
         Adapter(**{**vars(adapter), "token_rows": {"x": TokenRows((1, 2), torch.zeros(3, 16))}})
 

@@ -62,3 +62,20 @@ def test_flags() -> None:
 def test_wrong_values_are_named_where_they_stand(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         config_from_dict({"model": "M", "data": "f", "defaults": settings})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"layers": 5}, "layers: expected a list of block indices ≥ 0, got 5"),
+        ({"layers": [0, -1]}, r"layers: expected a list of block indices ≥ 0, got \(0, -1\)"),
+        ({"rank_pattern": ["q"]}, "rank_pattern: expected module names with numbers, got"),
+        ({"alpha_pattern": None}, "alpha_pattern: expected module names with numbers, got None"),
+        ({"alpha": 10**400}, "alpha: expected a finite number, got 1000"),
+        ({"use_dora": "yes"}, "use_dora: expected true or false, got 'yes'"),
+        ({"lora_bias": 1}, "lora_bias: expected true or false, got 1"),
+    ],
+)
+def test_values_of_another_kind_are_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        AdapterConfig(**given)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,9 @@ def test_tensors_without_their_config(plain_adapter: Adapter, tmp_path: Path) ->
     (folder / "adapter_model.safetensors").rename(folder / "mine.safetensors")
     with pytest.raises(AdapterFileError, match="name the file adapter_model"):
         load_adapter(folder)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "adapter.safetensors")
+    with pytest.raises(AdapterFileError, match=r"neither a file nor a folder\. Name"):
+        load_adapter(tmp_path / "adapter.safetensors")
