@@ -55,6 +55,7 @@ def dense(python: str, name: str, work: Path) -> tuple[dict[str, Any], bool]:
 
     make(name, work)
     more = ["--runner", "pooling"] if "num_labels" in BASES[name] else []
+    more += ["--labels", str(BASES[name]["num_labels"])] if name == "headless" else []
     hold(python, work / name, "held", list(CASES[name]), "--rank", "512", *more)
     found = check(name, work)
     right = [
