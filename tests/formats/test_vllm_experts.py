@@ -110,6 +110,7 @@ def test_the_command_takes_the_names_from_the_base(tmp_path: Path, capsys: pytes
     assert main(words) == 2
     assert "name it with --base FOLDER" in capsys.readouterr().err
     assert main([*words, "--base", str(tmp_path / "base")]) == 0
+    assert "note: vLLM runs adapters of experts on a GPU only" in capsys.readouterr().out
     names = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert names["base_model.model.model.layers.0.block_sparse_moe.experts.3.w2.lora_A.weight"].shape == (8, INNER)
 
