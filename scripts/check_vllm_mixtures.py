@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON to write")
     args = parser.parse_args()
 
-    from mixtures import make
+    from mixtures import make  # pyright: ignore[reportMissingImports]  (beside the study)
     from transformers import AutoModelForCausalLM
 
     import lorabank as lb
