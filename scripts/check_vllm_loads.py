@@ -37,8 +37,8 @@ def hold(python: str, folder: Path, run: str, cases: list[str], *more: str) -> N
 
 def mixture(python: str, kind: str, work: Path) -> tuple[dict[str, Any], bool]:
     """(what came out, whether it is as we say) for a family of mixtures."""
-    from held import equal
-    from mixtures import check, make
+    from held import equal  # pyright: ignore[reportMissingImports]  (beside the study)
+    from mixtures import check, make  # pyright: ignore[reportMissingImports]  (beside the study)
 
     make(kind, work)
     hold(python, work / kind, "held", ["exported", "adapter"])
@@ -50,11 +50,12 @@ def mixture(python: str, kind: str, work: Path) -> tuple[dict[str, Any], bool]:
 
 def dense(python: str, name: str, work: Path) -> tuple[dict[str, Any], bool]:
     """The same for the kinds of adapters of a dense base."""
-    from held import equal
-    from kinds import BASES, CASES, check, make
+    from held import equal  # pyright: ignore[reportMissingImports]  (beside the study)
+    from kinds import BASES, CASES, check, make  # pyright: ignore[reportMissingImports]  (beside the study)
 
     make(name, work)
     more = ["--runner", "pooling"] if "num_labels" in BASES[name] else []
+    more += ["--labels", str(BASES[name]["num_labels"])] if name == "headless" else []
     hold(python, work / name, "held", list(CASES[name]), "--rank", "512", *more)
     found = check(name, work)
     right = [
@@ -72,8 +73,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="families and bases (default: all)")
     args = parser.parse_args()
 
-    from kinds import BASES
-    from mixtures import KINDS
+    from kinds import BASES  # pyright: ignore[reportMissingImports]  (beside the study)
+    from mixtures import KINDS  # pyright: ignore[reportMissingImports]  (beside the study)
 
     warnings.filterwarnings("ignore", message=".*costs memory and adds nothing")
     document: dict[str, Any] = {"versions": {}, "mixtures": {}, "kinds": {}}

@@ -92,7 +92,7 @@ def to_vllm(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
     from lorabank.formats.vllm import check_shapes, vllm_adapter, vllm_rank
     from lorabank.formats.vllm_experts import model_type_of
     from lorabank.models.load import check_name
-    from lorabank.training.serving import vllm_line
+    from lorabank.training.serving import HEAD, vllm_line
 
     base = args.base or adapter.base_model
     if args.base:  # what an adapter names by itself may lie on another machine
@@ -105,7 +105,9 @@ def to_vllm(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
         exported.save(scratch)
     ranks = sorted({layer.rank for layer in adapter.layers.values()})
     if any(layer.stack for layer in adapter.layers.values()):
-        print("note: experts are written as vLLM's source says that it reads them; a GPU is needed to run them there")
+        print("note: vLLM runs adapters of experts on a GPU only; for a CPU merge them (lorabank merge) and serve that")
+    if adapter.modules:
+        print(f"note: {HEAD}")
     was = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     print(f"saved: {output} ({len(exported.layers)} layers, rank {was} as {vllm_rank(exported)}, scaling folded into B)")
     print(vllm_line(base or "MODEL", {output.name: str(output)}, vllm_rank(exported)))

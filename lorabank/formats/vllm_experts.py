@@ -22,7 +22,6 @@ from lorabank.formats.stacks import stacks
 PLAIN: Mapping[str, str] = {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"}
 _SHORT: Mapping[str, str] = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 FAMILIES: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "afmoe": ("mlp.experts", PLAIN),
     "deepseek_v3": ("mlp.experts", PLAIN),
     "ernie4_5_moe": ("mlp.experts", PLAIN),
     "exaone_moe": ("mlp.experts", PLAIN),

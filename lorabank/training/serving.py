@@ -11,8 +11,8 @@ from typing import Any
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.readers import EXPORTED, MERGE, NO_MODULES, VLLM_RANKS, obstacles, rank_obstacle, unread_modules
 
-HEAD = "vLLM reads its head beside a base that is a classifier itself; vllm serve BASE --runner pooling --enable-lora"
-"""Of a classifier whose head was trained in full. Its base is a language model as a rule, of which vLLM would make none."""
+HEAD = "vLLM reads its head where it runs as a classifier; add --runner pooling --convert classify --max-lora-cls-labels LABELS"
+"""Of a classifier whose head was trained in full: the base may be a language model, and is one without these."""
 
 
 def chat_line(output: str, names: Sequence[str]) -> str:

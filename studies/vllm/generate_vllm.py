@@ -62,9 +62,7 @@ def generate(model: Path, adapters: dict[str, Path], spec: dict[str, Any], slots
         max_model_len=max_model_len,
         skip_tokenizer_init=True,  # token ids go in and come out, so that no tokenizer version matters
         generation_config="vllm",  # none of the model folder's own sampling settings
-        enable_lora=True,
-        max_loras=slots,
-        max_lora_rank=largest_rank(adapters),
+        **({"enable_lora": True, "max_loras": slots, "max_lora_rank": largest_rank(adapters)} if adapters else {}),
     )
     sampling = SamplingParams(
         temperature=0.0,
@@ -99,7 +97,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
     parser.add_argument("--max-model-len", type=int, default=512, help="longest prompt plus answer, tokens (default 512)")
     parser.add_argument("--max-loras", type=int, help="adapter slots (default: one more than there are adapters, see README.md)")
-    parser.add_argument("adapters", nargs="+", metavar="NAME=FOLDER", help="adapters in PEFT's file format")
+    parser.add_argument(
+        "adapters", nargs="*", metavar="NAME=FOLDER", help="adapters in PEFT's file format (none: the base alone)"
+    )
     args = parser.parse_args()
 
     import torch
@@ -119,7 +119,7 @@ def main() -> None:
             "dtype": "float32",
             "enforce_eager": True,
             "max_model_len": args.max_model_len,
-            "max_lora_rank": largest_rank(adapters),
+            "max_lora_rank": largest_rank(adapters) if adapters else None,
             "max_loras": slots,
             "cores": len(os.sched_getaffinity(0)),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),

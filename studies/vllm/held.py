@@ -35,7 +35,8 @@ class Weight:
 
 def wanted(model: torch.nn.Module, adapter: lb.Adapter) -> dict[str, Weight]:
     """Every weight of the base by its path in transformers."""
-    weights = {name.removesuffix(".weight"): value.detach() for name, value in model.named_parameters() if value.ndim > 1}
+    parameters = model.named_parameters(remove_duplicate=False)  # a tied head has a name of its own
+    weights = {name.removesuffix(".weight"): value.detach() for name, value in parameters if value.ndim > 1}
     if getattr(model.config, "model_type", "") == "gpt_oss":  # which alone keeps its experts as (experts, in, out)
         weights = {path: value.mT if value.ndim == 3 else value for path, value in weights.items()}
     deltas = {path: torch.zeros_like(value, dtype=torch.float64) for path, value in weights.items()}

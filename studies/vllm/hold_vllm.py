@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--rank", type=int, default=8, help="max_lora_rank (default %(default)s)")
     parser.add_argument("--runner", default="auto", choices=("auto", "generate", "pooling"), help="vLLM's runner")
+    parser.add_argument("--labels", type=int, help="labels of a language model that is run as a classifier")
     parser.add_argument("--mixed", nargs="*", default=[], metavar="NAME", help="adapters to load as stacks")
     parser.add_argument("adapters", nargs="+", metavar="NAME=FOLDER")
     args = parser.parse_args()
@@ -109,6 +110,8 @@ def main() -> None:
         "prompt": PROMPT,
         "answers": {},
     }
+    if args.labels:
+        settings |= {"convert": "classify", "max_lora_cls_labels": args.labels}
     try:
         llm = LLM(**settings)
     except ValueError as error:  # of a model that takes no adapters

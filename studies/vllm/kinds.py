@@ -39,8 +39,12 @@ BASES: Mapping[str, dict[str, Any]] = {
     "phi3": {"kind": "phi3"},
     "gpt2": {"kind": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "labelled": {"kind": "llama", "num_labels": 3},
+    "headless": {"kind": "llama", "num_labels": 3},
 }
-"""Bases; `labelled` is a classifier with a head called `score`. vLLM's CPU attention takes no head below 32."""
+"""Bases; `labelled` is a classifier with a head called `score`, `headless` the same without one: a language model for vLLM.
+
+vLLM's CPU attention takes no head below 32.
+"""
 CASES: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {
         "plain": {},
@@ -71,6 +75,7 @@ CASES: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "qwen2": {"plain": {}, "embedding": {"targets": ["embed_tokens", "q_proj"]}, "head": {"targets": ["lm_head", "q_proj"]}},
     "phi3": {"fused": {}, "slices": {"targets": ["q", "v", "mlp"]}},
     "gpt2": {"plain": {}},
+    "headless": {"saved": {"modules_to_save": ["score"]}},
     "labelled": {"unsaved": {"modules_to_save": []}, "saved": {"modules_to_save": ["score"]}},
 }
 
@@ -86,7 +91,12 @@ def base_of(name: str) -> Any:
 
 def make(name: str, work: Path) -> None:
     """The base's folder and one of each case's adapter."""
-    base_of(name).save_pretrained(work / name / "base")
+    base = base_of(name)
+    if name == "headless":
+        language = AutoModelForCausalLM.from_config(base.config)
+        language.model.load_state_dict(base.model.state_dict())
+        base = language
+    base.save_pretrained(work / name / "base")
     for case, settings in CASES[name].items():
         bank = lb.attach(base_of(name))
         bank.add("a", lb.AdapterConfig(**{"rank": 4, "alpha": 6, "targets": "all-linear", **settings}))
@@ -114,12 +124,13 @@ def check(name: str, work: Path) -> dict[str, Any]:
 
 
 def farthest_answer(name: str, adapter: lb.Adapter, report: Mapping[str, Any]) -> float:
-    """Between vLLM's probabilities of a classifier's labels and the bank's, for the base and the adapter."""
+    """Between vLLM's probabilities of a classifier's labels and the bank's, for the adapter and a base with a head."""
     bank = lb.attach(base_of(name))
     bank.load("a", adapter)
     case = next(case for case, found in CASES[name].items() if found["modules_to_save"] == sorted(adapter.modules))
     ids = torch.tensor([report["prompt"]] * 2)
     with torch.no_grad(), bank.route([lb.BASE, "a"]):
         ours = bank.model(ids).logits.softmax(-1)
-    theirs = torch.tensor([report["answers"]["base"], report["answers"][case]])
+    base = report["answers"]["base"] if name == "labelled" else ours[0].tolist()  # what vLLM makes up for a head says nothing
+    theirs = torch.tensor([base, report["answers"][case]])
     return float((ours - theirs).abs().max())

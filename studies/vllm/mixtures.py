@@ -16,7 +16,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import lorabank as lb
 from lorabank.formats.vllm import vllm_adapter
-from lorabank.formats.vllm_experts import FAMILIES, STACKED
 
 WIDTH, INNER, EXPERTS = 128, 96, 4
 SIZES: dict[str, Any] = {
@@ -37,14 +36,6 @@ SIZES: dict[str, Any] = {
 }
 SHARED: dict[str, Any] = {"n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
 KINDS: dict[str, dict[str, Any]] = {
-    "afmoe": {
-        "num_experts": EXPERTS,
-        "num_shared_experts": 1,
-        "num_dense_layers": 0,
-        "score_func": "sigmoid",
-        "route_norm": True,
-        "route_scale": 1.0,
-    },
     "deepseek_v3": {
         "n_routed_experts": EXPERTS,
         "num_key_value_heads": 4,
@@ -61,7 +52,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "exaone_moe": {"num_experts": EXPERTS, "mlp_layer_types": ["sparse", "sparse"], **SHARED},
     "glm4_moe": {"n_routed_experts": EXPERTS, **SHARED},
     "gpt_oss": {"num_local_experts": EXPERTS},
-    "granitemoe": {"num_local_experts": EXPERTS},
     "minimax_m2": {"num_local_experts": EXPERTS, "rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
     "mixtral": {"num_local_experts": EXPERTS},
     "olmoe": {"num_experts": EXPERTS},
@@ -88,8 +78,7 @@ def make(kind: str, work: Path) -> None:
     adapter = bank.adapter("a")
     bank.detach()
     adapter.save(work / kind / "adapter")
-    if kind in {*FAMILIES, *STACKED}:
-        vllm_adapter(adapter, model_type=kind, where=kind).save(work / kind / "exported")
+    vllm_adapter(adapter, model_type=kind, where=kind).save(work / kind / "exported")
 
 
 def check(kind: str, work: Path) -> dict[str, Any]:

@@ -191,3 +191,51 @@ def test_what_older_peft_refuses(plain_adapter: Adapter, values: dict[str, Any],
     (found,) = obstacles(changed(plain_adapter, **values), "older peft")
     assert message in found.what
     assert (found.layers, found.way_out) == ((PATH,), "update PEFT")
+
+
+HEAD = {"weight": torch.ones(3, 32)}
+
+
+@pytest.mark.parametrize(
+    ("modules", "taken"),
+    [(["score"], True), (["classifier"], True), (["lm_head"], False), (["model.score"], False), (["classifier", "score"], False)],
+)
+def test_one_classifiers_head_is_read_in_full(plain_adapter: Adapter, modules: list[str], taken: bool, tmp_path: Path) -> None:
+    adapter = replace(plain_adapter, modules=dict.fromkeys(modules, HEAD))
+    if not taken:
+        with pytest.raises(AdapterFileError, match=rf"reads no modules that were trained in full.*{modules[0]}.*merge it"):
+            vllm_adapter(adapter)
+        return
+    folder = vllm_adapter(adapter).save(tmp_path / "out")
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == modules
+    torch.testing.assert_close(Adapter.load(folder).modules[modules[0]]["weight"], HEAD["weight"])
+    assert [item.what for item in obstacles(adapter, "older vllm")] == ["vLLM reads a head that was trained in full from 0.31 on"]
+
+
+EMBEDDING = {"model.embed_tokens": AdapterLayer(torch.ones(4, 64), torch.ones(32, 4), 2.0, looks_up=True)}
+OUTPUT_HEAD = {"lm_head": AdapterLayer(torch.ones(4, 32), torch.ones(64, 4), 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "message"),
+    [
+        ("qwen2", EMBEDDING, r"vLLM adapts no embedding of 'qwen2' models \(model\.embed_tokens\): merge it"),
+        ("qwen2", OUTPUT_HEAD, r"vLLM adapts no output head of 'qwen2' models \(lm_head\): merge it"),
+        ("cohere", OUTPUT_HEAD, "vLLM adapts no output head of 'cohere' models"),
+        ("stablelm", {}, "vLLM takes no adapters for 'stablelm' models: merge it"),
+        ("cohere", EMBEDDING, None),
+        ("qwen2", {}, None),
+        ("llama", EMBEDDING | OUTPUT_HEAD, None),
+        (None, EMBEDDING | OUTPUT_HEAD, None),
+        ("a family of tomorrow", EMBEDDING | OUTPUT_HEAD, None),
+    ],
+)
+def test_what_vllm_does_not_adapt_of_a_family(
+    plain_adapter: Adapter, model_type: str | None, layers: dict[str, AdapterLayer], message: str | None
+) -> None:
+    adapter = replace(plain_adapter, layers={**plain_adapter.layers, **layers})
+    if message is None:
+        assert vllm_adapter(adapter, model_type=model_type).layers.keys() == adapter.layers.keys()
+        return
+    with pytest.raises(AdapterFileError, match=message):
+        vllm_adapter(adapter, model_type=model_type)

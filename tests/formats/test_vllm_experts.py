@@ -23,14 +23,20 @@ NAMES = {
     "qwen3_moe": "model.layers.0.mlp.experts.{}.{}",
     "qwen2_moe": "model.layers.0.mlp.experts.{}.{}",
     "olmoe": "model.layers.0.mlp.experts.{}.{}",
+    "minimax_m2": "model.layers.0.block_sparse_moe.experts.{}.{}",
+    "glm4_moe": "model.layers.0.mlp.experts.{}.{}",
 }
+COUNTS = {"mixtral": "num_local_experts", "minimax_m2": "num_local_experts", "gpt_oss": "num_local_experts"}
+"""What a family calls its number of experts; the others `num_experts`."""
 
 
 def made(kind: str, **config: Any) -> tuple[Any, Adapter]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
     own = {"intermediate_size": INNER, "moe_intermediate_size": INNER, "num_experts_per_tok": 2, "pad_token_id": 0}
-    own |= {"num_local_experts" if kind == "mixtral" else "num_experts": EXPERTS, "bos_token_id": 1, "eos_token_id": 2}
+    own |= {COUNTS.get(kind, "num_experts"): EXPERTS, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "glm4_moe":
+        own |= {"n_routed_experts": EXPERTS, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **own)).eval()
     bank = lb.attach(model)
     targets = config.pop("targets", ["experts", "q"])
@@ -46,7 +52,8 @@ def made(kind: str, **config: Any) -> tuple[Any, Adapter]:
 def test_each_part_of_each_expert_has_its_name_and_its_change(kind: str) -> None:
     _, adapter = made(kind, rank_pattern={"down_proj": 2}, alpha_pattern={"gate_up_proj": 3})
     exported = vllm_adapter(adapter, model_type=kind)
-    gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    short = "block_sparse_moe" in NAMES[kind]
+    gate, up, down = ("w1", "w3", "w2") if short else ("gate_proj", "up_proj", "down_proj")
     for expert in range(EXPERTS):
         both = adapter.layers[f"model.layers.0.mlp.experts.gate_up_proj.{expert}"].delta()
         wanted = {gate: both[:INNER], up: both[INNER:]}
@@ -75,6 +82,26 @@ def test_parts_that_are_left_alone_are_there_with_zeros(target: str, zero: tuple
         assert layer.delta().shape == shape
 
 
+@pytest.mark.parametrize("target", ["experts", "experts.down_proj", "experts.gate_up_proj"])
+def test_gpt_oss_keeps_its_stacks_both_of_them(target: str, tmp_path: Path) -> None:
+    """vLLM reads PEFT's form of these, and asserts that a block has gate with up and down."""
+    model, adapter = made("gpt_oss", targets=[target], rank_pattern={"down_proj": 2} if target == "experts" else {})
+    exported = Adapter.load(vllm_adapter(adapter, model_type="gpt_oss").save(tmp_path / "out"))
+    assert {(layer.rank, layer.scaling, layer.stack) for layer in exported.layers.values()} == {(8, 1.0, EXPERTS)}
+    experts = model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        for expert in range(EXPERTS):
+            path = f"model.layers.0.mlp.experts.{name}.{expert}"
+            delta = exported.layers[path].delta()
+            assert delta.T.shape == getattr(experts, name)[expert].shape
+            wanted = adapter.layers[path].delta() if path in adapter.layers else torch.zeros_like(delta)
+            torch.testing.assert_close(delta, wanted, rtol=1e-5, atol=1e-6)
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model.model.layers.0.mlp.") for name in names} == {
+        f"experts{inner}.lora_{role}.weight" for inner in ("", ".base_layer") for role in "AB"
+    }
+
+
 def test_the_command_takes_the_names_from_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, adapter = made("mixtral")
     model.save_pretrained(tmp_path / "base")
@@ -83,6 +110,7 @@ def test_the_command_takes_the_names_from_the_base(tmp_path: Path, capsys: pytes
     assert main(words) == 2
     assert "name it with --base FOLDER" in capsys.readouterr().err
     assert main([*words, "--base", str(tmp_path / "base")]) == 0
+    assert "note: vLLM runs adapters of experts on a GPU only" in capsys.readouterr().out
     names = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert names["base_model.model.model.layers.0.block_sparse_moe.experts.3.w2.lora_A.weight"].shape == (8, INNER)
 

@@ -136,6 +136,17 @@ def test_a_finished_run_gives_no_line_that_vllm_refuses(tmp_path: Path) -> None:
     ]
 
 
+def test_a_trained_head_needs_vllm_to_run_as_a_classifier(tmp_path: Path) -> None:
+    (tmp_path / "mood").mkdir()
+    settings = {"r": 4, "bias": "none", "modules_to_save": ["score"]}
+    (tmp_path / "mood" / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    _, lines = serve_lines("base", {"mood": str(tmp_path / "mood")})
+    assert lines == [
+        "mood: vLLM reads its head where it runs as a classifier; "
+        "add --runner pooling --convert classify --max-lora-cls-labels LABELS"
+    ]
+
+
 def test_a_classifiers_card_names_its_class_and_no_vllm_line() -> None:
     layer = AdapterLayer(torch.zeros(2, 4), torch.zeros(4, 2), 1.0)
     adapter = Adapter(
