@@ -243,13 +243,13 @@ def _with_own(folder: Path, adapter: Adapter, settings: PeftSettings, own: _Own)
     """Add what `lorabank.json` knows, unless PEFT's settings were changed since: those are what other tools go by."""
     changed = [key for key in SHARED_SETTINGS if key in own.peft and settings.raw.get(key) != own.peft[key]]
     if not changed:
-        adapter = slices.split(str(folder / OWN_FILE), adapter, own.slices)
-        adapter = replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
-        for path, why in peft_extras.unheld_extras(adapter).items():
+        for path, why in peft_extras.unheld_extras(replace(adapter, config=own.config)).items():  # as files have layers
             raise AdapterFileError(
                 f"{folder / OWN_FILE}: its config isn't this adapter's: of {path!r} {why}. It was altered; delete it to load the "
                 f"adapter by {CONFIG_FILE} alone."
             )
+        adapter = slices.split(str(folder / OWN_FILE), adapter, own.slices)
+        adapter = replace(adapter, config=own.config, fingerprint=own.fingerprint, metadata=own.metadata)
         return restored(str(folder / OWN_FILE), adapter) if FROZEN in own.metadata else adapter
     warnings.warn(
         f"{folder / CONFIG_FILE}: {', '.join(changed)} changed since {OWN_FILE} was written; what {CONFIG_FILE} says is taken.",

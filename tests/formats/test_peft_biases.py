@@ -269,6 +269,22 @@ def test_a_file_that_lost_a_bias_is_refused_by_the_model(mode: str, tmp_path: Pa
         bank.load("less", Adapter.load(tmp_path))
 
 
+def test_slices_with_the_bias_of_their_layer_come_back(tmp_path: Path) -> None:
+    """The bias is the whole layer's, and the layers that are read are its slices."""
+    bank = attach(made(gpt2))
+    add(bank, "a", targets=["q", "v"], bias="lora_only")
+    bank.adapter("a").save(tmp_path)
+    loaded = Adapter.load(tmp_path)
+    assert "transformer.h.0.attn.c_attn.q" in loaded.layers
+    assert "transformer.h.0.attn.c_attn" in loaded.biases
+    bank.load("b", loaded)
+    x = x_with_ids()
+    with bank.route("a"):
+        expected = outputs(bank.model, x)
+    with bank.route("b"):
+        torch.testing.assert_close(outputs(bank.model, x), expected)
+
+
 def test_rows_that_are_named_and_arent_there_are_refused(tmp_path: Path) -> None:
     """Of tied tables with the same ids PEFT saves one; else each that is named has its rows."""
     head = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
