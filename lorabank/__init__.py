@@ -26,9 +26,9 @@ _WHERE = {
     "AdapterLayer": "lorabank.formats.adapter",
     "AdapterBank": "lorabank.bank.bank",
     "attach": "lorabank.bank.attach",
-    "quantize_base": "lorabank.bank.quantized",
-    "eva": "lorabank.bank.eva",
-    "loftq": "lorabank.bank.loftq",
+    "quantize_base": "lorabank.bank.storages.quantized",
+    "eva": "lorabank.bank.starts.eva",
+    "loftq": "lorabank.bank.starts.loftq",
     "BASE": "lorabank.bank.routing",
     "Routing": "lorabank.bank.routing",
     "combine": "lorabank.merging.combine",
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from lorabank.api import train as train
     from lorabank.bank.attach import attach as attach
     from lorabank.bank.bank import AdapterBank as AdapterBank
-    from lorabank.bank.eva import eva as eva
-    from lorabank.bank.loftq import loftq as loftq
-    from lorabank.bank.quantized import quantize_base as quantize_base
     from lorabank.bank.routing import BASE as BASE
     from lorabank.bank.routing import Routing as Routing
+    from lorabank.bank.starts.eva import eva as eva
+    from lorabank.bank.starts.loftq import loftq as loftq
+    from lorabank.bank.storages.quantized import quantize_base as quantize_base
     from lorabank.config.adapter import AdapterConfig as AdapterConfig
     from lorabank.config.train import AdapterRun as AdapterRun
     from lorabank.config.train import DataConfig as DataConfig

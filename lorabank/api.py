@@ -288,7 +288,7 @@ def _base(
     config: TrainConfig, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, listeners: Sequence[Listener]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, Sequence[str]]:
     """Model, tokenizer, a name for them that other tools can load ('' without one), and notes."""
-    from lorabank.bank.quantized import storage_of
+    from lorabank.bank.storages.quantized import storage_of
     from lorabank.models.dtypes import dtype_notes
     from lorabank.models.load import QUANTIZED, load_base, pick_device, pick_dtype
 

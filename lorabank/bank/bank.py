@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.adapter_start import AdapterStart, check_prepared
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
-from lorabank.bank.extra_places import check_not_kept, merged, places_in, planned
-from lorabank.bank.extras import BIAS, ROWS
+from lorabank.bank.extra.extra_places import check_not_kept, merged, places_in, planned
+from lorabank.bank.extra.extras import BIAS, ROWS
 from lorabank.bank.fit import (
     at_home,
     check_decomposed,
@@ -26,19 +25,20 @@ from lorabank.bank.fit import (
 )
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
-from lorabank.bank.heads import head_parameters, peft_task
+from lorabank.bank.in_full.heads import head_parameters, peft_task
+from lorabank.bank.in_full.saved_bank import SavedModules, Values
+from lorabank.bank.in_full.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.keep import check_stacks_frozen, kept_modules
 from lorabank.bank.multihead import patterned
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
-from lorabank.bank.quantized import count_parameters, storage_of
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.routed import Routed
-from lorabank.bank.saved_bank import SavedModules, Values
-from lorabank.bank.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.slices import FusedSlice, SliceCarrier, norms_beside
-from lorabank.bank.spectral import check_start
+from lorabank.bank.starts.adapter_start import AdapterStart, check_prepared
+from lorabank.bank.starts.spectral import check_start
+from lorabank.bank.storages.quantized import count_parameters, storage_of
 from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
 from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
 from lorabank.bank.tied import in_turn, shared_in, tie

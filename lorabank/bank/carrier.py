@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.extras import LORA_BIAS, Extras, TokenIds, copied
-from lorabank.bank.frozen import FrozenPart
+from lorabank.bank.extra.extras import LORA_BIAS, Extras, TokenIds, copied
 from lorabank.bank.routing import Routing
+from lorabank.bank.starts.frozen import FrozenPart
 from lorabank.bank.storage import RankStore, SlotTensors
 from lorabank.config.adapter import AdapterConfig
 from lorabank.formats.adapter import AdapterLayer

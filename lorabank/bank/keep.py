@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.stacks import ExpertStack, stacks_of
+from lorabank.bank.stacked.stacks import ExpertStack, stacks_of
 from lorabank.errors import ConfigError, TargetError, closest
 
 Matcher = Callable[[str, str], bool]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
-from lorabank.bank import fp8_linear, linear4bit
-from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
 from lorabank.bank.slices import FusedSlice
-from lorabank.bank.stacks import ExpertStack
+from lorabank.bank.stacked.stacks import ExpertStack
+from lorabank.bank.storages import fp8_linear, linear4bit
+from lorabank.bank.storages.fp8_linear import EmulatedFp8Linear, Fp8Linear
 from lorabank.kernels.base import BASE_PRODUCTS, FAST_PRODUCTS, BaseProduct
 from lorabank.kernels.maps import ConvMap, EmbeddingMap, LinearMap, LowRankMap
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotParameters, SlotValues, vectors_of
 from lorabank.bank.dense import dense_kind
-from lorabank.bank.extras import ROWS, add_rows, add_shifts, any_extras, fill, lora_bias_of
-from lorabank.bank.frozen import split
+from lorabank.bank.extra.extras import ROWS, add_rows, add_shifts, any_extras, fill, lora_bias_of
 from lorabank.bank.fused import LayerCall, LayerTables, TokenTables, table_width
 from lorabank.bank.init import initial, path_generator
 from lorabank.bank.kinds import EMBEDDING, LayerKind, layer_kind
@@ -23,7 +22,8 @@ from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.slices import SliceCarrier, add_slice_biases
-from lorabank.bank.spectral import start_of_difference
+from lorabank.bank.starts.frozen import split
+from lorabank.bank.starts.spectral import start_of_difference
 from lorabank.bank.storage import RankStore
 from lorabank.bank.wrapping import Adapted, check_loaded
 from lorabank.config.adapter import AdapterConfig

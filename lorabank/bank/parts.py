@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorabank.bank.stack_carrier import part_paths
-from lorabank.bank.stacks import ExpertStack
+from lorabank.bank.stacked.stack_carrier import part_paths
+from lorabank.bank.stacked.stacks import ExpertStack
 from lorabank.bank.targets import adaptable_layers
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues, vectors_of
-from lorabank.bank.extras import add_column_shifts, fill, lora_bias_of
-from lorabank.bank.frozen import split
+from lorabank.bank.extra.extras import add_column_shifts, fill, lora_bias_of
 from lorabank.bank.init import initial, path_generator
 from lorabank.bank.routing import SlotRows
+from lorabank.bank.starts.frozen import split
 from lorabank.bank.storage import RankStore
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.inits import is_difference

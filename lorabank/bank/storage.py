@@ -30,7 +30,7 @@ class SlotTensors:
     magnitude_O: nn.Parameter | None = None
     """Of a decomposed slot: a tensor of its own."""
     extras: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    """What it has beside those, by role (bank/extras.py): tensors of their own."""
+    """What it has beside those, by role (bank/extra/extras.py): tensors of their own."""
 
     @property
     def by_role(self) -> dict[str, nn.Parameter]:

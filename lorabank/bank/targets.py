@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorabank.bank import linear4bit
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.keep import stack_trains
 from lorabank.bank.kinds import CONV, EMBEDDING, own_way
@@ -28,7 +27,8 @@ from lorabank.bank.multihead import OUT, Projection, patterned, plays, projectio
 from lorabank.bank.multihead import obstacle as attention_obstacle
 from lorabank.bank.owners import BYPASSED, is_named
 from lorabank.bank.slices import FusedSlice
-from lorabank.bank.stacks import ExpertStack, is_registered, obstacle, stacks_of
+from lorabank.bank.stacked.stacks import ExpertStack, is_registered, obstacle, stacks_of
+from lorabank.bank.storages import linear4bit
 from lorabank.bank.wrappers import BASE_LAYER, without_wrappers, wraps_base_layer
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig

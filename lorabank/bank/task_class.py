@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lorabank.bank.heads import label_layer
+from lorabank.bank.in_full.heads import label_layer
 from lorabank.bank.parts import part_names
 from lorabank.errors import ModelError
 from lorabank.formats.adapter import Adapter

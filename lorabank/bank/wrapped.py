@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorabank.bank.attention import LoRAMultihead
-from lorabank.bank.biased import BiasedModule
 from lorabank.bank.carrier import Carrier, Router
-from lorabank.bank.experts import LoRAExperts
+from lorabank.bank.extra.biased import BiasedModule
 from lorabank.bank.layers import LoRALayer, layer_kind
 from lorabank.bank.multihead import Projection
 from lorabank.bank.owners import Owners
 from lorabank.bank.places import beside_turned, places_of, rows_lost
 from lorabank.bank.reach import ReachCheck
 from lorabank.bank.slices import FusedSlice
-from lorabank.bank.stacks import ExpertStack
+from lorabank.bank.stacked.experts import LoRAExperts
+from lorabank.bank.stacked.stacks import ExpertStack
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import LorabankError, TargetError
 

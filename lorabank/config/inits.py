@@ -1,4 +1,4 @@
-"""The names of how an adapter starts, `AdapterConfig.init`. What each does stands in bank/init.py and bank/spectral.py."""
+"""The names of how an adapter starts, `AdapterConfig.init`. What each does stands in bank/init.py and bank/starts/spectral.py."""
 
 from __future__ import annotations
 

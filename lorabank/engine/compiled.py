@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
-from lorabank.bank.extras import BIAS, LORA_BIAS, ROWS
+from lorabank.bank.extra.extras import BIAS, LORA_BIAS, ROWS
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import Routing
 from lorabank.engine.fused_block import FusedBlock

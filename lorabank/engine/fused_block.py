@@ -26,8 +26,8 @@ from transformers import Cache
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.fused import LayerCall, LayerTables, LeafRange, TokenTables, entering
 from lorabank.bank.layers import LoRALayer
-from lorabank.bank.quantized import count_parameters
 from lorabank.bank.routing import Routing
+from lorabank.bank.storages.quantized import count_parameters
 from lorabank.engine.borders import BlockBorders
 from lorabank.engine.offload import Offload, storages
 from lorabank.engine.parts import capturing, is_out_of_memory, stop_if_interrupted

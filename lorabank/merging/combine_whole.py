@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorabank.bank.heads import PEFT_HEADS
+from lorabank.bank.in_full.heads import PEFT_HEADS
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.token_rows import TokenRows

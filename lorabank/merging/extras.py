@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.extra_places import extras_misfits, places_in
+from lorabank.bank.extra.extra_places import extras_misfits, places_in
 from lorabank.errors import AdapterFileError, MergeError
 from lorabank.formats.adapter import Adapter
 from lorabank.merging.report import LayerLoss

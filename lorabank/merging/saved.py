@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.saved_paths import unsavable
+from lorabank.bank.in_full.saved_paths import unsavable
 from lorabank.bank.wrapping import unwrapped
 from lorabank.errors import MergeError, closest
 from lorabank.formats.adapter import Adapter

@@ -63,7 +63,7 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lorabank.bank.quantized import quantize_base
+    from lorabank.bank.storages.quantized import quantize_base
     from lorabank.models.dtypes import dtype_notes
 
     where = pick_device(device)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorabank.bank.adapter_start import AdapterStart
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.eva import IGNORED_LABEL, eva
-from lorabank.bank.loftq import loftq
+from lorabank.bank.starts.adapter_start import AdapterStart
+from lorabank.bank.starts.eva import IGNORED_LABEL, eva
+from lorabank.bank.starts.loftq import loftq
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.train import TrainConfig
 from lorabank.engine.batch import make_batch

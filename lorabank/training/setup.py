@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorabank.bank.attach import attach
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.quantized import storage_of
+from lorabank.bank.storages.quantized import storage_of
 from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.data.prepare import PreparedData, Progress, prepare
 from lorabank.data.read import Source, check_source

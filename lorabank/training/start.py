@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
-from lorabank.bank.extra_places import merged, places_in
+from lorabank.bank.extra.extra_places import merged, places_in
 from lorabank.bank.fit import at_home
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import FingerprintError, TargetError

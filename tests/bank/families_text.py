@@ -10,7 +10,7 @@ import pytest
 import transformers as hf
 from torch import nn
 
-from lorabank.bank.stacks import stacks_of
+from lorabank.bank.stacked.stacks import stacks_of
 from tests.bank.family import SIZES, TOKENS, TWO_SIDES, Family, Inputs, built, ids_alone, named, text, text_pair
 
 _KV: Mapping[str, Any] = {"num_key_value_heads": 2, "max_position_embeddings": 64}

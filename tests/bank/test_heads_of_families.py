@@ -7,7 +7,7 @@ import torch
 
 from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import saved_modules
-from lorabank.bank.heads import head_paths
+from lorabank.bank.in_full.heads import head_paths
 from tests.bank.families import FAMILIES
 from tests.bank.family import MIXED, ROWS, Family, answers, check_close, made
 from tests.bank.tiny import fill

@@ -18,11 +18,11 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadMo
 
 import lorabank as lb
 from lorabank.bank.bank import AdapterBank, all_layers
-from lorabank.bank.frozen import FrozenPart
 from lorabank.bank.kinds import layer_kind
 from lorabank.bank.layers import LoRALayer
 from lorabank.bank.leading import leading
-from lorabank.bank.pca import PrincipalComponents
+from lorabank.bank.starts.frozen import FrozenPart
+from lorabank.bank.starts.pca import PrincipalComponents
 from lorabank.engine.batch import make_batch
 from lorabank.engine.state import EngineState, load_state, save_state
 from lorabank.engine.step import Engine, forward_backward, optim_step

@@ -18,10 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lorabank as lb
 from lorabank import BASE, attach, quantize_base
-from lorabank.bank import quantized
 from lorabank.bank.bank import AdapterBank, all_layers
-from lorabank.bank.fp8_linear import EmulatedFp8Linear, Fp8Linear
-from lorabank.bank.quantized import STORAGES, storage_of
+from lorabank.bank.storages import quantized
+from lorabank.bank.storages.fp8_linear import EmulatedFp8Linear, Fp8Linear
+from lorabank.bank.storages.quantized import STORAGES, storage_of
 from lorabank.errors import ConfigError, FingerprintError, LorabankError, MissingExtraError, TargetError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.fingerprint import Fingerprint

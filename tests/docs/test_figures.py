@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorabank as lb
@@ -117,6 +117,22 @@ def _vllm_refuses(folder: Path) -> None:
     vllm_adapter(lb.Adapter(config=lb.AdapterConfig(rank=600), layers={"q_proj": layer}))
 
 
+def _lacking(folder: Path) -> None:
+    _, bank = _two()
+    adapter = bank.adapter("formal")
+    bank.detach().save_pretrained(folder / "base")  # pyright: ignore[reportCallIssue]
+    weights = load_file(folder / "base" / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    lb.merge_folder(folder / "base", adapter, folder / "merged")
+
+
+def _no_sum(folder: Path) -> None:
+    bank = lb.attach(tiny_model())
+    bank.add("formal", lb.AdapterConfig(rank=2, targets=["q"], modules_to_save=["lm_head"]))
+    lb.combine([(bank.adapter("formal"), 0.7), (bank.adapter("formal"), 0.7)])
+
+
 def _merged_gguf(folder: Path) -> None:
     check_family("gemma", where=str(folder))
 
@@ -143,6 +159,8 @@ PROVOKE: list[Callable[[Path], object]] = [
     _pickle,
     lambda folder: check_not_closed("GPT-3"),
     _vllm_refuses,
+    _lacking,
+    _no_sum,
     _merged_gguf,
     lambda folder: base_on_hub(str(folder), "out/formal"),
     _packing,

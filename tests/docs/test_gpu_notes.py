@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorabank.bank.quantized import storage_of
+from lorabank.bank.storages.quantized import storage_of
 from tests.docs.gpu_rows import CHECKED, GPU, HEAD, elsewhere, families, line_of, ours, peers, step
 from tests.docs.pages import ROOT
 

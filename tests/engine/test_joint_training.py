@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import lorabank as lb
-from lorabank.bank.adapter_start import AdapterStart
 from lorabank.bank.bank import AdapterBank
+from lorabank.bank.starts.adapter_start import AdapterStart
 from lorabank.optim.slot_optimizer import OptimizerConfig
 from tests.engine.tiny import Job, difference, make_model, tokens, train
 

@@ -18,7 +18,7 @@ from torch._dynamo.backends.registry import register_backend
 
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.quantized import quantize_base
+from lorabank.bank.storages.quantized import quantize_base
 from lorabank.engine import fused_block, host_memory, offload, step
 from lorabank.engine.compiling import repeated_blocks
 from lorabank.engine.fused_block import FusedBlock

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorabank import BASE, AdapterConfig, attach
-from lorabank.bank.adapter_start import AdapterStart
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
+from lorabank.bank.starts.adapter_start import AdapterStart
 from lorabank.engine.batch import Batch, make_batch
 from lorabank.engine.step import Engine, SlotLoss, forward_backward, optim_step
 from lorabank.optim.schedules import learning_rate_factor

@@ -13,8 +13,8 @@ from torch import nn
 
 import lorabank as lb
 from lorabank.api import load_run
-from lorabank.bank.fp8_linear import Fp8Linear
-from lorabank.bank.quantized import storage_of
+from lorabank.bank.storages.fp8_linear import Fp8Linear
+from lorabank.bank.storages.quantized import storage_of
 from lorabank.cli.main import main
 from lorabank.errors import ConfigError, MissingExtraError
 from lorabank.models.load import LoadedBase, load_base

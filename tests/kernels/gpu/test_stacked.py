@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lorabank import BASE
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.experts import LoRAExperts
 from lorabank.bank.routing import DropoutState
+from lorabank.bank.stacked.experts import LoRAExperts
 from lorabank.kernels.gpu import runtime
 from lorabank.kernels.gpu.stacked import pair_tables
 from lorabank.kernels.tables import TILE, route_tables, slots_of_tokens
@@ -99,7 +99,7 @@ def test_outputs_and_gradients(
         asked.append(runtime.available(weight.device))
         return asked[-1]
 
-    monkeypatch.setattr("lorabank.bank.expert_products.runs_kernels", everywhere)
+    monkeypatch.setattr("lorabank.bank.stacked.expert_products.runs_kernels", everywhere)
     found = _results(kind, device, dtype, ROUTES[route])
     monkeypatch.setenv(runtime.SWITCH, "0")
     assert asked == [True]

@@ -1,7 +1,7 @@
 """Starts that are read off the base weight W (out, in): A₀ and B₀ with scaling · B₀ A₀ a part of W.
 
 In the papers the base becomes W − scaling · B₀ A₀. Here it is shared and stays: the adapter's change is scaling · (B A − B₀ A₀),
-zero at first, whose gradients in A and B are the papers' (bank/frozen.py holds A₀ and B₀).
+zero at first, whose gradients in A and B are the papers' (bank/starts/frozen.py holds A₀ and B₀).
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorabank.bank.expert_routes import SlotPairs, SlotTokens, pairs_of
 from lorabank.bank.routing import Routing
-from lorabank.bank.stack_carrier import StackCarrier, runs_kernels
+from lorabank.bank.stacked.expert_routes import SlotPairs, SlotTokens, pairs_of
+from lorabank.bank.stacked.stack_carrier import StackCarrier, runs_kernels
 from lorabank.errors import LorabankError
 from lorabank.kernels.grouped import SortedPairs, frozen_product
 from lorabank.kernels.segments import DropoutDraw

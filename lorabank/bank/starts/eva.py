@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.adapter_start import AdapterStart
 from lorabank.bank.bank import AdapterBank
-from lorabank.bank.heads import head_paths
+from lorabank.bank.in_full.heads import head_paths
 from lorabank.bank.kinds import layer_kind
-from lorabank.bank.loftq import low_rank_layers, prepared_config
 from lorabank.bank.multihead import Projection, patterned
-from lorabank.bank.pca import PrincipalComponents
 from lorabank.bank.routing import BASE
 from lorabank.bank.slices import whole_of
-from lorabank.bank.spectral import check_start
+from lorabank.bank.starts.adapter_start import AdapterStart
+from lorabank.bank.starts.loftq import low_rank_layers, prepared_config
+from lorabank.bank.starts.pca import PrincipalComponents
+from lorabank.bank.starts.spectral import check_start
 from lorabank.bank.wrappers import without_wrappers
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.checks import check_positive

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.carrier import Router
-from lorabank.bank.expert_products import Products, plain_products, table_products
-from lorabank.bank.expert_routes import SlotTokens, same_rows, tokens_of
 from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.routing import Routing
-from lorabank.bank.stack_carrier import StackCarrier
-from lorabank.bank.stacks import stacks_of
+from lorabank.bank.stacked.expert_products import Products, plain_products, table_products
+from lorabank.bank.stacked.expert_routes import SlotTokens, same_rows, tokens_of
+from lorabank.bank.stacked.stack_carrier import StackCarrier
+from lorabank.bank.stacked.stacks import stacks_of
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import LorabankError, RoutingError
 from lorabank.kernels.grouped import SortedPairs

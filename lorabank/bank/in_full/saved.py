@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorabank.bank.carrier import Router
+from lorabank.bank.in_full.saved_rows import changed, first_tensor, places, put_together, rows_of
 from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.places import ids_of_rows
 from lorabank.bank.routing import Routing, SlotRows
-from lorabank.bank.saved_rows import changed, first_tensor, places, put_together, rows_of
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import RoutingError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.carrier import Carrier, Router, SlotValues
-from lorabank.bank.extras import add_shifts, fill
+from lorabank.bank.extra.extras import add_shifts, fill
 from lorabank.bank.owners import OwnerWatch
 from lorabank.bank.routing import Routing
 from lorabank.bank.storage import RankStore

@@ -7,16 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.adapter_start import AdapterStart
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.configs import as_adapter_config
+from lorabank.bank.in_full.saved_paths import saved_paths, without_saved
 from lorabank.bank.init import initial_A
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.kinds import layer_kind
 from lorabank.bank.multihead import patterned
-from lorabank.bank.saved_paths import saved_paths, without_saved
 from lorabank.bank.slices import whole_of
-from lorabank.bank.spectral import check_start, principal
+from lorabank.bank.starts.adapter_start import AdapterStart
+from lorabank.bank.starts.spectral import check_start, principal
 from lorabank.bank.targets import adaptable_layers, resolve_targets
 from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
 from lorabank.config.adapter import AdapterConfig

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from lorabank.bank.biased import is_norm
-from lorabank.bank.extras import BIAS, ROWS, Extras
+from lorabank.bank.extra.biased import is_norm
+from lorabank.bank.extra.extras import BIAS, ROWS, Extras
 from lorabank.bank.kinds import EMBEDDING, EXPERTS, layer_kind
 from lorabank.bank.multihead import in_attention
 from lorabank.bank.slices import FusedSlice

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.carrier import Router
-from lorabank.bank.heads import label_layer
+from lorabank.bank.in_full.heads import label_layer
+from lorabank.bank.in_full.saved import SavedModule
+from lorabank.bank.in_full.saved_paths import unsavable
 from lorabank.bank.init import normal
 from lorabank.bank.owners import Owners
 from lorabank.bank.places import places_of, rows_lost
 from lorabank.bank.reach import ReachCheck
-from lorabank.bank.saved import SavedModule
-from lorabank.bank.saved_paths import unsavable
 from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.errors import AdapterFileError, ConfigError, LorabankError, closest

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorabank.bank.carrier import Carrier, LayerSlot, Router, SlotValues
 from lorabank.bank.fused import table_width
 from lorabank.bank.init import initial_A
-from lorabank.bank.stacks import ExpertStack
+from lorabank.bank.stacked.stacks import ExpertStack
 from lorabank.bank.storage import RankStore
 from lorabank.bank.wrapping import check_loaded
 from lorabank.config.adapter import AdapterConfig

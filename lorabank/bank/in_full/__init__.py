@@ -1,0 +1,1 @@
+"""Modules that adapters train in full, and the heads of classifiers."""

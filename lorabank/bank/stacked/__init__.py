@@ -1,0 +1,1 @@
+"""Adapters of stacked expert weights: places, routes by expert, grouped products."""

@@ -1,0 +1,1 @@
+"""How a frozen base may store its weights: plain, fp8, NF4."""
