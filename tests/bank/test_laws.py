@@ -10,7 +10,7 @@ import torch
 
 from lorabank import BASE, attach
 from lorabank.bank.bank import all_layers
-from tests.bank.tiny import MIXTURES, MODELS, TARGETS, add, clear, gradients, ids, make, outputs, state_bytes, two
+from tests.bank.tiny import EXTRAS, MIXTURES, MODELS, TARGETS, add, clear, gradients, ids, make, outputs, state_bytes, two
 
 KINDS = list(MODELS)
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
@@ -45,7 +45,8 @@ def test_law1_a_detached_model_is_the_old_model_bit_for_bit(kind: str) -> None:
     before, x = state_bytes(model), ids(4)
     expected = outputs(model, x).detach()
     bank = attach(model)
-    add(bank, "a", targets=TARGETS.get(kind, "all-linear"))
+    beside = EXTRAS.get(kind, {}) | {"use_dora": kind.startswith("decomposed")}
+    add(bank, "a", targets=TARGETS.get(kind, "all-linear"), **beside)
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora." not in name)
     with bank.route(["a", "a", BASE, BASE]):
         outputs(model, x).square().sum().backward()
@@ -120,18 +121,31 @@ def _bytes(bank, optimizers) -> dict[str, list[bytes]]:
     return found
 
 
-@pytest.mark.parametrize("where", ["A", "B"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "handwritten", "torch encoder", "mixtral", "gpt-oss"])
+def _roles(kind: str) -> list[str]:
+    found = ["A", "B"]
+    if kind.startswith("decomposed"):
+        found.append("magnitude")
+    if EXTRAS.get(kind, {}).get("bias"):
+        found.append("bias")
+    if EXTRAS.get(kind, {}).get("lora_bias"):
+        found.append("lora_bias")
+    if EXTRAS.get(kind, {}).get("trainable_token_indices"):
+        found.append("rows")
+    return found
+
+
+@pytest.mark.parametrize(("kind", "where"), [(kind, where) for kind in KINDS for where in _roles(kind)])
 def test_law4_a_slot_that_goes_nan_touches_no_other_slot_nor_a_base_row(kind: str, where: str) -> None:
     x, rows = ids(4), ["a", "b", BASE, "b"]
+    x[0, 0] = 5  # an id whose row is trained, where rows are
     results = []
     for poisoned in (False, True):
         model, bank = two(kind)
         if poisoned:
             with torch.no_grad():
                 for key, leaf in bank.named_parameters("a"):  # in every layer: attention gives zero, not NaN, for a NaN query
-                    if key.endswith(where):
-                        leaf[0, 0] = math.nan
+                    if key.endswith(f".{where}"):
+                        leaf[..., 0] = math.nan
         with bank.route(rows):
             y = outputs(model, x)
         y.flatten(1).square().mean(1).sum().backward()
