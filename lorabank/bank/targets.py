@@ -99,8 +99,14 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
         found |= {f"{path}.{name}".lstrip("."): projection for name, projection in projections_of(layer).items()}
         if path not in bypassed and path not in found and layer_kind(layer) is not None:
             found[path] = layer
-        found |= {f"{path}.{name}".lstrip("."): stack for name, stack in stacks_of(layer).items()}
+        if not _in_wrapper(path):
+            found |= {f"{path}.{name}".lstrip("."): stack for name, stack in stacks_of(layer).items()}
     return found
+
+
+def _in_wrapper(path: str) -> bool:
+    """Whether PEFT wraps a module: experts only where it adapts their parameters, which are no parameters in a call."""
+    return _leaf(path) == BASE_LAYER
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -161,6 +167,8 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
             found[path] = "bilinear maps are not supported"
         elif _looks_linear(module):
             found[path] = f"{type(module).__name__} is not supported yet"
+        elif _in_wrapper(path) and stacks_of(module):
+            found[path] = "PEFT adapts the parameters of these experts already (target_parameters)"
         elif stacked := _stacked_weights(module):
             what = "stacked expert weights" if _EXPERTS.search(type(module).__name__) else "3-D weights of its own"
             found[path] = f"{type(module).__name__} holds {what} ({', '.join(stacked)}), and {obstacle(module)}"
