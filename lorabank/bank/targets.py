@@ -225,7 +225,7 @@ def resolve_targets(
     `apart`: paths of modules that train beside the base, which nothing here means. `fused`: slices that were declared of layers.
     """
     adapted = adaptable_layers(model)
-    beside = {path: layer for path, layer in adapted.items() if _trains(path, layer, apart)}
+    beside = {path: layer for path, layer in adapted.items() if trains_beside(path, layer, apart)}
     whole = {path: layer for path, layer in adapted.items() if path not in beside}
     layers = with_slices(whole, slices_of(model, whole, fused or {}))
     heads = output_head_paths(model)
@@ -271,7 +271,26 @@ def resolve_targets(
     return found_layers
 
 
-def _trains(path: str, layer: nn.Module, apart: Collection[str]) -> bool:
+def meant_by(config: AdapterConfig, layers: Mapping[str, nn.Module], heads: Collection[str]) -> set[str]:
+    """Those of `layers` that a configuration means, whether or not each part of it names any. `heads`: output heads' paths."""
+    found: set[str] = set()
+    for part in as_list(config.targets):
+        every = {path for path, layer in layers.items() if path not in heads and _is_linear(layer)}
+        found |= (
+            {path for path in every if not isinstance(layers[path], FusedSlice)}
+            if part == ALL_LINEAR
+            else _named(part, layers, "targets")
+        )
+    out = {path for part in as_list(config.exclude) for path in _named(part, layers, "exclude")}
+    blocks = config.layers
+    return {
+        path
+        for path in found
+        if path not in out and _parents(path) not in out and (blocks is None or part_of_block(path) in blocks)
+    }
+
+
+def trains_beside(path: str, layer: nn.Module, apart: Collection[str]) -> bool:
     """Whether a layer, or the attention module whose weight it has, or its experts, are of those that train beside the base."""
     if isinstance(layer, ExpertStack):
         return stack_trains(path, layer, apart)
