@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lorabank import BASE, attach
+from lorabank import BASE, Adapter, attach, merge
 from lorabank.bank.bank import all_layers
+from lorabank.errors import MergeError
 from tests.bank.tiny import EXTRAS, MIXTURES, MODELS, TARGETS, add, clear, gradients, ids, make, outputs, state_bytes, two
 
 KINDS = list(MODELS)
@@ -199,6 +201,46 @@ def test_law5_detach_after_training_restores_the_base_bit_for_bit() -> None:
     assert state_bytes(model) == before
     bank.detach()
     assert torch.equal(outputs(model, x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_law5_merged_equals_unmerged_and_comes_back_bit_for_bit(kind: str) -> None:
+    model, bank = two(kind)
+    plain, x = make(kind), ids(3)
+    before = state_bytes(plain)
+    with torch.no_grad(), bank.route("b"):
+        expected = outputs(model, x)
+    if kind == "biased pictures":
+        with pytest.raises(MergeError, match=r"blocks\.1 has no bias, and the adapter's lora_B has one"):
+            merge(plain, bank.adapter("b"), say=None)
+        assert state_bytes(plain) == before
+        return
+    handle = merge(plain, bank.adapter("b"), say=None)
+    with torch.no_grad():
+        assert _distance(outputs(plain, x), expected) < 2e-5
+    handle.unmerge()
+    assert state_bytes(plain) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_law6_save_load_save_gives_identical_bytes_and_the_same_outputs(kind: str, tmp_path: Path) -> None:
+    model, bank = two(kind)
+    x = ids(3)
+    folders = [bank.adapter("b").save(tmp_path / "saved")]
+    loaded = Adapter.load(folders[0])
+    folders.append(loaded.save(tmp_path / "again"))
+    bank.load("loaded", loaded)
+    folders.append(bank.adapter("loaded").save(tmp_path / "through a bank"))
+    first, *others = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    assert all(other == first for other in others)
+    (folders[1] / "lorabank.json").unlink()  # what another tool would keep
+    bank.load("plain", Adapter.load(folders[1]))
+    with torch.no_grad():
+        with bank.route("b"):
+            expected = outputs(model, x)
+        for name in ("loaded", "plain"):
+            with bank.route(name):
+                assert _distance(outputs(model, x), expected) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
