@@ -29,6 +29,7 @@ from lorabank.bank.in_full.heads import head_parameters, peft_task
 from lorabank.bank.in_full.saved_bank import SavedModules, Values
 from lorabank.bank.in_full.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.keep import check_stacks_frozen, kept_modules
+from lorabank.bank.missing import missing_layers, warn_missing
 from lorabank.bank.multihead import patterned
 from lorabank.bank.naming import check_new_name
 from lorabank.bank.owners import Owners
@@ -221,6 +222,7 @@ class AdapterBank(Routed):
         check_fits(self.model, name, adapter, force=force, fused=self.fused)
         warn_storage(name, adapter, self.model)
         warn_empty_experts(name, adapter, self.model)
+        warn_missing(f"adapter {name!r}", missing_layers(self.model, adapter, self.kept, self.fused))
         # in the order that `add` has them, not the file's
         layers = self._layers_and_slices(adapter)
         in_order = tuple(path for path, each in layers.items() if any(part in adapter.layers for part in paths_of(path, each)))

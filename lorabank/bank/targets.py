@@ -99,8 +99,14 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
         found |= {f"{path}.{name}".lstrip("."): projection for name, projection in projections_of(layer).items()}
         if path not in bypassed and path not in found and layer_kind(layer) is not None:
             found[path] = layer
-        found |= {f"{path}.{name}".lstrip("."): stack for name, stack in stacks_of(layer).items()}
+        if not _in_wrapper(path):
+            found |= {f"{path}.{name}".lstrip("."): stack for name, stack in stacks_of(layer).items()}
     return found
+
+
+def _in_wrapper(path: str) -> bool:
+    """Whether PEFT wraps a module: experts only where it adapts their parameters, which are no parameters in a call."""
+    return _leaf(path) == BASE_LAYER
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -161,6 +167,8 @@ def unsupported_linear_maps(model: nn.Module) -> dict[str, str]:
             found[path] = "bilinear maps are not supported"
         elif _looks_linear(module):
             found[path] = f"{type(module).__name__} is not supported yet"
+        elif _in_wrapper(path) and stacks_of(module):
+            found[path] = "PEFT adapts the parameters of these experts already (target_parameters)"
         elif stacked := _stacked_weights(module):
             what = "stacked expert weights" if _EXPERTS.search(type(module).__name__) else "3-D weights of its own"
             found[path] = f"{type(module).__name__} holds {what} ({', '.join(stacked)}), and {obstacle(module)}"
@@ -217,7 +225,7 @@ def resolve_targets(
     `apart`: paths of modules that train beside the base, which nothing here means. `fused`: slices that were declared of layers.
     """
     adapted = adaptable_layers(model)
-    beside = {path: layer for path, layer in adapted.items() if _trains(path, layer, apart)}
+    beside = {path: layer for path, layer in adapted.items() if trains_beside(path, layer, apart)}
     whole = {path: layer for path, layer in adapted.items() if path not in beside}
     layers = with_slices(whole, slices_of(model, whole, fused or {}))
     heads = output_head_paths(model)
@@ -263,7 +271,26 @@ def resolve_targets(
     return found_layers
 
 
-def _trains(path: str, layer: nn.Module, apart: Collection[str]) -> bool:
+def meant_by(config: AdapterConfig, layers: Mapping[str, nn.Module], heads: Collection[str]) -> set[str]:
+    """Those of `layers` that a configuration means, whether or not each part of it names any. `heads`: output heads' paths."""
+    found: set[str] = set()
+    for part in as_list(config.targets):
+        every = {path for path, layer in layers.items() if path not in heads and _is_linear(layer)}
+        found |= (
+            {path for path in every if not isinstance(layers[path], FusedSlice)}
+            if part == ALL_LINEAR
+            else _named(part, layers, "targets")
+        )
+    out = {path for part in as_list(config.exclude) for path in _named(part, layers, "exclude")}
+    blocks = config.layers
+    return {
+        path
+        for path in found
+        if path not in out and _parents(path) not in out and (blocks is None or part_of_block(path) in blocks)
+    }
+
+
+def trains_beside(path: str, layer: nn.Module, apart: Collection[str]) -> bool:
     """Whether a layer, or the attention module whose weight it has, or its experts, are of those that train beside the base."""
     if isinstance(layer, ExpertStack):
         return stack_trains(path, layer, apart)

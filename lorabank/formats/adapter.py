@@ -134,6 +134,11 @@ class Adapter:
                 )
 
     @property
+    def adapted(self) -> set[str]:
+        """Paths of the layers that have A and B; of slices that of the fused layer, whose bias is one for all of them."""
+        return {path if layer.outputs is None else path.rpartition(".")[0] for path, layer in self.layers.items()}
+
+    @property
     def num_parameters(self) -> int:
         """Trained numbers in all layers, of biases and rows, and in modules that were trained in full."""
         saved = (value for module in self.modules.values() for value in module.values() if value.is_floating_point())

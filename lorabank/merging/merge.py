@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorabank.bank.fit import misfit, other_weight
 from lorabank.bank.layers import layer_kind
+from lorabank.bank.missing import missing_layers, warn_missing
 from lorabank.bank.multihead import weight_name
 from lorabank.bank.parts import layer_parts
 from lorabank.bank.tied import shared_in
@@ -218,6 +219,7 @@ def _fitting_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
             raise MergeError(f"merge: {wrong}; the adapter belongs to another base")
         if not (all(tensor.isfinite().all() for tensor in layer.tensors.values()) and math.isfinite(layer.scaling)):
             raise AdapterFileError(f"merge: layer {path!r} of the adapter holds NaN or infinity; use an earlier checkpoint of it")
+    warn_missing("merge", missing_layers(model, adapter))
     return {path: known[path] for path in adapter.layers}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.fit import misfit
+from lorabank.bank.missing import missing_layers, warn_missing
 from lorabank.bank.multihead import weight_name
 from lorabank.bank.targets import adaptable_layers
 from lorabank.bank.task_class import skeleton_of, task_model
@@ -194,6 +195,7 @@ def _made(model: nn.Module, adapter: Adapter, checkpoint: _Checkpoint) -> dict[s
 
 def _layers(model: nn.Module, adapter: Adapter, checkpoint: _Checkpoint) -> Iterable[Made]:
     layers = adaptable_layers(model)
+    warn_missing("merge", missing_layers(model, adapter))
     shared = shared_in(adapter, {path: layer for path, layer in layers.items() if path in adapter.layers})
     for path, layer in adapter.layers.items():
         if layer.stack:

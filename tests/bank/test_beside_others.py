@@ -16,7 +16,7 @@ import lorabank as lb
 from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.wrappers import base_path, base_prefix
-from lorabank.errors import ConfigError, TargetError
+from lorabank.errors import AdapterFileError, ConfigError, TargetError
 from tests.bank.tiny import fill, gpt_oss, ids, llama, mixtral, state_bytes
 
 
@@ -291,6 +291,24 @@ def test_stacked_experts_that_train_beside_the_base_have_no_adapter(make_model: 
     half = attach(make_model(), keep_trainable=["down_proj"])
     with pytest.raises(TargetError, match=r"'gate_up_proj' names .*, which trains beside the base"):
         half.add("a", AdapterConfig(rank=1, targets=["gate_up_proj"]))
+
+
+def test_experts_whose_parameters_peft_adapts_are_refused_by_name() -> None:
+    """In a call they are no parameters: PEFT puts its sums in their place."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    plain = attach(mixtral())
+    plain.add("a", AdapterConfig(rank=1, targets=["experts"]))
+    bank = attach(get_peft_model(mixtral(), config).eval(), keep_trainable="*lora_?")
+    said = r"experts\.base_layer.*PEFT adapts the parameters of these experts already \(target_parameters\)"
+    for targets in ("all-linear", ["experts"]):
+        with pytest.raises(TargetError, match=said):
+            bank.add("a", AdapterConfig(rank=1, targets=targets))
+    with pytest.raises(AdapterFileError, match="the model has no such layer"):
+        bank.load("a", plain.adapter("a"), force=True)
+    bank.add("a", AdapterConfig(rank=1, exclude=["experts"]))
+    with bank.route("a"):
+        outputs(bank.model).square().sum().backward()
+    assert all(p.grad is not None for name, p in bank.model.named_parameters() if name in bank.kept)
 
 
 def test_a_layer_that_trains_beside_the_base_is_named_as_that() -> None:

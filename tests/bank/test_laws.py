@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lorabank import BASE, attach
+from lorabank import BASE, Adapter, attach, merge
 from lorabank.bank.bank import all_layers
-from tests.bank.tiny import MIXTURES, MODELS, TARGETS, add, clear, gradients, ids, make, outputs, state_bytes, two
+from lorabank.errors import MergeError
+from tests.bank.tiny import EXTRAS, MIXTURES, MODELS, TARGETS, add, clear, gradients, ids, make, outputs, state_bytes, two
 
 KINDS = list(MODELS)
 ROUTES = ["a", BASE, "b", {"a": 0.7, "b": -0.4}, BASE, "a"]
@@ -45,7 +47,8 @@ def test_law1_a_detached_model_is_the_old_model_bit_for_bit(kind: str) -> None:
     before, x = state_bytes(model), ids(4)
     expected = outputs(model, x).detach()
     bank = attach(model)
-    add(bank, "a", targets=TARGETS.get(kind, "all-linear"))
+    beside = EXTRAS.get(kind, {}) | {"use_dora": kind.startswith("decomposed")}
+    add(bank, "a", targets=TARGETS.get(kind, "all-linear"), **beside)
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora." not in name)
     with bank.route(["a", "a", BASE, BASE]):
         outputs(model, x).square().sum().backward()
@@ -120,18 +123,31 @@ def _bytes(bank, optimizers) -> dict[str, list[bytes]]:
     return found
 
 
-@pytest.mark.parametrize("where", ["A", "B"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "handwritten", "torch encoder", "mixtral", "gpt-oss"])
+def _roles(kind: str) -> list[str]:
+    found = ["A", "B"]
+    if kind.startswith("decomposed"):
+        found.append("magnitude")
+    if EXTRAS.get(kind, {}).get("bias"):
+        found.append("bias")
+    if EXTRAS.get(kind, {}).get("lora_bias"):
+        found.append("lora_bias")
+    if EXTRAS.get(kind, {}).get("trainable_token_indices"):
+        found.append("rows")
+    return found
+
+
+@pytest.mark.parametrize(("kind", "where"), [(kind, where) for kind in KINDS for where in _roles(kind)])
 def test_law4_a_slot_that_goes_nan_touches_no_other_slot_nor_a_base_row(kind: str, where: str) -> None:
     x, rows = ids(4), ["a", "b", BASE, "b"]
+    x[0, 0] = 5  # an id whose row is trained, where rows are
     results = []
     for poisoned in (False, True):
         model, bank = two(kind)
         if poisoned:
             with torch.no_grad():
                 for key, leaf in bank.named_parameters("a"):  # in every layer: attention gives zero, not NaN, for a NaN query
-                    if key.endswith(where):
-                        leaf[0, 0] = math.nan
+                    if key.endswith(f".{where}"):
+                        leaf[..., 0] = math.nan
         with bank.route(rows):
             y = outputs(model, x)
         y.flatten(1).square().mean(1).sum().backward()
@@ -185,6 +201,46 @@ def test_law5_detach_after_training_restores_the_base_bit_for_bit() -> None:
     assert state_bytes(model) == before
     bank.detach()
     assert torch.equal(outputs(model, x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_law5_merged_equals_unmerged_and_comes_back_bit_for_bit(kind: str) -> None:
+    model, bank = two(kind)
+    plain, x = make(kind), ids(3)
+    before = state_bytes(plain)
+    with torch.no_grad(), bank.route("b"):
+        expected = outputs(model, x)
+    if kind == "biased pictures":
+        with pytest.raises(MergeError, match=r"blocks\.1 has no bias, and the adapter's lora_B has one"):
+            merge(plain, bank.adapter("b"), say=None)
+        assert state_bytes(plain) == before
+        return
+    handle = merge(plain, bank.adapter("b"), say=None)
+    with torch.no_grad():
+        assert _distance(outputs(plain, x), expected) < 2e-5
+    handle.unmerge()
+    assert state_bytes(plain) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_law6_save_load_save_gives_identical_bytes_and_the_same_outputs(kind: str, tmp_path: Path) -> None:
+    model, bank = two(kind)
+    x = ids(3)
+    folders = [bank.adapter("b").save(tmp_path / "saved")]
+    loaded = Adapter.load(folders[0])
+    folders.append(loaded.save(tmp_path / "again"))
+    bank.load("loaded", loaded)
+    folders.append(bank.adapter("loaded").save(tmp_path / "through a bank"))
+    first, *others = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    assert all(other == first for other in others)
+    (folders[1] / "lorabank.json").unlink()  # what another tool would keep
+    bank.load("plain", Adapter.load(folders[1]))
+    with torch.no_grad():
+        with bank.route("b"):
+            expected = outputs(model, x)
+        for name in ("loaded", "plain"):
+            with bank.route(name):
+                assert _distance(outputs(model, x), expected) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", KINDS)

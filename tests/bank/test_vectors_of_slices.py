@@ -144,10 +144,8 @@ def test_every_mixture_of_whole_sliced_decomposed_and_biased_adapters_adds_up() 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_is_the_same_change_in_peft_and_comes_back_as_slices(kind: str, alpha: float, tmp_path: Path) -> None:
     bank = attach(make(kind))
-    patterns = {"rank_pattern": {"v": 3, "q": 4}}
-    bank.add(
-        "a", AdapterConfig(rank=2, alpha=alpha, targets=["q", "v"], use_dora=kind in DORA, lora_bias=kind not in DORA, **patterns)
-    )
+    parts: dict[str, Any] = {"targets": ["q", "v"], "rank_pattern": {"v": 3, "q": 4}, "bias": "lora_only"}
+    bank.add("a", AdapterConfig(rank=2, alpha=alpha, use_dora=kind in DORA, lora_bias=kind not in DORA, **parts))
     fill(bank, "a")
     x = ids(3)
     with bank.route("a"):
@@ -176,6 +174,16 @@ def test_a_file_is_the_same_change_in_peft_and_comes_back_as_slices(kind: str, a
     bank.load("whole", Adapter.load(folder))
     with bank.route("whole"):
         assert torch.allclose(outputs(bank.model, x), expected, atol=1e-5)
+
+
+def test_a_file_of_slices_that_lost_the_layers_bias_is_refused() -> None:
+    bank = attach(gpt2())
+    add(bank, "a", targets=["q", "v"], bias="lora_only")
+    adapter = bank.adapter("a")
+    assert adapter.biases.keys() == adapter.adapted
+    lost = replace(adapter, biases={path: bias for path, bias in adapter.biases.items() if path != C_ATTN})
+    with pytest.raises(AdapterFileError, match=r"c_attn\.bias: bias is 'lora_only' and the adapter has none for it"):
+        bank.load("b", lost)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -188,6 +188,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "decomposed biased gpt2": gpt2,
     "rows of tied llama": lambda: llama(tie_word_embeddings=True),
     "rows of handwritten": Handwritten,
+    "tied ends of llama": lambda: llama(tie_word_embeddings=True),
+    "pissa on slices of gpt2": gpt2,
+    "olora llama": llama,
 }
 TARGETS: dict[str, Any] = {
     "pictures": ["all-linear", "all-conv", "all-embedding"],
@@ -199,6 +202,8 @@ TARGETS: dict[str, Any] = {
     "biased sliced gpt2": ["v", "c_proj"],  # what reaches q is too small: rounding shows in it
     "biased sliced neox": ["q", "query_key_value.v", "mlp"],
     "biased pictures": ["all-linear", "all-conv"],
+    "tied ends of llama": ["all-linear", "embed_tokens"],
+    "pissa on slices of gpt2": ["q", "v", "c_proj"],
     "biased bert": ["value", "dense"],  # a key's bias is the same for all scores of a query, so its gradient is zero
 }
 """What the tests adapt, where it isn't `all-linear`."""
@@ -211,6 +216,9 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "decomposed biased gpt2": {"bias": "all"},
     "rows of tied llama": {"trainable_token_indices": list(range(5, 30, 2))},
     "rows of handwritten": {"trainable_token_indices": {"embed": list(range(30, 4, -1))}},
+    "tied ends of llama": {"ensure_weight_tying": True},
+    "pissa on slices of gpt2": {"init": "pissa"},
+    "olora llama": {"init": "olora"},
 }
 """What their adapters train beside A and B."""
 MIXTURES = ("mixtral", "gpt-oss")

@@ -163,7 +163,8 @@ def _lacking_biases(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[
     mode, exclude = adapter.config.bias, as_list(adapter.config.exclude)
     biased = [p for p, module in modules.items() if module._parameters.get("bias") is not None and p not in adapter.biases]
     if mode == "lora_only":
-        return [path for path in biased if path in adapter.layers]
+        adapted = adapter.adapted
+        return [path for path in biased if path in adapted]
     if mode == "none" or adapter.fingerprint is not None:
         return []
     apart = tuple(f"{path}." for path in adapter.modules)
