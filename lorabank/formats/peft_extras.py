@@ -69,7 +69,8 @@ def unheld_extras(adapter: Adapter) -> dict[str, str]:
     if adapter.biases and adapter.config.bias == "none":
         found |= dict.fromkeys(adapter.biases, "its bias was trained, and the configuration says bias: none")
     if adapter.config.bias == "lora_only":
-        beyond = sorted(adapter.biases.keys() - adapter.layers.keys())
+        adapted = {path if layer.outputs is None else path.rpartition(".")[0] for path, layer in adapter.layers.items()}
+        beyond = sorted(adapter.biases.keys() - adapted)
         found |= dict.fromkeys(beyond, "its bias was trained, and the configuration says so of adapted layers only")
     return found
 
