@@ -51,7 +51,7 @@ def test_modules_in_full_are_shown_and_nan_in_them_is_found(tmp_path: Path, caps
     told = as_json(folder, capsys)
     assert told["modules"] == {"score": 96}
     assert told["parameters"] == adapter.num_parameters + 96
-    assert any("trained in full" in each["what"] for each in told["readers"]["vllm"])
+    assert any("trained in full" in each["what"] for each in told["readers"]["gguf"])
     assert told["broken"] == []
     broken = replace(adapter, modules={"score": {"weight": torch.full((3, 32), math.nan)}}).save(tmp_path / "c")
     assert main(["inspect", str(broken)]) == 1
