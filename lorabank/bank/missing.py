@@ -11,7 +11,7 @@ from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.multihead import Projection
 from lorabank.bank.slices import FusedSlice
-from lorabank.bank.stacks import ExpertStack
+from lorabank.bank.stacked.stacks import ExpertStack
 from lorabank.bank.targets import adaptable_layers, meant_by, output_head_paths, trains_beside
 from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.formats.adapter import Adapter

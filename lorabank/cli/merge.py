@@ -78,6 +78,8 @@ def _run(args: argparse.Namespace) -> int:
             f"--dtype {args.dtype}: a merged folder holds plain weights, which any tool reads. Merge in bf16 or fp32; a model in "
             f"memory is merged into as it is stored, {args.dtype} too, by lorabank.merge."
         )
+    import torch
+
     from lorabank.formats.adapter import Adapter
     from lorabank.formats.slices import without_slices
     from lorabank.merging.merge import merge
@@ -85,15 +87,16 @@ def _run(args: argparse.Namespace) -> int:
     from lorabank.models.load_task import load_for
     from lorabank.models.quiet import quiet_transformers
 
-    adapter = without_slices(Adapter.load(args.adapter))
+    adapter = Adapter.load(args.adapter)  # merging makes one layer of slices itself, with the norms of the weights at hand
     name = args.model or adapter.base_model
     if not name:
         raise ModelError(f"{args.adapter}: the adapter doesn't name its base model. Name it with --model.")
     if args.by_shard:
         return _by_shard(args, adapter, name, folder)
     print(f"loading {name} …", file=sys.stderr, flush=True)
-    base = load_for(name, adapter, dtype=stored_dtype(name) if args.dtype == "auto" else args.dtype, device=args.device)
-    parted = bool(untie(base.model, adapter))
+    whole = without_slices(adapter, lambda path, outputs: torch.ones(outputs))  # of which only the places are looked at
+    base = load_for(name, whole, dtype=stored_dtype(name) if args.dtype == "auto" else args.dtype, device=args.device)
+    parted = bool(untie(base.model, whole))
     inputs = probe(base)
     handle = merge(base.model, adapter, strength=args.strength, force=args.force, inputs=inputs, say=None)
     print_report(handle.report)

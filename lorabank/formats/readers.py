@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lorabank.errors import AdapterFileError
 from lorabank.formats import dense
 from lorabank.formats.adapter import Adapter, AdapterLayer
@@ -16,6 +18,7 @@ from lorabank.formats.components import split
 from lorabank.formats.extras import extras_by_path
 from lorabank.formats.peft_config import stored_transposed
 from lorabank.formats.peft_keys import file_rank
+from lorabank.formats.slices import without_slices
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
@@ -130,8 +133,14 @@ def of_image_model(path: str) -> bool:
     return component in IMAGE_PARTS or inside.partition(".")[0] in IMAGE_BLOCKS
 
 
+def _as_in_a_file(adapter: Adapter) -> Adapter:
+    """With slices of a fused layer as one, whose rank is the sum of theirs; only sizes and names are looked at."""
+    return without_slices(adapter, lambda path, outputs: torch.ones(outputs))
+
+
 def _vllm(adapter: Adapter) -> list[Obstacle]:
     """Of a folder as it is."""
+    adapter = _as_in_a_file(adapter)
     ranks = {path: file_rank(layer) for path, layer in adapter.layers.items()}
     too_high = tuple(path for path, rank in ranks.items() if rank > VLLM_RANKS[-1])
     return [*_vllm_kinds(adapter), *_found(rank_obstacle(max(ranks.values(), default=0)), MERGE, too_high)]
@@ -166,6 +175,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
 
 
 def _older_vllm(adapter: Adapter) -> list[Obstacle]:
+    adapter = _as_in_a_file(adapter)
     ranks = {file_rank(layer) for layer in adapter.layers.values()}
     scalings = {round(layer.scaling, 9) for layer in adapter.layers.values()}
     mixed = Obstacle(
@@ -233,8 +243,7 @@ def _merge(adapter: Adapter) -> list[Obstacle]:
 def _exact(adapter: Adapter) -> list[Obstacle]:
     way_out = "merge it into the base first, or route rows to a mixture"
     layers = _paths(adapter, lambda path, layer: layer.magnitude is not None)
-    dora = _found("what DoRA does to a weight isn't one of several sums", way_out, layers)
-    return [*_broken(adapter), *dora]
+    return [*_broken(adapter), *_found("what DoRA does to a weight isn't one of several sums", way_out, layers)]
 
 
 READERS: Mapping[str, Reader] = {

@@ -150,6 +150,12 @@ def _is_power_of_two(value: float) -> bool:
     return value > 0 and math.frexp(value)[0] == 0.5
 
 
+def _power_of_two_at(value: float) -> float | None:
+    """The power of two that a quotient is but for rounding: with rsLoRA no alpha may give a layer's scaling to the bit."""
+    power = 2.0 ** round(math.log2(value))
+    return power if math.isclose(value, power, rel_tol=1e-14) else None
+
+
 def _parts(path: str, layer: AdapterLayer, recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, AdapterLayer]:
     found: dict[str, AdapterLayer] = {}
     ranks = [(said["rank"], said.get("frozen_rank", 0)) for said in recorded.values()]
@@ -162,8 +168,8 @@ def _parts(path: str, layer: AdapterLayer, recorded: Mapping[str, Mapping[str, A
         if outputs.total != len(layer.B) or not (math.isfinite(scaling) and scaling > 0):
             raise ValueError(f"{name!r}: rank {rank}, scaling {scaling} and {outputs.total} outputs")
         B = layer.B[outputs.rows[:, None], mine]
-        factor = scaling / layer.scaling
-        if not _is_power_of_two(factor):  # of an attention whose two projections have one scaling in PEFT's file
+        factor = _power_of_two_at(scaling / layer.scaling)
+        if factor is None:  # of an attention whose two projections have one scaling in PEFT's file
             factor, scaling = 1.0, layer.scaling
         part = AdapterLayer(layer.A[mine], (B / factor).contiguous(), scaling, outputs=outputs, attention=layer.attention)
         if layer.magnitude is not None:

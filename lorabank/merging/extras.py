@@ -37,7 +37,7 @@ def has_extras(adapter: Adapter) -> bool:
 def check_extras(model: nn.Module, adapter: Adapter) -> None:
     """Raise MergeError, naming the place, for what can't be merged into the model."""
     if wrong := extras_misfits(model, adapter):
-        raise MergeError(f"merge: {wrong[0]}; the adapter belongs to another base")
+        raise MergeError(f"merge: {wrong[0]}. Is this the base that the adapter was trained on?")
     for path, layer in adapter.layers.items():
         if layer.lora_bias is not None and _bias(model, path) is None:
             raise MergeError(

@@ -400,3 +400,21 @@ def test_a_layers_bias_is_trained_beside_its_slices() -> None:
     assert torch.equal(y[1], outputs(plain, x)[1])
     merge(plain, adapter, say=None)
     assert torch.allclose(outputs(plain, x)[0], y[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [{"bias": "lora_only"}, {"use_rslora": True, "rank": 4, "alpha": 3, "lora_bias": True}])
+def test_a_saved_file_is_read_and_saved_again_as_the_same_bytes(config: dict[str, Any], tmp_path: Path) -> None:
+    """A layer's bias is its slices' too; α / √(12 ranks) isn't 1.5 to the bit for any α."""
+    bank = attach(make("sliced neox"))
+    add(bank, "a", **{"rank": 2, "targets": ["q", "k", "query_key_value.v"], **config})
+    x = ids(2)
+    with bank.route("a"):
+        expected = outputs(bank.model, x)
+    again = Adapter.load(bank.adapter("a").save(tmp_path / "a"))
+    again.save(tmp_path / "b")
+    bank.load("again", again)
+    with bank.route("again"):
+        assert torch.equal(outputs(bank.model, x), expected)
+    bank.adapter("again").save(tmp_path / "c")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "lorabank.json"):
+        assert len({(tmp_path / name / file).read_bytes() for name in "abc"}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -353,6 +354,20 @@ def test_rows_that_dont_fit_load_nothing() -> None:
             Adapter(**{**vars(adapter), "token_rows": {"x": own}})
     with pytest.raises(AdapterFileError, match=r"expected one row .* for each of 2 different ids"):
         Adapter(**{**vars(adapter), "token_rows": {"x": TokenRows((1, 2), torch.zeros(3, 16))}})
+
+
+def test_rows_that_another_end_changes_apart_load_nothing() -> None:
+    """Such an adapter comes of `combine`, and of PEFT, whose head has the rows and A and B."""
+    bank = attach(tied())
+    bank.add("rows", AdapterConfig(rank=2, targets=["q_proj"], trainable_token_indices=[3, 7]))
+    bank.add("head", AdapterConfig(rank=2, targets=["lm_head"]))
+    both = combine([(bank.adapter("rows"), 1.0), (bank.adapter("head"), 1.0)])
+    with pytest.raises(AdapterFileError, match=r"token rows of model\.embed_tokens: lm_head has its weight .*, and it has"):
+        bank.load("both", both)
+    assert bank.names == ("rows", "head")
+    whole = replace(both, layers=bank.adapter("rows").layers, modules={"lm_head": {"weight": torch.zeros(48, 16)}})
+    with pytest.raises(AdapterFileError, match="it is trained in full there too"):
+        attach(tied()).load("both", whole)
 
 
 def test_detach_gives_the_model_back_and_a_saved_model_is_without_rows() -> None:

@@ -26,12 +26,15 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
 
+from lorabank import quantize_base
 from lorabank.bank.attach import attach
 from lorabank.cli import main
 from lorabank.config.adapter import AdapterConfig
@@ -251,3 +254,22 @@ def test_the_task_type_decides_where_the_folder_names_another_class(way: list[st
     assert code == 0
     expected = beside(bank, input_ids=IDS)
     torch.testing.assert_close(plain(BertForTokenClassification, out, input_ids=IDS), expected, rtol=1e-4, atol=1e-5)
+
+
+@WAYS
+def test_decomposed_slices_of_a_quantised_layer_leave_the_other_outputs_as_they_are(
+    way: list[str], base_folder: Path, tmp_path: Path
+) -> None:
+    """Norms of their own come from the weights that are merged into, not from the quantised ones of the training."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = saved(GPTNeoXForCausalLM(GPTNeoXConfig(**TEXT, **sizes)), tmp_path / "base", base_folder)
+    model = GPTNeoXForCausalLM.from_pretrained(base)
+    quantize_base(model, "fp8", emulate=True, say=lambda line: None)
+    trained(model, tmp_path / "adapter", base, targets=["q"], use_dora=True)
+    code, out = merged(tmp_path, way)
+    assert code == 0
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    before, after = (tensors_in(folder)[name].view(2, 3, 16, 32) for folder in (base, out))
+    assert torch.equal(after[:, 1:], before[:, 1:])
+    assert not torch.equal(after[:, 0], before[:, 0])

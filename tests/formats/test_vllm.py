@@ -17,6 +17,7 @@ from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.readers import READERS, VLLM_RANKS, obstacles, refuse
 from lorabank.formats.vllm import check_shapes, vllm_adapter, vllm_rank
+from tests.bank.tiny import neox
 from tests.formats.conftest import CONFIGS, GPT2_LEAVES, LLAMA_LEAVES, adapter_of, gpt2, llama
 
 PATH = "model.layers.0.self_attn.q_proj"
@@ -119,9 +120,22 @@ def test_older_vllm_needs_the_export_where_layers_differ(plain_adapter: Adapter)
     assert obstacles(vllm_adapter(mixed), "older vllm") == []
 
 
+@pytest.mark.filterwarnings("ignore:.*rank 17. is above what layer")
+def test_slices_of_a_layer_are_one_layer_with_their_ranks_together() -> None:
+    bank = lb.attach(neox())
+    bank.add("a", lb.AdapterConfig(rank=170, targets=["q", "k", "query_key_value.v", "dense"]))
+    adapter = bank.adapter("a")
+    assert obstacles(adapter, "vllm") == []
+    assert [item.way_out for item in obstacles(adapter, "older vllm")] == ["lorabank export --to vllm folds and pads them"]
+    bank.add("b", lb.AdapterConfig(rank=171, targets=["q", "k", "query_key_value.v"]))
+    with pytest.raises(AdapterFileError, match=r"rank 513 is above vLLM's largest, 512 \(gpt_neox\.\S+\.query_key_value, "):
+        vllm_adapter(bank.adapter("b"))
+
+
 def test_exact_combination_refuses_what_the_table_says(plain_adapter: Adapter) -> None:
     decomposed = changed(plain_adapter, magnitude=torch.ones(32))
-    for adapter in (plain_adapter, decomposed):
+    whole = replace(plain_adapter, modules={"lm_head": {"weight": torch.ones(48, 32)}})
+    for adapter in (plain_adapter, decomposed, whole):
         if obstacles(adapter, "combine"):
             with pytest.raises(lb.LorabankError, match="DoRA"):
                 lb.combine([(adapter, 1.0)])

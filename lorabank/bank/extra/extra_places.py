@@ -139,7 +139,14 @@ def extras_misfits(model: nn.Module, adapter: Adapter) -> list[str]:
         elif path in adapter.layers:
             wrong.append(f"token rows of {path}: it has A and B there too, which don't go together")
     asked = adapter.config.trainable_token_indices
-    held = {*adapter.token_rows, *_tied_ends(model, adapter.token_rows)}
+    ends = _tied_ends(model, adapter.token_rows)
+    for end, table in ends.items():
+        inside = (name for name, has in _changes(adapter).items() if any(end == at or end.startswith(f"{at}.") for at in has))
+        if what := next(inside, None):
+            wrong.append(
+                f"token rows of {table}: {end} has its weight and reads them, and {what} there too: leave one of them out"
+            )
+    held = {*adapter.token_rows, *ends}
     for name in asked if isinstance(asked, Mapping) and adapter.token_rows else ():
         if not any(path == name or path.endswith(f".{name}") for path in held):
             wrong.append(f"token rows of {name}: trainable_token_indices names it and the adapter has none: it is incomplete")
@@ -152,6 +159,11 @@ def extras_misfits(model: nn.Module, adapter: Adapter) -> list[str]:
         if layer.lora_bias is not None and (layer.looks_up or layer.stack or layer.attention):
             wrong.append(f"{path}: it has a lora_bias, which embeddings, stacks of experts and attention can't")
     return wrong
+
+
+def _changes(adapter: Adapter) -> dict[str, Collection[str]]:
+    """What goes with rows of a tied weight at none of its ends → paths of the modules where the adapter has it."""
+    return {"it has A and B": adapter.layers, "its bias is trained": adapter.biases, "it is trained in full": adapter.modules}
 
 
 def _lacking_biases(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
