@@ -182,7 +182,8 @@ def _older_vllm(adapter: Adapter) -> list[Obstacle]:
         what="rank or scaling differ between layers, and it takes one for all",
         way_out="lorabank export --to vllm folds and pads them",
     )
-    head = _found("vLLM reads a head that was trained in full from 0.31 on", f"update vLLM, or {MERGE}", tuple(adapter.modules))
+    heads = tuple(path for path in adapter.modules if path not in unread_modules(adapter.modules))
+    head = _found("vLLM reads a head that was trained in full from 0.31 on", f"update vLLM, or {MERGE}", heads)
     return [*_vllm(adapter), *head, *([mixed] if len(ranks) > 1 or len(scalings) > 1 else [])]
 
 
