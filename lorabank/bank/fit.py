@@ -95,9 +95,10 @@ def check_fits(
     wrong += extras_misfits(model, adapter)
     if wrong:
         more = f" … and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        other = any(_UNADAPTABLE not in each for each in wrong)
+        way = "Load the model class that it was trained on." if other else MERGE_ELSEWHERE
         raise AdapterFileError(
-            f"adapter {name!r} doesn't fit this model; nothing was loaded. {'; '.join(wrong[:3])}{more}. "
-            "Load the model class that it was trained on."
+            f"adapter {name!r} doesn't fit this model; nothing was loaded. {'; '.join(wrong[:3])}{more}. {way}"
         )
 
 
@@ -234,7 +235,12 @@ def _absent(model: nn.Module, path: str, layers: Mapping[str, nn.Module], *, sev
     if inside := [name.rpartition(".")[2] for name, layer in layers.items() if _is_projection_in(path, name, layer)]:
         return f"{path}: is an nn.MultiheadAttention, whose layers are {', '.join(inside)}"
     why = unsupported_linear_maps(model).get(path, f"it is a {type(present).__name__}")
-    return f"{path}: can't be adapted yet: {why}"
+    return f"{path}: {_UNADAPTABLE}: {why}"
+
+
+_UNADAPTABLE = "can't be adapted yet"
+MERGE_ELSEWHERE = "Merge it with the tool that made it (PEFT's merge_and_unload), and load the merged model."
+"""The way out where a model's module can't have what an adapter has of it."""
 
 
 def _is_projection_in(path: str, name: str, layer: nn.Module) -> bool:

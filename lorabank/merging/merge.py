@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.fit import misfit, other_weight
+from lorabank.bank.fit import MERGE_ELSEWHERE, misfit, other_weight
 from lorabank.bank.layers import layer_kind
 from lorabank.bank.missing import missing_layers, warn_missing
 from lorabank.bank.multihead import weight_name
@@ -247,10 +247,8 @@ def _missing(model: nn.Module, missing: list[str], known: Mapping[str, nn.Module
         if present is not None
         else closest(missing[0], known)
     )
-    return (
-        f"merge: {len(missing)} of the adapter's {total} layers are not among the model's layers: {shown}{why}. "
-        "Load the model class that the adapter was trained on."
-    )
+    way = "Load the model class that the adapter was trained on." if present is None else MERGE_ELSEWHERE
+    return f"merge: {len(missing)} of the adapter's {total} layers are not among the model's layers: {shown}{why}. {way}"
 
 
 def _refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module], adapter: Adapter, shared: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorabank as lb
-from lorabank.errors import AdapterFileError
+from lorabank.errors import AdapterFileError, MergeError
 from tests.bank.tiny import add, gpt_oss, ids, mixtral
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -154,3 +154,17 @@ def test_an_adapter_of_more_experts_than_the_model_has_is_refused() -> None:
     with pytest.raises(AdapterFileError, match=r"down_proj.3: the model has no such layer"):
         bank.load("b", replace(taken, layers={**taken.layers, **extra}))
     assert bank.names == ("a",)
+
+
+def test_a_router_that_peft_adapts_is_named_with_the_way_out(tmp_path: Path) -> None:
+    """PEFT's all-linear means routers of mixtures too."""
+    peft.get_peft_model(mixtral(), peft.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    adapter = lb.Adapter.load(tmp_path)
+    bank = lb.attach(mixtral())
+    with pytest.raises(
+        AdapterFileError, match=r"mlp\.gate: can't be adapted yet: it is a Mixtral.*Router\. Merge it with the tool"
+    ):
+        bank.load("a", adapter)
+    with pytest.raises(MergeError, match=r"mlp\.gate'; it is a Mixtral.*Router, which can't be merged into yet\. Merge it with"):
+        lb.merge(mixtral(), adapter, say=None)
+    assert bank.names == ()
