@@ -88,7 +88,8 @@ def main() -> None:
         for case, of in found.items():
             print(f"  {case}: {of['message'] or 'taken'}; {of['held']}", flush=True)
         if args.output:
-            args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(document, indent=1).replace(str(args.work), "WORK")  # vLLM's messages name files
+            args.output.write_text(text + "\n", encoding="utf-8")
     sys.exit(f"otherwise than we say: {', '.join(wrong)}" if wrong else 0)
 
 

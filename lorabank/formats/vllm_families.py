@@ -1,6 +1,6 @@
 """What vLLM's own models take beside linear layers, by family: embeddings, the output head, or no adapters at all.
 
-Read off the classes of vLLM 0.32 (`supports_lora`, `embedding_modules`), which are the same in 0.33. A family that isn't here
+Read off the classes of vLLM 0.32 (`supports_lora`, `embedding_modules`), 0.33 has the same ones. A family that isn't here
 isn't refused: vLLM has others, and runs some through transformers.
 """
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorabank as lb
+from lorabank.formats.slices import without_slices
 
 TOLERANCE = 1e-6
 """Of the largest number of a weight's change: vLLM's B holds the scaling in float32, ΔW here is a product in float64."""
@@ -40,13 +41,11 @@ def wanted(model: torch.nn.Module, adapter: lb.Adapter) -> dict[str, Weight]:
     if getattr(model.config, "model_type", "") == "gpt_oss":  # which alone keeps its experts as (experts, in, out)
         weights = {path: value.mT if value.ndim == 3 else value for path, value in weights.items()}
     deltas = {path: torch.zeros_like(value, dtype=torch.float64) for path, value in weights.items()}
-    for path, layer in adapter.layers.items():
+    for path, layer in without_slices(adapter).layers.items():
         delta = layer.scaling * layer.B.double() @ layer.A.double()
         if layer.stack:
             parameter, _, expert = path.rpartition(".")
             deltas[parameter][int(expert)] = delta
-        elif layer.outputs is not None:
-            deltas[path.rpartition(".")[0]][layer.outputs.start : layer.outputs.stop] += delta
         else:
             deltas[path] += delta.T if layer.looks_up else delta
     return {path: Weight(value=value, delta=deltas[path]) for path, value in weights.items()}
