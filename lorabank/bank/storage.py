@@ -105,7 +105,8 @@ class RankStore:
     def _find(self, rank: int) -> int:
         """First gap of at least `rank` rows (after the last slot there is always one)."""
         start = 0
-        for slot in sorted(self.slots.values(), key=lambda s: s.start):
+        # a slot without ranks, of token rows or a bias alone, takes no room and may stand where another one begins
+        for slot in sorted((slot for slot in self.slots.values() if slot.start < slot.stop), key=lambda s: s.start):
             if slot.start - start >= rank:
                 return start
             start = slot.stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lorabank import BASE, AdapterConfig, attach
 from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.storage import GRANULE, RankStore
 from lorabank.errors import RoutingError
-from tests.bank.tiny import add, ids, outputs, two
+from tests.bank.tiny import add, ids, make, outputs, two
 
 
 def _linear(features: int = 8) -> tuple[nn.Module, AdapterBank]:
@@ -156,3 +157,30 @@ def test_trap2_cost_follows_the_ranks_in_use() -> None:
     assert all(32 not in shape[:-1] or shape == torch.Size([32, 32]) for shape in kept), (
         "only the base weight is as large as that"
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*have one weight")
+@pytest.mark.parametrize("between", [{"bias": "all"}, {"trainable_token_indices": [3, 7]}])
+def test_an_adapter_without_ranks_in_a_layer_gives_no_others_ranks_away(between: dict[str, Any]) -> None:
+    """What trains a bias or rows alone takes no room there; the next one mustn't begin where it stands."""
+    bank = attach(make("gpt2"))
+    targets = ["c_fc", "wte"]
+    bank.add("a", AdapterConfig(rank=3, targets=targets))
+    bank.add("b", AdapterConfig(rank=3, targets=["c_attn"], **between))
+    bank.add("c", AdapterConfig(rank=3, targets=targets))
+    before = {key: p.detach().clone() for key, p in bank.named_parameters("a")}
+    with torch.no_grad():
+        for p in bank.parameters("c"):
+            p.fill_(7.0)
+    assert all(torch.equal(p, before[key]) for key, p in bank.named_parameters("a"))
+
+
+def test_places_without_ranks_anywhere_in_a_store_never_overlap() -> None:
+    generator = random.Random(0)
+    store = RankStore(4, 4, torch.device("cpu"))
+    for number in range(300):
+        if store.slots and generator.random() < 0.4:
+            store.free(generator.choice(list(store.slots)))
+        store.allocate(str(number), generator.choice([0, 0, 1, 2, 5]))
+        taken = [place for slot in store.slots.values() for place in range(slot.start, slot.stop)]
+        assert len(taken) == len(set(taken))

@@ -143,9 +143,7 @@ def extras_misfits(model: nn.Module, adapter: Adapter) -> list[str]:
     for end, table in ends.items():
         inside = (name for name, has in _changes(adapter).items() if any(end == at or end.startswith(f"{at}.") for at in has))
         if what := next(inside, None):
-            wrong.append(
-                f"token rows of {table}: {end} has its weight and reads them, and {what} there too: leave one of them out"
-            )
+            wrong.append(f"token rows of {table}: {end} has its weight and reads them, and {what} there too: leave one out")
     held = {*adapter.token_rows, *ends}
     for name in asked if isinstance(asked, Mapping) and adapter.token_rows else ():
         if not any(path == name or path.endswith(f".{name}") for path in held):
