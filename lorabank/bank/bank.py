@@ -16,6 +16,7 @@ from lorabank.bank.extra.extras import BIAS, ROWS
 from lorabank.bank.fit import (
     at_home,
     check_decomposed,
+    check_finite,
     check_fits,
     features,
     task_type,
@@ -201,8 +202,8 @@ class AdapterBank(Routed):
     def load(self, name: str, adapter: Adapter, *, force: bool = False, seed: int = 0) -> None:
         """Put a trained adapter into the bank under `name`.
 
-        Refuses (FingerprintError) an adapter of another base, unless `force`. Raises AdapterFileError, naming layers that the
-        model lacks or whose shape differs; the bank is unchanged then.
+        Refuses (FingerprintError) an adapter of another base, and (AdapterFileError) one with NaN, unless `force`. Raises
+        AdapterFileError, naming layers that the model lacks or whose shape differs; the bank is unchanged then.
         """
         self._check_alive()
         check_new_name(name, self._slots)
@@ -211,6 +212,8 @@ class AdapterBank(Routed):
                 f"bank.load({name!r}, …): expected a lorabank.Adapter, got {adapter!r:.80}. lorabank.Adapter.load(path) reads "
                 "one from a folder or a file."
             )
+        if not force:
+            check_finite(name, adapter)
         difference = None if adapter.fingerprint is None else adapter.fingerprint.compare(self.fingerprint)
         if difference is not None and not force:
             of = f" ({adapter.base_model})" if adapter.base_model else ""

@@ -25,8 +25,18 @@ from lorabank.errors import AdapterFileError, TargetError, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
 from lorabank.formats.components import components, split
 from lorabank.formats.files import SAVED_FLOATS
+from lorabank.formats.readers import non_finite
 from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import sliced, without_slices
+
+
+def check_finite(name: str, adapter: Adapter) -> None:
+    """Raise AdapterFileError for NaN or infinity."""
+    if broken := list(non_finite(adapter)):
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise AdapterFileError(
+            f"adapter {name!r}: NaN or infinity in {broken[0]}{more}. Use an earlier checkpoint, or pass force=True to load it."
+        )
 
 
 def features(layer: nn.Module) -> tuple[int, int]:

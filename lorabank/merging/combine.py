@@ -17,6 +17,7 @@ from lorabank.formats.difference import norm
 from lorabank.formats.patterns import to_patterns
 from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import without_slices
+from lorabank.merging.arguments import an_adapter
 from lorabank.merging.combine_base import check_one_base
 from lorabank.merging.combine_extras import check_method, with_lora_biases
 from lorabank.merging.combine_report import CombineReport, LayerError
@@ -96,7 +97,7 @@ def _combined(
 ) -> Combined:
     method = _known_method(method)
     told = _check_options(method, given)
-    parts = [(without_slices(adapter, any_norms), weight) for adapter, weight in parts]
+    parts = [(without_slices(an_adapter(adapter, "combine"), any_norms), weight) for adapter, weight in parts]
     adapters = [adapter for adapter, _ in parts]
     called = [f"adapter {index}" for index in range(len(parts))] if names is None else [f"adapter {name!r}" for name in names]
     _check_adapters(adapters, called)

@@ -28,6 +28,7 @@ from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.readers import UNMERGED
 from lorabank.formats.slices import without_slices
 from lorabank.kernels.fp8 import E4M3
+from lorabank.merging.arguments import an_adapter
 from lorabank.merging.extras import check_extras, written
 from lorabank.merging.layer import base_norms_of, merge_layer, merge_quantized_layer
 from lorabank.merging.outputs import Inputs, LogitsCheck, compare, merged_outputs, outputs_beside
@@ -113,7 +114,7 @@ def merge(
     Raises FingerprintError, or MergeError naming the layer; the model is then as it was. Warns when rounding loses most of
     Δ, which is then below what the weights' storage resolves.
     """
-    check_strength(adapter, strength)
+    check_strength(an_adapter(adapter, "merge"), strength)
     adapter = without_slices(adapter, base_norms_of(model))
     if not force:
         check_fingerprint(model, adapter)

@@ -49,7 +49,10 @@ def values_for(model: nn.Module, path: str, values: Mapping[str, Tensor], *, unl
     present = dict(model.named_modules()).get(path)
     if present is None:
         known = [name for name, _ in model.named_modules() if name]
-        raise MergeError(f"merge: the model has no module {path!r}, which the adapter trained in full{closest(path, known)}")
+        raise MergeError(
+            f"merge: the model has no module {path!r}, which the adapter trained in full{closest(path, known)}. Load the base in "
+            "the class that the adapter was trained on, or merge its folder (lorabank merge), which does so."
+        )
     module = unwrapped(present)
     if why := unsavable(module, unloaded=unloaded):
         raise MergeError(f"merge: module {path!r} can't take the adapter's values: {why}")

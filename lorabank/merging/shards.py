@@ -24,6 +24,7 @@ from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.files import TORCH_DTYPES
 from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import sliced, without_slices
+from lorabank.merging.arguments import an_adapter
 from lorabank.merging.checkpoint import INDEX, Shard, Target, names_in_model, read_shards, write_shard
 from lorabank.merging.extras import merged_bias, merged_rows
 from lorabank.merging.folder_config import read_config, with_dtype
@@ -60,7 +61,7 @@ def merge_folder(
     Raises ModelError for a folder that can't be read, MergeError where a weight isn't stored as it is in the model (stacked or
     permuted at load, quantised), FingerprintError for another base, OutputError for a full disk; nothing is left then.
     """
-    folder, output, fused = Path(folder), Path(output), sliced(adapter.layers)
+    folder, output, fused = Path(folder), Path(output), sliced(an_adapter(adapter, "merge").layers)
     adapter = without_slices(adapter, any_norms)  # norms come with the weights
     check_strength(adapter, strength)
     if dtype is not None and dtype not in MERGED_DTYPES:
