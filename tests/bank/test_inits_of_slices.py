@@ -243,12 +243,12 @@ def test_slices_of_which_some_start_otherwise_are_plain_in_a_file(tmp_path: Path
 
 
 def test_merged_exported_and_combined_it_is_the_same_change() -> None:
-    bank, x = attached("sliced gpt2"), ids(3)
+    bank, x = attached("sliced neox"), ids(3)
     fill(bank, "a")
     with bank.route("a"):
         expected = outputs(bank.model, x).detach()
     adapter = bank.adapter("a")
-    merged = make("sliced gpt2")
+    merged = make("sliced neox")
     lb.merge(merged, adapter, say=None)
     torch.testing.assert_close(outputs(merged, x), expected, rtol=1e-4, atol=1e-5)
     folded, whole = vllm_adapter(adapter), without_slices(adapter)
