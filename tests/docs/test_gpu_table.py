@@ -540,7 +540,7 @@ WRONG = ("mlp.up_proj.weight_scale", "mlp.down_proj.weight_t_scale")
 """A weight as the forward product reads it, and one as dx does."""
 
 
-@pytest.mark.parametrize("wrong", [None, *WRONG])
+@pytest.mark.parametrize("wrong", [None, WRONG[0], *(pytest.param(wrong, marks=pytest.mark.long) for wrong in WRONG[1:])])
 def test_fp8_is_held_to_its_emulated_twin(wrong: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_wrong(model: Any, storage: str) -> Any:
         model = _with_units(model, storage)
@@ -554,6 +554,7 @@ def test_fp8_is_held_to_its_emulated_twin(wrong: str | None, monkeypatch: pytest
     assert outcome.numbers["gradient_cosine"] > gpu_check.STORAGE_COSINE  # which doesn't see it
 
 
+@pytest.mark.long
 def test_fp8_without_rounded_activations_is_not_what_units_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "quantized", lambda model, storage: model)
     assert not _quantised_outcome("fp8").passed
@@ -571,6 +572,7 @@ def _one_scale(model: Any, storage: str) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:base_dtype fp8")
 def test_a_base_is_compared_with_the_weights_that_its_codes_stand_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "quantized", _one_scale)

@@ -63,6 +63,7 @@ def test_products_that_are_split_along_the_features(device: torch.device, dtype:
 
 
 @pytest.mark.slow  # a program takes the interpreter milliseconds
+@pytest.mark.long
 def test_many_segments_of_one_token(device: torch.device) -> None:
     rows = {slot: [SEGMENTS - 1 - slot] for slot in range(SEGMENTS)}
     check(make(device, rows=rows, ranks={slot: 1 + slot % 3 for slot in rows}, units=SEGMENTS, tokens=1, inputs=3, outputs=2))

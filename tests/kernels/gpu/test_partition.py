@@ -17,7 +17,10 @@ LAYERS = {"llama": 7, "gpt2": 4, "opt": 6, "gemma2": 7}
 WAYS = ("all", "products", "inputs", "attention")
 
 
-@pytest.fixture(scope="module", params=LAYERS, ids=str)
+FAMILIES = ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.long) for name in ("opt", "gemma2"))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
