@@ -212,8 +212,6 @@ class AdapterBank(Routed):
                 f"bank.load({name!r}, …): expected a lorabank.Adapter, got {adapter!r:.80}. lorabank.Adapter.load(path) reads "
                 "one from a folder or a file."
             )
-        if not force:
-            check_finite(name, adapter)
         difference = None if adapter.fingerprint is None else adapter.fingerprint.compare(self.fingerprint)
         if difference is not None and not force:
             of = f" ({adapter.base_model})" if adapter.base_model else ""
@@ -223,6 +221,8 @@ class AdapterBank(Routed):
             )
         adapter = at_home(self.model, adapter)
         check_fits(self.model, name, adapter, force=force, fused=self.fused)
+        if not force:
+            check_finite(name, adapter)
         warn_storage(name, adapter, self.model)
         warn_empty_experts(name, adapter, self.model)
         warn_missing(f"adapter {name!r}", missing_layers(self.model, adapter, self.kept, self.fused))
