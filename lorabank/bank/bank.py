@@ -49,7 +49,7 @@ from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
 from lorabank.bank.wrapping import unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, AdapterNameError, FingerprintError, LorabankError, closest
-from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer
+from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer, no_adapter
 from lorabank.formats.fingerprint import Fingerprint
 from lorabank.formats.slices import sliced
 from lorabank.formats.token_rows import TokenRows
@@ -208,10 +208,7 @@ class AdapterBank(Routed):
         self._check_alive()
         check_new_name(name, self._slots)
         if not isinstance(adapter, Adapter):
-            raise AdapterFileError(
-                f"bank.load({name!r}, …): expected a lorabank.Adapter, got {adapter!r:.80}. lorabank.Adapter.load(path) reads "
-                "one from a folder or a file."
-            )
+            raise AdapterFileError(no_adapter(adapter, f"bank.load({name!r}, …)"))
         difference = None if adapter.fingerprint is None else adapter.fingerprint.compare(self.fingerprint)
         if difference is not None and not force:
             of = f" ({adapter.base_model})" if adapter.base_model else ""

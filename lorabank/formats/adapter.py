@@ -192,3 +192,11 @@ class Adapter:
         from lorabank.formats.detect import load_adapters
 
         return load_adapters(folder)
+
+
+def no_adapter(value: object, call: str) -> str:
+    """What to say of a value that isn't an adapter."""
+    return (
+        f"{call}: expected a lorabank.Adapter, got {value!r:.80}. lorabank.Adapter.load(path) reads one from a folder or a file, "
+        "bank.adapter(name) takes one from a bank."
+    )
