@@ -75,8 +75,6 @@ def _one_pass(engine: Engine, batch: ModelBatch, names: Sequence[str | None], st
         tensors[_SCALE] = scales
     with engine.watched():
         losses = _training_pass(engine, batch.loss)(tensors, _route(engine, batch, names, steps))
-    if losses.shape != (batch.rows,):
-        raise ConfigError(f"loss: expected one sum a row, a tensor of shape ({batch.rows},), got {tuple(losses.shape)}.")
     return losses if scales is None else losses / scales.to(bank.device)
 
 
@@ -116,6 +114,10 @@ def _flat(loss: RowLoss, model: nn.Module) -> Callable[[Tensors], Tensor]:
         inputs = {name[len(_INPUT) :]: tensor for name, tensor in tensors.items() if name.startswith(_INPUT)}
         targets = {name[len(_TARGET) :]: tensor for name, tensor in tensors.items() if name.startswith(_TARGET)}
         losses = loss(model, inputs, targets)
+        rows = next(iter(tensors.values())).shape[0]
+        if not isinstance(losses, Tensor) or losses.shape != (rows,):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ConfigError(f"loss: expected one sum a row, a tensor of shape ({rows},), got {got}.")
         return losses * tensors[_SCALE] if _SCALE in tensors else losses
 
     return loss_of
