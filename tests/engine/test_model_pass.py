@@ -1,4 +1,4 @@
-"""Batches for a model of any kind: the same gradients as a plain loop, the laws, parts where memory runs out, fp16's loss scales."""
+"""Batches for a model of any kind: the gradients of a plain loop, the laws, parts where memory runs out, fp16's loss scales."""
 
 from __future__ import annotations
 
@@ -74,9 +74,8 @@ def test_losses_and_gradients_are_those_of_a_plain_loop() -> None:
     batch = batch_of(["a", BASE, "b", "a"])
     losses = forward_backward(engine, batch)
     joint = {name: gradients(engine.bank, name) for name in ("a", "b")}
-    engine.bank.zero_grad() if isinstance(engine.bank, nn.Module) else [
-        setattr(p, "grad", None) for p in engine.bank.parameters()
-    ]
+    for leaf in engine.bank.parameters():
+        leaf.grad = None
     engine.bank.model.eval()
     for name, rows in (("a", [0, 3]), ("b", [2])):
         part = batch.select(rows)
@@ -190,7 +189,7 @@ def test_what_is_wrong_is_named() -> None:
     batch = batch_of(["a", "b"])
     with pytest.raises(RoutingError, match="mixture"):
         forward_backward(engine, replace(batch, routes=({"a": 0.5, "b": 0.5}, "b")))
-    with pytest.raises(DataError, match="'pixels' has shape .*, expected 3 rows"):
+    with pytest.raises(DataError, match=r"'pixels' has shape .*, expected 3 rows"):
         replace(batch, routes=("a", "b", "a"), weights=(1.0,) * 3, sizes=(1,) * 3, examples_E=torch.arange(3))
     with pytest.raises(DataError, match="2 routes but 1 weights"):
         replace(batch, weights=(1.0,))
