@@ -1,1 +1,3 @@
-"""Text classification and regression."""
+"""`text-classification`: texts, or pairs of them, with labels or numbers."""
+
+from lorabank.tasks.text_classification.task import KIND as KIND

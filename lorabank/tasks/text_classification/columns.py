@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorabank.errors import DataError, Setting, closest
@@ -34,9 +34,9 @@ class Columns:
     label: str | None = None
     """None: the rows have none, and can only be predicted."""
 
-    def used(self) -> tuple[str, ...]:
-        """Those that are read, in order."""
-        return tuple(name for name in (self.text, self.pair, self.label) if name is not None)
+    def without_label(self) -> Columns:
+        """The texts alone, to be predicted."""
+        return replace(self, label=None)
 
 
 def find_columns(
@@ -47,17 +47,17 @@ def find_columns(
     Raises DataError, naming the row and its columns, where one that is named or needed isn't there.
     """
     names = list(values)
-    for setting, name in (("data.text", text), ("data.text_pair", pair)):
+    for setting, name in (("classification.text", text), ("classification.text_pair", pair)):
         _check_there(setting, name, names, origin)
     if label is not None and (need_label or label in names):
-        _check_there("data.label", label, names, origin)
+        _check_there("classification.label", label, names, origin)
     found_label = label if label in names else None
     if label is None:
         found_label = next((name for name in LABELS if name in names and name not in (text, pair)), None)
     if found_label is None and need_label:
         raise DataError(
             f"{origin}: no column with the label: expected one called {', '.join(LABELS)}, got {_listed(names)}. Name it with ",
-            Setting("data.label"),
+            Setting("classification.label"),
             ".",
         )
     if text is None:
@@ -66,7 +66,7 @@ def find_columns(
             raise DataError(
                 f"{origin}: no column with the text: expected one called {', '.join(TEXTS)}, or a pair such as sentence1 and "
                 f"sentence2, got {_listed(names)}. Name it with ",
-                Setting("data.text"),
+                Setting("classification.text"),
                 ".",
             )
         return Columns(text=first, pair=second if pair is None else pair, label=found_label)

@@ -1,6 +1,6 @@
 """`LabelSet`: what an adapter's head has an output for, and how a column's values become targets and outputs names again.
 
-Three kinds of problem, called as in transformers' `problem_type`: one label of several, any number of them, a number.
+Three kinds: one label of several a row, any number of them, a number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorabank.data.formats import refuse_nan
 from lorabank.data.row import Row, RowError
 from lorabank.errors import DataError, Setting, closest
 
-SINGLE, MULTI, REGRESSION = "single_label", "multi_label", "regression"
+SINGLE, MULTI, REGRESSION = "single", "multi", "regression"
 KINDS = (SINGLE, MULTI, REGRESSION)
 Label = str | tuple[str, ...] | float
 """A row's label: a name, several of them, or (regression) a number."""
@@ -30,7 +30,7 @@ class LabelSet:
     """The labels of one adapter."""
 
     kind: str
-    """`single_label`, `multi_label` or `regression`."""
+    """`single`, `multi` or `regression`."""
     names: tuple[str, ...]
     """One an output of the head, in its order; of a regression the name of the column alone."""
 
@@ -62,14 +62,14 @@ class LabelSet:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"problem_type": self.kind, "labels": list(self.names)}
+        return {"kind": self.kind, "labels": list(self.names)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], origin: str) -> LabelSet:
         """What `to_dict` gave. Raises DataError, naming `origin`, where it is none."""
-        kind, names = values.get("problem_type"), values.get("labels")
+        kind, names = values.get("kind"), values.get("labels")
         if kind not in KINDS or not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{origin}: expected problem_type (one of {', '.join(KINDS)}) and labels (a list of names)")
+            raise DataError(f"{origin}: expected kind (one of {', '.join(KINDS)}) and labels (a list of names)")
         return cls(kind=str(kind), names=tuple(names))
 
 
@@ -161,7 +161,7 @@ def _number(value: object, column: str) -> float:
 
 
 def find_kind(labels: Iterable[Label]) -> str:
-    """The kind of problem that labels read without one (`label_of`) are of: lists, numbers with a fraction, or names."""
+    """The kind that labels read without one (`label_of`) are of: lists, numbers with a fraction, or names."""
     found = list(labels)
     if any(isinstance(label, tuple) for label in found):
         return MULTI
@@ -203,7 +203,7 @@ def make_set(labels: Sequence[Label], *, kind: str, column: str, known: Sequence
         raise DataError(
             f"{where}: every row {only} in column {column!r}, so there is nothing to tell apart. Give rows of at least two "
             "labels, or name the right column with ",
-            Setting("data.label"),
+            Setting("classification.label"),
             ".",
         )
     return LabelSet(kind=kind, names=tuple(known) if known is not None else in_order(names))

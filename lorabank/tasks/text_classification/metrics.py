@@ -6,6 +6,7 @@ K outputs of the head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -37,7 +38,7 @@ DEFAULTS: Mapping[str, tuple[str, ...]] = {
     MULTI: ("f1_micro", "f1_macro", "exact_match"),
     REGRESSION: ("pearson", "spearman", "rmse"),
 }
-"""Kind of problem → what it is scored by where nobody says."""
+"""Kind of labels → what it is scored by where nobody says."""
 POSITIVE = ("true", "yes", "positive", "equivalent", "duplicate", "spam")
 """Of two labels the one that F1 is about, whatever its place."""
 
@@ -53,8 +54,8 @@ class Scored:
     """The same of the model: the likeliest label, labels above one half, or the number."""
 
 
-Metric = Callable[[Scored], float | None]
-"""A score of a prediction; None where it is undefined, such as the correlation of equal numbers."""
+Metric = Callable[[Scored], float]
+"""A score of a prediction; NaN where it is undefined, such as the correlation of equal numbers."""
 
 
 def positive(labels: LabelSet) -> int:
@@ -92,9 +93,17 @@ def f1_micro(scored: Scored) -> float:
 
 
 def _f1(scored: Scored, **how: object) -> float:
-    score = _sklearn().f1_score
-    every = {} if how["average"] == "binary" else {"labels": list(range(scored.labels.outputs))}
-    return float(score(_whole(scored.targets), _whole(scored.predictions), zero_division=0.0, **every, **how))
+    targets, guesses = _whole(scored.targets), _whole(scored.predictions)
+    there = {} if how["average"] == "binary" else {"labels": _occurring(targets, guesses)}
+    return float(_sklearn().f1_score(targets, guesses, zero_division=0.0, **there, **how))
+
+
+def _occurring(targets: NDArray[np.int64], guesses: NDArray[np.int64]) -> list[int]:
+    """Labels that a row has or is given: others have no F1, and a mean over labels is one over these."""
+    if targets.ndim == 1:
+        return sorted({*targets.tolist(), *guesses.tolist()})
+    found = np.flatnonzero((targets | guesses).any(axis=0)).tolist()
+    return found or list(range(targets.shape[1]))
 
 
 def matthews(scored: Scored) -> float:
@@ -112,14 +121,14 @@ def balanced_accuracy(scored: Scored) -> float:
     return float(recall(targets, _whole(scored.predictions), labels=sorted({*targets.tolist()}), average="macro"))
 
 
-def pearson(scored: Scored) -> float | None:
-    """Pearson's correlation in [-1, 1]; None where the numbers or the predictions are all the same."""
-    return None if _constant(scored) else float(_stats().pearsonr(scored.predictions, scored.targets).statistic)
+def pearson(scored: Scored) -> float:
+    """Pearson's correlation in [-1, 1]; NaN where the numbers or the predictions are all the same."""
+    return math.nan if _constant(scored) else float(_stats().pearsonr(scored.predictions, scored.targets).statistic)
 
 
-def spearman(scored: Scored) -> float | None:
-    """Spearman's rank correlation in [-1, 1]; None as for `pearson`."""
-    return None if _constant(scored) else float(_stats().spearmanr(scored.predictions, scored.targets).statistic)
+def spearman(scored: Scored) -> float:
+    """Spearman's rank correlation in [-1, 1]; NaN as for `pearson`."""
+    return math.nan if _constant(scored) else float(_stats().spearmanr(scored.predictions, scored.targets).statistic)
 
 
 def rmse(scored: Scored) -> float:
@@ -145,7 +154,7 @@ METRICS: Mapping[str, tuple[Metric, tuple[str, ...]]] = {
     "rmse": (rmse, (REGRESSION,)),
     "mae": (mae, (REGRESSION,)),
 }
-"""Name → the metric, and the kinds of problem that have it."""
+"""Name → the metric, and the kinds that have it."""
 LOWER_IS_BETTER = ("loss", "rmse", "mae")
 
 
@@ -154,11 +163,13 @@ def check_metrics(names: Sequence[str], kind: str | None = None) -> None:
 
     `loss` is always there, and taken here.
     """
-    wanted = [metric for name in names for metric in _expanded(name)]
+    wanted = [metric for name in names for metric in expanded(name)]
     for name in wanted if kind is not None else ():
         if name != "loss" and kind not in METRICS[name][1]:
             have = ", ".join(metric for metric, (_, kinds) in METRICS.items() if kind in kinds)
-            raise ConfigError(f"metric {name!r}: it is for {' and '.join(METRICS[name][1])}, and the labels are {kind}: {have}")
+            raise ConfigError(
+                f"metric {name!r}: it is for {' and '.join(METRICS[name][1])}, and the labels are {kind}, which has {have}"
+            )
     if any(name != "loss" for name in wanted):
         _sklearn()
         _stats()
@@ -169,12 +180,13 @@ def metrics_of(names: Sequence[str], kind: str) -> list[str]:
 
     Adapters of several kinds may share a run, so that a metric of one kind is passed over by the others.
     """
-    wanted = list(dict.fromkeys(metric for name in names for metric in _expanded(name) if metric != "loss"))
+    wanted = list(dict.fromkeys(metric for name in names for metric in expanded(name) if metric != "loss"))
     mine = [name for name in wanted if kind in METRICS[name][1]]
     return mine if wanted and mine else list(DEFAULTS[kind])
 
 
-def _expanded(name: str) -> tuple[str, ...]:
+def expanded(name: str) -> tuple[str, ...]:
+    """The metrics that a name means: itself, or those of a task of GLUE. Raises ConfigError for an unknown one."""
     if name == "loss":
         return (name,)
     if name.startswith("glue:"):
@@ -190,13 +202,12 @@ def _expanded(name: str) -> tuple[str, ...]:
 
 
 def compute(scored: Scored, names: Sequence[str]) -> dict[str, float]:
-    """Each metric by name; undefined ones are left out. Raises DataError without rows."""
+    """Each metric by name. Raises DataError without rows."""
     if not len(scored.targets):
         raise DataError("scoring: no rows with labels. Is the held-out split empty?")
     if scored.labels.kind not in KINDS:
-        raise ConfigError(f"problem_type: expected one of {', '.join(KINDS)}, got {scored.labels.kind!r}")
-    found = {name: METRICS[name][0](scored) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+        raise ConfigError(f"kind: expected one of {', '.join(KINDS)}, got {scored.labels.kind!r}")
+    return {name: METRICS[name][0](scored) for name in names}
 
 
 def predicted(outputs_NK: NDArray[np.float64], labels: LabelSet) -> NDArray[np.float64]:

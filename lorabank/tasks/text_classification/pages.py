@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorabank.errors import DataError
 from lorabank.tasks.text_classification.labels import MULTI, REGRESSION, SINGLE, LabelSet
 from lorabank.tasks.text_classification.metrics import predicted
 from lorabank.tasks.text_classification.rows import ClassRow
@@ -31,7 +32,7 @@ class Outcome:
 
     labels: LabelSet
     rows: Sequence[ClassRow]
-    """Each with a target."""
+    """Each with a label."""
     outputs_NK: NDArray[np.float64]
     losses_N: NDArray[np.float64]
 
@@ -51,6 +52,12 @@ def probabilities(outputs_NK: NDArray[np.float64], labels: LabelSet) -> NDArray[
     return raised / raised.sum(axis=1, keepdims=True)
 
 
+def _target(row: ClassRow, labels: LabelSet) -> int | float | tuple[float, ...]:
+    if row.label is None:
+        raise DataError(f"{row.origin}: the row has no label")
+    return labels.target(row.label)
+
+
 def decided(outputs_NK: NDArray[np.float64], labels: LabelSet) -> list[str | list[str] | float]:
     """Each row's answer as a person reads it: a label's name, a list of them, or the number."""
     found = predicted(outputs_NK, labels)
@@ -64,7 +71,7 @@ def decided(outputs_NK: NDArray[np.float64], labels: LabelSet) -> list[str | lis
 def confusion(outcome: Outcome) -> NDArray[np.int64]:
     """(K, K) counts: row the label that is right, column the one that was predicted."""
     counts = np.zeros((outcome.labels.outputs,) * 2, dtype=np.int64)
-    targets = np.array([row.target for row in outcome.rows], dtype=np.int64)
+    targets = np.array([_target(row, outcome.labels) for row in outcome.rows], dtype=np.int64)
     np.add.at(counts, (targets, predicted(outcome.outputs_NK, outcome.labels).astype(np.int64)), 1)
     return counts
 
@@ -72,7 +79,7 @@ def confusion(outcome: Outcome) -> NDArray[np.int64]:
 def label_table(outcome: Outcome) -> list[dict[str, Any]]:
     """A row a label: `label`, `rows`, `precision`, `recall`, `f1` (None where undefined), in the head's order."""
     guesses = predicted(outcome.outputs_NK, outcome.labels)
-    targets = np.array([row.target for row in outcome.rows], dtype=np.float64)
+    targets = np.array([_target(row, outcome.labels) for row in outcome.rows], dtype=np.float64)
     if outcome.labels.kind == SINGLE:
         eye = np.eye(outcome.labels.outputs)
         guesses, targets = eye[guesses.astype(np.int64)], eye[targets.astype(np.int64)]
@@ -92,9 +99,9 @@ def worst_rows(outcome: Outcome, count: int = WORST) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for i in np.argsort(-outcome.losses_N, kind="stable"):
         row, answer = outcome.rows[i], answers[i]
-        if outcome.labels.kind != REGRESSION and _same(row.source.label, answer):
+        if outcome.labels.kind != REGRESSION and _same(row.label, answer):
             continue
-        entry: dict[str, Any] = {"row": row.origin, "loss": round(float(outcome.losses_N[i]), 4), "label": row.source.label}
+        entry: dict[str, Any] = {"row": row.origin, "loss": round(float(outcome.losses_N[i]), 4), "label": row.label}
         entry["predicted"] = round(answer, 4) if isinstance(answer, float) else answer
         if outcome.labels.kind == SINGLE:
             entry["probability"] = round(float(outcome.probabilities_NK[i].max()), 4)
@@ -209,7 +216,7 @@ def _draw_bars(axes: Axes, outcome: Outcome) -> None:
 
 def _draw_numbers(axes: Axes, outcome: Outcome) -> None:
     """A point a row, and the line on which all of them should lie."""
-    targets = np.array([row.target for row in outcome.rows], dtype=np.float64)
+    targets = np.array([_target(row, outcome.labels) for row in outcome.rows], dtype=np.float64)
     axes.scatter(targets, outcome.outputs_NK[:, 0], s=9, alpha=0.5, color="#0072B2", linewidths=0)
     ends = [min(targets.min(), outcome.outputs_NK.min()), max(targets.max(), outcome.outputs_NK.max())]
     axes.plot(ends, ends, color="#555555", linewidth=1, linestyle=":")

@@ -45,16 +45,39 @@ class ClassRow:
     """Cut to `max_length`, special tokens included."""
     token_type_ids: tuple[int, ...] | None
     """0 for the first text, 1 for the second, where the tokenizer gives them."""
-    target: int | float | tuple[float, ...] | None
-    """What the loss compares the head's outputs with; None for a row without a label."""
     source: LabelledText
     truncated: bool
     """Whether tokens were cut off."""
 
     @property
+    def label(self) -> Label | None:
+        """As it was read; None for a row that is only predicted."""
+        return self.source.label
+
+    @property
     def origin(self) -> str:
         """Where the row came from."""
         return self.source.origin
+
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
+    @property
+    def prompt_text(self) -> str:
+        """The texts."""
+        return self.source.text if self.source.pair is None else f"{self.source.text} ‖ {self.source.pair}"
+
+    @property
+    def reference(self) -> str:
+        """The label, for people."""
+        return ", ".join(self.label) if isinstance(self.label, tuple) else "" if self.label is None else str(self.label)
+
+    @property
+    def content(self) -> object:
+        """What training depends on."""
+        return self.input_ids, self.token_type_ids, self.label
 
 
 def texts_of(
@@ -81,44 +104,65 @@ def _text_of(row: Row, columns: Columns, kind: str | None, need_label: bool, gro
 
 
 def encode(
-    texts: Sequence[LabelledText], labels: LabelSet, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    texts: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, *, max_length: int, labels: Sequence[LabelSet] = ()
 ) -> list[ClassRow | RowError]:
-    """Token ids and targets, in order; a RowError for a label that the head lacks, or a text without a single token.
+    """Token ids, in order; a RowError for a text without a token, or a label that none of the `labels` has (if any are given).
 
-    Of two texts the longer one is cut first. Texts keep the tokenizer's special tokens.
+    Of two texts the longer one is cut first. Texts keep the tokenizer's special tokens; where it has none to stand between two
+    texts, a new line does.
     """
     found: list[ClassRow | RowError] = []
     for start in range(0, len(texts), _BATCH):
         part = texts[start : start + _BATCH]
-        paired = [i for i, text in enumerate(part) if text.pair is not None]
         coded: dict[int, dict[str, Any]] = {}
-        for chosen in (paired, [i for i in range(len(part)) if part[i].pair is None]):
+        given = [_texts_for(text, tokenizer) for text in part]
+        for paired in (False, True):
+            chosen = [i for i, (_, second) in enumerate(given) if (second is not None) is paired]
             if chosen:
-                coded |= dict(zip(chosen, _tokens([part[i] for i in chosen], tokenizer), strict=True))
-        for i, text in enumerate(part):
-            found.append(_row(text, coded[i], labels, tokenizer, max_length))
+                coded |= dict(zip(chosen, _tokens([given[i] for i in chosen], tokenizer), strict=True))
+        found += [_row(part[i], given[i], coded[i], tokenizer, max_length, labels) for i in range(len(part))]
     return found
 
 
-def _tokens(texts: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def _texts_for(text: LabelledText, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
+    """What the tokenizer is given: decoders' would join two texts without a sign of where one ends."""
+    if text.pair is not None and tokenizer.sep_token is None:
+        return f"{text.text}\n{text.pair}", None
+    return text.text, text.pair
+
+
+def _tokens(texts: Sequence[tuple[str, str | None]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The tokenizer's own columns of each text, uncut."""
-    seconds = [text.pair for text in texts if text.pair is not None] or None
-    coded: Any = tokenizer([text.text for text in texts], text_pair=seconds, verbose=False)
+    seconds = [second for _, second in texts if second is not None] or None
+    coded: Any = tokenizer([first for first, _ in texts], text_pair=seconds, verbose=False)
     return [{key: coded[key][i] for key in coded if key != "attention_mask"} for i in range(len(texts))]
 
 
 def _row(
-    text: LabelledText, coded: dict[str, Any], labels: LabelSet, tokenizer: PreTrainedTokenizerBase, max_length: int
+    text: LabelledText,
+    given: tuple[str, str | None],
+    coded: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    labels: Sequence[LabelSet],
 ) -> ClassRow | RowError:
     cut = len(coded["input_ids"]) > max_length
     if cut:
-        coded = dict(tokenizer(text.text, text.pair, truncation="longest_first", max_length=max_length, verbose=False))
+        coded = dict(tokenizer(*given, truncation="longest_first", max_length=max_length, verbose=False))
     ids = tuple(coded["input_ids"])
     if not ids:
         return RowError("the text has no token", text.origin)
+    misfits = [] if text.label is None else [_misfit(known, text.label) for known in labels]
+    if misfits and all(misfits):
+        return RowError(str(misfits[0]), text.origin)
     types = tuple(coded["token_type_ids"]) if "token_type_ids" in coded else None
+    return ClassRow(input_ids=ids, token_type_ids=types, source=text, truncated=cut)
+
+
+def _misfit(labels: LabelSet, label: Label) -> str | None:
+    """Why the label isn't one of these; None where it is."""
     try:
-        target = None if text.label is None else labels.target(text.label)
+        labels.target(label)
     except RowError as error:
-        return error.at(text.origin)
-    return ClassRow(input_ids=ids, token_type_ids=types, target=target, source=text, truncated=cut)
+        return error.reason
+    return None

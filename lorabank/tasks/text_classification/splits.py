@@ -43,7 +43,7 @@ def _only_rows(rows: Sequence[ClassRow]) -> frozenset[int]:
     """Positions of rows that are their label's only one."""
     places: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        for name in names_in(row.source.label):
+        for name in names_in(row.label):
             places.setdefault(name, []).append(i)
     return frozenset(found[0] for found in places.values() if len(found) == 1)
 
@@ -55,12 +55,12 @@ def label_notes(rows: Sequence[ClassRow], labels: LabelSet) -> dict[str, list[st
         return notes
     by_label: dict[str, list[str]] = {}
     for row in rows:
-        for name in names_in(row.source.label):
+        for name in names_in(row.label):
             by_label.setdefault(name, []).append(row.origin)
     for name, origins in by_label.items():
         if len(origins) == 1:
             notes[f"label {name!r} has one training row, too few to learn it from"] = origins
     if len(labels.names) > MANY and all(name.removeprefix("-").isdecimal() for name in labels.names):
         every = [row.origin for row in rows]
-        notes["more than a hundred whole numbers as labels; for an amount set data.problem_type to regression"] = every
+        notes["more than a hundred whole numbers as labels; for an amount set classification.kind to regression"] = every
     return notes

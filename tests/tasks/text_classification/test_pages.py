@@ -28,7 +28,6 @@ def outcome(labels: LabelSet, given: list, outputs: list, losses: list | None = 
         ClassRow(
             input_ids=(1,),
             token_type_ids=None,
-            target=labels.target(label),
             source=LabelledText(text=f"text | {i}", pair="other" if i == 1 else None, label=label, origin=f"f:{i + 1}"),
             truncated=False,
         )

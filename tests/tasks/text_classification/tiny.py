@@ -67,24 +67,44 @@ def tiny_llama(seed: int = 0, num_labels: int = 2) -> LlamaForSequenceClassifica
     return LlamaForSequenceClassification(config).eval()
 
 
+NEUTRAL = "the a food was is place by river in city and it we they service".split()
+
+
+def filler(i: int) -> str:
+    """Up to four words that tell nothing, others for each of the first 200 or so."""
+    return " ".join(NEUTRAL[j % len(NEUTRAL)] for j in (i, i // 15, 3 * i + 1, 7 * i)[: 2 + i % 3])
+
+
 def mood_rows(count: int = 48) -> list[dict[str, Any]]:
     """A text whose one telling word decides its label."""
-    telling = {"good": "pos", "great": "pos", "bad": "neg", "awful": "neg"}
+    telling = {"good": "pos", "bad": "neg", "great": "pos", "awful": "neg"}
     words = list(telling)
-    rows = []
-    for i in range(count):
-        word = words[i % 4]
-        filler = " ".join(
-            WORDS[(5 * i + j * 7) % len(WORDS)] for j in range(i % 5) if WORDS[(5 * i + j * 7) % len(WORDS)] not in telling
-        )
-        rows.append({"text": f"the food was {word} {filler}".strip(), "label": telling[word]})
-    return rows
+    return [{"text": f"the food was {words[i % 4]} {filler(i)}", "label": telling[words[i % 4]]} for i in range(count)]
 
 
 def price_rows(count: int = 48) -> list[dict[str, Any]]:
     """The same with three labels, which another word decides."""
     telling = {"cheap": "low", "dear": "high", "slow": "none"}
     words = list(telling)
-    return [
-        {"text": f"it is {words[i % 3]} {' and fast' * (i % 4)}".strip(), "label": telling[words[i % 3]]} for i in range(count)
-    ]
+    return [{"text": f"it is {words[i % 3]} {filler(i)}", "label": telling[words[i % 3]]} for i in range(count)]
+
+
+def star_rows(count: int = 48) -> list[dict[str, Any]]:
+    """Pairs with a number."""
+    words = {"good": 4.5, "bad": 1.5, "great": 5.0, "awful": 0.5}
+    telling = [list(words)[i % 4] for i in range(count)]
+    return [{"sentence1": f"the food was {word}", "sentence2": filler(i), "score": words[word]} for i, word in enumerate(telling)]
+
+
+def tag_rows(count: int = 48) -> list[dict[str, Any]]:
+    """Any number of labels a row."""
+    rows = []
+    for i in range(count):
+        said = {"cheap": i % 2 == 1, "fast": i % 3 > 0}
+        rows.append(
+            {
+                "text": " ".join(["it is", *(word for word, on in said.items() if on), filler(i)]),
+                "labels": [tag for tag, on in zip(("price", "speed"), said.values(), strict=True) if on],
+            }
+        )
+    return rows
