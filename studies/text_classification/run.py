@@ -6,7 +6,7 @@
 FOLDER has `devset.csv` and `testset_w_refs.csv` of the E2E NLG Challenge (tuetschek/e2e-dataset). From a description of a
 restaurant: is it family-friendly, what does it cost, how do customers rate it? Labels are the attributes that the description
 was written from; `not said` where there was none. Each method has the same rows in the same order, the same steps, schedule and
-loss; its learning rate is the one of lower validation loss. results/result.json is written after each run; a run that was cut off
+loss; of two learning rates that of lower validation loss counts. Test rows are every third of the official ones. results/result.json is written after each run; a run that was cut off
 goes on from there.
 """
 
@@ -42,7 +42,8 @@ from table import write
 HERE = Path(__file__).parent
 LABEL_SETS = {"family": "familyFriendly", "price": "priceRange", "rating": "customer rating"}
 """Adapter to the attribute that it reads off a description."""
-RATES = {"lora": (5e-4, 2e-3), "full": (5e-5, 2e-4), "head": (1e-3, 1e-2)}
+RATES = {"lora": (1e-3,), "full": (1e-4,), "head": (1e-3, 1e-2)}
+"""LoRA's is ten times that of full fine-tuning, as it is by default; two for the head, which has no such rule."""
 RANK, SEED, WARMUP = 8, 1, 0.03
 METRICS = ("accuracy", "f1", "matthews")
 
@@ -63,7 +64,7 @@ def write_rows(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
     for name, attribute in LABEL_SETS.items():
         for split, file in (("train", "devset.csv"), ("test", "testset_w_refs.csv")):
             path = args.work / f"{name}-{split}.jsonl"
-            rows = label_rows(args.e2e, file, attribute)[:: args.every]
+            rows = label_rows(args.e2e, file, attribute)[:: args.every * (1 if split == "train" else 3)]
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
             files.setdefault(name, {})[split] = path
     return files
@@ -129,7 +130,7 @@ class Other:
         }
 
     def test(self) -> dict[str, float]:
-        """Scores on the official test rows."""
+        """Scores on test rows."""
         config = TrainConfig(task="text-classification", data=DataConfig(val_split=0), adapters={self.name: lb.AdapterRun()})
         rows = self.task.read(config, RowObjects(train=str(self.files["test"]))).by_adapter[self.name].train
         return self._scores(rows)
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of all-MiniLM-L6-v2, or another encoder")
     parser.add_argument("--e2e", type=Path, required=True, help="folder with devset.csv and testset_w_refs.csv")
     parser.add_argument("--work", type=Path, default=Path("out/text_classification_study"), help="where runs are written")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--every", type=int, default=1, help="take each N-th row, for a quick look")
     parser.add_argument("--device", default="cpu")
