@@ -6,8 +6,8 @@
 FOLDER has `devset.csv` and `testset_w_refs.csv` of the E2E NLG Challenge (tuetschek/e2e-dataset). From a description of a
 restaurant: is it family-friendly, what does it cost, how do customers rate it? Labels are the attributes that the description
 was written from; `not said` where there was none. Each method has the same rows in the same order, the same steps, schedule and
-loss; of two learning rates that of lower validation loss counts. Test rows are every third of the official ones. results/result.json is written after each run; a run that was cut off
-goes on from there.
+loss; of two learning rates that of lower validation loss counts. Test rows are every third of the official ones.
+results/result.json is written after each run; a run that was cut off goes on from there.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from lorabank.training.task import BaseRequest, Say, TaskBase
 
 HEAD_SEED = 0
 """Of what a base's files lack: heads of several layers begin with the base's values, so runs of one seed begin alike."""
+ONE_INPUT = ("deberta", "deberta-v2")
+"""Model types that project positions once for all rows of a pass, so that its rows have one route."""
 _PROBLEMS = {"regression": REGRESSION, "multi_label_classification": "multi", "single_label_classification": SINGLE}
 
 
@@ -41,7 +43,18 @@ def load_classifier(request: BaseRequest, say: Say) -> TaskBase:
             "the model's configuration names no pad token, by which a decoder's head finds a row's last token: "
             f"{base.processor.pad_token!r} is taken. Other tools need model.config.pad_token_id = {base.processor.pad_token_id}."
         )
+    if has_one_input(base.model):
+        notes.append(
+            f"{type(base.model).__name__} projects positions once for all rows of a pass: in each step adapters go through it "
+            "one after the other, so joint training saves no time."
+        )
     return TaskBase(model=base.model, processor=base.processor, name=request.model, folder=base.folder, notes=notes)
+
+
+def has_one_input(model: nn.Module) -> bool:
+    """Whether the rows of a pass must have one route."""
+    config: Any = model.config
+    return config.model_type in ONE_INPUT
 
 
 def pad_id(model: nn.Module) -> int:

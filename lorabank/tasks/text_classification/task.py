@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
@@ -25,7 +26,7 @@ from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.tasks.text_classification.labels import LabelSet
 from lorabank.tasks.text_classification.metrics import METRICS, Scored, check_metrics, compute, expanded, metrics_of, predicted
-from lorabank.tasks.text_classification.model import load_classifier, own_labels, pad_id, positions
+from lorabank.tasks.text_classification.model import has_one_input, load_classifier, own_labels, pad_id, positions
 from lorabank.tasks.text_classification.pages import Outcome, page, picture
 from lorabank.tasks.text_classification.predict import predict_rows
 from lorabank.tasks.text_classification.prepare import PreparedTexts, prepare_texts
@@ -151,6 +152,11 @@ class TextClassification(Task[ClassRow]):
     @property
     def scores_base(self) -> bool:
         return self.own is not None and all(known == self.own for known in self.sets.values())
+
+    def engine(self, bank: AdapterBank) -> Engine:
+        made = super().engine(bank)
+        made.one_route = has_one_input(self.model)
+        return made
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
