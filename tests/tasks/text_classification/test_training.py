@@ -182,6 +182,20 @@ def test_peft_loads_it_and_says_the_same(finished: Path, bert_folder: Path, tmp_
     assert list(ours.values()) == pytest.approx(shares.tolist(), abs=1e-4)
 
 
+def test_merged_it_is_a_classifier_by_itself(finished: Path, tmp_path: Path) -> None:
+    """Its labels have their names, so that other tools say them, and it is scored and trained further by them."""
+    from lorabank.cli.main import main
+
+    assert main(["merge", str(finished / "price"), "--output", str(tmp_path / "merged")]) == 0
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "merged"))
+    assert merged.config.id2label == {0: "high", 1: "low", 2: "none"}
+    assert merged.config.problem_type == "single_label_classification"
+    file = write_rows(tmp_path / "test.jsonl", price_rows(12))
+    data = DataConfig(test=str(file))
+    alone = api.evaluate(tmp_path / "merged", None, data, metrics=["accuracy"], task="text-classification")
+    assert alone["base"] == pytest.approx(api.evaluate(finished, ["price"], data, metrics=["accuracy"])["price"], rel=1e-4)
+
+
 def test_interrupted_and_resumed(bert_folder: Path, tmp_path: Path) -> None:
     files = {name: write_rows(tmp_path / f"{name}.jsonl", ROWS[name]) for name in ("mood", "price")}
 
