@@ -142,7 +142,7 @@ def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, par
     if adapter.modules:
         more = f" and {len(adapter.modules) - 3} more" if len(adapter.modules) > 3 else ""
         told.append(f"taken over in full: {', '.join(list(adapter.modules)[:3])}{more}")
-    if "id2label" in after and len(after["id2label"]) != len(before.get("id2label") or "12"):
+    if "LABEL_0" in after.get("id2label", {}).values() and len(after["id2label"]) != len(before.get("id2label") or "12"):
         told.append(f"labels: {len(after['id2label'])}, called LABEL_0 …: give them names in config.json (id2label, label2id)")
     if parted:
         told.append(f"the output head and the embedding are two weights now ({TIE}: false)")

@@ -29,6 +29,14 @@ a line. Each output row is the input row and one column an adapter.
 """
 
 
+TASK_OPTIONS: Mapping[str, Sequence[str]] = {
+    "summarization": ("max_new_tokens",),
+    "translation": ("max_new_tokens",),
+    "text2text-generation": ("max_new_tokens",),
+}
+"""Task to the flags that it has beside those of all."""
+
+
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
     """Arguments of `predict`."""
     parser = subparsers.add_parser(
@@ -108,6 +116,7 @@ def _by_task(args: argparse.Namespace, output: Path) -> int:
         device=args.device,
         dtype=args.dtype,
         task=args.task,
+        options={name: getattr(args, name) for name in TASK_OPTIONS.get(task_of(args), ())},
         say=lambda line: print(line, file=sys.stderr),
     )
     print(told)

@@ -180,8 +180,22 @@ def _from_object(source: Source, role: str, name: str | None = None) -> Iterator
     where = name or f"the {role} rows given"
     if isinstance(source, Mapping | str | bytes) or not isinstance(source, Iterable):
         raise DataError(f"{role} data: expected a path, a data set or a list of dicts, got {type(source).__name__}")
+    classes = _class_names(source)
     for number, values in enumerate(source, start=1):
         origin = f"row {number} of {where}"
         if not isinstance(values, Mapping):
             raise DataError(f"{origin}: expected a dict of columns, got {type(values).__name__}")
-        yield Row(values, origin)
+        yield Row(values, origin, classes)
+
+
+def _class_names(source: Any) -> dict[str, list[str]]:
+    """The names that a data set of the datasets library has for the numbers of a column, or of a column's lists."""
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        return {}
+    found: dict[str, list[str]] = {}
+    for column, feature in (source.features or {}).items():
+        inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+        if isinstance(inner, datasets.ClassLabel):
+            found[column] = list(inner.names)
+    return found

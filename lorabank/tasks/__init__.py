@@ -12,6 +12,9 @@ from lorabank.training.task import TaskKind
 TASKS: Mapping[str, str] = {
     "text-generation": "lorabank.tasks.text_generation",
     "text-classification": "lorabank.tasks.text_classification",
+    "summarization": "lorabank.tasks.seq2seq.summarization",
+    "translation": "lorabank.tasks.seq2seq.translation",
+    "text2text-generation": "lorabank.tasks.seq2seq",
 }
 """Name to the module whose `KIND` it is; imported when it is used, since each has libraries of its own."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -57,6 +58,8 @@ class CardFacts:
     """PEFT's, which says the base's class."""
     unit: str = "tokens"
     """What `tokens_seen` counts."""
+    num_labels: int | None = None
+    """Outputs of a classifier's head, which the base has to be loaded with; None for other models."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -164,9 +167,19 @@ def _use(facts: CardFacts) -> str:
     reason = facts.unserved or obstacle(rank, use_dora=run.use_dora, extras=extras, modules=run.modules_to_save or ())
     if facts.pipeline_tag != "text-generation":
         reason = reason or f"vLLM has no adapters for {facts.pipeline_tag}"
-    return how_to_load(facts.name, facts.base_model, rank, patterns=patterns, unserved=reason, task_type=facts.task_type)
+    return how_to_load(
+        facts.name,
+        facts.base_model,
+        rank,
+        patterns=patterns,
+        unserved=reason,
+        task_type=facts.task_type,
+        num_labels=facts.num_labels,
+    )
 
 
+LABELS = "labels"
+"""Key of a classifier's metadata: its labels' names as a JSON list."""
 MODEL_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -187,10 +200,11 @@ def how_to_load(
     repository: str | None = None,
     revision: str | None = None,
     task_type: str | None = None,
+    num_labels: int | None = None,
 ) -> str:
     """The section on use: lorabank, PEFT, vLLM. `repository`: where it lies on a hub; None: in a folder, `path/to/NAME`.
 
-    unserved: why vLLM can't read it. task_type: PEFT's, which says the model's class.
+    unserved: why vLLM can't read it. task_type: PEFT's, which says the model's class. num_labels: of a classifier's head.
     """
     place = f'"path/to/{name}"'
     fetch = ""
@@ -206,9 +220,10 @@ def how_to_load(
         return blocks[0]
     location = f'"{repository}"{at}' if repository else place
     model_class = MODEL_CLASSES.get(task_type or "", "AutoModelForCausalLM")
+    labels = "" if num_labels is None else f", num_labels={num_labels}"
     blocks.append(
         f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import {model_class}\n\n"
-        f'model = {model_class}.from_pretrained("{base_model}")\n'
+        f'model = {model_class}.from_pretrained("{base_model}"{labels})\n'
         f"model = PeftModel.from_pretrained(model, {location})\n```"
     )
     if unserved is None:
@@ -236,6 +251,7 @@ def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: s
         repository=repository,
         revision=revision,
         task_type=adapter.task_type,
+        num_labels=len(json.loads(adapter.metadata[LABELS])) if LABELS in adapter.metadata else None,
     )
     front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
     named = _listed(front.get("base_model"))

@@ -196,6 +196,7 @@ def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: M
             pipeline_tag=trainer.task.pipeline_tag or trainer.task.name,
             task_type=trained[name].task_type,
             unit=trainer.task.unit,
+            num_labels=trainer.task.labels(name),
         )
         write_card(folder.path / name, facts)
     folder.write_hardest({name: hardest_rows(trainer, name) for name in trainer.jobs})
