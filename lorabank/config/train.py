@@ -18,6 +18,7 @@ from lorabank.config.checks import (
 )
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.extras import TokenIndices
+from lorabank.config.speech import SpeechConfig
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import ConfigError, Setting
 
@@ -260,6 +261,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
+    speech: SpeechConfig = field(default_factory=SpeechConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.read import Source
 from lorabank.data.report import MAX_ORIGINS
 from lorabank.data.row import RowError
+from lorabank.data.row_report import Splits, row_report
 from lorabank.data.split import split_rows
 from lorabank.errors import DataError
 from lorabank.tasks.speech.read import Utterance, read_utterances
-from lorabank.tasks.speech.report import SpeechReport, build_report
 from lorabank.tasks.speech.rows import KEPT_BYTES, Rows, SpeechRow, make_rows
 from lorabank.tasks.speech.tokens import SpeechTokens
 
 Progress = Callable[[int, int], None]
 """Called with recordings done and recordings in all."""
-
-
-@dataclass(frozen=True)
-class PreparedSpeech:
-    """Rows in splits, in the order of their sources."""
-
-    train: list[SpeechRow]
-    val: list[SpeechRow]
-    test: list[SpeechRow]
-    report: SpeechReport
 
 
 def prepare_speech(
@@ -42,7 +31,7 @@ def prepare_speech(
     val: Source | None = None,
     kept_bytes: int = KEPT_BYTES,
     progress: Progress | None = None,
-) -> PreparedSpeech:
+) -> Splits[SpeechRow]:
     """Read, decode, check, tokenise and split.
 
     `train` and `val` override the paths of `data`. Recordings that can't be used are counted in the report by reason, or refused,
@@ -77,9 +66,43 @@ def prepare_speech(
         for note, names in part.notes.items():
             notes.setdefault(note, []).extend(names)
     splits = _split(data, parts, seed, notes)
-    errors = [error for part in parts.values() for error in part.errors]
-    report = build_report(read=total, errors=errors, notes=notes, splits=splits)
-    return PreparedSpeech(splits["train"], splits["val"], splits["test"], report)
+    errors = [_named(error, name) for part in parts.values() for error, name in part.errors]
+    notes |= _leaks(splits)
+    report = row_report(read=total, errors=errors, splits=splits, facts=_facts(splits), notes=notes, what="recordings")
+    return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
+
+
+def _named(error: RowError, name: str) -> RowError:
+    """The error with the recording's name beside its row."""
+    return error if name == error.origin else RowError(error.reason, f"{error.origin}, {name}")
+
+
+def _facts(splits: Mapping[str, Sequence[SpeechRow]]) -> list[str]:
+    rows = [row for part in splits.values() for row in part]
+    lengths = ", ".join(f"{_clock(sum(row.seconds for row in part))} {name}" for name, part in splits.items() if part)
+    learned = sum(row.tokens for row in rows) / max(1e-9, sum(row.seconds for row in rows))
+    timed = sum(row.timed for row in rows)
+    times = f"; {timed:,} rows have timestamps" if timed else ""
+    return [f"{lengths}; up to {max(row.seconds for row in rows):.1f} s a row, {learned:.1f} learned tokens a second{times}"]
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _leaks(splits: Mapping[str, Sequence[SpeechRow]]) -> dict[str, list[str]]:
+    """Notes on recordings that are there twice."""
+    seen: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, rows in splits.items():
+        for row in rows:
+            if row.digest in seen:
+                where = "an earlier row" if seen[row.digest] == name else f"a row of {seen[row.digest]}, heard again in {name}"
+                found.setdefault(f"the same samples as {where}", []).append(row.name)
+            seen.setdefault(row.digest, name)
+    return found
 
 
 def _split(data: DataConfig, parts: dict[str, Rows], seed: int, notes: dict[str, list[str]]) -> dict[str, list[SpeechRow]]:

@@ -37,7 +37,10 @@ class SpeechRow:
     """Prefix, text and end; with timestamps where the transcript has them."""
     prefix: int
     """Labels at the start that are given, not learned."""
+    spoken: str | None
+    """Language of the recording, by name or code; None for an English-only model."""
     language: str
+    """Code of the language of the transcript."""
     text: str
     """The words alone."""
     transcript: str
@@ -243,6 +246,7 @@ def _row(
         seconds=len(samples) / sound.rate,
         labels=labels,
         prefix=prefix,
+        spoken=language,
         language="en" if config.task == "translate" else tokens.code(language),
         text=plain_text(segments),
         transcript=with_times(segments) if timed else plain_text(segments),

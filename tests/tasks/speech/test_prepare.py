@@ -12,15 +12,17 @@ import soundfile
 
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.row_report import Splits
 from lorabank.errors import ConfigError, DataError
-from lorabank.tasks.speech.prepare import PreparedSpeech, prepare_speech
+from lorabank.tasks.speech.prepare import prepare_speech
+from lorabank.tasks.speech.rows import SpeechRow
 from tests.tasks.speech.tiny import RATE, WINDOW_S, audio_folder, tiny_tokens, tone, two_tones
 
 ALL = DataConfig(val_split=0)
 SPEECH = SpeechConfig(window=WINDOW_S)
 
 
-def prepared(source: object, speech: SpeechConfig = SPEECH, data: DataConfig = ALL, **more: object) -> PreparedSpeech:
+def prepared(source: object, speech: SpeechConfig = SPEECH, data: DataConfig = ALL, **more: object) -> Splits[SpeechRow]:
     multilingual = bool(more.pop("multilingual", False))
     return prepare_speech(data, speech, tiny_tokens(multilingual=multilingual), RATE, seed=1, train=source, **more)  # pyright: ignore[reportArgumentType]
 
@@ -32,7 +34,8 @@ def test_an_audio_folder(tmp_path: Path) -> None:
         ("1.wav", "high", f"{tmp_path}/metadata.csv:3"),
     ]
     assert [round(row.seconds, 2) for row in found.train] == [0.3, 0.32, 0.34, 0.36]
-    assert found.report.lines()[0] == "4 recordings read, 4 rows kept: 4 train (1.3 s)"
+    assert found.report.lines()[0] == "4 recordings read, 4 kept: 4 train"
+    assert found.report.lines()[1] == "1.3 s train; up to 0.4 s a row, 16.7 learned tokens a second"
     json.dumps(found.report.to_dict())
 
 
@@ -182,8 +185,7 @@ def test_splits_keep_groups_and_equal_recordings_together(tmp_path: Path) -> Non
     audio_folder(tmp_path, rows)
     halves = prepared(str(tmp_path), data=DataConfig(val_split=4))
     assert (len(halves.train), len(halves.val)) == (8, 4)
-    assert not halves.report.in_two_splits
-    assert halves.report.duplicates.count == 6
+    assert {note: rows.count for note, rows in halves.report.notes.items()} == {"the same samples as an earlier row": 6}
     (tmp_path / "metadata.csv").write_text(f"file_name,transcription,speaker\n{lines}\n")
     grouped = prepared(str(tmp_path), data=DataConfig(val_split=4, group_by="speaker"))
     assert len({row.group for row in grouped.val}) == 1
