@@ -27,12 +27,13 @@ class Hearing:
     def __init__(self, extractor: WhisperFeatureExtractor, model: nn.Module, window: float) -> None:
         config: Any = model.config
         stride = 2  # of the second convolution, as in every Whisper
-        whole = config.max_source_positions * stride
+        self.whole_frames = int(config.max_source_positions) * stride
+        """Frames of the model's own window."""
         self.extractor = extractor
         self.rate = int(extractor.sampling_rate)
         self.hop = int(extractor.hop_length)
         wanted = round(window * self.rate / self.hop / stride) * stride
-        self.frames = min(wanted, whole)
+        self.frames = min(wanted, self.whole_frames)
         """Frames of a window; even."""
         if not self.frames:
             raise ConfigError(Setting("speech.window"), f": {window:g} s is less than two frames of {self.hop / self.rate:g} s")

@@ -27,7 +27,7 @@ from lorabank.training.task import Busy, Prediction
 
 TIMED = (".srt", ".vtt")
 JSON_LINES = ".jsonl"
-OPTIONS = ("max_new_tokens", "timestamps")
+OPTIONS = ("language", "max_new_tokens", "timestamps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,9 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, speech: Spee
     suffix = wanted.output.suffix.lower()
     utterances = read_utterances(wanted.data, speech, limit=wanted.max_rows, role="test", with_text=False)[: wanted.max_rows]
     _check_output(wanted, suffix, len(utterances))
+    language = wanted.options.get("language") or speech.language
+    if any(one.language is None for one in utterances):
+        tokens.code(language)
     timed = bool(wanted.options.get("timestamps")) or suffix in (*TIMED, "") or speech.timestamps == "keep"
     sounds, dropped = _decoded(utterances, hearing.rate, speech)
     manner = Manner(
@@ -61,7 +64,7 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, speech: Spee
         max_new_tokens=int(wanted.options.get("max_new_tokens") or tokens.longest),
         batch_size=wanted.batch_size,
     )
-    found = _transcripts(engine, hearing, tokens, speech, wanted.names, sounds, manner, timed, busy)
+    found = _transcripts(engine, hearing, tokens, language, wanted.names, sounds, manner, timed, busy)
     where = _write(found, wanted, suffix, timed)
     skipped = f" {len(dropped)} skipped: {'; '.join(dropped[:5])}{'; …' if len(dropped) > 5 else ''}." if dropped else ""
     seconds = sum(one.seconds for one in found)
@@ -97,7 +100,7 @@ def _transcripts(
     engine: Engine,
     hearing: Hearing,
     tokens: SpeechTokens,
-    speech: SpeechConfig,
+    language: str | None,
     names: Sequence[str],
     sounds: Sequence[tuple[Utterance, Sound]],
     manner: Manner,
@@ -115,7 +118,7 @@ def _transcripts(
                         samples=_part(sound, start, end),
                         seconds=end - start,
                         route=route_of(name),
-                        language=utterance.language or speech.language,
+                        language=utterance.language or language,
                         timestamps=timed,
                     )
                 )

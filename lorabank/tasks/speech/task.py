@@ -19,7 +19,7 @@ from lorabank.data.row_report import Splits
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import row_losses
-from lorabank.errors import ConfigError, DataError, Setting
+from lorabank.errors import ConfigError, DataError, ModelError, Setting
 from lorabank.formats.adapter import Adapter
 from lorabank.models.load_class import load_class
 from lorabank.tasks.speech.hearing import Hearing
@@ -53,6 +53,7 @@ class SpeechRecognition(Task[SpeechRow]):
 
     def __init__(self, config: TrainConfig, model: Any, processor: Any, speech: SpeechConfig) -> None:
         super().__init__(config, model, processor)
+        _check_whisper(model, processor)
         self.speech = speech
         self.tokens = speech_tokens(processor.tokenizer, model, speech)
         self.hearing = Hearing(processor.feature_extractor, model, speech.window)
@@ -95,7 +96,7 @@ class SpeechRecognition(Task[SpeechRow]):
         return next(self.model.parameters()).device
 
     def check(self, name: str, job: AdapterJob) -> None:
-        if job.run.init == "eva" and self.hearing.frames != 2 * self.model.get_submodule("model.encoder").max_source_positions:
+        if job.run.init == "eva" and self.hearing.frames != self.hearing.whole_frames:
             raise ConfigError(f"adapters.{name}.init: eva needs the model's whole window. Leave speech.window out.")
         wanted = set(self.config.eval.metrics) & set(METRICS)
         if wanted and job.val:
@@ -221,6 +222,16 @@ class SpeechRecognition(Task[SpeechRow]):
         return [
             ("transcribe recordings of your own:", [f"lorabank predict {output} --data recordings/ --output transcripts.jsonl"])
         ]
+
+
+def _check_whisper(model: Any, processor: Any) -> None:
+    """Raise ModelError or ConfigError for objects that aren't Whisper's."""
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    if not isinstance(model, WhisperForConditionalGeneration):
+        raise ModelError(f"speech recognition is for Whisper models so far, and this is a {type(model).__name__}.")
+    if not isinstance(processor, WhisperProcessor):
+        raise ConfigError(f"train: tokenizer: expected a WhisperProcessor, got a {type(processor).__name__}.")
 
 
 def _load(request: BaseRequest, say: Say) -> TaskBase:
