@@ -13,6 +13,7 @@ from pathlib import Path
 from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.cli.rows import prompt_of, read_prompts
+from lorabank.cli.task_options import add_task_options, task_options
 from lorabank.config.paths import expanded
 from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.data.formats import template_columns
@@ -23,18 +24,11 @@ examples:
   lorabank predict out/support --data questions.jsonl --output answers.jsonl
   lorabank predict out/support --adapters formal --data table.csv --prompt 'Describe: {mr}' --output answers.jsonl
   lorabank predict out/topics --data rows.jsonl --output labels.jsonl      a run of another task: its own rows and output
+  lorabank predict out/voices --data talk.mp3 --adapters ann --output talk.srt
 
 Rows: JSONL, JSON, CSV or Parquet (columns messages, prompt, instruction, question, text), or a .txt file with a prompt
 a line. Each output row is the input row and one column an adapter.
 """
-
-
-TASK_OPTIONS: Mapping[str, Sequence[str]] = {
-    "summarization": ("max_new_tokens",),
-    "translation": ("max_new_tokens",),
-    "text2text-generation": ("max_new_tokens",),
-}
-"""Task to the flags that it has beside those of all."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
@@ -56,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")
     add_sampling(parser, temperature=0.0, max_new_tokens=256)
+    add_task_options(parser)
     return parser
 
 
@@ -63,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     """Read, generate, write row by row: an interrupted file keeps what was answered."""
     check_sampling(args)
     output = _new_file(args.output)
+    options = task_options(args, task_of(args))
     if task_of(args) != DEFAULT_TASK:
-        return _by_task(args, output)
+        return _by_task(args, output, options)
     if args.prompt is not None:
         template_columns(args.prompt, place="--prompt")
     config = run_config(args.run_folder)
@@ -97,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _by_task(args: argparse.Namespace, output: Path) -> int:
+def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, object]) -> int:
     """Predictions of a run of another task, in that task's own form."""
     from lorabank import api
 
@@ -116,7 +112,7 @@ def _by_task(args: argparse.Namespace, output: Path) -> int:
         device=args.device,
         dtype=args.dtype,
         task=args.task,
-        options={name: getattr(args, name) for name in TASK_OPTIONS.get(task_of(args), ())},
+        options=options,
         say=lambda line: print(line, file=sys.stderr),
     )
     print(told)

@@ -19,6 +19,7 @@ from lorabank.config.checks import (
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.extras import TokenIndices
 from lorabank.config.seq2seq import Seq2SeqConfig
+from lorabank.config.speech import SpeechConfig
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import ConfigError, Setting
 
@@ -265,6 +266,7 @@ class TrainConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     seq2seq: Seq2SeqConfig = field(default_factory=Seq2SeqConfig)
+    speech: SpeechConfig = field(default_factory=SpeechConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False

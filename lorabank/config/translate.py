@@ -33,7 +33,8 @@ def _shorthands() -> dict[str, str]:
         homes |= dict.fromkeys(_FIELDS[section], section)
     for name in ("every", "keep", "early_stopping", "best"):
         homes.pop(name, None)
-    return {name: section for name, section in homes.items() if name not in _FIELDS["run"]} | {"early_stopping": "eval"}
+    homes |= {"early_stopping": "eval", "language": "speech"}
+    return {name: section for name, section in homes.items() if name not in _FIELDS["run"]}
 
 
 SHORTHANDS = _shorthands()

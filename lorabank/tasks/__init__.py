@@ -15,6 +15,7 @@ TASKS: Mapping[str, str] = {
     "summarization": "lorabank.tasks.seq2seq.summarization",
     "translation": "lorabank.tasks.seq2seq.translation",
     "text2text-generation": "lorabank.tasks.seq2seq",
+    "automatic-speech-recognition": "lorabank.tasks.speech.task",
 }
 """Name to the module whose `KIND` it is; imported when it is used, since each has libraries of its own."""
 
