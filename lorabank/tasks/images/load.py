@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lorabank.config.images import ImagesConfig
-from lorabank.errors import ConfigError, MissingExtraError, ModelError, Setting
-from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE, HEAD, SIZE, efficientnet_lite
-from lorabank.models.folder import check_folder
-from lorabank.models.load import _config, _first_line, locate, pick_device, pick_dtype
-from lorabank.models.quiet import quiet_transformers
+from lorabank.errors import MissingExtraError, ModelError
+from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE, SIZE, efficientnet_lite
+from lorabank.models.load import _first_line, pick_device, pick_dtype
+from lorabank.models.load_class import load_class
 from lorabank.tasks.images.preprocess import load_processor, plain_processor
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 Say = Callable[[str], None]
@@ -34,16 +32,11 @@ class LoadedImageModel:
     processor: Any
     """An image processor of transformers."""
     folder: Path | None
-    head: str | None
-    """Module that gives a number a label, where the model's class doesn't say; see `attach`."""
-    labels: tuple[str, ...] | None
-    """The names that its own head knows; None where nobody gave it any."""
     notes: tuple[str, ...] = ()
 
 
 def load_image_model(
     name: str,
-    config: ImagesConfig,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -55,29 +48,20 @@ def load_image_model(
     Raises ModelError where it can't be had or classifies no pictures, ConfigError for a wrong dtype or device, MissingExtraError
     where a library is missing.
     """
+    lite = name.strip().lower() == EFFICIENTNET_LITE
+    if not lite and not name.startswith(TIMM):
+        return _transformers(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, say=say)
     where = pick_device(device)
-    if dtype in ("fp8", "nf4"):
-        raise ConfigError(Setting("base_dtype"), f": {dtype} is for language models. Use fp32, bf16 or fp16 for pictures.")
     number = pick_dtype(dtype, where)
-    if name.strip().lower() == EFFICIENTNET_LITE:
-        size = config.image_size or SIZE
-        found = LoadedImageModel(
-            model=efficientnet_lite(),
-            processor=plain_processor(replace(config, image_size=size)),
-            folder=None,
-            head=HEAD,
-            labels=None,
-        )
-    elif name.startswith(TIMM):
-        found = _timm(name, config)
+    if lite:
+        found = LoadedImageModel(model=efficientnet_lite(), processor=plain_processor(ImagesConfig(image_size=SIZE)), folder=None)
     else:
-        found = _transformers(name, config, number, trust_remote_code=trust_remote_code, say=say)
-    cast("Any", found.model).to(device=where, dtype=number)
-    found.model.eval()
+        found = _timm(name)
+    found.model.to(device=where, dtype=number).eval()
     return found
 
 
-def _timm(name: str, config: ImagesConfig) -> LoadedImageModel:
+def _timm(name: str) -> LoadedImageModel:
     try:
         import timm  # pyright: ignore[reportMissingImports]
         import timm.data  # pyright: ignore[reportMissingImports]
@@ -90,83 +74,46 @@ def _timm(name: str, config: ImagesConfig) -> LoadedImageModel:
     except Exception as error:  # unknown names, the hub, damaged files: timm raises many kinds
         raise ModelError(f"model {name!r}: timm can't make it ({_first_line(error)}). See timm.list_models().") from error
     said = timm.data.resolve_model_data_config(model)
-    known = replace(config, image_size=config.image_size or said["input_size"][1], mean=said["mean"], std=said["std"])
-    classifier = model.get_classifier()
-    head = next((path for path, module in model.named_modules() if module is classifier), None)
-    return LoadedImageModel(model=model, processor=plain_processor(known), folder=None, head=head, labels=None)
+    known = ImagesConfig(image_size=said["input_size"][1], mean=said["mean"], std=said["std"])
+    return LoadedImageModel(model=model, processor=plain_processor(known), folder=None)
 
 
-def _transformers(name: str, config: ImagesConfig, dtype: torch.dtype, *, trust_remote_code: bool, say: Say) -> LoadedImageModel:
-    folder = locate(name, trust_remote_code=trust_remote_code, say=say)
-    settings = check_folder(folder)
+def _transformers(name: str, *, dtype: str, device: str, trust_remote_code: bool, say: Say) -> LoadedImageModel:
+    from transformers import AutoModelForImageClassification
+
     notes: list[str] = []
-    with quiet_transformers():
-        from transformers import AutoModelForImageClassification
 
-        model_config = _config(name, folder, settings, trust_remote_code=trust_remote_code)
-        known = type(model_config) in AutoModelForImageClassification._model_mapping
-        if not known and "AutoModelForImageClassification" not in settings.get("auto_map", {}):
-            raise ModelError(
-                f"model {name!r}: a {model_config.model_type} classifies no pictures. Task image-classification needs a model "
-                "such as ViT, Swin, ResNet or EfficientNet; models of your own go to lorabank.train(model=…)."
-            )
-        try:
-            loaded = AutoModelForImageClassification.from_pretrained(
-                str(folder),
-                config=model_config,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-        except Exception as error:  # a damaged file surfaces as one of a dozen classes of three libraries
-            raise ModelError(
-                f"model {name!r}: its weights can't be read ({_first_line(error)}). Copy or download it again."
-            ) from error
-    model, info = cast("tuple[Any, dict[str, Any]]", loaded)
-    missing = _check_complete(name, model, info)
-    has_processor = any((folder / file).is_file() for file in PROCESSOR_FILES)
-    if not has_processor:
-        size = config.image_size or _size_in(model_config)
+    def processor(name: str, folder: Path) -> Any:
+        if any((folder / file).is_file() for file in PROCESSOR_FILES):
+            return load_processor(str(folder))
+        size = _size_in(folder)
         notes.append(
-            f"no image processor beside the model: pictures become {size or 224} pixels a side, with mean {list(config.mean)}"
+            f"no image processor beside the model: pictures become {size} pixels a side, by ImageNet's mean and deviation"
         )
-        processor = plain_processor(replace(config, image_size=size))
-    else:
-        processor = load_processor(str(folder))
-    return LoadedImageModel(
-        model=model,
-        processor=processor,
-        folder=folder,
-        head=None,
-        labels=None if missing else own_labels(model_config),
-        notes=tuple(notes),
+        return plain_processor(ImagesConfig(image_size=size))
+
+    base = load_class(
+        name, AutoModelForImageClassification, processor, dtype=dtype, device=device, trust_remote_code=trust_remote_code, say=say
     )
+    return LoadedImageModel(model=base.model, processor=base.processor, folder=base.folder, notes=(*base.notes, *notes))
 
 
-def _check_complete(name: str, model: nn.Module, info: dict[str, Any]) -> list[str]:
-    """Missing weights of the head, which is made anew. Raises ModelError where others are missing."""
-    from lorabank.bank.in_full.heads import head_paths
+def _size_in(folder: Path) -> int:
+    """What a model's configuration says of its pictures; 224 where it says nothing."""
+    import json
 
-    heads = tuple(f"{path}." for path in head_paths(model))
-    missing: list[str] = sorted(info.get("missing_keys") or ())
-    if lost := [key for key in missing if not heads or not key.startswith(heads)]:
-        raise ModelError(
-            f"model {name!r}: its file lacks {len(lost)} of the weights of {type(model).__name__} ({', '.join(lost[:3])}), and "
-            "random ones would take their place. Use a complete checkpoint."
-        )
-    return missing
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("image_size")
+    found = size[0] if isinstance(size, list) and size else size
+    return found if isinstance(found, int) else SIZE
 
 
-def own_labels(config: Any) -> tuple[str, ...] | None:
-    """The names in a configuration's id2label; None where they are only numbered."""
-    names = config.id2label or {}
+def own_labels(model: Any) -> tuple[str, ...] | None:
+    """The names that a model of transformers has for its labels; None where they are only numbered, and for other models."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    names = cast("Mapping[int, object]", model.config.id2label or {})
     found = tuple(str(names[number]) for number in sorted(names))
     numbered = all(name == f"LABEL_{number}" for number, name in enumerate(found))
     return None if numbered or not found else found
-
-
-def _size_in(config: Any) -> int | None:
-    size = config.to_dict().get("image_size")
-    return size if isinstance(size, int) else size[0] if isinstance(size, list | tuple) else None
