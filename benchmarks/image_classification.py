@@ -255,9 +255,7 @@ def main() -> None:
         found_loss, found_gradient = check["loss_difference"], check["largest_gradient_difference"]
         print(f"{model}: same loss (to {found_loss:.1e}) and gradients (to {found_gradient:.1e} of their norm)")
 
-        def work(system: str, count: int, adapters: int, model: str = model) -> Work:
-            bf16 = args.device.startswith("cuda")
-            return replace(small, system=system, model=model, rows=count, adapters=adapters, size=args.size, blocks=args.blocks, bf16=bf16)
+        real = replace(small, size=args.size, blocks=args.blocks, bf16=args.device.startswith("cuda"))
 
         each = max(1, args.batch // args.adapters)
         lines = [
@@ -265,7 +263,9 @@ def main() -> None:
             (f"{model}: {args.adapters} adapters, {each} each ({args.adapters} steps)", each, args.adapters),
         ]
         for name, count, adapters in lines:
-            found = compare(name, work("lorabank", count, adapters), work("peft", count, 1), adapters, args.rounds, args.threads)
+            mine = replace(real, system="lorabank", rows=count, adapters=adapters)
+            other = replace(real, system="peft", rows=count)
+            found = compare(name, mine, other, adapters, args.rounds, args.threads)
             rows.append({**found, "check": check})
     gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
     record = {

@@ -205,8 +205,8 @@ class ImageClassification(Task[ImageRow]):
                 label = lacking[0].reference
                 raise DataError(
                     f"{lacking[0].origin}: its label {label!r} is none of the {len(known)} that {name!r} has"
-                    f"{closest(label, known)}, as with {len(lacking):,} of {len(own):,} pictures. Score {name!r} on others, or name "
-                    "the adapters that know these (--adapters)."
+                    f"{closest(label, known)}, as with {len(lacking):,} of {len(own):,} pictures. Score {name!r} on others, or "
+                    "name the adapters that know these (--adapters)."
                 )
 
     def samples(
