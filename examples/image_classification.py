@@ -53,7 +53,7 @@ def rows(each: int) -> dict[str, list[dict[str, object]]]:
     return named
 
 
-def main(output: str = "out/shapes", *, model: str | None = None, each: int = 30, epochs: float = 8) -> lb.RunResult:
+def main(output: str = "out/shapes", *, model: str | None = None, each: int = 30, epochs: float = 16) -> lb.RunResult:
     """Train the three adapters jointly; returns their scores."""
     torch.manual_seed(0)
     small = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic")
@@ -69,8 +69,8 @@ def main(output: str = "out/shapes", *, model: str | None = None, each: int = 30
         output=output,
         targets=["all-linear", "all-conv"],
         rank=8,
-        learning_rate=1e-2,
-        batch_size=24,
+        learning_rate=3e-3,
+        batch_size=16,
         epochs=epochs,
         val_split=0.2,
         eval={"every": 24, "best": "accuracy"},

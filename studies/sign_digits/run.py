@@ -2,10 +2,12 @@
 
     python studies/sign_digits/run.py --data sign_digits.zip
     python studies/sign_digits/run.py --data sign_digits.zip --arms lora --rates 3e-3 --seeds 1 --epochs 1    # a quick look
+    python studies/sign_digits/run.py --data sign_digits.zip --device cuda                                     # minutes for all
 
 All three see the same pictures in the same order, varied by the same draws, for as many epochs, under AdamW and one schedule;
 what differs is what is trained, and the learning rate, which each has searched for on validation pictures with the first seed.
-Test pictures are looked at once, after the last epoch. Each run is a file in results/, and what is there isn't run again.
+Test pictures are looked at once, after the last epoch. Each run is a file in results/ (a GPU's in results/gpu/), and what
+is there isn't run again.
 """
 
 from __future__ import annotations
@@ -62,11 +64,13 @@ class Work:
     seed: int
     epochs: int
     size: int
+    device: str = "cpu"
 
     @property
     def file(self) -> Path:
         """Where its figures are."""
-        return RESULTS / f"{self.arm}-{self.rate:g}-seed{self.seed}.json"
+        folder = RESULTS if self.device == "cpu" else RESULTS / "gpu"
+        return folder / f"{self.arm}-{self.rate:g}-seed{self.seed}.json"
 
 
 class Arm:
@@ -74,7 +78,7 @@ class Arm:
 
     def __init__(self, work: Work, labels: int) -> None:
         torch.manual_seed(work.seed)
-        self.work, self.model = work, efficientnet_lite()
+        self.work, self.model = work, efficientnet_lite().to(work.device)
         if work.arm == "lora":
             bank = lb.attach(self.model, head=HEAD)
             config = lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets=TARGETS)
@@ -84,7 +88,7 @@ class Arm:
             self.parameters = bank.parameters("signs")
             self._pass = TrainingPass(bank, lambda batch: F.cross_entropy(logits_of(self.model, batch["x"]), batch["y"]))
             return
-        fresh = nn.Linear(self.model.get_submodule(HEAD).in_features, labels)
+        fresh = nn.Linear(self.model.get_submodule(HEAD).in_features, labels, device=work.device)
         nn.init.normal_(fresh.weight, std=0.02)
         nn.init.zeros_(fresh.bias)
         setattr(self.model, HEAD, fresh)
@@ -119,13 +123,14 @@ def run(work: Work, data: PreparedImages, store: PixelStore) -> dict[str, Any]:
     arm = Arm(work, len(data.labels))
     optimizer = torch.optim.AdamW(arm.parameters, lr=work.rate, weight_decay=0.0)
     per_epoch = math.ceil(len(data.train) / BATCH)
-    steps, began, curve, losses = work.epochs * per_epoch, time.process_time(), [], []
+    steps, curve, losses = work.epochs * per_epoch, [], []
+    began, clock = time.process_time(), time.monotonic()
     for epoch in range(work.epochs):
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1000 * work.seed + epoch)).tolist()
         for place in range(per_epoch):
             chosen = order[place * BATCH : (place + 1) * BATCH]
             draws = [(work.seed * 1_000_003 + epoch) * 1_000_003 + i for i in chosen]
-            x, y = batch([data.train[i] for i in chosen], data.labels, store, draws)
+            x, y = batch([data.train[i] for i in chosen], data.labels, store, draws, work.device)
             for group in optimizer.param_groups:
                 group["lr"] = work.rate * factor(epoch * per_epoch + place, steps)
             losses.append(arm.backward(x, y))
@@ -142,19 +147,19 @@ def run(work: Work, data: PreparedImages, store: PixelStore) -> dict[str, Any]:
     trained = sum(p.numel() for p in arm.parameters)
     return {
         "arm": work.arm, "rate": work.rate, "seed": work.seed, "epochs": work.epochs, "size": work.size, "batch": BATCH,
-        "trained_parameters": trained, "cpu_seconds": round(time.process_time() - began, 1), "curve": curve, "test": test,
-        "confusion": confusion(true, predicted, len(data.labels)).tolist(), "labels": list(data.labels), "machine": machine(),
+        "trained_parameters": trained, "cpu_seconds": round(time.process_time() - began, 1), "seconds": round(time.monotonic() - clock, 1), "curve": curve, "test": test,
+        "confusion": confusion(true, predicted, len(data.labels)).tolist(), "labels": list(data.labels), "machine": machine(work.device),
     }  # fmt: skip
 
 
 def batch(
-    rows: Sequence[ImageRow], labels: Sequence[str], store: PixelStore, draws: Sequence[int] | None
+    rows: Sequence[ImageRow], labels: Sequence[str], store: PixelStore, draws: Sequence[int] | None, device: str
 ) -> tuple[Tensor, Tensor]:
     """Pictures as the model takes them, and their labels' numbers."""
-    pixels = store.stacked(rows).float() / 255
+    pixels = store.stacked(rows).to(device).float() / 255
     if draws is not None:
         pixels = augment(pixels, draws, AUGMENT)
-    return store.preprocess.normalise(pixels), torch.tensor([labels.index(row.label or "") for row in rows])
+    return store.preprocess.normalise(pixels), torch.tensor([labels.index(row.label or "") for row in rows], device=device)
 
 
 def score(
@@ -163,7 +168,7 @@ def score(
     """(scores, predicted, true)."""
     answers, true = [], []
     for start in range(0, len(rows), 2 * BATCH):
-        x, y = batch(rows[start : start + 2 * BATCH], labels, store, None)
+        x, y = batch(rows[start : start + 2 * BATCH], labels, store, None, arm.work.device)
         shares = arm.logits(x).softmax(-1)
         best = shares.topk(5)
         loss = -shares.gather(1, y[:, None])[:, 0].log()
@@ -173,10 +178,11 @@ def score(
     return scores(answers, true, len(labels)), [answer.ranked[0] for answer in answers], true
 
 
-def machine() -> dict[str, str]:
+def machine(device: str) -> dict[str, str]:
     """Where it ran."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    return {"torch": torch.__version__, "cpu": platform.processor() or platform.machine(), "commit": commit.stdout.strip()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if device != "cpu" else {}
+    return {"torch": torch.__version__, "cpu": platform.machine(), **gpu, "commit": commit.stdout.strip()}
 
 
 def load(source: Path, size: int, scratch: Path) -> tuple[PreparedImages, PixelStore]:
@@ -196,7 +202,7 @@ def load(source: Path, size: int, scratch: Path) -> tuple[PreparedImages, PixelS
 
 def works(args: argparse.Namespace, arm: str, rates: Sequence[float]) -> list[Work]:
     """What is to be run with the first seed."""
-    return [Work(arm, rate, args.seeds[0], args.epochs, args.size) for rate in rates]
+    return [Work(arm, rate, args.seeds[0], args.epochs, args.size, args.device) for rate in rates]
 
 
 def best_rate(done: Sequence[Work]) -> float:
@@ -213,23 +219,26 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--size", type=int, default=96, help="pixels a side")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     keep_freed_memory()
-    RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         data, store = load(args.data, args.size, Path(scratch))
         searched = {arm: works(args, arm, args.rates or RATES[arm]) for arm in args.arms}
-        for work in [searched[arm][i] for i in range(3) for arm in args.arms if i < len(searched[arm])]:
+        most = max(map(len, searched.values()))
+        for work in [searched[arm][i] for i in range(most) for arm in args.arms if i < len(searched[arm])]:
             finish(work, data, store)
         best = {arm: best_rate(searched[arm]) for arm in args.arms}
-        for work in [Work(arm, best[arm], seed, args.epochs, args.size) for seed in args.seeds[1:] for arm in args.arms]:
-            finish(work, data, store)
+        for seed in args.seeds[1:]:
+            for arm in args.arms:
+                finish(Work(arm, best[arm], seed, args.epochs, args.size, args.device), data, store)
 
 
 def finish(work: Work, data: PreparedImages, store: PixelStore) -> None:
     """Run it unless it was."""
     if not work.file.is_file():
         found = run(work, data, store)
+        work.file.parent.mkdir(parents=True, exist_ok=True)
         work.file.write_text(json.dumps(found, indent=1) + "\n")
 
 
