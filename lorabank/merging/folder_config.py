@@ -12,6 +12,7 @@ import torch
 from lorabank.bank.task_class import VOCABULARY, TaskModel, skeleton_of, vocabulary
 from lorabank.errors import MergeError, ModelError
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.labels import label_names
 from lorabank.merging.ties import check_partable, parted, untied_settings
 
 
@@ -38,11 +39,14 @@ def merged_settings(settings: Mapping[str, Any], config: Any, task: TaskModel, a
     name = task.kind.__name__
     if (settings.get("architectures") or [None])[0] != name:
         made["architectures"] = [name]
-    if task.labels is not None:
+    named = label_names(adapter)
+    labels = task.labels or (len(named) if named and len(named) == getattr(config, "num_labels", None) else None)
+    if labels is not None:
         for key in ("num_labels", "_num_labels"):
             made.pop(key, None)
-        made["id2label"] = {str(index): f"LABEL_{index}" for index in range(task.labels)}
-        made["label2id"] = {f"LABEL_{index}": index for index in range(task.labels)}
+        names = named if named and len(named) == labels else [f"LABEL_{index}" for index in range(labels)]
+        made["id2label"] = {str(index): name for index, name in enumerate(names)}
+        made["label2id"] = {name: index for index, name in enumerate(names)}
     if (ids := vocabulary(config, task, adapter)) is not None:
         _set(made, VOCABULARY, ids)
     if apart := parted(skeleton_of(task.kind, as_config(config, made)), adapter):

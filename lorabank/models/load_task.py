@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lorabank.errors import ModelError
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.labels import label_names
 from lorabank.models.cache import Say
 from lorabank.models.folder import check_folder
 from lorabank.models.load import _config, _first_line, _tokenizer, load_base, locate, pick_device, pick_dtype
@@ -88,6 +89,10 @@ def _loaded(name: str, folder: Path, config: Any, task: TaskModel, adapter: Adap
             f"model {name!r}: its weights can't be read ({_first_line(error)}). Copy or download it again."
         ) from error
     _check_complete(name, model, info, adapter)
+    named = label_names(adapter)
+    if named is not None and len(named) == model.config.num_labels:
+        model.config.id2label = dict(enumerate(named))
+        model.config.label2id = {label: number for number, label in enumerate(named)}
     return model
 
 

@@ -22,7 +22,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +146,17 @@ def run(work: Work, data: PreparedImages, store: PixelStore) -> dict[str, Any]:
     test, predicted, true = score(arm, data.test, data.labels, store)
     trained = sum(p.numel() for p in arm.parameters)
     return {
-        "arm": work.arm, "rate": work.rate, "seed": work.seed, "epochs": work.epochs, "size": work.size, "batch": BATCH,
-        "trained_parameters": trained, "cpu_seconds": round(time.process_time() - began, 1), "seconds": round(time.monotonic() - clock, 1), "curve": curve, "test": test,
-        "confusion": confusion(true, predicted, len(data.labels)).tolist(), "labels": list(data.labels), "machine": machine(work.device),
-    }  # fmt: skip
+        **{key: value for key, value in asdict(work).items() if key != "device"},
+        "batch": BATCH,
+        "trained_parameters": trained,
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "seconds": round(time.monotonic() - clock, 1),
+        "curve": curve,
+        "test": test,
+        "confusion": confusion(true, predicted, len(data.labels)).tolist(),
+        "labels": list(data.labels),
+        "machine": machine(work.device),
+    }
 
 
 def batch(

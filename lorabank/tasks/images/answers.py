@@ -21,9 +21,6 @@ from lorabank.training.task import Busy
 if TYPE_CHECKING:
     from lorabank.tasks.images.task import ImageClassification
 
-LABELS_KEY = "labels"
-"""Of an adapter's metadata: its labels' names as a JSON list."""
-
 
 def _ranked(model: nn.Module, inputs: Tensors, targets: Tensors) -> Tensor:
     """(N, 1 + 2 · TOP): −log p of the label, the likeliest labels' numbers, their probabilities; −1 where there are no more."""

@@ -21,7 +21,8 @@ from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch, Tensors
 from lorabank.errors import ConfigError, DataError, Setting, closest
 from lorabank.formats.adapter import Adapter
-from lorabank.tasks.images.answers import LABELS_KEY, Answers
+from lorabank.formats.labels import LABELS
+from lorabank.tasks.images.answers import Answers
 from lorabank.tasks.images.augment import augment, kornia
 from lorabank.tasks.images.load import own_labels
 from lorabank.tasks.images.metrics import METRICS, TOP, TOP5, scores
@@ -97,8 +98,8 @@ class ImageClassification(Task[ImageRow]):
 
     def _labels_of(self, name: str, adapter: Adapter) -> tuple[str, ...]:
         """What a loaded adapter says of its labels; of one that another tool made their numbers."""
-        if LABELS_KEY in adapter.metadata:
-            return tuple(json.loads(adapter.metadata[LABELS_KEY]))
+        if LABELS in adapter.metadata:
+            return tuple(json.loads(adapter.metadata[LABELS]))
         widths = [len(values["bias"]) for values in adapter.modules.values() if "bias" in values and values["bias"].ndim == 1]
         known = self.base_labels
         return known if not widths or widths[-1] == len(known) else tuple(map(str, range(widths[-1])))
@@ -167,7 +168,7 @@ class ImageClassification(Task[ImageRow]):
         return None if saved is not None and not saved else len(self._labels[adapter])
 
     def about(self, adapter: str) -> Mapping[str, str]:
-        return {LABELS_KEY: json.dumps(self._labels[adapter], ensure_ascii=False)}
+        return {LABELS: json.dumps(self._labels[adapter], ensure_ascii=False)}
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 

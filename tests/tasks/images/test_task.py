@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lorabank as lb
 from lorabank import api
+from lorabank.cli.main import main
 from lorabank.config.images import ImagesConfig
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError
@@ -251,6 +252,17 @@ def test_the_models_own_head_is_kept_where_asked(data: dict[str, Path], tmp_path
     assert not result.trained["default"].modules
     assert "accuracy" in result.base_metrics
     assert json.loads(result.trained["default"].metadata["labels"]) == ["red", "blue", "green"]
+
+
+def test_a_merged_model_has_the_labels_names(base: Path, data: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    for name in ("two", "four"):  # the base has two labels of its own, called by their numbers
+        lb.train(model=str(base), output=str(tmp_path / name), data=str(data[name]), **{**SETTINGS, "max_steps": 2})
+        assert main(["merge", str(tmp_path / name / "default"), "--output", str(tmp_path / f"{name}-merged")]) == 0
+    assert "labels: blue, green, grey, red" in capsys.readouterr().out
+    with quiet_transformers():
+        merged = [hf.AutoModelForImageClassification.from_pretrained(tmp_path / f"{name}-merged") for name in ("two", "four")]
+    assert merged[0].config.id2label == {0: "grey", 1: "red"}
+    assert merged[1].config.label2id == {"blue": 0, "green": 1, "grey": 2, "red": 3}
 
 
 @pytest.mark.parametrize(
