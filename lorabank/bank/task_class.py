@@ -32,6 +32,7 @@ from lorabank.bank.in_full.heads import label_layer
 from lorabank.bank.parts import part_names
 from lorabank.errors import ModelError
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.labels import label_names
 
 BY_TASK: Mapping[str, tuple[Any, ...]] = {
     "SEQ_CLS": (AutoModelForSequenceClassification,),
@@ -116,13 +117,13 @@ def vocabulary(config: Any, task: TaskModel, adapter: Adapter) -> int | None:
 
 def label_settings(config: Any, task: TaskModel, adapter: Adapter) -> dict[str, Any]:
     """What a configuration says of the names of a classifier's labels, where its task saved them; else nothing."""
-    names = json.loads(adapter.metadata.get("labels", "[]"))
+    names = label_names(adapter)
     count = len(config.id2label or {}) if task.labels is None else task.labels
-    if not isinstance(names, list) or not names or len(names) != count or not adapter.modules:
+    if not names or len(names) != count:
         return {}
     said: dict[str, Any] = {
-        "id2label": {str(index): str(name) for index, name in enumerate(names)},
-        "label2id": {str(name): index for index, name in enumerate(names)},
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
     }
     problem = PROBLEMS.get(adapter.metadata.get("labels.kind", ""))
     return said if problem is None else {**said, "problem_type": problem}

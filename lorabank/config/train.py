@@ -18,6 +18,7 @@ from lorabank.config.checks import (
 )
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.extras import TokenIndices
+from lorabank.config.images import ImagesConfig
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
@@ -256,7 +257,7 @@ class TrainConfig:
     output: str = ""
     """Run folder; must not exist, unless the run is resumed."""
     task: str = DEFAULT_TASK
-    """What the adapters learn: `text-generation`, `text-classification`, `summarization`, `translation` …"""
+    """What the adapters learn: `text-generation`, `text-classification`, `image-classification` … (`config/tasks.py`)."""
     data: DataConfig = field(default_factory=DataConfig)
     defaults: AdapterRun = field(default_factory=AdapterRun)
     """What every adapter has unless its own entry says otherwise."""
@@ -267,6 +268,7 @@ class TrainConfig:
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     seq2seq: Seq2SeqConfig = field(default_factory=Seq2SeqConfig)
     speech: SpeechConfig = field(default_factory=SpeechConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False

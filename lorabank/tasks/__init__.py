@@ -16,6 +16,7 @@ TASKS: Mapping[str, str] = {
     "translation": "lorabank.tasks.seq2seq.translation",
     "text2text-generation": "lorabank.tasks.seq2seq",
     "automatic-speech-recognition": "lorabank.tasks.speech.task",
+    "image-classification": "lorabank.tasks.images.kind",
 }
 """Name to the module whose `KIND` it is; imported when it is used, since each has libraries of its own."""
 

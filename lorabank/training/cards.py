@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from lorabank.config.train import AdapterRun
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
+from lorabank.formats.labels import label_names
 from lorabank.training import human
 from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle, vllm_line
 
@@ -178,8 +178,6 @@ def _use(facts: CardFacts) -> str:
     )
 
 
-LABELS = "labels"
-"""Key of a classifier's metadata: its labels' names as a JSON list."""
 MODEL_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -251,7 +249,7 @@ def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: s
         repository=repository,
         revision=revision,
         task_type=adapter.task_type,
-        num_labels=len(json.loads(adapter.metadata[LABELS])) if LABELS in adapter.metadata else None,
+        num_labels=len(label_names(adapter) or ()) or None,
     )
     front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
     named = _listed(front.get("base_model"))

@@ -117,6 +117,11 @@ class Task(ABC, Generic[Row]):
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
+    @property
+    def head(self) -> str | None:
+        """Module that gives a number a label, where the model's class doesn't say; see `attach`."""
+        return None
+
     def labels(self, adapter: str) -> int | None:
         """`num_labels` of its head, made anew; None: the head stays as `modules_to_save` has it. Called after `read`."""
         return None

@@ -28,8 +28,8 @@ Values = Mapping[str, Mapping[str, Tensor]]
 class SavedModules:
     """The wrapped modules of one bank, and which adapter has a copy of which."""
 
-    def __init__(self, model: nn.Module, reach: ReachCheck, owners: Owners) -> None:
-        self._model, self._reach, self._owners = model, reach, owners
+    def __init__(self, model: nn.Module, reach: ReachCheck, owners: Owners, head: str | None = None) -> None:
+        self._model, self._reach, self._owners, self._head = model, reach, owners, head
         self.modules: dict[str, SavedModule] = {}
         self._of: dict[str, tuple[str, ...]] = {}
 
@@ -58,7 +58,7 @@ class SavedModules:
             made[path] = {key: p.detach() for key, p in unwrapped(self._model.get_submodule(path)).named_parameters()}
         if num_labels is None:
             return made
-        labels = label_layer(self._model)
+        labels = label_layer(self._model, self._head)
         owner = next((path for path in paths if labels is not None and f"{labels}.".startswith(f"{path}.")), None)
         if labels is None or owner is None or type(num_labels) is not int or num_labels < 1:
             why = (
@@ -66,7 +66,7 @@ class SavedModules:
             )
             raise ConfigError(f"num_labels: {why}, got {num_labels!r}. It is for a classifier whose head is in modules_to_save.")
         inside = labels.removeprefix(owner).lstrip(".")
-        spread = getattr(self._model.config, "initializer_range", None)
+        spread = getattr(getattr(self._model, "config", None), "initializer_range", None)
         for key in [key for key in made[owner] if key in _names_of(inside)]:
             old = made[owner][key]
             shape = (num_labels, *old.shape[1:])
@@ -110,7 +110,7 @@ class SavedModules:
                     f"module {path!r} is, or holds, a layer that was wrapped for LoRA. Attach a new bank (bank.detach() first) "
                     "to train it in full."
                 )
-            labels = label_layer(self._model)
+            labels = label_layer(self._model, self._head)
             inside = labels is not None and f"{labels}.".startswith(f"{path}.")
             own = labels.removeprefix(path).lstrip(".") if labels is not None and inside else None
             wrapper = SavedModule(present, path, router, rows_lost(self._model, path), own)
@@ -147,7 +147,7 @@ class SavedModules:
         own, parameters = module.state_dict(keep_vars=True), dict(module.named_parameters())
         if wrong := sorted(own.keys() ^ values.keys()):
             raise refuse(f"{wrong[0]!r} is {'not in the file' if wrong[0] in own else 'not in the model'}")
-        labels = label_layer(self._model)
+        labels = label_layer(self._model, self._head)
         free = _names_of((labels or "").removeprefix(here).lstrip(".")) if f"{labels}.".startswith(f"{here}.") else ()
         for key, value in values.items():
             mine = own[key].detach()

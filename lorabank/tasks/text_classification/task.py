@@ -24,6 +24,7 @@ from lorabank.engine.model_pass import infer
 from lorabank.errors import ConfigError, DataError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
+from lorabank.formats.labels import LABELS
 from lorabank.tasks.text_classification.labels import LabelSet
 from lorabank.tasks.text_classification.metrics import METRICS, Scored, check_metrics, compute, expanded, metrics_of, predicted
 from lorabank.tasks.text_classification.model import has_one_input, load_classifier, own_labels, pad_id, positions
@@ -38,7 +39,7 @@ from lorabank.training.evaluate import route_of
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import Busy, Prediction, Task, TaskKind
 
-LABELS_KEY, KIND_KEY = "labels", "labels.kind"
+LABELS_KEY, KIND_KEY = LABELS, "labels.kind"
 """Of an adapter's metadata: its labels' names as a JSON list, and their kind."""
 
 
