@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import lorabank as lb
 from lorabank.engine.own_pass import TrainingPass
 from lorabank.optim.slot_optimizer import OptimizerConfig, SlotOptimizer
-from lorabank.tasks.diffusion.draws import RowDraw, draw
+from lorabank.tasks.diffusion.draws import RowDraw, draw, mixed
 from lorabank.tasks.diffusion.families import FAMILIES
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import objective_of, row_losses, row_tensors
@@ -164,7 +164,8 @@ class Ours:
         return {"clean": self.latents, "noise": noise, "condition.text": self.text, **numbers}
 
     def draws(self, step: int) -> list[RowDraw]:
-        return [draw(self.work.latents, seed=i, step=step, row=row) for i in range(len(self.styles)) for row in range(self.count)]
+        seeds = [mixed(i, step, row) for i in range(len(self.styles)) for row in range(self.count)]
+        return [draw(self.work.latents, seed) for seed in seeds]
 
     def __call__(self, step: int) -> Tensor:
         losses = self.train(self.batch(self.draws(step)), self.routes)

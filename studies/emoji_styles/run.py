@@ -252,7 +252,7 @@ def learn_styles(
 def style_batch(data: Pictures, objective: Objective, style: str, rows: Sequence[int], seed: int, step: int) -> dict[str, Tensor]:
     """A style's rows of a pass, on the host."""
     shape = (3, data.size, data.size)
-    draws = [draw(shape, seed=seed, step=step, row=place) for place in range(len(rows))]
+    draws = [draw(shape, mixed(seed, step, place)) for place in range(len(rows))]
     captions = data.text_NLD[rows] * torch.tensor([[[float(each.drop >= DROPPED)]] for each in draws])
     return {
         "clean": data.clean(style, rows),
@@ -306,8 +306,14 @@ def show(bank: lb.AdapterBank, model: ImageModel, data: Pictures, args: argparse
         text = data.text_NLD[rows].repeat(len(routes), 1, 1)
         seeds = [mixed(args.seed, row) for row in rows] * len(routes)  # one noise a name, in all columns
         found = draw_pictures(
-            model, bank, {"text": text}, {"text": torch.zeros_like(text)}, [routes[name] for name in names], seeds=seeds, config=config
-        ).view(len(routes), len(rows), 3, data.size, data.size)  # fmt: skip
+            model,
+            bank,
+            {"text": text},
+            {"text": torch.zeros_like(text)},
+            [routes[name] for name in names],
+            seeds=seeds,
+            config=config,
+        ).view(len(routes), len(rows), 3, data.size, data.size)
         columns = {f"{name}, real": data.pixels[name][rows].float() / 255 for name in (BASE, *STYLES)}
         shown = {BASE + ", real": columns[f"{BASE}, real"]} | dict(zip(routes, found, strict=True))
         shown |= {f"{name}, real": columns[f"{name}, real"] for name in STYLES}

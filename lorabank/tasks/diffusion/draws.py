@@ -1,4 +1,4 @@
-"""What is random about a training row, drawn on the host from (adapter seed, step, row) alone.
+"""What is random about a training row, drawn on the host from one seed: of its adapter, its step and its place alone.
 
 So an adapter that is trained beside others sees the noise that it would see alone (law 3), on any device and after a resume.
 """
@@ -47,9 +47,9 @@ def mixed(*numbers: int) -> int:
     return state >> 1
 
 
-def draw(shape: tuple[int, ...], *, seed: int, step: int, row: int) -> RowDraw:
-    """The draws of example `row` of an adapter's optimizer step `step`. `shape`: of its latents (C, H, W)."""
-    generator = torch.Generator().manual_seed(mixed(seed, step, row))
+def draw(shape: tuple[int, ...], seed: int) -> RowDraw:
+    """The draws of a row with latents of this shape (C, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
     place, drop = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     numbers = torch.randn(1 + shape[0], generator=generator)
     noise = torch.randn(shape, generator=generator)
@@ -61,7 +61,7 @@ def fixed_draw(shape: tuple[int, ...], *, row: int, part: int, parts: int) -> Ro
 
     Places are spread evenly over the parts, since the loss depends on them far more than on the weights.
     """
-    made = draw(shape, seed=VALIDATION, step=part, row=row)
+    made = draw(shape, mixed(VALIDATION, part, row))
     place = (part + made.place) / parts
     normal = float(torch.special.ndtri(torch.tensor(min(max(place, 1e-6), 1 - 1e-6), dtype=torch.float64)))
     return RowDraw(place=place, drop=1.0, normal=normal, noise=made.noise, offset=made.offset)
