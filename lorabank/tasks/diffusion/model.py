@@ -45,12 +45,16 @@ class ImageModel(nn.Module):
         own = vars(self)
         own["family"], own["scheduler"], own["zero_empty"], own["prediction"] = family, scheduler, zero_empty, prediction
         own["tokenizers"] = dict(tokenizers or {})
-        own["frozen"] = {name: model for name, model in (encoders or {}).items() if name not in trained}
-        own["vae"] = vae
-        for name in trained:
-            if name not in (encoders or {}):
-                raise ConfigError(f"text encoder {name!r}: {family.name} has {', '.join(encoders or {}) or 'none here'}")
-            self.add_module(name, (encoders or {})[name])
+        own["frozen"], own["vae"] = dict(encoders or {}), vae
+        self.train_encoders(trained)
+
+    def train_encoders(self, names: Sequence[str]) -> None:
+        """Put these text encoders into the module tree, where adapters find them. Before a bank is attached."""
+        for name in names:
+            if name not in self.frozen and name not in self._modules:
+                raise ConfigError(f"text encoder {name!r}: {self.family.name} has {', '.join(self.family.encoders)}")
+            if name in self.frozen:
+                self.add_module(name, self.frozen.pop(name))
 
     family: Family
     scheduler: Any
