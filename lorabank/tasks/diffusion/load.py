@@ -89,6 +89,7 @@ def of_pipeline(pipe: Any, family: Family) -> ImageModel:
         scheduler=pipe.scheduler,
         encoders={name: model for name, model in encoders.items() if model is not None},
         tokenizers={name: getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in family.encoders},
+        trained=[name for name, model in encoders.items() if type(model).__name__.startswith("CLIP")],
         vae=pipe.vae,
         zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
     )
@@ -96,7 +97,7 @@ def of_pipeline(pipe: Any, family: Family) -> ImageModel:
 
 def place(model: ImageModel, device: torch.device, dtype: torch.dtype) -> None:
     """Move all parts to a device, in evaluation mode; the VAE stays in fp32, since SDXL's overflows in half precision."""
-    for part in (model.denoiser, *model.frozen.values()):
+    for part in model.parts.values():
         nn.Module.to(part, device, dtype)
         part.eval().requires_grad_(False)
     if model.vae is not None:
