@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorabank.config.checks import (
     check_choice,
@@ -19,6 +20,18 @@ NO_CAPTION = ("stop", "skip", "empty")
 CACHES = ("memory", "disk", "none")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 SAVE_FORMATS = ("peft", "kohya", "diffusers")
+
+LEARNING_RATE = 1e-4
+"""What diffusers' and kohya's examples train LoRA with; no fit is known for image models."""
+ATTENTION = r"re:(unet|transformer)\..*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
+"""The denoiser's attention."""
+TEXT_ATTENTION = r"re:text_encoder(_2)?\..*self_attn\.(q|k|v|out)_proj"
+
+
+def adapter_defaults(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What adapters of images have where nobody says otherwise. `settings`: section to what was given."""
+    text = str(settings["diffusion"].get("text_encoders", False)).lower() in ("true", "yes", "1")
+    return {"targets": [ATTENTION, TEXT_ATTENTION] if text else ATTENTION, "learning_rate": LEARNING_RATE}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,9 @@ def with_prior(
     splits: Splits[Picture], folder: Path, config: DiffusionConfig, *, step: int, progress: Callable[[int, int], None] | None
 ) -> Splits[Picture]:
     """The training rows with as many pictures of the class beside them; the object's are repeated where they are fewer."""
-    found = read_pictures(folder, replace(config, trigger=""), step=step, role="prior", limit=config.prior_pictures, busy=progress)
+    found = read_pictures(
+        folder, replace(config, trigger=""), step=step, role="prior", limit=config.prior_pictures, busy=progress
+    )
     prior = [replace(picture, prior=True) for picture in found.pictures]
     own = list(splits.train)
     repeats = max(1, round(len(prior) / max(1, len(own))))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.reach import is_attached
@@ -77,9 +79,7 @@ class TextToImage(Task[Picture]):
 
     def read(self, config: TrainConfig, rows: RowObjects | None = None, progress: Progress | None = None) -> DataSets[Picture]:
         def one(_name: str, train: Source | None, val: Source | None) -> Splits[Picture]:
-            return prepare(
-                config.data, self.settings, step=self._step, seed=config.seed, train=train, val=val, progress=progress
-            )
+            return prepare(config.data, self.settings, step=self._step, seed=config.seed, train=train, val=val, progress=progress)
 
         sets = read_sets(config, rows, one)
         if not is_attached(self.images):  # of a training: scoring has adapters, and no use for pictures of the class
@@ -100,7 +100,7 @@ class TextToImage(Task[Picture]):
         wanted = self.settings.prior_prompt
         if wanted is None:
             return sets
-        by_name = {name: wanted for name in sets.by_adapter} if isinstance(wanted, str) else dict(wanted)
+        by_name = dict.fromkeys(sets.by_adapter, wanted) if isinstance(wanted, str) else dict(wanted)
         for name in by_name:
             if name not in sets.by_adapter:
                 raise ConfigError(f"diffusion.prior_prompt: no adapter {name!r}{closest(name, sets.by_adapter)}")
@@ -158,21 +158,26 @@ class TextToImage(Task[Picture]):
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
     def engine(self, bank: AdapterBank) -> Engine:
-        if not self.adapts_text and (paths := [layer.path for layer in all_layers(bank) if layer.path.startswith("text_encoder")]):
+        if not self.adapts_text and (
+            paths := [layer.path for layer in all_layers(bank) if layer.path.startswith("text_encoder")]
+        ):
             raise ConfigError(
-                f"targets: they mean {len(paths)} layers of text encoders ({paths[0]!r} for one), whose conditions are made once, "
-                "before training. Set diffusion.text_encoders: true, or leave them out: exclude: ['text_encoder*']."
+                f"targets: they mean {len(paths)} layers of text encoders ({paths[0]!r} for one), whose conditions are made "
+                "once, before training. Set diffusion.text_encoders: true, or leave them out: exclude: ['text_encoder*']."
             )
-        return super().engine(bank)
+        if self.config.gradient_checkpointing:  # diffusers' models recompute by themselves
+            context = bank.checkpoint_context
+            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+            self.images.denoiser.enable_gradient_checkpointing(recompute)
+        return Engine(bank)
 
-    def compiled(self, *, recompute: bool) -> list[Any]:
-        """Compile what is worth it of the model; returns what was compiled."""
-        return [] if recompute else compile_image_model(self.images)
+    def compile_model(self, *, recompute: bool) -> list[Any]:
+        return [] if recompute or self.config.gradient_checkpointing else compile_image_model(self.images)
 
     def save_more(self, adapter: Adapter, folder: Path, name: str) -> None:
         """The adapter in another tool's form, beside PEFT's."""
         if self.settings.save_format == "kohya":
-            save_kohya(adapter, folder / f"{name}.safetensors", model=self.images)
+            save_kohya(adapter, folder / f"{name}.safetensors")
         elif self.settings.save_format == "diffusers":
             save_diffusers(adapter, folder)
 
@@ -210,7 +215,7 @@ class TextToImage(Task[Picture]):
     ) -> None:
         self._sheet(engine, rows, folder / "samples.png", config, busy)
 
-    def after_evaluation(
+    def show(
         self,
         engine: Engine,
         rows: Mapping[str, Sequence[Picture]],
@@ -220,16 +225,16 @@ class TextToImage(Task[Picture]):
         config: EvalConfig,
         busy: Busy,
     ) -> None:
-        """A sheet of the same captions and noise after each evaluation."""
+        """A sheet of the same captions and noise each time."""
         self._sheet(engine, rows, folder / "samples" / f"pass-{pass_index:06}.png", config, busy)
 
-    def _sheet(
-        self, engine: Engine, rows: Mapping[str, Sequence[Picture]], file: Path, config: EvalConfig, busy: Busy
-    ) -> None:
+    def _sheet(self, engine: Engine, rows: Mapping[str, Sequence[Picture]], file: Path, config: EvalConfig, busy: Busy) -> None:
         """Every adapter beside the base, the same noise along a row."""
         captions = list(self.settings.sample_prompts)
         if not captions:
-            captions = list(spread(captions_of([p for own in rows.values() for p in own]), config.samples)) if config.samples else []
+            captions = (
+                list(spread(captions_of([p for own in rows.values() for p in own]), config.samples)) if config.samples else []
+            )
         if not captions:
             return
         names = {BASE_NAME: route_of(BASE_NAME), **{name: route_of(name) for name in engine.bank.names}}
