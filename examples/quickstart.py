@@ -25,9 +25,10 @@ from lorabank.engine.step import Engine, forward_backward, optim_step
 from lorabank.errors import LorabankError
 from lorabank.models.load import load_base
 from lorabank.optim.slot_optimizer import SlotOptimizer
+from lorabank.tasks.text_generation import read_rows
 from lorabank.training.allocation import keep_freed_memory
 from lorabank.training.console import ConsoleListener
-from lorabank.training.setup import adapter_runs, load_data
+from lorabank.training.data_sets import adapter_runs
 from lorabank.training.streams import RowStream
 
 HERE = Path(__file__).parent
@@ -49,7 +50,7 @@ def seconds_a_pass(config: TrainConfig, groups: list[list[str]]) -> list[float]:
     In turn, since a machine's speed drifts: all groups see the same minutes.
     """
     base = load_base(config.model, dtype=config.base_dtype, device=config.device)
-    rows = load_data(config, base.tokenizer).by_adapter
+    rows = read_rows(config, base.tokenizer).by_adapter
     bank = attach(base.model)
     engine, optimizer = Engine(bank), SlotOptimizer(bank)
     runs = adapter_runs(config)

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.config.paths import expanded, with_absolute_paths
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
-from lorabank.errors import ConfigError
+from lorabank.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorabank.config.adapter import AdapterConfig
     from lorabank.data.formats import Example
+    from lorabank.training.data_sets import DataSets, RowObjects
     from lorabank.training.events import Listener, RunResult
     from lorabank.training.loaded import LoadedRun
     from lorabank.training.run_folder import RunFolder
-    from lorabank.training.setup import DataSets, RowObjects
     from lorabank.training.trainer import Trainer
 
 BASE_NAME = "base"
@@ -33,8 +32,8 @@ UNCOMPILED = "the model's blocks aren't compiled, so steps are slower: {}. compi
 def train(
     config: TrainConfig | str | Path | None = None,
     *,
-    model: PreTrainedModel | str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
     data: Any = None,
     adapters: Mapping[str, AdapterRun | AdapterConfig | Mapping[str, Any]] | None = None,
     resume: bool | str = False,
@@ -47,6 +46,9 @@ def train(
     From names and paths: `train(TrainConfig(...))` or `train("run.yaml")`. From objects: `train(model=model, tokenizer=tok,
     data=rows, adapters={"formal": {"rank": 16}}, output="out/x", epochs=1, …)`; further keywords are the settings of a
     configuration file, and hold for every adapter that doesn't say otherwise.
+
+    `model`: an object, or a name. `tokenizer`: what prepares its inputs; for other tasks than text generation (`task=…`) an image
+    processor, a feature extractor, …
 
     `data`: rows (a `datasets.Dataset` or a list of dicts), a path, splits (`{"train": …, "validation": …}`, a `DatasetDict`),
     adapter names to rows, or the settings of a file's section `data`. `adapters`: names to settings, `AdapterRun`,
@@ -82,8 +84,8 @@ def train(
 
 def _train(
     config: TrainConfig,
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    model: Any,
+    tokenizer: Any,
     rows: RowObjects,
     notes: Sequence[str],
     *,
@@ -92,9 +94,10 @@ def _train(
     listeners: Sequence[Listener],
 ) -> RunResult:
     from lorabank.engine.compiling import uncompile_blocks
+    from lorabank.tasks import task_kind
     from lorabank.training.run import command_for, resume_run, run_training
     from lorabank.training.run_folder import RunFolder
-    from lorabank.training.setup import build_trainer, load_data
+    from lorabank.training.setup import build_trainer
     from lorabank.training.start import warnings_as
 
     for text in notes:
@@ -102,9 +105,10 @@ def _train(
     folder = RunFolder(config.output) if config.output and not dry_run else None
     from_objects = model is not None or rows.train is not None or bool(rows.by_adapter)
     model, tokenizer, name, more = _base(config, model, tokenizer, listeners)
-    sets = load_data(config, tokenizer, rows=rows, progress=_busy(listeners, "reading data"))
+    task = task_kind(config.task).open(config, model, tokenizer, {})
+    sets = task.read(config, rows, _busy(listeners, "reading data"))
     everyone: list[Listener] = list(listeners)
-    trainer, notices = build_trainer(config, model, tokenizer, sets, folder=folder, listeners=everyone)
+    trainer, notices = build_trainer(config, model, task, sets, folder=folder, listeners=everyone)
     compiled: list[nn.Module] = []
     try:
         with warnings_as(notices):
@@ -133,7 +137,7 @@ def _train(
         uncompile_blocks(compiled)
 
 
-def _compiled(config: TrainConfig, model: PreTrainedModel, *, recompute: bool) -> tuple[list[nn.Module], str | None]:
+def _compiled(config: TrainConfig, model: Any, *, recompute: bool) -> tuple[list[nn.Module], str | None]:
     """(the blocks that are compiled for this run and weren't before, why there are none where nobody says)."""
     from lorabank.engine.compiling import compile_blocks, uncompiled_because
 
@@ -148,12 +152,14 @@ def preview(config: TrainConfig, *, count: int = 3) -> None:
 
     from lorabank.data.preview import preview as print_rows
     from lorabank.models.load import load_tokenizer
-    from lorabank.training.setup import load_data
+    from lorabank.tasks.text_generation import read_rows
 
+    if config.task != "text-generation":
+        raise ConfigError(f"preview: shows rows of text-generation, and the task is {config.task!r}.")
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     console = Console()
     shown: set[str] = set()
-    sets = load_data(config, tokenizer)
+    sets = read_rows(config, tokenizer)
     for name, prepared in sets.by_adapter.items():
         if sets.names[name] not in shown:
             shown.add(sets.names[name])
@@ -163,12 +169,23 @@ def preview(config: TrainConfig, *, count: int = 3) -> None:
 
 
 def load_run(
-    source: str | Path, adapters: Sequence[str] | None = None, *, device: str = "auto", dtype: str = "auto"
+    source: str | Path,
+    adapters: Sequence[str] | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    task: str | None = None,
+    check: Sequence[str] = (),
 ) -> LoadedRun:
-    """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading."""
+    """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
+
+    `task`: of a plain base model, `text-generation` if it isn't given. `check`: metrics that the task has to know, before its
+    model is loaded.
+    """
+    from lorabank.tasks import task_kind
     from lorabank.training.loaded import load_run as load
 
-    return load(source, adapters, device=device, dtype=dtype)
+    return load(source, adapters, kinds=task_kind, device=device, dtype=dtype, task=task, check=check)
 
 
 def evaluate(
@@ -182,6 +199,7 @@ def evaluate(
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    task: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, float]]:
     """Score adapters and `base` on held-out rows: `data.test` if given, else the run's test or validation rows.
@@ -189,14 +207,10 @@ def evaluate(
     `say` gets notes about the base, and the lines of the report over rows that aren't the run's own: how many were read, kept,
     dropped and why, or cut.
     """
-    from lorabank.engine.step import Engine
     from lorabank.training.busy import BusyBar
-    from lorabank.training.evaluate import full_scores
     from lorabank.training.loaded import held_out_rows
-    from lorabank.training.scorers import check_metrics
 
-    check_metrics(metrics)
-    run = load_run(source, adapters, device=device, dtype=dtype)
+    run = load_run(source, adapters, device=device, dtype=dtype, task=task, check=metrics)
     for note in run.notes:
         say(f"note: {note}")
     names = list(dict.fromkeys(adapters)) if adapters else [*run.names, BASE_NAME]
@@ -205,7 +219,43 @@ def evaluate(
         metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     with BusyBar() as busy:
-        return full_scores(Engine(run.bank), run.tokenizer, rows, config=config, busy=busy)
+        return run.task.scores(run.task.engine(run.bank), rows, config=config, busy=busy)
+
+
+def predict(
+    source: str | Path,
+    data: str | Path,
+    output: str | Path,
+    adapters: Sequence[str] | None = None,
+    *,
+    max_rows: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    dtype: str = "auto",
+    task: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Predictions of adapters (and of `base`, where it has any) for rows without answers, written to `output`, which isn't there.
+
+    For every task but text generation, whose answers are drawn by `generate_stream`. `options`: what the task knows beside.
+    Returns a sentence on what was written.
+    """
+    from lorabank.training.busy import BusyBar
+    from lorabank.training.task import Prediction
+
+    where = expanded(str(output), place="output")
+    if where.exists():
+        raise OutputError(f"{where}: exists already. Choose another output.")
+    run = load_run(source, adapters, device=device, dtype=dtype, task=task)
+    for note in run.notes:
+        say(f"note: {note}")
+    names = list(dict.fromkeys(adapters)) if adapters else [*run.names, *([BASE_NAME] if run.task.scores_base else [])]
+    wanted = Prediction(
+        data=str(data), output=where, names=names, max_rows=max_rows, batch_size=batch_size, options=options or {}
+    )
+    with BusyBar() as busy:
+        return run.task.predict(run.task.engine(run.bank), wanted, busy=busy)
 
 
 def generate_stream(
@@ -260,14 +310,17 @@ def generate_stream(
 
 def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
     """What can be known to be wrong before the model is loaded."""
+    from lorabank.tasks import task_kind
     from lorabank.training.run_folder import RunFolder
-    from lorabank.training.scorers import check_metrics
     from lorabank.training.trackers import check_trackers
 
+    kind = task_kind(config.task)
     try:
-        check_metrics(config.eval.metrics)
+        kind.check_metrics(config.eval.metrics)
     except ConfigError as error:
         raise ConfigError(f"eval.metrics: {error}") from error
+    if config.base_dtype in ("fp8", "nf4") and not kind.quantises:
+        raise ConfigError(f"base_dtype: {config.base_dtype} is for text-generation alone so far. Use bf16 or fp32.")
     if config.report_to and not config.output:
         raise ConfigError(
             f"report_to: {', '.join(config.report_to)} needs output, the run's folder. Set output, or leave it out."
@@ -284,16 +337,19 @@ def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
         folder.refuse_existing()
 
 
-def _base(
-    config: TrainConfig, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, listeners: Sequence[Listener]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, Sequence[str]]:
-    """Model, tokenizer, a name for them that other tools can load ('' without one), and notes."""
+def _base(config: TrainConfig, model: Any, tokenizer: Any, listeners: Sequence[Listener]) -> tuple[Any, Any, str, Sequence[str]]:
+    """Model, tokenizer (or another processor), a name for them that other tools can load ('' without one), and notes."""
+    from transformers import PreTrainedModel
+
     from lorabank.bank.storages.quantized import storage_of
     from lorabank.models.dtypes import dtype_notes
-    from lorabank.models.load import QUANTIZED, load_base, pick_device, pick_dtype
+    from lorabank.models.load import QUANTIZED, pick_device, pick_dtype
+    from lorabank.tasks import task_kind
+    from lorabank.training.task import BaseRequest
 
     if model is not None and tokenizer is not None:
-        here = model.device
+        first = next(model.parameters())
+        here, stored = first.device, model.dtype if isinstance(model, PreTrainedModel) else first.dtype
         if config.device != "auto" and pick_device(config.device).type != here.type:
             raise ConfigError(
                 f"device: {config.device!r} asked for, and the model given is on {here}. Move it with model.to(…) first."
@@ -301,25 +357,21 @@ def _base(
         have = storage_of(model)
         if config.base_dtype in QUANTIZED and have != config.base_dtype:
             raise ConfigError(
-                f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or model.dtype}. Quantise it first: "
+                f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or stored}. Quantise it first: "
                 f"lorabank.quantize_base(model, {config.base_dtype!r})."
             )
         plain = config.base_dtype not in ("auto", *QUANTIZED)
-        if plain and (have is not None or pick_dtype(config.base_dtype, here) != model.dtype):
+        if plain and (have is not None or pick_dtype(config.base_dtype, here) != stored):
             way_out = "Convert it first." if have is None else "Load it unquantised."
-            raise ConfigError(
-                f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or model.dtype}. {way_out}"
-            )
-        given = str(getattr(model.config, "_name_or_path", "") or config.model)
-        return model, tokenizer, _public_name(given, None) if given else "", dtype_notes(config.base_dtype, model.dtype, here)
-    base = load_base(
-        config.model,
-        dtype=config.base_dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        say=_tell(listeners),
+            raise ConfigError(f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or stored}. {way_out}")
+        named = getattr(model.config, "_name_or_path", "") if isinstance(model, PreTrainedModel) else ""
+        given = str(named or config.model)
+        return model, tokenizer, _public_name(given, None) if given else "", dtype_notes(config.base_dtype, stored, here)
+    request = BaseRequest(
+        model=config.model, dtype=config.base_dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )
-    return base.model, base.tokenizer, _public_name(base.name, base.folder), base.notes
+    base = task_kind(config.task).load(request, _tell(listeners))
+    return base.model, base.processor, _public_name(base.name, base.folder), base.notes
 
 
 def _public_name(name: str, folder: Path | None) -> str:
@@ -335,7 +387,7 @@ def _public_name(name: str, folder: Path | None) -> str:
     return name
 
 
-def _open_folder(folder: RunFolder, config: TrainConfig, trainer: Trainer, sets: DataSets, *, fresh: bool) -> list[Listener]:
+def _open_folder(folder: RunFolder, config: TrainConfig, trainer: Trainer, sets: DataSets[Any], *, fresh: bool) -> list[Listener]:
     """Make the run's folder and everything that writes into it; on an error a fresh folder is as it was, empty or absent."""
     from lorabank.config.parse import to_dict
     from lorabank.training.metrics_file import MetricsFile
@@ -375,7 +427,7 @@ def _busy(listeners: Sequence[Listener], activity: str) -> Any:
     return busy
 
 
-def _tell_about_data(trainer: Trainer, sets: DataSets) -> None:
+def _tell_about_data(trainer: Trainer, sets: DataSets[Any]) -> None:
     for name, prepared in {sets.names[n]: p for n, p in sets.by_adapter.items()}.items():
         for line in prepared.report.lines():
             trainer.notice(f"{Path(name).name}: {line}")

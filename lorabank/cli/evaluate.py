@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         device=args.device,
         dtype=args.dtype,
+        task=args.task,
         say=lambda line: print(line, file=sys.stderr),
     )
     print_scores(scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 from lorabank.cli.folders import chosen_path
 from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.cli.train import print_notes
+from lorabank.config.checks import check_choice
 from lorabank.config.convert import dtype_name
+from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError
 
@@ -29,7 +32,23 @@ def add_source(parser: CommandParser, example: str = "out/support") -> None:
         type=names,
         help="which, commas between; `base` is the model without (default: all and base)",
     )
+    parser.add_argument("--task", metavar="TASK", help="of a plain base model (default: the run's, else text-generation)")
     add_machine(parser)
+
+
+def task_of(args: argparse.Namespace) -> str:
+    """The task of what is named: as it was asked for, the run's, or what the adapter's own file says. Loads no model."""
+    if args.task is not None:
+        check_choice("--task", args.task, TASKS)
+        return args.task
+    config = run_config(args.run_folder)
+    if config is not None:
+        return config.task
+    file = chosen_path(args.run_folder, place="RUN") / "lorabank.json"
+    if not file.is_file():
+        return DEFAULT_TASK
+    said = json.loads(file.read_text(encoding="utf-8"))
+    return str(said.get("metadata", {}).get("task", DEFAULT_TASK))
 
 
 def add_machine(parser: CommandParser) -> None:
@@ -96,7 +115,7 @@ def load(args: argparse.Namespace) -> LoadedRun:
     from lorabank import api
 
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
-    run = api.load_run(args.run_folder, args.adapters, device=args.device, dtype=args.dtype)
+    run = api.load_run(args.run_folder, args.adapters, device=args.device, dtype=args.dtype, task=args.task)
     print_notes(run.notes)
     return run
 

@@ -6,20 +6,23 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config
+from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.cli.rows import prompt_of, read_prompts
 from lorabank.config.paths import expanded
+from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.data.formats import template_columns
-from lorabank.errors import OutputError
+from lorabank.errors import ConfigError, OutputError
 
 EXAMPLES = """\
 examples:
   lorabank predict out/support --data questions.jsonl --output answers.jsonl
   lorabank predict out/support --adapters formal --data table.csv --prompt 'Describe: {mr}' --output answers.jsonl
+  lorabank predict out/topics --data rows.jsonl --output labels.jsonl      a run of another task: its own rows and output
 
 Rows: JSONL, JSON, CSV or Parquet (columns messages, prompt, instruction, question, text), or a .txt file with a prompt
 a line. Each output row is the input row and one column an adapter.
@@ -52,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     """Read, generate, write row by row: an interrupted file keeps what was answered."""
     check_sampling(args)
     output = _new_file(args.output)
+    if task_of(args) != DEFAULT_TASK:
+        return _by_task(args, output)
     if args.prompt is not None:
         template_columns(args.prompt, place="--prompt")
     config = run_config(args.run_folder)
@@ -81,6 +86,31 @@ def run(args: argparse.Namespace) -> int:
             lines.append(json.dumps({**row.values, **own}, ensure_ascii=False, default=str) + "\n")
         _append(output, lines, start, len(rows))
     print(f"{len(rows)} rows answered by {', '.join(names)}: {output}")
+    return 0
+
+
+def _by_task(args: argparse.Namespace, output: Path) -> int:
+    """Predictions of a run of another task, in that task's own form."""
+    from lorabank import api
+
+    for name in ("prompt", "system"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name}: is for text generation, and this is {task_of(args)}.")
+    expanded(args.data, place="--data")
+    print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
+    told = api.predict(
+        args.run_folder,
+        args.data,
+        output,
+        args.adapters,
+        max_rows=args.max_rows,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+        task=args.task,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(told)
     return 0
 
 

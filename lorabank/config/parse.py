@@ -11,8 +11,9 @@ from typing import Any
 from lorabank.config.checks import check_adapter_name
 from lorabank.config.coerce import coerce, field_types
 from lorabank.config.convert import OptimizerSteps
+from lorabank.config.tasks import TASK_SECTIONS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
-from lorabank.config.translate import Settings, translate
+from lorabank.config.translate import NESTED, Settings, translate
 from lorabank.errors import ConfigError, Setting, closest
 
 FOREIGN_RANKS = {"network_dim": ("kohya", 1), "r": ("PEFT", 8), "lora_r": ("PEFT", 8)}
@@ -102,7 +103,7 @@ def build(settings: Settings) -> tuple[TrainConfig, list[str]]:
     accumulations = {name: run.gradient_accumulation for name, run in (adapters or {"default": defaults}).items()}
     eval_raw = _passes(settings.values["eval"], "eval.", accumulations, notes)
     save_raw = _passes(settings.values["save"], "save.", accumulations, notes)
-    run = _typed(TrainConfig, settings.values["run"], "", skip=("data", "defaults", "adapters", "eval", "save"))
+    run = _typed(TrainConfig, settings.values["run"], "", skip=NESTED)
     config = TrainConfig(
         **run,
         data=DataConfig(**_typed(DataConfig, settings.values["data"], "data.")),
@@ -110,6 +111,7 @@ def build(settings: Settings) -> tuple[TrainConfig, list[str]]:
         adapters=adapters,
         eval=EvalConfig(**_typed(EvalConfig, eval_raw, "eval.")),
         save=SaveConfig(**_typed(SaveConfig, save_raw, "save.")),
+        **{name: kind(**_typed(kind, settings.values[name], f"{name}.")) for name, kind in TASK_SECTIONS.items()},
     )
     return config, notes
 

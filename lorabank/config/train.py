@@ -16,7 +16,9 @@ from lorabank.config.checks import (
     check_share_or_count,
     freeze_sequences,
 )
+from lorabank.config.classification import ClassificationConfig
 from lorabank.config.extras import TokenIndices
+from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import ConfigError, Setting
 
 BASE_DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8", "nf4")
@@ -198,6 +200,8 @@ class EvalConfig:
     """`loss perplexity exact_match bleu chrf rouge`, or `module:function`."""
     samples: int = 4
     """Held-out prompts whose generated answers go into samples.md."""
+    best: str = "loss"
+    """Metric of validation that says which step is the best, and when to stop early."""
     early_stopping: int | None = None
     """Default of every adapter's `early_stopping`."""
     max_rows: int | None = None
@@ -246,7 +250,8 @@ class TrainConfig:
     one that lacks it, fp32 on a CPU); `fp8` (for speed) and `nf4` (for memory) quantise its linear layers."""
     output: str = ""
     """Run folder; must not exist, unless the run is resumed."""
-    task: str = "text-generation"
+    task: str = DEFAULT_TASK
+    """What the adapters learn: `text-generation`, `text-classification`."""
     data: DataConfig = field(default_factory=DataConfig)
     defaults: AdapterRun = field(default_factory=AdapterRun)
     """What every adapter has unless its own entry says otherwise."""
@@ -254,6 +259,7 @@ class TrainConfig:
     """Name to adapter, defaults already applied. Empty: one adapter called `default`."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False
@@ -276,7 +282,7 @@ class TrainConfig:
         if self.base_dtype in LATER_BASE_DTYPES:
             raise ConfigError(Setting("base_dtype"), f": {self.base_dtype} is not supported yet. Use fp8, nf4, bf16 or fp32.")
         check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
-        check_choice("task", self.task, ("text-generation",))
+        check_choice("task", self.task, TASKS)
         for tracker in self.report_to:
             check_choice("report_to", tracker, TRACKERS)
         check_non_negative_int("seed", self.seed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from lorabank.config import aliases
 from lorabank.config.convert import OptimizerSteps
+from lorabank.config.tasks import TASK_SECTIONS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.errors import ConfigError, Setting, closest
 
@@ -16,10 +17,11 @@ SECTIONS: dict[str, type] = {
     "adapter": AdapterRun,
     "eval": EvalConfig,
     "save": SaveConfig,
+    **TASK_SECTIONS,
 }
-PLACES = {"run": "", "data": "data.", "adapter": "defaults.", "eval": "eval.", "save": "save."}
+PLACES = {"run": "", "adapter": "defaults."} | {name: f"{name}." for name in SECTIONS if name not in ("run", "adapter")}
 """Where a section's settings stand in a file."""
-NESTED = ("data", "defaults", "adapters", "eval", "save")
+NESTED = ("data", "defaults", "adapters", "eval", "save", *TASK_SECTIONS)
 
 _FIELDS = {section: frozenset(f.name for f in fields(kind)) for section, kind in SECTIONS.items()}
 
@@ -29,7 +31,7 @@ def _shorthands() -> dict[str, str]:
     homes: dict[str, str] = {}
     for section in ("eval", "data", "adapter"):  # the later wins: `batch_size` at the top is the adapters'
         homes |= dict.fromkeys(_FIELDS[section], section)
-    for name in ("every", "keep", "early_stopping"):
+    for name in ("every", "keep", "early_stopping", "best"):
         homes.pop(name, None)
     return {name: section for name, section in homes.items() if name not in _FIELDS["run"]} | {"early_stopping": "eval"}
 

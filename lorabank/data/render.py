@@ -44,6 +44,16 @@ class TokenRow:
         """Token ids and weights, as a batch takes them."""
         return self.input_ids, self.weights
 
+    @property
+    def size(self) -> int:
+        """Tokens of the whole row."""
+        return len(self.input_ids)
+
+    @property
+    def content(self) -> tuple[Sequence[int], Sequence[float]]:
+        """What training depends on."""
+        return self.input_ids, self.weights
+
 
 @dataclass(frozen=True)
 class _Draft:

@@ -58,6 +58,11 @@ class Batch:
         return len(self.routes)
 
     @property
+    def cost(self) -> int:
+        """Work of a pass: padded tokens."""
+        return self.input_ids_NL.numel()
+
+    @property
     def packed(self) -> bool:
         """Whether a row holds more than one example, so that the model must be told where they begin."""
         return self.segments is not None

@@ -22,12 +22,13 @@ from lorabank.engine.compiled import fused_blocks, left_out, named_by, takes_tab
 from lorabank.engine.compiling import compiles
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.graphs import PassGraphs
-from lorabank.engine.head import SplitHead, check_decoder, output_head, split_head
+from lorabank.engine.head import SplitHead, output_head, split_head
 from lorabank.engine.loss_scale import LossScales
 from lorabank.engine.losses import LOSSES, Loss
 from lorabank.engine.maskless import ANY, longest_without_masks
 from lorabank.engine.modes import no_random_draws
 from lorabank.engine.offload import Offload
+from lorabank.engine.own_pass import TrainingPass
 from lorabank.engine.packing import Packing, find_packing, windows
 from lorabank.engine.parts import Fits, is_out_of_memory
 from lorabank.engine.rows import folds_tokens, row_routing
@@ -96,11 +97,13 @@ class Engine:
     _deterministic: set[bool] = field(init=False, default_factory=set, repr=False)
     """Values of `gradient_checkpointing` under which the base was seen to draw no random numbers."""
 
+    model_passes: dict[Hashable, TrainingPass] = field(init=False, default_factory=dict, repr=False)
+    """Of batches for a model of any kind, by their loss."""
+
     def __post_init__(self) -> None:
         if isinstance(self.loss, str):
             check_choice("loss", self.loss, LOSSES)
         self.gradient_checkpointing |= self.activation_offloading
-        check_decoder(self.bank.model)
 
     @property
     def loss_function(self) -> Loss:
@@ -232,6 +235,8 @@ class Engine:
     def release(self) -> bool:
         """Give back memory that is kept for speed. True when there was any."""
         held = self.graphs.drop()
+        for kept in self.model_passes.values():
+            held = kept.graphs.drop() or held
         if self.bank.device.type == "cuda":
             torch.cuda.empty_cache()
         return held

@@ -132,11 +132,11 @@ def end_addresses(model: nn.Module) -> tuple[int, ...]:
 
 
 def check_decoder(model: nn.Module) -> None:
-    """Raise ConfigError for a model that reads one text and writes another: its two inputs aren't supported yet."""
+    """Raise ConfigError for a model that reads one text and writes another: it has two inputs."""
     if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
         raise ConfigError(
-            f"{type(model).__name__} is an encoder-decoder model, which lorabank's engine can't train or sample from yet. "
-            "Use a causal language model, or train the bank's adapters in a loop of your own."
+            f"{type(model).__name__} is an encoder-decoder model, which has two inputs: batches of tokens can't train it, "
+            "and `sample` can't continue it. Use one of lorabank's tasks for such models, or a loop of your own."
         )
 
 

@@ -91,6 +91,8 @@ class TrainingPass:
     """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU."""
     masks: bool = True
     """Whether an attention may get a mask, as in most models of text; a GPU may use cuDNN's attention where none does."""
+    after_backward: Callable[[Sequence[nn.Parameter]], None] | None = None
+    """Gets the leaves once they hold this pass's gradients alone; passes aren't captured then."""
     graphs: PassGraphs = field(init=False, repr=False)
     _model: _Model = field(init=False, default_factory=_Model, repr=False)
     _known: dict[Hashable, _Known] = field(init=False, default_factory=dict, repr=False)
@@ -174,6 +176,8 @@ class TrainingPass:
             if loss.requires_grad:
                 with fresh_gradients(leaves):
                     loss.sum().backward()
+                    if self.after_backward is not None:
+                        self.after_backward(leaves)
         if known is not None:
             settled = bool(known.sizes)  # what a first pass draws may be for something that it sets up
             known.sizes += tuple(size for size in routing.sizes if size not in known.sizes)
@@ -215,7 +219,9 @@ class TrainingPass:
 
     def _capturable(self, routing: Routing) -> bool:
         """Whether this pass can be one of those that are captured: in compiled blocks, and in layers that can follow a route."""
-        if not self.cuda_graphs or self.base_dropout or self.graphs.refused is not None or not _on_gpu(self.bank.device):
+        if not self.cuda_graphs or self.base_dropout or self.after_backward is not None:
+            return False
+        if self.graphs.refused is not None or not _on_gpu(self.bank.device):
             return False
         seen, bank = self._model, self.bank
         if seen.structure != bank.structure or not seen.blocks or not all(block.in_place for block in seen.blocks):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from lorabank.engine.batch import Batch
 from lorabank.engine.host_memory import WANTED
+from lorabank.engine.model_batch import ModelBatch
 from lorabank.errors import TooLargeError
 
 _OTHERS = re.compile(
@@ -23,7 +25,8 @@ _OTHERS = re.compile(
 )
 """What libraries that take memory themselves say where they get none: torch passes it on as a RuntimeError of no kind."""
 Rows = Sequence[int]
-Compute = Callable[[Batch, Rows], Tensor]
+AnyBatch = TypeVar("AnyBatch", Batch, ModelBatch)
+Compute = Callable[[AnyBatch, Rows], Tensor]
 """(part, its rows in the batch) → a tensor whose first dimension is those rows. Changes nothing where it raises."""
 
 
@@ -32,11 +35,11 @@ class Fits:
     """What a device's memory was found to hold."""
 
     tokens: int | None = None
-    """Padded tokens (rows × length) of the largest pass that is still tried; None: memory never ran out."""
+    """Cost (of tokens: rows × length) of the largest pass that is still tried; None: memory never ran out."""
     times: int = 0
     """How often it ran out."""
 
-    def in_parts(self, batch: Batch, compute: Compute, release: Callable[[], bool]) -> list[tuple[Rows, Tensor]]:
+    def in_parts(self, batch: AnyBatch, compute: Compute[AnyBatch], release: Callable[[], bool]) -> list[tuple[Rows, Tensor]]:
         """(rows, what `compute` made of them) for parts that together are the batch: one part, unless memory runs out.
 
         `release`: give memory back that isn't needed; True when that may have been enough. Raises TooLargeError when one row
@@ -58,12 +61,12 @@ class Fits:
             if len(groups) == 1:
                 raise _too_large(part, result)
             half = (len(groups) + 1) // 2
-            self.tokens = min(part.input_ids_NL.numel() // 2, self.tokens or part.input_ids_NL.numel())
+            self.tokens = min(part.cost // 2, self.tokens or part.cost)
             waiting[:0] = [groups[:half], groups[half:]]
         return found
 
 
-def _attempt(compute: Compute, part: Batch, rows: Rows) -> Tensor | str:
+def _attempt(compute: Compute[AnyBatch], part: AnyBatch, rows: Rows) -> Tensor | str:
     """The result, or what torch says of the memory that it lacked. The failed pass's tensors are gone once this returns."""
     try:
         return compute(part, rows)
@@ -116,16 +119,16 @@ def whole(found: Sequence[tuple[Rows, Tensor]], rows: int) -> Tensor:
     return torch.cat([result for _, result in found])[place.to(found[0][1].device)]
 
 
-def _groups(batch: Batch) -> list[list[int]]:
+def _groups(batch: Batch | ModelBatch) -> list[list[int]]:
     """Rows that must stay together: each with the row that is its reference."""
     references = batch.references or (None,) * batch.rows
     served = {row for row in references if row is not None}
     return [[i] if r is None else [i, r] for i, r in enumerate(references) if i not in served]
 
 
-def _within(batch: Batch, groups: Sequence[Sequence[int]], tokens: int | None) -> list[Sequence[Sequence[int]]]:
+def _within(batch: Batch | ModelBatch, groups: Sequence[Sequence[int]], tokens: int | None) -> list[Sequence[Sequence[int]]]:
     """The groups in parts of up to `tokens` padded tokens, in order; a group of more is a part of its own."""
-    if tokens is None or batch.input_ids_NL.numel() <= tokens:
+    if tokens is None or batch.cost <= tokens:
         return [groups]
     parts: list[list[Sequence[int]]] = []
     rows = longest = 0
@@ -139,7 +142,12 @@ def _within(batch: Batch, groups: Sequence[Sequence[int]], tokens: int | None) -
     return list(parts)
 
 
-def _too_large(part: Batch, said: str) -> TooLargeError:
+def _too_large(part: Batch | ModelBatch, said: str) -> TooLargeError:
+    if isinstance(part, ModelBatch):
+        return TooLargeError(
+            f"out of memory: one row alone doesn't fit ({said or 'on its device'}). Set gradient_checkpointing: true (a stopped "
+            "run can be resumed with it), or start anew with smaller inputs or the base in bf16 (base_dtype)."
+        )
     device = part.input_ids_NL.device
     way = "Set activation_offloading: true (a stopped run can be resumed with it), or start anew with the base in fewer bits "
     if WANTED in said:

@@ -17,8 +17,22 @@ from lorabank.bank.layers import LoRALayer
 from lorabank.bank.routing import BASE, DropoutState, Routing, RowRoute
 from lorabank.engine.head import logits_of
 from lorabank.engine.modes import evaluation_mode
+from lorabank.errors import RoutingError
 
 PROBE_TOKENS = 3
+
+
+def single_slots(routes: Sequence[RowRoute]) -> list[str | None]:
+    """Each row's adapter, None for BASE. Raises RoutingError for a mixture, which isn't trained."""
+    names: list[str | None] = []
+    for route in routes:
+        if isinstance(route, Mapping):
+            raise RoutingError(
+                f"joint training takes one adapter a row, got the mixture {dict(route)!r}. Mixtures are for inference: give the "
+                "row to one adapter, or call the model inside bank.route(...) in a loop of your own."
+            )
+        names.append(route if isinstance(route, str) else None)
+    return names
 
 
 def row_routing(bank: AdapterBank, routes: Sequence[RowRoute], length: int, *, exact: bool = True) -> Routing:

@@ -12,22 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.routing import Routing, RowRoute
+from lorabank.bank.routing import Routing
 from lorabank.engine.batch import Batch, send
 from lorabank.engine.compiled import fused_blocks
 from lorabank.engine.compiling import give_up
 from lorabank.engine.engine import Engine as Engine
 from lorabank.engine.gradients import copied, fresh_gradients, put_back
-from lorabank.engine.head import SplitHead, check_vocabulary, logits_of, longest_row
+from lorabank.engine.head import SplitHead, check_decoder, check_vocabulary, logits_of, longest_row
 from lorabank.engine.losses import LossInputs, nll
+from lorabank.engine.model_batch import ModelBatch
+from lorabank.engine.model_pass import model_forward_backward
 from lorabank.engine.modes import evaluation_mode, step_mode
 from lorabank.engine.offload import Offload
 from lorabank.engine.packing import packed_tensors
 from lorabank.engine.parts import Compute, Rows, whole
 from lorabank.engine.replaying import comes_again, granule, is_small, replayed, uncaptured
 from lorabank.engine.results import SlotLoss, by_slot
-from lorabank.engine.rows import dropout_routing, row_routing
-from lorabank.errors import ConfigError, DataError, RoutingError
+from lorabank.engine.rows import dropout_routing, row_routing, single_slots
+from lorabank.errors import ConfigError, DataError
 from lorabank.kernels.loss import token_logprobs, weighted_nll
 from lorabank.notices import warn_once
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
@@ -35,7 +37,7 @@ from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 
 def forward_backward(
     engine: Engine,
-    batch: Batch,
+    batch: Batch | ModelBatch,
     *,
     steps: Mapping[str, int] | None = None,
     reference_logprobs_NL: Tensor | None = None,
@@ -43,10 +45,15 @@ def forward_backward(
     """One joint pass: adds Σ-gradients to the leaves of every adapter in the batch; returns each adapter's loss.
 
     `steps`: adapter to its optimizer step, which dropout is drawn from; None switches dropout off. `reference_logprobs_NL`:
-    log-probabilities of the tokens under a reference, for losses that need them. Rows routed to BASE get no gradient.
+    log-probabilities of the tokens under a reference, for losses that need them. Rows routed to BASE get no gradient. A
+    `ModelBatch` has its own loss.
     Raises RoutingError, DataError, ConfigError or TooLargeError; gradients are then as they were.
     """
-    names = _single_slots(batch.routes)
+    if isinstance(batch, ModelBatch):
+        if reference_logprobs_NL is not None:
+            raise ConfigError("reference_logprobs_NL: only batches of tokens have it. Put references into the batch's targets.")
+        return model_forward_backward(engine, batch, steps=steps)
+    names = single_slots(batch.routes)
     _check_batch(engine.bank.model, batch, reference_logprobs_NL)
 
     before: list[tuple[nn.Parameter, Tensor | None]] = []
@@ -65,10 +72,10 @@ def forward_backward(
         put_back(before)
         raise
     losses_E = whole([(batch.examples_of(rows), losses) for rows, losses in parts], len(batch.examples_E))
-    return by_slot(_single_slots(batch.example_routes), losses_E, batch.example_weights())
+    return by_slot(single_slots(batch.example_routes), losses_E, batch.example_weights())
 
 
-def _or_uncompiled(engine: Engine, compute: Compute) -> Compute:
+def _or_uncompiled(engine: Engine, compute: Compute[Batch]) -> Compute[Batch]:
     """`compute`, again without the kernels that don't run on this GPU: a failed try changes nothing."""
 
     def tried(part: Batch, rows: Rows) -> Tensor:
@@ -182,18 +189,6 @@ def _logprobs(engine: Engine, batch: Batch) -> Tensor:
     return out
 
 
-def _single_slots(routes: Sequence[RowRoute]) -> list[str | None]:
-    names: list[str | None] = []
-    for route in routes:
-        if isinstance(route, Mapping):
-            raise RoutingError(
-                f"joint training takes one adapter a row, got the mixture {dict(route)!r}. Mixtures are for inference: give the "
-                "row to one adapter, or call the model inside bank.route(...) in a loop of your own."
-            )
-        names.append(route if isinstance(route, str) else None)
-    return names
-
-
 def _routing(engine: Engine, batch: Batch, names: list[str | None], steps: Mapping[str, int] | None) -> Routing:
     bank, length = engine.bank, batch.input_ids_NL.shape[1]
     used = [name for name in dict.fromkeys(names) if name is not None]
@@ -209,6 +204,7 @@ def _routing(engine: Engine, batch: Batch, names: list[str | None], steps: Mappi
 
 
 def _check_batch(model: nn.Module, batch: Batch, reference_NL: Tensor | None) -> None:
+    check_decoder(model)
     if reference_NL is not None and (batch.references is not None or reference_NL.shape != batch.weights_NL.shape):
         raise DataError(
             f"reference_logprobs_NL: expected {tuple(batch.weights_NL.shape)} for a batch without references of its own, "

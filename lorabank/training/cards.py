@@ -51,12 +51,18 @@ class CardFacts:
     """Of lorabank."""
     unserved: str | None = None
     """Why vLLM can't read it, where its file says so."""
+    pipeline_tag: str = "text-generation"
+    """The task's name on model hubs."""
+    task_type: str | None = None
+    """PEFT's, which says the base's class."""
+    unit: str = "tokens"
+    """What `tokens_seen` counts."""
 
 
 def model_card(facts: CardFacts) -> str:
     """The text of the card: YAML front matter that model hubs read, then Markdown."""
     front: dict[str, object] = {"base_model": facts.base_model} if facts.base_model else {}
-    front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
+    front |= {"library_name": "peft", "pipeline_tag": facts.pipeline_tag}
     front["tags"] = ["lora", "lorabank"]
     if facts.license:
         front["license"] = facts.license
@@ -117,7 +123,7 @@ def _training(facts: CardFacts) -> str:
         ),
     ]
     if facts.tokens_seen is not None:
-        rows.append(("trained tokens", f"{facts.tokens_seen:,}"))
+        rows.append((f"trained {facts.unit}", f"{facts.tokens_seen:,}"))
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
@@ -156,7 +162,9 @@ def _use(facts: CardFacts) -> str:
     rank = max([run.rank, *run.rank_pattern.values()])
     extras = run.bias != "none" or run.lora_bias or bool(run.trainable_token_indices)
     reason = facts.unserved or obstacle(rank, use_dora=run.use_dora, extras=extras, modules=run.modules_to_save or ())
-    return how_to_load(facts.name, facts.base_model, rank, patterns=patterns, unserved=reason)
+    if facts.pipeline_tag != "text-generation":
+        reason = reason or f"vLLM has no adapters for {facts.pipeline_tag}"
+    return how_to_load(facts.name, facts.base_model, rank, patterns=patterns, unserved=reason, task_type=facts.task_type)
 
 
 MODEL_CLASSES = {

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.training import human
 from lorabank.training.base_rows import BASE_NAME, base_table
 from lorabank.training.events import AdapterPlan, EvalRecord, Notice, RunPlan, RunResult, StepRecord
 from lorabank.training.memory import memory_line
 from lorabank.training.progress import NOT_FINITE
-from lorabank.training.serving import chat_line, serve_lines
+from lorabank.training.serving import serve_lines
 from lorabank.training.tables import metrics_table, new_table, plan_table
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class ConsoleListener:
         self._display: Live | None = None
         self._last_line = 0.0
         self._started = 0.0
+
+    @property
+    def _unit(self) -> str:
+        return self._plan.unit if self._plan is not None else "tokens"
 
     # events -------------------------------------------------------------------------------------------------------
 
@@ -162,8 +167,9 @@ class ConsoleListener:
     def _table(self, *, wide: bool) -> RenderableType:
         table = new_table()
         table.add_column("adapter", style="cyan", no_wrap=True)
-        names = ["step", "loss", "validation", "learning rate", "tokens/s", "left"]
-        for name in names if wide else ["step", "loss", "val", "lr", "tok/s", "left"]:
+        speed = f"{self._unit}/s"
+        names = ["step", "loss", "validation", "learning rate", speed, "left"]
+        for name in names if wide else ["step", "loss", "val", "lr", "tok/s" if speed == "tokens/s" else speed, "left"]:
             table.add_column(name, justify="right", no_wrap=True)
         for name, progress in self._adapters.items():
             table.add_row(name, *self._cells(progress))
@@ -214,7 +220,7 @@ class ConsoleListener:
         last = [p.step for p in self._adapters.values() if p.step is not None]
         speed = human.count(sum(s.tokens_per_second for s in last))
         left = human.duration(max(s.seconds_left for s in last))
-        self._print_plain(f"{' | '.join(parts)} | {speed} tokens/s, {left} left")
+        self._print_plain(f"{' | '.join(parts)} | {speed} {self._unit}/s, {left} left")
 
     def _print_plain(self, text: str) -> None:
         self.console.print(f"[{human.duration(time.monotonic() - self._started)}] {text}", markup=False, soft_wrap=True)
@@ -242,9 +248,11 @@ class ConsoleListener:
         names = [name for name in names if result.adapters[name].status != NOT_FINITE]
         if not names:
             return
-        self.console.print("\ntalk to them side by side:", style="bold")
-        self._print_command(chat_line(result.output, [*names, BASE_NAME]))
-        if not self._plan.model:
+        for title, lines in result.next_lines:
+            self.console.print(f"\n{title}", style="bold")
+            for line in lines:
+                self._print_command(line)
+        if not self._plan.model or self._plan.task != DEFAULT_TASK:
             return
         title, lines = serve_lines(self._plan.model, {name: result.adapters[name].folder for name in names})
         self.console.print(f"\n{title}", style="bold")

@@ -38,6 +38,9 @@ class RunPlan:
     base_parameters: int
     adapters: Sequence[AdapterPlan]
     resumed_from: str | None = None
+    task: str = "text-generation"
+    unit: str = "tokens"
+    """What `tokens_per_second` counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +55,15 @@ class StepRecord:
     """1-based count of forward passes of the whole run."""
     epoch: float
     loss: float
-    """Mean negative log-likelihood of this step's trained tokens, nats a token."""
+    """Mean of this step's loss: of tokens, negative log-likelihood in nats a token; else as the task has it, a row."""
     learning_rate: float
     grad_norm: float
     tokens: int
-    """Trained tokens of this step."""
+    """Trained tokens of this step; of other tasks what the loss is a mean over."""
     tokens_seen: int
     """Trained tokens of this adapter so far."""
     tokens_per_second: float
-    """All tokens of this adapter (prompts included, padding not) a second of the joint run."""
+    """All tokens of this adapter (prompts included, padding not) a second of the joint run; of other tasks `RunPlan.unit`."""
     seconds_left: float
 
 
@@ -74,7 +77,7 @@ class EvalRecord:
     metrics: Mapping[str, float]
     """`loss` and whatever else was asked for, on held-out rows."""
     best: bool
-    """Whether this is the lowest validation loss of the adapter so far."""
+    """Whether this is the adapter's best so far, by `eval.best`."""
     turned: bool = False
     """Whether validation loss has been rising: a sign of overfitting."""
 
@@ -119,6 +122,8 @@ class RunResult:
     interrupted: bool = False
     resume_command: str | None = None
     """What goes on with an interrupted run: a line for the shell, or the call of `lorabank.train`."""
+    next_lines: Sequence[tuple[str, Sequence[str]]] = ()
+    """(title, commands) that follow on a finished run."""
     trained: Mapping[str, Adapter] = field(default_factory=dict, repr=False, compare=False)
     """Name to the adapter as a value on the CPU: its best step, as in the run folder; interrupted, its present step."""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import TrainConfig
-from lorabank.data.render import TokenRow
 from lorabank.errors import CheckpointError
+from lorabank.training.data_sets import TaskRow
 from lorabank.training.jobs import AdapterJob
 
 _RUN_SETTINGS = ("base_dtype", "task", "gradient_checkpointing", "seed")
@@ -22,10 +22,16 @@ _PLACES = ("data", "val_data", "init_from")
 _SHOWN = 4
 
 
-def run_identity(config: TrainConfig, jobs: Mapping[str, AdapterJob], bank: AdapterBank) -> dict[str, Any]:
-    """Dotted setting, or a name for people, to its value as JSON gives it back."""
+def run_identity(
+    config: TrainConfig, jobs: Mapping[str, AdapterJob], bank: AdapterBank, *, section: str | None = None
+) -> dict[str, Any]:
+    """Dotted setting, or a name for people, to its value as JSON gives it back. `section`: of the task's own settings."""
     found: dict[str, Any] = {name: getattr(config, name) for name in _RUN_SETTINGS}
     found |= {f"eval.{name}": getattr(config.eval, name) for name in _EVAL_SETTINGS}
+    if config.eval.best != "loss":
+        found["eval.best"] = config.eval.best
+    if section is not None:
+        found |= {f"{section}.{key}": value for key, value in asdict(getattr(config, section)).items()}
     found["data.packing"] = config.data.packing
     if config.data.packing:
         found["data.max_length"] = config.data.max_length  # how full a packed row gets
@@ -64,9 +70,9 @@ def _message(parts: Sequence[str]) -> str:
     )
 
 
-def rows_checksum(rows: Sequence[TokenRow]) -> int:
-    """Of the rows' tokens and weights, in their order."""
+def rows_checksum(rows: Sequence[TaskRow]) -> int:
+    """Of what training depends on in the rows, in their order."""
     total = 0
     for row in rows:
-        total = zlib.crc32(repr((row.input_ids, row.weights)).encode(), total)
+        total = zlib.crc32(repr(row.content).encode(), total)
     return total

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorabank.config.train import AdapterRun
-from lorabank.data.render import TokenRow
 from lorabank.errors import ConfigError, DataError
 from lorabank.optim.schedules import learning_rate_factor
 from lorabank.optim.slot_optimizer import OptimizerConfig
 from lorabank.planner.learning_rate import advise_learning_rate
+from lorabank.training.data_sets import TaskRow
 from lorabank.training.streams import RowStream
 
 
@@ -22,7 +22,7 @@ class AdapterJob:
     name: str
     run: AdapterRun
     stream: RowStream
-    val: Sequence[TokenRow]
+    val: Sequence[TaskRow]
     data: str
     """Name of its training rows, for people."""
     total_steps: int
@@ -55,8 +55,8 @@ class AdapterJob:
 def make_job(
     name: str,
     run: AdapterRun,
-    train: Sequence[TokenRow],
-    val: Sequence[TokenRow],
+    train: Sequence[TaskRow],
+    val: Sequence[TaskRow],
     *,
     data: str,
     seed: int,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorabank.bank.attach import attach
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.checks import check_adapter_name
 from lorabank.config.parse import load_config
 from lorabank.config.paths import expanded
-from lorabank.config.train import DataConfig, TrainConfig
-from lorabank.data.prepare import prepare
-from lorabank.data.render import TokenRow
+from lorabank.config.tasks import DEFAULT_TASK
+from lorabank.config.train import AdapterRun, DataConfig, TrainConfig
 from lorabank.errors import (
     AdapterNameError,
     CheckpointError,
@@ -28,12 +28,13 @@ from lorabank.errors import (
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.formats.choice import DEFAULT, adapters_in, chosen
 from lorabank.formats.peft import load_peft
-from lorabank.models.load import QUANTIZED, LoadedBase, load_base
+from lorabank.models.load import QUANTIZED
 from lorabank.models.names import alias
 from lorabank.models.quiet import quiet_transformers
 from lorabank.training.base_rows import BASE_NAME, base_rows
+from lorabank.training.data_sets import TaskRow, adapter_runs
 from lorabank.training.run_folder import resume_line
-from lorabank.training.setup import adapter_runs, load_data
+from lorabank.training.task import TASK_KEY, BaseRequest, Task, TaskBase, TaskKind
 
 UNNAMED = "adapter"
 """What an adapter is called whose folder's name can't be one."""
@@ -44,8 +45,7 @@ class LoadedRun:
     """A base model with trained adapters in a bank, ready to be talked to."""
 
     bank: AdapterBank
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    task: Task[Any]
     names: list[str]
     """Adapters in the bank."""
     config: TrainConfig | None
@@ -53,12 +53,31 @@ class LoadedRun:
     notes: tuple[str, ...] = ()
     """Sentences about the base, for people."""
 
+    @property
+    def model(self) -> Any:
+        """The base."""
+        return self.bank.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """What prepares inputs: a tokenizer, or the task's own processor."""
+        return self.task.processor
+
 
 def load_run(
-    source: str | Path, adapters: Sequence[str] | None = None, *, device: str = "auto", dtype: str = "auto"
+    source: str | Path,
+    adapters: Sequence[str] | None = None,
+    *,
+    kinds: Callable[[str], TaskKind],
+    device: str = "auto",
+    dtype: str = "auto",
+    task: str | None = None,
+    check: Sequence[str] = (),
 ) -> LoadedRun:
     """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
 
+    `kinds`: a task's name → how it is loaded. `task`: its name; None: the run's, else what the adapters say. `check`: metrics
+    that the task has to know, before its model is loaded.
     `dtype`: as `load_base` has it; with `auto` a base that was in fp8 or 4 bits in training is so again.
     The tokenizer is the one that was saved beside the adapters, chat template included; else the base's. Raises
     AdapterNameError for a name that the run doesn't have, CheckpointError for a run that hasn't ended, ModelError for its base.
@@ -75,12 +94,27 @@ def load_run(
     if config is not None and not folders and adapters is None:
         raise CheckpointError(f"{source}: the run has no adapter yet, since it didn't end. To go on with it: {resume_line(path)}")
     loaded = {name: load_peft(folders[name]) for name in wanted}
-    base = _base(_base_name(path, config, folders, loaded), config, loaded, dtype=dtype, device=device)
+    kind = kinds(task or _task_of(config, loaded))
+    kind.check_metrics(check)
+    base = _base(kind, _base_name(path, config, folders, loaded), config, loaded, dtype=dtype, device=device)
     bank = attach(base.model)
     for name, adapter in loaded.items():
         bank.load(name, adapter)
-    tokenizer = _saved_tokenizer([folders[name] for name in wanted]) or base.tokenizer
-    return LoadedRun(bank, base.model, tokenizer, list(loaded), config, base.notes)
+    processor = base.processor
+    if isinstance(processor, PreTrainedTokenizerBase):
+        processor = _saved_tokenizer([folders[name] for name in wanted]) or processor
+    opened = kind.open(config or TrainConfig(), base.model, processor, loaded)
+    return LoadedRun(bank, opened, list(loaded), config, tuple(base.notes))
+
+
+def _task_of(config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:
+    """The run's task, or that of its adapters. Raises ConfigError where they are of several."""
+    if config is not None:
+        return config.task
+    said = {name: adapter.metadata.get(TASK_KEY, DEFAULT_TASK) for name, adapter in loaded.items()}
+    if len(set(said.values())) > 1:
+        raise ConfigError(f"adapters of several tasks can't be loaded together: {said}. Name those of one of them.")
+    return next(iter(said.values()), DEFAULT_TASK)
 
 
 def adapter_folders(path: Path, config: TrainConfig | None = None) -> dict[str, Path]:
@@ -130,20 +164,27 @@ def _base_name(path: Path, config: TrainConfig | None, folders: Mapping[str, Pat
     return next((name for name in names if alias(name) or expanded(name, place="model").exists()), names[0])
 
 
-def _base(name: str, config: TrainConfig | None, loaded: Mapping[str, Adapter], *, dtype: str, device: str) -> LoadedBase:
+def _base(
+    kind: TaskKind, name: str, config: TrainConfig | None, loaded: Mapping[str, Adapter], *, dtype: str, device: str
+) -> TaskBase:
     storages = {adapter.metadata.get(BASE_STORAGE) for adapter in loaded.values()}
     if not loaded and config is not None:
         storages = {config.base_dtype}
     (storage,) = storages if len(storages) == 1 else (None,)
+    request = BaseRequest(model=name, dtype=dtype, device=device)
     if dtype != "auto" or storage not in QUANTIZED:
-        return load_base(name, dtype=dtype, device=device)
+        return kind.load(request, _silent)
     try:
-        base = load_base(name, dtype=storage, device=device)
+        base = kind.load(replace(request, dtype=storage), _silent)
     except MissingExtraError as error:
-        base = load_base(name, dtype=dtype, device=device)
+        base = kind.load(request, _silent)
         return replace(base, notes=(f"the base was in {storage} in training, and can't be here: {error}", *base.notes))
     note = f"the base is in {storage}, as it was in training (dtype, or --dtype, takes another)"
     return replace(base, notes=(note, *base.notes))
+
+
+def _silent(line: str) -> None:
+    """For progress lines that nobody asked for."""
 
 
 def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
@@ -162,7 +203,7 @@ def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
 
 def held_out_rows(
     run: LoadedRun, names: Sequence[str], data: DataConfig, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Sequence[TokenRow]]:
+) -> dict[str, Sequence[TaskRow]]:
     """The rows that each name is scored on: `data.test` if there is one, else the run's own held-out rows.
 
     `base` becomes one name for each distinct set of rows of the adapters among `names` (of all, if none is).
@@ -174,7 +215,7 @@ def held_out_rows(
             raise DataError(
                 "evaluation: the run was trained on rows given as objects, which it can't read again. Give data.test (--data)."
             )
-        sets = load_data(run.config, run.tokenizer).by_adapter
+        sets = run.task.read(run.config).by_adapter
         held = {name: sets[name].test or sets[name].val for name in sets}
         sets_of_rows = list(base_rows(held).values())
         every = sets_of_rows[0] if len(sets_of_rows) == 1 else [row for rows in sets_of_rows for row in rows]
@@ -184,7 +225,9 @@ def held_out_rows(
     source = data.test or data.val or data.train
     if source is None:
         raise DataError("evaluation: no rows. Give data.test (--data).")
-    whole = prepare(replace(data, train=source, val=None, test=None, val_split=0, test_split=0), run.tokenizer, seed=0)
-    for line in replace(whole.report, splits={"test": whole.report.kept}).lines():
+    alone = replace(data, train=source, val=None, test=None, val_split=0, test_split=0)
+    settings = replace(run.config or run.task.config, data=alone, adapters={}, defaults=AdapterRun())
+    (sets,) = run.task.read(settings).by_adapter.values()
+    for line in sets.report.as_split("test").lines():
         say(line)
-    return dict.fromkeys(names, whole.train)
+    return dict.fromkeys(names, sets.train)

@@ -75,7 +75,8 @@ class MetricsFile:
 
     def on_end(self, result: RunResult) -> None:
         """An `end` line. Raises OutputError when lines couldn't be written."""
-        values = asdict(replace(result, trained={}))  # numbers and names only
+        values = asdict(replace(result, trained={}, next_lines=()))  # numbers and names only
+        del values["next_lines"]
         del values["trained"]
         self._write("end", values, {"seconds": values.pop("seconds")}, last=True)
 

@@ -12,7 +12,7 @@ from lorabank.config.adapter import AdapterConfig
 from lorabank.config.parse import config_from_dict, load_config
 from lorabank.config.train import AdapterRun, DataConfig, TrainConfig
 from lorabank.errors import AdapterNameError, ConfigError, DataError, closest
-from lorabank.training.setup import DEFAULT_ADAPTER, RowObjects, adapter_runs
+from lorabank.training.data_sets import DEFAULT_ADAPTER, RowObjects, adapter_runs
 
 VAL_SPLITS = ("validation", "val", "valid", "dev", "eval")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from lorabank import __version__
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.parse import to_dict
 from lorabank.config.paths import with_absolute_paths
+from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.errors import CheckpointError, OutputError
 from lorabank.formats.adapter import Adapter
 from lorabank.training.base_rows import BASE_NAME, base_labels, base_rows, is_base
 from lorabank.training.cards import CardFacts, write_card
 from lorabank.training.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, remove_newer
-from lorabank.training.evaluate import Generated, full_scores, generate_answers, unique_prompts
 from lorabank.training.events import AdapterResult, RunResult
 from lorabank.training.interrupt import InterruptFlag, StopRequested, interruptible
 from lorabank.training.metrics_file import cut_back
@@ -27,6 +27,7 @@ from lorabank.training.progress import INTERRUPTED, NOT_FINITE, RUNNING, Adapter
 from lorabank.training.run_folder import RunFolder, resume_line
 from lorabank.training.serving import folder_obstacle
 from lorabank.training.setup import run_plan
+from lorabank.training.task import TASK_KEY
 from lorabank.training.trainer import Trainer
 
 HARDEST_ROWS = 20
@@ -125,7 +126,7 @@ def _finish(trainer: Trainer, model_name: str, flag: InterruptFlag) -> dict[str,
             folder.save_adapter(f"{name}/last", named_adapter(trainer, name, model_name), None)
         trainer.validation.use_best(name)
         if folder is not None:
-            folder.save_adapter(name, named_adapter(trainer, name, model_name), trainer.tokenizer)
+            folder.save_adapter(name, named_adapter(trainer, name, model_name), trainer.task.processor)
     scores: dict[str, dict[str, float]] = {}
     try:
         scores = final_scores(trainer, flag)
@@ -148,40 +149,29 @@ def final_scores(trainer: Trainer, flag: InterruptFlag) -> dict[str, dict[str, f
     """Every metric of the run's configuration, for the base and the adapters as they stand in the bank now."""
     held = {name: job.val for name, job in trainer.jobs.items() if job.val}
     labels, sets = base_labels(held), base_rows(held)
-    rows = {**sets, **{name: sets[labels[name]] for name in held}}
+    own = {name: sets[labels[name]] for name in held}
+    rows = {**sets, **own} if trainer.task.scores_base else own
     if not rows:
         return {}
-    return full_scores(trainer.engine, trainer.tokenizer, rows, config=trainer.config.eval, busy=trainer.busy(flag))
+    return trainer.task.scores(trainer.engine, rows, config=trainer.config.eval, busy=trainer.busy(flag))
 
 
 def named_adapter(trainer: Trainer, name: str, model_name: str) -> Adapter:
     """The adapter as it stands in the bank, with a name of its base that other tools can load."""
     adapter = trainer.bank.adapter(name)
-    return replace(adapter, base_model=model_name or adapter.base_model)
+    about = {TASK_KEY: trainer.task.name, **trainer.task.about(name)} if trainer.task.name != DEFAULT_TASK else {}
+    return replace(adapter, base_model=model_name or adapter.base_model, metadata={**adapter.metadata, **about})
 
 
 def _samples(trainer: Trainer, folder: RunFolder, flag: InterruptFlag) -> None:
-    limits = trainer.config.eval
-    rows = [row for own in trainer.validation.base_rows().values() for row in own]
-    prompts = unique_prompts(rows, limits.samples) if limits.samples else []
-    if not prompts:
-        return
-    generate_answers(
-        trainer.engine,
-        trainer.tokenizer,
-        prompts,
-        [BASE_NAME, *trainer.jobs],
-        max_new_tokens=limits.max_new_tokens,
-        batch_size=limits.batch_size,
-        busy=trainer.busy(flag, "samples"),
-    )
-    samples: list[Generated] = [generated for _, generated in prompts]
-    folder.write_samples(samples)
+    rows = {name: trainer.validation.val_rows(name) for name in trainer.jobs}
+    trainer.task.samples(trainer.engine, rows, folder.path, config=trainer.config.eval, busy=trainer.busy(flag, "samples"))
 
 
 def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: Mapping[str, Mapping[str, float]]) -> None:
     """Model cards, and the rows with the highest loss."""
     summary, base = trainer.bank.summary(), _base_metrics_of(trainer, scores)
+    trained = {name: trainer.bank.adapter(name) for name in trainer.jobs}
     for name, job in trainer.jobs.items():
         p = trainer.progress.adapters[name]
         facts = CardFacts(
@@ -203,6 +193,9 @@ def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: M
             tokens_seen=int(p.tokens_seen),
             version=__version__,
             unserved=folder_obstacle(folder.path / name),
+            pipeline_tag=trainer.task.pipeline_tag or trainer.task.name,
+            task_type=trained[name].task_type,
+            unit=trainer.task.unit,
         )
         write_card(folder.path / name, facts)
     folder.write_hardest({name: hardest_rows(trainer, name) for name in trainer.jobs})
@@ -275,8 +268,14 @@ def _result(
         base_metrics_of=_base_metrics_of(trainer, scores),
         interrupted=interrupted,
         resume_command=resume_command,
+        next_lines=_next_lines(trainer, output),
         trained={name: named_adapter(trainer, name, model_name) for name in trainer.jobs},
     )
+
+
+def _next_lines(trainer: Trainer, output: str) -> Sequence[tuple[str, Sequence[str]]]:
+    names = [name for name, p in trainer.progress.adapters.items() if p.status != NOT_FINITE]
+    return trainer.task.next_lines(output, names) if output and names else ()
 
 
 def _plot(trainer: Trainer, folder: RunFolder) -> None:

@@ -101,30 +101,35 @@ class RunFolder:
         """`data_report.json`, one entry a data set."""
         write_files(self.path, {"data_report.json": (json.dumps(reports, indent=2, ensure_ascii=False) + "\n").encode()})
 
-    def save_adapter(self, name: str, adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> Path:
-        """The adapter in PEFT's form, with the tokenizer and its chat template beside it. `name` may be `formal/last`."""
+    def save_adapter(self, name: str, adapter: Adapter, processor: Any) -> Path:
+        """The adapter in PEFT's form, with what prepares its inputs (tokenizer and chat template, …; None: nothing) beside it.
+
+        `name` may be `formal/last`.
+        """
         folder = self.path / name
         adapter.save(folder)
-        if tokenizer is not None:
+        if processor is not None:
             try:
-                tokenizer.save_pretrained(str(folder))
+                processor.save_pretrained(str(folder))
             except Exception as error:  # the tokenizers library raises a bare Exception for a full disk
-                raise OutputError(f"{folder}: the adapter is saved, its tokenizer couldn't be: {error}.") from error
+                what = "tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else type(processor).__name__
+                raise OutputError(f"{folder}: the adapter is saved, its {what} couldn't be: {error}.") from error
         return folder
-
-    def write_samples(self, prompts: Sequence[Generated]) -> None:
-        """`samples.md`: held-out prompts with every model's answer."""
-        lines = ["# Answers to held-out prompts", ""]
-        for sample in prompts:
-            lines += [f"**Prompt** `{_one_line(sample.prompt)}`", "", "| | |", "|---|---|"]
-            lines += [f"| reference | {_cell(text)} |" for text in sample.references[:2]]
-            lines += [f"| {name} | {_cell(text)} |" for name, text in sample.answers.items()]
-            lines.append("")
-        write_files(self.path, {"samples.md": ("\n".join(lines) + "\n").encode()})
 
     def write_hardest(self, hardest: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """`hardest_rows.json`: the training rows with the highest loss, by adapter."""
         write_files(self.path, {"hardest_rows.json": (json.dumps(hardest, indent=2, ensure_ascii=False) + "\n").encode()})
+
+
+def write_samples(folder: Path, prompts: Sequence[Generated]) -> None:
+    """`samples.md`: held-out prompts with every model's answer."""
+    lines = ["# Answers to held-out prompts", ""]
+    for sample in prompts:
+        lines += [f"**Prompt** `{_one_line(sample.prompt)}`", "", "| | |", "|---|---|"]
+        lines += [f"| reference | {_cell(text)} |" for text in sample.references[:2]]
+        lines += [f"| {name} | {_cell(text)} |" for name, text in sample.answers.items()]
+        lines.append("")
+    write_files(folder, {"samples.md": ("\n".join(lines) + "\n").encode()})
 
 
 def resume_line(path: Path) -> str:

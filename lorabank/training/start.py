@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from lorabank.bank.bank import AdapterBank, all_layers, saved_modules
 from lorabank.bank.extra.extra_places import merged, places_in
@@ -17,12 +18,13 @@ from lorabank.kernels.native import library
 from lorabank.training.events import Notice
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.prepared import Original, prepared
+from lorabank.training.task import Task
 
 _ABOUT_LAYERS = ("targets", "exclude", "layers:", "rank_pattern", "alpha_pattern", "modules_to_save")
 """How the bank's messages begin that are about a setting."""
 
 
-def add_adapter(bank: AdapterBank, name: str, job: AdapterJob, original: Original) -> list[Notice]:
+def add_adapter(bank: AdapterBank, name: str, job: AdapterJob, original: Original, task: Task[Any]) -> list[Notice]:
     """Add the adapter of a job to the bank. Returns what the user should know: the bank's warnings, settings that gave way.
 
     `original`: loads the model as it was before quantisation, for adapters that start from what that took.
@@ -30,7 +32,7 @@ def add_adapter(bank: AdapterBank, name: str, job: AdapterJob, original: Origina
     notices: list[Notice] = []
     with warnings_as(notices, adapter=name):
         library.loaded()  # compiled now, if ever: a warning in the middle of training would tear the progress display
-        told = _add(bank, name, job, original)
+        told = _add(bank, name, job, original, task)
     return [*notices, Notice(text=told, adapter=name)] if told else notices
 
 
@@ -48,11 +50,11 @@ def warnings_as(notices: list[Notice], *, adapter: str | None = None) -> Iterato
             warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
 
 
-def _add(bank: AdapterBank, name: str, job: AdapterJob, original: Original) -> str | None:
+def _add(bank: AdapterBank, name: str, job: AdapterJob, original: Original, task: Task[Any]) -> str | None:
     wanted = job.run.adapter_config()
     if job.run.init_from is None:
         try:
-            bank.add(name, prepared(bank, name, job, original), seed=job.seed)
+            bank.add(name, prepared(bank, name, job, original, task), seed=job.seed, num_labels=task.labels(name))
         except TargetError as error:  # the bank knows the setting, not where it stands
             place = f"adapters.{name}." if str(error).startswith(_ABOUT_LAYERS) else f"adapter {name!r}: "
             raise TargetError(f"{place}{error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lorabank.data.render import TokenRow
+from lorabank.training.data_sets import TaskRow
 from lorabank.training.packing import pack_rows
 
 BUCKET_BATCHES = 16
@@ -17,7 +17,7 @@ BUCKET_BATCHES = 16
 class RowStream:
     """Endless micro-batches of row indices. Its whole state is the number of micro-batches taken so far."""
 
-    def __init__(self, rows: Sequence[TokenRow], batch_size: int, seed: int, *, pack_to: int | None = None) -> None:
+    def __init__(self, rows: Sequence[TaskRow], batch_size: int, seed: int, *, pack_to: int | None = None) -> None:
         """`pack_to`: tokens of a packed row, of which a micro-batch then holds `batch_size`; None: a row an example."""
         self.rows, self.batch_size, self.seed, self.pack_to = rows, batch_size, seed, pack_to
         self._epoch = -1
@@ -30,10 +30,15 @@ class RowStream:
         """No micro-batch holds more."""
         return self.batch_size * (self.pack_to or 1)
 
+    def draws(self, position: int) -> list[int]:
+        """A seed for each row of micro-batch `position`: of this stream's seed, the micro-batch and the row alone."""
+        start = self.seed * 1_000_003 + position
+        return [_mixed(start * 1_000_003 + i) for i in self.batch(position)]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest row that a batch may hold."""
-        return max(self.pack_to or 0, *(len(row.input_ids) for row in self.rows))
+        return max(self.pack_to or 0, *(row.size for row in self.rows))
 
     def batch(self, position: int) -> list[int]:
         """Row indices of micro-batch `position` (0-based, over all epochs)."""
@@ -60,7 +65,7 @@ class RowStream:
     def packed_rows(self) -> tuple[int, float]:
         """Packed rows of the first pass over the rows, and the share of their tokens that is used."""
         count = sum(len(batch) for batch in self._of(0))
-        used = sum(len(row.input_ids) for row in self.rows)
+        used = sum(row.size for row in self.rows)
         return count, used / (count * self.longest)
 
     def _place(self, position: int) -> tuple[int, int]:
@@ -95,7 +100,7 @@ class RowStream:
         bucket = BUCKET_BATCHES * self.batch_size
         batches: list[list[list[int]]] = []
         for start in range(0, len(order), bucket):
-            part = sorted(order[start : start + bucket], key=lambda i: len(self.rows[i].input_ids))
+            part = sorted(order[start : start + bucket], key=lambda i: self.rows[i].size)
             batches.extend([[i] for i in part[at : at + self.batch_size]] for at in range(0, len(part), self.batch_size))
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
@@ -106,7 +111,7 @@ class RowStream:
         tokens = 0
         for i in order:
             part.append(i)
-            tokens += len(self.rows[i].input_ids)
+            tokens += self.rows[i].size
             if tokens >= full:
                 yield part
                 part, tokens = [], 0
@@ -114,4 +119,12 @@ class RowStream:
             yield part
 
     def _lengths(self, rows: Sequence[int]) -> list[int]:
-        return [len(self.rows[i].input_ids) for i in rows]
+        return [self.rows[i].size for i in rows]
+
+
+def _mixed(number: int) -> int:
+    """A seed in [0, 2⁶³) whose bits all depend on all of the number's (splitmix64), since neighbouring seeds may draw alike."""
+    number = (number + 0x9E3779B97F4A7C15) % 2**64
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
+    return (number ^ (number >> 31)) >> 1

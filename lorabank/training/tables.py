@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
     from lorabank.training.events import RunPlan
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "wer", "cer", "mae", "mse", "rmse")
+"""Metrics, or the beginnings of their names (`wer_normalised`), of which less is better."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return metric.split("_")[0] in LOWER_IS_BETTER
 
 
 def new_table() -> Table:
@@ -113,4 +119,4 @@ def _best(name: str, scores: Mapping[str, Mapping[str, float]]) -> float | None:
     values = [row[name] for row in scores.values() if name in row]
     if not values:
         return None
-    return min(values) if name in LOWER_IS_BETTER else max(values)
+    return min(values) if lower_is_better(name) else max(values)

@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lorabank.bank.bank import AdapterBank
 from lorabank.config.train import TrainConfig
-from lorabank.engine.batch import Batch, Example, make_batch, pack_batch
+from lorabank.engine.batch import Batch
+from lorabank.engine.model_batch import ModelBatch
+from lorabank.engine.model_pass import row_losses
 from lorabank.engine.parts import is_out_of_memory
 from lorabank.engine.state import EngineState, load_state, save_state
 from lorabank.engine.step import Engine, SlotLoss, forward_backward, logprobs, optim_step
 from lorabank.errors import OutputError, TooLargeError
 from lorabank.optim.slot_optimizer import SlotOptimizer, SlotStep
 from lorabank.training.checkpoint import Checkpoint, write_checkpoint
-from lorabank.training.evaluate import Busy
 from lorabank.training.events import EvalRecord, Listener, Notice, StepRecord
 from lorabank.training.identity import check_identity
 from lorabank.training.interrupt import InterruptFlag, StopRequested
@@ -26,6 +25,7 @@ from lorabank.training.jobs import AdapterJob
 from lorabank.training.progress import FINISHED, NOT_FINITE, RUNNING, AdapterProgress, RunProgress
 from lorabank.training.run_folder import RunFolder
 from lorabank.training.start import adapter_is_finite, restart_adapter
+from lorabank.training.task import Busy, Task
 from lorabank.training.validation import Validation
 
 
@@ -34,7 +34,7 @@ class Trainer:
     """One run: its fixed parts, and its progress."""
 
     engine: Engine
-    tokenizer: PreTrainedTokenizerBase
+    task: Task[Any]
     jobs: Mapping[str, AdapterJob]
     config: TrainConfig
     listeners: Sequence[Listener]
@@ -101,25 +101,34 @@ class Trainer:
         """A forward pass of each adapter's first row, so that what would fail in the first step fails here."""
         if any(job.stream.pack_to for job in self.jobs.values()):
             self.engine.packing(max(job.stream.longest for job in self.jobs.values()))
-        rows = [(name, job.stream.rows[job.stream.batch(0)[0]]) for name, job in self.jobs.items()]
-        logprobs(self.engine, make_batch([(row.input_ids, row.weights) for _, row in rows], [name for name, _ in rows]))
+        rows = [[job.stream.rows[job.stream.batch(0)[0]]] for job in self.jobs.values()]
+        numbers = list(range(len(rows)))
+        batch = self.task.batch(
+            rows, list(self.jobs), examples=numbers, draws=[job.stream.draws(0)[0] for job in self.jobs.values()]
+        )
+        if isinstance(batch, ModelBatch):
+            row_losses(self.engine, batch)
+        else:
+            logprobs(self.engine, batch)
 
     # ---- one pass ---------------------------------------------------------------------------------------------------
 
     def _pass(self, running: Sequence[str]) -> None:
         began = time.monotonic()
-        rows: list[list[Example]] = []
+        rows: list[list[Any]] = []
         routes: list[str] = []
         examples: list[int] = []
+        draws: list[int] = []
         taken: dict[str, list[int]] = {}
         for name in running:
             job, p = self.jobs[name], self.progress.adapters[name]
             packed = job.stream.packed(p.position)
             taken[name] = [i for row in packed for i in row]
-            rows += [[job.stream.rows[i].example for i in row] for row in packed]
+            rows += [[job.stream.rows[i] for i in row] for row in packed]
             routes += [name] * len(packed)
+            draws += job.stream.draws(p.position)
             examples += [p.pending * job.stream.most_examples + i for i in range(len(taken[name]))]
-        batch = pack_batch(rows, routes, examples=examples)
+        batch = self.task.batch(rows, routes, examples=examples, draws=draws)
         steps = {name: self.progress.adapters[name].step for name in running}
         self._unsaved = True
         tried = self.engine.fits.times
@@ -138,7 +147,7 @@ class Trainer:
         seconds = max(time.monotonic() - began, 1e-9)
         for name in due:
             if self.progress.adapters[name].status == RUNNING:
-                read = sum(len(self.jobs[name].stream.rows[i].input_ids) for i in taken[name])
+                read = sum(self.jobs[name].stream.rows[i].size for i in taken[name])
                 self._finish_step(name, done[name], rates[name], read / seconds)
         self.progress.seconds = time.monotonic() - self._started
 
@@ -203,7 +212,14 @@ class Trainer:
                 name,
             )
 
-    def _tell_of_memory(self, batch: Batch) -> None:
+    def _tell_of_memory(self, batch: Batch | ModelBatch) -> None:
+        if isinstance(batch, ModelBatch):
+            self.notice(
+                f"out of memory with {batch.rows} rows in one pass: they went through in parts, and passes are smaller from here "
+                "on. Gradients add up to the same; gradient_checkpointing or a smaller batch_size may be faster.",
+                level="warning",
+            )
+            return
         self.notice(
             f"out of memory with {batch.rows} rows of up to {max(batch.lengths)} tokens in one pass: they went through in parts, "
             f"and passes have at most {self.engine.fits.tokens:,} tokens from here on. Gradients add up to the same; "

@@ -31,10 +31,10 @@ import lorabank as lb
 from lorabank.data.render import TokenRow
 from lorabank.engine.step import Engine
 from lorabank.models.load import load_base
+from lorabank.tasks.text_generation import read_rows
 from lorabank.training.allocation import keep_freed_memory
 from lorabank.training.evaluate import spread, validation_losses
 from lorabank.training.events import EvalRecord, Notice, RunPlan, RunResult, StepRecord
-from lorabank.training.setup import load_data
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -148,7 +148,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     if result.interrupted:
         sys.exit(130)
     seconds = time.monotonic() - began
-    rows = spread(load_data(config, base.tokenizer).by_adapter[f"seed-{settings.seeds[0]}"].val, settings.validation_rows)
+    rows = spread(read_rows(config, base.tokenizer).by_adapter[f"seed-{settings.seeds[0]}"].val, settings.validation_rows)
     assert curves.plan is not None
     for own in curves.seeds.values():
         own["final"] = own["validation"][-1]

@@ -69,7 +69,8 @@ class FakeApi(types.ModuleType):
         self.kept.append(len(self.calls))
         return True
 
-    def load_run(self, folder: str, adapters: list[str] | None, *, device: str, dtype: str) -> Any:
+    def load_run(self, folder: str, adapters: list[str] | None, *, device: str, dtype: str, task: str | None) -> Any:
+        assert task is None
         self.calls.append(("load_run", (folder, adapters, device, dtype)))
         return types.SimpleNamespace(bank=None, model=None, tokenizer=None, names=self.names, notes=("a note",))
 

@@ -15,7 +15,8 @@ from lorabank.cli.main import COMMANDS, RAW, build_parser
 from lorabank.cli.parser import with_dashes
 from lorabank.config.aliases import ALIASES
 from lorabank.config.flags import parse_train_arguments
-from lorabank.config.parse import load_config
+from lorabank.config.parse import config_from_dict, load_config
+from lorabank.config.tasks import TASK_SECTIONS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.config.translate import PLACES
 from lorabank.errors import LorabankError
@@ -114,9 +115,21 @@ def test_settings_lists_every_setting_with_its_default(tmp_path: Path) -> None:
     assert config == TrainConfig(model="Qwen/Qwen3-0.6B", output="out/support", data=DataConfig(train="chat.jsonl"))
     tree = yaml.safe_load(text)
     kinds = {"data": DataConfig, "defaults": AdapterRun, "eval": EvalConfig, "save": SaveConfig}
-    assert {field.name for field in fields(TrainConfig)} == set(tree)
+    assert {field.name for field in fields(TrainConfig)} - set(TASK_SECTIONS) == set(tree)
     for section, kind in kinds.items():
         assert {field.name for field in fields(kind)} == set(tree[section]), section
+
+
+@pytest.mark.parametrize("section", TASK_SECTIONS)
+def test_a_page_lists_every_setting_of_a_task_with_its_default(section: str) -> None:
+    import yaml
+
+    every = [yaml.safe_load(block.text) for page in sorted(DOCS.glob("*.md")) for block in blocks(page, "yaml")]
+    (found,) = [tree[section] for tree in every if isinstance(tree, dict) and section in tree]
+    kind = TASK_SECTIONS[section]
+    assert set(found) == {field.name for field in fields(kind)}
+    config, _ = config_from_dict({"model": "x", section: found})
+    assert getattr(config, section) == kind()
 
 
 def test_coming_from_has_every_key_and_its_meaning() -> None:

@@ -243,7 +243,7 @@ def test_an_encoder_decoder_model_is_refused_by_name() -> None:
 
     model = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ConfigError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        Engine(attach(model))
+        forward_backward(Engine(attach(model)), make_batch([([3, 4], [0.0, 1.0])], BASE))
 
 
 def test_make_batch_refuses_rows_that_are_none() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorabank.training.events import AdapterPlan, AdapterResult, EvalRecord, Listener, Notice, RunPlan, RunResult, StepRecord
+from lorabank.training.serving import chat_line
 
 REASON = "10 × the full fine-tuning rate for Llama models of width 576"
 NAMES = {"formal": (4, 20), "terse": (16, 12)}
@@ -96,4 +97,6 @@ def result(folder: Path, **more: object) -> RunResult:
             best_metrics={"loss": 1.25 if name == "formal" else 1.05, "bleu": 30.11},
             final_metrics={"loss": 1.4, "bleu": 28.0},
         )
-    return RunResult(output=str(folder), seconds=345, adapters=adapters, base_metrics={"loss": 3.21, "bleu": 4.2})
+    talk = ("talk to them side by side:", [chat_line(str(folder), [*adapters, "base"])])
+    base = {"loss": 3.21, "bleu": 4.2}
+    return RunResult(output=str(folder), seconds=345, adapters=adapters, base_metrics=base, next_lines=[talk])

@@ -231,7 +231,7 @@ def test_turning_is_told_once_after_each_best(tokenizer: PreTrainedTokenizerFast
     def given(engine: object, rows: dict[str, object], **more: object) -> dict[str, float]:
         return {name: next(losses) for name in rows}
 
-    monkeypatch.setattr("lorabank.training.validation.validation_losses", given)
+    monkeypatch.setattr("lorabank.tasks.text_generation.validation_losses", given)
     monkeypatch.setattr("lorabank.training.run.final_scores", lambda trainer, flag: {})
     result, told = run(tokenizer, {"a": {}}, max_steps=7, eval={"every": 1, "samples": 0})
     assert [notice.text[:43] for notice in told.notices if notice.adapter == "a"] == [

@@ -1,0 +1,110 @@
+"""Text classification from files to predictions: alone, jointly with other label sets, resumed, loaded again."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorabank as lb
+from lorabank import api
+from lorabank.config.train import DataConfig
+from lorabank.errors import ConfigError, DataError
+from tests.tasks.tiny import labelled_rows, tiny_bert
+from tests.training.children import SignalAt
+from tests.training.tiny import assert_same_run, write_rows
+
+SETTINGS: dict[str, Any] = {
+    "task": "text-classification",
+    "rank": 4,
+    "learning_rate": 1e-2,
+    "batch_size": 4,
+    "max_steps": 6,
+    "val_split": 0.2,
+    "eval": {"every": 3, "metrics": ["loss", "accuracy"]},
+    "save": {"every": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    two, three = labelled_rows(40), labelled_rows(45, ("odd", "good", "bad"))
+    return {"mood": write_rows(tmp_path / "mood.jsonl", two), "kind": write_rows(tmp_path / "kind.jsonl", three)}
+
+
+def test_a_classifier_learns_is_scored_saved_and_predicts(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    result = lb.train(
+        model=str(base), output=str(tmp_path / "run"), data=str(files["mood"]), **{**SETTINGS, "max_steps": 60, "batch_size": 8}
+    )
+    mine = result.adapters["default"]
+    assert mine.best_metrics["accuracy"] == 1.0 and mine.best_metrics["loss"] < 0.3
+    rows = [{"text": row["text"]} for row in labelled_rows(6, start=100)]
+    told = api.predict(tmp_path / "run", write_rows(tmp_path / "new.jsonl", rows), tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["default"]["label"] for line in lines] == [row["label"] for row in labelled_rows(6, start=100)]
+    assert "6 rows labelled by default" in told
+    scores = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["accuracy"])
+    assert scores["default"]["accuracy"] == 1.0
+
+
+def test_adapters_of_other_label_sets_train_jointly_as_they_do_alone(base: Path, files: dict[str, Path]) -> None:
+    """Law 3: one pass serves heads of two and of three labels; each adapter ends where it ends alone."""
+    both = {name: {"data": str(path)} for name, path in files.items()}
+    joint = lb.train(model=str(base), adapters=both, **SETTINGS)
+    for name in both:
+        alone = lb.train(model=str(base), adapters={name: both[name]}, **SETTINGS)
+        for one, other in zip(tensors(joint.trained[name]), tensors(alone.trained[name]), strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-4)
+    heads = {name: len(joint.trained[name].modules["classifier"]["weight"]) for name in both}
+    assert heads == {"mood": 2, "kind": 3}
+
+
+def tensors(adapter: Any) -> list[torch.Tensor]:
+    found = [tensor for path in sorted(adapter.layers) for tensor in (adapter.layers[path].A, adapter.layers[path].B)]
+    return found + [values[key] for _, values in sorted(adapter.modules.items()) for key in sorted(values)]
+
+
+def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(
+    base: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    runs = {"data": str(files["kind"]), "output": str(tmp_path / "run"), **SETTINGS}
+    lb.train(model=str(base), **runs)
+    (tmp_path / "run").rename(tmp_path / "whole")  # the same output, which is in config.yaml
+    halved = lb.train(model=str(base), listeners=[SignalAt(("step", 4), signal.SIGINT)], **runs)
+    assert halved.interrupted and halved.adapters["default"].steps == 4
+    lb.train(model=str(base), resume=True, **runs)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"words": "x", "label": "a"}], "no column of the text"),
+        ([{"text": "x", "label": "a"}, {"text": "y", "label": "a"}], "all of its .* training rows have the label 'a'"),
+        ([{"text": "", "label": "a"}], "none of the 1 rows can be used"),
+    ],
+)
+def test_rows_that_nothing_can_be_learnt_from_are_named(
+    base: Path, tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        lb.train(model=str(base), data=str(write_rows(tmp_path / "rows.jsonl", rows)), **{**SETTINGS, "val_split": 0})
+
+
+def test_settings_of_another_task_are_refused(base: Path, files: dict[str, Path]) -> None:
+    data = str(files["mood"])
+    with pytest.raises(ConfigError, match=r"eval\.metrics: expected some of loss, accuracy"):
+        lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"metrics": ["bleu"]}})
+    with pytest.raises(ConfigError, match="base_dtype: nf4 is for text-generation alone"):
+        lb.train(model=str(base), data=data, base_dtype="nf4", **SETTINGS)
+    with pytest.raises(ConfigError, match=r"eval\.best: validation of text-classification has no metric 'acuracy'"):
+        lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"best": "acuracy"}})
