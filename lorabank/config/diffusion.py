@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorabank.config.checks import (
@@ -70,9 +70,10 @@ class DiffusionConfig:
     """What the model predicts, where its scheduler's configuration is wrong."""
     text_encoders: bool = False
     """Let adapters change the text encoders too; captions are encoded in each pass then."""
-    prior_prompt: str | Mapping[str, str] | None = None
-    """Caption of the class that an object belongs to (`a photo of a dog`), for prior preservation (DreamBooth, arXiv:2208.12242):
-    one for all adapters, or by adapter."""
+    prior_prompt: str | None = None
+    """Caption of the class that an object is one of (`a photo of a dog`): prior preservation (DreamBooth, arXiv:2208.12242)."""
+    prior_prompts: Mapping[str, str] = field(default_factory=dict)
+    """The same by adapter, where they aren't of one class."""
     prior_pictures: int = 100
     """Pictures of the class, drawn by the base before training, or found in `cache_dir`."""
     prior_weight: float = 1.0

@@ -17,6 +17,7 @@ from lorabank.config.checks import (
     freeze_sequences,
 )
 from lorabank.config.classification import ClassificationConfig
+from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.extras import TokenIndices
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import ConfigError, Setting
@@ -260,6 +261,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-
 from lorabank.bank.routing import BASE
 from lorabank.formats.files import write_files
 from lorabank.tasks.diffusion.cache import Encoded, identity

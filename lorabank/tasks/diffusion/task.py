@@ -31,7 +31,6 @@ from lorabank.formats.files import write_files
 from lorabank.formats.kohya import save_kohya
 from lorabank.models.cache import default_cache
 from lorabank.tasks.diffusion.batch import PictureBatch, picture_batch
-from lorabank.tasks.diffusion.buckets import Size
 from lorabank.tasks.diffusion.cache import Cache, Encoded
 from lorabank.tasks.diffusion.draws import RowDraw, draw, fixed_draw, mixed
 from lorabank.tasks.diffusion.guided import Prompts
@@ -81,6 +80,7 @@ class TextToImage(Task[Picture]):
         def one(_name: str, train: Source | None, val: Source | None) -> Splits[Picture]:
             return prepare(config.data, self.settings, step=self._step, seed=config.seed, train=train, val=val, progress=progress)
 
+        self._picture_config()  # what can't be drawn is known now, not at the first evaluation
         sets = read_sets(config, rows, one)
         if not is_attached(self.images):  # of a training: scoring has adapters, and no use for pictures of the class
             sets = self._with_priors(sets, progress)
@@ -97,13 +97,14 @@ class TextToImage(Task[Picture]):
         return step if step % multiple == 0 else multiple * max(1, round(step / multiple))
 
     def _with_priors(self, sets: DataSets[Picture], progress: Progress | None) -> DataSets[Picture]:
-        wanted = self.settings.prior_prompt
-        if wanted is None:
-            return sets
-        by_name = dict.fromkeys(sets.by_adapter, wanted) if isinstance(wanted, str) else dict(wanted)
-        for name in by_name:
+        shared = self.settings.prior_prompt
+        by_name = {} if shared is None else dict.fromkeys(sets.by_adapter, shared)
+        for name, prompt in self.settings.prior_prompts.items():
             if name not in sets.by_adapter:
-                raise ConfigError(f"diffusion.prior_prompt: no adapter {name!r}{closest(name, sets.by_adapter)}")
+                raise ConfigError(f"diffusion.prior_prompts: no adapter {name!r}{closest(name, sets.by_adapter)}")
+            by_name[name] = prompt
+        if not by_name:
+            return sets
         config = self._picture_config()
         found: dict[str, Any] = dict(sets.by_adapter)
         for name, prompt in by_name.items():
@@ -169,7 +170,7 @@ class TextToImage(Task[Picture]):
             context = bank.checkpoint_context
             recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context)
             self.images.denoiser.enable_gradient_checkpointing(recompute)
-        return Engine(bank)
+        return Engine(bank, masks=self.adapts_text)
 
     def compile_model(self, *, recompute: bool) -> list[Any]:
         return [] if recompute or self.config.gradient_checkpointing else compile_image_model(self.images)
@@ -293,8 +294,8 @@ class TextToImage(Task[Picture]):
         routes = routes_of(wanted.names, options.get("mix") or (), engine.bank.names)
         config = self._picture_config()
         if options.get("size"):
-            size: Size = options["size"]
-            config = replace(config, height=size.height, width=size.width)
+            width, height = options["size"]
+            config = replace(config, height=height, width=width)
         config = replace(config, **{name: options[name] for name in ("steps", "guidance") if options.get(name) is not None})
         check_size(self.images, config.height, config.width)
         if options.get("negative") is not None:
