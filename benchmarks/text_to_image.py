@@ -139,7 +139,8 @@ class Ours:
     def __init__(self, work: Work, styles: Sequence[str], rows: int, *, how: str = "all", cudnn: bool = True) -> None:
         """`rows`: of each style. `how`: `plain`, `blocks` (transformer blocks compiled), `convolutions` too, or `all`, in
         which these are in channels-last order. `cudnn`: whether torch may choose cuDNN's attention, as the peer's may."""
-        torch._dynamo.reset()  # which attention was chosen is in compiled code
+        if not cudnn:
+            torch._dynamo.reset()  # which attention was chosen is in compiled code
         scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         self.work, self.styles, self.count = work, styles, rows
         self.model = ImageModel(FAMILIES["sd"], work.unet(), scheduler=scheduler)
@@ -178,7 +179,9 @@ class Ours:
 
 def timed(step: Step, work: Work, rounds: int, steps: int) -> dict[str, Any]:
     """Milliseconds a step, the median and the range of rounds, and the peak of memory."""
-    began = time.monotonic()
+    began, on_gpu = time.monotonic(), work.device.type == "cuda"
+    if on_gpu:  # before the warm-up: what a graph keeps is allocated as it is captured
+        torch.cuda.reset_peak_memory_stats()
     for i in range(WARM_UP):
         step(i)
     synchronize(work)
@@ -200,6 +203,7 @@ def timed(step: Step, work: Work, rounds: int, steps: int) -> dict[str, Any]:
     return {
         "ms": round(statistics.median(found), 2), "range": [round(min(found), 2), round(max(found), 2)],
         "warm_up_s": round(warm, 1), "peak_gib": None if peak is None else round(peak, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if on_gpu else None,
     }  # fmt: skip
 
 
@@ -265,6 +269,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of a round")
+    parser.add_argument("--variants", action="store_true", help="what each of our choices brings")
     parser.add_argument("--only", nargs="*", help="names of rows")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -276,16 +281,20 @@ def main() -> None:
         "peer, batch 4, bf16 adapter": lambda: (Peer(work, 4, fp32=False), 4),
         "peer, batch 4, fp32 adapter": lambda: (Peer(work, 4, fp32=True), 4),
         "ours, batch 4": lambda: (Ours(work, STYLES[:1], 4), 4),
+        "peer, batch 1, bf16 adapter": lambda: (Peer(work, 1, fp32=False), 1),
+        "peer, batch 1, fp32 adapter": lambda: (Peer(work, 1, fp32=True), 1),
+        "ours, eight styles at batch 1": lambda: (Ours(work, STYLES, 1), 8),
+        "ours, batch 1": lambda: (Ours(work, STYLES[:1], 1), 1),
+    }
+    variants: dict[str, Callable[[], tuple[Step, int]]] = {
         "ours, batch 4, without cuDNN's attention": lambda: (Ours(work, STYLES[:1], 4, cudnn=False), 4),
         "ours, batch 4, no channels last": lambda: (Ours(work, STYLES[:1], 4, how="convolutions"), 4),
         "ours, batch 4, transformer blocks alone": lambda: (Ours(work, STYLES[:1], 4, how="blocks"), 4),
         "ours, batch 4, kernel by kernel": lambda: (Ours(work, STYLES[:1], 4, how="plain"), 4),
-        "peer, batch 1, bf16 adapter": lambda: (Peer(work, 1, fp32=False), 1),
-        "peer, batch 1, fp32 adapter": lambda: (Peer(work, 1, fp32=True), 1),
-        "ours, batch 1": lambda: (Ours(work, STYLES[:1], 1), 1),
-        "ours, eight styles at batch 1": lambda: (Ours(work, STYLES, 1), 8),
     }
-    guarded(result, "check", lambda: check(work), args.output)
+    jobs |= variants if args.variants or args.only else {}
+    if not args.only or "check" in args.only:
+        guarded(result, "check", lambda: check(work), args.output)
     for job, make in jobs.items():
         if args.only and job not in args.only:
             continue
