@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     check_sampling(args)
     output, task = _new_file(args.output), task_of(args)
     options = picture_options(args, task)
+    data = "" if args.data is None else str(args.data)
     if args.data is None and "prompt" not in options:
         raise ConfigError("--data: the rows to answer are missing")
     if task != DEFAULT_TASK:
@@ -67,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         template_columns(args.prompt, place="--prompt")
     config = run_config(args.run_folder)
-    expanded(args.data, place="--data")
-    rows = read_prompts(args.data, args.max_rows)
+    expanded(data, place="--data")
+    rows = read_prompts(data, args.max_rows)
     template = args.prompt or _template_of_run(config.data.prompt if config else None, rows[0].values)
     system = args.system or (config.data.system if config else None)
     completion = config.data.completion if config and template == config.data.prompt else None

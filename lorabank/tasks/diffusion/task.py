@@ -46,10 +46,13 @@ from lorabank.tasks.diffusion.speed import compile_image_model
 from lorabank.training.base_rows import BASE_NAME
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
+from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import Busy, Prediction, Task
 
 PARTS = 4
 """Looks at each held-out picture in a validation, at as many places of the schedule."""
+FEW_PASSES, MANY_PASSES = 300, 1000
+"""Below the first a run is over before compiled blocks pay; from the second on convolutions pay, which take a minute more."""
 AT_ONCE = 8
 """Pictures that are drawn in one pass."""
 OPTIONS = ("prompt", "mix", "steps", "guidance", "seed", "size", "negative")
@@ -73,6 +76,8 @@ class TextToImage(Task[Picture]):
         self.objective = objective_of(model.scheduler, min_snr=self.settings.min_snr, kind=self.settings.prediction)
         self.prompts = Prompts(self.encoded, negative=self.settings.negative, adapted_text=self.adapts_text)
         self._ids: dict[str, Mapping[str, Tensor]] = {}
+        self._passes = 0
+        """Of the longest adapter."""
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -172,8 +177,14 @@ class TextToImage(Task[Picture]):
             self.images.denoiser.enable_gradient_checkpointing(recompute)
         return Engine(bank, masks=self.adapts_text)
 
+    def check(self, name: str, job: AdapterJob) -> None:
+        self._passes = max(self._passes, job.total_steps * job.run.gradient_accumulation)
+
     def compile_model(self, *, recompute: bool) -> list[Any]:
-        return [] if recompute or self.config.gradient_checkpointing else compile_image_model(self.images)
+        if recompute or self.config.gradient_checkpointing:
+            return []
+        whole = self.config.compile is True or self._passes >= MANY_PASSES
+        return compile_image_model(self.images, convolutions=whole) if whole or self._passes >= FEW_PASSES else []
 
     def save_more(self, adapter: Adapter, folder: Path, name: str) -> None:
         """The adapter in another tool's form, beside PEFT's."""
