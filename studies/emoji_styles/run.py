@@ -38,6 +38,7 @@ from lorabank.tasks.diffusion.families import FAMILIES
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import Objective, objective_of, row_losses, row_tensors
 from lorabank.tasks.diffusion.sampling import PictureConfig, draw_pictures
+from lorabank.tasks.diffusion.speed import compile_image_model
 
 HERE = Path(__file__).parent
 BASE, STYLES = "noto", ("openmoji", "fluent")
@@ -45,7 +46,6 @@ DROPPED = 0.1
 """Share of rows that are trained without their name, for guidance."""
 TEXT = 3.0
 """MiniLM's numbers are about a third of the usual size."""
-MIN_SNR = 5.0
 PARTS = 4
 """Looks at each held-out picture in a validation, at as many places of the schedule."""
 MIX = "mix 50:50"
@@ -94,13 +94,15 @@ def main() -> None:
     if args.base is not None and args.base.exists():
         unet.load_state_dict(torch.load(args.base, map_location=device, weights_only=True))
     else:
-        facts["pretraining"] = pretrain(unet, data, objective_of(scheduler, min_snr=MIN_SNR), args)
+        facts["pretraining"] = pretrain(unet, data, objective_of(scheduler), args)
         if args.base is not None:
             torch.save(unet.state_dict(), args.base)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = ImageModel(FAMILIES["sd"], unet.to(dtype).requires_grad_(False), scheduler=scheduler)
     bank = lb.attach(model)
-    facts["styles"] = learn_styles(bank, model, data, objective_of(scheduler, min_snr=MIN_SNR), args)
+    if not args.steps:
+        return
+    facts["styles"] = learn_styles(bank, model, data, objective_of(scheduler), args)
     facts["losses"] = losses_on_held_out(bank, model, data, objective_of(scheduler))
     facts["dark"] = show(bank, model, data, args)
     for name in STYLES:
@@ -119,7 +121,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pretrain-batch", type=int, default=256)
     parser.add_argument("--pretrain-rate", type=float, default=4e-4)
     parser.add_argument("--width", type=int, default=128, help="channels of the first level")
-    parser.add_argument("--steps", type=int, default=1200, help="of both styles")
+    parser.add_argument("--steps", type=int, default=1200, help="of both styles; 0: the base alone")
     parser.add_argument("--batch", type=int, default=64, help="rows of each style in a pass")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -228,7 +230,8 @@ def learn_styles(
         )
         bank.add(name, config, seed=seeds[name])
         optimizer.add(name, OptimizerConfig(max_grad_norm=1.0))
-    train = TrainingPass(bank, lambda batch: row_losses(batch, model(batch)), cuda_graphs=False)
+    compile_image_model(model)  # on a GPU, where passes are captured then
+    train = TrainingPass(bank, lambda batch: row_losses(batch, model(batch)), masks=False)
     order = {name: torch.Generator().manual_seed(seeds[name]) for name in STYLES}
     start, losses = time.monotonic(), dict[str, list[float]]()
     mean = {name: torch.zeros((), device=bank.device) for name in STYLES}

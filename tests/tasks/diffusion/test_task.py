@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,8 @@ from lorabank import api
 from lorabank.cli import main
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError
-from tests.tasks.diffusion.tiny import PIPELINES, folder_of_pictures, saved
-from tests.training.children import SignalAt
-from tests.training.tiny import assert_same_run
-
-PICTURES: dict[str, Any] = {"resolution": 32, "bucket_step": 8, "min_side": 16, "sample_steps": 2, "sample_prompts": ["a cat"]}
-SETTINGS: dict[str, Any] = {
-    "task": "text-to-image",
-    "rank": 2,
-    "learning_rate": 1e-2,
-    "batch_size": 2,
-    "max_steps": 4,
-    "val_split": 0,
-    "eval": {"every": 2},
-    "save": {"every": 2},
-    "diffusion": PICTURES,
-}
-SIZES = [(80, 80), (120, 80)]
+from tests.tasks.diffusion.runs import PICTURES, SETTINGS, assert_near, three_styles
+from tests.tasks.diffusion.tiny import folder_of_pictures, saved
 
 
 @pytest.fixture(scope="module")
@@ -44,34 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def styles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three sets of pictures of two shapes."""
-    folder = tmp_path_factory.mktemp("styles")
-    return {
-        name: folder_of_pictures(folder / name, 5 + i, seed=20 * i, sizes=SIZES) for i, name in enumerate(("ink", "oil", "wax"))
-    }
-
-
-def leaves(adapter: lb.Adapter) -> dict[str, torch.Tensor]:
-    return {f"{path}.{key}": getattr(layer, key) for path, layer in sorted(adapter.layers.items()) for key in "AB"}
-
-
-def assert_near(one: lb.Adapter, other: lb.Adapter) -> None:
-    mine, others = leaves(one), leaves(other)
-    assert mine.keys() == others.keys()
-    for key, value in mine.items():
-        torch.testing.assert_close(value, others[key], atol=2e-4, rtol=2e-3, msg=lambda text, key=key: f"{key}: {text}")
-
-
-@pytest.mark.parametrize("name", PIPELINES)
-def test_three_styles_train_jointly_as_they_do_alone(root: Path, styles: dict[str, Path], name: str) -> None:
-    """Law 3: noise, places, dropped captions and sizes of each are its own, whoever is beside it."""
-    settings = {**SETTINGS, "diffusion": {**PICTURES, "caption_dropout": 0.3, "noise_offset": 0.1}}
-    every = {style: {"data": str(path)} for style, path in styles.items()}
-    joint = lb.train(model=str(saved(name, root)), adapters=every, **settings)
-    for style in ("ink", "wax") if name in ("sd", "flux") else ("oil",):
-        alone = lb.train(model=str(saved(name, root)), adapters={style: every[style]}, **settings)
-        assert_near(joint.trained[style], alone.trained[style])
-        assert any(float(value.abs().max()) > 1e-3 for key, value in leaves(alone.trained[style]).items() if key.endswith("B"))
+    return three_styles(tmp_path_factory.mktemp("styles"))
 
 
 def test_a_style_is_learned_scored_saved_drawn_and_loaded(root: Path, styles: dict[str, Path], tmp_path: Path) -> None:
@@ -124,56 +81,6 @@ def test_a_style_is_learned_scored_saved_drawn_and_loaded(root: Path, styles: di
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(
-    root: Path, styles: dict[str, Path], tmp_path: Path
-) -> None:
-    runs = {"model": str(saved("sd2", root)), "data": str(styles["ink"]), "output": str(tmp_path / "run"), **SETTINGS}
-    lb.train(**runs)
-    (tmp_path / "run").rename(tmp_path / "whole")  # the same output, which is in config.yaml
-    halved = lb.train(listeners=[SignalAt(("step", 3), signal.SIGINT)], **runs)
-    assert halved.interrupted and halved.adapters["default"].steps == 3
-    lb.train(resume=True, **runs)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.mark.parametrize(("name", "form"), [("sd", "kohya"), ("sdxl", "kohya"), ("sdxl", "diffusers")])
-def test_text_encoders_are_part_of_one_adapter(root: Path, styles: dict[str, Path], tmp_path: Path, name: str, form: str) -> None:
-    """Captions are encoded in each pass; one file holds all parts, and a pipeline of diffusers draws with it."""
-    diffusion = {**PICTURES, "text_encoders": True, "save_format": form}
-    every = {style: {"data": str(styles[style])} for style in ("ink", "oil")}
-    settings = {**SETTINGS, "diffusion": diffusion}
-    joint = lb.train(model=str(saved(name, root)), output=str(tmp_path / "run"), adapters=every, **settings)
-    parts = {path.partition(".")[0] for path in joint.trained["ink"].layers}
-    assert parts == {"unet", "text_encoder"} | ({"text_encoder_2"} if name == "sdxl" else set())
-    moved = {
-        key: float(v.abs().max()) for key, v in leaves(joint.trained["ink"]).items() if "layers.0." in key and key.endswith("B")
-    }
-    assert len(moved) == 4 * (len(parts) - 1)  # SDXL doesn't read the first encoder's last layer
-    assert min(moved.values()) > 1e-4
-    if form == "kohya":
-        alone = lb.train(model=str(saved(name, root)), adapters={"ink": every["ink"]}, **settings)
-        assert_near(joint.trained["ink"], alone.trained["ink"])
-    file = tmp_path / "run" / "ink" / ("ink.safetensors" if form == "kohya" else "pytorch_lora_weights.safetensors")
-    read = lb.Adapter.load(file)
-    for key, value in leaves(joint.trained["ink"]).items():
-        torch.testing.assert_close(leaves(read)[key], value)
-
-    api.predict(tmp_path / "run", "", tmp_path / "out", ["ink"], options={"prompt": "a cat", "seed": 3, "size": (16, 16)})
-    pipe = DiffusionPipeline.from_pretrained(saved(name, root), **({"safety_checker": None} if name == "sd" else {}))
-    pipe.load_lora_weights(str(file))
-    pipe.set_progress_bar_config(disable=True)
-    from lorabank.tasks.diffusion.draws import mixed
-    from lorabank.tasks.diffusion.sampling import noise_of
-
-    loaded = api.load_run(tmp_path / "run", ["ink"])
-    noise = noise_of(loaded.model, [mixed(3, 0)], 16, 16)
-    if form == "diffusers":  # diffusers takes one scaling for all layers of kohya's text encoders
-        expected = pipe("a cat", height=16, width=16, num_inference_steps=2, latents=noise, guidance_scale=7.5, output_type="pt")
-        (line,) = (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()
-        found = np.asarray(Image.open(tmp_path / "out" / json.loads(line)["file_name"])).astype(float) / 255
-        assert np.abs(found - expected.images[0].permute(1, 2, 0).numpy()).max() < 0.01
-
-
 def test_convolutions_and_feed_forward_are_targets(root: Path, styles: dict[str, Path]) -> None:
     targets = ["to_q", "ff.net.2", "re:unet.*resnets.*conv[12]", "time_emb_proj"]
     result = lb.train(model=str(saved("sd", root)), data=str(styles["ink"]), targets=targets, **SETTINGS)
@@ -181,11 +88,6 @@ def test_convolutions_and_feed_forward_are_targets(root: Path, styles: dict[str,
     assert kinds == {2, 4}
     plain = lb.train(model=str(saved("sd", root)), data=str(styles["ink"]), **SETTINGS)
     assert {path.split(".")[-1] for path in plain.trained["default"].layers} == {"to_q", "to_k", "to_v", "0"}
-
-
-def test_recomputation_gives_the_same(root: Path, styles: dict[str, Path]) -> None:
-    runs = {"model": str(saved("sd", root)), "data": str(styles["ink"]), **SETTINGS}
-    assert_near(lb.train(gradient_checkpointing=True, **runs).trained["default"], lb.train(**runs).trained["default"])
 
 
 def test_caches_on_disk_and_none_at_all_give_the_same(root: Path, styles: dict[str, Path], tmp_path: Path) -> None:
