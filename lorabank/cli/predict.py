@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
 from lorabank.cli.parser import CommandParser, positive
+from lorabank.cli.pictures import add_pictures, picture_options
 from lorabank.cli.rows import prompt_of, read_prompts
 from lorabank.cli.task_options import add_task_options, task_options
 from lorabank.config.paths import expanded
@@ -23,6 +25,7 @@ EXAMPLES = """\
 examples:
   lorabank predict out/support --data questions.jsonl --output answers.jsonl
   lorabank predict out/support --adapters formal --data table.csv --prompt 'Describe: {mr}' --output answers.jsonl
+  lorabank predict out/style --prompt 'a red fox' --mix ink:0.5,oil:0.5 --output pictures
   lorabank predict out/topics --data rows.jsonl --output labels.jsonl      a run of another task: its own rows and output
   lorabank predict out/voices --data talk.mp3 --adapters ann --output talk.srt
 
@@ -41,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     )
     add_source(parser)
     rows = parser.add_argument_group("rows")
-    rows.add_argument("--data", metavar="FILE", required=True, help="rows to answer")
+    rows.add_argument("--data", metavar="FILE", help="rows to answer")
     rows.add_argument("--output", metavar="FILE", required=True, help="JSONL file to write; must not exist")
     rows.add_argument(
         "--prompt", metavar="TEXT", help="template from columns of text, such as 'Describe: {mr}' (default: the run's)"
@@ -51,21 +54,25 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")
     add_sampling(parser, temperature=0.0, max_new_tokens=256)
     add_task_options(parser)
+    add_pictures(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, generate, write row by row: an interrupted file keeps what was answered."""
     check_sampling(args)
-    output = _new_file(args.output)
-    options = task_options(args, task_of(args))
-    if task_of(args) != DEFAULT_TASK:
+    output, task = _new_file(args.output), task_of(args)
+    options = {**task_options(args, task), **picture_options(args, task)}
+    data = "" if args.data is None else str(args.data)
+    if args.data is None and "prompt" not in options:
+        raise ConfigError("--data: the rows to answer are missing")
+    if task != DEFAULT_TASK:
         return _by_task(args, output, options)
     if args.prompt is not None:
         template_columns(args.prompt, place="--prompt")
     config = run_config(args.run_folder)
-    expanded(args.data, place="--data")
-    rows = read_prompts(args.data, args.max_rows)
+    expanded(data, place="--data")
+    rows = read_prompts(data, args.max_rows)
     template = args.prompt or _template_of_run(config.data.prompt if config else None, rows[0].values)
     system = args.system or (config.data.system if config else None)
     completion = config.data.completion if config and template == config.data.prompt else None
@@ -93,18 +100,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, object]) -> int:
+def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any]) -> int:
     """Predictions of a run of another task, in that task's own form."""
     from lorabank import api
 
     for name in ("prompt", "system"):
-        if getattr(args, name) is not None:
+        if getattr(args, name) is not None and name not in options:
             raise ConfigError(f"--{name}: is for text generation, and this is {task_of(args)}.")
-    expanded(args.data, place="--data")
+    if args.data is not None:
+        expanded(args.data, place="--data")
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
     told = api.predict(
         args.run_folder,
-        args.data,
+        args.data or "",
         output,
         args.adapters,
         max_rows=args.max_rows,

@@ -17,6 +17,7 @@ from lorabank.config.checks import (
     freeze_sequences,
 )
 from lorabank.config.classification import ClassificationConfig
+from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.extras import TokenIndices
 from lorabank.config.images import ImagesConfig
 from lorabank.config.seq2seq import Seq2SeqConfig
@@ -269,6 +270,7 @@ class TrainConfig:
     seq2seq: Seq2SeqConfig = field(default_factory=Seq2SeqConfig)
     speech: SpeechConfig = field(default_factory=SpeechConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False

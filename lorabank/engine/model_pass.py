@@ -130,6 +130,7 @@ def _training_pass(engine: Engine, loss: RowLoss) -> TrainingPass:
             gradient_checkpointing=engine.gradient_checkpointing,
             base_dropout=engine.base_dropout,
             cuda_graphs=engine.cuda_graphs,
+            masks=engine.masks,
             after_backward=_divider(engine) if engine.scales_losses else None,
         )
     return engine.model_passes[key]

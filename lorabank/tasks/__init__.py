@@ -17,6 +17,7 @@ TASKS: Mapping[str, str] = {
     "text2text-generation": "lorabank.tasks.seq2seq",
     "automatic-speech-recognition": "lorabank.tasks.speech.task",
     "image-classification": "lorabank.tasks.images.kind",
+    "text-to-image": "lorabank.tasks.diffusion",
 }
 """Name to the module whose `KIND` it is; imported when it is used, since each has libraries of its own."""
 

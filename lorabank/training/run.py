@@ -127,6 +127,7 @@ def _finish(trainer: Trainer, model_name: str, flag: InterruptFlag) -> dict[str,
         trainer.validation.use_best(name)
         if folder is not None:
             folder.save_adapter(name, named_adapter(trainer, name, model_name), trainer.task.processor)
+            trainer.task.save_more(named_adapter(trainer, name, model_name), folder.path / name, name)
     scores: dict[str, dict[str, float]] = {}
     try:
         scores = final_scores(trainer, flag)

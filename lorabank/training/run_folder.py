@@ -32,7 +32,9 @@ OWN_NAMES = (
     "hardest_rows.json",
     "loss.png",
     "metrics.jsonl",
+    "samples",
     "samples.md",
+    "samples.png",
     "tensorboard",
     "wandb",
 )
