@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 METHODS = {"head": "head alone", "lora": "LoRA, three adapters jointly", "full": "full fine-tuning, three runs"}
 BASE_PARAMETERS = 22_713_216
 """Of all-MiniLM-L6-v2 with its pooler, heads aside."""
-START, END = "<!-- table: written by table.py -->", "<!-- table: end -->"
+START, END = "<!-- table: written by label_tables.py -->", "<!-- table: end -->"
 
 
 def best(document: Mapping[str, Any], method: str, name: str) -> tuple[str, Mapping[str, Any]]:
@@ -38,17 +38,7 @@ def table(document: Mapping[str, Any]) -> str:
         lines.append(f"| {called} | {100 * share:.3g} % | {' | '.join(cells)} |")
     rates = {m: ", ".join(f"{name} {best(document, m, name)[0]}" for name in names) for m in METHODS}
     lines += ["", "Learning rates: " + "; ".join(f"{METHODS[m]}: {text}" for m, text in rates.items()) + "."]
-    lora, full = (_seconds(document, m, names) for m in ("lora", "full"))
-    lines += [
-        "",
-        f"Seconds of training: the three adapters {lora:.0f}, scoring of held-out rows included; full fine-tuning {full:.0f}.",
-    ]
     return "\n".join(lines)
-
-
-def _seconds(document: Mapping[str, Any], method: str, names: list[str]) -> float:
-    runs = [best(document, method, name)[1] for name in names]
-    return runs[0]["seconds_of_all"] if method == "lora" else sum(run["seconds"] for run in runs)
 
 
 def with_table(text: str, document: Mapping[str, Any]) -> str:
