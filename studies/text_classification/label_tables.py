@@ -31,6 +31,8 @@ def table(document: Mapping[str, Any]) -> str:
     rates: dict[str, str] = {}
     for method, called in METHODS.items():
         chosen = {name: best(document, method, name) for name in names}
+        if not any(chosen.values()):
+            continue
         share = max(found[1]["parameters"] for found in chosen.values() if found) / BASE_PARAMETERS
         lines.append(f"| {called} | {100 * share:.3g} % | {' | '.join(map(_cell, chosen.values()))} |")
         rates[called] = ", ".join(f"{name} {found[0]}" for name, found in chosen.items() if found)
