@@ -17,19 +17,25 @@ from lorabank.errors import ConfigError, Setting
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
 
-FRAMES_A_SECOND = 100
-"""Of log-Mel features; the second convolution halves them."""
+    from lorabank.tasks.speech.rows import SpeechRow
+
+KEPT_BYTES = 2**30
+"""Features of a run that are kept: about 1,100 rows of 30 seconds, 9½ hours."""
 
 
 class Hearing:
     """Makes features of recordings for one model and one window."""
 
-    def __init__(self, extractor: WhisperFeatureExtractor, model: nn.Module, window: float) -> None:
+    def __init__(
+        self, extractor: WhisperFeatureExtractor, model: nn.Module, window: float, *, kept_bytes: int = KEPT_BYTES
+    ) -> None:
         config: Any = model.config
         stride = 2  # of the second convolution, as in every Whisper
         self.whole_frames = int(config.max_source_positions) * stride
         """Frames of the model's own window."""
         self.extractor = extractor
+        self._kept: dict[str, Tensor] = {}
+        self._room = kept_bytes
         self.rate = int(extractor.sampling_rate)
         self.hop = int(extractor.hop_length)
         wanted = round(window * self.rate / self.hop / stride) * stride
@@ -48,9 +54,22 @@ class Hearing:
         """Seconds that the model hears at once."""
         return self.frames * self.hop / self.rate
 
+    def of_rows(self, rows: Sequence[SpeechRow], device: torch.device) -> Tensor:
+        """`features` of rows, on the host. What was made is kept while there is room: later passes over the data only read it."""
+        made = []
+        for row in rows:
+            features = self._kept.get(row.digest)
+            if features is None:
+                features = self.features([row.samples()], device)[0]
+                self._room -= features.nbytes
+                if self._room >= 0:
+                    self._kept[row.digest] = features
+            made.append(features)
+        return torch.stack(made)
+
     def features(self, samples: Sequence[np.ndarray], device: torch.device) -> Tensor:
-        """float32 features (N, M, F) of recordings (S,), each filled up with silence to the window, on `device` where that is a
-        GPU, else on the CPU.
+        """float32 features (N, M, F), on the host, of recordings (S,), each filled up with silence to the window. A GPU does the
+        arithmetic where `device` is one.
 
         Each is made by itself, so that a row's numbers don't depend on its neighbours.
         """

@@ -80,7 +80,7 @@ class SpeechRecognition(Task[SpeechRow]):
     ) -> ModelBatch:
         flat = [row for (row,) in rows]
         labels, targets = label_tensors(flat, self.tokens.end, self.tokens.longest)
-        features = self.hearing.features([row.samples() for row in flat], self._device)
+        features = self.hearing.of_rows(flat, self._device)
         return ModelBatch(
             inputs={"input_features": features, **labels},
             targets=targets,
