@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
-from lorabank.errors import ConfigError, DataError, MissingExtraError, Setting, closest
+from lorabank.errors import ConfigError, DataError, MissingExtraError, closest
 
 METRICS = ("wer", "cer", "wer_normalized", "cer_normalized")
 """Errors (substitutions, deletions, insertions) over words or characters of the references; 0 is perfect, above 1 possible."""
@@ -29,9 +29,7 @@ def check_metrics(names: Sequence[str]) -> None:
     known = (LOSS, *METRICS)
     for name in names:
         if name not in known:
-            raise ConfigError(
-                Setting("eval.metrics"), f": expected some of {', '.join(known)}, got {name!r}{closest(name, known)}"
-            )
+            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
     if set(names) & set(METRICS):
         _jiwer()
 
