@@ -133,6 +133,16 @@ def main() -> None:
             for name in (*SPEAKERS, "others")
         }
 
+    def connected() -> dict[str, dict[str, float]]:
+        """Four digits in a row, which no adapter has heard."""
+        rows = recordings.connected(args.work / "data" / "connected", args.work / "data" / "recordings", HELD_OUT, 20, 4)
+        test, how = DataConfig(test=str(rows)), {"metrics": METRICS, "max_new_tokens": 40, "device": args.device}
+        run = args.work / "runs" / "held-out"
+        return {
+            "base": api.evaluate(MODEL, ["base"], test, task="automatic-speech-recognition", **how)["base"],
+            **{f"{name}, window": scores for name, scores in api.evaluate(run, ["base", "others"], test, **how).items()},
+        }
+
     torch.set_num_threads(args.threads)
     short = {"steps": 16, "batch": 4, "every": 8, "rows": 30}
     part("held_out", lambda: trained(args, "held-out", files, ["others"], steps=40, batch=8, every=10, rows=50))
@@ -141,6 +151,7 @@ def main() -> None:
         part(f"alone-{name}", lambda name=name: trained(args, f"alone-{name}", files, [name], **short))
     part("difference", lambda: {name: difference(args, name) for name in SPEAKERS})
     part("base", base)
+    part("connected", connected)
 
 
 if __name__ == "__main__":

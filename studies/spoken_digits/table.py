@@ -68,6 +68,25 @@ def joint_table(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def connected_table(result: dict[str, Any]) -> list[str]:
+    """What single digits taught about digits in a row."""
+    about, part = result["about"], result["connected"]
+    names = {
+        "base": "base, its own 30 s",
+        "base, window": f"base, {about['window']:g} s",
+        "others, window": f"adapter of five others, {about['window']:g} s",
+    }
+    lines = [
+        f"Twenty recordings of four digits in a row, put together of {about['held_out']}'s test recordings:",
+        "",
+        "| | WER, normalised | CER, normalised |",
+        "|---|---|---|",
+    ]
+    for key, label in names.items():
+        lines.append(f"| {label} | {percent(part[key]['wer_normalized'])} | {percent(part[key]['cer_normalized'])} |")
+    return lines
+
+
 def setting_line(result: dict[str, Any]) -> str:
     """What was run on what."""
     about = result["about"]
@@ -83,7 +102,7 @@ def with_table(text: str, result: dict[str, Any]) -> str:
     """The page with the tables of `result`."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    parts = [setting_line(result), "", *held_out_table(result), "", *joint_table(result), ""]
+    parts = [setting_line(result), "", *held_out_table(result), "", *joint_table(result), "", *connected_table(result), ""]
     return before + START + "\n".join(parts) + END + after
 
 

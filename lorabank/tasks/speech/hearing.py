@@ -5,7 +5,7 @@ N rows, S samples, M Mel bins, F frames (100 a second), P positions of the encod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +16,6 @@ from lorabank.errors import ConfigError, Setting
 
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
-
-    from lorabank.tasks.speech.rows import SpeechRow
 
 KEPT_BYTES = 2**30
 """Features of a run that are kept: about 1,100 rows of 30 seconds, 9½ hours."""
@@ -54,18 +52,24 @@ class Hearing:
         """Seconds that the model hears at once."""
         return self.frames * self.hop / self.rate
 
-    def of_rows(self, rows: Sequence[SpeechRow], device: torch.device) -> Tensor:
-        """`features` of rows, on the host. What was made is kept while there is room: later passes over the data only read it."""
+    def remembered(self, sounds: Sequence[tuple[str | None, Callable[[], np.ndarray]]], device: torch.device) -> Tensor:
+        """`features` of (name of the samples, what gives them). What was made under a name is kept while there is room, so that
+        later passes over the same data only read it."""
         made = []
-        for row in rows:
-            features = self._kept.get(row.digest)
+        for key, samples in sounds:
+            features = None if key is None else self._kept.get(key)
             if features is None:
-                features = self.features([row.samples()], device)[0]
-                self._room -= features.nbytes
-                if self._room >= 0:
-                    self._kept[row.digest] = features
+                features = self.features([samples()], device)[0]
+                if key is not None and features.nbytes <= self._room:
+                    self._room -= features.nbytes
+                    self._kept[key] = features
             made.append(features)
         return torch.stack(made)
+
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._room += sum(features.nbytes for features in self._kept.values())
+        self._kept.clear()
 
     def features(self, samples: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """float32 features (N, M, F), on the host, of recordings (S,), each filled up with silence to the window. A GPU does the

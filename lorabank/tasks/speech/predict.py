@@ -115,6 +115,7 @@ def _transcripts(
                 places.append((number, name, start, end))
                 jobs.append(
                     Heard(
+                        key=f"{number}:{start}",
                         samples=_part(sound, start, end),
                         seconds=end - start,
                         route=route_of(name),

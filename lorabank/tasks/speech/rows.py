@@ -17,7 +17,7 @@ from lorabank.errors import DataError, closest
 from lorabank.tasks.speech.audio import Sound, load_sound
 from lorabank.tasks.speech.read import Utterance
 from lorabank.tasks.speech.tokens import SpeechTokens
-from lorabank.tasks.speech.transcripts import Segment, check_times, has_times, parse, plain_text, windows, with_times
+from lorabank.tasks.speech.transcripts import STEP_S, Segment, check_times, has_times, parse, plain_text, windows, with_times
 
 KEPT_BYTES = 2**30
 """Decoded samples of a run that stay in memory (about 4½ hours at 16 kHz); further recordings are decoded again when needed."""
@@ -208,8 +208,8 @@ def _parts(
     sound: Sound, segments: Sequence[Segment], config: SpeechConfig, utterance: Utterance, notes: dict[str, list[str]]
 ) -> Sequence[tuple[float, float, Sequence[Segment]]]:
     """(start, end, segments) of what a recording is used as: the whole of it, or windows."""
-    if sound.seconds <= config.window:
-        return [(0.0, sound.seconds, segments)]
+    if sound.seconds <= config.window + STEP_S:  # resampling may have added a sample or two, which are cut off
+        return [(0.0, min(sound.seconds, config.window), segments)]
     if config.long_audio in ("skip", "refuse"):
         raise TooLongError(f"the recording is longer than the window of {config.window:g} s")
     if config.long_audio == "cut" and not has_times(segments):

@@ -25,13 +25,12 @@ def normaliser(language: str, spelling: Mapping[str, str] | None = None) -> Norm
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Raise ConfigError for an unknown metric, MissingExtraError where jiwer isn't installed: before training."""
+    """Raise ConfigError for an unknown metric, MissingExtraError where jiwer isn't installed: before anything is loaded."""
     known = (LOSS, *METRICS)
     for name in names:
         if name not in known:
             raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
-    if set(names) & set(METRICS):
-        _jiwer()
+    _jiwer()
 
 
 def error_rates(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class SpeechRecognition(Task[SpeechRow]):
     def __init__(self, config: TrainConfig, model: Any, processor: Any, speech: SpeechConfig) -> None:
         super().__init__(config, model, processor)
         _check_whisper(model, processor)
-        self.speech = speech
         self.tokens = speech_tokens(processor.tokenizer, model, speech)
         self.hearing = Hearing(processor.feature_extractor, model, speech.window)
+        self.speech = replace(speech, window=self.hearing.window)
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class SpeechRecognition(Task[SpeechRow]):
     ) -> ModelBatch:
         flat = [row for (row,) in rows]
         labels, targets = label_tensors(flat, self.tokens.end, self.tokens.longest)
-        features = self.hearing.of_rows(flat, self._device)
+        features = self.hearing.remembered([(row.digest, row.samples) for row in flat], self._device)
         return ModelBatch(
             inputs={"input_features": features, **labels},
             targets=targets,
@@ -162,6 +162,7 @@ class SpeechRecognition(Task[SpeechRow]):
         """What each name hears in its rows: words alone, or with times where the row has them."""
         jobs = [
             Heard(
+                key=row.digest,
                 samples=row.samples,
                 seconds=row.seconds,
                 route=route_of(name),

@@ -207,6 +207,9 @@ def test_what_can_be_known_is_refused_before_training(base: Path, voices: dict[s
     with pytest.raises(ConfigError, match="expected a WhisperProcessor, got a WhisperTokenizer"):
         model, processor = tiny_whisper()
         lb.train(model=model, tokenizer=processor.tokenizer, data=data, **SETTINGS)
+    with pytest.raises(DataError, match="longer than the window of 2 s"):  # this model hears no more, whatever is asked for
+        long = audio_folder(tmp_path / "long", [("a.wav", tone(2.1, 300), "a")])
+        lb.train(model=str(base), data=str(long), **{**SETTINGS, "speech": {}})
     (tmp_path / "none").mkdir()
     with pytest.raises(ModelError):
         lb.train(model=str(tmp_path / "none"), data=data, **SETTINGS)
