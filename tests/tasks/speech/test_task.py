@@ -109,6 +109,20 @@ def test_it_transcribes_recordings_of_its_own(trained: Path, tmp_path: Path) -> 
         api.predict(trained, folder / "broken.wav", tmp_path / "broken.jsonl")
 
 
+def test_recordings_are_transcribed_in_portions(
+    trained: Path, voices: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, some are in memory at a time; what they become is the same."""
+    api.predict(trained, voices["ann"], tmp_path / "whole.jsonl")
+    monkeypatch.setattr("lorabank.tasks.speech.predict.PORTION_S", 0.7)
+    api.predict(trained, voices["ann"], tmp_path / "portions.jsonl")
+    assert (tmp_path / "portions.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    rows = audio_folder(tmp_path / "rows", [("a.wav", tone(0.3, 300), "low")], header="file_name,transcription")
+    (rows / "metadata.csv").write_text("file_name,language\na.wav,french\n")
+    with pytest.raises(DataError, match="'french' is none that this model knows"):
+        api.predict(trained, rows / "metadata.csv", tmp_path / "rows.jsonl")
+
+
 def test_long_recordings_are_transcribed_in_windows(trained: Path, tmp_path: Path) -> None:
     quiet = np.zeros(round(0.3 * RATE), np.float32)
     pitches = (300.0, 1200.0, 1200.0, 300.0, 1200.0)
