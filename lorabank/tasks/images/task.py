@@ -80,7 +80,15 @@ class ImageClassification(Task[ImageRow]):
         def one(name: str, train: Source | None, val: Source | None) -> PreparedImages:
             labels = self._given_labels(name, runs[name].init_from, runs[name].modules_to_save)
             return prepare_images(
-                config.data, config.images, self.store, seed=config.seed, train=train, val=val, labels=labels, progress=progress
+                config.data,
+                config.images,
+                self.store,
+                seed=config.seed,
+                train=train,
+                val=val,
+                labels=labels,
+                scoring=self._scoring,
+                progress=progress,
             )
 
         sets = read_sets(config, rows, one)
