@@ -12,7 +12,7 @@ from lorabank.data.report import MAX_ORIGINS
 from lorabank.data.row import NanError, RowError
 from lorabank.data.stratified import stratified_rows
 from lorabank.errors import DataError, closest
-from lorabank.tasks.images.pictures import open_picture
+from lorabank.tasks.images.pictures import open_picture, quiet_pillow
 from lorabank.tasks.images.report import ImageReport, build_report
 from lorabank.tasks.images.rows import ImageRow, PixelStore, in_order
 from lorabank.tasks.images.sources import Columns, Found, find_pictures, held_out_beside, natural
@@ -108,13 +108,14 @@ def _open(
     def look(each: Found) -> _Opened:
         return open_found(each, images.min_size, store)
 
-    for role, part in found.items():
-        opened[role] = []
-        for each in in_order(look, part):
-            opened[role].append(each)
-            done += 1
-            if progress is not None:
-                progress(done, total)
+    with quiet_pillow():
+        for role, part in found.items():
+            opened[role] = []
+            for each in in_order(look, part):
+                opened[role].append(each)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
     return opened
 
 
