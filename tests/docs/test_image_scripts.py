@@ -58,8 +58,8 @@ def test_the_study_runs_from_pictures_to_a_grid(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "out" / "results.json").read_text())
     assert facts["losses"].keys() == {"base", "openmoji", "fluent"}
     assert facts["styles"]["steps"] == 3
-    page = Image.open(tmp_path / "out" / "grid.png")
-    assert page.size[1] > 2 * 32
+    with Image.open(tmp_path / "out" / "grid.png") as page:
+        assert page.size[1] > 2 * 32
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == ["fluent.safetensors", "openmoji.safetensors"]
 
 
