@@ -183,3 +183,5 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
         == 2
     )
     assert "expected adapters with weights, such as a:0.5,b:0.5" in capsys.readouterr().err
+    assert main(["chat", str(out), "--device", "cpu"]) == 2
+    assert "this is text-to-image. Use `lorabank predict" in capsys.readouterr().err
