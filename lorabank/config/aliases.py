@@ -2,7 +2,7 @@
 
 `ALIASES` maps a foreign key to the setting that means the same, through a converter where the value differs.
 `REFUSED` names keys whose meaning lorabank doesn't have, with the way out. `IGNORED` names keys that change nothing here.
-Tools: PEFT, axolotl, kohya (sd-scripts), diffusers (its training examples), HF (transformers' TrainingArguments), TRL, LLaMA-Factory.
+Tools: PEFT, axolotl, kohya (sd-scripts), diffusers (its examples), HF (transformers' TrainingArguments), TRL, LLaMA-Factory.
 """
 
 from __future__ import annotations
