@@ -213,7 +213,7 @@ def evaluate(
     run = load_run(source, adapters, device=device, dtype=dtype, task=task, check=metrics)
     for note in run.notes:
         say(f"note: {note}")
-    names = list(dict.fromkeys(adapters)) if adapters else [*run.names, BASE_NAME]
+    names = list(dict.fromkeys(adapters)) if adapters else [*run.names, *([BASE_NAME] if run.task.scores_base else [])]
     rows = held_out_rows(run, names, data, say)
     config = EvalConfig(
         metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size

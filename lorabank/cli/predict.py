@@ -29,6 +29,15 @@ a line. Each output row is the input row and one column an adapter.
 """
 
 
+TASK_OPTIONS: Mapping[str, Mapping[str, tuple[type, str]]] = {
+    "object-detection": {
+        "threshold": (float, "lowest score of a found box (default: all are written, and detection.threshold's are drawn)"),
+        "draw": (int, "pictures that are drawn with their boxes (default: 20)"),
+    },
+}
+"""Task → its own options: type and help."""
+
+
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
     """Arguments of `predict`."""
     parser = subparsers.add_parser(
@@ -48,6 +57,10 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")
     add_sampling(parser, temperature=0.0, max_new_tokens=256)
+    for task, options in TASK_OPTIONS.items():
+        group = parser.add_argument_group(task)
+        for name, (kind, text) in options.items():
+            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, metavar=kind.__name__.upper(), help=text)
     return parser
 
 
@@ -96,6 +109,10 @@ def _by_task(args: argparse.Namespace, output: Path) -> int:
     for name in ("prompt", "system"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name}: is for text generation, and this is {task_of(args)}.")
+    own = TASK_OPTIONS.get(task_of(args), {})
+    given = {name for options in TASK_OPTIONS.values() for name in options if getattr(args, name) is not None}
+    if others := sorted(given - own.keys()):
+        raise ConfigError(f"--{others[0].replace('_', '-')}: isn't for {task_of(args)}.")
     expanded(args.data, place="--data")
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
     told = api.predict(
@@ -108,6 +125,7 @@ def _by_task(args: argparse.Namespace, output: Path) -> int:
         device=args.device,
         dtype=args.dtype,
         task=args.task,
+        options={name: getattr(args, name) for name in sorted(given)},
         say=lambda line: print(line, file=sys.stderr),
     )
     print(told)

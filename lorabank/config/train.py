@@ -17,6 +17,7 @@ from lorabank.config.checks import (
     freeze_sequences,
 )
 from lorabank.config.classification import ClassificationConfig
+from lorabank.config.detection import DetectionConfig
 from lorabank.config.extras import TokenIndices
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import ConfigError, Setting
@@ -251,7 +252,7 @@ class TrainConfig:
     output: str = ""
     """Run folder; must not exist, unless the run is resumed."""
     task: str = DEFAULT_TASK
-    """What the adapters learn: `text-generation`, `text-classification`."""
+    """What the adapters learn: `text-generation`, `text-classification`, `object-detection`."""
     data: DataConfig = field(default_factory=DataConfig)
     defaults: AdapterRun = field(default_factory=AdapterRun)
     """What every adapter has unless its own entry says otherwise."""
@@ -260,6 +261,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False

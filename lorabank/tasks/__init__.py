@@ -12,6 +12,7 @@ from lorabank.training.task import TaskKind
 TASKS: Mapping[str, str] = {
     "text-generation": "lorabank.tasks.text_generation",
     "text-classification": "lorabank.tasks.text_classification",
+    "object-detection": "lorabank.tasks.detection",
 }
 """Name to the module whose `KIND` it is; imported when it is used, since each has libraries of its own."""
 

@@ -32,6 +32,7 @@ OWN_NAMES = (
     "hardest_rows.json",
     "loss.png",
     "metrics.jsonl",
+    "samples",
     "samples.md",
     "tensorboard",
     "wandb",
