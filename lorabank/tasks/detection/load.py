@@ -33,13 +33,10 @@ def check_detector(model: Any, name: str) -> None:
     if detector_heads(model):
         return
     kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-    two = (
-        ", with two_stage: its proposals would come from other categories' heads"
-        if kind in DETECTORS
-        else closest(kind, DETECTORS)
-    )
+    two_stage = ", with two_stage: its proposals would come from other categories' heads"
+    why = two_stage if kind in DETECTORS else closest(kind, DETECTORS)
     raise ConfigError(
-        f"model {name!r}: object-detection is for transformers' {', '.join(DETECTORS)} (…ForObjectDetection), got {kind!r}{two}."
+        f"model {name!r}: object-detection is for transformers' {', '.join(DETECTORS)} (ForObjectDetection), got {kind!r}{why}."
     )
 
 

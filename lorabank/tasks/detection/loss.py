@@ -1,7 +1,7 @@
 """A detector's loss, a number a picture, and what it finds.
 
-The loss is that of the model's own family in transformers (Hungarian matching; classes, L1, generalised IoU, with the weights of its
-configuration), computed picture by picture: each is matched and normalised by its own boxes alone. See docs/decisions.
+The loss is that of the model's own family in transformers (Hungarian matching; classes, L1, generalised IoU, with the weights of
+its configuration), computed picture by picture: each is matched and normalised by its own boxes alone. See docs/decisions.
 
 N pictures, Q queries, M boxes (the most of a batch), K found boxes a picture.
 """

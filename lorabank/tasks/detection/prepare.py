@@ -1,4 +1,4 @@
-"""`prepare`: from sources to checked pictures with boxes in splits, with a report. Every picture is decoded before any training."""
+"""`prepare`: from sources to checked pictures with boxes in splits, with a report. All are decoded before any training."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def prepare(
     splits = _split(data, parts, seed)
     names = known or _labels(found["train"], splits["train"])
     if boxed and not any(not box.crowd for row in splits["train"] for box in row.boxes):
+        count = len(splits["train"])
         raise DataError(
-            f"train data: none of the {len(splits['train']):,} pictures has a box: nothing to learn from.{_hint(opened)}"
+            f"train data: none of the {count:,} pictures has a box: nothing to learn from, or to score.{_hint(opened)}"
         )
     return DetectionSets(
         train=splits["train"],

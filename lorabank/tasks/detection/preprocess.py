@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorabank.errors import ConfigError, DataError, ModelError
 from lorabank.data.row import RowError
+from lorabank.errors import ConfigError, DataError, ModelError
 from lorabank.tasks.detection.pictures import reopened
 from lorabank.tasks.detection.rows import DetectionRow
 

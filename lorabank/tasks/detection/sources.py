@@ -142,17 +142,21 @@ def read_coco(path: Path, *, images: str | None = None, limit: int | None = None
         if image["id"] in listed:
             raise DataError(f"{path}: two images have the id {image['id']!r} ({listed[image['id']].origin} is one of them)")
         file = _located(folder, image["file_name"])
-        size = (image.get("width"), image.get("height"))
-        known = type(size[0]) is int and type(size[1]) is int and min(size) > 0
         listed[image["id"]] = Entry(
             origin=str(file),
             image_id=image["id"],
             picture=file,
-            size=(int(size[0]), int(size[1])) if known else None,
+            size=_size(image),
             boxes=by_image.get(image["id"], ()),
         )
     stray = [f"{path}: image_id {key}" for key in by_image if key not in listed]
     return Found(entries=list(islice(listed.values(), limit)), names=names, stray=stray)
+
+
+def _size(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(width, height) where they are said."""
+    width, height = values.get("width"), values.get("height")
+    return (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None
 
 
 def _folder_of(path: Path, images: str | None) -> Path:
@@ -189,12 +193,11 @@ def _entries(rows: Sequence[Row], column: str, folder: Path | None, boxed: bool)
         image_id = given if isinstance(given, int | str) else number
         try:
             picture = as_picture(values.get(column), folder)
-            size = (values.get("width"), values.get("height"))
             yield Entry(
                 origin=str(picture) if isinstance(picture, Path) else row.origin,
                 image_id=image_id,
                 picture=picture,
-                size=(size[0], size[1]) if isinstance(size[0], int) and isinstance(size[1], int) else None,
+                size=_size(values),
                 boxes=_objects(values.get(OBJECTS)) if boxed else (),
             )
         except RowError as error:

@@ -160,7 +160,7 @@ class ObjectDetection(Task[DetectionRow]):
 
     def check(self, name: str, job: AdapterJob) -> None:
         known = set(self._labels.get(name, ()))
-        held = spread(job.val, self.config.eval.max_rows)
+        held: Sequence[Any] = spread(job.val, self.config.eval.max_rows)
         if held and not any(box.label in known and not box.crowd for row in held for box in row.boxes):
             raise DataError(
                 f"adapter {name!r}: none of the {len(held):,} held-out pictures of {job.data} has a box, so nothing could be "

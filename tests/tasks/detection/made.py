@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import AutoModelForObjectDetection
 
 SIDE = 32
 COLOURS = {"red": (230, 40, 30), "green": (30, 200, 60), "blue": (40, 60, 235)}
+_LABELS: dict[str, Any] = {"num_labels": 3}
 _SIZES = {
     "encoder_layers": 1,
     "decoder_layers": 2,
@@ -35,14 +36,21 @@ _SIZES = {
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
     "num_queries": 6,
-    "num_labels": 3,
+    **_LABELS,
+}
+
+
+_BACKBONE: dict[str, Any] = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
 }
 
 
 def _resnet(*stages: str) -> ResNetConfig:
-    return ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=list(stages)
-    )
+    settings = {**_BACKBONE, "out_features": list(stages)}
+    return ResNetConfig(**settings)
 
 
 def config_of(kind: str) -> Any:
@@ -57,17 +65,12 @@ def config_of(kind: str) -> Any:
             image_size=[SIDE, SIDE],
             patch_size=8,
             num_detection_tokens=6,
-            num_labels=3,
             initializer_range=0.1,
+            **_LABELS,
         )
     if kind in ("rt_detr", "rt_detr_v2"):
-        backbone = RTDetrResNetConfig(
-            embedding_size=8,
-            hidden_sizes=[8, 8, 16, 16],
-            depths=[1, 1, 1, 1],
-            layer_type="basic",
-            out_features=["stage2", "stage3", "stage4"],
-        )
+        settings = {**_BACKBONE, "out_features": ["stage2", "stage3", "stage4"]}
+        backbone = RTDetrResNetConfig(**settings)
         return (RTDetrConfig if kind == "rt_detr" else RTDetrV2Config)(
             backbone_config=backbone,
             encoder_hidden_dim=16,
@@ -81,7 +84,7 @@ def config_of(kind: str) -> Any:
             decoder_ffn_dim=32,
             decoder_layers=2,
             decoder_attention_heads=2,
-            num_labels=3,
+            **_LABELS,
         )
     if kind == "deformable_detr":
         stages = {"backbone_config": _resnet("stage2", "stage3", "stage4"), "num_feature_levels": 3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lorabank import api
 from lorabank.bank.in_full.heads import DETECTORS, detector_heads, extra_outputs
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError
-from lorabank.tasks.detection.metrics import coco_scores
+from lorabank.tasks.detection.metrics import METRICS, coco_scores
 from lorabank.tasks.detection.pictures import Picture
 from lorabank.tasks.detection.rows import Box, DetectionRow
 from tests.tasks.detection.made import coco_folder, processor, saved_detector, table_rows, tiny_detector
@@ -55,14 +56,14 @@ def test_a_detector_learns_is_scored_saved_and_predicts(base: Path, files: dict[
         "learning_rate": 1e-2,
         "eval": {"every": 20, "best": "mAP50", "samples": 2},
     }
-    result = lb.train(model=str(base), output=str(tmp_path / "run"), data=str(files["two"]), augment=[], **long)
+    result = lb.train(model=str(base), output=str(tmp_path / "run"), data=str(files["two"]), detection={"augment": []}, **long)
     mine = result.adapters["default"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line.get("event") == "step" or "learning_rate" in line]
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
     assert {"loss", "mAP", "mAP50", "mAP75"} <= mine.best_metrics.keys() and mine.best_metrics["mAP50"] > 0
-    sheet = Image.open(tmp_path / "run" / "samples" / "default.png")
-    assert sheet.width > 600 and sheet.height > 600
+    with Image.open(tmp_path / "run" / "samples" / "default.png") as sheet:
+        assert sheet.width > 600 and sheet.height > 600
     told = api.predict(tmp_path / "run", files["two"].parent, tmp_path / "found", options={"threshold": 0.01, "draw": 3})
     found = json.loads((tmp_path / "found" / "default.json").read_text())
     assert "16 pictures" in told and {entry["image_id"] for entry in found} <= set(range(100, 116)) and found
@@ -75,14 +76,17 @@ def test_a_detector_learns_is_scored_saved_and_predicts(base: Path, files: dict[
     assert scores.keys() == {"default"} and scores["default"]["mAP50"] > 0
 
 
-@pytest.mark.parametrize("kind", ["yolos", "detr", "conditional_detr", "rt_detr"])
+@pytest.mark.parametrize(
+    "kind", ["yolos", "detr", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("conditional_detr", "rt_detr"))]
+)
 def test_adapters_of_other_categories_train_jointly_as_they_do_alone(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
     """Law 3: one pass serves heads of two and of three categories; each adapter ends where it ends alone."""
     base = saved_detector(tmp_path / "base", kind)
     both = {name: {"data": str(path)} for name, path in files.items()}
-    joint = lb.train(model=str(base), adapters=both, **SETTINGS)
+    settings = {**SETTINGS, "eps": 1e-4}  # AdamW makes steps of the rounding of gradients that are almost zero
+    joint = lb.train(model=str(base), adapters=both, **settings)
     for name in both:
-        alone = lb.train(model=str(base), adapters={name: both[name]}, **SETTINGS)
+        alone = lb.train(model=str(base), adapters={name: both[name]}, **settings)
         for one, other in zip(tensors(joint.trained[name]), tensors(alone.trained[name]), strict=True):
             torch.testing.assert_close(one, other, atol=5e-5, rtol=5e-4)
     extra = kind in ("yolos", "detr")
@@ -112,14 +116,14 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(
 @pytest.mark.filterwarnings("ignore:adapter .* have one weight:UserWarning")
 def test_every_family_trains_and_is_loaded_again_from_objects(kind: str, tmp_path: Path) -> None:
     """The file's head, as wide as its categories and not as the model's, finds the same boxes in a fresh model."""
-    model = tiny_detector(kind)
+    model = tiny_detector(kind).requires_grad_(False)
     rows = table_rows(8, ("red", "green"))
     exclude = ["re:(class|bbox)_embed.*"] if kind == "rt_detr_v2" else ()  # it never calls those
-    settings = {**SETTINGS, "max_steps": 2, "exclude": exclude, "image_size": 64}
+    settings = {**SETTINGS, "max_steps": 2, "exclude": exclude, "detection": {"image_size": 64}}
     result = lb.train(model=model, tokenizer=processor(), data=rows, output=str(tmp_path / "run"), **settings)
     x = torch.randn(2, 3, 64, 64)
     adapter = result.trained["default"]
-    first, second = tiny_detector(kind), tiny_detector(kind)
+    first, second = (tiny_detector(kind).requires_grad_(False) for _ in range(2))
     bank = lb.attach(first)
     bank.load("mine", adapter)
     again = lb.attach(second)
@@ -139,12 +143,12 @@ def test_average_precision_is_cocos(tmp_path: Path) -> None:
     boxes = (Box("a", 4.0, 4.0, 20.0, 20.0), Box("b", 30.0, 30.0, 20.0, 20.0))
     row = DetectionRow(picture=picture, upright=True, digest="", width=64, height=64, boxes=boxes, origin="one", image_id=1)
     labels = ["a", "b"]
-    assert coco_scores([row], [[(0.9, boxes[0]), (0.8, boxes[1])]], labels) == {"mAP": 1.0, "mAP50": 1.0, "mAP75": 1.0}
-    assert coco_scores([row], [[(0.9, boxes[0])]], labels) == {"mAP": 0.5, "mAP50": 0.5, "mAP75": 0.5}
+    assert coco_scores([row], [[(0.9, boxes[0]), (0.8, boxes[1])]], labels) == pytest.approx(dict.fromkeys(METRICS, 1.0))
+    assert coco_scores([row], [[(0.9, boxes[0])]], labels) == pytest.approx(dict.fromkeys(METRICS, 0.5))
     shifted = [(0.9, box._replace(x=box.x + 4)) for box in boxes]
     assert coco_scores([row], [shifted], labels) == pytest.approx({"mAP": 0.4, "mAP50": 1.0, "mAP75": 0.0})
     assert coco_scores([row], [[]], labels)["mAP"] == 0.0
-    assert coco_scores([row], [[(0.9, boxes[0])]], ["c"])["mAP"] != coco_scores([row], [[]], labels)["mAP"]
+    assert math.isnan(coco_scores([row], [[(0.9, boxes[0])]], ["c"])["mAP"])
 
 
 def test_what_cannot_be_trained_is_refused_before(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
@@ -157,8 +161,8 @@ def test_what_cannot_be_trained_is_refused_before(base: Path, files: dict[str, P
         lb.train(model=torch.nn.Linear(2, 2), tokenizer=processor(), data=table_rows(4), **SETTINGS)
     empty = [{"image": row["image"], "objects": {"bbox": [], "category": []}} for row in table_rows(3)]
     with pytest.raises(DataError, match="none of the 3 held-out pictures"):
-        lb.train(model=tiny_detector(), tokenizer=processor(), data=table_rows(4), val=empty, **SETTINGS)
-    with pytest.raises(DataError, match=r"no box of what 'default' finds"):
+        lb.train(model=tiny_detector(), tokenizer=processor(), data={"train": table_rows(4), "validation": empty}, **SETTINGS)
+    with pytest.raises(DataError, match=r"none of the 3 pictures has a box.*\n.*4 × of category 'blue', none of the 2 known"):
         out = tmp_path / "run"
         lb.train(model=str(base), output=str(out), data=data, **{**SETTINGS, "max_steps": 1})
         other = coco_folder(tmp_path / "blue", 3, ("blue",))
