@@ -104,9 +104,9 @@ def detector_heads(model: nn.Module) -> list[str]:
 
 def extra_outputs(model: nn.Module) -> int:
     """How many more outputs a head has than labels: 1 for a detector that says "no object" by one of them, else 0."""
-    layers = label_layers(model) if detector_heads(model) else []
-    count = getattr(model.config, "num_labels", 0) if isinstance(model, PreTrainedModel) else 0
-    return max((unwrapped(model.get_submodule(path)).out_features - count for path in layers), default=0)
+    layers = [unwrapped(model.get_submodule(path)) for path in label_layers(model)] if detector_heads(model) else []
+    count = int(model.config.num_labels or 0) if isinstance(model, PreTrainedModel) else 0
+    return max((layer.out_features - count for layer in layers if isinstance(layer, nn.Linear)), default=0)
 
 
 def label_layers(model: nn.Module) -> list[str]:

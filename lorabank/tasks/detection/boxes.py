@@ -6,6 +6,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from lorabank.errors import closest
 from lorabank.tasks.detection.rows import Box
 from lorabank.tasks.detection.sources import RawBox
@@ -79,13 +82,10 @@ def _checked(
 
 
 def _numbers(box: Any) -> tuple[float, float, float, float] | None:
+    if isinstance(box, np.ndarray | Tensor):
+        box = box.tolist()
     if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
-        try:
-            box = box.tolist()  # an array or a tensor
-        except AttributeError:
-            return None
-        if not isinstance(box, list) or len(box) != 4:
-            return None
+        return None
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in box):
         return None
     x, y, width, height = map(float, box)

@@ -35,9 +35,8 @@ def check_detector(model: Any, name: str) -> None:
     kind = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     two_stage = ", with two_stage: its proposals would come from other categories' heads"
     why = two_stage if kind in DETECTORS else closest(kind, DETECTORS)
-    raise ConfigError(
-        f"model {name!r}: object-detection is for transformers' {', '.join(DETECTORS)} (ForObjectDetection), got {kind!r}{why}."
-    )
+    known = ", ".join(DETECTORS)
+    raise ConfigError(f"model {name!r}: object-detection is for detectors of the type {known}, got {kind!r}{why}.")
 
 
 def image_processor_of(name: str, folder: Path) -> Any:

@@ -157,7 +157,7 @@ def test_what_cannot_be_trained_is_refused_before(base: Path, files: dict[str, P
         lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"metrics": ["map"]}})
     with pytest.raises(ConfigError, match=r"eval\.best: validation of object-detection has no metric 'mAP90'"):
         lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"best": "mAP90"}})
-    with pytest.raises(ConfigError, match=r"object-detection is for transformers' .*, got 'Linear'"):
+    with pytest.raises(ConfigError, match=r"object-detection is for detectors of the type .*, got 'Linear'"):
         lb.train(model=torch.nn.Linear(2, 2), tokenizer=processor(), data=table_rows(4), **SETTINGS)
     empty = [{"image": row["image"], "objects": {"bbox": [], "category": []}} for row in table_rows(3)]
     with pytest.raises(DataError, match="none of the 3 held-out pictures"):
