@@ -1,7 +1,8 @@
 """Two systems in turns: each lives in a process of its own, and only one of them works at a time.
 
 A process of its own gives each system its own memory, as its users have it. Turns of a few seconds and ratios taken turn by turn
-are what a machine that drifts allows. `serve` is the worker's side, `Worker` and `ratios` the other.
+are what a machine that drifts allows. `serve` is the worker's side (or `Turn`, for a loop that is another library's), `Worker`
+and `ratios` the other.
 """
 
 from __future__ import annotations
@@ -15,20 +16,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 READY = "ready"
+PEAK = "peak"
+"""Asks a worker for its device's memory."""
 WARM_UP = 2
 """Steps before the first measured one."""
 
 
-def serve(step: Callable[[], None]) -> None:
+class Turn:
+    """A worker's turns, told of each step that was made: it waits where no more are wanted for now."""
+
+    def __init__(self, wait: Callable[[], None] = lambda: None, peak: Callable[[], float] = lambda: 0.0) -> None:
+        """`wait`: until the device has done what it was given. `peak`: GiB of the device's memory, when the other side asks."""
+        self._wait, self._peak = wait, peak
+        self._left, self._began = WARM_UP, 0.0
+
+    def step_done(self) -> bool:
+        """After each step; False when no more will be wanted. Says `ready` after the first few, then how long each turn took."""
+        self._left -= 1
+        if self._left:
+            return True
+        self._wait()
+        print(time.perf_counter() - self._began if self._began else READY, flush=True)
+        for line in sys.stdin:
+            if line.strip() == PEAK:
+                print(self._peak(), flush=True)
+                continue
+            self._left, self._began = int(line), time.perf_counter()
+            return True
+        return False
+
+
+def serve(step: Callable[[], None], turn: Turn | None = None) -> None:
     """Warm up, say so, then make as many steps as each line of standard input asks for and print the seconds they took."""
-    for _ in range(WARM_UP):
+    turn = turn or Turn()
+    step()
+    while turn.step_done():
         step()
-    print(READY, flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        print(time.perf_counter() - began, flush=True)
 
 
 class Worker:
@@ -50,6 +73,13 @@ class Worker:
         """Seconds that `count` steps took."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def device_peak_gib(self) -> float:
+        """What the worker says of its device's memory."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{PEAK}\n")
         self._process.stdin.flush()
         return float(self._answer())
 

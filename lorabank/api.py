@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorabank.training.events import Listener, RunResult
     from lorabank.training.loaded import LoadedRun
     from lorabank.training.run_folder import RunFolder
+    from lorabank.training.task import Task
     from lorabank.training.trainer import Trainer
 
 BASE_NAME = "base"
@@ -112,7 +113,7 @@ def _train(
     compiled: list[nn.Module] = []
     try:
         with warnings_as(notices):
-            compiled, why_not = _compiled(config, model, recompute=trainer.engine.gradient_checkpointing)
+            compiled, why_not = _compiled(config, model, task, recompute=trainer.engine.gradient_checkpointing)
         trainer.engine.uncompiled = not compiled
         resumed_from = None
         if folder is not None:
@@ -137,13 +138,13 @@ def _train(
         uncompile_blocks(compiled)
 
 
-def _compiled(config: TrainConfig, model: Any, *, recompute: bool) -> tuple[list[nn.Module], str | None]:
+def _compiled(config: TrainConfig, model: Any, task: Task[Any], *, recompute: bool) -> tuple[list[nn.Module], str | None]:
     """(the blocks that are compiled for this run and weren't before, why there are none where nobody says)."""
-    from lorabank.engine.compiling import compile_blocks, uncompiled_because
+    from lorabank.engine.compiling import uncompiled_because
 
     why_not = uncompiled_because(model) if config.compile is None else None
     wanted = why_not is None if config.compile is None else config.compile
-    return compile_blocks(model, recompute=recompute) if wanted else [], why_not
+    return task.compile_model(recompute=recompute) if wanted else [], why_not
 
 
 def preview(config: TrainConfig, *, count: int = 3) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.fused_layers import Declared, declared_slices
+from lorabank.bank.in_full.heads import check_head
 from lorabank.bank.keep import kept_parameters, warn_stopped
 from lorabank.bank.reach import is_attached
 from lorabank.bank.targets import adaptable_layers, matches
@@ -15,7 +16,13 @@ from lorabank.bank.wrapping import Adapted
 from lorabank.errors import LorabankError
 
 
-def attach(model: nn.Module, *, keep_trainable: str | Sequence[str] = (), fused: Declared | None = None) -> AdapterBank:
+def attach(
+    model: nn.Module,
+    *,
+    keep_trainable: str | Sequence[str] = (),
+    fused: Declared | None = None,
+    head: str | None = None,
+) -> AdapterBank:
     """Freeze `model` and return a bank of adapters over it. No layer changes until an adapter needs it.
 
     Any `nn.Module` will do. `keep_trainable`: parameters, or modules with all of theirs, that go on training: a bottleneck, a
@@ -24,6 +31,9 @@ def attach(model: nn.Module, *, keep_trainable: str | Sequence[str] = (), fused:
     `fused`: linear layers that are several projections in one, with the names of these in order, as `{"qkv": ["q", "k", "v"]}`
     for equal parts or `{"qkv": {"q": 64, "k": 16, "v": 16}}`. `targets` can name each then (`qkv.q`). Those of many of
     transformers' models are known.
+
+    `head`: of a classifier of your own, the module that gives a number a label, such as "fc": each adapter gets one of its own,
+    with as many labels as `bank.add(…, num_labels=n)` says. That of transformers' classifiers is known.
 
     Raises LorabankError when the model already has a bank, ConfigError for a name that nothing in the model has.
 
@@ -69,4 +79,5 @@ def attach(model: nn.Module, *, keep_trainable: str | Sequence[str] = (), fused:
         )
     kept = kept_parameters(model, keep_trainable, matches)
     warn_stopped(model, kept)
-    return AdapterBank(model, kept, declared_slices(adaptable_layers(model), fused or {}, matches))
+    slices = declared_slices(adaptable_layers(model), fused or {}, matches)
+    return AdapterBank(model, kept, slices, None if head is None else check_head(model, head))

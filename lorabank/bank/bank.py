@@ -90,23 +90,30 @@ class AdapterBank(Routed):
     Made by `lorabank.attach(model)`. A layer is wrapped when an adapter first needs it and stays until `detach`.
     """
 
-    def __init__(self, model: nn.Module, kept: Collection[str] = (), fused: Mapping[str, Slices] | None = None) -> None:
-        """`kept`: names of the model's own parameters that go on training. `fused`: slices that were declared of layers."""
+    def __init__(
+        self,
+        model: nn.Module,
+        kept: Collection[str] = (),
+        fused: Mapping[str, Slices] | None = None,
+        head: str | None = None,
+    ) -> None:
+        """`kept`: names of the model's own parameters that go on training. `fused`: slices that were declared of layers. `head`:
+        a classifier's, declared."""
         super().__init__()
-        self.model, self.fused = model, dict(fused or {})
+        self.model, self.fused, self.head = model, dict(fused or {}), head
         self.kept = frozenset(kept)
         self.structure = 0
         self._slots: dict[str, _Slot] = {}
         self._numbers: dict[str, int] = {}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._fingerprint: Fingerprint | None = None
-        self._heads = head_parameters(model)
+        self._heads = head_parameters(model, head)
         self._detached = False
         self._reach = ReachCheck(model, self)
         self._owners = Owners(model)
         self._wrapped = Wrapped(model, self._reach, self._owners)
         self._layers = self._wrapped.layers
-        self._saved = SavedModules(model, self._reach, self._owners)
+        self._saved = SavedModules(model, self._reach, self._owners, head)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.kept)
 
@@ -167,7 +174,7 @@ class AdapterBank(Routed):
         if num_labels is not None:
             config = with_head(self.model, config)
         chosen = resolve_targets(self.model, config, kept_modules(self.kept), self.fused)
-        saved = saved_paths(self.model, config, chosen, self.kept)
+        saved = saved_paths(self.model, config, chosen, self.kept, self.head)
         chosen = without_saved(chosen, saved)
         self._check_apart(saved, chosen)
         copies = self._saved.fresh(saved, num_labels, seed)

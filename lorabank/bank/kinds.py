@@ -122,6 +122,7 @@ def _conv_map(layer: nn.Module) -> LowRankMap:
         padding=(0,) * len(conv.stride) if said or filled else conv.padding,
         dilation=conv.dilation,
         groups=conv.groups,
+        channels=conv.in_channels,
         pads=tuple(conv._reversed_padding_repeated_twice) if said or filled else (),
         mode=conv.padding_mode if filled else "constant",
     )

@@ -33,6 +33,7 @@ from lorabank.bank.in_full.heads import extra_outputs, label_layers
 from lorabank.bank.parts import part_names
 from lorabank.errors import ModelError
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.labels import label_names
 
 BY_TASK: Mapping[str, tuple[Any, ...]] = {
     "SEQ_CLS": (AutoModelForSequenceClassification,),
@@ -63,6 +64,8 @@ AUTO = (
 )
 """All that a class may be loaded by, the likeliest first."""
 VOCABULARY = "vocab_size"
+PROBLEMS = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
+"""Kind of labels, as text classification saves it → transformers' `problem_type`."""
 ANY_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """Task types that models of other classes have as well, such as those that read pictures: the configuration's comes first."""
 
@@ -112,6 +115,20 @@ def vocabulary(config: Any, task: TaskModel, adapter: Adapter) -> int | None:
         ):
             return len(weight)
     return None
+
+
+def label_settings(config: Any, task: TaskModel, adapter: Adapter) -> dict[str, Any]:
+    """What a configuration says of the names of a classifier's labels, where its task saved them; else nothing."""
+    names = label_names(adapter)
+    count = len(config.id2label or {}) if task.labels is None else task.labels
+    if not names or len(names) != count:
+        return {}
+    said: dict[str, Any] = {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    problem = PROBLEMS.get(adapter.metadata.get("labels.kind", ""))
+    return said if problem is None else {**said, "problem_type": problem}
 
 
 def skeleton_of(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:

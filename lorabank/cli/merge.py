@@ -143,7 +143,13 @@ def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, par
         more = f" and {len(adapter.modules) - 3} more" if len(adapter.modules) > 3 else ""
         told.append(f"taken over in full: {', '.join(list(adapter.modules)[:3])}{more}")
     if "id2label" in after and len(after["id2label"]) != len(before.get("id2label") or "12"):
-        told.append(f"labels: {len(after['id2label'])}, called LABEL_0 …: give them names in config.json (id2label, label2id)")
+        names = list(after["id2label"].values())
+        unnamed = names[0] == "LABEL_0"
+        told.append(
+            f"labels: {len(names)}, called LABEL_0 …: give them names in config.json (id2label, label2id)"
+            if unnamed
+            else f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
+        )
     if parted:
         told.append(f"the output head and the embedding are two weights now ({TIE}: false)")
     if "pad_token_id" in after and after["pad_token_id"] is None and auto_class(merged) == "AutoModelForSequenceClassification":

@@ -9,10 +9,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
 from lorabank.cli.parser import CommandParser, positive
+from lorabank.cli.pictures import add_pictures, picture_options
 from lorabank.cli.rows import prompt_of, read_prompts
+from lorabank.cli.task_options import add_task_options, task_options
 from lorabank.config.paths import expanded
 from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.data.formats import template_columns
@@ -22,20 +25,13 @@ EXAMPLES = """\
 examples:
   lorabank predict out/support --data questions.jsonl --output answers.jsonl
   lorabank predict out/support --adapters formal --data table.csv --prompt 'Describe: {mr}' --output answers.jsonl
+  lorabank predict out/style --prompt 'a red fox' --mix ink:0.5,oil:0.5 --output pictures
   lorabank predict out/topics --data rows.jsonl --output labels.jsonl      a run of another task: its own rows and output
+  lorabank predict out/voices --data talk.mp3 --adapters ann --output talk.srt
 
 Rows: JSONL, JSON, CSV or Parquet (columns messages, prompt, instruction, question, text), or a .txt file with a prompt
 a line. Each output row is the input row and one column an adapter.
 """
-
-
-TASK_OPTIONS: Mapping[str, Mapping[str, tuple[type, str]]] = {
-    "object-detection": {
-        "threshold": (float, "lowest score of a found box (default: all are written, and detection.threshold's are drawn)"),
-        "draw": (int, "pictures that are drawn with their boxes (default: 20)"),
-    },
-}
-"""Task → its own options: type and help."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
@@ -48,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     )
     add_source(parser)
     rows = parser.add_argument_group("rows")
-    rows.add_argument("--data", metavar="FILE", required=True, help="rows to answer")
+    rows.add_argument("--data", metavar="FILE", help="rows to answer")
     rows.add_argument("--output", metavar="FILE", required=True, help="JSONL file to write; must not exist")
     rows.add_argument(
         "--prompt", metavar="TEXT", help="template from columns of text, such as 'Describe: {mr}' (default: the run's)"
@@ -57,24 +53,26 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")
     add_sampling(parser, temperature=0.0, max_new_tokens=256)
-    for task, options in TASK_OPTIONS.items():
-        group = parser.add_argument_group(task)
-        for name, (kind, text) in options.items():
-            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, metavar=kind.__name__.upper(), help=text)
+    add_task_options(parser)
+    add_pictures(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, generate, write row by row: an interrupted file keeps what was answered."""
     check_sampling(args)
-    output = _new_file(args.output)
-    if task_of(args) != DEFAULT_TASK:
-        return _by_task(args, output)
+    output, task = _new_file(args.output), task_of(args)
+    options = {**task_options(args, task), **picture_options(args, task)}
+    data = "" if args.data is None else str(args.data)
+    if args.data is None and "prompt" not in options:
+        raise ConfigError("--data: the rows to answer are missing")
+    if task != DEFAULT_TASK:
+        return _by_task(args, output, options)
     if args.prompt is not None:
         template_columns(args.prompt, place="--prompt")
     config = run_config(args.run_folder)
-    expanded(args.data, place="--data")
-    rows = read_prompts(args.data, args.max_rows)
+    expanded(data, place="--data")
+    rows = read_prompts(data, args.max_rows)
     template = args.prompt or _template_of_run(config.data.prompt if config else None, rows[0].values)
     system = args.system or (config.data.system if config else None)
     completion = config.data.completion if config and template == config.data.prompt else None
@@ -102,22 +100,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _by_task(args: argparse.Namespace, output: Path) -> int:
+def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any]) -> int:
     """Predictions of a run of another task, in that task's own form."""
     from lorabank import api
 
     for name in ("prompt", "system"):
-        if getattr(args, name) is not None:
+        if getattr(args, name) is not None and name not in options:
             raise ConfigError(f"--{name}: is for text generation, and this is {task_of(args)}.")
-    own = TASK_OPTIONS.get(task_of(args), {})
-    given = {name for options in TASK_OPTIONS.values() for name in options if getattr(args, name) is not None}
-    if others := sorted(given - own.keys()):
-        raise ConfigError(f"--{others[0].replace('_', '-')}: isn't for {task_of(args)}.")
-    expanded(args.data, place="--data")
+    if args.data is not None:
+        expanded(args.data, place="--data")
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
     told = api.predict(
         args.run_folder,
-        args.data,
+        args.data or "",
         output,
         args.adapters,
         max_rows=args.max_rows,
@@ -125,7 +120,7 @@ def _by_task(args: argparse.Namespace, output: Path) -> int:
         device=args.device,
         dtype=args.dtype,
         task=args.task,
-        options={name: getattr(args, name) for name in sorted(given)},
+        options=options,
         say=lambda line: print(line, file=sys.stderr),
     )
     print(told)

@@ -11,7 +11,7 @@ from typing import Any
 from lorabank.config.checks import check_adapter_name
 from lorabank.config.coerce import coerce, field_types
 from lorabank.config.convert import OptimizerSteps
-from lorabank.config.tasks import TASK_SECTIONS
+from lorabank.config.tasks import TASK_DEFAULTS, TASK_SECTIONS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.config.translate import NESTED, Settings, translate
 from lorabank.errors import ConfigError, Setting, closest
@@ -92,6 +92,8 @@ def build(settings: Settings) -> tuple[TrainConfig, list[str]]:
     notes = list(settings.notes)
     notes += _alpha_notes(settings)
     defaults_raw = _join_betas(settings.values["adapter"])
+    usual = TASK_DEFAULTS.get(str(settings.values["run"].get("task")))
+    defaults_raw = {**(usual(settings.values) if usual is not None else {}), **defaults_raw}
     stopping = settings.values["eval"].get("early_stopping")
     if stopping is not None:
         defaults_raw.setdefault("early_stopping", stopping)

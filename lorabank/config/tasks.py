@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.detection import DetectionConfig
+from lorabank.config.diffusion import DiffusionConfig, adapter_defaults
+from lorabank.config.images import ImagesConfig
+from lorabank.config.seq2seq import Seq2SeqConfig
+from lorabank.config.speech import SpeechConfig
 
 DEFAULT_TASK = "text-generation"
-TASKS = (DEFAULT_TASK, "text-classification", "object-detection")
+TASKS = (
+    DEFAULT_TASK,
+    "text-classification",
+    "summarization",
+    "translation",
+    "text2text-generation",
+    "image-classification",
+    "object-detection",
+    "automatic-speech-recognition",
+    "text-to-image",
+)
 """By the names of transformers' pipelines."""
-TASK_SECTIONS: Mapping[str, type] = {"classification": ClassificationConfig, "detection": DetectionConfig}
+TASK_SECTIONS: Mapping[str, type] = {
+    "classification": ClassificationConfig,
+    "seq2seq": Seq2SeqConfig,
+    "images": ImagesConfig,
+    "detection": DetectionConfig,
+    "speech": SpeechConfig,
+    "diffusion": DiffusionConfig,
+}
 """Section of a configuration file to its settings; each is a field of `TrainConfig` too."""
+TASK_DEFAULTS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {"text-to-image": adapter_defaults}
+"""Task to what its adapters have where nobody says otherwise, by the settings of its own section."""
+TASK_SHORTHANDS: Mapping[str, str] = dict.fromkeys(("save_format", "resolution", "min_snr", "noise_offset"), "diffusion")
+"""Settings of a task that may stand at the top, by themselves on a command line: no other section has one of the name."""

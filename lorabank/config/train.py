@@ -18,7 +18,11 @@ from lorabank.config.checks import (
 )
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.detection import DetectionConfig
+from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.extras import TokenIndices
+from lorabank.config.images import ImagesConfig
+from lorabank.config.seq2seq import Seq2SeqConfig
+from lorabank.config.speech import SpeechConfig
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import ConfigError, Setting
 
@@ -66,6 +70,8 @@ class DataConfig:
     """Use only the first rows of each file."""
     nan_rows: str = "stop"
     """What follows where a column that is used holds NaN: `stop` with an error that names the rows, or `drop` and count them."""
+    bad_rows: str = "drop"
+    """The same for rows that can't be used otherwise, of other tasks than text generation, which drops them."""
 
     def __post_init__(self) -> None:
         freeze_sequences(self)
@@ -75,6 +81,7 @@ class DataConfig:
         if self.train_on is not None:
             check_choice("data.train_on", self.train_on, TRAIN_ON)
         check_choice("data.nan_rows", self.nan_rows, NAN_ROWS)
+        check_choice("data.bad_rows", self.bad_rows, NAN_ROWS)
         if self.limit is not None:
             check_positive_int("data.limit", self.limit)
         if (self.prompt is None) != (self.completion is None):
@@ -252,7 +259,7 @@ class TrainConfig:
     output: str = ""
     """Run folder; must not exist, unless the run is resumed."""
     task: str = DEFAULT_TASK
-    """What the adapters learn: `text-generation`, `text-classification`, `object-detection`."""
+    """What the adapters learn: `text-generation`, `text-classification`, `image-classification` … (`config/tasks.py`)."""
     data: DataConfig = field(default_factory=DataConfig)
     defaults: AdapterRun = field(default_factory=AdapterRun)
     """What every adapter has unless its own entry says otherwise."""
@@ -261,7 +268,11 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
+    seq2seq: Seq2SeqConfig = field(default_factory=Seq2SeqConfig)
+    speech: SpeechConfig = field(default_factory=SpeechConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""
     gradient_checkpointing: bool = False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from lorabank.config import aliases
 from lorabank.config.convert import OptimizerSteps
-from lorabank.config.tasks import TASK_SECTIONS
+from lorabank.config.tasks import TASK_SECTIONS, TASK_SHORTHANDS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.errors import ConfigError, Setting, closest
 
@@ -28,12 +28,13 @@ _FIELDS = {section: frozenset(f.name for f in fields(kind)) for section, kind in
 
 def _shorthands() -> dict[str, str]:
     """Settings whose name says where they belong, so that they may stand at the top: name to section."""
-    homes: dict[str, str] = {}
+    homes = dict(TASK_SHORTHANDS)
     for section in ("eval", "data", "adapter"):  # the later wins: `batch_size` at the top is the adapters'
         homes |= dict.fromkeys(_FIELDS[section], section)
     for name in ("every", "keep", "early_stopping", "best"):
         homes.pop(name, None)
-    return {name: section for name, section in homes.items() if name not in _FIELDS["run"]} | {"early_stopping": "eval"}
+    homes |= {"early_stopping": "eval", "language": "speech"}
+    return {name: section for name, section in homes.items() if name not in _FIELDS["run"]}
 
 
 SHORTHANDS = _shorthands()

@@ -43,7 +43,6 @@ def _from_name(name: str, limit: int | None, role: str) -> Iterator[Row]:
     elif path.exists():
         yield from _from_file(path, limit)
     else:
-        check_source(name, place=f"data.{role}")
         yield from _from_hub(name, limit, role)
 
 
@@ -119,7 +118,7 @@ def _from_file(path: Path, limit: int | None) -> Iterator[Row]:
 
 def _from_folder(folder: Path, limit: int | None, role: str) -> Iterator[Row]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        datasets = _import_datasets(str(folder))
+        datasets = import_datasets(str(folder))
         try:
             saved = datasets.load_from_disk(str(folder))
         except Exception as error:  # any reader's own error: the library documents none
@@ -134,7 +133,8 @@ def _from_folder(folder: Path, limit: int | None, role: str) -> Iterator[Row]:
         yield from _from_file(path, limit)
 
 
-def _import_datasets(wanted: str) -> Any:
+def import_datasets(wanted: str) -> Any:
+    """The datasets library, needed for `wanted`. Raises MissingExtraError."""
     try:
         import datasets
     except ImportError as error:
@@ -143,19 +143,24 @@ def _import_datasets(wanted: str) -> Any:
 
 
 def _from_hub(name: str, limit: int | None, role: str) -> Iterator[Row]:
+    yield from islice(_from_object(load_hub(name, role), role, name=name), limit)
+
+
+def load_hub(name: str, role: str) -> Any:
+    """What the datasets library loads for an id, `name` or `name:config:split`. Raises DataError."""
+    check_source(name, place=f"data.{role}")
     parts = name.split(":")
     if len(parts) > 3 or not parts[0]:
         raise DataError(Setting(f"data.{role}"), f": expected `name` or `name:config:split`, got {name!r}")
     dataset_id, config, split = parts[0], *[*parts[1:], "", ""][:2]
-    datasets = _import_datasets(name)
+    datasets = import_datasets(name)
     try:
-        loaded = datasets.load_dataset(dataset_id, config or None, split=split or None)
+        return datasets.load_dataset(dataset_id, config or None, split=split or None)
     except Exception as error:  # network, hub, builder: the library raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = _closest_file(expanded(name, place=f"data.{role}", kind=DataError))
         failed = f"{name!r} is no file here{hint}, and no data set that can be loaded: {reason}"
         raise DataError(Setting(f"data.{role}"), f": {failed}. {_ACCEPTED}") from error
-    yield from islice(_from_object(loaded, role, name=name), limit)
 
 
 _SPLIT_NAMES = {
@@ -165,23 +170,41 @@ _SPLIT_NAMES = {
 }
 
 
+def pick_split(source: Any, role: str, name: str | None) -> tuple[Any, str]:
+    """(the split of a DatasetDict that a role means, its name). Raises DataError where several could be meant."""
+    split = next((s for s in _SPLIT_NAMES.get(role, ()) if s in source), None)
+    if split is None and len(source) == 1:
+        split = next(iter(source))
+    if split is None:
+        wanted = f"{name}:config:split" if name else "dataset['split']"
+        raise DataError(f"{name or 'the data set'} has the splits {', '.join(map(str, source))}: say which with {wanted}")
+    return source[split], f"{name}[{split}]" if name else f"split {split!r}"
+
+
 def _from_object(source: Source, role: str, name: str | None = None) -> Iterator[Row]:
     # An object of the datasets library exists only where that library has been imported.
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
-        split = next((s for s in _SPLIT_NAMES.get(role, ()) if s in source), None)
-        if split is None and len(source) == 1:
-            split = next(iter(source))
-        if split is None:
-            wanted = f"{name}:config:split" if name else "dataset['split']"
-            raise DataError(f"{name or 'the data set'} has the splits {', '.join(map(str, source))}: say which with {wanted}")
-        source = source[split]
-        name = f"{name}[{split}]" if name else f"split {split!r}"
+        source, name = pick_split(source, role, name)
     where = name or f"the {role} rows given"
     if isinstance(source, Mapping | str | bytes) or not isinstance(source, Iterable):
         raise DataError(f"{role} data: expected a path, a data set or a list of dicts, got {type(source).__name__}")
+    classes = _class_names(source)
     for number, values in enumerate(source, start=1):
         origin = f"row {number} of {where}"
         if not isinstance(values, Mapping):
             raise DataError(f"{origin}: expected a dict of columns, got {type(values).__name__}")
-        yield Row(values, origin)
+        yield Row(values, origin, classes)
+
+
+def _class_names(source: Any) -> dict[str, list[str]]:
+    """The names that a data set of the datasets library has for the numbers of a column, or of a column's lists."""
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        return {}
+    found: dict[str, list[str]] = {}
+    for column, feature in (source.features or {}).items():
+        inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+        if isinstance(inner, datasets.ClassLabel):
+            found[column] = list(inner.names)
+    return found

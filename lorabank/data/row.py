@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorabank.errors import DataError
@@ -17,6 +17,8 @@ class Row:
     """Column to value."""
     origin: str
     """`file:line`, or `row N of …` where the source has no lines; counted from 1."""
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Column of numbers to their names, where the source has some (`ClassLabel` of `datasets`)."""
 
 
 class RowError(DataError):

@@ -68,6 +68,10 @@ class Engine:
     """Keep what `gradient_checkpointing` keeps in the host's memory; switches it on."""
     base_dropout: bool = False
     """Keep the base's own dropout in training; joint training then no longer equals training alone."""
+    one_route: bool = False
+    """Passes over a `ModelBatch` hold rows of one adapter each: for models with a layer that doesn't see a row's own input."""
+    masks: bool = True
+    """Whether an attention of the model may get a mask; where none does, passes over a `ModelBatch` may use cuDNN's attention."""
     cuda_graphs: bool = True
     """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU: small steps need it."""
     graphs: PassGraphs = field(init=False, default_factory=PassGraphs, repr=False)

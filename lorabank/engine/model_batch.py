@@ -58,6 +58,11 @@ class ModelBatch:
         return len(self.routes)
 
     @property
+    def groups(self) -> list[list[int]]:
+        """Rows that can be in one pass: all, but for a task whose rows are of shapes that can't be padded to one another."""
+        return [list(range(self.rows))]
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """The rows' sizes, by the name that `Batch` has for them."""
         return self.sizes

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.routing import DropoutState, Routing, RowRoute
+from lorabank.bank.routing import DropoutState, RowRoute
 from lorabank.engine.engine import Engine
 from lorabank.engine.gradients import copied, put_back
 from lorabank.engine.model_batch import ModelBatch, RowLoss, Tensors
 from lorabank.engine.modes import evaluation_mode
-from lorabank.engine.own_pass import TrainingPass
+from lorabank.engine.own_pass import Route, TrainingPass
 from lorabank.engine.parts import Rows, whole
 from lorabank.engine.results import SlotLoss, by_slot
 from lorabank.engine.rows import single_slots
@@ -35,7 +35,15 @@ def model_forward_backward(engine: Engine, batch: ModelBatch, *, steps: Mapping[
     def compute(part: ModelBatch, rows: Rows) -> Tensor:
         if part is not batch and not before:  # a later part may turn out not to fit at all
             before.extend(copied([leaf for mine in engine.leaves(filter(None, dict.fromkeys(names))).values() for leaf in mine]))
-        return _one_pass(engine, part, [names[row] for row in rows], steps)
+        mine = [names[row] for row in rows]
+        if not engine.one_route:
+            return _one_pass(engine, part, mine, steps)
+        kept = copied([leaf for own in engine.leaves(filter(None, dict.fromkeys(mine))).values() for leaf in own])
+        try:
+            return _by_route(engine, part, lambda some, chosen: _one_pass(engine, some, [mine[i] for i in chosen], steps))
+        except BaseException:  # of several passes some may have been made
+            put_back(kept)
+            raise
 
     try:
         parts = engine.fits.in_parts(batch, compute, engine.release)
@@ -54,15 +62,31 @@ def infer(engine: Engine, batch: ModelBatch, compute: RowLoss) -> Tensor:
 
     def one(part: ModelBatch, rows: Rows) -> Tensor:
         part = part.to(engine.bank.device)
-        with torch.no_grad(), evaluation_mode(model.modules()), engine.bank.route(list(part.routes)):
+        route = part.routes[0] if engine.one_route else list(part.routes)
+        with torch.no_grad(), evaluation_mode(model.modules()), engine.bank.route(route):
             return compute(model, part.inputs, part.targets)
 
-    return whole(engine.fits.in_parts(batch, one, engine.release), batch.rows)
+    def all_of(part: ModelBatch, rows: Rows) -> Tensor:
+        return _by_route(engine, part, one)
+
+    return whole(engine.fits.in_parts(batch, all_of, engine.release), batch.rows)
 
 
 def row_losses(engine: Engine, batch: ModelBatch) -> Tensor:
     """The batch's own loss of each row (N,), without gradients."""
     return infer(engine, batch, batch.loss)
+
+
+def _by_route(engine: Engine, batch: ModelBatch, compute: Callable[[ModelBatch, Rows], Tensor]) -> Tensor:
+    """`compute` (rows, their places) over the batch: at once, or with `one_route` over the rows of each route by themselves."""
+    distinct: list[RowRoute] = []
+    for route in batch.routes if engine.one_route else ():
+        if route not in distinct:
+            distinct.append(route)
+    if len(distinct) < 2:
+        return compute(batch, list(range(batch.rows)))
+    places = [[i for i, own in enumerate(batch.routes) if own == route] for route in distinct]
+    return whole([(mine, compute(batch.select(mine), mine)) for mine in places], batch.rows)
 
 
 def _one_pass(engine: Engine, batch: ModelBatch, names: Sequence[str | None], steps: Mapping[str, int] | None) -> Tensor:
@@ -78,13 +102,17 @@ def _one_pass(engine: Engine, batch: ModelBatch, names: Sequence[str | None], st
     return losses if scales is None else losses / scales.to(bank.device)
 
 
-def _route(
-    engine: Engine, batch: ModelBatch, names: Sequence[str | None], steps: Mapping[str, int] | None
-) -> Sequence[RowRoute] | Routing:
+def _route(engine: Engine, batch: ModelBatch, names: Sequence[str | None], steps: Mapping[str, int] | None) -> Route:
     bank = engine.bank
     used = [name for name in dict.fromkeys(names) if name is not None]
-    if steps is None or not any(bank.config(name).dropout for name in used):
-        return list(batch.routes)
+    dropout = [name for name in used if bank.config(name).dropout]
+    if engine.one_route and steps is not None and dropout:
+        raise ConfigError(
+            f"adapter {dropout[0]!r}: dropout is drawn row by row, and a layer of {type(bank.model).__name__} has one input for "
+            "all rows. Set dropout to 0."
+        )
+    if steps is None or not dropout:
+        return batch.routes[0] if engine.one_route else list(batch.routes)
     missing = [name for name in used if name not in steps]
     if missing:
         raise ConfigError(f"forward_backward: steps has no entry for adapter {missing[0]!r}, whose dropout is drawn from it")
@@ -102,6 +130,7 @@ def _training_pass(engine: Engine, loss: RowLoss) -> TrainingPass:
             gradient_checkpointing=engine.gradient_checkpointing,
             base_dropout=engine.base_dropout,
             cuda_graphs=engine.cuda_graphs,
+            masks=engine.masks,
             after_backward=_divider(engine) if engine.scales_losses else None,
         )
     return engine.model_passes[key]

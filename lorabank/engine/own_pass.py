@@ -89,6 +89,8 @@ class TrainingPass:
     """Keep the base's own dropout; passes aren't captured then."""
     cuda_graphs: bool = True
     """Capture passes of a shape that comes again, where the model's blocks are compiled for a GPU."""
+    masks: bool = True
+    """Whether an attention may get a mask, as in most models of text; a GPU may use cuDNN's attention where none does."""
     after_backward: Callable[[Sequence[nn.Parameter]], None] | None = None
     """Gets the leaves once they hold this pass's gradients alone; passes aren't captured then."""
     graphs: PassGraphs = field(init=False, repr=False)
@@ -163,8 +165,8 @@ class TrainingPass:
         model, drawn = self.bank.model, torch.get_rng_state()
         mode = step_mode(self.bank, gradient_checkpointing=self.gradient_checkpointing, base_dropout=self.base_dropout)
         # transformers looks at what masks hide, but not in a capture
-        on_gpu, blind = _on_gpu(self.bank.device), known is not None
-        attention = own_attention(model.modules(), self.bank.device, blind=blind) if on_gpu else contextlib.nullcontext()
+        ours, blind = self.masks and _on_gpu(self.bank.device), known is not None
+        attention = own_attention(model.modules(), self.bank.device, blind=blind) if ours else contextlib.nullcontext()
         with mode, attention, self.bank.route(routing), torch.enable_grad():
             loss = self.loss_of(batch)
             if not isinstance(loss, Tensor) or loss.ndim > 1 or not loss.is_floating_point():

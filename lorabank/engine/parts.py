@@ -45,7 +45,7 @@ class Fits:
         `release`: give memory back that isn't needed; True when that may have been enough. Raises TooLargeError when one row
         (with its reference, where it has one) doesn't fit.
         """
-        waiting, found = _within(batch, _groups(batch), self.tokens), []
+        waiting, found = [part for apart in _apart(batch) for part in _within(batch, apart, self.tokens)], []
         while waiting:
             groups = waiting.pop(0)
             rows = sorted(row for group in groups for row in group)
@@ -124,6 +124,11 @@ def _groups(batch: Batch | ModelBatch) -> list[list[int]]:
     references = batch.references or (None,) * batch.rows
     served = {row for row in references if row is not None}
     return [[i] if r is None else [i, r] for i, r in enumerate(references) if i not in served]
+
+
+def _apart(batch: Batch | ModelBatch) -> list[Sequence[Sequence[int]]]:
+    """The rows in groups that stay together, by pass that they can share."""
+    return [[[row] for row in rows] for rows in batch.groups] if isinstance(batch, ModelBatch) else [_groups(batch)]
 
 
 def _within(batch: Batch | ModelBatch, groups: Sequence[Sequence[int]], tokens: int | None) -> list[Sequence[Sequence[int]]]:

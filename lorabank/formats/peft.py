@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError
-from lorabank.formats import multihead, peft_extras, saved, slices, stacks
+from lorabank.formats import grouped, multihead, peft_extras, saved, slices, stacks
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.formats.differences import FROZEN, marked, restored
 from lorabank.formats.files import Writer, first_non_finite, read_tensors, refuse_pickle, tensors_writer, write_files
@@ -79,6 +79,8 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
         raise AdapterFileError(f"layer {path!r}: PEFT's form can't hold it: {why}. Merge the adapter into its base instead.")
     tensors: dict[str, Tensor] = {}
     layers = multihead.as_peft_has_them(adapter.layers)
+    groups = grouped.compact(layers)
+    layers = grouped.as_saved(layers, groups)
     for path, layer in layers.items():
         if not layer.stack:
             tensors |= to_tensors(path, layer)
@@ -102,6 +104,8 @@ def save_peft(adapter: Adapter, folder: str | Path) -> Path:
     }
     if recorded:
         own["slices"] = recorded
+    if groups:
+        own["groups"] = groups
     files: dict[str, bytes | Writer] = {
         TENSORS_FILE: writer,
         CONFIG_FILE: (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode(),
@@ -144,6 +148,7 @@ def load_peft(folder: str | Path, *, allow_non_finite: bool = False) -> Adapter:
     magnitudes, tensors = split_magnitudes(str(tensors_path), tensors)
     base_weights, tensors = split_base_weights(str(tensors_path), tensors)
     plain = _layers(str(tensors_path), settings, tensors) if tensors or not experts else {}
+    plain = grouped.restored(str(folder / OWN_FILE), plain, own.groups) if own else plain
     layers = _decomposed(str(tensors_path), settings, plain, magnitudes) | experts
     check_modules(modules, layers)
     layers = extras.in_layers(str(tensors_path), layers)
@@ -174,6 +179,8 @@ class _Own:
     fingerprint: Fingerprint | None
     peft: Mapping[str, Any]
     slices: object
+    groups: object
+    """Layer to its number of groups, of those that stand in the file as they are here."""
 
 
 def _layers(where: str, settings: PeftSettings, tensors: Mapping[str, Tensor]) -> dict[str, AdapterLayer]:
@@ -236,6 +243,7 @@ def _read_own(folder: Path) -> _Own | None:
         fingerprint=Fingerprint.from_dict(fingerprint) if fingerprint is not None else None,
         peft=data["peft"],
         slices=data.get("slices"),
+        groups=data.get("groups"),
     )
 
 

@@ -12,7 +12,6 @@ from lorabank.errors import AdapterFileError
 from lorabank.formats import dense
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.files import SAVED_FLOATS
-from lorabank.notices import warn_once
 
 PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<role>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
@@ -28,10 +27,6 @@ UNSUPPORTED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.lora_(?!A\b|B\b)\w+"), "a tensor of a LoRA variant"),
     (re.compile(r"\.(weight|bias)$"), "a module saved in full that modules_to_save doesn't name"),
 )
-
-
-LARGE = 2**26
-"""Bytes of one layer's A in PEFT's form from which on that is said."""
 
 
 def tensor_name(path: str, role: str, *, looks_up: bool = False) -> str:
@@ -52,11 +47,6 @@ def to_tensors(path: str, layer: AdapterLayer) -> dict[str, Tensor]:
         wide = A.new_zeros(rank * layer.groups, width * layer.groups, *A.shape[2:])
         for i in range(layer.groups):
             wide[i * rank : (i + 1) * rank, i * width : (i + 1) * width] = A
-        if wide.nbytes > LARGE:
-            warn_once(
-                f"layer {path!r} is a convolution in {layer.groups} groups, whose A takes {wide.nbytes >> 20:,} MiB in PEFT's "
-                f"form, nearly all zeros, for {A.nbytes >> 10:,} KiB of numbers. exclude=[...] leaves such layers out of targets."
-            )
         A = wide
     found = {tensor_name(path, role, looks_up=layer.looks_up): value for role, value in (("A", A), ("B", B))}
     if layer.magnitude is not None:

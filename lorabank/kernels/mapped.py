@@ -45,6 +45,39 @@ def weighed(shrunk: Tensor, segment: Segment) -> Tensor:
     return shrunk * each.view(-1, *(1,) * (shrunk.ndim - 1))
 
 
+def _in_one(segment: Segment, layer_map: LowRankMap) -> bool:
+    return layer_map.in_one(*segment.B_RO.shape)
+
+
+def _change(x: Tensor, segment: Segment, layer_map: LowRankMap) -> tuple[Tensor, Tensor]:
+    """(the narrow product, of which backward needs to know; what the segment adds but for its scaling)."""
+    if _in_one(segment, layer_map):
+        return x.new_empty(0), weighed(layer_map.whole(x, segment.B_RO.t() @ segment.A_RI), segment)
+    narrow = weighed(layer_map.shrink(x, segment.A_RI), segment)
+    return narrow, layer_map.expand(narrow, segment.B_RO)
+
+
+def _again(x: Tensor, narrow: Tensor, segment: Segment, layer_map: LowRankMap) -> Tensor:
+    """The change once more, in backward."""
+    return _change(x, segment, layer_map)[1] if _in_one(segment, layer_map) else layer_map.expand(narrow, segment.B_RO)
+
+
+def _change_backward(
+    dy: Tensor, x: Tensor, narrow: Tensor, segment: Segment, layer_map: LowRankMap, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB), those of them that `needs` names."""
+    needs_x, needs_A, needs_B = needs
+    A_RI, B_RO = segment.A_RI, segment.B_RO
+    if _in_one(segment, layer_map):
+        dx, d_delta_OI = layer_map.whole_backward(weighed(dy, segment), x, B_RO.t() @ A_RI, (needs_x, needs_A or needs_B))
+        if d_delta_OI is None:
+            return dx, None, None
+        return dx, B_RO @ d_delta_OI if needs_A else None, A_RI @ d_delta_OI.t() if needs_B else None
+    d_narrow, dB = layer_map.expand_backward(dy, narrow, B_RO, needs_B)
+    dx, dA = layer_map.shrink_backward(weighed(d_narrow, segment), x, A_RI, (needs_x, needs_A))
+    return dx, dA, dB
+
+
 class _AddMapped(torch.autograd.Function):
     """y + Σ segments. A decomposed one takes part of y too: gain · (y − bias + change) + bias instead of y + change."""
 
@@ -58,8 +91,8 @@ class _AddMapped(torch.autograd.Function):
         with without_autocast(x):
             for segment in plan.segments:
                 mine, _ = segment_input(x_UN, segment, layer_map)
-                narrow = weighed(layer_map.shrink(mine, segment.A_RI), segment)
-                change = layer_map.expand(narrow, segment.B_RO).mul_(segment.scaling)
+                narrow, change = _change(mine, segment, layer_map)
+                change = change.mul_(segment.scaling)
                 if segment.decomposition is not None:
                     gain = layer_map.outputs(segment.decomposition.gain_O, change)
                     change = (
@@ -89,6 +122,7 @@ class _AddMapped(torch.autograd.Function):
         with without_autocast(x):
             for segment, narrow in zip(plan.segments, shrunk, strict=True):
                 dy_mine = _outputs_of(dy_UN, segment).to(segment.A_RI.dtype).flatten(0, 1)
+                mine, mask = segment_input(x_UN, segment, layer_map)
                 needs_A, needs_B = next(needs), next(needs)
                 d_magnitude: list[Tensor | None] = []
                 if segment.decomposition is not None:
@@ -96,7 +130,7 @@ class _AddMapped(torch.autograd.Function):
                     gain = layer_map.outputs(segment.decomposition.gain_O, dy_mine)
                     if next(needs):
                         direction = weighed(_without_bias(samples_of(y, plan.units), segment, layer_map, bias_O), segment)
-                        direction.add_(layer_map.expand(narrow, segment.B_RO), alpha=segment.scaling)
+                        direction.add_(_again(mine, narrow, segment, layer_map), alpha=segment.scaling)
                         d_magnitude = [layer_map.over_places(direction.mul_(dy_mine)) / segment.decomposition.norm_O]
                     else:
                         d_magnitude = [None]
@@ -109,9 +143,7 @@ class _AddMapped(torch.autograd.Function):
                         _add_rows(samples_of(to_y, plan.units), segment, through_y, segment.outputs)
                     dy_mine = dy_mine * gain
                 dy_mine = dy_mine.mul(segment.scaling)
-                d_narrow, dB = layer_map.expand_backward(dy_mine, narrow, segment.B_RO, needs_B)
-                mine, mask = segment_input(x_UN, segment, layer_map)
-                dx_mine, dA = layer_map.shrink_backward(weighed(d_narrow, segment), mine, segment.A_RI, (needs_x, needs_A))
+                dx_mine, dA, dB = _change_backward(dy_mine, mine, narrow, segment, layer_map, (needs_x, needs_A, needs_B))
                 if dx is not None and dx_mine is not None:
                     _add_rows(samples_of(dx, plan.units), segment, dx_mine if mask is None else dx_mine.mul_(mask))
                 gradients += [dA, dB, *d_magnitude]

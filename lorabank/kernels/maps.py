@@ -65,6 +65,16 @@ class LowRankMap(Protocol):
         """(d_shrunk, dB)."""
         ...
 
+    def in_one(self, rank: int, outputs: int) -> bool:
+        """Whether the change is cheaper as one product with ΔW (`whole`) than as a narrow one and a wide one."""
+        ...
+
+    def whole_backward(
+        self, dy: Tensor, x: Tensor, weight_OI: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dx, d_weight (O, I)) of `whole`, for a map that is ever cheaper so."""
+        ...
+
     def outputs(self, vector_O: Tensor, y: Tensor) -> Tensor:
         """A number for each output, such as the bias, in a shape that goes with y."""
         ...
@@ -80,6 +90,16 @@ class LowRankMap(Protocol):
 
 class _OutputsLast:
     """What maps share whose outputs are the last dimension of y."""
+
+    def in_one(self, rank: int, outputs: int) -> bool:
+        """Never: ΔW is as large as the layer."""
+        return False
+
+    def whole_backward(
+        self, dy: Tensor, x: Tensor, weight_OI: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Nobody asks."""
+        raise NotImplementedError
 
     def expand(self, shrunk: Tensor, B_RO: Tensor) -> Tensor:
         """(…, O)."""
@@ -145,6 +165,8 @@ class ConvMap:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    channels: int
+    """Of the input."""
     pads: tuple[int, ...] = ()
     """What the input is padded by first, as `F.pad` takes it, where `padding` can't say it."""
     mode: str = "constant"
@@ -168,6 +190,18 @@ class ConvMap:
         """(N, O, *P)."""
         return self._conv(self._padded(x), self.shape(weight_OI), self.stride, self.padding, self.dilation)
 
+    def in_one(self, rank: int, outputs: int) -> bool:
+        """Of a convolution in groups the narrow product has groups · R channels: of a depthwise one R times as many as y."""
+        taps = prod(self.kernel) * (self.channels // self.groups)
+        return self.groups > 1 and outputs * taps <= rank * (self.groups * taps + outputs)
+
+    def whole_backward(
+        self, dy: Tensor, x: Tensor, weight_OI: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dx, d_weight)."""
+        dx, d_weight = self._from_padded(dy, x, self.shape(weight_OI), needs)
+        return dx, None if d_weight is None else self.flat(d_weight)
+
     def shrink(self, x: Tensor, A_RI: Tensor) -> Tensor:
         """(N, groups · R, *P)."""
         return self._conv(self._padded(x), self._down(A_RI), self.stride, self.padding, self.dilation)
@@ -181,14 +215,20 @@ class ConvMap:
         self, d_shrunk: Tensor, x: Tensor, A_RI: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dx, dA)."""
+        dx, dA = self._from_padded(d_shrunk, x, self._down(A_RI), needs)
+        return dx, None if dA is None else dA.reshape(self.groups, *A_RI.shape).sum(0)
+
+    def _from_padded(
+        self, dy: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dx, d_weight) of a convolution like the base's."""
         with torch.enable_grad():
             inner = x.detach().requires_grad_()
             padded = self._padded(inner)
-        how = self.stride, self.padding, self.dilation
-        dx, dA = self._backward(d_shrunk, padded.detach(), self._down(A_RI), *how, needs)
+        dx, d_weight = self._backward(dy, padded.detach(), weight, self.stride, self.padding, self.dilation, needs)
         if self.pads and dx is not None:
             (dx,) = torch.autograd.grad(padded, inner, dx)
-        return dx, None if dA is None else dA.reshape(self.groups, *A_RI.shape).sum(0)
+        return dx, d_weight
 
     def expand_backward(self, dy: Tensor, shrunk: Tensor, B_RO: Tensor, needs_B: bool) -> tuple[Tensor, Tensor | None]:
         """(d_shrunk, dB)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorabank.bank.task_class import VOCABULARY, TaskModel, skeleton_of, vocabulary
+from lorabank.bank.task_class import VOCABULARY, TaskModel, label_settings, skeleton_of, vocabulary
 from lorabank.errors import MergeError, ModelError
 from lorabank.formats.adapter import Adapter
 from lorabank.merging.ties import check_partable, parted, untied_settings
@@ -38,11 +38,14 @@ def merged_settings(settings: Mapping[str, Any], config: Any, task: TaskModel, a
     name = task.kind.__name__
     if (settings.get("architectures") or [None])[0] != name:
         made["architectures"] = [name]
-    if task.labels is not None:
+    named = label_settings(config, task, adapter)
+    if task.labels is not None or named:
         for key in ("num_labels", "_num_labels"):
             made.pop(key, None)
+    if task.labels is not None:
         made["id2label"] = {str(index): f"LABEL_{index}" for index in range(task.labels)}
         made["label2id"] = {f"LABEL_{index}": index for index in range(task.labels)}
+    made |= named
     if (ids := vocabulary(config, task, adapter)) is not None:
         _set(made, VOCABULARY, ids)
     if apart := parted(skeleton_of(task.kind, as_config(config, made)), adapter):

@@ -13,7 +13,7 @@ from lorabank.models import hub
 from lorabank.models.cache import Say, default_cache
 from lorabank.models.folder import check_folder, foreign_framework, is_pickled, not_pytorch
 from lorabank.models.gguf import convert_gguf, source_note
-from lorabank.models.names import alias, check_not_closed, closest_sibling, is_hub_id, is_path
+from lorabank.models.names import WHISPER_TINY_EN, alias, check_not_closed, closest_sibling, is_hub_id, is_path
 from lorabank.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -134,7 +134,11 @@ def locate(name: str, *, cache: Path | None = None, trust_remote_code: bool = Fa
         return path
     if path.is_file():
         return _locate_file(path, cache or default_cache(), say)
-    if alias(name):
+    if (known := alias(name)) == WHISPER_TINY_EN:
+        from lorabank.models.whisper_ct2 import whisper_folder
+
+        return whisper_folder(cache, say=say)
+    if known:
         from lorabank.models.smollm2 import smollm2_folder  # also run as `python -m`, so not imported with the package
 
         return smollm2_folder(cache, say=say)

@@ -70,8 +70,12 @@ def load_for(
 
 
 def _loaded(name: str, folder: Path, config: Any, task: TaskModel, adapter: Adapter, dtype: Any) -> PreTrainedModel:
+    from lorabank.bank.task_class import label_settings
+
     if task.labels is not None:
         config.num_labels = task.labels
+    for name_of, value in label_settings(config, task, adapter).items():
+        setattr(config, name_of, {int(i): text for i, text in value.items()} if name_of == "id2label" else value)
     make: Any = task.kind
     try:
         model, info = make.from_pretrained(

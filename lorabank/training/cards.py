@@ -12,6 +12,7 @@ from lorabank.config.train import AdapterRun
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
+from lorabank.formats.labels import label_names
 from lorabank.training import human
 from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle, vllm_line
 
@@ -57,6 +58,8 @@ class CardFacts:
     """PEFT's, which says the base's class."""
     unit: str = "tokens"
     """What `tokens_seen` counts."""
+    num_labels: int | None = None
+    """Outputs of a classifier's head, which the base has to be loaded with; None for other models."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -164,7 +167,15 @@ def _use(facts: CardFacts) -> str:
     reason = facts.unserved or obstacle(rank, use_dora=run.use_dora, extras=extras, modules=run.modules_to_save or ())
     if facts.pipeline_tag != "text-generation":
         reason = reason or f"vLLM has no adapters for {facts.pipeline_tag}"
-    return how_to_load(facts.name, facts.base_model, rank, patterns=patterns, unserved=reason, task_type=facts.task_type)
+    return how_to_load(
+        facts.name,
+        facts.base_model,
+        rank,
+        patterns=patterns,
+        unserved=reason,
+        task_type=facts.task_type,
+        num_labels=facts.num_labels,
+    )
 
 
 MODEL_CLASSES = {
@@ -187,10 +198,11 @@ def how_to_load(
     repository: str | None = None,
     revision: str | None = None,
     task_type: str | None = None,
+    num_labels: int | None = None,
 ) -> str:
     """The section on use: lorabank, PEFT, vLLM. `repository`: where it lies on a hub; None: in a folder, `path/to/NAME`.
 
-    unserved: why vLLM can't read it. task_type: PEFT's, which says the model's class.
+    unserved: why vLLM can't read it. task_type: PEFT's, which says the model's class. num_labels: of a classifier's head.
     """
     place = f'"path/to/{name}"'
     fetch = ""
@@ -206,9 +218,10 @@ def how_to_load(
         return blocks[0]
     location = f'"{repository}"{at}' if repository else place
     model_class = MODEL_CLASSES.get(task_type or "", "AutoModelForCausalLM")
+    labels = "" if num_labels is None else f", num_labels={num_labels}"
     blocks.append(
         f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import {model_class}\n\n"
-        f'model = {model_class}.from_pretrained("{base_model}")\n'
+        f'model = {model_class}.from_pretrained("{base_model}"{labels})\n'
         f"model = PeftModel.from_pretrained(model, {location})\n```"
     )
     if unserved is None:
@@ -236,6 +249,7 @@ def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: s
         repository=repository,
         revision=revision,
         task_type=adapter.task_type,
+        num_labels=len(label_names(adapter) or ()) or None,
     )
     front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
     named = _listed(front.get("base_model"))

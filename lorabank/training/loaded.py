@@ -97,13 +97,13 @@ def load_run(
     kind = kinds(task or _task_of(config, loaded))
     kind.check_metrics(check)
     base = _base(kind, _base_name(path, config, folders, loaded), config, loaded, dtype=dtype, device=device)
-    bank = attach(base.model)
-    for name, adapter in loaded.items():
-        bank.load(name, adapter)
     processor = base.processor
     if isinstance(processor, PreTrainedTokenizerBase):
         processor = _saved_tokenizer([folders[name] for name in wanted]) or processor
     opened = kind.open(config or TrainConfig(), base.model, processor, loaded)
+    bank = attach(base.model, head=opened.head)
+    for name, adapter in loaded.items():
+        bank.load(name, adapter)
     return LoadedRun(bank, opened, list(loaded), config, tuple(base.notes))
 
 

@@ -127,6 +127,7 @@ def _finish(trainer: Trainer, model_name: str, flag: InterruptFlag) -> dict[str,
         trainer.validation.use_best(name)
         if folder is not None:
             folder.save_adapter(name, named_adapter(trainer, name, model_name), trainer.task.processor)
+            trainer.task.save_more(named_adapter(trainer, name, model_name), folder.path / name, name)
     scores: dict[str, dict[str, float]] = {}
     try:
         scores = final_scores(trainer, flag)
@@ -196,6 +197,7 @@ def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: M
             pipeline_tag=trainer.task.pipeline_tag or trainer.task.name,
             task_type=trained[name].task_type,
             unit=trainer.task.unit,
+            num_labels=trainer.task.labels(name),
         )
         write_card(folder.path / name, facts)
     folder.write_hardest({name: hardest_rows(trainer, name) for name in trainer.jobs})

@@ -34,6 +34,7 @@ OWN_NAMES = (
     "metrics.jsonl",
     "samples",
     "samples.md",
+    "samples.png",
     "tensorboard",
     "wandb",
 )

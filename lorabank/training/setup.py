@@ -59,7 +59,7 @@ def build_trainer(
         task.check(name, job)
     check_best(task, config)
     notices = _unvalidated(jobs)
-    bank = attach(model)
+    bank = attach(model, head=task.head)
     try:
         optimizer = SlotOptimizer(bank)
         original = original_of(config, model)

@@ -117,6 +117,11 @@ class Task(ABC, Generic[Row]):
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
+    @property
+    def head(self) -> str | None:
+        """Module that gives a number a label, where the model's class doesn't say; see `attach`."""
+        return None
+
     def labels(self, adapter: str) -> int | None:
         """`num_labels` of its head, made anew; None: the head stays as `modules_to_save` has it. Called after `read`."""
         return None
@@ -131,6 +136,15 @@ class Task(ABC, Generic[Row]):
         return Engine(
             bank, gradient_checkpointing=config.gradient_checkpointing, activation_offloading=config.activation_offloading
         )
+
+    def compile_model(self, *, recompute: bool) -> list[nn.Module]:
+        """Compile the model's blocks in place, as `compile` asks for; returns what was compiled."""
+        from lorabank.engine.compiling import compile_blocks
+
+        return compile_blocks(self.model, recompute=recompute)
+
+    def save_more(self, adapter: Adapter, folder: Path, name: str) -> None:
+        """Write a finished adapter in other forms, into its folder beside PEFT's."""
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
@@ -166,6 +180,18 @@ class Task(ABC, Generic[Row]):
         busy: Busy,
     ) -> None:
         """Files for people in the run's folder, at its end: `samples.md`, pictures. `rows`: adapter to its held-out rows."""
+
+    def show(
+        self,
+        engine: Engine,
+        rows: Mapping[str, Sequence[Row]],
+        folder: Path,
+        *,
+        pass_index: int,
+        config: EvalConfig,
+        busy: Busy,
+    ) -> None:
+        """Files for people every `eval.every` passes, before the first of them too. `rows`: adapter to its held-out rows."""
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
 

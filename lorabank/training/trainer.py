@@ -50,6 +50,8 @@ class Trainer:
     """Whether anything has happened since the last checkpoint."""
     _paced: dict[str, tuple[int, float]] = field(init=False, default_factory=dict)
     """Each adapter's first step here and the seconds until then: it may have compiled, and says nothing about others."""
+    _shown: int = field(init=False, default=-1)
+    """Pass after which the task's files for people were written."""
     _tried: int = field(init=False, default=-1)
     """Pass of the last attempt at a checkpoint: on a full disk there is one attempt a pass."""
 
@@ -65,6 +67,7 @@ class Trainer:
         while True:
             try:
                 self._validate(flag)
+                self._show(flag)
             except TooLargeError:
                 self.save_checkpoint()
                 raise
@@ -263,6 +266,18 @@ class Trainer:
         for item in told:
             for listener in self.listeners:
                 listener.on_eval(item) if isinstance(item, EvalRecord) else listener.on_notice(item)
+
+    def _show(self, flag: InterruptFlag) -> None:
+        now, every = self.progress.pass_index, self.config.eval.every
+        if self.folder is None or not every or now % every or self._shown == now or flag.set:
+            return
+        self._shown, rows = now, {name: self.validation.val_rows(name) for name in self.jobs}
+        try:
+            self.task.show(
+                self.engine, rows, self.folder.path, pass_index=now, config=self.config.eval, busy=self.busy(flag, "samples")
+            )
+        except StopRequested:
+            return
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

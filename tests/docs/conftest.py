@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.docs.pages import ROOT, blocks
 
@@ -26,5 +27,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "out" / "support").mkdir(parents=True)
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     (tmp_path / "out" / "support" / "config.yaml").write_text(text, encoding="utf-8")
+    for name, classes in (("signs", ("one", "two")), ("letters", ("a", "b", "c"))):  # docs/image-classification.md
+        for number, kind in enumerate(classes):
+            (tmp_path / name / kind).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (32, 32), (80 * number, 40 * i, 90)).save(tmp_path / name / kind / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -277,13 +279,45 @@ def test_a_base_weight_of_another_dtype_is_named(with_embeddings: tuple[Path, Te
         Adapter.load(with_embeddings[0])
 
 
-def test_a_depthwise_convolution_that_grows_in_pefts_form_is_said(tmp_path: Path) -> None:
+def test_a_depthwise_convolution_that_would_grow_in_pefts_form_is_saved_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1100, 1100, 4, groups=1100), nn.Conv1d(1100, 8, 1))
+    bank = attach(model)
+    add(bank, "a", rank=4, targets="all-conv")
+    with pytest.warns(UserWarning, match=r"convolutions in groups, whose A would take \d+ MiB .* which PEFT can't read"):
+        bank.adapter("a").save(tmp_path / "a")
+    assert (tmp_path / "a" / "adapter_model.safetensors").stat().st_size < 2**18
+    loaded = Adapter.load(tmp_path / "a")
+    for path, layer in bank.adapter("a").layers.items():
+        mine = loaded.layers[path]
+        assert (mine.groups, mine.scaling) == (layer.groups, layer.scaling)
+        assert torch.equal(mine.A, layer.A) and torch.equal(mine.B, layer.B)
+    bank.load("b", loaded)
+    x = torch.randn(2, 1100, 6)
+    with bank.route("a"):
+        expected = model(x)
+    with bank.route("b"):
+        assert torch.equal(model(x), expected)
+    loaded.save(tmp_path / "again")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "lorabank.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    with pytest.raises(ValueError, match="rank is divisible by groups"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(bank.detach()), tmp_path / "a")
+    (tmp_path / "a" / "lorabank.json").unlink()
+    with pytest.raises(AdapterFileError, match="doesn't fit this model"):
+        attach(model).load("c", Adapter.load(tmp_path / "a"))
+
+
+@pytest.mark.filterwarnings("ignore:.*are convolutions in groups, whose A would take")
+def test_numbers_of_groups_that_arent_the_adapters_are_refused(tmp_path: Path) -> None:
     bank = attach(nn.Sequential(nn.Conv1d(1100, 1100, 4, groups=1100)))
     add(bank, "a", rank=4, targets="all-conv")
-    with pytest.warns(UserWarning, match=r"convolution in 1100 groups, whose A takes \d+ MiB in PEFT's form, nearly all zeros"):
-        bank.adapter("a").save(tmp_path)
-    assert torch.equal(Adapter.load(tmp_path).layers["0"].A, bank.adapter("a").layers["0"].A)
+    bank.adapter("a").save(tmp_path)
+    own = json.loads((tmp_path / "lorabank.json").read_text())
+    for groups in ({"0": 7}, {"1": 1100}, [1100]):
+        (tmp_path / "lorabank.json").write_text(json.dumps({**own, "groups": groups}))
+        with pytest.raises(AdapterFileError, match=r"lorabank\.json: its numbers of groups aren't this adapter's"):
+            Adapter.load(tmp_path)
 
 
 # ---- what doesn't fit ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lorabank.bank.wrapping import unwrapped
 from lorabank.config.adapter import AdapterConfig
+from lorabank.errors import ConfigError, closest
 
 TASKS: Mapping[str, str | None] = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -50,8 +51,13 @@ def _ending(model: nn.Module) -> str | None:
     return next((end for end in TASKS if type(model).__name__.endswith(end)), None)
 
 
-def head_paths(model: nn.Module) -> list[str]:
-    """Paths of a classifier's modules with parameters beside its body, in the model's order; none for another model."""
+def head_paths(model: nn.Module, declared: str | None = None) -> list[str]:
+    """Paths of a classifier's modules with parameters beside its body, in the model's order; none for another model.
+
+    `declared`: the one that `attach` was told of.
+    """
+    if declared is not None:
+        return [declared]
     if _ending(model) is None or not isinstance(model, PreTrainedModel):
         return []
     body = model.base_model_prefix
@@ -65,17 +71,34 @@ def head_paths(model: nn.Module) -> list[str]:
     ]
 
 
-def head_parameters(model: nn.Module) -> frozenset[str]:
+def check_head(model: nn.Module, path: str) -> str:
+    """`path`, the module of one's own model that gives a number a label. Raises ConfigError unless a linear layer is in it."""
+    modules = dict(model.named_modules())
+    if path not in modules or not path:
+        ends = [name for name, module in modules.items() if name and type(unwrapped(module)) is nn.Linear]
+        has = f"Its linear layers: {', '.join(ends[-5:]) or 'none'}"
+        raise ConfigError(f"head: the model has no module {path!r}{closest(path, [*modules])}. {has}")
+    if _last_linear(modules[path], path) is None:
+        raise ConfigError(
+            f"head: {path!r} is a {type(modules[path]).__name__} without a linear layer (nn.Linear), so it can't be made anew "
+            "for other labels. Name the module that gives a number a label."
+        )
+    return path
+
+
+def head_parameters(model: nn.Module, declared: str | None = None) -> frozenset[str]:
     """Names of the parameters in those modules, which were never loaded."""
-    heads = tuple(f"{path}." for path in head_paths(model) or detector_heads(model))
+    heads = tuple(f"{path}." for path in head_paths(model, declared) or detector_heads(model))
     return frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
 
 
-def label_layer(model: nn.Module) -> str | None:
+def label_layer(model: nn.Module, declared: str | None = None) -> str | None:
     """Path of the linear layer in a head that has an output a label; None where there is none such.
 
-    An answer's start and end aren't labels: their number is the model's code's.
+    An answer's start and end aren't labels: their number is the model's code's. Of a head that was declared it is the last one.
     """
+    if declared is not None:
+        return _last_linear(model.get_submodule(declared), declared)
     if _ending(model) == "ForQuestionAnswering":
         return None
     count = getattr(model.config, "num_labels", None) if isinstance(model, PreTrainedModel) else None
@@ -86,6 +109,11 @@ def label_layer(model: nn.Module) -> str | None:
             if type(layer) is nn.Linear and layer.out_features == count:
                 found = f"{path}.{name}".rstrip(".")
     return found
+
+
+def _last_linear(head: nn.Module, path: str) -> str | None:
+    names = [name for name, module in unwrapped(head).named_modules() if type(unwrapped(module)) is nn.Linear]
+    return f"{path}.{names[-1]}".rstrip(".") if names else None
 
 
 def detector_heads(model: nn.Module) -> list[str]:
@@ -109,13 +137,13 @@ def extra_outputs(model: nn.Module) -> int:
     return max((layer.out_features - count for layer in layers if isinstance(layer, nn.Linear)), default=0)
 
 
-def label_layers(model: nn.Module) -> list[str]:
-    """Paths of all linear layers with an output a label: a classifier's one, or each of a detector's."""
+def label_layers(model: nn.Module, declared: str | None = None) -> list[str]:
+    """Paths of all linear layers with an output a label: a classifier's one (see `label_layer`), or each of a detector's."""
     found = []
     for path in detector_heads(model):
         linear = [name for name, m in unwrapped(model.get_submodule(path)).named_modules() if type(unwrapped(m)) is nn.Linear]
         found += [f"{path}.{linear[-1]}".rstrip(".")] if linear else []
-    one = label_layer(model)
+    one = label_layer(model, declared)
     return found or ([one] if one is not None else [])
 
 

@@ -32,8 +32,8 @@ Values = Mapping[str, Mapping[str, Tensor]]
 class SavedModules:
     """The wrapped modules of one bank, and which adapter has a copy of which."""
 
-    def __init__(self, model: nn.Module, reach: ReachCheck, owners: Owners) -> None:
-        self._model, self._reach, self._owners = model, reach, owners
+    def __init__(self, model: nn.Module, reach: ReachCheck, owners: Owners, head: str | None = None) -> None:
+        self._model, self._reach, self._owners, self._head = model, reach, owners, head
         self.modules: dict[str, SavedModule] = {}
         self._of: dict[str, tuple[str, ...]] = {}
 
@@ -62,11 +62,13 @@ class SavedModules:
             made[path] = {key: p.detach() for key, p in unwrapped(self._model.get_submodule(path)).named_parameters()}
         if num_labels is None:
             return made
-        owners = {layer: path for layer in label_layers(self._model) for path in paths if f"{layer}.".startswith(f"{path}.")}
+        owners = {
+            layer: path for layer in label_layers(self._model, self._head) for path in paths if f"{layer}.".startswith(f"{path}.")
+        }
         if not owners or type(num_labels) is not int or num_labels < 1:
             why = "expected a whole number ≥ 1" if owners else "the adapter saves no linear layer with an output a label"
             raise ConfigError(f"num_labels: {why}, got {num_labels!r}. It is for a classifier whose head is in modules_to_save.")
-        spread = getattr(self._model.config, "initializer_range", None)
+        spread = getattr(getattr(self._model, "config", None), "initializer_range", None)
         more = extra_outputs(self._model)
         rare = _RARE if detector_heads(self._model) and not more else 0.0
         for layer, owner in owners.items():
@@ -114,7 +116,7 @@ class SavedModules:
                     f"module {path!r} is, or holds, a layer that was wrapped for LoRA. Attach a new bank (bank.detach() first) "
                     "to train it in full."
                 )
-            labels = (layer for layer in label_layers(self._model) if f"{layer}.".startswith(f"{path}."))
+            labels = (layer for layer in label_layers(self._model, self._head) if f"{layer}.".startswith(f"{path}."))
             own = next((layer.removeprefix(path).lstrip(".") for layer in labels), None)
             wrapper = SavedModule(present, path, router, rows_lost(self._model, path), own)
             for parent, attribute in places_of(self._model, present):
@@ -150,7 +152,7 @@ class SavedModules:
         own, parameters = module.state_dict(keep_vars=True), dict(module.named_parameters())
         if wrong := sorted(own.keys() ^ values.keys()):
             raise refuse(f"{wrong[0]!r} is {'not in the file' if wrong[0] in own else 'not in the model'}")
-        labels = (layer for layer in label_layers(self._model) if f"{layer}.".startswith(f"{here}."))
+        labels = (layer for layer in label_layers(self._model, self._head) if f"{layer}.".startswith(f"{here}."))
         free = next((_names_of(layer.removeprefix(here).lstrip(".")) for layer in labels), ())
         for key, value in values.items():
             mine = own[key].detach()

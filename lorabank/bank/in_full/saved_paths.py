@@ -21,12 +21,14 @@ from lorabank.notices import warn_once
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def saved_paths(model: nn.Module, config: AdapterConfig, targeted: Collection[str], kept: Collection[str] = ()) -> list[str]:
+def saved_paths(
+    model: nn.Module, config: AdapterConfig, targeted: Collection[str], kept: Collection[str] = (), head: str | None = None
+) -> list[str]:
     """Paths of the modules that `config` trains in full, in the model's order. Raises TargetError.
 
     Those whose path ends with a name in `modules_to_save`, letter by letter as PEFT has it (`norm` names `input_layernorm` too),
     and a classifier's head, unless `modules_to_save` is empty or `targets` means layers of it alone. `targeted`: paths of
-    the layers that `targets` means; `kept`: parameters that train beside the base.
+    the layers that `targets` means; `kept`: parameters that train beside the base; `head`: a classifier's, declared.
     """
     modules = {path: unwrapped(module) for path, module in own_modules(model) if path}
     chosen: set[str] = set()
@@ -39,7 +41,7 @@ def saved_paths(model: nn.Module, config: AdapterConfig, targeted: Collection[st
     for path in sorted(chosen):
         if why := unsavable(modules[path]):
             raise TargetError(f"modules_to_save: {path!r} can't be trained in full: {why}")
-    chosen |= _heads(model, config, chosen, targeted, modules)
+    chosen |= _heads(model, config, chosen, targeted, modules, head)
     outer = [path for path in modules if path in chosen and not _inside(path, chosen - {path})]
     if apart := [path for path in outer if any(_inside(other, [path]) for other in kept_modules(kept))]:
         raise TargetError(f"modules_to_save: {apart[0]!r} trains beside the base already (keep_trainable). Leave it out of one.")
@@ -52,6 +54,7 @@ def _heads(
     chosen: Collection[str],
     targeted: Collection[str],
     modules: Mapping[str, nn.Module],
+    head: str | None,
 ) -> set[str]:
     """A classifier's head, said once, where the configuration doesn't speak of it."""
     if config.modules_to_save is not None and not config.modules_to_save:
@@ -59,7 +62,7 @@ def _heads(
     wide = {ALL_LINEAR, *ALL_OF_A_KIND, *ROLES}
     named = [part for part in as_list(config.targets) if part not in wide]
     layers = adaptable_layers(model)
-    heads = [path for path in head_paths(model) if not _inside(path, chosen)]
+    heads = [path for path in head_paths(model, head) if not _inside(path, chosen)]
     meant = ([path for path in layers if matches(part, path)] for part in named)
     if not heads or any(found and all(_inside(path, heads) for path in found) for found in (*meant, targeted)):
         return set()  # LoRA is asked for there

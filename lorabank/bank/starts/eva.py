@@ -47,7 +47,8 @@ def eva(bank: AdapterBank | nn.Module, batches: Iterable[Batch], config: Adapter
     check_positive("rho", rho)
     config = prepared_config(config, "eva")
     chosen, saved = low_rank_layers(bank, config)
-    if head_paths(model) and not saved and config.modules_to_save is None:
+    head = bank.head if isinstance(bank, AdapterBank) else None
+    if head_paths(model, head) and not saved and config.modules_to_save is None:
         config = replace(config, modules_to_save=())  # LoRA was asked for on the head, which may get no rank
     ranks = {path: patterned(config.rank_pattern, without_wrappers(path), layer, config.rank) for path, layer in chosen.items()}
     check_start(config, chosen, ranks)

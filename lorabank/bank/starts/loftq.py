@@ -70,11 +70,11 @@ def loftq(bank: AdapterBank | nn.Module, original: nn.Module, config: AdapterCon
 def low_rank_layers(bank: AdapterBank | nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], list[str]]:
     """(the layers that an adapter of this configuration has A and B for, paths of the modules that it trains in full)."""
     if isinstance(bank, AdapterBank):
-        model, kept, fused = bank.model, bank.kept, bank.fused
+        model, kept, fused, head = bank.model, bank.kept, bank.fused, bank.head
     else:
-        model, kept, fused = bank, frozenset[str](), {}
+        model, kept, fused, head = bank, frozenset[str](), {}, None
     chosen = resolve_targets(model, config, kept_modules(kept), fused)
-    saved = saved_paths(model, config, chosen, kept)
+    saved = saved_paths(model, config, chosen, kept, head)
     return without_saved(chosen, saved), saved
 
 

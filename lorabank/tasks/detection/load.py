@@ -45,8 +45,8 @@ def image_processor_of(name: str, folder: Path) -> Any:
 
     if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
         raise ModelError(
-            f"model {name!r}: has no preprocessor_config.json, which says how pictures are scaled and normalised. Copy that of the "
-            "model that it was made from, or save an image processor there (DetrImageProcessor().save_pretrained)."
+            f"model {name!r}: has no preprocessor_config.json, which says how pictures are scaled and normalised. Copy that of "
+            "the model that it was made from, or save an image processor there (DetrImageProcessor().save_pretrained)."
         )
     try:
         return AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)

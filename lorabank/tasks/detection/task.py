@@ -22,6 +22,7 @@ from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import infer
 from lorabank.errors import ConfigError, DataError, Setting, closest
 from lorabank.formats.adapter import Adapter
+from lorabank.formats.labels import LABELS as LABELS_SAID
 from lorabank.tasks.detection.augment import augment
 from lorabank.tasks.detection.load import check_detector, load_detector
 from lorabank.tasks.detection.loss import BOXES, CLASSES, LABELS, MASK, PIXELS, detection_loss, found_boxes, split_found
@@ -38,8 +39,8 @@ from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import Busy, Prediction, Task, TaskKind
 
 GIB = 2**30
-LABELS_KEY, IDS_KEY = "labels", "category_ids"
-"""Of an adapter's metadata: its categories' names as a JSON list; name to number as a JSON object."""
+IDS_KEY = "category_ids"
+"""Of an adapter's metadata: a category's name to its number in the data, as a JSON object."""
 Found = dict[str, list[list[tuple[float, Box]]]]
 """Name → each row's boxes with their scores, the likeliest first."""
 
@@ -58,7 +59,9 @@ class ObjectDetection(Task[DetectionRow]):
         self._masked = MASK in inspect.signature(model.forward).parameters
         """Whether the model is told where the picture is on its canvas, and means shares of the picture then."""
         self._scoring = bool(loaded)
-        self._labels = {name: tuple(json.loads(a.metadata[LABELS_KEY])) for name, a in loaded.items() if LABELS_KEY in a.metadata}
+        self._labels = {
+            name: tuple(json.loads(a.metadata[LABELS_SAID])) for name, a in loaded.items() if LABELS_SAID in a.metadata
+        }
         self._ids = {name: json.loads(a.metadata.get(IDS_KEY, "{}")) for name, a in loaded.items()}
 
     # ---- rows -------------------------------------------------------------------------------------------------------
@@ -92,7 +95,7 @@ class ObjectDetection(Task[DetectionRow]):
         if self._scoring:
             return list(dict.fromkeys(label for own in self._labels.values() for label in own))
         if init_from is not None:
-            found = Adapter.load(init_from).metadata.get(LABELS_KEY)
+            found = Adapter.load(init_from).metadata.get(LABELS_SAID)
             if found is None:
                 raise ConfigError(
                     Setting(f"adapters.{name}.init_from"),
@@ -174,7 +177,7 @@ class ObjectDetection(Task[DetectionRow]):
     def about(self, adapter: str) -> Mapping[str, str]:
         ids = self._ids.get(adapter)
         return {
-            LABELS_KEY: json.dumps(self._labels[adapter], ensure_ascii=False),
+            LABELS_SAID: json.dumps(self._labels[adapter], ensure_ascii=False),
             **({IDS_KEY: json.dumps(ids, ensure_ascii=False)} if ids else {}),
         }
 

@@ -1,45 +1,63 @@
-"""`LabelledText`: rows of text classification, read from columns, checked, tokenised and split."""
+"""From raw rows to `LabelledText`s, and to `ClassRow`s: token ids and a target."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorabank.config.classification import ClassificationConfig
-from lorabank.config.train import DataConfig
-from lorabank.data.prepare import Progress
-from lorabank.data.read import Source, read_rows
+from lorabank.data.formats import text_of
 from lorabank.data.row import Row, RowError
-from lorabank.data.row_report import Splits, row_report
-from lorabank.data.split import split_rows
-from lorabank.errors import DataError, closest
+from lorabank.tasks.text_classification.columns import Columns
+from lorabank.tasks.text_classification.labels import Label, LabelSet, label_of
 
-TEXTS = ("text", "sentence", "sentence1", "premise", "question", "question1", "content")
-"""Columns that a text is looked for in, in this order."""
-PAIRS: Mapping[str, tuple[str, ...]] = {
-    "sentence1": ("sentence2",),
-    "premise": ("hypothesis",),
-    "question": ("sentence", "passage"),
-    "question1": ("question2",),
-    "text": ("text_pair",),
-}
-"""Column of the first text to those of the second."""
-LABELS = ("label", "labels")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_LABEL = "no label"
+_BATCH = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelledText:
-    """One row."""
+    """One row: a text, or two that are read together, and its label."""
 
     text: str
     pair: str | None
-    label: str | None
-    """The label's name, or the number as text; None where it isn't known (`predict`)."""
-    input_ids: tuple[int, ...]
-    token_type_ids: tuple[int, ...] | None
+    label: Label | None
     origin: str
+    """`file:line` or `row N of …`."""
+    group: str | None = None
+    """Value of the column `group_by`, if one is set."""
+
+    @property
+    def key(self) -> str:
+        """The texts as one string: equal ones never land in two splits, whatever their labels."""
+        return json.dumps([self.text, self.pair], ensure_ascii=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassRow:
+    """One row as a model takes it."""
+
+    input_ids: tuple[int, ...]
+    """Cut to `max_length`, special tokens included."""
+    token_type_ids: tuple[int, ...] | None
+    """0 for the first text, 1 for the second, where the tokenizer gives them."""
+    source: LabelledText
+    truncated: bool
+    """Whether tokens were cut off."""
+
+    @property
+    def label(self) -> Label | None:
+        """As it was read; None for a row that is only predicted."""
+        return self.source.label
+
+    @property
+    def origin(self) -> str:
+        """Where the row came from."""
+        return self.source.origin
 
     @property
     def size(self) -> int:
@@ -48,13 +66,13 @@ class LabelledText:
 
     @property
     def prompt_text(self) -> str:
-        """The text, or both."""
-        return self.text if self.pair is None else f"{self.text} | {self.pair}"
+        """The texts."""
+        return self.source.text if self.source.pair is None else f"{self.source.text} ‖ {self.source.pair}"
 
     @property
     def reference(self) -> str:
-        """The label."""
-        return "" if self.label is None else self.label
+        """The label, for people."""
+        return ", ".join(self.label) if isinstance(self.label, tuple) else "" if self.label is None else str(self.label)
 
     @property
     def content(self) -> object:
@@ -62,132 +80,89 @@ class LabelledText:
         return self.input_ids, self.token_type_ids, self.label
 
 
-def prepare(
-    config: DataConfig,
-    columns: ClassificationConfig,
-    tokenizer: Any,
-    *,
-    seed: int,
-    train: Source | None,
-    val: Source | None,
-    labelled: bool = True,
-    names: Sequence[str] | None = None,
-    progress: Progress | None = None,
-) -> Splits[LabelledText]:
-    """Read, check, tokenise and split. `names`: of labels that come as numbers (a head's own)."""
-    sources = {"train": config.train if train is None else train, "val": config.val if val is None else val, "test": config.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a file, a folder or a data set id, or pass the rows themselves")
-    raw = {role: read_rows(source, limit=config.limit, role=role) for role, source in sources.items() if source is not None}
-    total, done = sum(map(len, raw.values())), 0
-    errors: list[RowError] = []
-    parts: dict[str, list[LabelledText]] = {}
-    cut: list[str] = []
-    for role, rows in raw.items():
-        found = _columns(columns, rows[0], labelled=labelled)
-        parts[role] = []
-        for row in rows:
-            try:
-                made, was_cut = _row(row, found, tokenizer, config.max_length, names)
-                parts[role].append(made)
-                cut += [made.origin] if was_cut else []
-            except RowError as error:
-                errors.append(error.at(row.origin))
-            done += 1
-            if progress is not None and (done % 256 == 0 or done == total):
-                progress(done, total)
-        if not parts[role]:
-            raise DataError(f"{role} data: none of the {len(rows):,} rows can be used: {errors[-1]}")
-    splits = _split(config, parts, seed)
-    counts = Counter(row.label for row in splits["train"] if row.label is not None)
-    notes: dict[str, list[str]] = {"cut to data.max_length": cut} if cut else {}
-    lone = [row.origin for row in splits["train"] if row.label is not None and counts[row.label] == 1]
-    if lone and len(counts) > 1 and len(lone) < len(splits["train"]):
-        notes["labels that a single training row has"] = lone
-    return Splits(
-        train=splits["train"],
-        val=splits["val"],
-        test=splits["test"],
-        report=row_report(read=total, errors=errors, splits=splits, facts=_facts(counts), notes=notes),
-    )
+def texts_of(
+    rows: Sequence[Row], columns: Columns, *, kind: str | None, need_label: bool, group_by: str | None = None
+) -> list[LabelledText | RowError]:
+    """One text a row, or why there is none: an empty text, no label, NaN (a NanError). Order is kept."""
+    found: list[LabelledText | RowError] = []
+    for row in rows:
+        try:
+            found.append(_text_of(row, columns, kind, need_label, group_by))
+        except RowError as error:
+            found.append(error.at(row.origin))
+    return found
 
 
-def _facts(counts: Counter[str]) -> list[str]:
-    if not counts or len(counts) > 200:
-        return []
-    shown = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(8))
-    return [f"{len(counts)} labels in training: {shown}{', …' if len(counts) > 8 else ''}"]
+def _text_of(row: Row, columns: Columns, kind: str | None, need_label: bool, group_by: str | None) -> LabelledText:
+    text = text_of(row.values, columns.text)
+    pair = text_of(row.values, columns.pair) if columns.pair is not None else None
+    label = label_of(row, columns.label, kind) if columns.label is not None else None
+    if label is None and need_label:
+        raise RowError(f"{NO_LABEL} in column {columns.label!r}")
+    group = None if group_by is None else text_of(row.values, group_by)
+    return LabelledText(text=text, pair=pair, label=label, origin=row.origin, group=group)
 
 
-def _split(config: DataConfig, parts: Mapping[str, list[LabelledText]], seed: int) -> dict[str, list[LabelledText]]:
-    rows = parts["train"]
-    val = 0 if "val" in parts else config.val_split
-    test = 0 if "test" in parts else config.test_split
-    keys = [f"{row.text}\0{row.pair}" for row in rows]
-    if val == DataConfig.val_split and len(set(keys)) == 1:
-        val = 0
-    split = split_rows(keys, val=val, test=test, seed=seed)
-    held = {"val": split.val, "test": split.test}
-    return {
-        "train": [rows[i] for i in split.train],
-        **{role: parts[role] if role in parts else [rows[i] for i in held[role]] for role in ("val", "test")},
-    }
+def encode(
+    texts: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, *, max_length: int, labels: Sequence[LabelSet] = ()
+) -> list[ClassRow | RowError]:
+    """Token ids, in order; a RowError for a text without a token, or a label that none of the `labels` has (if any are given).
+
+    Of two texts the longer one is cut first. Texts keep the tokenizer's special tokens; where it has none to stand between two
+    texts, a new line does.
+    """
+    found: list[ClassRow | RowError] = []
+    for start in range(0, len(texts), _BATCH):
+        part = texts[start : start + _BATCH]
+        coded: dict[int, dict[str, Any]] = {}
+        given = [_texts_for(text, tokenizer) for text in part]
+        for paired in (False, True):
+            chosen = [i for i, (_, second) in enumerate(given) if (second is not None) is paired]
+            if chosen:
+                coded |= dict(zip(chosen, _tokens([given[i] for i in chosen], tokenizer), strict=True))
+        found += [_row(part[i], given[i], coded[i], tokenizer, max_length, labels) for i in range(len(part))]
+    return found
 
 
-@dataclass(frozen=True)
-class _Columns:
-    text: str
-    pair: str | None
-    label: str | None
+def _texts_for(text: LabelledText, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
+    """What the tokenizer is given: decoders' would join two texts without a sign of where one ends."""
+    if text.pair is not None and tokenizer.sep_token is None:
+        return f"{text.text}\n{text.pair}", None
+    return text.text, text.pair
 
 
-def _columns(wanted: ClassificationConfig, row: Row, *, labelled: bool) -> _Columns:
-    known = list(row.values)
-
-    def one(setting: str, name: str | None, usual: Sequence[str], *, needed: bool) -> str | None:
-        if name is not None and name not in known:
-            raise DataError(
-                f"classification.{setting}: the data has no column {name!r}{closest(name, known)}. It has: {', '.join(known)}."
-            )
-        found = name or next((each for each in usual if each in known), None)
-        if found is None and needed:
-            raise DataError(
-                f"data: no column of the {setting}. It has: {', '.join(known)}. Name it with classification.{setting}."
-            )
-        return found
-
-    text = one("text", wanted.text, TEXTS, needed=True) or ""
-    pair = one("text_pair", wanted.text_pair, PAIRS.get(text, ()), needed=False)
-    label = one("label", wanted.label, LABELS, needed=labelled) if labelled else None
-    return _Columns(text, pair, label)
+def _tokens(texts: Sequence[tuple[str, str | None]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The tokenizer's own columns of each text, uncut."""
+    seconds = [second for _, second in texts if second is not None] or None
+    coded: Any = tokenizer([first for first, _ in texts], text_pair=seconds, verbose=False)
+    return [{key: coded[key][i] for key in coded if key != "attention_mask"} for i in range(len(texts))]
 
 
-def _row(row: Row, columns: _Columns, tokenizer: Any, max_length: int, names: Sequence[str] | None) -> tuple[LabelledText, bool]:
-    text, pair = row.values.get(columns.text), row.values.get(columns.pair) if columns.pair else None
-    for name, value in ((columns.text, text), *([(columns.pair, pair)] if columns.pair else [])):
-        if not isinstance(value, str):
-            raise RowError(f"column {name!r} holds no text")
-        if not value.strip():
-            raise RowError(f"column {name!r} is empty")
-    label = None if columns.label is None else _label(row.values.get(columns.label), columns.label, names)
-    encoded = tokenizer(text, pair) if pair is not None else tokenizer(text)
-    ids = encoded["input_ids"]
-    was_cut = len(ids) > max_length
-    if was_cut:
-        encoded = tokenizer(text, pair, truncation=True, max_length=max_length)
-        ids = encoded["input_ids"]
-    types = encoded.get("token_type_ids")
-    made = LabelledText(str(text), pair, label, tuple(ids), None if types is None else tuple(types), row.origin)
-    return made, was_cut
+def _row(
+    text: LabelledText,
+    given: tuple[str, str | None],
+    coded: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    labels: Sequence[LabelSet],
+) -> ClassRow | RowError:
+    cut = len(coded["input_ids"]) > max_length
+    if cut:
+        coded = dict(tokenizer(*given, truncation="longest_first", max_length=max_length, verbose=False))
+    ids = tuple(coded["input_ids"])
+    if not ids:
+        return RowError("the text has no token", text.origin)
+    misfits = [] if text.label is None else [_misfit(known, text.label) for known in labels]
+    if misfits and all(misfits):
+        return RowError(str(misfits[0]), text.origin)
+    types = tuple(coded["token_type_ids"]) if "token_type_ids" in coded else None
+    return ClassRow(input_ids=ids, token_type_ids=types, source=text, truncated=cut)
 
 
-def _label(value: Any, column: str, names: Sequence[str] | None) -> str:
-    if value is None or (isinstance(value, float) and value != value) or (isinstance(value, str) and not value.strip()):
-        raise RowError(f"column {column!r} has no label")
-    if isinstance(value, bool) or not isinstance(value, int | str | float):
-        return str(value)
-    if isinstance(value, int) and names is not None and 0 <= value < len(names):
-        return names[value]
-    if isinstance(value, int) and value < 0:
-        raise RowError(f"column {column!r} holds a negative label (what unlabelled rows of GLUE have)")
-    return str(value)
+def _misfit(labels: LabelSet, label: Label) -> str | None:
+    """Why the label isn't one of these; None where it is."""
+    try:
+        labels.target(label)
+    except RowError as error:
+        return error.reason
+    return None

@@ -1,48 +1,50 @@
-"""`TextClassification`: a classifier's body under the bank, each adapter with a head for its own labels."""
+"""`TextClassification`: an encoder's or decoder's body under the bank, each adapter with a head for its own labels."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
-from lorabank.config.train import DataConfig, EvalConfig, TrainConfig
+from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
-from lorabank.data.row_report import Splits
+from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
+from lorabank.engine.head import accepted
 from lorabank.engine.model_batch import ModelBatch, Tensors
 from lorabank.engine.model_pass import infer
-from lorabank.errors import ConfigError, DataError, closest
+from lorabank.errors import ConfigError, DataError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
-from lorabank.models.load_class import load_class, tokenizer_of
-from lorabank.tasks.text_classification.rows import LabelledText, prepare
+from lorabank.formats.labels import LABELS
+from lorabank.tasks.text_classification.labels import LabelSet
+from lorabank.tasks.text_classification.metrics import METRICS, Scored, check_metrics, compute, expanded, metrics_of, predicted
+from lorabank.tasks.text_classification.model import has_one_input, load_classifier, own_labels, pad_id, positions
+from lorabank.tasks.text_classification.pages import Outcome, page, picture
+from lorabank.tasks.text_classification.predict import predict_rows
+from lorabank.tasks.text_classification.prepare import PreparedTexts, prepare_texts
+from lorabank.tasks.text_classification.rows import ClassRow
+from lorabank.tasks.text_classification.targets import losses_of, outputs_of, row_losses, targets_of
+from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of
-from lorabank.training.task import BaseRequest, Busy, Prediction, Say, Task, TaskBase, TaskKind
+from lorabank.training.jobs import AdapterJob
+from lorabank.training.task import Busy, Prediction, Task, TaskKind
 
-LABELS_KEY = "labels"
-"""Of an adapter's metadata: its labels' names as a JSON list."""
-METRICS = ("loss", "accuracy")
-
-
-def cross_entropy(model: nn.Module, inputs: Tensors, targets: Tensors) -> Tensor:
-    """−log p(label) of each row, nats (N,)."""
-    return F.cross_entropy(_logits(model, inputs).float(), targets["labels"], reduction="none")
+LABELS_KEY, KIND_KEY = LABELS, "labels.kind"
+"""Of an adapter's metadata: its labels' names as a JSON list, and their kind."""
 
 
-def _logits(model: nn.Module, inputs: Tensors) -> Tensor:
-    return model(**inputs).logits
-
-
-class TextClassification(Task[LabelledText]):
-    """Of one encoder, or decoder, with a classifier's head."""
+class TextClassification(Task[ClassRow]):
+    """Of one model with a classifier's head."""
 
     name = "text-classification"
     unit = "tokens"
@@ -50,181 +52,211 @@ class TextClassification(Task[LabelledText]):
 
     def __init__(self, config: TrainConfig, model: nn.Module, processor: Any, loaded: Mapping[str, Adapter]) -> None:
         super().__init__(config, model, processor)
-        self._labels: dict[str, list[str]] = {
-            name: json.loads(adapter.metadata[LABELS_KEY]) for name, adapter in loaded.items() if LABELS_KEY in adapter.metadata
-        }
-        """Adapter to its labels' names."""
+        self.pad_id = pad_id(model)
+        self.own = own_labels(model)
+        """Those of a head that the base was trained with."""
+        self.sets: dict[str, LabelSet] = {name: _kept(name, adapter) for name, adapter in loaded.items() if _knows(adapter)}
+        """Adapter to its labels."""
+        self._segments = "token_type_ids" in accepted(model) and getattr(model.config, "type_vocab_size", 2) > 1
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
-    def read(
-        self, config: TrainConfig, rows: RowObjects | None = None, progress: Progress | None = None
-    ) -> DataSets[LabelledText]:
-        def one(_name: str, train: Source | None, val: Source | None) -> Splits[LabelledText]:
-            return prepare(
-                config.data, config.classification, self.processor, seed=config.seed, train=train, val=val, progress=progress
+    def read(self, config: TrainConfig, rows: RowObjects | None = None, progress: Progress | None = None) -> DataSets[ClassRow]:
+        found: dict[int, LabelSet] = {}
+        loaded = dict(self.sets)
+        scored = [] if config.adapters else [*loaded.values(), *([self.own] if self.own is not None else [])]
+
+        def one(name: str, train: Source | None, val: Source | None) -> PreparedTexts:
+            prepared = prepare_texts(
+                config.data,
+                config.classification,
+                self.processor,
+                seed=config.seed,
+                train=train,
+                val=val,
+                max_length=positions(self.model),
+                known=[loaded[name]] if name in loaded else scored if loaded else [],
+                names=None if self.own is None else self.own.names,
+                progress=progress,
             )
+            found[id(prepared)] = prepared.labels
+            return prepared
 
         sets = read_sets(config, rows, one)
-        for name in adapter_runs(config):
-            self._labels.setdefault(name, self._names(name, sets.by_adapter[name].train))
-            self._check_labels(name, sets.by_adapter[name])
+        for name in adapter_runs(config) if config.adapters or not loaded else ():
+            self.sets.setdefault(name, found[id(sets.by_adapter[name])])
         return sets
 
-    def _names(self, name: str, rows: Sequence[LabelledText]) -> list[str]:
-        """The labels of an adapter that is trained on `rows`."""
-        given = self.config.classification.labels
-        found = sorted({row.reference for row in rows}, key=_order)
-        if given is None and len(found) < 2:
-            raise DataError(
-                f"adapter {name!r}: all of its {len(rows):,} training rows have the label {found[0]!r}: nothing to tell apart."
-            )
-        return list(given) if given is not None else found
-
-    def _check_labels(self, name: str, sets: Any) -> None:
-        known = set(self._labels[name])
-        for row in (*sets.train, *sets.val, *sets.test):
-            if row.reference not in known:
-                raise DataError(
-                    f"{row.origin}: label {row.reference!r}, which adapter {name!r} hasn't"
-                    f"{closest(row.reference, known)}. Its labels are: {', '.join(sorted(known)[:10])}."
-                )
+    def check(self, name: str, job: AdapterJob) -> None:
+        kind = self.sets[name].kind
+        kinds = {known.kind for known in self.sets.values()}
+        for metric in (metric for asked in self.config.eval.metrics for metric in expanded(asked)):
+            if metric in METRICS and not kinds & set(METRICS[metric][1]):
+                check_metrics([metric], kind)
+        best = self.config.eval.best
+        if best in METRICS and kind not in METRICS[best][1]:
+            have = ", ".join(metric for metric, (_, having) in METRICS.items() if kind in having)
+            raise ConfigError(f"eval.best: {best} isn't a score of adapter {name!r}, whose labels are {kind}: loss, {have}")
 
     def batch(
-        self, rows: Sequence[Sequence[LabelledText]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
+        self, rows: Sequence[Sequence[ClassRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
     ) -> ModelBatch:
         flat = [row for (row,) in rows]
         longest = max(row.size for row in flat)
-        ids = torch.full((len(flat), longest), int(self.processor.pad_token_id))
-        mask = torch.zeros(len(flat), longest, dtype=torch.int64)
-        types = torch.zeros(len(flat), longest, dtype=torch.int64)
+        ids = torch.full((len(flat), longest), self.pad_id)
+        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
         for i, row in enumerate(flat):
             ids[i, : row.size] = torch.tensor(row.input_ids)
             mask[i, : row.size] = 1
             if row.token_type_ids is not None:
                 types[i, : row.size] = torch.tensor(row.token_type_ids)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if any(row.token_type_ids is not None for row in flat):
+        if self._segments and any(row.token_type_ids is not None for row in flat):
             inputs["token_type_ids"] = types
-        labels = [self._label_id(row, route) for row, route in zip(flat, routes, strict=True)]
+        labels = [(self.labels_of(route), row.label) for row, route in zip(flat, routes, strict=True)]
         return ModelBatch(
             inputs=inputs,
-            targets={"labels": torch.tensor(labels)},
-            loss=cross_entropy,
+            targets=targets_of(labels, self.width),
+            loss=row_losses,
             routes=tuple(routes),
             weights=(1.0,) * len(flat),
             sizes=tuple(row.size for row in flat),
             examples_E=torch.as_tensor(list(examples)),
         )
 
-    def _label_id(self, row: LabelledText, route: RowRoute) -> int:
-        names = self._labels.get(route) if isinstance(route, str) else None
-        names = names or self._own_labels()
-        return names.index(row.reference) if row.reference in names else 0
+    @property
+    def width(self) -> int:
+        """Outputs of the widest head, the base's among them."""
+        config: Any = self.model.config
+        return max(config.num_labels, *(known.outputs for known in self.sets.values()))
 
-    def _own_labels(self) -> list[str]:
-        """The base's."""
-        known: Any = self.model.config
-        return [str(known.id2label[i]) for i in range(known.num_labels)]
+    def labels_of(self, route: RowRoute) -> LabelSet:
+        """The labels of a row's adapter, or of the base's own head."""
+        if isinstance(route, str):
+            return self.sets[route]
+        if self.own is None:
+            raise ConfigError(
+                f"{type(self.model).__name__}: the base's own head was never trained (its labels have no names), so it says "
+                "nothing of a text. Name adapters alone."
+            )
+        return self.own
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
     def labels(self, adapter: str) -> int | None:
-        return len(self._labels[adapter])
+        return None if self.sets[adapter] == self.own else self.sets[adapter].outputs
 
     def about(self, adapter: str) -> Mapping[str, str]:
-        return {LABELS_KEY: json.dumps(self._labels[adapter], ensure_ascii=False)}
+        known = self.sets[adapter]
+        return {LABELS_KEY: json.dumps(list(known.names), ensure_ascii=False), KIND_KEY: known.kind}
 
     @property
     def scores_base(self) -> bool:
-        return False
+        return self.own is not None and all(known == self.own for known in self.sets.values())
+
+    def engine(self, bank: AdapterBank) -> Engine:
+        made = super().engine(bank)
+        made.one_route = has_one_input(self.model)
+        return made
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
     def metric_names(self, config: EvalConfig) -> Sequence[str]:
-        return METRICS[1:]
+        return list(METRICS)
 
     def validate(
-        self, engine: Engine, rows: Mapping[str, Sequence[LabelledText]], *, config: EvalConfig, busy: Busy
+        self, engine: Engine, rows: Mapping[str, Sequence[ClassRow]], *, config: EvalConfig, busy: Busy
     ) -> dict[str, dict[str, float]]:
-        jobs = sorted(((name, row) for name, own in rows.items() for row in own), key=lambda job: job[1].size)
-        sums = {name: [0.0, 0.0] for name in rows}
+        return {name: self._scores(outcome, config) for name, outcome in self.outcomes(engine, rows, config, busy).items()}
+
+    def _scores(self, outcome: Outcome, config: EvalConfig) -> dict[str, float]:
+        targets = np.array([outcome.labels.target(row.label) for row in outcome.rows if row.label is not None], dtype=np.float64)
+        scored = Scored(labels=outcome.labels, targets=targets, predictions=predicted(outcome.outputs_NK, outcome.labels))
+        names = metrics_of(config.metrics, outcome.labels.kind)
+        best = [config.best] if config.best in METRICS and config.best not in names else []
+        return {"loss": float(outcome.losses_N.mean()), **compute(scored, [*names, *best])}
+
+    def outcomes(
+        self, engine: Engine, rows: Mapping[str, Sequence[ClassRow]], config: EvalConfig, busy: Busy
+    ) -> dict[str, Outcome]:
+        """Each name's outputs for its rows, all names in common passes; rows keep their order."""
+        for name, own in rows.items():
+            self._check_labels(name, own)
+        jobs = [(name, i, row) for name, own in rows.items() for i, row in enumerate(own)]
+        jobs.sort(key=lambda job: job[2].size)
+        outputs = {name: np.zeros((len(own), self.width)) for name, own in rows.items()}
+        losses = {name: np.zeros(len(own)) for name, own in rows.items()}
         for start in range(0, len(jobs), config.batch_size):
             part = jobs[start : start + config.batch_size]
-            logits, labels = self._scored(engine, part)
-            losses = F.cross_entropy(logits, labels, reduction="none").tolist()
-            hits = (logits.argmax(-1) == labels).tolist()
-            for (name, _), loss, hit in zip(part, losses, hits, strict=True):
-                sums[name][0] += loss
-                sums[name][1] += hit
+            logits, found = self.outputs(engine, [(name, row) for name, _, row in part])
+            for (name, i, _), values, loss in zip(part, logits.double().numpy(), found.double().tolist(), strict=True):
+                outputs[name][i], losses[name][i] = values, loss
             busy("validation", min(start + config.batch_size, len(jobs)), len(jobs))
+        known = {name: self.labels_of(route_of(name)) for name in rows}
         return {
-            name: {"loss": sums[name][0] / len(own), "accuracy": sums[name][1] / len(own)} for name, own in rows.items() if own
+            name: Outcome(labels=known[name], rows=own, outputs_NK=outputs[name][:, : known[name].outputs], losses_N=losses[name])
+            for name, own in rows.items()
+            if own
         }
 
-    def _scored(self, engine: Engine, part: Sequence[tuple[str, LabelledText]]) -> tuple[Tensor, Tensor]:
-        """fp32 logits (N, labels) and label ids (N,), on the host."""
+    def outputs(self, engine: Engine, jobs: Sequence[tuple[str, ClassRow]]) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) of rows for a name each, −inf where its head ends, and losses (N,), fp32 on the host."""
+        count = len(jobs)
         batch = self.batch(
-            [[row] for _, row in part], [route_of(name) for name, _ in part], examples=range(len(part)), draws=[0] * len(part)
+            [[row] for _, row in jobs], [route_of(name) for name, _ in jobs], examples=range(count), draws=[0] * count
         )
-        logits = infer(engine, batch, lambda model, inputs, targets: _logits(model, inputs)).float().cpu()
-        return logits, batch.targets["labels"]
+
+        def whole(model: nn.Module, inputs: Tensors, targets: Tensors) -> Tensor:
+            logits = outputs_of(model, inputs)
+            return nn.functional.pad(logits, (0, self.width - logits.shape[1]), value=-torch.inf)
+
+        logits = infer(engine, batch, whole).cpu()
+        return logits, losses_of(logits, batch.targets)
+
+    def _check_labels(self, name: str, rows: Sequence[ClassRow]) -> None:
+        """Rows of several adapters' labels are read together for `eval`: each must be one of this one's."""
+        known = self.labels_of(route_of(name))
+        for row in rows:
+            try:
+                if row.label is not None:
+                    known.target(row.label)
+            except RowError as error:
+                whose = "the base" if is_base(name) else f"adapter {name!r}"
+                raise DataError(
+                    f"{row.origin}: {error.reason}; that is {whose}. Score the adapters of these labels alone (--adapters)."
+                ) from error
+
+    def samples(
+        self, engine: Engine, rows: Mapping[str, Sequence[ClassRow]], folder: Path, *, config: EvalConfig, busy: Busy
+    ) -> None:
+        found = self.outcomes(engine, rows, config, busy) if config.samples else {}
+        if not found:
+            return
+        pages = [page(name, outcome, self._scores(outcome, config)) for name, outcome in found.items()]
+        write_files(folder, {"samples.md": "\n".join(pages).encode()})
+        for name, outcome in found.items():
+            picture(outcome, f"{name}: {len(outcome.rows):,} held-out rows", folder / name / "held_out.png")
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
-        data = DataConfig(train=wanted.data, val_split=0, limit=wanted.max_rows)
-        columns = self.config.classification
-        rows = prepare(data, columns, self.processor, seed=0, train=None, val=None, labelled=False).train
-        lines = []
-        for start in range(0, len(rows), wanted.batch_size):
-            part = rows[start : start + wanted.batch_size]
-            jobs = [(name, row) for row in part for name in wanted.names]
-            logits, _ = self._scored(engine, jobs)
-            for i, row in enumerate(part):
-                line: dict[str, Any] = {"text": row.text, **({} if row.pair is None else {"text_pair": row.pair})}
-                for j, name in enumerate(wanted.names):
-                    names = self._labels.get(name) or self._own_labels()
-                    shares = logits[i * len(wanted.names) + j].softmax(-1)[: len(names)].tolist()
-                    best = max(range(len(names)), key=shares.__getitem__)
-                    line[name] = {"label": names[best], "score": round(shares[best], 6)}
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-            busy("predicting", min(start + wanted.batch_size, len(rows)), len(rows))
-        write_files(wanted.output.parent, {wanted.output.name: "".join(lines).encode()})
-        return f"{len(rows)} rows labelled by {', '.join(wanted.names)}: {wanted.output}"
+        return predict_rows(self, engine, wanted, busy)
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         return [("label rows of your own:", [f"lorabank predict {output} --data rows.jsonl --output labels.jsonl"])]
 
 
-def _order(label: str) -> tuple[bool, int, str]:
-    """Numbers by their value, before names."""
-    return not label.isdigit(), int(label) if label.isdigit() else 0, label
+def _knows(adapter: Adapter) -> bool:
+    return LABELS_KEY in adapter.metadata
 
 
-def _check_metrics(metrics: Sequence[str]) -> None:
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(f"expected some of {', '.join(METRICS)}, got {name!r}{closest(name, METRICS)}")
-
-
-def _load(request: BaseRequest, say: Say) -> TaskBase:
-    from transformers import AutoModelForSequenceClassification
-
-    base = load_class(
-        request.model,
-        AutoModelForSequenceClassification,
-        tokenizer_of,
-        dtype=request.dtype,
-        device=request.device,
-        trust_remote_code=request.trust_remote_code,
-        say=say,
-    )
-    return TaskBase(model=base.model, processor=base.processor, name=request.model, folder=base.folder, notes=base.notes)
+def _kept(name: str, adapter: Adapter) -> LabelSet:
+    values = {"labels": json.loads(adapter.metadata[LABELS_KEY]), "kind": adapter.metadata.get(KIND_KEY)}
+    return LabelSet.from_dict(values, f"adapter {name!r}: the labels in its lorabank.json")
 
 
 def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str, Adapter]) -> TextClassification:
     return TextClassification(config, model, processor, adapters)
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=_check_metrics)
+KIND = TaskKind(load=load_classifier, open=_open, check_metrics=check_metrics)

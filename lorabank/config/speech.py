@@ -1,0 +1,53 @@
+"""`SpeechConfig`: what speech recognition needs to know beside a run's other settings. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorabank.config.checks import check_choice, check_positive, check_positive_int
+from lorabank.errors import ConfigError, Setting
+
+SPEECH_TASKS = ("transcribe", "translate")
+TIMESTAMPS = ("auto", "keep", "drop")
+BAD_ROWS = ("skip", "refuse")
+LONG_AUDIO = ("skip", "cut", "split", "refuse")
+MAX_WINDOW_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechConfig:
+    """How recordings and their transcripts are read, and how text is generated from them."""
+
+    language: str | None = None
+    """Language of the transcripts, as a name or a code (`german`, `de`). Models that know many need it; rows with a column
+    `language` have their own."""
+    task: str = "transcribe"
+    """`transcribe`, or `translate` into English."""
+    timestamps: str = "auto"
+    """`keep` those that transcripts have (`<|0.00|> Hello.<|1.20|>`) and refuse transcripts without; `auto`: keep them where
+    there are any; `drop` them."""
+    audio_column: str | None = None
+    """Column of the recording: a path, bytes, or samples. None: file_name, audio, path, …, the first there is."""
+    text_column: str | None = None
+    """Column of the transcript. None: transcription, text, sentence, transcript, …, the first there is."""
+    bad_rows: str = "skip"
+    """What follows where a recording is missing, corrupt, empty or silent, or has no transcript: `skip` and count it, or
+    `refuse` with an error that names all of them."""
+    long_audio: str = "skip"
+    """What follows where a recording is longer than `window`: `skip` and count it; `cut` the rest off, with what its timestamps
+    say was spoken there; `split` it between its timestamps; or `refuse`."""
+    window: float = MAX_WINDOW_S
+    """Seconds of audio that the model hears at once; shorter recordings are filled up with silence. Below 30 the encoder's
+    positions are cut: much faster for short recordings, and the adapter is then for that window alone."""
+    beams: int = 1
+    """Beams that transcripts are generated with; 1 is greedy."""
+
+    def __post_init__(self) -> None:
+        check_choice("speech.task", self.task, SPEECH_TASKS)
+        check_choice("speech.timestamps", self.timestamps, TIMESTAMPS)
+        check_choice("speech.bad_rows", self.bad_rows, BAD_ROWS)
+        check_choice("speech.long_audio", self.long_audio, LONG_AUDIO)
+        check_positive_int("speech.beams", self.beams)
+        check_positive("speech.window", self.window)
+        if self.window > MAX_WINDOW_S:
+            raise ConfigError(Setting("speech.window"), f": at most {MAX_WINDOW_S:g} seconds, got {self.window:g}")

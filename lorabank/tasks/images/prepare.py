@@ -1,0 +1,190 @@
+"""`prepare_images`: from sources to checked rows in splits, with a report. Every picture is decoded here, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from lorabank.config.images import ImagesConfig
+from lorabank.config.train import DataConfig
+from lorabank.data.read import Source
+from lorabank.data.report import MAX_ORIGINS
+from lorabank.data.row import NanError, RowError
+from lorabank.data.stratified import stratified_rows
+from lorabank.errors import DataError, closest
+from lorabank.tasks.images.pictures import open_picture
+from lorabank.tasks.images.report import ImageReport, build_report
+from lorabank.tasks.images.rows import ImageRow, PixelStore, in_order
+from lorabank.tasks.images.sources import Columns, Found, find_pictures, held_out_beside, natural
+
+Progress = Callable[[int, int], None]
+"""Called with pictures done and pictures in all."""
+
+
+@dataclass(frozen=True)
+class PreparedImages:
+    """Rows ready to be batched, and the labels that they may have."""
+
+    train: list[ImageRow]
+    val: list[ImageRow]
+    test: list[ImageRow]
+    report: ImageReport
+    labels: tuple[str, ...]
+    """In the order of a head's outputs."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A picture that was looked at."""
+
+    row: ImageRow | None
+    error: RowError | None
+    size: tuple[int, int] = (0, 0)
+
+
+def prepare_images(
+    data: DataConfig,
+    images: ImagesConfig,
+    store: PixelStore,
+    *,
+    seed: int,
+    train: Source | None = None,
+    val: Source | None = None,
+    labels: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> PreparedImages:
+    """Find, open, check and split.
+
+    `train` and `val` (a folder, a table, a `datasets` id or object, or a list of dicts) override the paths of `data`. `labels`: a
+    head's own, where it has some; else `images.labels`, else those of the training pictures. Pictures that can't be used are
+    dropped and counted by reason, or stop it with all their names, as `images.bad_rows` says. Splits are by class. Raises
+    DataError, also where no picture is left.
+    """
+    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
+    if sources["train"] is None:
+        raise DataError("no training data: set data.train to a folder, a table or a data set id, or pass the rows themselves")
+    for role in ("val", "test"):
+        sources[role] = held_out_beside(sources["train"], role) if sources[role] is None else sources[role]
+    columns = Columns(image=images.image_column, label=images.label_column)
+    found = {
+        role: find_pictures(source, role=role, columns=columns, limit=data.limit)
+        for role, source in sources.items()
+        if source is not None
+    }
+    opened = _open(found, images, store, progress)
+    known = labels or images.labels
+    if known is None:
+        names = {each.row.label for each in opened["train"] if each.row is not None and each.row.label is not None}
+        known = sorted(names, key=natural)
+    checked = {role: [_labelled(each, known) for each in part] for role, part in opened.items()}
+    errors = {role: [each.error for each in part if each.error is not None] for role, part in checked.items()}
+    total = sum(map(len, found.values()))
+    _refuse([e for part in errors.values() for e in part], total, data, images)
+    rows = {role: [each.row for each in part if each.row is not None] for role, part in checked.items()}
+    for role, part in rows.items():
+        if not part:
+            raise DataError(f"{role} data: none of the {len(found[role]):,} pictures can be used:{_listed(errors[role])}")
+    splits, notes = _split(data, rows, seed)
+    _check_classes(known, splits["train"], notes)
+    report = build_report(
+        read=total,
+        errors=[e for part in errors.values() for e in part],
+        splits=splits,
+        labels=known,
+        sizes=[each.size for part in checked.values() for each in part if each.row is not None],
+        notes=notes,
+    )
+    return PreparedImages(splits["train"], splits["val"], splits["test"], report, tuple(known))
+
+
+def _open(
+    found: Mapping[str, Sequence[Found]], images: ImagesConfig, store: PixelStore, progress: Progress | None
+) -> dict[str, list[_Opened]]:
+    total, done = sum(map(len, found.values())), 0
+    opened: dict[str, list[_Opened]] = {}
+
+    def look(each: Found) -> _Opened:
+        return open_found(each, images.min_size, store)
+
+    for role, part in found.items():
+        opened[role] = []
+        for each in in_order(look, part):
+            opened[role].append(each)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    return opened
+
+
+def open_found(each: Found, min_size: int, store: PixelStore) -> _Opened:
+    """Open one picture, and keep its pixels where there is room; what is wrong with it otherwise."""
+    if each.picture is None:
+        error = each.error or RowError("no picture")
+        return _Opened(None, error.at(each.origin))
+    try:
+        picture, digest = open_picture(each.picture, min_size=min_size)
+    except RowError as error:
+        return _Opened(None, error.at(each.origin))
+    store.keep(digest, store.preprocess.pixels(picture))
+    return _Opened(ImageRow(each.picture, digest, each.label, each.origin), None, picture.size)
+
+
+def _labelled(each: _Opened, known: Collection[str]) -> _Opened:
+    if each.row is None or each.row.label in known:
+        return each
+    label = each.row.label or ""
+    return _Opened(None, RowError(f"label {label!r} is none of the {len(known)} known{closest(label, known)}", each.row.origin))
+
+
+def _refuse(errors: Sequence[RowError], total: int, data: DataConfig, images: ImagesConfig) -> None:
+    nan = [error for error in errors if isinstance(error, NanError)] if data.nan_rows == "stop" else []
+    stopping = errors if images.bad_rows == "stop" else nan
+    if not stopping:
+        return
+    setting = "images.bad_rows" if images.bad_rows == "stop" else "data.nan_rows"
+    raise DataError(
+        f"data: {len(stopping):,} of {total:,} pictures can't be used:{_listed(stopping)}\n"
+        f"Correct or delete them. Or set `{setting}: drop`, which leaves them out and counts them in the data report."
+    )
+
+
+def _listed(errors: Sequence[RowError]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for error in errors:
+        reasons.setdefault(error.reason, []).append(error.origin)
+    return "".join(
+        f"\n  - {len(origins):,} × {reason} ({', '.join(origins[:MAX_ORIGINS])}{', …' if len(origins) > MAX_ORIGINS else ''})"
+        for reason, origins in sorted(reasons.items(), key=lambda item: -len(item[1]))
+    )
+
+
+def _split(
+    data: DataConfig, rows: Mapping[str, list[ImageRow]], seed: int
+) -> tuple[dict[str, list[ImageRow]], dict[str, list[str]]]:
+    """Hold pictures out of the training source for each split that has no source of its own."""
+    source = rows["train"]
+    val = 0 if "val" in rows else data.val_split
+    test = 0 if "test" in rows else data.test_split
+    notes: dict[str, list[str]] = {}
+    if val == DataConfig.val_split and len({row.digest for row in source}) <= len({row.label for row in source}):
+        # the default share was nobody's demand: a set too small for it is trained on whole
+        notes["too few pictures to hold any out for validation"] = [row.origin for row in source]
+        val = 0
+    made = stratified_rows([row.digest for row in source], [row.label or "" for row in source], val=val, test=test, seed=seed)
+    if made.undivided:
+        few = {label: [row.origin for row in source if row.label == label] for label in made.undivided}
+        note = "classes with too few pictures to hold one out, all trained on"
+        notes[note] = [f"{label}: {origins[0]}" for label, origins in few.items()]
+    held = {"val": made.split.val, "test": made.split.test}
+    splits = {"train": [source[i] for i in made.split.train]}
+    for role in ("val", "test"):
+        splits[role] = rows[role] if role in rows else [source[i] for i in held[role]]
+    return splits, notes
+
+
+def _check_classes(known: Sequence[str], train: Sequence[ImageRow], notes: dict[str, list[str]]) -> None:
+    present = {row.label for row in train}
+    if len(known) < 2:
+        raise DataError(f"data: expected pictures of at least two classes, got {', '.join(known) or 'none'} alone")
+    if absent := [label for label in known if label not in present]:
+        notes["labels without a training picture"] = absent

@@ -1,0 +1,255 @@
+"""Pictures and their labels from a folder with a folder a class, a table with columns, or a `datasets` object or id."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lorabank.config.paths import expanded
+from lorabank.data.files import READERS
+from lorabank.data.read import Source, import_datasets, load_hub, pick_split, read_rows
+from lorabank.data.row import NanError, RowError
+from lorabank.errors import DataError, closest
+from lorabank.tasks.images.pictures import SUFFIXES, FromTable, Picture, as_picture
+
+IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
+SPLITS: Mapping[str, Sequence[str]] = {
+    "train": ("train", "training"),
+    "val": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+"""Part of a data set → names that folders have for it."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables in an image folder that say its labels, as `datasets` has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a table hold what; None: the first that is called as usual."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """An entry of a source: a picture and its label, or why there is none."""
+
+    origin: str
+    """The file, or `row N of …`."""
+    picture: Picture | None = None
+    label: str | None = None
+    error: RowError | None = None
+
+
+def find_pictures(
+    source: Source, *, role: str = "train", columns: Columns | None = None, labelled: bool = True, limit: int | None = None
+) -> list[Found]:
+    """Every picture of `source` with its label, none of them opened yet. `limit`: the first of each class folder, or of a table.
+
+    `role`: `train`, `val` or `test`, where the source holds several. `labelled` False: labels aren't asked for, and pictures may
+    lie in a folder without class folders. Raises DataError for what is no such source, has no usable column or no picture.
+    """
+    columns = columns or Columns()
+    if isinstance(source, str | Path):
+        path = expanded(str(source), place=f"data.{role}", kind=DataError)
+        found = _from_path(path, str(source), role, columns, labelled, limit)
+        name = str(source)
+    else:
+        found = list(islice(_from_object(source, role, None, columns, labelled), limit))
+        name = f"the {type(source).__name__} given as {role} data"
+    if not found:
+        raise DataError(f"{name}: expected at least one picture, got none")
+    return found
+
+
+def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: bool, limit: int | None) -> list[Found]:
+    if path.is_file() and path.suffix.lower() in SUFFIXES and not labelled:
+        return [Found(str(path), path)]
+    if path.is_file() and path.suffix.lower() != ".parquet":
+        return list(islice(_from_table(path, columns, labelled), limit))
+    if path.is_file():  # datasets knows names of classes that a Parquet file notes
+        datasets = import_datasets(name)
+        try:
+            table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+        except Exception as error:  # any reader's own error: the library documents none
+            raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+        return list(islice(_from_object(table, role, str(path), columns, labelled), limit))
+    if not path.is_dir():
+        return list(islice(_from_object(load_hub(name, role), role, name, columns, labelled), limit))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        datasets = import_datasets(name)
+        try:
+            saved = datasets.load_from_disk(str(path))
+        except Exception as error:  # as above
+            raise DataError(f"{path}: looks like a saved data set, but can't be loaded: {error}") from error
+        return list(islice(_from_object(saved, role, name, columns, labelled), limit))
+    return _from_folder(path, role, columns, labelled, limit)
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def _from_folder(folder: Path, role: str, columns: Columns, labelled: bool, limit: int | None) -> list[Found]:
+    own = _split_folder(folder, role)
+    if own is not None:
+        folder = own
+    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if table is not None:
+        return _from_path(table, str(table), role, columns, labelled, limit)
+    classes = sorted(
+        (entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry)), key=lambda entry: natural(entry.name)
+    )
+    if labelled and not classes:
+        files = sorted(entry.name for entry in folder.iterdir() if not _hidden(entry))
+        tables = [entry for entry in folder.iterdir() if entry.suffix.lower() in READERS and not _hidden(entry)]
+        if len(tables) == 1:
+            return _from_path(tables[0], str(tables[0]), role, columns, labelled, limit)
+        has = ", ".join(files[:3]) + (", …" if len(files) > 3 else "") if files else "nothing"
+        raise DataError(
+            f"{folder}: expected a folder for each class with its pictures, or a table ({' '.join(METADATA)}), found {has}"
+        )
+    loose = list(islice(_files(folder, deep=False, label=None, labelled=labelled), limit))
+    found = [*loose] if not labelled else [Found(f.origin, error=RowError("lies beside the class folders")) for f in loose]
+    for entry in classes:
+        found += islice(_files(entry, deep=True, label=entry.name, labelled=labelled), limit)
+    return found
+
+
+def _split_folder(folder: Path, role: str) -> Path | None:
+    """The part of a folder that holds one a split; None for another. Raises DataError where it holds others, not this one."""
+    below = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry)}
+    known = {name for names in SPLITS.values() for name in names}
+    if not below or not set(below) <= known:
+        return None
+    hit = next((below[name] for name in SPLITS[role] if name in below), None)
+    if hit is None:
+        raise DataError(f"{folder}: holds {', '.join(sorted(below))}, and no folder {SPLITS[role][0]!r} for {role} data")
+    return hit
+
+
+def held_out_beside(source: Source, role: str) -> Path | None:
+    """The `val` or `test` folder beside the `train` folder that a source holds; None where it has none."""
+    if not isinstance(source, str | Path):
+        return None
+    path = expanded(str(source), place="data.train", kind=DataError)
+    if not path.is_dir():
+        return None
+    below = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir() and not _hidden(entry)}
+    if not any(name in below for name in SPLITS["train"]) or _split_folder(path, "train") is None:
+        return None
+    return next((below[name] for name in SPLITS[role] if name in below), None)
+
+
+def _files(folder: Path, *, deep: bool, label: str | None, labelled: bool) -> Iterator[Found]:
+    for entry in sorted(folder.iterdir(), key=lambda entry: natural(entry.name)):
+        if _hidden(entry):
+            continue
+        if entry.is_dir():
+            if deep:
+                yield from _files(entry, deep=True, label=label, labelled=labelled)
+        elif entry.suffix.lower() in SUFFIXES:
+            yield Found(str(entry), entry, label)
+        elif labelled and deep:
+            yield Found(str(entry), error=RowError(f"no picture by its name ({entry.suffix or 'no suffix'})"))
+
+
+def _hidden(entry: Path) -> bool:
+    return entry.name.startswith((".", "__MACOSX", "Thumbs.db"))
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A key to sort names by: numbers in them by size, `class 2` before `class 10`."""
+    return [(0, int(part)) if part.isdigit() else (1, part.lower()) for part in re.split(r"(\d+)", name) if part]
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _from_table(path: Path, columns: Columns, labelled: bool) -> Iterator[Found]:
+    rows = read_rows(path)
+    image, label = _columns(list(rows[0].values), columns, str(path), labelled)
+    for row in rows:
+        yield _found(row.values.get(image), row.values.get(label) if label else None, row.origin, path.parent, None, label)
+
+
+def _from_object(source: Source, role: str, name: str | None, columns: Columns, labelled: bool) -> Iterator[Found]:
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        source, name = pick_split(source, role, name)
+    if datasets is not None and isinstance(source, datasets.Dataset):
+        yield from _from_dataset(datasets, source, name or "the data set", columns, labelled)
+        return
+    rows = read_rows(source, role=role)
+    image, label = _columns(list(rows[0].values), columns, name or f"the {role} rows given", labelled)
+    for row in rows:
+        yield _found(row.values.get(image), row.values.get(label) if label else None, row.origin, None, None, label)
+
+
+def _from_dataset(datasets: Any, table: Any, name: str, columns: Columns, labelled: bool) -> Iterator[Found]:
+    image, label = _columns(table.column_names, columns, name, labelled)
+    names = getattr(table.features.get(label), "names", None) if label else None
+    labels = table[label] if label else [None] * len(table)
+    if isinstance(table.features[image], datasets.Image):
+        table = table.cast_column(image, datasets.Image(decode=False))  # a damaged one is to cost its own row alone
+    pictures = table.select_columns([image])
+    for index, value in enumerate(labels):
+        origin = f"row {index + 1} of {name}"
+        found = _found(b"", value, origin, None, names, label)
+        yield found if found.error else Found(origin, FromTable(pictures, index, image), found.label)
+
+
+def _columns(present: Sequence[str], columns: Columns, where: str, labelled: bool) -> tuple[str, str | None]:
+    def pick(wanted: str | None, usual: Sequence[str], what: str) -> str | None:
+        if wanted is not None:
+            if wanted not in present:
+                raise DataError(f"{where}: no column {wanted!r}{closest(wanted, present)}. It has: {', '.join(present)}")
+            return wanted
+        return next((name for name in usual if name in present), None)
+
+    image, label = pick(columns.image, IMAGE_COLUMNS, "image"), pick(columns.label, LABEL_COLUMNS, "label")
+    if image is None or (label is None and labelled):
+        what = "a picture" if image is None else "a label"
+        setting, usual = ("image_column", IMAGE_COLUMNS) if image is None else ("label_column", LABEL_COLUMNS)
+        raise DataError(
+            f"{where}: no column for {what} (as {', '.join(usual[:3])}) among {', '.join(present) or 'none'}. Name it: {setting}"
+        )
+    return image, label if labelled else None
+
+
+def _found(
+    picture: object, label: object, origin: str, folder: Path | None, names: Sequence[str] | None, column: str | None
+) -> Found:
+    try:
+        name = None if column is None else _label(label, names, column)
+        return Found(origin, as_picture(picture, folder), name)
+    except RowError as error:
+        return Found(origin, error=error.at(origin))
+
+
+def _label(value: object, names: Sequence[str] | None, column: str) -> str:
+    """A cell as a label's name. `names`: of numbered classes."""
+    if isinstance(value, float) and math.isnan(value):
+        raise NanError(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise RowError(f"column {column!r} is empty")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int):
+        if names is None:
+            return str(value)
+        if not 0 <= value < len(names):
+            raise RowError(f"column {column!r} holds {value}, and there are {len(names)} classes")
+        return str(names[value])
+    if isinstance(value, str):
+        return value.strip()
+    raise RowError(f"column {column!r} holds a {type(value).__name__} where a label was expected")

@@ -1,0 +1,235 @@
+"""`ImageClassification`: a picture model under the bank, each adapter with a head for its own labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorabank.bank.in_full.heads import head_paths
+from lorabank.bank.routing import RowRoute
+from lorabank.bank.targets import ALL_LINEAR, as_list, linear_layers
+from lorabank.config.train import EvalConfig, TrainConfig
+from lorabank.data.prepare import Progress
+from lorabank.data.read import Source
+from lorabank.engine.engine import Engine
+from lorabank.engine.model_batch import ModelBatch, Tensors
+from lorabank.errors import ConfigError, DataError, Setting, closest
+from lorabank.formats.adapter import Adapter
+from lorabank.formats.labels import LABELS
+from lorabank.tasks.images.answers import Answers
+from lorabank.tasks.images.augment import augment, kornia
+from lorabank.tasks.images.load import own_labels
+from lorabank.tasks.images.metrics import METRICS, TOP, TOP5, scores
+from lorabank.tasks.images.model import find_head, logits_of
+from lorabank.tasks.images.predict import predict
+from lorabank.tasks.images.prepare import PreparedImages, prepare_images
+from lorabank.tasks.images.preprocess import plain_processor, read_off
+from lorabank.tasks.images.rows import ImageRow, PixelStore
+from lorabank.tasks.images.samples import write_samples
+from lorabank.training.base_rows import is_base
+from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
+from lorabank.training.jobs import AdapterJob
+from lorabank.training.task import Busy, Prediction, Task
+
+GIB = 2**30
+PIXELS, TARGET = "pixel_values", "labels"
+
+
+def cross_entropy(model: nn.Module, inputs: Tensors, targets: Tensors) -> Tensor:
+    """−log p(label) of each picture, nats (N,)."""
+    return F.cross_entropy(logits_of(model, inputs[PIXELS]), targets[TARGET], reduction="none")
+
+
+class ImageClassification(Task[ImageRow]):
+    """Of one model: transformers', timm's, or any `nn.Module` that gives a number a label."""
+
+    name = "image-classification"
+    unit = "images"
+    section = "images"
+
+    def __init__(self, config: TrainConfig, model: nn.Module, processor: Any, loaded: Mapping[str, Adapter]) -> None:
+        preprocess = read_off(plain_processor(config.images) if processor is None else processor, config.images)
+        super().__init__(config, model, preprocess.processor)
+        first = next(model.parameters())
+        self._device, self._dtype = first.device, first.dtype
+        self.store = PixelStore(preprocess, config.images.cache_gib * GIB)
+        self._known = own_labels(model)
+        self._labels = {name: self._labels_of(name, adapter) for name, adapter in loaded.items()}
+        """Adapter to its labels' names, in the order of its head's outputs."""
+        self._scoring = bool(loaded)
+        self._head = config.images.head or find_head(model, preprocess.height, preprocess.width)
+        if config.images.augment:
+            kornia()
+
+    @property
+    def head(self) -> str | None:
+        """The module that gives a number a label, where the model's class doesn't say."""
+        return self._head
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def read(self, config: TrainConfig, rows: RowObjects | None = None, progress: Progress | None = None) -> DataSets[ImageRow]:
+        runs = adapter_runs(config)
+
+        def one(name: str, train: Source | None, val: Source | None) -> PreparedImages:
+            labels = self._given_labels(name, runs[name].init_from, runs[name].modules_to_save)
+            return prepare_images(
+                config.data, config.images, self.store, seed=config.seed, train=train, val=val, labels=labels, progress=progress
+            )
+
+        sets = read_sets(config, rows, one)
+        if not self._scoring:
+            self._labels = {name: own.labels for name, own in sets.by_adapter.items() if isinstance(own, PreparedImages)}
+        return sets
+
+    def _given_labels(self, name: str, init_from: str | None, saved: Sequence[str] | None) -> Sequence[str] | None:
+        """The labels that a head has already: a loaded adapter's, that of what training goes on from, or the model's own."""
+        if self._scoring:
+            return list(dict.fromkeys(label for own in self._labels.values() for label in own))
+        if init_from is not None:
+            return self._labels_of(init_from, Adapter.load(init_from))
+        return self.base_labels if saved is not None and not saved else None
+
+    def _labels_of(self, name: str, adapter: Adapter) -> tuple[str, ...]:
+        """What a loaded adapter says of its labels; of one that another tool made their numbers."""
+        if LABELS in adapter.metadata:
+            return tuple(json.loads(adapter.metadata[LABELS]))
+        widths = [len(values["bias"]) for values in adapter.modules.values() if "bias" in values and values["bias"].ndim == 1]
+        known = self.base_labels
+        return known if not widths or widths[-1] == len(known) else tuple(map(str, range(widths[-1])))
+
+    @property
+    def base_labels(self) -> tuple[str, ...]:
+        """The model's own labels; numbered where nobody named them."""
+        if self._known is None:
+            self._known = tuple(map(str, range(self._width())))
+        return self._known
+
+    def _width(self) -> int:
+        preprocess = self.store.preprocess
+        blank = torch.zeros(1, 3, preprocess.height, preprocess.width, device=self._device, dtype=self._dtype)
+        with torch.no_grad():
+            return logits_of(self.model, blank).shape[1]
+
+    def use_labels(self, labels: Mapping[str, Sequence[str]]) -> None:
+        """Say what adapters' labels are, in a loop of one's own: `read` and loading do so by themselves."""
+        self._labels |= {name: tuple(own) for name, own in labels.items()}
+
+    def labels_of(self, name: str) -> tuple[str, ...]:
+        """Of an adapter, or of the base."""
+        return self.base_labels if is_base(name) else self._labels[name]
+
+    def batch(
+        self, rows: Sequence[Sequence[ImageRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
+    ) -> ModelBatch:
+        flat = [row for own in rows for row in own]
+        labels = [self.labels_of(route) if isinstance(route, str) else self.base_labels for route in routes]
+        true = [own.index(row.label) if row.label in own else 0 for row, own in zip(flat, labels, strict=True)]
+        return ModelBatch(
+            inputs={PIXELS: self._pixels(flat, draws)},
+            targets={TARGET: torch.tensor(true)},
+            loss=cross_entropy,
+            routes=tuple(routes),
+            weights=(1.0,) * len(flat),
+            sizes=(1,) * len(flat),
+            examples_E=torch.as_tensor(list(examples)),
+        )
+
+    def _pixels(self, rows: Sequence[ImageRow], draws: Sequence[int]) -> Tensor:
+        """(N, C, H, W) on the model's device, varied where a draw isn't zero."""
+        x = self.store.stacked(rows).to(self._device, non_blocking=True).float() / 255
+        if any(draws):
+            x = augment(x, draws, self.config.images.augment)
+        return self.store.preprocess.normalise(x).to(self._dtype)
+
+    # ---- the adapters -----------------------------------------------------------------------------------------------
+
+    def check(self, name: str, job: AdapterJob) -> None:
+        heads = tuple(head_paths(self.model, self._head))
+        inner = [
+            path for path in linear_layers(self.model) if path not in heads and not path.startswith(tuple(f"{h}." for h in heads))
+        ]
+        if as_list(job.run.targets) == [ALL_LINEAR] and not inner:
+            raise ConfigError(
+                Setting(f"adapters.{name}.targets"),
+                f": the only linear layers of {type(self.model).__name__} are its head's, which is trained anyway. Use targets "
+                "'all-conv', or ['all-linear', 'all-conv'].",
+            )
+
+    def labels(self, adapter: str) -> int | None:
+        runs = adapter_runs(self.config)
+        saved = runs[adapter].modules_to_save if adapter in runs else None
+        return None if saved is not None and not saved else len(self._labels[adapter])
+
+    def about(self, adapter: str) -> Mapping[str, str]:
+        return {LABELS: json.dumps(self._labels[adapter], ensure_ascii=False)}
+
+    # ---- scores -----------------------------------------------------------------------------------------------------
+
+    @property
+    def scores_base(self) -> bool:
+        saved = [run.modules_to_save for run in adapter_runs(self.config).values()]
+        return all(own is not None and not own for own in saved)
+
+    def metric_names(self, config: EvalConfig) -> Sequence[str]:
+        check_metrics(config.metrics)
+        few = bool(self._labels) and max(map(len, self._labels.values())) <= TOP
+        return [name for name in METRICS if not (few and name == TOP5)]
+
+    def validate(
+        self, engine: Engine, rows: Mapping[str, Sequence[ImageRow]], *, config: EvalConfig, busy: Busy
+    ) -> dict[str, dict[str, float]]:
+        self._check_labels(rows)
+        found = Answers(self, engine).of(rows, batch_size=config.batch_size, busy=busy)
+        return {
+            name: scores(answers, self.true(name, rows[name]), len(self.labels_of(name)))
+            for name, answers in found.items()
+            if answers
+        }
+
+    def true(self, name: str, rows: Sequence[ImageRow]) -> list[int]:
+        """The numbers of the rows' labels."""
+        own = self.labels_of(name)
+        return [own.index(row.reference) for row in rows]
+
+    def _check_labels(self, rows: Mapping[str, Sequence[ImageRow]]) -> None:
+        for name, own in rows.items():
+            known = set(self.labels_of(name))
+            lacking = [row for row in own if row.label not in known]
+            if lacking:
+                label = lacking[0].reference
+                raise DataError(
+                    f"{lacking[0].origin}: its label {label!r} is none of the {len(known)} that {name!r} has"
+                    f"{closest(label, known)}, as with {len(lacking):,} of {len(own):,} pictures. Score {name!r} on others, or "
+                    "name the adapters that know these (--adapters)."
+                )
+
+    def samples(
+        self, engine: Engine, rows: Mapping[str, Sequence[ImageRow]], folder: Path, *, config: EvalConfig, busy: Busy
+    ) -> None:
+        if config.samples:
+            write_samples(self, engine, rows, folder, config=config, busy=busy)
+
+    # ---- afterwards -------------------------------------------------------------------------------------------------
+
+    def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
+        return predict(self, engine, wanted, busy=busy)
+
+    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
+        return [("label pictures of your own:", [f"lorabank predict {output} --data pictures/ --output labels.jsonl"])]
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise ConfigError for a metric that isn't one of a classifier's."""
+    known = ("loss", *METRICS)
+    for name in metrics:
+        if name not in known:
+            raise ConfigError(
+                Setting("eval.metrics"), f": expected some of {', '.join(known)}, got {name!r}{closest(name, known)}"
+            )

@@ -1,0 +1,153 @@
+"""Recordings as samples: any file that libsndfile reads, bytes or arrays → mono float32 at the model's rate.
+
+Nothing of torchaudio: soundfile decodes, soxr resamples. S samples a channel, C channels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from lorabank.data.row import RowError
+from lorabank.errors import MissingExtraError
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf")
+SILENT = 10 ** (-80 / 20)
+"""Peak below which a recording holds nothing: −80 dB of full scale, a few steps of 16 bits."""
+SHORTEST_S = 0.02
+"""Seconds below which there is nothing to hear: less than one frame of the encoder."""
+MAX_RATE, MIN_RATE = 768_000, 1_000
+"""Samples a second outside of which a rate is taken for a damaged header."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """One recording."""
+
+    samples_S: np.ndarray
+    """float32, mono, at `rate`."""
+    rate: int
+    source_rate: int
+    """Samples a second before resampling."""
+    source_channels: int
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return len(self.samples_S) / self.rate
+
+
+def load_sound(source: Any, rate: int, *, near: Path | None = None) -> Sound:
+    """The recording that `source` names or holds: a path (relative ones: below `near`), bytes, or what `datasets` has: a dict
+    with `array` and `sampling_rate`, or with `bytes` or `path`.
+
+    Channels are averaged; other rates than `rate` are resampled. Raises RowError, whose reason is the same for equal faults.
+    """
+    samples, own = _decoded(source, near)
+    if not MIN_RATE <= own <= MAX_RATE:
+        raise RowError(f"sample rate {own:,} Hz: expected {MIN_RATE:,} to {MAX_RATE:,}")
+    channels = samples.shape[1] if samples.ndim == 2 else 1
+    mono = samples.mean(1) if samples.ndim == 2 else samples
+    if not len(mono):
+        raise RowError("the recording is empty: it has no samples")
+    if not np.isfinite(mono).all():
+        raise RowError("the recording holds NaN or infinite samples")
+    if own != rate:
+        mono = _soxr().resample(mono, own, rate)
+    mono = np.ascontiguousarray(mono, dtype=np.float32)
+    if len(mono) < SHORTEST_S * rate:
+        raise RowError(f"the recording is shorter than {SHORTEST_S:g} s")
+    if float(np.abs(mono).max()) < SILENT:
+        raise RowError("the recording is silent: no sample is louder than -80 dB of full scale")
+    return Sound(samples_S=mono, rate=rate, source_rate=own, source_channels=channels)
+
+
+def _decoded(source: Any, near: Path | None) -> tuple[np.ndarray, int]:
+    """(samples (S,) or (S, C), samples a second)."""
+    if isinstance(source, Mapping):
+        if source.get("array") is not None:
+            return _given(source["array"], source.get("sampling_rate"))
+        inner = source.get("bytes") if source.get("bytes") is not None else source.get("path")
+        if inner is None:
+            raise RowError(
+                f"a recording as a dict needs array and sampling_rate, bytes, or path; got {', '.join(map(str, source))}"
+            )
+        source = inner
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _read(io.BytesIO(source), "the bytes of the recording")
+    if isinstance(source, str | Path):
+        if not str(source).strip():
+            raise RowError("the recording's path is empty")
+        path = Path(source).expanduser()
+        path = path if path.is_absolute() or near is None else near / path
+        if path.is_dir():
+            raise RowError("the recording is a folder, not a file")
+        if not path.is_file():
+            raise RowError("there is no such recording")
+        _check_whole(path)
+        return _read(path, "the recording")
+    raise RowError(f"a recording is a path, bytes, or a dict of samples; got {type(source).__name__}")
+
+
+def _check_whole(path: Path) -> None:
+    """Raise RowError for a WAV file that ends before its header says: libsndfile reads what is there without a word."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+        size = path.stat().st_size
+    except OSError as error:
+        raise RowError(f"the recording can't be read ({error.strerror})") from error
+    said = int.from_bytes(head[4:8], "little")
+    streamed = said == 0 or said >= 0xFFFFFF00  # written by what couldn't go back to fill it in
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE" and not streamed and said + 8 > size + 1:
+        raise RowError("the recording is cut off: the file is shorter than its header says")
+
+
+def _given(array: Any, rate: object) -> tuple[np.ndarray, int]:
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or rate != int(rate):
+        raise RowError(f"samples need a whole sampling_rate, got {rate!r}")
+    try:
+        samples = np.asarray(array)
+    except ValueError as error:  # rows of unequal lengths
+        raise RowError("the samples are no array: channels of different lengths") from error
+    if samples.dtype.kind in "iu":
+        samples = samples / float(np.iinfo(samples.dtype).max)
+    if samples.dtype.kind != "f" or samples.ndim not in (1, 2):
+        raise RowError(f"samples are numbers, one or two dimensions; got {samples.dtype} of shape {samples.shape}")
+    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
+        samples = samples.T  # channels first, as torch has them
+    return samples.astype(np.float32), int(rate)
+
+
+def _read(file: Any, what: str) -> tuple[np.ndarray, int]:
+    soundfile = _soundfile()
+    try:
+        return soundfile.read(file, dtype="float32")
+    except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
+        raise RowError(f"{what} can't be decoded: it is damaged, cut off, or in a format that libsndfile doesn't read") from error
+
+
+def _soundfile() -> ModuleType:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise _missing("soundfile") from error
+    return soundfile
+
+
+def _soxr() -> ModuleType:
+    try:
+        import soxr
+    except ImportError as error:
+        raise _missing("soxr") from error
+    return soxr
+
+
+def _missing(package: str) -> MissingExtraError:
+    return MissingExtraError(f"speech: needs {package!r}, which isn't installed: pip install 'lorabank[speech]'")

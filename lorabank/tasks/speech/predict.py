@@ -1,0 +1,179 @@
+"""Transcripts of recordings: one file of JSON lines or text, or subtitles beside each other in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorabank.config.speech import SpeechConfig
+from lorabank.data.row import RowError
+from lorabank.engine.engine import Engine
+from lorabank.errors import ConfigError, DataError, OutputError, closest
+from lorabank.formats.files import write_files
+from lorabank.tasks.speech.audio import Sound, load_sound
+from lorabank.tasks.speech.hearing import Hearing
+from lorabank.tasks.speech.read import Utterance, read_utterances
+from lorabank.tasks.speech.subtitles import WRITERS
+from lorabank.tasks.speech.tokens import SpeechTokens
+from lorabank.tasks.speech.transcribe import Heard, Manner, cuts, moved, transcribe
+from lorabank.tasks.speech.transcripts import Segment, plain_text
+from lorabank.training.evaluate import route_of
+from lorabank.training.task import Busy, Prediction
+
+TIMED = (".srt", ".vtt")
+JSON_LINES = ".jsonl"
+OPTIONS = ("language", "max_new_tokens", "timestamps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transcript:
+    """What was heard in one recording."""
+
+    utterance: Utterance
+    seconds: float
+    heard: dict[str, list[Segment]]
+    """Adapter, or `base`, to its segments."""
+
+
+def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, speech: SpeechConfig, wanted: Prediction, busy: Busy) -> str:
+    """Transcribe a recording, a folder of them, or the rows of a table, of any length; returns what was done in a sentence.
+
+    By the output's suffix: `.jsonl` has a line a recording (name, seconds, and each adapter's text; segments with times where
+    timestamps were asked for), `.txt`, `.srt` and `.vtt` are one adapter's transcript of one recording. Without a suffix it is a
+    folder with `NAME.ADAPTER.txt`, `.srt` and `.vtt` for each. Recordings that can't be read are named, and skipped or refused as
+    `speech.bad_rows` says. Raises DataError, OutputError and ConfigError before anything is transcribed.
+    """
+    if unknown := [name for name in wanted.options if name not in OPTIONS]:
+        raise ConfigError(f"predict: unknown option {unknown[0]!r}{closest(unknown[0], OPTIONS)}")
+    suffix = wanted.output.suffix.lower()
+    utterances = read_utterances(wanted.data, speech, limit=wanted.max_rows, role="test", with_text=False)[: wanted.max_rows]
+    _check_output(wanted, suffix, len(utterances))
+    language = wanted.options.get("language") or speech.language
+    if any(one.language is None for one in utterances):
+        tokens.code(language)
+    timed = bool(wanted.options.get("timestamps")) or suffix in (*TIMED, "") or speech.timestamps == "keep"
+    sounds, dropped = _decoded(utterances, hearing.rate, speech)
+    manner = Manner(
+        task=speech.task,
+        beams=speech.beams,
+        max_new_tokens=int(wanted.options.get("max_new_tokens") or tokens.longest),
+        batch_size=wanted.batch_size,
+    )
+    found = _transcripts(engine, hearing, tokens, language, wanted.names, sounds, manner, timed, busy)
+    where = _write(found, wanted, suffix, timed)
+    skipped = f" {len(dropped)} skipped: {'; '.join(dropped[:5])}{'; …' if len(dropped) > 5 else ''}." if dropped else ""
+    seconds = sum(one.seconds for one in found)
+    return f"{len(found)} recordings ({seconds:.1f} s) transcribed by {', '.join(wanted.names)}: {where}.{skipped}"
+
+
+def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:
+    known = (JSON_LINES, *WRITERS)
+    if suffix not in (*known, ""):
+        raise OutputError(f"{wanted.output}: expected a name ending in {', '.join(known)}, or a folder, got {suffix!r}.")
+    if suffix in WRITERS and recordings * len(wanted.names) > 1:
+        raise OutputError(
+            f"{wanted.output}: {suffix} holds one transcript, and there are {recordings} recordings and {len(wanted.names)} "
+            f"models ({', '.join(wanted.names)}). Name one with --adapters, or give a folder or a {JSON_LINES} file as output."
+        )
+
+
+def _decoded(utterances: Sequence[Utterance], rate: int, speech: SpeechConfig) -> tuple[list[tuple[Utterance, Sound]], list[str]]:
+    """(recordings that can be read, the others with their reasons)."""
+    sounds, dropped = [], []
+    for utterance in utterances:
+        try:
+            sounds.append((utterance, load_sound(utterance.audio, rate, near=utterance.near)))
+        except RowError as error:
+            dropped.append(f"{utterance.name}: {error.reason}")
+    if dropped and (speech.bad_rows == "refuse" or not sounds):
+        listed = "".join(f"\n  - {line}" for line in dropped[:20])
+        raise DataError(f"{len(dropped)} of {len(utterances)} recordings can't be read:{listed}")
+    return sounds, dropped
+
+
+def _transcripts(
+    engine: Engine,
+    hearing: Hearing,
+    tokens: SpeechTokens,
+    language: str | None,
+    names: Sequence[str],
+    sounds: Sequence[tuple[Utterance, Sound]],
+    manner: Manner,
+    timed: bool,
+    busy: Busy,
+) -> list[Transcript]:
+    jobs: list[Heard] = []
+    places: list[tuple[int, str, float, float]] = []
+    for number, (utterance, sound) in enumerate(sounds):
+        for start, end in cuts(sound.samples_S, sound.rate, hearing.window):
+            for name in names:
+                places.append((number, name, start, end))
+                jobs.append(
+                    Heard(
+                        samples=_part(sound, start, end),
+                        seconds=end - start,
+                        route=route_of(name),
+                        language=utterance.language or language,
+                        timestamps=timed,
+                    )
+                )
+    heard = transcribe(engine, hearing, tokens, jobs, manner, lambda done, total: busy("transcribing", done, total))
+    found = [
+        Transcript(utterance=utterance, seconds=sound.seconds, heard={name: [] for name in names}) for utterance, sound in sounds
+    ]
+    for (number, name, start, end), segments in zip(places, heard, strict=True):
+        found[number].heard[name] += moved(segments, start, end)
+    return found
+
+
+def _part(sound: Sound, start: float, end: float) -> Callable[[], np.ndarray]:
+    first, last = round(start * sound.rate), round(end * sound.rate)
+    return lambda: sound.samples_S[first:last]
+
+
+def _write(found: Sequence[Transcript], wanted: Prediction, suffix: str, timed: bool) -> Path:
+    output = wanted.output
+    if suffix == JSON_LINES:
+        lines = [json.dumps(_line(one, timed), ensure_ascii=False, default=str) + "\n" for one in found]
+        write_files(output.parent, {output.name: "".join(lines).encode()})
+    elif suffix:
+        (segments,) = found[0].heard.values()
+        write_files(output.parent, {output.name: WRITERS[suffix](segments, found[0].seconds).encode()})
+    else:
+        files = {
+            f"{stem}.{name}{kind}": write(segments, one.seconds).encode()
+            for stem, one in zip(_stems(found), found, strict=True)
+            for name, segments in one.heard.items()
+            for kind, write in WRITERS.items()
+        }
+        write_files(output, files)
+    return output
+
+
+def _line(one: Transcript, timed: bool) -> dict[str, Any]:
+    rest = {key: value for key, value in (one.utterance.values or {}).items() if key not in one.heard}
+    texts: dict[str, Any] = {name: plain_text(segments) for name, segments in one.heard.items()}
+    line = {"audio": one.utterance.name, "seconds": round(one.seconds, 2), **rest, **texts}
+    if timed:
+        line["segments"] = {
+            name: [{"start": s.start, "end": s.end, "text": s.text} for s in segments] for name, segments in one.heard.items()
+        }
+    return line
+
+
+def _stems(found: Sequence[Transcript]) -> list[str]:
+    """A name for each recording's files; one that was taken, as by another folder's recording, gets a number."""
+    stems: list[str] = []
+    for one in found:
+        stem = Path(one.utterance.name).stem or "recording"
+        number, free = 1, stem
+        while free in stems:
+            number += 1
+            free = f"{stem}-{number}"
+        stems.append(free)
+    return stems

@@ -1,0 +1,133 @@
+"""`prepare_speech`: from a configuration to rows in splits, with a report. What training, scoring and previews call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from lorabank.config.speech import SpeechConfig
+from lorabank.config.train import DataConfig
+from lorabank.data.read import Source
+from lorabank.data.report import MAX_ORIGINS
+from lorabank.data.row import RowError
+from lorabank.data.row_report import Splits, row_report
+from lorabank.data.split import split_rows
+from lorabank.errors import DataError
+from lorabank.tasks.speech.read import Utterance, read_utterances
+from lorabank.tasks.speech.rows import KEPT_BYTES, Rows, SpeechRow, make_rows
+from lorabank.tasks.speech.tokens import SpeechTokens
+
+Progress = Callable[[int, int], None]
+"""Called with recordings done and recordings in all."""
+
+
+def prepare_speech(
+    data: DataConfig,
+    speech: SpeechConfig,
+    tokens: SpeechTokens,
+    rate: int,
+    *,
+    seed: int,
+    train: Source | None = None,
+    val: Source | None = None,
+    kept_bytes: int = KEPT_BYTES,
+    progress: Progress | None = None,
+) -> Splits[SpeechRow]:
+    """Read, decode, check, tokenise and split.
+
+    `train` and `val` override the paths of `data`. Recordings that can't be used are counted in the report by reason, or refused,
+    as `speech` says. Equal settings, recordings and seed give equal splits. Raises DataError and ConfigError.
+    """
+    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
+    if sources["train"] is None:
+        raise DataError(
+            "no training data: set data.train to an audio folder, a table or a data set id, or pass the rows themselves"
+        )
+    read = {
+        role: read_utterances(source, speech, limit=data.limit, role=role)
+        for role, source in sources.items()
+        if source is not None
+    }
+    total, done = sum(map(len, read.values())), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    parts: dict[str, Rows] = {}
+    for role, utterances in read.items():
+        parts[role] = make_rows(utterances, speech, tokens, rate, group_by=data.group_by, kept_bytes=kept_bytes, progress=step)
+        kept_bytes -= sum(row.kept.nbytes for row in parts[role].rows if row.kept is not None)
+        if not parts[role].rows:
+            raise _nothing_left(role, utterances, parts[role].errors)
+    notes: dict[str, list[str]] = {}
+    for part in parts.values():
+        for note, names in part.notes.items():
+            notes.setdefault(note, []).extend(names)
+    splits = _split(data, parts, seed, notes)
+    errors = [_named(error, name) for part in parts.values() for error, name in part.errors]
+    notes |= _leaks(splits)
+    report = row_report(read=total, errors=errors, splits=splits, facts=_facts(splits), notes=notes, what="recordings")
+    return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
+
+
+def _named(error: RowError, name: str) -> RowError:
+    """The error with the recording's name beside its row."""
+    return error if name == error.origin else RowError(error.reason, f"{error.origin}, {name}")
+
+
+def _facts(splits: Mapping[str, Sequence[SpeechRow]]) -> list[str]:
+    rows = [row for part in splits.values() for row in part]
+    lengths = ", ".join(f"{_clock(sum(row.seconds for row in part))} {name}" for name, part in splits.items() if part)
+    learned = sum(row.tokens for row in rows) / max(1e-9, sum(row.seconds for row in rows))
+    timed = sum(row.timed for row in rows)
+    times = f"; {timed:,} rows have timestamps" if timed else ""
+    return [f"{lengths}; up to {max(row.seconds for row in rows):.1f} s a row, {learned:.1f} learned tokens a second{times}"]
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _leaks(splits: Mapping[str, Sequence[SpeechRow]]) -> dict[str, list[str]]:
+    """Notes on recordings that are there twice."""
+    seen: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, rows in splits.items():
+        for row in rows:
+            if row.digest in seen:
+                where = "an earlier row" if seen[row.digest] == name else f"a row of {seen[row.digest]}, heard again in {name}"
+                found.setdefault(f"the same samples as {where}", []).append(row.name)
+            seen.setdefault(row.digest, name)
+    return found
+
+
+def _split(data: DataConfig, parts: dict[str, Rows], seed: int, notes: dict[str, list[str]]) -> dict[str, list[SpeechRow]]:
+    """Hold rows out of the training source for each split that has no source of its own."""
+    rows = parts["train"].rows
+    val = 0 if "val" in parts else data.val_split
+    test = 0 if "test" in parts else data.test_split
+    keys = [row.group for row in rows]
+    if val == DataConfig.val_split and len(set(keys)) == 1:  # the default share was nobody's demand
+        notes["too few different recordings to hold any out for validation"] = [row.name for row in rows]
+        val = 0
+    unit = "recordings" if data.group_by is None else f"values of {data.group_by!r}"
+    split = split_rows(keys, val=val, test=test, seed=seed, unit=unit)
+    splits = {"train": [rows[i] for i in split.train]}
+    for role, held in (("val", split.val), ("test", split.test)):
+        splits[role] = parts[role].rows if role in parts else [rows[i] for i in held]
+    return splits
+
+
+def _nothing_left(role: str, utterances: Sequence[Utterance], errors: Sequence[tuple[RowError, str]]) -> DataError:
+    reasons: dict[str, list[str]] = {}
+    for error, name in errors:
+        reasons.setdefault(error.reason, []).append(name)
+    listed = "".join(
+        f"\n  - {len(names):,} × {reason} ({', '.join(names[:MAX_ORIGINS])}{', …' if len(names) > MAX_ORIGINS else ''})"
+        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
+    )
+    return DataError(f"{role} data: none of the {len(utterances):,} recordings can be used:{listed}")

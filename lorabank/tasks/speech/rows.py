@@ -1,0 +1,278 @@
+"""`SpeechRow`: a window of a recording with its labels; `make_rows`: utterances checked, cut or split, and tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorabank.config.speech import SpeechConfig
+from lorabank.data.row import RowError
+from lorabank.errors import DataError, closest
+from lorabank.tasks.speech.audio import Sound, load_sound
+from lorabank.tasks.speech.read import Utterance
+from lorabank.tasks.speech.tokens import SpeechTokens
+from lorabank.tasks.speech.transcripts import Segment, check_times, has_times, parse, plain_text, windows, with_times
+
+KEPT_BYTES = 2**30
+"""Decoded samples of a run that stay in memory (about 4½ hours at 16 kHz); further recordings are decoded again when needed."""
+NAMED = 20
+"""Recordings that a refusal names."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechRow:
+    """At most a window of one recording, and what was said in it."""
+
+    origin: str
+    name: str
+    seconds: float
+    labels: tuple[int, ...]
+    """Prefix, text and end; with timestamps where the transcript has them."""
+    prefix: int
+    """Labels at the start that are given, not learned."""
+    spoken: str | None
+    """Language of the recording, by name or code; None for an English-only model."""
+    language: str
+    """Code of the language of the transcript."""
+    text: str
+    """The words alone."""
+    transcript: str
+    """With timestamps where there are any."""
+    start: float
+    """Seconds into the recording at which it begins."""
+    digest: str
+    """Of its samples."""
+    group: str
+    """Rows of one group never land in two splits: those of one recording, or of one value of `data.group_by`."""
+    source: Any = field(repr=False, compare=False)
+    near: Path | None = field(repr=False, compare=False)
+    rate: int = field(repr=False, compare=False)
+    kept: np.ndarray | None = field(repr=False, compare=False)
+    """Its samples; None: decoded when they are needed."""
+
+    @property
+    def size(self) -> int:
+        """Whole seconds, at least one."""
+        return max(1, round(self.seconds))
+
+    @property
+    def timed(self) -> bool:
+        """Whether its labels have timestamps."""
+        return self.transcript != self.text
+
+    @property
+    def tokens(self) -> int:
+        """Labels that are learned."""
+        return len(self.labels) - self.prefix
+
+    @property
+    def prompt_text(self) -> str:
+        """The recording's name, and where in it."""
+        return self.name if not self.start else f"{self.name} from {self.start:.2f} s"
+
+    @property
+    def reference(self) -> str:
+        """What was said, for people."""
+        return self.transcript
+
+    @property
+    def content(self) -> object:
+        """What training depends on."""
+        return (self.digest, self.labels, self.prefix)
+
+    def samples(self) -> np.ndarray:
+        """float32 samples (S,) at the model's rate. Raises DataError where a recording has changed or gone since it was read."""
+        if self.kept is not None:
+            return self.kept
+        try:
+            sound = load_sound(self.source, self.rate, near=self.near)
+        except RowError as error:
+            raise DataError(f"{self.origin}: {self.name}: {error.reason}; it could be read when the run began") from error
+        found = _slice(sound, self.start, self.start + self.seconds)
+        if _digest(found) != self.digest:
+            raise DataError(f"{self.origin}: {self.name}: its samples have changed since the run began. Start the run again.")
+        return found
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """What utterances became."""
+
+    rows: list[SpeechRow] = field(default_factory=list)
+    errors: list[tuple[RowError, str]] = field(default_factory=list)
+    """What was left out, and the recording's name."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """Further facts, and the rows that they are about."""
+
+
+def make_rows(
+    utterances: Iterable[Utterance],
+    config: SpeechConfig,
+    tokens: SpeechTokens,
+    rate: int,
+    *,
+    group_by: str | None = None,
+    kept_bytes: int = KEPT_BYTES,
+    progress: Callable[[], None] = lambda: None,
+) -> Rows:
+    """Decode, check and tokenise every utterance. What can't be used is in `errors`, with its reason.
+
+    Raises DataError, naming the recordings, where `config.bad_rows` or `config.long_audio` is `refuse`.
+    """
+    found = Rows()
+    refused: list[tuple[RowError, str]] = []
+    room = kept_bytes
+    for utterance in utterances:
+        try:
+            made = _rows_of(utterance, config, tokens, rate, group_by, found.notes)
+        except RowError as error:
+            too_long = isinstance(error, TooLongError)
+            if (config.long_audio if too_long else config.bad_rows) == "refuse":
+                refused.append((error.at(utterance.origin), utterance.name))
+            found.errors.append((error.at(utterance.origin), utterance.name))
+        else:
+            for row in made:
+                size = 0 if row.kept is None else row.kept.nbytes
+                room -= size
+                found.rows.append(row if room >= 0 else replace(row, kept=None))
+        progress()
+    if refused:
+        raise _refusal(refused)
+    return found
+
+
+class TooLongError(RowError):
+    """A recording is longer than the window, and isn't to be cut or split."""
+
+    def at(self, origin: str) -> TooLongError:
+        """The same with the row's origin filled in."""
+        return self if self.origin else TooLongError(self.reason, origin)
+
+
+def _rows_of(
+    utterance: Utterance,
+    config: SpeechConfig,
+    tokens: SpeechTokens,
+    rate: int,
+    group_by: str | None,
+    notes: dict[str, list[str]],
+) -> list[SpeechRow]:
+    if not utterance.text.strip():
+        raise RowError("there is no transcript")
+    segments = parse(utterance.text)
+    if not plain_text(segments):
+        raise RowError("there is no transcript")
+    if not has_times(segments) and config.timestamps == "keep":
+        raise RowError("the transcript has no timestamps, and speech.timestamps is keep")
+    if utterance.audio is None:
+        raise RowError("the row names no recording")
+    sound = load_sound(utterance.audio, rate, near=utterance.near)
+    _note_source(sound, rate, utterance, notes)
+    if has_times(segments):
+        check_times(segments, sound.seconds)
+    group = _digest(sound.samples_S) if group_by is None else _group(utterance, group_by)
+    return [
+        _row(utterance, sound, start, end, part, config, tokens, group)
+        for start, end, part in _parts(sound, segments, config, utterance, notes)
+    ]
+
+
+def _group(utterance: Utterance, column: str) -> str:
+    values = utterance.values or {}
+    if column not in values:
+        raise DataError(
+            f"{utterance.origin}: data.group_by asks for column {column!r}{closest(column, values)}; there are "
+            f"{', '.join(values)}"
+        )
+    return str(values[column])
+
+
+def _note_source(sound: Sound, rate: int, utterance: Utterance, notes: dict[str, list[str]]) -> None:
+    if sound.source_rate != rate:
+        notes.setdefault(f"resampled from {sound.source_rate:,} to {rate:,} Hz", []).append(utterance.name)
+    if sound.source_channels > 1:
+        notes.setdefault(f"{sound.source_channels} channels averaged to one", []).append(utterance.name)
+
+
+def _parts(
+    sound: Sound, segments: Sequence[Segment], config: SpeechConfig, utterance: Utterance, notes: dict[str, list[str]]
+) -> Sequence[tuple[float, float, Sequence[Segment]]]:
+    """(start, end, segments) of what a recording is used as: the whole of it, or windows."""
+    if sound.seconds <= config.window:
+        return [(0.0, sound.seconds, segments)]
+    if config.long_audio in ("skip", "refuse"):
+        raise TooLongError(f"the recording is longer than the window of {config.window:g} s")
+    if config.long_audio == "cut" and not has_times(segments):
+        note = f"cut to {config.window:g} s; the transcript was kept whole, since no timestamp says what is heard by then"
+        notes.setdefault(note, []).append(utterance.name)
+        return [(0.0, config.window, segments)]
+    try:
+        parts = windows(segments, sound.seconds, config.window)
+    except RowError as error:
+        raise TooLongError(f"the recording is longer than the window of {config.window:g} s, and {error.reason}") from error
+    done = "cut" if config.long_audio == "cut" else "split"
+    notes.setdefault(f"longer than {config.window:g} s: {done} between timestamps", []).append(utterance.name)
+    return parts[:1] if config.long_audio == "cut" else parts
+
+
+def _row(
+    utterance: Utterance,
+    sound: Sound,
+    start: float,
+    end: float,
+    segments: Sequence[Segment],
+    config: SpeechConfig,
+    tokens: SpeechTokens,
+    group: str,
+) -> SpeechRow:
+    timed = has_times(segments) and config.timestamps != "drop"
+    if not timed:
+        segments = [Segment(plain_text(segments))]
+    language = utterance.language or config.language
+    if utterance.language is not None and not tokens.knows(utterance.language):
+        raise RowError(f"its language {utterance.language!r} is none that this model knows")
+    labels, prefix = tokens.labels(segments, language, config.task)
+    samples = _slice(sound, start, end)
+    return SpeechRow(
+        origin=utterance.origin,
+        name=utterance.name,
+        seconds=len(samples) / sound.rate,
+        labels=labels,
+        prefix=prefix,
+        spoken=language,
+        language="en" if config.task == "translate" else tokens.code(language),
+        text=plain_text(segments),
+        transcript=with_times(segments) if timed else plain_text(segments),
+        start=start,
+        digest=_digest(samples),
+        group=group,
+        source=utterance.audio,
+        near=utterance.near,
+        rate=sound.rate,
+        kept=samples,
+    )
+
+
+def _slice(sound: Sound, start: float, end: float) -> np.ndarray:
+    return sound.samples_S[round(start * sound.rate) : round(end * sound.rate)]
+
+
+def _digest(samples: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(samples).tobytes(), digest_size=16).hexdigest()
+
+
+def _refusal(refused: Sequence[tuple[RowError, str]]) -> DataError:
+    listed = "".join(f"\n  - {error.origin}: {name}: {error.reason}" for error, name in refused[:NAMED])
+    more = f"\n  … and {len(refused) - NAMED:,} more" if len(refused) > NAMED else ""
+    return DataError(
+        f"data: {len(refused):,} recordings can't be used as they are:{listed}{more}\n"
+        "Correct or delete these rows. Or set `speech.bad_rows: skip` (and for long ones `speech.long_audio: skip`, `cut` or "
+        "`split`), which counts them in the data report."
+    )

@@ -1,0 +1,221 @@
+"""Pictures and captions as users have them, whole and broken; sizes; the cache."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lorabank.config.diffusion import DiffusionConfig
+from lorabank.errors import DataError
+from lorabank.tasks.diffusion.buckets import Size, buckets_of, fit, fitted, nearest
+from lorabank.tasks.diffusion.cache import Cache, Encoded, identity
+from lorabank.tasks.diffusion.pictures import Read, read_pictures
+from tests.tasks.diffusion.tiny import folder_of_pictures, model_of, picture, pipeline
+
+CONFIG = DiffusionConfig(resolution=32, bucket_step=8, min_side=16)
+
+
+def read(source: Any, **settings: Any) -> Read:
+    return read_pictures(source, replace(CONFIG, **settings), step=8)
+
+
+def test_captions_beside_pictures(tmp_path: Path) -> None:
+    folder = folder_of_pictures(tmp_path / "pictures", 3, sizes=[(80, 80), (120, 60)])
+    (folder / "02.txt").write_text("\ufeff a  hat\n")
+    found = read(folder)
+    assert [p.caption for p in found.pictures] == ["a cat a", "a cat b", "a hat"]
+    assert [p.fit.bucket for p in found.pictures] == [Size(32, 32), Size(24, 40), Size(32, 32)]
+    assert found.pictures[1].load().size == (40, 24)
+    assert read(folder, trigger="sks").pictures[0].caption == "sks a cat a"
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "csv", "rows"])
+def test_metadata_and_rows(tmp_path: Path, form: str) -> None:
+    folder = folder_of_pictures(tmp_path / "pictures", 2)
+    rows = [{"file_name": "01.png", "text": "one"}, {"file_name": "00.png", "text": "naught"}]
+    source: Any = folder
+    if form == "csv":
+        (folder / "metadata.csv").write_text("file_name,text\n01.png,one\n00.png,naught\n")
+    elif form == "rows":
+        source = [
+            {"image": picture(1), "caption": "one"},
+            {"image": {"bytes": (folder / "00.png").read_bytes()}, "caption": "naught"},
+        ]
+    else:
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        source = folder if form == "folder" else folder / "metadata.jsonl"
+    found = read(source)
+    assert [p.caption for p in found.pictures] == ["one", "naught"]
+    assert np.array_equal(np.asarray(found.pictures[0].load()), np.asarray(fitted(picture(1), found.pictures[0].fit)))
+
+
+def test_a_data_set_of_pictures(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_dict({"image": [picture(1), picture(2)], "text": ["one", "two"]}).cast_column(
+        "image", datasets.Image()
+    )
+    found = read(made)
+    assert [p.caption for p in found.pictures] == ["one", "two"]
+    assert found.pictures[0].load().size == (32, 32)
+
+
+def broken(folder: Path) -> Path:
+    """A good picture, and one with each fault."""
+    folder_of_pictures(folder, 1)
+    picture(7).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:300])
+    (folder / "text.png").write_text("no picture")
+    picture(8, 200, 9).save(folder / "thin.png")
+    picture(9).save(folder / "silent.png")
+    picture(10).save(folder / "blank.png")
+    (folder / "blank.txt").write_text("  \n")
+    for name in ("cut", "text", "thin"):
+        (folder / f"{name}.txt").write_text("words")
+    return folder
+
+
+def test_bad_pictures_are_named_and_counted(tmp_path: Path) -> None:
+    folder = broken(tmp_path / "broken")
+    with pytest.raises(DataError) as told:
+        read(folder)
+    text = str(told.value)
+    assert "5 of 6 pictures" in text
+    for name in ("cut.jpg can't be read", "text.png can't be read", "thin.png is tiny (200 × 9", "silent.png has no caption"):
+        assert name in text
+    assert "diffusion.bad_pictures: skip" in text
+    assert "diffusion.no_caption: skip" in text
+
+
+def test_bad_pictures_are_skipped_as_the_user_chose(tmp_path: Path) -> None:
+    folder = broken(tmp_path / "broken")
+    with pytest.raises(
+        DataError, match=r"2 of 6 pictures can't be used: .*blank.png has no caption; .*silent.png has no caption"
+    ):
+        read(folder, bad_pictures="skip")
+    found = read(folder, bad_pictures="skip", no_caption="skip")
+    assert [Path(p.origin).name for p in found.pictures] == ["00.png"]
+    assert found.total == 6
+    assert sorted(Path(e.origin).name for e in found.errors) == ["blank.png", "cut.jpg", "silent.png", "text.png", "thin.png"]
+    empty = read(folder, bad_pictures="skip", no_caption="empty")
+    assert sorted(Path(p.origin).name for p in empty.pictures) == ["00.png", "blank.png", "silent.png"]
+    assert [len(rows) for note, rows in empty.notes.items() if "without a caption" in note] == [2]
+
+
+def test_nothing_usable_and_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures there"):
+        read(tmp_path / "empty")
+    with pytest.raises(DataError, match="no file or folder"):
+        read(str(tmp_path / "nowhere/"))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
+    with pytest.raises(DataError, match=r"gone.png .*isn't there"):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"no column 'captoin' \(did you mean 'caption'\?\)"):
+        read([{"image": picture(0), "caption": "x"}], caption="captoin")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "CMYK", "I;16", "1"])
+def test_pictures_of_every_mode(mode: str) -> None:
+    """Transparent ones on white; 16 bits a pixel aren't cut off at 255."""
+    if mode == "I;16":
+        made = Image.fromarray(np.full((40, 40), 0x8080, np.uint16))
+    elif mode in ("RGBA", "LA"):
+        made = Image.new(mode, (40, 40), (0,) * len(mode))
+    else:
+        made = Image.new("RGB", (40, 40), (128, 128, 128)).convert(mode)
+    target = io.BytesIO()
+    made.save(target, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
+    found = read([{"image": target.getvalue(), "text": "x"}]).pictures[0].load()
+    expected = {"RGBA": 255, "LA": 255, "1": None}.get(mode, 128)
+    assert found.mode == "RGB"
+    assert expected is None or abs(int(np.asarray(found)[3, 3, 0]) - expected) <= 2
+
+
+def test_a_picture_stands_upright() -> None:
+    made = picture(3, 60, 40)
+    exif = made.getexif()
+    exif[0x0112] = 6
+    target = io.BytesIO()
+    made.save(target, "JPEG", exif=exif)
+    assert read([{"image": target.getvalue(), "text": "x"}]).pictures[0].original == Size(60, 40)
+
+
+def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
+    folder = folder_of_pictures(tmp_path / "pictures", 1)
+    found = read(folder).pictures[0]
+    picture(99).save(folder / "00.png")
+    with pytest.raises(DataError, match=r"00.png: the picture has changed"):
+        found.load()
+
+
+def test_buckets_cover_shapes_with_few_pixels_lost() -> None:
+    sizes = buckets_of(512, step=64, max_aspect=2.0)
+    assert Size(512, 512) in sizes
+    assert all(s.height % 64 == 0 == s.width % 64 and s.pixels <= 512 * 512 for s in sizes)
+    assert all(max(s.height, s.width) <= 2 * min(s.height, s.width) for s in sizes)
+    assert nearest(sizes, 1000, 1000) == Size(512, 512)
+    assert nearest(sizes, 900, 600) == Size(640, 384)
+    assert nearest(sizes, 500, 3000) == Size(384, 640)  # the widest that max_aspect allows
+    how = fit(Size(512, 512), 600, 900)
+    assert (how.scaled, how.top, how.left) == (Size(512, 768), 0, 128)
+
+
+def test_the_cache_is_by_content_model_and_size(tmp_path: Path) -> None:
+    """Another file, model or resolution is another entry; the same is found again, whatever its path."""
+    folder = folder_of_pictures(tmp_path / "pictures", 2)
+    model = model_of(pipeline("sd"), "sd")
+    first = read(folder).pictures
+    encoded = Encoded(model, Cache(tmp_path / "cache"))
+    told: list[tuple[str, int, int]] = []
+    encoded.prepare(first, ["a", ""], lambda *args: told.append(args))
+    assert told == [("latents", 1, 2), ("latents", 2, 2), ("captions", 1, 2), ("captions", 2, 2)]
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(files) == 4
+
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "other.png").write_bytes((folder / "00.png").read_bytes())
+    (tmp_path / "moved" / "other.txt").write_text("a")
+    again = Encoded(model_of(pipeline("sd"), "sd"), Cache(tmp_path / "cache"))
+    moved = read(tmp_path / "moved").pictures[0]
+    assert torch.equal(again.latents(moved), encoded.latents(first[0]))
+    assert torch.equal(again.condition("a")["text"], encoded.condition("a")["text"])
+    assert sorted((tmp_path / "cache").rglob("*.safetensors")) == files
+
+    other = model_of(pipeline("sd"), "sd")
+    with torch.no_grad():
+        next(other.vae.parameters()).view(-1)[0] += 1e-3
+        next(other.frozen["text_encoder"].parameters()).view(-1)[0] += 1e-3
+    changed = Encoded(other, Cache(tmp_path / "cache"))
+    changed.latents(moved)
+    changed.condition("a")
+    larger = read(tmp_path / "moved", resolution=40).pictures[0]
+    again.latents(larger)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 7
+    assert identity(other.vae) != identity(model.vae)
+
+
+def test_a_broken_file_of_the_cache_is_made_again(tmp_path: Path) -> None:
+    found = read(folder_of_pictures(tmp_path / "pictures", 1)).pictures[0]
+    model = model_of(pipeline("sd"), "sd")
+    expected = Encoded(model, Cache(tmp_path / "cache")).latents(found)
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.warns(UserWarning, match="a file of the cache can't be read"):
+        assert torch.equal(Encoded(model, Cache(tmp_path / "cache")).latents(found), expected)
+
+
+def test_latents_are_the_vaes_means() -> None:
+    model = model_of(pipeline("sd"), "sd")
+    pixels = torch.rand(1, 3, 32, 40)
+    with torch.no_grad():
+        expected = model.vae.encode(pixels * 2 - 1).latent_dist.mean * model.vae.config.scaling_factor
+    torch.testing.assert_close(model.latents(pixels), expected)
+    assert model.pictures(expected).shape == pixels.shape

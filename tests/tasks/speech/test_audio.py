@@ -1,0 +1,124 @@
+"""Recordings: any rate, channels and container; and what is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from lorabank.data.row import RowError
+from lorabank.tasks.speech.audio import load_sound
+from tests.tasks.speech.tiny import RATE, tone
+
+
+def written(path: Path, samples: np.ndarray, rate: int, **how: str) -> Path:
+    soundfile.write(path, samples, rate, **how)
+    return path
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+def test_any_rate_is_the_same_tone_at_the_models_rate(tmp_path: Path, rate: int) -> None:
+    sound = load_sound(written(tmp_path / "a.wav", tone(0.5, 440, rate), rate), RATE)
+    assert (sound.rate, sound.source_rate, sound.samples_S.dtype) == (RATE, rate, np.float32)
+    assert abs(len(sound.samples_S) - 0.5 * RATE) <= 1
+    spectrum = np.abs(np.fft.rfft(sound.samples_S))
+    assert abs(spectrum.argmax() * RATE / len(sound.samples_S) - 440) < 3
+    assert abs(np.abs(sound.samples_S).max() - 0.33) < 0.05
+
+
+@pytest.mark.parametrize(("suffix", "close"), [(".wav", 1e-4), (".flac", 1e-4), (".ogg", 0.1), (".mp3", 0.1)])
+def test_containers(tmp_path: Path, suffix: str, close: float) -> None:
+    samples = tone(0.5, 440)
+    sound = load_sound(written(tmp_path / f"a{suffix}", samples, RATE), RATE)
+    n = min(len(samples), len(sound.samples_S))
+    assert n >= len(samples) - 1200  # an MP3's padding
+    assert np.corrcoef(samples[:n], sound.samples_S[:n])[0, 1] > 1 - close
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    left, right = tone(0.2, 300), tone(0.2, 900)
+    stereo = written(tmp_path / "a.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
+    sound = load_sound(stereo, RATE)
+    assert sound.source_channels == 2
+    assert np.allclose(sound.samples_S, (left + right) / 2, atol=1e-6)
+
+
+def test_what_datasets_holds(tmp_path: Path) -> None:
+    samples = tone(0.2, 300)
+    path = written(tmp_path / "a.flac", samples, RATE)
+    expected = load_sound(path, RATE).samples_S
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, RATE, format="FLAC")
+    integers = {"array": (samples * 32767).astype(np.int16), "sampling_rate": RATE}
+    channels_first = {"array": np.stack([samples, samples]), "sampling_rate": RATE}
+    for source in (
+        buffer.getvalue(),
+        {"bytes": buffer.getvalue(), "path": None},
+        {"bytes": None, "path": str(path)},
+        {"array": samples.astype(np.float64), "sampling_rate": float(RATE)},
+        {"array": samples.tolist(), "sampling_rate": RATE},
+        integers,
+        channels_first,
+    ):
+        assert np.allclose(load_sound(source, RATE).samples_S, expected, atol=1e-4)
+    assert np.array_equal(load_sound("a.flac", RATE, near=tmp_path).samples_S, expected)
+
+
+@pytest.mark.parametrize(
+    ("samples", "reason"),
+    [
+        (np.zeros(0, np.float32), "no samples"),
+        (np.zeros(1600, np.float32), "silent"),
+        (np.full(1600, 1e-5, np.float32), "silent"),
+        (tone(0.01, 400), "shorter than 0.02 s"),
+        (np.array([0.1, np.nan] * 800, np.float32), "NaN"),
+    ],
+)
+def test_what_holds_nothing(tmp_path: Path, samples: np.ndarray, reason: str) -> None:
+    for source in (written(tmp_path / "a.wav", samples, RATE, subtype="FLOAT"), {"array": samples, "sampling_rate": RATE}):
+        with pytest.raises(RowError, match=reason):
+            load_sound(source, RATE)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
+def test_corrupt_files(tmp_path: Path, suffix: str) -> None:
+    whole = written(tmp_path / f"whole{suffix}", tone(1.0, 440), RATE).read_bytes()
+    for name, data in {"text": b"<html>not found</html>" * 20, "none": b"", "head": whole[:20]}.items():
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(data)
+        with pytest.raises(RowError, match=r"can't be decoded|cut off|no samples"):
+            load_sound(path, RATE)
+
+
+def test_a_wav_that_is_cut_off(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.wav", tone(1.0, 440), RATE)
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(RowError, match="cut off"):
+        load_sound(path, RATE)
+    streamed = bytearray(path.read_bytes())
+    streamed[4:8] = b"\xff\xff\xff\xff"  # a pipe's: its writer didn't know the length
+    path.write_bytes(streamed)
+    assert len(load_sound(path, RATE).samples_S) > 9_000
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("missing.wav", "no such recording"),
+        ("", "path is empty"),
+        (".", "a folder"),
+        (3, "got int"),
+        ({"sampling_rate": 3}, "needs array and sampling_rate"),
+        ({"array": [0.1] * 900, "sampling_rate": None}, "whole sampling_rate"),
+        ({"array": [0.1] * 900, "sampling_rate": 10}, "sample rate 10 Hz"),
+        ({"array": [[0.1], [0.2, 0.3]], "sampling_rate": RATE}, "different lengths"),
+        ({"array": ["a", "b"], "sampling_rate": RATE}, "samples are numbers"),
+        (b"nothing", "can't be decoded"),
+    ],
+)
+def test_what_is_no_recording(tmp_path: Path, source: object, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        load_sound(source, RATE, near=tmp_path)
