@@ -60,10 +60,16 @@ def coco_scores(
     return {name: max(0.0, float(scorer.stats[place])) for name, place in METRICS.items()}
 
 
+def check_libraries() -> None:
+    """Raise MissingExtraError where what detection needs isn't installed."""
+    _library()
+
+
 def _library() -> tuple[Any, Any]:
     try:
+        import scipy.optimize  # noqa: F401  (transformers' losses match boxes with it)
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise MissingExtraError("object-detection: mAP needs pycocotools: pip install 'lorabank[detection]'") from error
+        raise MissingExtraError("object-detection: needs pycocotools and scipy: pip install 'lorabank[detection]'") from error
     return COCO, COCOeval

@@ -26,7 +26,7 @@ from lorabank.formats.labels import LABELS as LABELS_SAID
 from lorabank.tasks.detection.augment import augment
 from lorabank.tasks.detection.load import check_detector, load_detector
 from lorabank.tasks.detection.loss import BOXES, CLASSES, LABELS, MASK, PIXELS, detection_loss, found_boxes, split_found
-from lorabank.tasks.detection.metrics import METRICS, coco_scores
+from lorabank.tasks.detection.metrics import METRICS, check_libraries, coco_scores
 from lorabank.tasks.detection.predict import predict
 from lorabank.tasks.detection.prepare import DetectionSets, prepare
 from lorabank.tasks.detection.preprocess import PixelStore, read_off
@@ -54,6 +54,7 @@ class ObjectDetection(Task[DetectionRow]):
 
     def __init__(self, config: TrainConfig, model: nn.Module, processor: Any, loaded: Mapping[str, Adapter]) -> None:
         super().__init__(config, model, processor)
+        check_libraries()
         check_detector(model, config.model or type(model).__name__)
         self.store = PixelStore(read_off(processor, config.detection.image_size), config.detection.cache_gib * GIB)
         self._masked = MASK in inspect.signature(model.forward).parameters
