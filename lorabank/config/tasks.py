@@ -11,6 +11,7 @@ from lorabank.config.diffusion import DiffusionConfig, adapter_defaults
 from lorabank.config.images import ImagesConfig
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.speech import SpeechConfig
+from lorabank.config.synthesis import SynthesisConfig
 
 DEFAULT_TASK = "text-generation"
 TASKS = (
@@ -22,6 +23,7 @@ TASKS = (
     "image-classification",
     "object-detection",
     "automatic-speech-recognition",
+    "text-to-speech",
     "text-to-image",
 )
 """By the names of transformers' pipelines."""
@@ -31,6 +33,7 @@ TASK_SECTIONS: Mapping[str, type] = {
     "images": ImagesConfig,
     "detection": DetectionConfig,
     "speech": SpeechConfig,
+    "synthesis": SynthesisConfig,
     "diffusion": DiffusionConfig,
 }
 """Section of a configuration file to its settings; each is a field of `TrainConfig` too."""

@@ -23,6 +23,7 @@ from lorabank.config.extras import TokenIndices
 from lorabank.config.images import ImagesConfig
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.speech import SpeechConfig
+from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import ConfigError, Setting
 
@@ -270,6 +271,7 @@ class TrainConfig:
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     seq2seq: Seq2SeqConfig = field(default_factory=Seq2SeqConfig)
     speech: SpeechConfig = field(default_factory=SpeechConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
