@@ -52,11 +52,18 @@ def load_vocoder(name: str, device: torch.device) -> Any:
     folder = locate(name, trust_remote_code=False, say=lambda line: None)
     try:
         with quiet_transformers():
-            return SpeechT5HifiGan.from_pretrained(str(folder), local_files_only=True).to(device).eval()
+            loaded: Any = SpeechT5HifiGan.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
     except Exception as error:  # a damaged file surfaces as one of a dozen classes
         raise ModelError(
             f"synthesis.vocoder {name!r}: can't be read as a SpeechT5HifiGan: {str(error).splitlines()[0]}"
         ) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # the library would make random ones of any other model's file
+        raise ModelError(
+            f"synthesis.vocoder {name!r}: is no SpeechT5HifiGan: its files lack {missing[0]} and {len(missing) - 1} more"
+        )
+    torch.nn.Module.to(model, device)  # PreTrainedModel's own `to` is typed wrongly
+    return model.eval()
 
 
 def as_wav(samples: np.ndarray, rate: int) -> bytes:

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 import lorabank as lb
 from lorabank import api
+from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import TrainConfig
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import ConfigError, DataError, ModelError
 from lorabank.tasks.synthesis.loss import seeded, synthesis_loss
+from lorabank.tasks.synthesis.rows import texts
 from lorabank.tasks.synthesis.task import SpeechSynthesis
 from lorabank.tasks.synthesis.vocoder import griffin_lim
 from lorabank.training.data_sets import RowObjects
@@ -93,7 +96,7 @@ def test_it_learns_and_leaves_files_to_listen_to(base: Path, tmp_path: Path) -> 
     told = api.predict(tmp_path / "run", tmp_path / "texts.txt", tmp_path / "said", ["default", "base"])
     assert "2 texts said by default, base" in told
     first = [soundfile.read(tmp_path / "said" / name / "0001.wav")[0] for name in ("default", "base")]
-    assert all(len(sound) >= 512 for sound in first) and not np.array_equal(*[sound[:512] for sound in first])
+    assert all(len(sound) >= 512 for sound in first) and not np.array_equal(first[0][:512], first[1][:512])
     assert (tmp_path / "said" / "default" / "metadata.csv").read_text().splitlines()[1] == "0001.wav,aeio"
     again = api.predict(tmp_path / "run", tmp_path / "texts.txt", tmp_path / "again", ["default"])
     assert "2 texts" in again and np.array_equal(soundfile.read(tmp_path / "again" / "default" / "0001.wav")[0], first[0])
@@ -127,6 +130,33 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(base: Pat
     assert halved.interrupted and halved.adapters["default"].steps == 3
     lb.train(model=str(base), resume=True, **runs)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_vocoder_makes_the_sound_where_one_is_given(processor: Any, base: Path, tmp_path: Path) -> None:
+    """A tiny random HifiGan: 2 × 2 samples a frame."""
+    torch.manual_seed(0)
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=20,
+        upsample_initial_channel=8,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1]],
+    )
+    SpeechT5HifiGan(config).save_pretrained(tmp_path / "hifigan")
+    settings = TrainConfig(task="text-to-speech", synthesis=SynthesisConfig(vocoder=str(tmp_path / "hifigan")))
+    model = tiny_model()
+    task = SpeechSynthesis(settings, model, processor, {})
+    (tmp_path / "texts.txt").write_text("aeio\n")
+    (row,) = texts(str(tmp_path / "texts.txt"), settings.synthesis, processor, task.limits, None)
+    sound = task.say(task.engine(lb.attach(model)), "base", row)
+    plain = SpeechSynthesis(TrainConfig(task="text-to-speech"), tiny_model(), processor, {})
+    other = plain.say(plain.engine(lb.attach(plain.model)), "base", row)
+    assert sound.ndim == 1 and len(sound) * 64 == len(other)  # 4 samples a frame, not 256
+    with pytest.raises(ModelError, match=r"synthesis\.vocoder"):
+        SpeechSynthesis(
+            TrainConfig(task="text-to-speech", synthesis=SynthesisConfig(vocoder=str(base))), tiny_model(), processor, {}
+        )
 
 
 def test_griffin_lim_gives_the_spectrum_back(processor: Any) -> None:
