@@ -26,7 +26,7 @@ from lorabank.bank.fit import (
 )
 from lorabank.bank.fused import SLOTS
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
-from lorabank.bank.in_full.heads import head_parameters, peft_task
+from lorabank.bank.in_full.heads import head_parameters, peft_task, with_head
 from lorabank.bank.in_full.saved_bank import SavedModules, Values
 from lorabank.bank.in_full.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.keep import check_stacks_frozen, kept_modules
@@ -162,8 +162,8 @@ class AdapterBank(Routed):
         """A new, untrained adapter: A random, B zero, so outputs don't change yet.
 
         `config` is an AdapterConfig, a dict of its fields, a `peft.LoraConfig`, or what `lorabank.eva` or `lorabank.loftq` made.
-        A random start depends on `seed`, the layer and the shape alone. `num_labels`: of a classifier's head of its own, which is
-        random then. Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
+        A random start depends on `seed`, the layer and the shape alone. `num_labels`: of a classifier's, or detector's,
+        head of its own, which is random then. Raises TargetError, AdapterNameError or ConfigError; the bank is unchanged then.
         """
         self._check_alive()
         check_new_name(name, self._slots)
@@ -171,6 +171,8 @@ class AdapterBank(Routed):
         config = as_adapter_config(config) if prepared is None else prepared.config
         if prepared is None:
             check_prepared(config)
+        if num_labels is not None:
+            config = with_head(self.model, config)
         chosen = resolve_targets(self.model, config, kept_modules(self.kept), self.fused)
         saved = saved_paths(self.model, config, chosen, self.kept, self.head)
         chosen = without_saved(chosen, saved)

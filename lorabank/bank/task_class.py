@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    AutoModelForObjectDetection,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lorabank.bank.in_full.heads import label_layer
+from lorabank.bank.in_full.heads import extra_outputs, label_layers
 from lorabank.bank.parts import part_names
 from lorabank.errors import ModelError
 from lorabank.formats.adapter import Adapter
@@ -55,6 +56,7 @@ CLASSIFIERS = (
 AUTO = (
     AutoModelForCausalLM,
     *CLASSIFIERS,
+    AutoModelForObjectDetection,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     AutoModelForMaskedLM,
@@ -226,13 +228,11 @@ def _has_all(model: PreTrainedModel, adapter: Adapter) -> bool:
 
 
 def _labels(model: PreTrainedModel, adapter: Adapter) -> int | None:
-    """How many outputs the adapter's own layer of labels has, where that isn't what the configuration says."""
-    path = label_layer(model)
-    if path is None:
-        return None
-    for module, values in adapter.modules.items():
-        if path == module or path.startswith(f"{module}."):
-            weight = values.get(f"{path.removeprefix(module)}.weight".lstrip("."))
-            if weight is not None and weight.ndim == 2 and len(weight) != model.config.num_labels:
-                return len(weight)
+    """How many labels the adapter's own layers of labels have, where that isn't what the configuration says."""
+    for path in label_layers(model):
+        for module, values in adapter.modules.items():
+            if path == module or path.startswith(f"{module}."):
+                weight = values.get(f"{path.removeprefix(module)}.weight".lstrip("."))
+                if weight is not None and weight.ndim == 2 and len(weight) - extra_outputs(model) != model.config.num_labels:
+                    return len(weight) - extra_outputs(model)
     return None

@@ -9,10 +9,19 @@ from typing import Any
 from lorabank.cli.parser import CommandParser
 from lorabank.errors import ConfigError
 
-SPEECH = "automatic-speech-recognition"
+SPEECH, DETECTION = "automatic-speech-recognition", "object-detection"
 TASK_OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "timestamps": (SPEECH, {"action": "store_true", "help": "transcripts with times (default: where the file's kind has them)"}),
     "language": (SPEECH, {"metavar": "NAME", "help": "language that is spoken (default: the run's)"}),
+    "threshold": (
+        DETECTION,
+        {
+            "type": float,
+            "metavar": "SCORE",
+            "help": "lowest score of a box (default: all are written, detection.threshold's drawn)",
+        },
+    ),
+    "draw": (DETECTION, {"type": int, "metavar": "N", "help": "pictures that are drawn with their boxes (default: 20)"}),
 }
 """Option to its task and what argparse is told."""
 
@@ -34,7 +43,7 @@ def add_task_options(parser: CommandParser) -> None:
 
 def task_options(args: argparse.Namespace, task: str) -> dict[str, Any]:
     """What was given of them. Raises ConfigError for one of another task."""
-    given = {name: getattr(args, name) for name in TASK_OPTIONS if getattr(args, name)}
+    given = {name: getattr(args, name) for name in TASK_OPTIONS if getattr(args, name) not in (None, False)}
     for name in given:
         if TASK_OPTIONS[name][0] != task:
             raise ConfigError(f"--{name.replace('_', '-')}: is for {TASK_OPTIONS[name][0]}, and this is {task}.")

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorabank.config.classification import ClassificationConfig
+from lorabank.config.detection import DetectionConfig
 from lorabank.config.diffusion import DiffusionConfig, adapter_defaults
 from lorabank.config.images import ImagesConfig
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.speech import SpeechConfig
+from lorabank.config.synthesis import SynthesisConfig
 
 DEFAULT_TASK = "text-generation"
 TASKS = (
@@ -19,7 +21,9 @@ TASKS = (
     "translation",
     "text2text-generation",
     "image-classification",
+    "object-detection",
     "automatic-speech-recognition",
+    "text-to-speech",
     "text-to-image",
 )
 """By the names of transformers' pipelines."""
@@ -27,7 +31,9 @@ TASK_SECTIONS: Mapping[str, type] = {
     "classification": ClassificationConfig,
     "seq2seq": Seq2SeqConfig,
     "images": ImagesConfig,
+    "detection": DetectionConfig,
     "speech": SpeechConfig,
+    "synthesis": SynthesisConfig,
     "diffusion": DiffusionConfig,
 }
 """Section of a configuration file to its settings; each is a field of `TrainConfig` too."""

@@ -17,11 +17,13 @@ from lorabank.config.checks import (
     freeze_sequences,
 )
 from lorabank.config.classification import ClassificationConfig
+from lorabank.config.detection import DetectionConfig
 from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.extras import TokenIndices
 from lorabank.config.images import ImagesConfig
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.speech import SpeechConfig
+from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import ConfigError, Setting
 
@@ -269,7 +271,9 @@ class TrainConfig:
     classification: ClassificationConfig = field(default_factory=ClassificationConfig)
     seq2seq: Seq2SeqConfig = field(default_factory=Seq2SeqConfig)
     speech: SpeechConfig = field(default_factory=SpeechConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     report_to: Sequence[str] = ()
     """`tensorboard`, `wandb`, `trackio`, `mlflow`."""

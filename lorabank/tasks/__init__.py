@@ -16,7 +16,9 @@ TASKS: Mapping[str, str] = {
     "translation": "lorabank.tasks.seq2seq.translation",
     "text2text-generation": "lorabank.tasks.seq2seq",
     "automatic-speech-recognition": "lorabank.tasks.speech.task",
+    "text-to-speech": "lorabank.tasks.synthesis",
     "image-classification": "lorabank.tasks.images.kind",
+    "object-detection": "lorabank.tasks.detection",
     "text-to-image": "lorabank.tasks.diffusion",
 }
 """Name to the module whose `KIND` it is; imported when it is used, since each has libraries of its own."""

@@ -7,11 +7,14 @@ by the names `classifier` and `score`; here the model's class tells them.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from lorabank.bank.wrapping import unwrapped
+from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import ConfigError, closest
 
 TASKS: Mapping[str, str | None] = {
@@ -31,6 +34,17 @@ PEFT_HEADS: Mapping[str, tuple[str, ...]] = {
 """Task type → ends of the paths of modules that PEFT then saves in full, and that it asks a file for."""
 _NAMES = ("classifier", "score", "projector", "qa_outputs", "classification_head")
 """Heads of a model whose class doesn't name its body."""
+
+DETECTORS: Mapping[str, tuple[str, ...]] = {
+    "conditional_detr": ("class_labels_classifier",),
+    "deformable_detr": ("class_embed.*",),
+    "detr": ("class_labels_classifier",),
+    "rt_detr": ("model.enc_score_head", "model.decoder.class_embed.*"),
+    "rt_detr_v2": ("model.enc_score_head", "model.decoder.class_embed.*"),
+    "table-transformer": ("class_labels_classifier",),
+    "yolos": ("class_labels_classifier",),
+}
+"""Model type → its modules that give a box a number a category, the ones that choose its queries included."""
 
 
 def _ending(model: nn.Module) -> str | None:
@@ -74,7 +88,7 @@ def check_head(model: nn.Module, path: str) -> str:
 
 def head_parameters(model: nn.Module, declared: str | None = None) -> frozenset[str]:
     """Names of the parameters in those modules, which were never loaded."""
-    heads = tuple(f"{path}." for path in head_paths(model, declared))
+    heads = tuple(f"{path}." for path in head_paths(model, declared) or detector_heads(model))
     return frozenset(name for name, _ in model.named_parameters() if name.startswith(heads)) if heads else frozenset()
 
 
@@ -100,6 +114,44 @@ def label_layer(model: nn.Module, declared: str | None = None) -> str | None:
 def _last_linear(head: nn.Module, path: str) -> str | None:
     names = [name for name, module in unwrapped(head).named_modules() if type(unwrapped(module)) is nn.Linear]
     return f"{path}.{names[-1]}".rstrip(".") if names else None
+
+
+def detector_heads(model: nn.Module) -> list[str]:
+    """Paths of a detector's modules that give a number a category; none for another model, or one that isn't known.
+
+    They are as the model has them, unless an adapter is added with `num_labels`.
+    """
+    if not isinstance(model, PreTrainedModel) or not type(model).__name__.endswith("ForObjectDetection"):
+        return []
+    known = DETECTORS.get(model.config.model_type, ())
+    if getattr(model.config, "two_stage", False):
+        return []  # Deformable DETR's proposals would come from other categories' heads
+    paths = [path for path, _ in model.named_modules()]
+    return [path for path in paths if any(fnmatchcase(path, name) and path.count(".") == name.count(".") for name in known)]
+
+
+def extra_outputs(model: nn.Module) -> int:
+    """How many more outputs a head has than labels: 1 for a detector that says "no object" by one of them, else 0."""
+    layers = [unwrapped(model.get_submodule(path)) for path in label_layers(model)] if detector_heads(model) else []
+    count = int(model.config.num_labels or 0) if isinstance(model, PreTrainedModel) else 0
+    return max((layer.out_features - count for layer in layers if isinstance(layer, nn.Linear)), default=0)
+
+
+def label_layers(model: nn.Module, declared: str | None = None) -> list[str]:
+    """Paths of all linear layers with an output a label: a classifier's one (see `label_layer`), or each of a detector's."""
+    found = []
+    for path in detector_heads(model):
+        linear = [name for name, m in unwrapped(model.get_submodule(path)).named_modules() if type(unwrapped(m)) is nn.Linear]
+        found += [f"{path}.{linear[-1]}".rstrip(".")] if linear else []
+    one = label_layer(model, declared)
+    return found or ([one] if one is not None else [])
+
+
+def with_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The configuration, with a detector's head among what it trains in full: it is made anew then, as a classifier's is."""
+    heads = detector_heads(model)
+    saved = tuple(config.modules_to_save or ())
+    return replace(config, modules_to_save=(*saved, *(path for path in heads if path not in saved))) if heads else config
 
 
 def peft_task(model: nn.Module, saved: Collection[str]) -> str | None:

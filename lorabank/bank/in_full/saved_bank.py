@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lorabank.bank.carrier import Router
-from lorabank.bank.in_full.heads import label_layer
+from lorabank.bank.in_full.heads import detector_heads, extra_outputs, label_layers
 from lorabank.bank.in_full.saved import SavedModule
 from lorabank.bank.in_full.saved_paths import unsavable
 from lorabank.bank.init import normal
@@ -21,6 +22,9 @@ from lorabank.errors import AdapterFileError, ConfigError, LorabankError, closes
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import SAVED_FLOATS
 
+_RARE = -math.log(99)
+"""Bias of a new category of a detector that asks of each by itself: found with a chance of 1 %, as RetinaNet (arXiv:1708.02002,
+section 4.1) and these models begin."""
 Values = Mapping[str, Mapping[str, Tensor]]
 """Module path → name in it → tensor."""
 
@@ -58,19 +62,21 @@ class SavedModules:
             made[path] = {key: p.detach() for key, p in unwrapped(self._model.get_submodule(path)).named_parameters()}
         if num_labels is None:
             return made
-        labels = label_layer(self._model, self._head)
-        owner = next((path for path in paths if labels is not None and f"{labels}.".startswith(f"{path}.")), None)
-        if labels is None or owner is None or type(num_labels) is not int or num_labels < 1:
-            why = (
-                "expected a whole number ≥ 1" if owner is not None else "the adapter saves no linear layer with an output a label"
-            )
+        owners = {
+            layer: path for layer in label_layers(self._model, self._head) for path in paths if f"{layer}.".startswith(f"{path}.")
+        }
+        if not owners or type(num_labels) is not int or num_labels < 1:
+            why = "expected a whole number ≥ 1" if owners else "the adapter saves no linear layer with an output a label"
             raise ConfigError(f"num_labels: {why}, got {num_labels!r}. It is for a classifier whose head is in modules_to_save.")
-        inside = labels.removeprefix(owner).lstrip(".")
         spread = getattr(getattr(self._model, "config", None), "initializer_range", None)
-        for key in [key for key in made[owner] if key in _names_of(inside)]:
-            old = made[owner][key]
-            shape = (num_labels, *old.shape[1:])
-            made[owner][key] = torch.zeros(shape) if old.ndim == 1 else normal(shape, spread or 0.02, seed, f"{owner}.{key}")
+        more = extra_outputs(self._model)
+        rare = _RARE if detector_heads(self._model) and not more else 0.0
+        for layer, owner in owners.items():
+            for key in [key for key in made[owner] if key in _names_of(layer.removeprefix(owner).lstrip("."))]:
+                old = made[owner][key]
+                shape = (num_labels + more, *old.shape[1:])
+                fresh = torch.full(shape, rare) if old.ndim == 1 else normal(shape, spread or 0.02, seed, f"{owner}.{key}")
+                made[owner][key] = fresh
         return made
 
     def install(self, name: str, values: Values, router: Router) -> None:
@@ -110,9 +116,8 @@ class SavedModules:
                     f"module {path!r} is, or holds, a layer that was wrapped for LoRA. Attach a new bank (bank.detach() first) "
                     "to train it in full."
                 )
-            labels = label_layer(self._model, self._head)
-            inside = labels is not None and f"{labels}.".startswith(f"{path}.")
-            own = labels.removeprefix(path).lstrip(".") if labels is not None and inside else None
+            labels = (layer for layer in label_layers(self._model, self._head) if f"{layer}.".startswith(f"{path}."))
+            own = next((layer.removeprefix(path).lstrip(".") for layer in labels), None)
             wrapper = SavedModule(present, path, router, rows_lost(self._model, path), own)
             for parent, attribute in places_of(self._model, present):
                 setattr(parent, attribute, wrapper)
@@ -147,8 +152,8 @@ class SavedModules:
         own, parameters = module.state_dict(keep_vars=True), dict(module.named_parameters())
         if wrong := sorted(own.keys() ^ values.keys()):
             raise refuse(f"{wrong[0]!r} is {'not in the file' if wrong[0] in own else 'not in the model'}")
-        labels = label_layer(self._model, self._head)
-        free = _names_of((labels or "").removeprefix(here).lstrip(".")) if f"{labels}.".startswith(f"{here}.") else ()
+        labels = (layer for layer in label_layers(self._model, self._head) if f"{layer}.".startswith(f"{here}."))
+        free = next((_names_of(layer.removeprefix(here).lstrip(".")) for layer in labels), ())
         for key, value in values.items():
             mine = own[key].detach()
             same = value.shape[1:] == mine.shape[1:] and value.ndim == mine.ndim if key in free else value.shape == mine.shape

@@ -109,7 +109,7 @@ def _diffusers() -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise MissingExtraError("text-to-image: needs diffusers: pip install 'lorabank[image]'") from error
+        raise MissingExtraError("text-to-image: needs diffusers: pip install 'lorabank[diffusion]'") from error
     return diffusers
 
 

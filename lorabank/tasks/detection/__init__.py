@@ -1,0 +1,3 @@
+"""`object-detection`: pictures with boxes, for the DETR family of transformers."""
+
+from lorabank.tasks.detection.task import KIND as KIND

@@ -1,0 +1,99 @@
+"""`open_picture`: a picture that boxes lie in, as RGB, or a RowError that says in a few words what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from lorabank.data.row import RowError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+Picture = Path | bytes | Image.Image
+"""Where a picture is: a file, its bytes, an object."""
+
+
+def as_picture(value: Any, folder: Path | None) -> Picture:
+    """A cell of a table as a picture. `folder`: what paths are relative to. Raises RowError for what is none."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes | Image.Image):
+        return value
+    if isinstance(value, str | Path) and str(value).strip():
+        path = Path(value).expanduser()
+        return path if folder is None or path.is_absolute() else folder / path
+    if value is None or value == "":
+        raise RowError("no picture: its cell is empty")
+    raise RowError(f"a {type(value).__name__} where a picture was expected (a path, bytes, or a PIL image)")
+
+
+def open_picture(picture: Picture, size: tuple[int, int] | None = None) -> tuple[Image.Image, bool, str]:
+    """(RGB, whether a camera's note turned it, a digest of its content). Of an animation the first frame.
+
+    `size`: (width, height) that its annotations say: it is turned by its camera's note (EXIF) unless only the unturned one is of
+    that size. Raises RowError for a missing, empty, damaged or truncated file, and for another size.
+    """
+    if isinstance(picture, Image.Image):
+        found, digest = picture, _digest(f"{picture.mode} {picture.size} ".encode() + picture.tobytes())
+    else:
+        data = picture if isinstance(picture, bytes) else _content(picture)
+        found, digest = _decoded(data), _digest(data)
+    turned = ImageOps.exif_transpose(found)
+    upright = size is None or turned.size == size or found.size != size
+    chosen = turned if upright else found
+    if size is not None and chosen.size != size:
+        raise RowError(f"its size is {_by(chosen.size)}, and its annotations say {_by(size)}")
+    return chosen.convert("RGB"), upright, digest
+
+
+def reopened(picture: Picture, upright: bool) -> tuple[Image.Image, str]:
+    """The same picture again: (RGB, digest)."""
+    if isinstance(picture, Image.Image):
+        found, digest = picture, _digest(f"{picture.mode} {picture.size} ".encode() + picture.tobytes())
+    else:
+        data = picture if isinstance(picture, bytes) else _content(picture)
+        found, digest = _decoded(data), _digest(data)
+    return (ImageOps.exif_transpose(found) if upright else found).convert("RGB"), digest
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]}"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RowError("no such file") from None
+    except OSError as error:
+        raise RowError(f"can't be read: {error.strerror}") from error
+
+
+def _decoded(data: bytes) -> Image.Image:
+    if not data:
+        raise RowError("an empty file")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RowError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, by which damaged pictures pass as whole ones")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of odd metadata, which doesn't matter here
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data))
+            picture.load()
+            return picture
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RowError("more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS)") from None
+    except UnidentifiedImageError:
+        raise RowError("no picture that can be read (another format, or damaged)") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, …
+        kind = "cut off" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
+        raise RowError(f"a {kind} picture") from error

@@ -1,0 +1,106 @@
+"""`lorabank predict` of detectors: COCO's results, and pictures with the boxes drawn."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorabank.config.checks import check_fraction
+from lorabank.config.train import DataConfig
+from lorabank.engine.engine import Engine
+from lorabank.errors import ConfigError, closest
+from lorabank.formats.files import write_files
+from lorabank.tasks.detection.draw import drawn
+from lorabank.tasks.detection.prepare import prepare
+from lorabank.tasks.detection.rows import Box, DetectionRow
+from lorabank.training.task import Busy, Prediction
+
+if TYPE_CHECKING:
+    from lorabank.tasks.detection.task import ObjectDetection
+
+OPTIONS = ("threshold", "draw")
+DRAWN = 20
+"""Pictures that are drawn unless said otherwise."""
+
+
+def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
+    """Write NAME.json (COCO's results) and drawn pictures into the folder `output`; of one adapter and an output that ends in
+    `.json`, that file alone.
+
+    Options: `threshold`, the lowest score that is written (0) and drawn (the run's `detection.threshold`); `draw`, how many
+    pictures are drawn.
+    """
+    least, draw = _options(wanted)
+    data = DataConfig(train=wanted.data, val_split=0, limit=wanted.max_rows)
+    sets = prepare(data, task.config.detection, seed=0, train=None, val=None, keep=task.store.keep, boxed=False)
+    rows = sets.train
+    alone = wanted.output.suffix.lower() == ".json"
+    if alone and len(wanted.names) > 1:
+        raise ConfigError(
+            f"output {str(wanted.output)!r}: a file holds the results of one adapter, and there are {', '.join(wanted.names)}. "
+            "Name a folder, or one of them (--adapters)."
+        )
+    shown = task.config.detection.threshold if least is None else least
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted.names}
+    files: dict[str, bytes] = {}
+    for start in range(0, len(rows), wanted.batch_size):
+        part = rows[start : start + wanted.batch_size]
+        _, found = task.find(engine, dict.fromkeys(wanted.names, part), batch_size=wanted.batch_size, busy=_quiet)
+        for name, answers in found.items():
+            for row, boxes in zip(part, answers, strict=True):
+                results[name] += _results(task, name, row, [each for each in boxes if each[0] >= (least or 0.0)])
+        for i, row in enumerate(part, start):
+            for name in wanted.names if i < draw and not alone else ():
+                boxes = [each for each in found[name][i - start] if each[0] >= shown]
+                files[f"{name}-{i + 1:04d}.png"] = _png(task, row, boxes)
+        busy("finding", min(start + wanted.batch_size, len(rows)), len(rows))
+    encoded = {name: (json.dumps(entries) + "\n").encode() for name, entries in results.items()}
+    if alone:
+        write_files(wanted.output.parent, {wanted.output.name: encoded[wanted.names[0]]})
+    else:
+        write_files(wanted.output, {f"{name}.json": content for name, content in encoded.items()})
+        if files:
+            write_files(wanted.output / "pictures", files)
+    left = sum(reason.count for reason in sets.report.dropped.values())
+    counts = ", ".join(f"{name} {sum(entry['score'] >= shown for entry in own):,}" for name, own in results.items())
+    return (
+        f"{len(rows)} pictures; boxes with a score of at least {shown:g}: {counts}"
+        f"{f'; {left} pictures left out: ' + next(iter(sets.report.dropped)) if left else ''}: {wanted.output}"
+    )
+
+
+def _options(wanted: Prediction) -> tuple[float | None, int]:
+    for name in wanted.options:
+        if name not in OPTIONS:
+            raise ConfigError(f"predict: object-detection knows no option {name!r}{closest(name, OPTIONS)}")
+    least = wanted.options.get("threshold")
+    if least is not None:
+        check_fraction("threshold", least)
+    draw = wanted.options.get("draw")
+    return least, DRAWN if draw is None else int(draw)
+
+
+def _results(task: ObjectDetection, name: str, row: DetectionRow, boxes: Sequence[tuple[float, Box]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "image_id": row.image_id,
+            "file_name": row.origin,
+            "category_id": task.category_id(name, box.label),
+            "category": box.label,
+            "bbox": [round(value, 2) for value in box[1:5]],
+            "score": round(score, 6),
+        }
+        for score, box in boxes
+    ]
+
+
+def _png(task: ObjectDetection, row: DetectionRow, boxes: Sequence[tuple[float, Box]]) -> bytes:
+    buffer = io.BytesIO()
+    drawn(task.store.picture(row), boxes).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    """The bar is over the whole data set."""

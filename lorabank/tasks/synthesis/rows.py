@@ -1,0 +1,229 @@
+"""`SynthesisRow`: a text, how it was said (a log-mel spectrum) and by whom; `prepare`: from sources to rows in splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorabank.config.speech import SpeechConfig
+from lorabank.config.synthesis import SynthesisConfig
+from lorabank.config.train import DataConfig
+from lorabank.data.prepare import Progress
+from lorabank.data.read import Source, read_rows
+from lorabank.data.report import MAX_ORIGINS
+from lorabank.data.row import RowError
+from lorabank.data.row_report import Splits, row_report
+from lorabank.data.split import split_rows
+from lorabank.errors import DataError, closest
+from lorabank.tasks.speech.audio import load_sound
+from lorabank.tasks.speech.read import TEXT_COLUMNS, Utterance, read_utterances
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the model takes."""
+
+    speaker: int
+    """Numbers of a speaker's embedding."""
+    text: int
+    """Tokens of a text."""
+    reduction: int
+    """Frames that the decoder makes at once; spectra are cut to a multiple."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisRow:
+    """One utterance."""
+
+    origin: str
+    name: str
+    text: str
+    input_ids: tuple[int, ...]
+    mel_TM: np.ndarray = field(repr=False, compare=False)
+    """fp32 log10 of mel energies, frames × bins; without frames for a text that is to be said."""
+    speaker: tuple[float, ...] = field(repr=False)
+    seconds: float
+    digest: str
+    """Of its spectrum."""
+
+    @property
+    def size(self) -> int:
+        """Whole seconds, at least one."""
+        return max(1, round(self.seconds))
+
+    @property
+    def frames(self) -> int:
+        """Of its spectrum."""
+        return len(self.mel_TM)
+
+    @property
+    def prompt_text(self) -> str:
+        """The text."""
+        return self.text
+
+    @property
+    def reference(self) -> str:
+        """The recording's name."""
+        return self.name
+
+    @property
+    def content(self) -> object:
+        """What training depends on."""
+        return self.input_ids, self.digest, self.speaker
+
+
+def prepare(
+    data: DataConfig,
+    config: SynthesisConfig,
+    processor: Any,
+    limits: Limits,
+    *,
+    seed: int,
+    train: Source | None,
+    val: Source | None,
+    progress: Progress | None = None,
+) -> Splits[SynthesisRow]:
+    """Read, decode, make spectra, check and split. Raises DataError and ConfigError."""
+    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
+    if sources["train"] is None:
+        raise DataError(
+            "no training data: set data.train to an audio folder, a table or a data set id, or pass the rows themselves"
+        )
+    speech = SpeechConfig(audio_column=config.audio_column, text_column=config.text_column)
+    read = {
+        role: read_utterances(source, speech, limit=data.limit, role=role)
+        for role, source in sources.items()
+        if source is not None
+    }
+    total, done = sum(map(len, read.values())), 0
+    errors: list[RowError] = []
+    parts: dict[str, list[SynthesisRow]] = {}
+    for role, utterances in read.items():
+        parts[role] = []
+        for utterance in utterances:
+            try:
+                parts[role].append(_row(utterance, config, processor, limits))
+            except RowError as error:
+                errors.append(error.at(f"{utterance.origin}: {utterance.name}" if utterance.name else utterance.origin))
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        if not parts[role]:
+            raise DataError(f"{role} data: none of the {len(utterances):,} recordings can be used:{_listed(errors)}")
+    if errors and config.bad_rows == "refuse":
+        raise DataError(
+            f"data: {len(errors):,} recordings can't be used as they are:{_listed(errors)}\n"
+            "Correct or delete these rows. Or set `synthesis.bad_rows: skip`, which counts them in the data report."
+        )
+    splits = _split(data, parts, seed)
+    lengths = ", ".join(f"{sum(row.seconds for row in part):,.0f} s {name}" for name, part in splits.items() if part)
+    speakers = len({row.speaker for row in splits["train"] if any(row.speaker)})
+    facts = [lengths, f"{speakers} speakers' embeddings" if speakers else "no speakers' embeddings: zeros"]
+    report = row_report(read=total, errors=errors, splits=splits, facts=facts, what="recordings")
+    return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
+
+
+def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, limit: int | None) -> list[SynthesisRow]:
+    """Texts to be said: lines of a .txt file, or a column of a table. Raises DataError, also for one that can't be said."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".txt" and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found: list[tuple[str, str, Mapping[str, Any]]] = [
+            (f"{path}:{i}", line, {}) for i, line in enumerate(lines, 1) if line.strip()
+        ]
+    else:
+        rows = read_rows(name, limit=limit)
+        columns = list(rows[0].values)
+        wanted = config.text_column or next((each for each in TEXT_COLUMNS if each in columns), None)
+        if wanted not in columns:
+            raise DataError(f"{name}: no column of text{closest(str(wanted), columns)}; there are {', '.join(columns)}")
+        found = [(row.origin, str(row.values.get(wanted) or ""), row.values) for row in rows]
+    if not found:
+        raise DataError(f"{name}: expected at least one text, got none")
+    made = []
+    for origin, text, values in found[:limit]:
+        try:
+            ids, speaker = _ids(text, processor, limits), _speaker(values, config, limits)
+        except RowError as error:
+            raise error.at(origin) from error
+        mel = np.zeros((0, 0), np.float32)
+        made.append(
+            SynthesisRow(
+                origin=origin, name=origin, text=text, input_ids=ids, mel_TM=mel, speaker=speaker, seconds=1.0, digest=origin
+            )
+        )
+    return made
+
+
+def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: Limits) -> SynthesisRow:
+    ids = _ids(utterance.text, processor, limits)
+    if utterance.audio is None:
+        raise RowError("the row names no recording")
+    features = processor.feature_extractor
+    sound = load_sound(utterance.audio, features.sampling_rate, near=utterance.near)
+    if sound.seconds > config.max_seconds:
+        raise RowError(f"longer than {config.max_seconds:g} s (synthesis.max_seconds)")
+    made = features(audio_target=sound.samples_S, sampling_rate=features.sampling_rate, return_tensors="np")
+    mel = np.asarray(made["input_values"][0], np.float32)
+    mel = mel[: len(mel) // limits.reduction * limits.reduction]
+    if not len(mel):
+        raise RowError("too short for a spectrum")
+    return SynthesisRow(
+        origin=utterance.origin,
+        name=utterance.name,
+        text=utterance.text,
+        input_ids=ids,
+        mel_TM=mel,
+        speaker=_speaker(utterance.values or {}, config, limits),
+        seconds=sound.seconds,
+        digest=hashlib.blake2b(np.ascontiguousarray(mel).tobytes(), digest_size=16).hexdigest(),
+    )
+
+
+def _ids(text: str, processor: Any, limits: Limits) -> tuple[int, ...]:
+    if not text.strip():
+        raise RowError("there is no text")
+    ids = tuple(processor.tokenizer(text.strip())["input_ids"])
+    if len(ids) > limits.text:
+        raise RowError(f"its text has more than the model's {limits.text} tokens")
+    return ids
+
+
+def _speaker(values: Mapping[str, Any], config: SynthesisConfig, limits: Limits) -> tuple[float, ...]:
+    given = values.get(config.speaker_column)
+    if given is None:
+        return (0.0,) * limits.speaker
+    numbers = np.asarray(given, np.float64).reshape(-1) if isinstance(given, list | tuple | np.ndarray) else np.zeros(0)
+    if len(numbers) != limits.speaker or not np.isfinite(numbers).all():
+        raise RowError(f"column {config.speaker_column!r}: expected {limits.speaker} numbers, the speaker's embedding")
+    return tuple(numbers.tolist())
+
+
+def _listed(errors: Sequence[RowError]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for error in errors:
+        reasons.setdefault(error.reason, []).append(error.origin)
+    return "".join(
+        f"\n  - {len(names):,} × {reason} ({', '.join(names[:MAX_ORIGINS])}{', …' if len(names) > MAX_ORIGINS else ''})"
+        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
+    )
+
+
+def _split(data: DataConfig, parts: Mapping[str, list[SynthesisRow]], seed: int) -> dict[str, list[SynthesisRow]]:
+    rows = parts["train"]
+    val = 0 if "val" in parts else data.val_split
+    test = 0 if "test" in parts else data.test_split
+    keys = [row.digest for row in rows]
+    if val == DataConfig.val_split and len(set(keys)) == 1:
+        val = 0  # the default share was nobody's demand
+    split = split_rows(keys, val=val, test=test, seed=seed, unit="recordings")
+    held = {"val": split.val, "test": split.test}
+    return {
+        "train": [rows[i] for i in split.train],
+        **{role: parts[role] if role in parts else [rows[i] for i in held[role]] for role in ("val", "test")},
+    }

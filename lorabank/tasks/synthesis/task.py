@@ -1,0 +1,256 @@
+"""`SpeechSynthesis`: SpeechT5 under the bank; an adapter a voice, or a way of speaking."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorabank.bank.bank import AdapterBank
+from lorabank.bank.routing import RowRoute
+from lorabank.bank.targets import resolve_targets
+from lorabank.config.train import EvalConfig, TrainConfig
+from lorabank.data.prepare import Progress
+from lorabank.data.read import Source
+from lorabank.data.row_report import Splits
+from lorabank.engine.engine import Engine
+from lorabank.engine.model_batch import ModelBatch
+from lorabank.engine.model_pass import infer
+from lorabank.engine.modes import evaluation_mode
+from lorabank.errors import ConfigError, ModelError, Setting, closest
+from lorabank.formats.adapter import Adapter
+from lorabank.formats.files import write_files
+from lorabank.models.load_class import load_class
+from lorabank.tasks.synthesis.loss import DRAWS, FRAMES, MEL, TOKENS, loss_and_error, synthesis_loss
+from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare, texts
+from lorabank.tasks.synthesis.vocoder import as_wav, griffin_lim, load_vocoder
+from lorabank.training.data_sets import DataSets, RowObjects, read_sets
+from lorabank.training.evaluate import route_of, spread
+from lorabank.training.jobs import AdapterJob
+from lorabank.training.task import BaseRequest, Busy, Prediction, Say, Task, TaskBase, TaskKind
+
+METRICS = ("loss", "mae")
+POSTNET = "speech_decoder_postnet.layers."
+"""Where layers are whose input is one row's frames at a time."""
+
+
+class SpeechSynthesis(Task[SynthesisRow]):
+    """Of one SpeechT5."""
+
+    name = "text-to-speech"
+    unit = "seconds of audio"
+    section = "synthesis"
+
+    def __init__(self, config: TrainConfig, model: nn.Module, processor: Any, loaded: Mapping[str, Adapter]) -> None:
+        super().__init__(config, model, processor)
+        from transformers import SpeechT5ForTextToSpeech
+
+        if not isinstance(model, SpeechT5ForTextToSpeech):
+            raise ConfigError(f"text-to-speech: expected a SpeechT5ForTextToSpeech, got a {type(model).__name__}")
+        for part in ("tokenizer", "feature_extractor"):
+            if getattr(processor, part, None) is None:
+                raise ConfigError(f"text-to-speech: the processor has no {part}. Give a SpeechT5Processor.")
+        known = model.config
+        self.limits = Limits(speaker=known.speaker_embedding_dim, text=known.max_text_positions, reduction=known.reduction_factor)
+        device = next(model.parameters()).device
+        self._vocoder = load_vocoder(config.synthesis.vocoder, device) if config.synthesis.vocoder else None
+
+    @property
+    def rate(self) -> int:
+        """Samples a second."""
+        return int(self.processor.feature_extractor.sampling_rate)
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def read(
+        self, config: TrainConfig, rows: RowObjects | None = None, progress: Progress | None = None
+    ) -> DataSets[SynthesisRow]:
+        def one(_name: str, train: Source | None, val: Source | None) -> Splits[SynthesisRow]:
+            return prepare(
+                config.data,
+                config.synthesis,
+                self.processor,
+                self.limits,
+                seed=config.seed,
+                train=train,
+                val=val,
+                progress=progress,
+            )
+
+        return read_sets(config, rows, one)
+
+    def batch(
+        self, rows: Sequence[Sequence[SynthesisRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
+    ) -> ModelBatch:
+        flat = [row for (row,) in rows]
+        longest, frames = max(len(row.input_ids) for row in flat), max(row.frames for row in flat)
+        ids = torch.full((len(flat), longest), int(self.processor.tokenizer.pad_token_id or 0))
+        mask = torch.zeros(len(flat), longest, dtype=torch.int64)
+        mel = torch.zeros(len(flat), frames, flat[0].mel_TM.shape[1])
+        for i, row in enumerate(flat):
+            ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            mask[i, : len(row.input_ids)] = 1
+            mel[i, : row.frames] = torch.from_numpy(np.ascontiguousarray(row.mel_TM))
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        seeds = [draw or _own_seed(row) for draw, row in zip(draws, flat, strict=True)]
+        return ModelBatch(
+            inputs={
+                "input_ids": ids,
+                "attention_mask": mask,
+                "speaker_embeddings": torch.tensor([row.speaker for row in flat]).to(dtype),
+            },
+            targets={
+                MEL: mel,
+                FRAMES: torch.tensor([row.frames for row in flat]),
+                TOKENS: torch.tensor([len(row.input_ids) for row in flat]),
+                DRAWS: torch.tensor(seeds),
+            },
+            loss=synthesis_loss,
+            routes=tuple(routes),
+            weights=tuple(float(row.frames) for row in flat),
+            sizes=tuple(row.frames for row in flat),
+            examples_E=torch.as_tensor(list(examples)),
+        )
+
+    # ---- the adapters -----------------------------------------------------------------------------------------------
+
+    def check(self, name: str, job: AdapterJob) -> None:
+        chosen = resolve_targets(self.model, job.run.adapter_config())
+        if inside := next((path for path in chosen if path.startswith(POSTNET)), None):
+            raise ConfigError(
+                Setting(f"adapters.{name}.targets"),
+                f": layer {inside!r} is in the postnet, which gets one row's frames at a time, so rows of several adapters can't "
+                f"be told apart there. exclude: ['{POSTNET}*'].",
+            )
+
+    def engine(self, bank: AdapterBank) -> Engine:
+        """Frames differ from row to row, and dropout is drawn on the host: no pass is captured."""
+        return replace(super().engine(bank), cuda_graphs=False)
+
+    # ---- scores -----------------------------------------------------------------------------------------------------
+
+    def metric_names(self, config: EvalConfig) -> Sequence[str]:
+        return METRICS[1:]
+
+    def validate(
+        self, engine: Engine, rows: Mapping[str, Sequence[SynthesisRow]], *, config: EvalConfig, busy: Busy
+    ) -> dict[str, dict[str, float]]:
+        chosen = {name: spread(own, config.max_rows) for name, own in rows.items() if own}
+        jobs = sorted(((name, row) for name, own in chosen.items() for row in own), key=lambda job: job[1].frames)
+        sums = {name: [0.0, 0.0, 0.0] for name in chosen}
+        for start in range(0, len(jobs), config.batch_size):
+            part = jobs[start : start + config.batch_size]
+            batch = self.batch(
+                [[row] for _, row in part], [route_of(name) for name, _ in part], examples=range(len(part)), draws=[0] * len(part)
+            )
+            for (name, row), (loss, error) in zip(part, infer(engine, batch, loss_and_error).tolist(), strict=True):
+                sums[name][0] += loss
+                sums[name][1] += error * row.frames
+                sums[name][2] += row.frames
+            busy("validation", min(start + config.batch_size, len(jobs)), len(jobs))
+        return {name: {"loss": loss / count, "mae": error / count} for name, (loss, error, count) in sums.items()}
+
+    def say(self, engine: Engine, name: str, row: SynthesisRow) -> np.ndarray:
+        """Samples (S,) of a text said by an adapter, or the base; alone, and the same each time."""
+        model: Any = engine.bank.model
+        ids = torch.tensor([row.input_ids], device=engine.bank.device)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        speaker = torch.tensor([row.speaker], device=engine.bank.device, dtype=dtype)
+        with torch.random.fork_rng(), evaluation_mode(model.modules()), engine.bank.route([route_of(name)]), torch.no_grad():
+            torch.manual_seed(_own_seed(row) % 2**31)  # its prenet drops out at all times
+            mel = model.generate(
+                ids, attention_mask=torch.ones_like(ids), speaker_embeddings=speaker, threshold=self.config.synthesis.stop
+            )
+            if self._vocoder is not None:
+                return self._vocoder(mel.float()).float().cpu().numpy().reshape(-1)
+        return griffin_lim(mel.float().cpu(), self.processor.feature_extractor)
+
+    def samples(
+        self, engine: Engine, rows: Mapping[str, Sequence[SynthesisRow]], folder: Path, *, config: EvalConfig, busy: Busy
+    ) -> None:
+        files: dict[str, bytes] = {}
+        lines = ["# Samples", "", "| file | by | text |", "|---|---|---|"]
+        jobs = [(name, i, row) for name, own in rows.items() for i, row in enumerate(spread(own, config.samples), 1)]
+        for done, (name, i, row) in enumerate(jobs, 1):
+            files[f"{name}-{i}.wav"] = as_wav(self.say(engine, name, row), self.rate)
+            lines.append(f"| samples/{name}-{i}.wav | {name} | {row.text.replace('|', '/')} |")
+            busy("saying", done, len(jobs))
+        if files:
+            write_files(folder / "samples", files)
+            write_files(folder, {"samples.md": ("\n".join(lines) + "\n").encode()})
+
+    # ---- afterwards -------------------------------------------------------------------------------------------------
+
+    def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
+        if wanted.options:
+            raise ConfigError(f"predict: text-to-speech knows no option {next(iter(wanted.options))!r}")
+        rows = texts(wanted.data, self.config.synthesis, self.processor, self.limits, wanted.max_rows)
+        for number, name in enumerate(wanted.names):
+            files: dict[str, bytes] = {}
+            table = io.StringIO()
+            writer = csv.writer(table)
+            writer.writerow(["file_name", "transcription"])
+            for i, row in enumerate(rows, 1):
+                files[f"{i:04d}.wav"] = as_wav(self.say(engine, name, row), self.rate)
+                writer.writerow([f"{i:04d}.wav", row.text])
+                busy("saying", number * len(rows) + i, len(rows) * len(wanted.names))
+            write_files(wanted.output / name, {**files, "metadata.csv": table.getvalue().encode()})
+        return f"{len(rows)} texts said by {', '.join(wanted.names)}: {wanted.output}"
+
+    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
+        return [("say texts of your own:", [f"lorabank predict {output} --data texts.txt --output said/"])]
+
+
+def _own_seed(row: SynthesisRow) -> int:
+    return 1 + sum(map(ord, row.digest)) * 1_000_003 + len(row.input_ids)
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise ConfigError for a metric that isn't one of synthesis."""
+    for name in metrics:
+        if name not in METRICS:
+            raise ConfigError(
+                Setting("eval.metrics"), f": expected some of {', '.join(METRICS)}, got {name!r}{closest(name, METRICS)}"
+            )
+
+
+def _processor_of(name: str, folder: Path) -> Any:
+    from transformers import SpeechT5Processor
+
+    try:
+        return SpeechT5Processor.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # a damaged or missing file surfaces as one of a dozen classes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"model {name!r}: its tokenizer or feature extractor can't be read ({reason}). Text-to-speech needs a SpeechT5 with "
+            "preprocessor_config.json and spm_char.model beside its weights."
+        ) from error
+
+
+def _load(request: BaseRequest, say: Say) -> TaskBase:
+    from transformers import AutoModelForTextToSpectrogram
+
+    base = load_class(
+        request.model,
+        AutoModelForTextToSpectrogram,
+        _processor_of,
+        dtype=request.dtype,
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
+        say=say,
+    )
+    return TaskBase(model=base.model, processor=base.processor, name=request.model, folder=base.folder, notes=base.notes)
+
+
+def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str, Adapter]) -> SpeechSynthesis:
+    return SpeechSynthesis(config, model, processor, adapters)
+
+
+KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics)
