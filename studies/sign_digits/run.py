@@ -46,7 +46,7 @@ from lorabank.training.allocation import keep_freed_memory
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SPLIT_SEED = 0
-RATES: Mapping[str, Sequence[float]] = {"full": (1e-3, 3e-4, 3e-3), "lora": (3e-3, 1e-3, 1e-2), "head": (1e-2, 3e-3, 3e-2)}
+RATES: Mapping[str, Sequence[float]] = {"full": (1e-3, 3e-4, 3e-3), "lora": (3e-3, 1e-3, 1e-2), "head": (3e-3, 1e-2, 1e-3)}
 """Tried with the first seed, the middle one first."""
 RANK, ALPHA = 8, 16
 TARGETS = ["all-linear", "all-conv"]
