@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.config.train import AdapterRun
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
@@ -15,6 +16,7 @@ from lorabank.formats.files import write_files
 from lorabank.formats.labels import label_names
 from lorabank.training import human
 from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle, vllm_line
+from lorabank.training.task import TASK_KEY
 
 USE = "## Use"
 """Heading of the section on how to load the adapter."""
@@ -175,6 +177,7 @@ def _use(facts: CardFacts) -> str:
         unserved=reason,
         task_type=facts.task_type,
         num_labels=facts.num_labels,
+        task=facts.pipeline_tag,
     )
 
 
@@ -186,6 +189,14 @@ MODEL_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """transformers' class by PEFT's task type; else that of language models."""
+TASK_CLASSES: Mapping[str, str | None] = {
+    "image-classification": "AutoModelForImageClassification",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    "object-detection": "AutoModelForObjectDetection",
+    "text-to-speech": "SpeechT5ForTextToSpeech",
+    "text-to-image": None,
+}
+"""The same by task, where PEFT has no type for it; None: PEFT doesn't load it by itself."""
 
 
 def how_to_load(
@@ -199,10 +210,12 @@ def how_to_load(
     revision: str | None = None,
     task_type: str | None = None,
     num_labels: int | None = None,
+    task: str = DEFAULT_TASK,
 ) -> str:
     """The section on use: lorabank, PEFT, vLLM. `repository`: where it lies on a hub; None: in a folder, `path/to/NAME`.
 
     unserved: why vLLM can't read it. task_type: PEFT's, which says the model's class. num_labels: of a classifier's head.
+    task: the pipeline's name.
     """
     place = f'"path/to/{name}"'
     fetch = ""
@@ -217,13 +230,14 @@ def how_to_load(
     if not base_model:
         return blocks[0]
     location = f'"{repository}"{at}' if repository else place
-    model_class = MODEL_CLASSES.get(task_type or "", "AutoModelForCausalLM")
+    model_class = TASK_CLASSES.get(task, MODEL_CLASSES.get(task_type or "", "AutoModelForCausalLM"))
     labels = "" if num_labels is None else f", num_labels={num_labels}"
-    blocks.append(
-        f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import {model_class}\n\n"
-        f'model = {model_class}.from_pretrained("{base_model}"{labels})\n'
-        f"model = PeftModel.from_pretrained(model, {location})\n```"
-    )
+    if model_class is not None:
+        blocks.append(
+            f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import {model_class}\n\n"
+            f'model = {model_class}.from_pretrained("{base_model}"{labels})\n'
+            f"model = PeftModel.from_pretrained(model, {location})\n```"
+        )
     if unserved is None:
         version = " (0.32 or newer: rank and alpha differ between layers)" if patterns else ""
         line = vllm_line(base_model, {name: repository or f"path/to/{name}"}, rank)
@@ -250,6 +264,7 @@ def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: s
         revision=revision,
         task_type=adapter.task_type,
         num_labels=len(label_names(adapter) or ()) or None,
+        task=adapter.metadata.get(TASK_KEY, DEFAULT_TASK),
     )
     front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
     named = _listed(front.get("base_model"))

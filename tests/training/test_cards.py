@@ -13,7 +13,7 @@ import yaml
 from lorabank import Adapter, AdapterConfig
 from lorabank.config.train import AdapterRun
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.training.cards import CardFacts, card_for_hub, model_card, write_card
+from lorabank.training.cards import CardFacts, card_for_hub, how_to_load, model_card, write_card
 from lorabank.training.serving import serve_lines
 
 FACTS = CardFacts(
@@ -174,3 +174,18 @@ def test_a_base_without_a_name() -> None:
     assert "base_model" not in front_matter(card)
     assert "vllm serve" not in card
     assert "a base model that wasn't named" in card
+
+
+@pytest.mark.parametrize(
+    ("task", "task_type", "loader"),
+    [
+        ("image-classification", None, "AutoModelForImageClassification"),
+        ("automatic-speech-recognition", None, "AutoModelForSpeechSeq2Seq"),
+        ("text-classification", "SEQ_CLS", "AutoModelForSequenceClassification"),
+        ("text-to-image", None, None),
+    ],
+)
+def test_a_card_loads_the_base_by_its_tasks_class(task: str, task_type: str | None, loader: str | None) -> None:
+    text = how_to_load("a", "org/base", 4, patterns=False, unserved="x", task_type=task_type, task=task)
+    assert ("# PEFT" in text) == (loader is not None)
+    assert loader is None or f"from transformers import {loader}\n" in text
