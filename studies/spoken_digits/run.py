@@ -1,6 +1,6 @@
 """Whisper tiny.en on the Free Spoken Digit Dataset: a speaker held out, and three speakers' adapters jointly and each alone.
 
-    python studies/spoken_digits/run.py --data fsdd.zip            # about half an hour on two CPU cores
+    python studies/spoken_digits/run.py --data fsdd.zip            # took an hour of a busy core
     python studies/spoken_digits/run.py --data fsdd.zip --device cuda
 
 Writes results/result.json after each part; `table.py` makes the tables and the picture of it.
