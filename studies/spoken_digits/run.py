@@ -1,6 +1,6 @@
 """Whisper tiny.en on the Free Spoken Digit Dataset: a speaker held out, and three speakers' adapters jointly and each alone.
 
-    python studies/spoken_digits/run.py --data fsdd.zip            # about half an hour on two CPU cores
+    python studies/spoken_digits/run.py --data fsdd.zip            # took an hour of a busy core
     python studies/spoken_digits/run.py --data fsdd.zip --device cuda
 
 Writes results/result.json after each part; `table.py` makes the tables and the picture of it.
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jiwer
 import recordings
 import torch
 import transformers
@@ -23,6 +24,7 @@ import transformers
 import lorabank as lb
 from lorabank import api
 from lorabank.config.train import DataConfig
+from lorabank.tasks.speech.scores import normaliser
 from lorabank.training.console import ConsoleListener
 
 HERE = Path(__file__).parent
@@ -92,6 +94,11 @@ def difference(args: argparse.Namespace, name: str) -> float:
     return (apart / whole) ** 0.5
 
 
+def digits(text: str) -> str:
+    """The digits of a transcript, whether as words or figures: Whisper's normaliser, and no spaces ("one two" is "12")."""
+    return "".join(letter for letter in normaliser("en")(text) if letter.isdigit())
+
+
 def main() -> None:
     """Run what isn't in the result file yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,14 +140,24 @@ def main() -> None:
             for name in (*SPEAKERS, "others")
         }
 
-    def connected() -> dict[str, dict[str, float]]:
-        """Four digits in a row, which no adapter has heard."""
+    def connected() -> dict[str, Any]:
+        """Four digits in a row, which no adapter has heard: what is written, and its digits beside those that were said."""
         rows = recordings.connected(args.work / "data" / "connected", args.work / "data" / "recordings", HELD_OUT, 20, 4)
-        test, how = DataConfig(test=str(rows)), {"metrics": METRICS, "max_new_tokens": 40, "device": args.device}
-        run = args.work / "runs" / "held-out"
+        own, window = args.work / "connected-30s.jsonl", args.work / "connected-window.jsonl"
+        for file in (own, window):
+            file.unlink(missing_ok=True)
+        api.predict(MODEL, rows, own, ["base"], task="automatic-speech-recognition", device=args.device)
+        api.predict(args.work / "runs" / "held-out", rows, window, ["base", "others"], device=args.device)
+        read = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in (own, window)]
+        heard = {"base": read[0], "base, window": read[1], "others, window": read[1]}
         return {
-            "base": api.evaluate(MODEL, ["base"], test, task="automatic-speech-recognition", **how)["base"],
-            **{f"{name}, window": scores for name, scores in api.evaluate(run, ["base", "others"], test, **how).items()},
+            name: {
+                "digit_errors": jiwer.cer(
+                    [digits(line["transcription"]) for line in lines], [digits(line[name.split(",")[0]]) for line in lines]
+                ),
+                "first": {"said": lines[0]["transcription"], "written": lines[0][name.split(",")[0]][:80]},
+            }
+            for name, lines in heard.items()
         }
 
     torch.set_num_threads(args.threads)
