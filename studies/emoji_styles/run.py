@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the machine with the GPU m
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from grid import grid, held_out_names
 from torch import Tensor, nn
@@ -83,7 +85,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     args.output.mkdir(parents=True, exist_ok=True)
-    data = pictures_of(args.data, args.held_out)
+    data = pictures_of(args.data, args.held_out, match=args.match, pool=args.pool)
     say(f"{len(data.captions)} icons, {len(data.held)} names held out: {', '.join(data.captions[i] for i in data.held)}")
     device = torch.device(args.device)
     scheduler = DDIMScheduler(
@@ -116,6 +118,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data", type=Path, default=HERE / "data" / "emoji.npz")
     parser.add_argument("--output", type=Path, default=Path("out/emoji"))
+    parser.add_argument("--match", help="a regular expression: the icons whose whole names it matches")
+    parser.add_argument("--pool", type=int, default=1, help="average so many pixels a side into one")
     parser.add_argument("--base", type=Path, help="file of the pretrained weights: read if it is there, else written")
     parser.add_argument("--minutes", type=float, default=5.0, help="of pretraining")
     parser.add_argument("--pretrain-batch", type=int, default=256)
@@ -140,13 +144,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def pictures_of(path: Path, share: float) -> Pictures:
+def pictures_of(path: Path, share: float, *, match: str | None = None, pool: int = 1) -> Pictures:
     if not path.exists():
         raise SystemExit(f"{path} is missing: run studies/emoji_styles/prepare.py first")
     with np.load(path) as file:
         styles, concepts = file["styles"].tolist(), file["concepts"].tolist()
         pixels = {style: torch.from_numpy(file["pictures"][i]).permute(0, 3, 1, 2).contiguous() for i, style in enumerate(styles)}
         text, captions = torch.from_numpy(file["text"]).float() * TEXT, file["captions"].tolist()
+    kept = [i for i, caption in enumerate(captions) if match is None or re.fullmatch(match, caption)]
+    captions, concepts, text = [captions[i] for i in kept], [concepts[i] for i in kept], text[kept]
+    pixels = {style: F.avg_pool2d(each[kept].float(), pool).round().byte() for style, each in pixels.items()}
     held = held_out_names(concepts, share)
     counts = {name: concepts.count(name) for name in set(concepts)}
     weights = torch.tensor([0.0 if name in held else 1.0 / counts[name] for name in concepts])
