@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lorabank.training.trainer import Trainer
 
 BASE_NAME = "base"
-COMPILING = "the model's blocks are compiled: the first step takes about half a minute longer. compile: false leaves that out"
+COMPILING = "the model's blocks are compiled: the first step takes about {} longer. compile: false leaves that out"
 """Said where nobody asked for it."""
 UNCOMPILED = "the model's blocks aren't compiled, so steps are slower: {}. compile: false silences this"
 
@@ -120,7 +120,7 @@ def _train(
             resumed_from = resume_run(trainer, folder, resume) if resume else None
             everyone += _open_folder(folder, config, trainer, sets, fresh=not resume)
         if config.compile is None and (compiled or why_not):
-            more = [*more, COMPILING if compiled else UNCOMPILED.format(why_not)]
+            more = [*more, COMPILING.format(task.compiling) if compiled else UNCOMPILED.format(why_not)]
         for text in more:
             trainer.notice(text)
         for notice in notices:

@@ -86,6 +86,8 @@ class Task(ABC, Generic[Row]):
     """What `TaskRow.size` counts, in the plural, for the column of speed: tokens, images, seconds of audio."""
     section: ClassVar[str | None] = None
     """Section of the configuration whose settings change results."""
+    compiling: ClassVar[str] = "half a minute"
+    """How much longer the first step takes where blocks are compiled, for people."""
     pipeline_tag: ClassVar[str | None] = None
     """What the model card says; None: the task's name."""
 

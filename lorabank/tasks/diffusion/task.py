@@ -62,6 +62,7 @@ class TextToImage(Task[Picture]):
     """Of one pipeline."""
 
     name = "text-to-image"
+    compiling = "two minutes"
     unit = "latents"
     section = "diffusion"
 

@@ -16,7 +16,7 @@ import torch
 import lorabank as lb
 from lorabank import api
 from lorabank.cli.main import main
-from lorabank.cli.task_options import task_options
+from lorabank.cli.task_options import TASK_OPTIONS, task_options
 from lorabank.config.flags import parse_train_arguments
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError, ModelError, OutputError
@@ -198,7 +198,7 @@ def test_the_command_line(trained: Path, voices: dict[str, Path], tmp_path: Path
 
 
 def test_flags_of_another_task_are_refused() -> None:
-    args = argparse.Namespace(timestamps=True, language=None)
+    args = argparse.Namespace(**{**dict.fromkeys(TASK_OPTIONS), "timestamps": True})
     assert task_options(args, "automatic-speech-recognition") == {"timestamps": True}
     with pytest.raises(ConfigError, match="--timestamps: is for automatic-speech-recognition, and this is text-generation"):
         task_options(args, "text-generation")
