@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_table.py ours.json peers.json kernels.json                       # Markdown on standard output
     python benchmarks/gpu_table.py ours.json peers.json --save benchmarks/results/gpu-h100.json   # the runs in one file
-    python benchmarks/gpu_table.py --readme           # between the markers in README.md and of three pages in benchmarks/
+    python benchmarks/gpu_table.py --readme           # between the markers in README.md and of four pages in benchmarks/
 
 Of an item that was run twice the later one counts, but one beside which a peer ran on the same card before one without; of one
 whose target is a time, or a rate of a copy, on the targets' GPU one before any other; of a peer's that of our own run's session,
@@ -122,13 +122,22 @@ class Page:
         return recorded(self.make, self.results)
 
 
+def short(rows: Sequence[Row]) -> str:
+    """The table of targets without the notes below it."""
+    return (
+        table(rows).split("\n\n")[0]
+        + "\n\nMachines, versions, commits and notes to these rows: [benchmarks/gpu.md](benchmarks/gpu.md)."
+    )
+
+
 PAGES: Mapping[Path, Page] = {
-    HERE.parent / "README.md": Page(table),
+    HERE.parent / "README.md": Page(short),
+    HERE / "gpu.md": Page(table),
     HERE / "README.md": Page(further),
     HERE / "kernels.md": Page(kernel_page),
     HERE / "gpu-tests.md": Page(tests_page, sorted((HERE / "results").glob("gpu-tests-*.json"))),
 }
-"""Generated pages: the targets, other GPUs and families, kernels, tests on a GPU."""
+"""Generated pages: the targets (short, and with their notes), other GPUs and families, kernels, tests on a GPU."""
 
 
 def recorded(make: Callable[[Sequence[Row]], str], results: Sequence[Path] = RESULTS) -> str:

@@ -5,8 +5,8 @@
 
 Both train r=16 on every linear layer of encoder and decoder, on the same windows of 30 s and the same labels; each system in a
 process of its own, step by step in turn. The other loop has its log-Mel features ready in memory, as after `dataset.map`; ours
-makes them in every step, as `lorabank train` does (`--features-ready`: ours has them, too). Before any time is printed, losses
-and gradients of both are compared: a speed-up over a wrong result is refused.
+makes them in every step, as the first pass over the rows does (`--features-ready`: ours has them, too). Before any time is
+printed, losses and gradients of both are compared: a speed-up over a wrong result is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ import numpy as np
 import peft
 import torch
 import transformers
-from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
 
 import lorabank as lb
 from lorabank.config.speech import SpeechConfig
@@ -45,7 +53,7 @@ from cpu_training import commit, cpu_name
 from turns import READY, WARM_UP, Worker, ratios
 
 MODEL, RATE_HZ, WINDOW_S = "whisper-tiny.en", 16_000, 30.0
-SHAPES = {"base": (512, 6, 8), "small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 32, 20)}
+SHAPES = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 32, 20)}
 """Name to hidden size, layers a side, heads (arXiv:2212.04356, table 1)."""
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 RANK, ALPHA, RATE = 16, 32, 1e-4
@@ -70,20 +78,45 @@ class Work:
 
 def load(work: Work) -> tuple[Any, Any]:
     """(model, processor): fp32 on a CPU, bf16 on a GPU."""
-    folder = locate(MODEL)
-    processor = WhisperProcessor.from_pretrained(folder)
     dtype = torch.bfloat16 if work.device.startswith("cuda") else torch.float32
     if work.shape is None:
-        model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    else:
-        width, layers, heads = SHAPES[work.shape]
-        config = WhisperConfig.from_pretrained(folder)
-        config.d_model, config.encoder_layers, config.decoder_layers = width, layers, layers
-        config.encoder_attention_heads = config.decoder_attention_heads = heads
-        config.encoder_ffn_dim = config.decoder_ffn_dim = 4 * width
-        torch.manual_seed(0)
-        model = WhisperForConditionalGeneration(config).to(dtype)
-    return model.to(work.device).eval(), processor
+        folder = locate(MODEL)
+        model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        return model.to(work.device).eval(), WhisperProcessor.from_pretrained(folder)
+    processor, (width, layers, heads) = plain_processor(), SHAPES[work.shape]
+    known = processor.tokenizer.get_vocab()
+    end, start = known["<|endoftext|>"], known["<|startoftranscript|>"]
+    config = WhisperConfig(
+        vocab_size=len(known),
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        decoder_start_token_id=start,
+        begin_suppress_tokens=None,
+    )
+    torch.manual_seed(0)
+    with torch.device(work.device):
+        model = WhisperForConditionalGeneration(config)
+    return model.to(dtype).eval(), processor
+
+
+def plain_processor() -> WhisperProcessor:
+    """Whisper's features and a tokenizer of its vocabulary's size, with made-up words: nothing has to be fetched."""
+    words = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words |= {f"word{i}": i for i in range(len(words), 50_256)}
+    backend = Tokenizer(BPE(vocab=words, merges=[]))
+    marks = ["endoftext", "startoftranscript", *(f"l{i}" for i in range(99)), "translate", "transcribe", "startoflm"]
+    backend.add_special_tokens([f"<|{name}|>" for name in (*marks, "startofprev", "nospeech", "notimestamps")])
+    backend.add_tokens([f"<|{i * 0.02:.2f}|>" for i in range(1501)])
+    tokenizer = WhisperTokenizer(tokenizer_object=backend, pad_token="<|endoftext|>")
+    return WhisperProcessor(WhisperFeatureExtractor(), tokenizer)
 
 
 def sounds(rows: int) -> list[np.ndarray]:
@@ -168,6 +201,7 @@ def bank_step(work: Work) -> Step:
     routes = [names[i * len(names) // len(rows)] for i in range(len(rows))]
 
     def made() -> Any:
+        task.hearing.forget()
         return task.batch([[row] for row in rows], routes, examples=range(len(rows)), draws=[0] * len(rows))
 
     ready = made()
@@ -183,7 +217,7 @@ def bank_step(work: Work) -> Step:
 
 def check_equal(work: Work) -> dict[str, float]:
     """Loss and gradients of one adapter on both systems in fp32, from the same values. Exits when they disagree."""
-    work = Work(system="both", rows=2, tokens=16, device="cpu")
+    work = Work(system="both", rows=2, tokens=16, device="cpu", shape=None if work.shape is None else "tiny")
     task, engine, names, rows = bank_parts(work)
     bank = engine.bank
     with torch.no_grad():
@@ -201,16 +235,20 @@ def check_equal(work: Work) -> dict[str, float]:
     features, labels = peft_inputs(work, model, processor)
     reference = wrapped(input_features=features, labels=labels).loss
     reference.backward()
-    worst = 0.0
+    worst = apart = whole = 0.0
     for name, p in bank.named_parameters(names[0]):
         path, _, role = name.rpartition(".")
         other = theirs[f"base_model.model.{path}.lora_{role}.default.weight"].grad
         assert p.grad is not None and other is not None
-        worst = max(worst, float((p.grad / loss.tokens - (other.t() if role == "B" else other)).norm() / other.norm()))
+        between = float((p.grad / loss.tokens - (other.t() if role == "B" else other)).norm())
+        worst, apart, whole = max(worst, between / float(other.norm())), apart + between**2, whole + float(other.norm()) ** 2
     difference = abs(loss.mean - float(reference.detach()))
-    if difference > 1e-4 or worst > 2e-3:
-        sys.exit(f"results disagree (loss by {difference:.2e}, a gradient by {worst:.2e} of its norm): no times are printed")
-    return {"loss_difference": difference, "largest_gradient_difference": worst}
+    total = (apart / whole) ** 0.5
+    if difference > 1e-4 or total > 1e-3 or worst > 1e-2:  # a small gradient, such as of keys in random weights, rounds coarsely
+        sys.exit(
+            f"results disagree (loss by {difference:.2e}, gradients by {total:.2e}, one by {worst:.2e}): no times are printed"
+        )
+    return {"loss_difference": difference, "gradient_difference": total, "largest_gradient_difference": worst}
 
 
 def serve(step: Step, device: str) -> None:
@@ -275,7 +313,7 @@ def main() -> None:
     common: dict[str, Any] = {"device": args.device, "shape": args.shape, "tokens": args.tokens}
     ours = {**common, "system": "lorabank", "features_ready": args.features_ready}
     check = check_equal(Work(system="both", rows=2, **common))
-    loss, gradient = check["loss_difference"], check["largest_gradient_difference"]
+    loss, gradient = check["loss_difference"], check["gradient_difference"]
     print(f"same loss (to {loss:.1e}) and gradients (to {gradient:.1e} of their norm) as PEFT; seconds of audio a second:")
     print(f"{'':54s} {'lorabank':>9s} {'other':>9s}   lorabank / other       peak memory")
     rows: list[dict[str, object]] = []

@@ -245,7 +245,7 @@ def check(work: Work) -> dict[str, float]:
         loss.backward()
         keys = [f"{path.removeprefix('unet.')}.lora_B.default.weight" for path in adapter.layers]
         gradients = torch.cat([g.float().flatten() for key in keys if (g := own[key].grad) is not None])
-        found |= {f"{name}_loss": float(loss)}
+        found |= {f"{name}_loss": float(loss.detach())}
         found[f"{name}_gradient"] = float(gradients.norm())
         both[name] = gradients
         del peer

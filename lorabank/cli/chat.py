@@ -9,9 +9,10 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lorabank.cli.loading import BASE_NAME, add_sampling, add_source, check_sampling, chosen, load, run_config
+from lorabank.cli.loading import BASE_NAME, add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
 from lorabank.cli.parser import CommandParser, names
-from lorabank.errors import AdapterNameError, closest
+from lorabank.config.tasks import DEFAULT_TASK
+from lorabank.errors import AdapterNameError, ConfigError, closest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,6 +90,10 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
 def run(args: argparse.Namespace) -> int:
     """Read prompts until the end of the input."""
     check_sampling(args)
+    if (task := task_of(args)) != DEFAULT_TASK:
+        raise ConfigError(
+            f"chat: talks to models of {DEFAULT_TASK}, and this is {task}. Use `lorabank predict {args.run_folder}`."
+        )
     config = run_config(args.run_folder)
     loaded = load(args)
     session = Session(loaded, chosen(args.adapters, loaded.names), args.system or (config.data.system if config else None), args)

@@ -2,7 +2,7 @@
 
 `ALIASES` maps a foreign key to the setting that means the same, through a converter where the value differs.
 `REFUSED` names keys whose meaning lorabank doesn't have, with the way out. `IGNORED` names keys that change nothing here.
-Tools: PEFT, axolotl, kohya (sd-scripts), HF (transformers' TrainingArguments), TRL, LLaMA-Factory.
+Tools: PEFT, axolotl, kohya (sd-scripts), diffusers (its examples), HF (transformers' TrainingArguments), TRL, LLaMA-Factory.
 """
 
 from __future__ import annotations
@@ -53,6 +53,15 @@ ALIASES: dict[str, Alias] = {
     "lora_modules_to_save": Alias("adapter.modules_to_save", "axolotl"),
     "lora_model_dir": Alias("adapter.init_from", "axolotl"),
     "network_weights": Alias("adapter.init_from", "kohya"),
+    # pictures
+    "min_snr_gamma": Alias("diffusion.min_snr", "kohya"),
+    "snr_gamma": Alias("diffusion.min_snr", "diffusers"),
+    "caption_dropout_rate": Alias("diffusion.caption_dropout", "kohya"),
+    "prior_loss_weight": Alias("diffusion.prior_weight", "kohya, diffusers"),
+    "class_prompt": Alias("diffusion.prior_prompt", "diffusers"),
+    "num_class_images": Alias("diffusion.prior_pictures", "diffusers"),
+    "enable_bucket": Alias("diffusion.buckets", "kohya"),
+    "bucket_reso_steps": Alias("diffusion.bucket_step", "kohya"),
     # how it is trained
     "lr": Alias("adapter.learning_rate", "axolotl"),
     "loraplus_lr_ratio": Alias("adapter.loraplus_ratio", "axolotl, PEFT"),

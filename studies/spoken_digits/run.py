@@ -32,7 +32,7 @@ HELD_OUT = "yweweler"
 METRICS = ["loss", "wer", "cer", "wer_normalized", "cer_normalized"]
 
 
-def settings(args: argparse.Namespace, steps: int, batch: int) -> dict[str, Any]:
+def settings(args: argparse.Namespace, steps: int, batch: int, every: int, rows: int) -> dict[str, Any]:
     """What all runs share."""
     return {
         "model": MODEL,
@@ -44,7 +44,15 @@ def settings(args: argparse.Namespace, steps: int, batch: int) -> dict[str, Any]
         "max_steps": steps,
         "learning_rate": args.learning_rate,
         "speech": {"window": args.window},
-        "eval": {"every": steps // 4, "metrics": METRICS, "max_new_tokens": 12, "batch_size": 16, "samples": 10},
+        "eval": {
+            "every": every,
+            "metrics": METRICS,
+            "max_new_tokens": 12,
+            "max_rows": rows,
+            "max_prompts": rows,
+            "batch_size": 16,
+            "samples": 10,
+        },
         "save": {"every": 0},
     }
 
@@ -121,17 +129,29 @@ def main() -> None:
             "task": "automatic-speech-recognition",
         }
         return {
-            name: api.evaluate(MODEL, ["base"], DataConfig(test=str(files[f"test/{name}"])), **how)["base"]
+            name: api.evaluate(MODEL, ["base"], DataConfig(test=str(files[f"test/{name}"])), max_rows=20, **how)["base"]
             for name in (*SPEAKERS, "others")
         }
 
+    def connected() -> dict[str, dict[str, float]]:
+        """Four digits in a row, which no adapter has heard."""
+        rows = recordings.connected(args.work / "data" / "connected", args.work / "data" / "recordings", HELD_OUT, 20, 4)
+        test, how = DataConfig(test=str(rows)), {"metrics": METRICS, "max_new_tokens": 40, "device": args.device}
+        run = args.work / "runs" / "held-out"
+        return {
+            "base": api.evaluate(MODEL, ["base"], test, task="automatic-speech-recognition", **how)["base"],
+            **{f"{name}, window": scores for name, scores in api.evaluate(run, ["base", "others"], test, **how).items()},
+        }
+
     torch.set_num_threads(args.threads)
-    part("held_out", lambda: trained(args, "held-out", files, ["others"], steps=40, batch=8))
-    part("joint", lambda: trained(args, "joint", files, list(SPEAKERS), steps=24, batch=4))
+    short = {"steps": 16, "batch": 4, "every": 8, "rows": 30}
+    part("held_out", lambda: trained(args, "held-out", files, ["others"], steps=40, batch=8, every=10, rows=50))
+    part("joint", lambda: trained(args, "joint", files, list(SPEAKERS), **short))
     for name in SPEAKERS:
-        part(f"alone-{name}", lambda name=name: trained(args, f"alone-{name}", files, [name], steps=24, batch=4))
+        part(f"alone-{name}", lambda name=name: trained(args, f"alone-{name}", files, [name], **short))
     part("difference", lambda: {name: difference(args, name) for name in SPEAKERS})
     part("base", base)
+    part("connected", connected)
 
 
 if __name__ == "__main__":

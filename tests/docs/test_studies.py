@@ -56,3 +56,15 @@ def test_the_combining_table_is_that_of_its_result() -> None:
     assert table.with_table(text, document) != text
     methods = {case["method"] for case in document["cases"]}
     assert methods >= {"exact", "svd", "ties", "dare", "magnitude_prune"}
+
+
+def test_the_table_of_label_sets_is_that_of_its_result() -> None:
+    study = ROOT / "studies" / "text_classification"
+    sys.path.insert(0, str(study))
+    tables = importlib.import_module("label_tables")
+    document = json.loads((study / "results" / "result.json").read_text(encoding="utf-8"))
+    text = (study / "README.md").read_text(encoding="utf-8")
+    assert tables.with_table(text, document) == text, "run python studies/text_classification/label_tables.py"
+    key = next(key for key in document["runs"] if key.startswith("lora/"))
+    document["runs"][key]["test"]["accuracy"] *= 0.99
+    assert tables.with_table(text, document) != text

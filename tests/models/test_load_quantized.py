@@ -18,7 +18,6 @@ from lorabank.bank.storages.quantized import storage_of
 from lorabank.cli.main import main
 from lorabank.errors import ConfigError, MissingExtraError
 from lorabank.models.load import LoadedBase, load_base
-from lorabank.training import loaded as loaded_module
 
 OTHER = r"adapter 'a': it was trained over a base in fp8, and this one isn't in that \(unquantised\)"
 
@@ -94,7 +93,7 @@ def test_what_was_trained_over_fp8_is_loaded_over_fp8(
             raise MissingExtraError("nf4 needs bitsandbytes")
         return load_base(name, device="cpu")
 
-    monkeypatch.setattr(loaded_module, "load_base", lacking)
+    monkeypatch.setattr("lorabank.tasks.text_generation.load_base", lacking)
     with pytest.warns(UserWarning, match="trained over a base in nf4"):
         loaded = load_run(tmp_path / "c", device="cpu")
     assert storage_of(loaded.model) is None

@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from lorabank.bank.routing import RowRoute
 from lorabank.engine.model_batch import ModelBatch, Tensors
+from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import row_losses
+from lorabank.tasks.diffusion.speed import as_it_is
 
 
 def picture_losses(model: nn.Module, inputs: Tensors, targets: Tensors) -> Tensor:
     """Each row's weighted mean squared error (N,)."""
-    return row_losses(inputs, model(inputs))
+    if torch.is_grad_enabled() or not isinstance(model, ImageModel):
+        return row_losses(inputs, model(inputs))
+    with as_it_is(model.denoiser):
+        return row_losses(inputs, model(inputs))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,13 @@ AT_ONCE = 4
 """Pictures a pass."""
 
 
-def prior_folder(root: Path, model: ImageModel, prompt: str, config: PictureConfig) -> Path:
-    """Where the class pictures of this base, caption and way of drawing are: another of any is another folder."""
-    made_by = [identity(model.denoiser), *(identity(part) for name, part in sorted(model.parts.items()) if "text" in name)]
+def drawn_by(model: ImageModel) -> str:
+    """A digest of the denoiser and the text encoders. Reads every weight."""
+    return repr([(name, identity(part)) for name, part in sorted(model.parts.items())])
+
+
+def prior_folder(root: Path, made_by: str, prompt: str, config: PictureConfig) -> Path:
+    """Where the class pictures of this base (`drawn_by`), caption and way of drawing are: another of any is another folder."""
     return root / "prior" / hashlib.sha256(repr((made_by, prompt, config)).encode()).hexdigest()[:24]
 
 

@@ -23,6 +23,7 @@ from lorabank.errors import ConfigError
 from lorabank.tasks.diffusion.draws import mixed
 from lorabank.tasks.diffusion.families import Condition
 from lorabank.tasks.diffusion.model import ImageModel
+from lorabank.tasks.diffusion.speed import as_it_is
 
 Busy = Callable[[str, int, int], None]
 
@@ -85,7 +86,7 @@ def draw_pictures(
     generators = [torch.Generator(model.device).manual_seed(mixed(seed, 1)) for seed in seeds]
     takes = inspect.signature(scheduler.step).parameters
     more: dict[str, Any] = {"generator": generators if rows > 1 else generators[0]} if "generator" in takes and seeds else {}
-    with evaluation_mode(model.modules()), _routed(bank, routes, 2 if guided else 1):
+    with evaluation_mode(model.modules()), as_it_is(model.denoiser), _routed(bank, routes, 2 if guided else 1):
         for done, time in enumerate(times):
             seen = torch.cat([x, x]) if guided else x
             if "scale_model_input" in dir(scheduler):

@@ -6,6 +6,8 @@ code; convolution blocks have a form for each of a model's shapes (about a dozen
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.bank.layers import LoRALayer
 from lorabank.engine.compiling import compile_blocks, compiles
+from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.parts import capturing, is_out_of_memory, stop_if_interrupted
 from lorabank.notices import warn_once
 from lorabank.tasks.diffusion.model import ImageModel
@@ -61,6 +64,19 @@ def compile_image_model(model: ImageModel, *, convolutions: bool = True, channel
 def compiles_image_model(model: ImageModel) -> bool:
     """Whether this GPU's blocks would be compiled unasked."""
     return compiles(model.denoiser) and bool(transformer_blocks(model.denoiser))
+
+
+@contextlib.contextmanager
+def as_it_is(denoiser: nn.Module) -> Iterator[None]:
+    """The blocks uncompiled: pictures and validations come in other shapes than training, each of which would be compiled."""
+    held = [(m, m._compiled_call_impl) for m in denoiser.modules() if isinstance(m._compiled_call_impl, FusedBlock | ShapedBlock)]
+    try:
+        for module, _ in held:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, compiled in held:
+            module._compiled_call_impl = compiled
 
 
 class ShapedBlock:

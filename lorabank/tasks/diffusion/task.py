@@ -37,7 +37,7 @@ from lorabank.tasks.diffusion.guided import Prompts
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import Objective, objective_of, row_tensors
 from lorabank.tasks.diffusion.pictures import Picture
-from lorabank.tasks.diffusion.prior import draw_prior, prior_folder
+from lorabank.tasks.diffusion.prior import draw_prior, drawn_by, prior_folder
 from lorabank.tasks.diffusion.prompts import read_captions, routes_of
 from lorabank.tasks.diffusion.rows import captions_of, prepare, with_prior
 from lorabank.tasks.diffusion.sampling import PictureConfig, check_size
@@ -110,10 +110,10 @@ class TextToImage(Task[Picture]):
             by_name[name] = prompt
         if not by_name:
             return sets
-        config = self._picture_config()
+        config, made_by = self._picture_config(), drawn_by(self.images)
         found: dict[str, Any] = dict(sets.by_adapter)
         for name, prompt in by_name.items():
-            folder = prior_folder(self._cache_folder(), self.images, prompt, config)
+            folder = prior_folder(self._cache_folder(), made_by, prompt, config)
             draw_prior(self.encoded, prompt, self.settings.prior_pictures, config, folder, progress or _quiet)
             found[name] = with_prior(found[name], folder, self.settings, step=self._step, progress=progress)
         reports = {**sets.reports, **{sets.names[name]: found[name].report.to_dict() for name in by_name}}

@@ -85,7 +85,7 @@ def _transformers(name: str, *, dtype: str, device: str, trust_remote_code: bool
 
     def processor(name: str, folder: Path) -> Any:
         if any((folder / file).is_file() for file in PROCESSOR_FILES):
-            return load_processor(str(folder))
+            return load_processor(folder)
         size = _size_in(folder)
         notes.append(
             f"no image processor beside the model: pictures become {size} pixels a side, by ImageNet's mean and deviation"

@@ -6,10 +6,11 @@ picture's name. All of that ends here, before anything is trained.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,20 +104,36 @@ def _content(path: Path) -> bytes:
         raise RowError(f"can't be read: {error.strerror}") from error
 
 
+_TOO_MANY = "more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS)"
+
+
+@contextlib.contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Without Pillow's warnings of odd metadata and of many pixels, which `open_picture` refuses itself.
+
+    Filters of warnings are the process's, so this stands around work in threads, not in it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 def _decoded(data: bytes) -> Image.Image:
     if not data:
         raise RowError("an empty file")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RowError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, by which damaged pictures pass as whole ones")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of odd metadata, which doesn't matter here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
-            picture.load()
-            return ImageOps.exif_transpose(picture)
+        picture = Image.open(io.BytesIO(data))
+        if Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise RowError(_TOO_MANY)
+        picture.load()
+        return ImageOps.exif_transpose(picture)
+    except RowError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RowError("more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS)") from None
+        raise RowError(_TOO_MANY) from None
     except UnidentifiedImageError:
         raise RowError("no picture that can be read (another format, or damaged)") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, …

@@ -11,6 +11,7 @@ from lorabank.errors import ConfigError, DataError
 from lorabank.formats.files import write_files
 from lorabank.tasks.images.answers import Answers
 from lorabank.tasks.images.metrics import Answer
+from lorabank.tasks.images.pictures import quiet_pillow
 from lorabank.tasks.images.prepare import open_found
 from lorabank.tasks.images.rows import ImageRow, in_order
 from lorabank.tasks.images.samples import sample_of
@@ -35,7 +36,8 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     images = task.config.images
     columns = Columns(image=images.image_column)
     found = find_pictures(wanted.data, role="test", columns=columns, labelled=False, limit=wanted.max_rows)[: wanted.max_rows]
-    opened = list(in_order(lambda each: open_found(each, images.min_size, task.store), found))
+    with quiet_pillow():
+        opened = list(in_order(lambda each: open_found(each, images.min_size, task.store), found))
     rows = [each.row for each in opened if each.row is not None]
     if not rows:
         raise DataError(f"{wanted.data}: none of {len(found)} pictures can be read: {opened[0].error}")

@@ -12,7 +12,7 @@ from lorabank.data.report import MAX_ORIGINS
 from lorabank.data.row import NanError, RowError
 from lorabank.data.stratified import stratified_rows
 from lorabank.errors import DataError, closest
-from lorabank.tasks.images.pictures import open_picture
+from lorabank.tasks.images.pictures import open_picture, quiet_pillow
 from lorabank.tasks.images.report import ImageReport, build_report
 from lorabank.tasks.images.rows import ImageRow, PixelStore, in_order
 from lorabank.tasks.images.sources import Columns, Found, find_pictures, held_out_beside, natural
@@ -51,14 +51,15 @@ def prepare_images(
     train: Source | None = None,
     val: Source | None = None,
     labels: Sequence[str] | None = None,
+    scoring: bool = False,
     progress: Progress | None = None,
 ) -> PreparedImages:
     """Find, open, check and split.
 
     `train` and `val` (a folder, a table, a `datasets` id or object, or a list of dicts) override the paths of `data`. `labels`: a
-    head's own, where it has some; else `images.labels`, else those of the training pictures. Pictures that can't be used are
-    dropped and counted by reason, or stop it with all their names, as `images.bad_rows` says. Splits are by class. Raises
-    DataError, also where no picture is left.
+    head's own, where it has some; else `images.labels`, else those of the training pictures. `scoring`: nothing is trained, so
+    some may be missing. Pictures that can't be used are dropped and counted by reason, or stop it with all their names, as
+    `images.bad_rows` says. Splits are by class. Raises DataError, also where no picture is left.
     """
     sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
     if sources["train"] is None:
@@ -85,7 +86,8 @@ def prepare_images(
         if not part:
             raise DataError(f"{role} data: none of the {len(found[role]):,} pictures can be used:{_listed(errors[role])}")
     splits, notes = _split(data, rows, seed)
-    _check_classes(known, splits["train"], notes)
+    if not scoring:
+        _check_classes(known, splits["train"], notes)
     report = build_report(
         read=total,
         errors=[e for part in errors.values() for e in part],
@@ -106,13 +108,14 @@ def _open(
     def look(each: Found) -> _Opened:
         return open_found(each, images.min_size, store)
 
-    for role, part in found.items():
-        opened[role] = []
-        for each in in_order(look, part):
-            opened[role].append(each)
-            done += 1
-            if progress is not None:
-                progress(done, total)
+    with quiet_pillow():
+        for role, part in found.items():
+            opened[role] = []
+            for each in in_order(look, part):
+                opened[role].append(each)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
     return opened
 
 

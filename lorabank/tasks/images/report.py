@@ -47,7 +47,7 @@ class ImageReport:
 
     def as_split(self, name: str) -> ImageReport:
         """The same, everything that was kept counted as one split."""
-        classes = {label: {name: sum(parts.values())} for label, parts in self.classes.items()}
+        classes = {label: {name: sum(parts.values())} for label, parts in self.classes.items() if parts}
         return replace(self, splits={name: self.kept}, classes=classes)
 
     def lines(self) -> list[str]:
@@ -55,7 +55,7 @@ class ImageReport:
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
         lines = [f"{self.read:,} pictures read, {self.kept:,} kept: {splits}"]
         lines += [f"dropped {reason.count:,}: {why} ({some(reason)})" for why, reason in self.dropped.items()]
-        totals = {label: sum(parts.values()) for label, parts in self.classes.items()}
+        totals = {label: sum(parts.values()) for label, parts in self.classes.items() if parts}
         if totals:
             least, most = min(totals, key=lambda k: totals[k]), max(totals, key=lambda k: totals[k])
             each = ", ".join(f"{label} {count:,}" for label, count in totals.items())

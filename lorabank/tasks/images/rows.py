@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorabank.data.row import RowError
 from lorabank.errors import DataError
-from lorabank.tasks.images.pictures import Picture, open_picture
+from lorabank.tasks.images.pictures import Picture, open_picture, quiet_pillow
 from lorabank.tasks.images.preprocess import Preprocess
 
 THREADS = max(1, min(8, os.cpu_count() or 1))
@@ -71,7 +71,10 @@ class PixelStore:
     def stacked(self, rows: Sequence[ImageRow]) -> Tensor:
         """uint8 (N, C, H, W). Raises DataError for a file that was changed, or is gone, since it was checked."""
         missing = [row for row in rows if row.digest not in self._kept]
-        read = dict(zip((row.digest for row in missing), in_order(self._again, missing), strict=True)) if missing else {}
+        read: dict[str, Tensor] = {}
+        if missing:
+            with quiet_pillow():
+                read = dict(zip((row.digest for row in missing), in_order(self._again, missing), strict=True))
         return torch.stack([self._kept[row.digest] if row.digest in self._kept else read[row.digest] for row in rows])
 
     def _again(self, row: ImageRow) -> Tensor:

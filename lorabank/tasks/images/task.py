@@ -34,6 +34,7 @@ from lorabank.tasks.images.rows import ImageRow, PixelStore
 from lorabank.tasks.images.samples import write_samples
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
+from lorabank.training.evaluate import spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import Busy, Prediction, Task
 
@@ -80,7 +81,15 @@ class ImageClassification(Task[ImageRow]):
         def one(name: str, train: Source | None, val: Source | None) -> PreparedImages:
             labels = self._given_labels(name, runs[name].init_from, runs[name].modules_to_save)
             return prepare_images(
-                config.data, config.images, self.store, seed=config.seed, train=train, val=val, labels=labels, progress=progress
+                config.data,
+                config.images,
+                self.store,
+                seed=config.seed,
+                train=train,
+                val=val,
+                labels=labels,
+                scoring=self._scoring,
+                progress=progress,
             )
 
         sets = read_sets(config, rows, one)
@@ -193,6 +202,11 @@ class ImageClassification(Task[ImageRow]):
             if answers
         }
 
+    def scores(
+        self, engine: Engine, rows: Mapping[str, Sequence[ImageRow]], *, config: EvalConfig, busy: Busy
+    ) -> dict[str, dict[str, float]]:
+        return self.validate(engine, _spread(rows, config), config=config, busy=busy)
+
     def true(self, name: str, rows: Sequence[ImageRow]) -> list[int]:
         """The numbers of the rows' labels."""
         own = self.labels_of(name)
@@ -214,7 +228,7 @@ class ImageClassification(Task[ImageRow]):
         self, engine: Engine, rows: Mapping[str, Sequence[ImageRow]], folder: Path, *, config: EvalConfig, busy: Busy
     ) -> None:
         if config.samples:
-            write_samples(self, engine, rows, folder, config=config, busy=busy)
+            write_samples(self, engine, _spread(rows, config), folder, config=config, busy=busy)
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
@@ -223,6 +237,11 @@ class ImageClassification(Task[ImageRow]):
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         return [("label pictures of your own:", [f"lorabank predict {output} --data pictures/ --output labels.jsonl"])]
+
+
+def _spread(rows: Mapping[str, Sequence[ImageRow]], config: EvalConfig) -> dict[str, Sequence[ImageRow]]:
+    """At most `max_rows` of each name's, evenly over them."""
+    return {name: spread(own, config.max_rows) for name, own in rows.items()}
 
 
 def check_metrics(metrics: Sequence[str]) -> None:

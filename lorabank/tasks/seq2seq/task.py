@@ -13,7 +13,7 @@ from torch import nn
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
-from lorabank.data.read import Source, read_rows
+from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits
 from lorabank.engine.engine import Engine
@@ -21,6 +21,7 @@ from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import row_losses as losses_of_batch
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
+from lorabank.tasks.asked import rows_asked
 from lorabank.tasks.seq2seq.model import (
     IGNORED,
     beginning,
@@ -197,7 +198,7 @@ class Text2Text(Task[PairRow]):
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         config = self.config
-        rows = read_rows(wanted.data, limit=wanted.max_rows, role="test")[: wanted.max_rows]
+        rows = rows_asked(wanted.data, wanted.max_rows, column=config.seq2seq.source or "text")
         pairs, _ = read_pairs(rows, config.data, config.seq2seq, need_target=False)
         readable = [(i, pair) for i, pair in enumerate(pairs) if isinstance(pair, Pair)]
         coded = encode_pairs(

@@ -5,7 +5,7 @@ N rows, S samples, M Mel bins, F frames (100 a second), P positions of the encod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,19 +17,23 @@ from lorabank.errors import ConfigError, Setting
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
 
-FRAMES_A_SECOND = 100
-"""Of log-Mel features; the second convolution halves them."""
+KEPT_BYTES = 2**30
+"""Features of a run that are kept: about 1,100 rows of 30 seconds, 9½ hours."""
 
 
 class Hearing:
     """Makes features of recordings for one model and one window."""
 
-    def __init__(self, extractor: WhisperFeatureExtractor, model: nn.Module, window: float) -> None:
+    def __init__(
+        self, extractor: WhisperFeatureExtractor, model: nn.Module, window: float, *, kept_bytes: int = KEPT_BYTES
+    ) -> None:
         config: Any = model.config
         stride = 2  # of the second convolution, as in every Whisper
         self.whole_frames = int(config.max_source_positions) * stride
         """Frames of the model's own window."""
         self.extractor = extractor
+        self._kept: dict[str, Tensor] = {}
+        self._room = kept_bytes
         self.rate = int(extractor.sampling_rate)
         self.hop = int(extractor.hop_length)
         wanted = round(window * self.rate / self.hop / stride) * stride
@@ -48,9 +52,28 @@ class Hearing:
         """Seconds that the model hears at once."""
         return self.frames * self.hop / self.rate
 
+    def remembered(self, sounds: Sequence[tuple[str | None, Callable[[], np.ndarray]]], device: torch.device) -> Tensor:
+        """`features` of (name of the samples, what gives them). What was made under a name is kept while there is room, so that
+        later passes over the same data only read it."""
+        made = []
+        for key, samples in sounds:
+            features = None if key is None else self._kept.get(key)
+            if features is None:
+                features = self.features([samples()], device)[0]
+                if key is not None and features.nbytes <= self._room:
+                    self._room -= features.nbytes
+                    self._kept[key] = features
+            made.append(features)
+        return torch.stack(made)
+
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._room += sum(features.nbytes for features in self._kept.values())
+        self._kept.clear()
+
     def features(self, samples: Sequence[np.ndarray], device: torch.device) -> Tensor:
-        """float32 features (N, M, F) of recordings (S,), each filled up with silence to the window, on `device` where that is a
-        GPU, else on the CPU.
+        """float32 features (N, M, F), on the host, of recordings (S,), each filled up with silence to the window. A GPU does the
+        arithmetic where `device` is one.
 
         Each is made by itself, so that a row's numbers don't depend on its neighbours.
         """

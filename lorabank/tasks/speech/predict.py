@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ from lorabank.training.task import Busy, Prediction
 
 TIMED = (".srt", ".vtt")
 JSON_LINES = ".jsonl"
+PORTION_S = 1800.0
+"""Seconds of audio that are decoded and transcribed together: memory doesn't grow with their number."""
+NAMED = 20
+"""Recordings that a refusal names."""
 OPTIONS = ("language", "max_new_tokens", "timestamps")
 
 
@@ -54,17 +58,28 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, speech: Spee
     utterances = read_utterances(wanted.data, speech, limit=wanted.max_rows, role="test", with_text=False)[: wanted.max_rows]
     _check_output(wanted, suffix, len(utterances))
     language = wanted.options.get("language") or speech.language
-    if any(one.language is None for one in utterances):
-        tokens.code(language)
+    _check_languages(utterances, language, tokens)
     timed = bool(wanted.options.get("timestamps")) or suffix in (*TIMED, "") or speech.timestamps == "keep"
-    sounds, dropped = _decoded(utterances, hearing.rate, speech)
     manner = Manner(
         task=speech.task,
         beams=speech.beams,
         max_new_tokens=int(wanted.options.get("max_new_tokens") or tokens.longest),
         batch_size=wanted.batch_size,
     )
-    found = _transcripts(engine, hearing, tokens, language, wanted.names, sounds, manner, timed, busy)
+    if speech.bad_rows == "refuse":
+        _check_all(utterances, hearing.rate, busy)
+    found: list[Transcript] = []
+    dropped: list[str] = []
+    for sounds in _portions(utterances, hearing.rate, dropped):
+        hearing.forget()
+
+        def told(at: int, of: int, done: int = len(found) + len(dropped), part: int = len(sounds)) -> None:
+            busy("transcribing", min(len(utterances) - 1, done + part * at // of), len(utterances))
+
+        found += _transcripts(engine, hearing, tokens, language, wanted.names, sounds, manner, timed, told)
+    busy("transcribing", len(utterances), len(utterances))
+    if not found:
+        raise _unreadable(dropped, len(utterances))
     where = _write(found, wanted, suffix, timed)
     skipped = f" {len(dropped)} skipped: {'; '.join(dropped[:5])}{'; …' if len(dropped) > 5 else ''}." if dropped else ""
     seconds = sum(one.seconds for one in found)
@@ -82,18 +97,47 @@ def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:
         )
 
 
-def _decoded(utterances: Sequence[Utterance], rate: int, speech: SpeechConfig) -> tuple[list[tuple[Utterance, Sound]], list[str]]:
-    """(recordings that can be read, the others with their reasons)."""
-    sounds, dropped = [], []
+def _check_languages(utterances: Sequence[Utterance], language: str | None, tokens: SpeechTokens) -> None:
+    """Raise DataError or ConfigError for a language that the model doesn't know, or none where it needs one."""
+    for one in utterances:
+        if one.language is not None and not tokens.knows(one.language):
+            raise DataError(f"{one.origin}: its language {one.language!r} is none that this model knows.")
+    if any(one.language is None for one in utterances):
+        tokens.code(language)
+
+
+def _portions(utterances: Sequence[Utterance], rate: int, dropped: list[str]) -> Iterator[list[tuple[Utterance, Sound]]]:
+    """Recordings, decoded, some PORTION_S seconds of them at a time; what can't be read goes to `dropped`."""
+    held: list[tuple[Utterance, Sound]] = []
     for utterance in utterances:
         try:
-            sounds.append((utterance, load_sound(utterance.audio, rate, near=utterance.near)))
+            held.append((utterance, load_sound(utterance.audio, rate, near=utterance.near)))
         except RowError as error:
             dropped.append(f"{utterance.name}: {error.reason}")
-    if dropped and (speech.bad_rows == "refuse" or not sounds):
-        listed = "".join(f"\n  - {line}" for line in dropped[:20])
-        raise DataError(f"{len(dropped)} of {len(utterances)} recordings can't be read:{listed}")
-    return sounds, dropped
+        if sum(sound.seconds for _, sound in held) >= PORTION_S:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _check_all(utterances: Sequence[Utterance], rate: int, busy: Busy) -> None:
+    """Raise DataError naming what can't be read, before anything is transcribed."""
+    dropped: list[str] = []
+    for done, utterance in enumerate(utterances, 1):
+        try:
+            load_sound(utterance.audio, rate, near=utterance.near)
+        except RowError as error:
+            dropped.append(f"{utterance.name}: {error.reason}")
+        busy("checking recordings", done, len(utterances))
+    if dropped:
+        raise _unreadable(dropped, len(utterances))
+
+
+def _unreadable(dropped: Sequence[str], recordings: int) -> DataError:
+    listed = "".join(f"\n  - {line}" for line in dropped[:NAMED])
+    more = f"\n  … and {len(dropped) - NAMED:,} more" if len(dropped) > NAMED else ""
+    return DataError(f"{len(dropped)} of {recordings} recordings can't be read:{listed}{more}")
 
 
 def _transcripts(
@@ -105,7 +149,7 @@ def _transcripts(
     sounds: Sequence[tuple[Utterance, Sound]],
     manner: Manner,
     timed: bool,
-    busy: Busy,
+    told: Callable[[int, int], None],
 ) -> list[Transcript]:
     jobs: list[Heard] = []
     places: list[tuple[int, str, float, float]] = []
@@ -115,6 +159,7 @@ def _transcripts(
                 places.append((number, name, start, end))
                 jobs.append(
                     Heard(
+                        key=f"{number} from {start}",
                         samples=_part(sound, start, end),
                         seconds=end - start,
                         route=route_of(name),
@@ -122,7 +167,7 @@ def _transcripts(
                         timestamps=timed,
                     )
                 )
-    heard = transcribe(engine, hearing, tokens, jobs, manner, lambda done, total: busy("transcribing", done, total))
+    heard = transcribe(engine, hearing, tokens, jobs, manner, told)
     found = [
         Transcript(utterance=utterance, seconds=sound.seconds, heard={name: [] for name in names}) for utterance, sound in sounds
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from lorabank.config.speech import SpeechConfig
@@ -68,7 +69,7 @@ def prepare_speech(
     splits = _split(data, parts, seed, notes)
     errors = [_named(error, name) for part in parts.values() for error, name in part.errors]
     notes |= _leaks(splits)
-    report = row_report(read=total, errors=errors, splits=splits, facts=_facts(splits), notes=notes, what="recordings")
+    report = row_report(read=total, errors=errors, splits=splits, facts=_facts(splits, parts), notes=notes, what="recordings")
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
 
 
@@ -77,13 +78,15 @@ def _named(error: RowError, name: str) -> RowError:
     return error if name == error.origin else RowError(error.reason, f"{error.origin}, {name}")
 
 
-def _facts(splits: Mapping[str, Sequence[SpeechRow]]) -> list[str]:
+def _facts(splits: Mapping[str, Sequence[SpeechRow]], parts: Mapping[str, Rows]) -> list[str]:
+    changes = sum((part.changes for part in parts.values()), Counter[str]())
     rows = [row for part in splits.values() for row in part]
     lengths = ", ".join(f"{_clock(sum(row.seconds for row in part))} {name}" for name, part in splits.items() if part)
     learned = sum(row.tokens for row in rows) / max(1e-9, sum(row.seconds for row in rows))
     timed = sum(row.timed for row in rows)
     times = f"; {timed:,} rows have timestamps" if timed else ""
-    return [f"{lengths}; up to {max(row.seconds for row in rows):.1f} s a row, {learned:.1f} learned tokens a second{times}"]
+    facts = [f"{lengths}; up to {max(row.seconds for row in rows):.1f} s a row, {learned:.1f} learned tokens a second{times}"]
+    return facts + ["; ".join(f"{what}: {count:,}" for what, count in changes.most_common())] * bool(changes)
 
 
 def _clock(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from lorabank.errors import DataError, closest
 from lorabank.tasks.speech.audio import Sound, load_sound
 from lorabank.tasks.speech.read import Utterance
 from lorabank.tasks.speech.tokens import SpeechTokens
-from lorabank.tasks.speech.transcripts import Segment, check_times, has_times, parse, plain_text, windows, with_times
+from lorabank.tasks.speech.transcripts import STEP_S, Segment, check_times, has_times, parse, plain_text, windows, with_times
 
 KEPT_BYTES = 2**30
 """Decoded samples of a run that stay in memory (about 4½ hours at 16 kHz); further recordings are decoded again when needed."""
@@ -109,7 +110,9 @@ class Rows:
     errors: list[tuple[RowError, str]] = field(default_factory=list)
     """What was left out, and the recording's name."""
     notes: dict[str, list[str]] = field(default_factory=dict)
-    """Further facts, and the rows that they are about."""
+    """What the user should look at, and the recordings that it is about."""
+    changes: Counter[str] = field(default_factory=Counter)
+    """What was done to recordings, and to how many."""
 
 
 def make_rows(
@@ -131,7 +134,7 @@ def make_rows(
     room = kept_bytes
     for utterance in utterances:
         try:
-            made = _rows_of(utterance, config, tokens, rate, group_by, found.notes)
+            made = _rows_of(utterance, config, tokens, rate, group_by, found.notes, found.changes)
         except RowError as error:
             too_long = isinstance(error, TooLongError)
             if (config.long_audio if too_long else config.bad_rows) == "refuse":
@@ -163,6 +166,7 @@ def _rows_of(
     rate: int,
     group_by: str | None,
     notes: dict[str, list[str]],
+    changes: Counter[str],
 ) -> list[SpeechRow]:
     if not utterance.text.strip():
         raise RowError("there is no transcript")
@@ -174,7 +178,7 @@ def _rows_of(
     if utterance.audio is None:
         raise RowError("the row names no recording")
     sound = load_sound(utterance.audio, rate, near=utterance.near)
-    _note_source(sound, rate, utterance, notes)
+    changes.update(_source(sound, rate))
     if has_times(segments):
         check_times(segments, sound.seconds)
     group = _digest(sound.samples_S) if group_by is None else _group(utterance, group_by)
@@ -194,19 +198,18 @@ def _group(utterance: Utterance, column: str) -> str:
     return str(values[column])
 
 
-def _note_source(sound: Sound, rate: int, utterance: Utterance, notes: dict[str, list[str]]) -> None:
-    if sound.source_rate != rate:
-        notes.setdefault(f"resampled from {sound.source_rate:,} to {rate:,} Hz", []).append(utterance.name)
-    if sound.source_channels > 1:
-        notes.setdefault(f"{sound.source_channels} channels averaged to one", []).append(utterance.name)
+def _source(sound: Sound, rate: int) -> list[str]:
+    """What was done to a recording before it was heard."""
+    resampled = [f"resampled from {sound.source_rate:,} to {rate:,} Hz"] if sound.source_rate != rate else []
+    return resampled + ([f"{sound.source_channels} channels averaged to one"] if sound.source_channels > 1 else [])
 
 
 def _parts(
     sound: Sound, segments: Sequence[Segment], config: SpeechConfig, utterance: Utterance, notes: dict[str, list[str]]
 ) -> Sequence[tuple[float, float, Sequence[Segment]]]:
     """(start, end, segments) of what a recording is used as: the whole of it, or windows."""
-    if sound.seconds <= config.window:
-        return [(0.0, sound.seconds, segments)]
+    if sound.seconds <= config.window + STEP_S:  # resampling may have added a sample or two, which are cut off
+        return [(0.0, min(sound.seconds, config.window), segments)]
     if config.long_audio in ("skip", "refuse"):
         raise TooLongError(f"the recording is longer than the window of {config.window:g} s")
     if config.long_audio == "cut" and not has_times(segments):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
-from lorabank.errors import ConfigError, DataError, MissingExtraError, Setting, closest
+from lorabank.errors import ConfigError, DataError, MissingExtraError, closest
 
 METRICS = ("wer", "cer", "wer_normalized", "cer_normalized")
 """Errors (substitutions, deletions, insertions) over words or characters of the references; 0 is perfect, above 1 possible."""
@@ -25,15 +25,12 @@ def normaliser(language: str, spelling: Mapping[str, str] | None = None) -> Norm
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Raise ConfigError for an unknown metric, MissingExtraError where jiwer isn't installed: before training."""
+    """Raise ConfigError for an unknown metric, MissingExtraError where jiwer isn't installed: before anything is loaded."""
     known = (LOSS, *METRICS)
     for name in names:
         if name not in known:
-            raise ConfigError(
-                Setting("eval.metrics"), f": expected some of {', '.join(known)}, got {name!r}{closest(name, known)}"
-            )
-    if set(names) & set(METRICS):
-        _jiwer()
+            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
+    _jiwer()
 
 
 def error_rates(

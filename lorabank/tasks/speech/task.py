@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class SpeechRecognition(Task[SpeechRow]):
     def __init__(self, config: TrainConfig, model: Any, processor: Any, speech: SpeechConfig) -> None:
         super().__init__(config, model, processor)
         _check_whisper(model, processor)
-        self.speech = speech
         self.tokens = speech_tokens(processor.tokenizer, model, speech)
         self.hearing = Hearing(processor.feature_extractor, model, speech.window)
+        self.speech = replace(speech, window=self.hearing.window)
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class SpeechRecognition(Task[SpeechRow]):
     ) -> ModelBatch:
         flat = [row for (row,) in rows]
         labels, targets = label_tensors(flat, self.tokens.end, self.tokens.longest)
-        features = self.hearing.features([row.samples() for row in flat], self._device)
+        features = self.hearing.remembered([(row.digest, row.samples) for row in flat], self._device)
         return ModelBatch(
             inputs={"input_features": features, **labels},
             targets=targets,
@@ -98,13 +98,12 @@ class SpeechRecognition(Task[SpeechRow]):
     def check(self, name: str, job: AdapterJob) -> None:
         if job.run.init == "eva" and self.hearing.frames != self.hearing.whole_frames:
             raise ConfigError(f"adapters.{name}.init: eva needs the model's whole window. Leave speech.window out.")
-        wanted = set(self.config.eval.metrics) & set(METRICS)
-        if wanted and job.val:
-            said = [row.text for row in job.val if isinstance(row, SpeechRow)]
+        said = [row for row in job.val if isinstance(row, SpeechRow)]
+        if said:
             try:
-                error_rates(said, said, [row.language for row in job.val if isinstance(row, SpeechRow)], self._spelling)
+                self._rates(said, [row.text for row in said])
             except DataError as error:
-                raise DataError(f"eval.metrics: {', '.join(sorted(wanted))} of {job.data}: {error}") from error
+                raise DataError(f"validation rows of {job.data}: {error}") from error
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
@@ -115,30 +114,15 @@ class SpeechRecognition(Task[SpeechRow]):
 
     def metric_names(self, config: EvalConfig) -> Sequence[str]:
         check_metrics(config.metrics)
-        return [name for name in METRICS if name in config.metrics]
+        return METRICS
 
     def validate(
         self, engine: Engine, rows: Mapping[str, Sequence[SpeechRow]], *, config: EvalConfig, busy: Busy
     ) -> dict[str, dict[str, float]]:
-        return self._scores(engine, rows, config, self.metric_names(config), busy)
-
-    def scores(
-        self, engine: Engine, rows: Mapping[str, Sequence[SpeechRow]], *, config: EvalConfig, busy: Busy
-    ) -> dict[str, dict[str, float]]:
-        return self._scores(engine, rows, config, METRICS, busy)
-
-    def _scores(
-        self, engine: Engine, rows: Mapping[str, Sequence[SpeechRow]], config: EvalConfig, wanted: Sequence[str], busy: Busy
-    ) -> dict[str, dict[str, float]]:
         found = self._losses(engine, rows, config, busy)
-        if not wanted:
-            return {name: {"loss": loss} for name, loss in found.items()}
         chosen = {name: spread(rows[name], config.max_prompts) for name in found}
         heard = self._transcripts(engine, chosen, config, busy, "transcribing")
-        return {
-            name: {"loss": loss, **{key: rate for key, rate in self._rates(chosen[name], heard[name]).items() if key in wanted}}
-            for name, loss in found.items()
-        }
+        return {name: {"loss": loss, **self._rates(chosen[name], heard[name])} for name, loss in found.items()}
 
     def _rates(self, rows: Sequence[SpeechRow], heard: Sequence[str]) -> dict[str, float]:
         return error_rates([row.text for row in rows], heard, [row.language for row in rows], self._spelling)
@@ -178,6 +162,7 @@ class SpeechRecognition(Task[SpeechRow]):
         """What each name hears in its rows: words alone, or with times where the row has them."""
         jobs = [
             Heard(
+                key=row.digest,
                 samples=row.samples,
                 seconds=row.seconds,
                 route=route_of(name),

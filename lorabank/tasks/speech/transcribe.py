@@ -37,6 +37,8 @@ class Heard:
 
     samples: Callable[[], np.ndarray]
     """float32 samples (S,), at most a window; asked for when its batch comes."""
+    key: str | None = None
+    """Name under which its features are kept for later; None: not at all."""
     seconds: float
     route: RowRoute
     language: str | None
@@ -80,7 +82,7 @@ def transcribe(
 
 def _generate(engine: Engine, hearing: Hearing, tokens: SpeechTokens, jobs: Sequence[Heard], manner: Manner) -> list[list[int]]:
     """Each row's generated ids, in passes as small as memory asks for."""
-    features = hearing.features([job.samples() for job in jobs], engine.bank.device)
+    features = hearing.remembered([(job.key, job.samples) for job in jobs], engine.bank.device)
     batch = ModelBatch(
         inputs={"input_features": features},
         targets={},

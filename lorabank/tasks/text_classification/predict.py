@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorabank.data.read import read_rows
 from lorabank.data.row import Row, RowError
 from lorabank.engine.engine import Engine
 from lorabank.formats.files import write_files
+from lorabank.tasks.asked import rows_asked
 from lorabank.tasks.text_classification.columns import find_columns
 from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet
 from lorabank.tasks.text_classification.model import positions
@@ -34,7 +34,7 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
 
     Rows need no label. One whose text is empty or missing keeps its place: null, and why.
     """
-    rows = read_rows(wanted.data, limit=wanted.max_rows, role="test")[: wanted.max_rows]
+    rows = rows_asked(wanted.data, wanted.max_rows, column=task.config.classification.text or "text")
     readable = _encoded(task, rows)
     answers: list[dict[str, Any]] = [dict.fromkeys(wanted.names) for _ in rows]
     for i, row in enumerate(readable):

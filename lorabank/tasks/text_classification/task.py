@@ -63,6 +63,9 @@ class TextClassification(Task[ClassRow]):
 
     def read(self, config: TrainConfig, rows: RowObjects | None = None, progress: Progress | None = None) -> DataSets[ClassRow]:
         found: dict[int, LabelSet] = {}
+        for name, run in adapter_runs(config).items():
+            if run.init_from is not None and name not in self.sets and _knows(start := Adapter.load(run.init_from)):
+                self.sets[name] = _kept(name, start)  # its head comes along, so its labels do
         loaded = dict(self.sets)
         scored = [] if config.adapters else [*loaded.values(), *([self.own] if self.own is not None else [])]
 

@@ -21,6 +21,9 @@ from tests.tasks.diffusion.tiny import PIPELINES, saved
 from tests.training.children import SignalAt
 from tests.training.tiny import assert_same_run
 
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name in ("sd", "sd2", "sdxl") else ()) for name in PIPELINES]
+"""Transformers are quicker than U-Nets."""
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,7 +35,7 @@ def styles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return three_styles(tmp_path_factory.mktemp("styles"))
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_three_styles_train_jointly_as_they_do_alone(root: Path, styles: dict[str, Path], name: str) -> None:
     """Law 3: noise, places, dropped captions and sizes of each are its own, whoever is beside it."""
     settings = {**SETTINGS, "diffusion": {**PICTURES, "caption_dropout": 0.3, "noise_offset": 0.1}}
@@ -56,6 +59,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), [("sd", "kohya"), ("sdxl", "kohya"), ("sdxl", "diffusers")])
 def test_text_encoders_are_part_of_one_adapter(root: Path, styles: dict[str, Path], tmp_path: Path, name: str, form: str) -> None:
     """Captions are encoded in each pass; one file holds all parts, and a pipeline of diffusers draws with it."""

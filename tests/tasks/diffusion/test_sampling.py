@@ -97,3 +97,23 @@ def test_guidance_of_one_draws_once() -> None:
     found = draw_pictures(model, None, condition, negative, [""], seeds=[0], config=config)
     plain = draw_pictures(model, None, condition, None, [""], seeds=[0], config=CONFIG)
     assert torch.equal(found, plain)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("kind", ["PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep"])
+def test_other_schedulers_draw_a_row_alone_as_in_a_batch(kind: str) -> None:
+    """Those that add noise at each step take it from the row's own seed."""
+    import diffusers
+
+    pipe, config = pipeline("sd"), PictureConfig(steps=5, guidance=3.0, height=16, width=16)
+    pipe.scheduler = getattr(diffusers, f"{kind}Scheduler").from_config({**pipe.scheduler.config, "skip_prk_steps": True})
+    model = model_of(pipe, "sd")
+    condition, negative = conditions(model, ["a cat", "a hat"])
+    together = draw_pictures(model, None, condition, negative, ["", ""], seeds=[4, 5], config=config)
+    one, none = ({key: value[1:] for key, value in each.items()} for each in (condition, negative))
+    alone = draw_pictures(model, None, one, none, [""], seeds=[5], config=config)
+    torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-4)
+    if kind != "EulerAncestralDiscrete":
+        noise = noise_of(model, [5], 16, 16)
+        expected = pipe("a hat", num_inference_steps=5, guidance_scale=3.0, height=16, width=16, latents=noise, output_type="pt")
+        torch.testing.assert_close(alone, expected.images, rtol=0, atol=1e-4)

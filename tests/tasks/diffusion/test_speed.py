@@ -14,9 +14,11 @@ from lorabank.engine.compiled import left_out
 from lorabank.engine.compiling import uncompile_blocks
 from lorabank.engine.fused_block import FusedBlock
 from lorabank.engine.own_pass import TrainingPass
+from lorabank.tasks.diffusion.batch import picture_losses
 from lorabank.tasks.diffusion.draws import draw
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import objective_of, row_losses, row_tensors
+from lorabank.tasks.diffusion.sampling import PictureConfig, draw_pictures
 from lorabank.tasks.diffusion.speed import ShapedBlock, compile_image_model, convolution_blocks, transformer_blocks
 from tests.tasks.diffusion.tiny import model_of, pipeline
 
@@ -83,6 +85,38 @@ def test_compiled_blocks_give_the_same_gradients(targets: list[str]) -> None:
     assert not any(block._compiled_call_impl.failed for block in made)
     uncompile_blocks(made)
     assert all(block._compiled_call_impl is None for block in made)
+
+
+def test_pictures_and_validations_run_the_blocks_as_they_are() -> None:
+    """Each of their shapes would be compiled otherwise, before the first step."""
+
+    class Refusing:
+        def __init__(self, block: torch.nn.Module) -> None:
+            self.block = block
+
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            raise AssertionError("the compiled form was called")
+
+    class Fused(Refusing, FusedBlock):
+        pass
+
+    class Shaped(Refusing, ShapedBlock):
+        pass
+
+    model, bank = banked("sd2", ["to_q"])
+    made = [*transformer_blocks(model), *convolution_blocks(model)]
+    compiled = {id(block): (Fused if block in transformer_blocks(model) else Shaped)(block) for block in made}
+    for block in made:
+        block._compiled_call_impl = compiled[id(block)]
+    batch = batch_of(model, 1)
+    condition = {"text": batch["condition.text"]}
+    config = PictureConfig(steps=2, guidance=2.0, height=16, width=16)
+    assert draw_pictures(model, bank, condition, condition, ["a", BASE, "b"], seeds=[1, 2, 3], config=config).isfinite().all()
+    with torch.no_grad(), bank.route(["a", BASE, "b"]):
+        assert picture_losses(model, batch, {}).shape == (3,)
+    assert all(block._compiled_call_impl is compiled[id(block)] for block in made)
+    with pytest.raises(AssertionError, match="the compiled form was called"), bank.route("a"):
+        picture_losses(model, batch, {})
 
 
 def test_nothing_is_compiled_unasked_on_a_cpu() -> None:

@@ -31,6 +31,7 @@ def styles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return three_styles(tmp_path_factory.mktemp("styles"))
 
 
+@pytest.mark.slow
 def test_a_style_is_learned_scored_saved_drawn_and_loaded(root: Path, styles: dict[str, Path], tmp_path: Path) -> None:
     run, base = tmp_path / "run", saved("sd", root)
     diffusion = {**PICTURES, "save_format": "diffusers"}
@@ -90,6 +91,7 @@ def test_convolutions_and_feed_forward_are_targets(root: Path, styles: dict[str,
     assert {path.split(".")[-1] for path in plain.trained["default"].layers} == {"to_q", "to_k", "to_v", "0"}
 
 
+@pytest.mark.slow
 def test_caches_on_disk_and_none_at_all_give_the_same(root: Path, styles: dict[str, Path], tmp_path: Path) -> None:
     def trained(**more: Any) -> lb.Adapter:
         settings = {**SETTINGS, "diffusion": {**PICTURES, **more}}
@@ -105,6 +107,7 @@ def test_caches_on_disk_and_none_at_all_give_the_same(root: Path, styles: dict[s
     assert_near(trained(cache="none"), memory)
 
 
+@pytest.mark.slow
 def test_class_pictures_are_drawn_once_and_trained_beside_the_object(root: Path, styles: dict[str, Path], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     prior = {"prior_prompt": "a dog", "prior_pictures": 6, "cache_dir": str(cache)}
@@ -180,3 +183,5 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
         == 2
     )
     assert "expected adapters with weights, such as a:0.5,b:0.5" in capsys.readouterr().err
+    assert main(["chat", str(out), "--device", "cpu"]) == 2
+    assert "this is text-to-image. Use `lorabank predict" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorabank as lb
@@ -50,12 +51,16 @@ def test_what_classifies_no_pictures_is_refused(tmp_path: Path) -> None:
 
 def test_a_body_alone_is_enough_and_a_torn_file_is_not(tmp_path: Path) -> None:
     torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
     with quiet_transformers():
-        hf.ViTModel(hf.ViTConfig(**SIZES, image_size=16, patch_size=4), add_pooling_layer=False).save_pretrained(
-            tmp_path / "body"
-        )
+        hf.ResNetModel(hf.ResNetConfig(**sizes)).save_pretrained(tmp_path / "body")
     base = load_image_model(str(tmp_path / "body"))
-    assert type(base.model).__name__ == "ViTForImageClassification" and own_labels(base.model) is None
+    assert type(base.model).__name__ == "ResNetForImageClassification" and own_labels(base.model) is None
+    weights = load_file(tmp_path / "body" / "model.safetensors")
+    weights.pop(next(key for key in weights if key.endswith("convolution.weight")))
+    save_file(weights, tmp_path / "body" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="its files lack 1 of the weights of ResNetForImageClassification"):
+        load_image_model(str(tmp_path / "body"))
 
 
 def test_labels_are_the_configurations() -> None:

@@ -77,6 +77,15 @@ def test_three_adapters_together_as_alone(base: str) -> None:
             assert a.metrics == pytest.approx(b.metrics, rel=1e-3)
 
 
+@pytest.mark.parametrize("base", ["t5", "mbart-50"])
+def test_recomputed_it_is_the_same(base: str) -> None:
+    settings: dict[str, Any] = {"max_steps": 3, "eval": {"every": 0, "samples": 0}}
+    plain, _ = run(base, ["animal"], **settings)
+    again, _ = run(base, ["animal"], gradient_checkpointing=True, **settings)
+    for path, layer in plain.trained["animal"].layers.items():
+        torch.testing.assert_close(layer.delta(), again.trained["animal"].layers[path].delta(), rtol=1e-4, atol=1e-6, msg=path)
+
+
 def test_the_loss_is_the_models_own() -> None:
     """transformers' loss over the batch is the mean over its target tokens; ours are sums a row."""
     for make, languages in BASES.values():
@@ -220,6 +229,9 @@ def test_from_files_to_predictions_and_back(base_folder: Path, tmp_path: Path) -
     assert set(scores) == {"small", "large", "base"}
     assert scores["small"]["loss"] == pytest.approx(result.adapters["small"].final_metrics["loss"], rel=1e-5)
 
+    (tmp_path / "lines.txt").write_text("the cat ran\n", encoding="utf-8")
+    api.predict(tmp_path / "whole", tmp_path / "lines.txt", tmp_path / "lines.jsonl", ["small"], options={"max_new_tokens": 3})
+    assert json.loads((tmp_path / "lines.jsonl").read_text())["text"] == "the cat ran"
     asked = write_rows(tmp_path / "asked.jsonl", [{"translation": {"en": "the cat ran"}}, {"translation": {"en": " "}}])  # type: ignore[list-item]
     said = api.predict(tmp_path / "whole", str(asked), tmp_path / "out.jsonl", ["small", "base"], options={"max_new_tokens": 6})
     first, second = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())

@@ -35,6 +35,20 @@ def test_a_rows_features_are_those_of_transformers_and_its_own() -> None:
     assert torch.equal(hearing.features([np.concatenate([sounds[1], sounds[0]])], CPU), features[1:2])  # cut to the window
 
 
+def test_features_are_kept_while_there_is_room(tmp_path: Any) -> None:
+    model, processor = tiny_whisper()
+    rows = prepared(str(two_tones(tmp_path, 3))).train
+    hearing = Hearing(processor.feature_extractor, model, WINDOW_S, kept_bytes=2 * 8 * 200 * 4)
+    sounds = [(row.digest, row.samples) for row in rows]
+    first, second = hearing.remembered(sounds, CPU), hearing.remembered(sounds[::-1], CPU)
+    assert torch.equal(first, hearing.features([row.samples() for row in rows], CPU))
+    assert torch.equal(second, first.flip(0))
+    asked: list[str] = []
+    noted = [(row.digest, lambda row=row: asked.append(row.name) or row.samples()) for row in rows]
+    hearing.remembered(noted, CPU)
+    assert asked == ["2.wav"]  # there was room for two
+
+
 def test_a_shorter_window_is_the_encoder_with_fewer_positions() -> None:
     model, processor = tiny_whisper()
     hearing = Hearing(processor.feature_extractor, model, 0.5)

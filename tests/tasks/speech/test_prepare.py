@@ -39,6 +39,14 @@ def test_an_audio_folder(tmp_path: Path) -> None:
     json.dumps(found.report.to_dict())
 
 
+def test_what_was_done_to_recordings_is_counted(tmp_path: Path) -> None:
+    audio_folder(
+        tmp_path, [("a.wav", np.stack([tone(0.5, 440, 8_000)] * 2, 1), "a"), ("b.wav", tone(0.5, 550, 8_000), "b")], 8_000
+    )
+    lines = prepared(str(tmp_path)).report.lines()
+    assert lines[2] == "resampled from 8,000 to 16,000 Hz: 2; 2 channels averaged to one: 1"
+
+
 def test_folders_of_folders_and_jsonl(tmp_path: Path) -> None:
     two_tones(tmp_path / "a", 2)
     two_tones(tmp_path / "b", 3)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+import sys
 
-from lorabank.errors import ConfigError, DataError
+import pytest
+import soundfile
+
+from lorabank.errors import ConfigError, DataError, MissingExtraError
+from lorabank.tasks.speech.audio import load_sound
 from lorabank.tasks.speech.scores import METRICS, check_metrics, error_rates
+from tests.tasks.speech.tiny import tone
 
 
 def test_rates_are_over_all_words_of_the_set() -> None:
@@ -41,3 +47,14 @@ def test_unknown_metrics() -> None:
     check_metrics(["loss", "wer", "cer_normalized"])
     with pytest.raises(ConfigError, match=r"got 'wre' \(did you mean 'wer'\?\)"):
         check_metrics(["wre"])
+
+
+@pytest.mark.parametrize("library", ["jiwer", "soundfile", "soxr"])
+def test_a_library_that_is_missing_is_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    sound = io.BytesIO()
+    if library != "soundfile":
+        soundfile.write(sound, tone(0.1, 440, 8_000), 8_000, format="WAV")
+    with pytest.raises(MissingExtraError, match=rf"'{library}', which isn't installed: pip install 'lorabank\[speech\]'"):
+        check_metrics(["wer"])
+        load_sound(sound.getvalue(), 16_000)

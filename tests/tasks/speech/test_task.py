@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 from pathlib import Path
@@ -14,6 +15,9 @@ import torch
 
 import lorabank as lb
 from lorabank import api
+from lorabank.cli.main import main
+from lorabank.cli.task_options import task_options
+from lorabank.config.flags import parse_train_arguments
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError, ModelError, OutputError
 from tests.tasks.speech.tiny import RATE, audio_folder, tiny_whisper, tone, two_tones
@@ -69,7 +73,7 @@ def test_a_run_folder_tells_all(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     scored = {(line["adapter"], line["step"]): line["metrics"] for line in lines if line["event"] == "eval"}
     assert list(scored) == [("base", 0), ("default", 20), ("default", 40)]
-    assert all(set(metrics) == {"loss", "wer", "cer"} for metrics in scored.values())
+    assert all(set(metrics) == {"loss", "wer", "cer", "wer_normalized", "cer_normalized"} for metrics in scored.values())
     samples = (trained / "samples.md").read_text()
     assert "| reference | low |" in samples or "| reference | high |" in samples
     assert "| base |" in samples and "| default |" in samples
@@ -103,6 +107,20 @@ def test_it_transcribes_recordings_of_its_own(trained: Path, tmp_path: Path) -> 
         api.predict(trained, folder, tmp_path / "many.doc")
     with pytest.raises(DataError, match=r"1 of 1 recordings can't be read:\n  - broken\.wav"):
         api.predict(trained, folder / "broken.wav", tmp_path / "broken.jsonl")
+
+
+def test_recordings_are_transcribed_in_portions(
+    trained: Path, voices: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, some are in memory at a time; what they become is the same."""
+    api.predict(trained, voices["ann"], tmp_path / "whole.jsonl")
+    monkeypatch.setattr("lorabank.tasks.speech.predict.PORTION_S", 0.7)
+    api.predict(trained, voices["ann"], tmp_path / "portions.jsonl")
+    assert (tmp_path / "portions.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    rows = audio_folder(tmp_path / "rows", [("a.wav", tone(0.3, 300), "low")], header="file_name,transcription")
+    (rows / "metadata.csv").write_text("file_name,language\na.wav,french\n")
+    with pytest.raises(DataError, match="'french' is none that this model knows"):
+        api.predict(trained, rows / "metadata.csv", tmp_path / "rows.jsonl")
 
 
 def test_long_recordings_are_transcribed_in_windows(trained: Path, tmp_path: Path) -> None:
@@ -164,9 +182,31 @@ def test_timestamps_are_learned_and_written(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a.srt").read_text() == "1\n00:00:00,000 --> 00:00:00,300\nlow\n\n"
 
 
+def test_the_command_line(trained: Path, voices: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, line = str(voices["ann"] / "0.wav"), ["predict", str(trained), "--adapters", "default", "--data"]
+    assert main([*line, one, "--output", str(tmp_path / "a.vtt")]) == 0
+    assert (tmp_path / "a.vtt").read_text().startswith("WEBVTT\n\n00:00:00.")
+    assert main([*line, str(voices["ann"]), "--output", str(tmp_path / "a.jsonl"), "--timestamps", "--max-rows", "2"]) == 0
+    lines = [json.loads(each) for each in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all({"transcription", "segments", "default"} <= set(each) for each in lines)
+    capsys.readouterr()
+    assert main([*line, one, "--output", str(tmp_path / "b.jsonl"), "--language", "klingon"]) == 2
+    assert "expected english: this model knows no other, got 'klingon'" in capsys.readouterr().err
+    words = ["--model", "x", "--data", "y", "--task", "automatic-speech-recognition", "--language", "german"]
+    assert parse_train_arguments(words).config.speech.language == "german"
+
+
+def test_flags_of_another_task_are_refused() -> None:
+    args = argparse.Namespace(timestamps=True, language=None)
+    assert task_options(args, "automatic-speech-recognition") == {"timestamps": True}
+    with pytest.raises(ConfigError, match="--timestamps: is for automatic-speech-recognition, and this is text-generation"):
+        task_options(args, "text-generation")
+
+
 def test_what_can_be_known_is_refused_before_training(base: Path, voices: dict[str, Path], tmp_path: Path) -> None:
     data = str(voices["ann"])
-    with pytest.raises(ConfigError, match=r"eval\.metrics: expected some of loss, wer"):
+    with pytest.raises(ConfigError, match=r"^eval\.metrics: expected some of loss, wer"):
         lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"metrics": ["bleu"]}})
     with pytest.raises(ConfigError, match="expected english: this model knows no other, got 'german'"):
         lb.train(model=str(base), data=data, **{**SETTINGS, "speech": {"language": "german"}})
@@ -178,6 +218,12 @@ def test_what_can_be_known_is_refused_before_training(base: Path, voices: dict[s
     with pytest.raises(DataError, match="empty once normalised"):
         fillers = two_tones(tmp_path / "fillers", 4, {300.0: "um", 1200.0: "uh"})
         lb.train(model=str(base), data=str(fillers), **SETTINGS)
+    with pytest.raises(ConfigError, match="expected a WhisperProcessor, got a WhisperTokenizer"):
+        model, processor = tiny_whisper()
+        lb.train(model=model, tokenizer=processor.tokenizer, data=data, **SETTINGS)
+    with pytest.raises(DataError, match="longer than the window of 2 s"):  # this model hears no more, whatever is asked for
+        long = audio_folder(tmp_path / "long", [("a.wav", tone(2.1, 300), "a")])
+        lb.train(model=str(base), data=str(long), **{**SETTINGS, "speech": {}})
     (tmp_path / "none").mkdir()
     with pytest.raises(ModelError):
         lb.train(model=str(tmp_path / "none"), data=data, **SETTINGS)

@@ -78,6 +78,16 @@ def test_four_label_sets_together_as_alone(base: str) -> None:
     assert heads == {"mood": 2, "price": 3, "stars": 1, "tags": 2}
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_recomputed_it_is_the_same(base: str) -> None:
+    plain, _ = run(BASES[base](), ["mood"], max_steps=3, batch_size=8, warmup_steps=0)
+    parts, _ = run(
+        BASES[base](), ["mood"], max_steps=3, batch_size=8, warmup_steps=0, gradient_checkpointing=True, eval={"every": 0}
+    )
+    for path, layer in plain.trained["mood"].layers.items():
+        torch.testing.assert_close(layer.delta(), parts.trained["mood"].layers[path].delta(), rtol=1e-4, atol=1e-6, msg=path)
+
+
 def test_it_learns_and_says_by_which_measure() -> None:
     result, told = run(tiny_bert(), ["mood", "stars"], max_steps=60, eval={"every": 20, "best": "loss"})
     mood, stars = result.adapters["mood"].final_metrics, result.adapters["stars"].final_metrics
@@ -166,6 +176,16 @@ def test_an_adapter_by_itself(finished: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text())["price"]["label"] == "low"
 
 
+def test_a_text_a_line(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("it is cheap\n\nit is dear and fast\n", encoding="utf-8")
+    api.predict(finished, str(tmp_path / "lines.txt"), tmp_path / "out.jsonl", ["price"])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(line["text"], line["price"]["label"]) for line in lines] == [("it is cheap", "low"), ("it is dear and fast", "high")]
+    (tmp_path / "lines.txt").write_text("\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"lines.txt: expected a text a line, got an empty file"):
+        api.predict(finished, str(tmp_path / "lines.txt"), tmp_path / "more.jsonl")
+
+
 def test_peft_loads_it_and_says_the_same(finished: Path, bert_folder: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -194,6 +214,29 @@ def test_merged_it_is_a_classifier_by_itself(finished: Path, tmp_path: Path) -> 
     data = DataConfig(test=str(file))
     alone = api.evaluate(tmp_path / "merged", None, data, metrics=["accuracy"], task="text-classification")
     assert alone["base"] == pytest.approx(api.evaluate(finished, ["price"], data, metrics=["accuracy"])["price"], rel=1e-4)
+
+
+def test_what_starts_from_an_adapter_keeps_its_labels(finished: Path, bert_folder: Path, tmp_path: Path) -> None:
+    """Its head has their order; rows of other labels are told and left out."""
+    rows = [*price_rows(12)[::3], *price_rows(12)[1::3], {"text": "it is good", "label": "free"}]
+    result = lb.train(
+        task="text-classification",
+        model=str(bert_folder),
+        data={"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "val_split": 0},
+        adapters={"price": {"init_from": str(finished / "price")}},
+        max_steps=1,
+        learning_rate=1e-9,
+    )
+    assert json.loads(result.trained["price"].metadata["labels"]) == ["high", "low", "none"]
+    before = lb.Adapter.load(finished / "price").modules["classifier"]["weight"]
+    torch.testing.assert_close(result.trained["price"].modules["classifier"]["weight"], before)
+    with pytest.raises(DataError, match=r"the head has no label 'free'.*rows.jsonl:9"):
+        lb.train(
+            task="text-classification",
+            model=str(bert_folder),
+            data={"train": str(tmp_path / "rows.jsonl"), "bad_rows": "stop"},
+            adapters={"price": {"init_from": str(finished / "price")}},
+        )
 
 
 def test_interrupted_and_resumed(bert_folder: Path, tmp_path: Path) -> None:

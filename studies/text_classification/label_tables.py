@@ -12,13 +12,13 @@ HERE = Path(__file__).parent
 METHODS = {"head": "head alone", "lora": "LoRA, three adapters jointly", "full": "full fine-tuning, three runs"}
 BASE_PARAMETERS = 22_713_216
 """Of all-MiniLM-L6-v2 with its pooler, heads aside."""
-START, END = "<!-- table: written by table.py -->", "<!-- table: end -->"
+START, END = "<!-- table: written by label_tables.py -->", "<!-- table: end -->"
 
 
-def best(document: Mapping[str, Any], method: str, name: str) -> tuple[str, Mapping[str, Any]]:
-    """(rate, run) of the lower validation loss."""
+def best(document: Mapping[str, Any], method: str, name: str) -> tuple[str, Mapping[str, Any]] | None:
+    """(rate, run) of the lower validation loss; None where there was no run."""
     found = {key.split("/")[2]: run for key, run in document["runs"].items() if key.startswith(f"{method}/{name}/")}
-    return min(found.items(), key=lambda item: item[1]["val"]["loss"])
+    return min(found.items(), key=lambda item: item[1]["val"]["loss"]) if found else None
 
 
 def table(document: Mapping[str, Any]) -> str:
@@ -28,27 +28,23 @@ def table(document: Mapping[str, Any]) -> str:
         f"| | trained | {' | '.join(f'{name}: accuracy, F1, Matthews' for name in names)} |",
         f"|---|---|{'---|' * len(names)}",
     ]
+    rates: dict[str, str] = {}
     for method, called in METHODS.items():
         chosen = {name: best(document, method, name) for name in names}
-        cells = [
-            f"{100 * run['test']['accuracy']:.1f} %, {run['test']['f1']:.3f}, {run['test']['matthews']:.3f}"
-            for _, run in chosen.values()
-        ]
-        share = max(run["parameters"] for _, run in chosen.values()) / BASE_PARAMETERS
-        lines.append(f"| {called} | {100 * share:.3g} % | {' | '.join(cells)} |")
-    rates = {m: ", ".join(f"{name} {best(document, m, name)[0]}" for name in names) for m in METHODS}
-    lines += ["", "Learning rates: " + "; ".join(f"{METHODS[m]}: {text}" for m, text in rates.items()) + "."]
-    lora, full = (_seconds(document, m, names) for m in ("lora", "full"))
-    lines += [
-        "",
-        f"Seconds of training: the three adapters {lora:.0f}, scoring of held-out rows included; full fine-tuning {full:.0f}.",
-    ]
+        if not any(chosen.values()):
+            continue
+        share = max(found[1]["parameters"] for found in chosen.values() if found) / BASE_PARAMETERS
+        lines.append(f"| {called} | {100 * share:.3g} % | {' | '.join(map(_cell, chosen.values()))} |")
+        rates[called] = ", ".join(f"{name} {found[0]}" for name, found in chosen.items() if found)
+    lines += ["", "Learning rates: " + "; ".join(f"{called}: {text}" for called, text in rates.items()) + "."]
     return "\n".join(lines)
 
 
-def _seconds(document: Mapping[str, Any], method: str, names: list[str]) -> float:
-    runs = [best(document, method, name)[1] for name in names]
-    return runs[0]["seconds_of_all"] if method == "lora" else sum(run["seconds"] for run in runs)
+def _cell(found: tuple[str, Mapping[str, Any]] | None) -> str:
+    if found is None:
+        return "not run"
+    test = found[1]["test"]
+    return f"{100 * test['accuracy']:.1f} %, {test['f1']:.3f}, {test['matthews']:.3f}"
 
 
 def with_table(text: str, document: Mapping[str, Any]) -> str:

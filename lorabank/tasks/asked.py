@@ -1,0 +1,25 @@
+"""Rows to predict: files that training reads too, or a text a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorabank.data.files import read_text
+from lorabank.data.read import read_rows
+from lorabank.data.row import Row
+from lorabank.errors import DataError
+
+
+def rows_asked(source: str, limit: int | None, *, column: str) -> list[Row]:
+    """At most `limit` rows of a file, folder or data set, or of a .txt file a row a line that isn't empty, called `column`.
+
+    Raises DataError, naming file and line.
+    """
+    path = Path(source)
+    if path.suffix.lower() != ".txt" or not path.is_file():
+        return read_rows(source, limit=limit, role="test")[:limit]
+    lines = enumerate(read_text(path).splitlines(), start=1)
+    rows = [Row({column: line}, f"{source}:{number}") for number, line in lines if line.strip()]
+    if not rows:
+        raise DataError(f"{source}: expected a text a line, got an empty file")
+    return rows[:limit]
