@@ -127,7 +127,7 @@ def test_blocks_are_compiled_on_a_gpu_unless_that_is_switched_off(
     lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), compile=said, listeners=[told], **SHORT)
     assert asked == ([False] if said is None else [])
     assert [n.text for n in told.notices if "compile: false leaves that out" in n.text] == (
-        [api.COMPILING] if said is None else []
+        [api.COMPILING.format("half a minute")] if said is None else []
     )
 
 

@@ -33,7 +33,7 @@ def test_compiled_unasked_and_plain_afterwards(dtype: torch.dtype, tmp_path: Pat
     made: Any = tiny_model()
     model, tokenizer, told = made.to("cuda", dtype), tiny_tokenizer(), Recorder()
     result = lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), output=str(tmp_path / "out"), listeners=[told], **SHORT)
-    assert [notice.text for notice in told.notices].count(api.COMPILING) == 1
+    assert [notice.text for notice in told.notices].count(api.COMPILING.format("half a minute")) == 1
     assert not [notice.text for notice in told.notices if notice.text.startswith("compile: ")], "something fell back"
     assert all(block._compiled_call_impl is None for block in model.model.layers)
     assert (tmp_path / "out" / "default" / "adapter_model.safetensors").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -73,6 +73,8 @@ def prepare(
         for role, source in sources.items()
         if source is not None
     }
+    if not boxed:
+        found = {role: replace(part, entries=[replace(each, boxes=()) for each in part.entries]) for role, part in found.items()}
     known = labels or detection.labels
     opened = _open(found, detection, known, keep, progress)
     total = sum(map(len, opened.values()))

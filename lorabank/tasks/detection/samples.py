@@ -50,6 +50,6 @@ def write_samples(
             for picture, boxes in zip(pictures, found[name], strict=True)
         ]
         buffer = io.BytesIO()
-        sheet([("what is there", truth), (f"found by {name} (score ≥ {least:g})", answers)]).save(buffer, format="PNG")
+        sheet([("what is there", truth), (f"found by {name}, score from {least:g}", answers)]).save(buffer, format="PNG")
         files[f"{name}.png"] = buffer.getvalue()
     write_files(folder / SAMPLES, files)

@@ -1,0 +1,42 @@
+"""Makes the table of README.md from results/*.json: python studies/sign_detection/table.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+START, END = "<!-- table: written by table.py -->\n", "<!-- end -->"
+ARMS = {
+    "lora": "LoRA (rank 8 on linear layers and convolutions, α {alpha}, B's rate × {b:g}) and a new head",
+    "head": "a new head alone",
+    "full": "full training from the base, with a new head",
+}
+
+
+def table() -> str:
+    """The rows, an arm each."""
+    lines = [
+        "| arm | trained | learning rate | loss | mAP | mAP50 | mAP75 | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, what in ARMS.items():
+        for path in sorted((HERE / "results").glob(f"{arm}-*.json")):
+            told = json.loads(path.read_text())
+            scores = told["test"]
+            lines.append(
+                f"| {what.format(**told)} | {told['trained']:,} | {told['rate']:g} | {scores['loss']:.2f} | "
+                f"{scores['mAP']:.3f} | {scores['mAP50']:.3f} | {scores['mAP75']:.3f} | {told['cpu_seconds']:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    page = HERE / "README.md"
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    page.write_text(f"{before}{START}{table()}{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
