@@ -31,9 +31,9 @@ from lorabank.tasks.detection.rows import DetectionRow
 
 HERE = Path(__file__).parent
 BATCH, EPOCHS = 8, 7
-RATES = {"lora": (3e-3,), "head": (3e-3,), "full": (1e-3,)}
+RATES = {"lora": (1e-3,), "head": (3e-3,), "full": (1e-3,)}
 """Arm → learning rates that are tried, each for the whole run; the best on the validation pictures is drawn."""
-RANK, ALPHA, SLOWER, SHOWN = 8, 8, 0.05, 0.3
+RANK, ALPHA, SLOWER, SHOWN = 8, 8, 1.0, 0.3
 
 
 def plain(arm: str, base: Path, labels: list[str], rate: float, data: Path) -> tuple[dict[str, Any], Any, Any]:
