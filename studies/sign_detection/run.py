@@ -100,7 +100,7 @@ def lora(base: Path, labels: list[str], rate: float, data: Path, output: Path) -
     bank.load("default", adapter)
     trained = sum(p.numel() for p in bank.parameters("default"))
     return (
-        {"arm": "lora", "rate": rate, "alpha": ALPHA, "b": SLOWER, "trained": trained, "cpu_seconds": seconds},
+        {"arm": "lora", "rate": rate, "alpha": ALPHA, "b": SLOWER, "start": "mean", "trained": trained, "cpu_seconds": seconds},
         (task, bank),
         rows,
     )
@@ -140,7 +140,7 @@ def main() -> None:
             parts = {part: answers(task, bank, name, rows[part]) for part in ("valid", "test")}
             told |= figures(parts, task, name, rows)
             print(json.dumps(told), flush=True)
-            (results / f"{arm}-{rate:g}{f'-alpha{ALPHA}-b{SLOWER:g}' if arm == 'lora' else ''}.json").write_text(
+            (results / f"{arm}-{rate:g}{f'-mean-alpha{ALPHA}-b{SLOWER:g}' if arm == 'lora' else ''}.json").write_text(
                 json.dumps(told, indent=1) + "\n"
             )
             if best is None or told["valid"]["mAP"] > best[0]:
