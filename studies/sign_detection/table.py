@@ -8,7 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 START, END = "<!-- table: written by table.py -->\n", "<!-- end -->"
 ARMS = {
-    "lora": "LoRA (rank 8 on linear layers and convolutions, α {alpha}, B's rate × {b:g}) and a new head",
+    "lora": "LoRA (rank 8 on linear layers and convolutions, α {alpha}, B's rate × {b:g}), a new head begun as {start}",
     "head": "a new head alone",
     "full": "full training from the base, with a new head",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from transformers import AutoModelForObjectDetection
 
 import lorabank as lb
-from lorabank.bank.in_full.heads import detector_heads, extra_outputs
+from lorabank.bank.in_full.heads import detector_heads, extra_outputs, label_layers
 from lorabank.cli import main
 from lorabank.errors import ConfigError
 from tests.tasks.detection.made import config_of, saved_detector, tiny_detector
@@ -39,9 +38,17 @@ def test_heads_of_several_widths_and_the_base_s_in_one_pass(kind: str) -> None:
     assert logits[1:, :, 3 + extra :].eq(-torch.inf).all()
     torch.testing.assert_close(logits[1:, :, : 3 + extra], before[1:], atol=1e-5, rtol=1e-5)
     assert set(bank.adapter("wide").modules) == set(detector_heads(model))
-    if not extra:  # asked of each category by itself, none is likely at first
-        bias = bank.adapter("wide").modules[detector_heads(model)[-1]]["bias"]
-        assert bias.tolist() == pytest.approx([-math.log(99)] * 5)
+    path = label_layers(model)[-1]
+    owner = detector_heads(model)[-1]
+    mine, own = bank.adapter("wide").modules[owner], bank.model.get_submodule(owner).state_dict()
+    keys = [key for key in mine if f"{owner}.{key}".startswith(f"{path}.")]
+    assert len(keys) == 2
+    for key in keys:  # new categories are things, as the old ones are on average, and "no object" stays
+        old = next(value for name, value in own.items() if name.endswith(key) and "_slot" not in name)
+        expected = old[: len(old) - extra].mean(0).expand(5, *old.shape[1:])
+        moved = (mine[key][:5] - expected).square().mean().sqrt()
+        assert moved < 0.12 if old.ndim > 1 else moved < 1e-6
+        assert torch.equal(mine[key][5:], old[len(old) - extra :])
 
 
 def test_a_detector_that_is_not_known_has_no_head_to_make_anew() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -22,9 +21,6 @@ from lorabank.errors import AdapterFileError, ConfigError, LorabankError, closes
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import SAVED_FLOATS
 
-_RARE = -math.log(99)
-"""Bias of a new category of a detector that asks of each by itself: found with a chance of 1 %, as RetinaNet (arXiv:1708.02002,
-section 4.1) and these models begin."""
 Values = Mapping[str, Mapping[str, Tensor]]
 """Module path → name in it → tensor."""
 
@@ -70,13 +66,13 @@ class SavedModules:
             raise ConfigError(f"num_labels: {why}, got {num_labels!r}. It is for a classifier whose head is in modules_to_save.")
         spread = getattr(getattr(self._model, "config", None), "initializer_range", None)
         more = extra_outputs(self._model)
-        rare = _RARE if detector_heads(self._model) and not more else 0.0
+        finds = bool(detector_heads(self._model))
         for layer, owner in owners.items():
             for key in [key for key in made[owner] if key in _names_of(layer.removeprefix(owner).lstrip("."))]:
                 old = made[owner][key]
                 shape = (num_labels + more, *old.shape[1:])
-                fresh = torch.full(shape, rare) if old.ndim == 1 else normal(shape, spread or 0.02, seed, f"{owner}.{key}")
-                made[owner][key] = fresh
+                fresh = torch.zeros(shape) if old.ndim == 1 else normal(shape, spread or 0.02, seed, f"{owner}.{key}")
+                made[owner][key] = _as_objects(fresh, old, more) if finds else fresh
         return made
 
     def install(self, name: str, values: Values, router: Router) -> None:
@@ -171,3 +167,15 @@ class SavedModules:
 
 def _names_of(layer: str) -> Collection[str]:
     return [f"{layer}.{part}".lstrip(".") for part in ("weight", "bias")]
+
+
+def _as_objects(fresh: Tensor, old: Tensor, more: int) -> Tensor:
+    """A detector's new categories as the mean of those that it has, moved by `fresh`: it knows things from ground then.
+
+    `more`: outputs beside the categories, "no object", which stay.
+    """
+    known = old.float().cpu()
+    count = len(known) - more
+    fresh[: len(fresh) - more] += known[:count].mean(0)
+    fresh[len(fresh) - more :] = known[count:]
+    return fresh
