@@ -67,6 +67,7 @@ def test_seeds_are_told_as_mean_and_range_and_each_init_has_its_best_rate() -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_init_that_fails_costs_no_other(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")

@@ -6,7 +6,6 @@ off pictures of one colour: it is affine in each channel. C channels, H × W pix
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lorabank.config.images import ImagesConfig
 from lorabank.errors import ConfigError, ModelError, Setting
+from lorabank.models.image_processors import processor_class
 from lorabank.models.quiet import quiet_transformers
 
 _GREYS = (0, 128, 255)
@@ -100,27 +100,13 @@ def load_processor(folder: Path) -> Any:
     """The image processor in a model's folder, by preference the one that does without torchvision. Raises ModelError."""
     try:
         with quiet_transformers():  # which says on import that it does without torchvision
-            return _processor_class(folder).from_pretrained(str(folder), local_files_only=True)
+            return processor_class(folder).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a damaged file surfaces as one of many classes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(
             f"model {str(folder)!r}: its image processor (preprocessor_config.json) can't be used ({reason}). Copy it again from "
             "the original model, or delete it and set images.mean, images.std and images.image_size."
         ) from error
-
-
-def _processor_class(folder: Path) -> Any:
-    """The class that a folder's file names. transformers' automatic class wants torchvision in some of its versions."""
-    import transformers
-
-    file = folder / "preprocessor_config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    name = said.get("image_processor_type") or said.get("feature_extractor_type", "").replace(
-        "FeatureExtractor", "ImageProcessor"
-    )
-    plain = name.removesuffix("Fast")
-    found = [getattr(transformers, each, None) for each in (f"{plain}Pil", plain) if plain]
-    return next((kind for kind in found if kind is not None), transformers.AutoImageProcessor)
 
 
 def _grey(value: int, size: tuple[int, int] = (64, 64)) -> Image.Image:

@@ -60,7 +60,7 @@ def batch_of(model: ImageModel, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("targets", [["to_q", "to_k", "to_v", "to_out.0"], ["to_q", "ff.net.2", "conv1"]])
 def test_compiled_blocks_give_the_same_gradients(targets: list[str]) -> None:
     """LoRA inside the transformer blocks; convolution blocks whose layers are adapted run as they are."""
