@@ -104,7 +104,7 @@ def check_best(task: Task[Any], config: TrainConfig) -> None:
     if config.eval.best not in known:
         raise ConfigError(
             f"eval.best: validation of {task.name} has no metric {config.eval.best!r}{closest(config.eval.best, known)}. "
-            f"It has: {', '.join(known)}."
+            f"It has, with eval.metrics {','.join(config.eval.metrics)}: {', '.join(dict.fromkeys(known))}."
         )
 
 
