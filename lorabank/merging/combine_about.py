@@ -39,7 +39,5 @@ def agreed(parts: Weighted) -> dict[str, str]:
     """What all adapters with a weight say alike: the task, the names of labels, a task's settings."""
     first, *others = [adapter.metadata for adapter, weight in parts if weight != 0] or [{}]
     return {
-        key: value
-        for key, value in first.items()
-        if not key.startswith(OWN) and all(other.get(key) == value for other in others)
+        key: value for key, value in first.items() if not key.startswith(OWN) and all(other.get(key) == value for other in others)
     }

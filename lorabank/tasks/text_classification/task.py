@@ -37,7 +37,7 @@ from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import Busy, Prediction, Task, TaskKind
+from lorabank.training.task import TASK_KEY, Busy, Prediction, Task, TaskKind
 
 LABELS_KEY, KIND_KEY = LABELS, "labels.kind"
 """Of an adapter's metadata: its labels' names as a JSON list, and their kind."""
@@ -131,7 +131,7 @@ class TextClassification(Task[ClassRow]):
     def width(self) -> int:
         """Outputs of the widest head, the base's among them."""
         config: Any = self.model.config
-        return max(config.num_labels, *(known.outputs for known in self.sets.values()))
+        return max([config.num_labels, *(known.outputs for known in self.sets.values())])
 
     def labels_of(self, route: RowRoute) -> LabelSet:
         """The labels of a row's adapter, or of the base's own head."""
@@ -250,7 +250,8 @@ class TextClassification(Task[ClassRow]):
 
 
 def _knows(adapter: Adapter) -> bool:
-    return LABELS_KEY in adapter.metadata
+    """Whether it has labels of this task: what another's are means nothing here."""
+    return LABELS_KEY in adapter.metadata and adapter.metadata.get(TASK_KEY, TextClassification.name) == TextClassification.name
 
 
 def _kept(name: str, adapter: Adapter) -> LabelSet:
