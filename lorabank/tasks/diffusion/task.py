@@ -224,6 +224,12 @@ class TextToImage(Task[Picture]):
             busy("validation loss", min(start + config.batch_size, len(jobs)), len(jobs))
         return {name: {"loss": sums[name] / (PARTS * len(own))} for name, own in rows.items() if own}
 
+    def scores(
+        self, engine: Engine, rows: Mapping[str, Sequence[Picture]], *, config: EvalConfig, busy: Busy
+    ) -> dict[str, dict[str, float]]:
+        few = {name: spread(own, config.max_rows) for name, own in rows.items()}
+        return self.validate(engine, few, config=config, busy=busy)
+
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
     def samples(

@@ -189,6 +189,8 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
     both = ["predict", str(out), "--prompt", "a hat", "--data", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "two")]
     assert main(both) == 2
     assert "--prompt: draws one caption, and --data captions of a file" in capsys.readouterr().err
+    few = api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), max_rows=1, device="cpu")
+    assert few != api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), device="cpu")
     assert main(["eval", str(out), "--device", "cpu"]) == 2
     assert f"{out}: the run held no rows out that could be scored" in capsys.readouterr().err
     assert main(["merge", str(out / "ink"), "--output", str(tmp_path / "merged")]) == 2

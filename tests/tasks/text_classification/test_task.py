@@ -57,6 +57,12 @@ def test_a_classifier_learns_is_scored_saved_and_predicts(
     assert "6 rows labelled by default" in told
     scores = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["accuracy"])
     assert scores["default"]["accuracy"] == 1.0
+    few = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["loss"], max_rows=3)
+    spread_rows = [labelled_rows(40)[i] for i in (0, 13, 26)]
+    only = api.evaluate(tmp_path / "run", None, DataConfig(test=str(write_rows(tmp_path / "few.jsonl", spread_rows))))
+    assert few["default"]["loss"] == pytest.approx(only["default"]["loss"]) != pytest.approx(scores["default"]["loss"])
+    with pytest.raises(ConfigError, match="metric 'rmse': it is for regression, and the labels are single"):
+        api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["rmse"])
 
     assert main(["merge", str(tmp_path / "run" / "default"), "--output", str(tmp_path / "merged")]) == 0
     merged = ["predict", str(tmp_path / "merged"), "--data", str(tmp_path / "new.jsonl"), "--output", str(tmp_path / "m.jsonl")]
