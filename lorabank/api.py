@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.config.paths import expanded, with_absolute_paths
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
-from lorabank.errors import ConfigError, OutputError
+from lorabank.errors import ConfigError, DataError, OutputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +98,7 @@ def _train(
     from lorabank.tasks import task_kind
     from lorabank.training.run import command_for, resume_run, run_training
     from lorabank.training.run_folder import RunFolder
-    from lorabank.training.setup import build_trainer
+    from lorabank.training.setup import build_trainer, check_best
     from lorabank.training.start import warnings_as
 
     for text in notes:
@@ -107,6 +107,7 @@ def _train(
     from_objects = model is not None or rows.train is not None or bool(rows.by_adapter)
     model, tokenizer, name, more = _base(config, model, tokenizer, listeners)
     task = task_kind(config.task).open(config, model, tokenizer, {})
+    check_best(task, config)  # before rows are read, which may take long
     sets = task.read(config, rows, _busy(listeners, "reading data"))
     everyone: list[Listener] = list(listeners)
     trainer, notices = build_trainer(config, model, task, sets, folder=folder, listeners=everyone)
@@ -214,8 +215,10 @@ def evaluate(
     run = load_run(source, adapters, device=device, dtype=dtype, task=task, check=metrics)
     for note in run.notes:
         say(f"note: {note}")
-    names = list(dict.fromkeys(adapters)) if adapters else [*run.names, *([BASE_NAME] if run.task.scores_base else [])]
+    names = _named(run, source, adapters)
     rows = held_out_rows(run, names, data, say)
+    if not any(rows.values()):
+        raise DataError(f"{source}: the run held no rows out that could be scored. Give some: --data (data.test).")
     config = EvalConfig(
         metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
@@ -251,7 +254,7 @@ def predict(
     run = load_run(source, adapters, device=device, dtype=dtype, task=task)
     for note in run.notes:
         say(f"note: {note}")
-    names = list(dict.fromkeys(adapters)) if adapters else [*run.names, *([BASE_NAME] if run.task.scores_base else [])]
+    names = _named(run, source, adapters)
     wanted = Prediction(
         data=str(data), output=where, names=names, max_rows=max_rows, batch_size=batch_size, options=options or {}
     )
@@ -307,6 +310,17 @@ def generate_stream(
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _named(run: LoadedRun, source: str | Path, adapters: Sequence[str] | None) -> list[str]:
+    """Adapters that were asked for, else all, and the base where it has something to say. Raises ConfigError for none."""
+    names = list(dict.fromkeys(adapters)) if adapters else [*run.names, *([BASE_NAME] if run.task.scores_base else [])]
+    if not names:
+        raise ConfigError(
+            f"{source}: a base model without adapters, whose head has no names of labels, so that {run.task.name} can tell "
+            "nothing by it. Name a run or an adapter's folder."
+        )
+    return names
 
 
 def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:

@@ -119,6 +119,9 @@ def probe(base: LoadedTask) -> dict[str, Tensor] | None:
     if base.tokenizer is None or not reads_text(base.model):
         return None
     ids = base.tokenizer(PROBE, return_tensors="pt")["input_ids"].to(base.model.device)
+    longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and longest > 2:  # a short table of positions; two of RoBERTa's are padding's
+        ids = ids[:, : longest - 2]
     return {"input_ids": ids, "decoder_input_ids": ids} if base.model.config.is_encoder_decoder else {"input_ids": ids}
 
 

@@ -40,6 +40,8 @@ def picture_options(args: argparse.Namespace, task: str) -> dict[str, Any]:
         return {}
     if args.guidance is not None and not 0 <= args.guidance <= 100:
         raise ConfigError(f"--guidance: expected a number from 0 to 100, got {args.guidance}")
+    if args.prompt is not None and args.data is not None:
+        raise ConfigError("--prompt: draws one caption, and --data captions of a file. Give one of them.")
     if args.system is not None:
         raise ConfigError(f"--system: is for text generation, and this is {task}.")
     return given | {"seed": args.seed} | ({} if args.prompt is None else {"prompt": args.prompt})

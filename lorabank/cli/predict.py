@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
+from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, refuse_sampling, run_config, task_of
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.cli.pictures import add_pictures, picture_options
 from lorabank.cli.rows import prompt_of, read_prompts
@@ -107,6 +107,7 @@ def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any])
     for name in ("prompt", "system"):
         if getattr(args, name) is not None and name not in options:
             raise ConfigError(f"--{name}: is for text generation, and this is {task_of(args)}.")
+    refuse_sampling(args, task_of(args), options)
     if args.data is not None:
         expanded(args.data, place="--data")
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)

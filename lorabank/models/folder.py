@@ -92,14 +92,15 @@ def _no_config(files: Collection[str], where: str) -> str:
             f"model {where}: this looks like a run's output (it holds adapters: "
             f"{', '.join(name.split('/')[0] for name in nested[:4])}), not a base model."
         )
+    if "model_index.json" in files:  # its parts have a config.json each
+        return (
+            f"model {where}: this is a diffusers pipeline (model_index.json), not a model of transformers. It trains and draws "
+            "with task text-to-image; to merge an adapter of it, convert it (lorabank convert --to diffusers) and use the "
+            "pipeline's load_lora_weights and fuse_lora."
+        )
     models = sorted(name for name in files if name.endswith("/config.json"))
     if models:
         return f"model {where}: no config.json in it, but in {models[0].rpartition('/')[0]!r} inside it. Name that folder."
-    if "model_index.json" in files:
-        return (
-            f"model {where}: this is a diffusers pipeline (model_index.json), and only text-generation models are "
-            "supported so far."
-        )
     return f"model {where}: no config.json in it, so it isn't a model folder in transformers' format."
 
 

@@ -242,6 +242,24 @@ def _known_type(settings: Mapping[str, Any]) -> bool:
     return settings.get("model_type") in CONFIG_MAPPING
 
 
+OTHER_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForObjectDetection": "object-detection",
+    "WhisperForConditionalGeneration": "automatic-speech-recognition",
+    "ForConditionalGeneration": "summarization, translation or text2text-generation",
+}
+"""End of a class's name to the tasks that such a model is for; the first that fits."""
+
+
+def _other_task(stored: Collection[str]) -> str:
+    """What a checkpoint of another class may be for."""
+    found = next((task for end, task in OTHER_TASKS.items() if any(name.endswith(end) for name in stored)), None)
+    if found is not None:
+        return f"this one is for task {found} (`task` in a run, or --task)"
+    return "others have tasks of their own (--task), or are adapted and merged in Python (lb.attach, lb.merge)"
+
+
 def _check_causal(name: str, config: Any, settings: Mapping[str, Any], *, trust_remote_code: bool) -> None:
     """Raise ModelError unless the checkpoint is of a model that continues text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -257,8 +275,7 @@ def _check_causal(name: str, config: Any, settings: Mapping[str, Any], *, trust_
     expected = f"expected {' or '.join(causal)}" if causal else f"model_type {config.model_type!r} has no causal language model"
     raise ModelError(
         f"model {name!r}: {', '.join(stored) or config.model_type} is {what} ({expected}). "
-        "Task text-generation needs a decoder, such as Qwen, Llama or GPT-2; others are adapted and merged in Python (lb.attach, "
-        "lb.merge)."
+        f"Task text-generation needs a decoder, such as Qwen, Llama or GPT-2; {_other_task(stored)}."
     )
 
 

@@ -129,7 +129,12 @@ def _training(facts: CardFacts) -> str:
     ]
     if facts.tokens_seen is not None:
         rows.append((f"trained {facts.unit}", f"{facts.tokens_seen:,}"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
+
+
+def _cell(value: str) -> str:
+    """A bar would end the cell, in code too."""
+    return value.replace("|", "\\|")
 
 
 def _also_trained(run: AdapterRun) -> str:
@@ -198,6 +203,9 @@ TASK_CLASSES: Mapping[str, str | None] = {
 }
 """The same by task, where PEFT has no type for it; None: PEFT doesn't load it by itself."""
 
+SERVED = (DEFAULT_TASK, "text-classification")
+"""Tasks whose adapters vLLM may read."""
+
 
 def how_to_load(
     name: str,
@@ -217,6 +225,8 @@ def how_to_load(
     unserved: why vLLM can't read it. task_type: PEFT's, which says the model's class. num_labels: of a classifier's head.
     task: the pipeline's name.
     """
+    if task not in SERVED:
+        unserved = f"vLLM has no adapters for {task}"
     place = f'"path/to/{name}"'
     fetch = ""
     at = f', revision="{revision}"' if repository and revision else ""
@@ -329,5 +339,5 @@ def _plain_body(adapter: Adapter, name: str, base_model: str) -> str:
         "dropout": f"{config.dropout:g}",
     }
     count = f"{human.count(adapter.num_parameters)} parameters in {len(adapter.layers)} layers"
-    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())])
     return f"# {name}\n\nA LoRA adapter for `{base_model}`: {count}.\n\n{table}\n"

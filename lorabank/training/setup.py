@@ -19,7 +19,7 @@ from lorabank.training.identity import run_identity
 from lorabank.training.jobs import AdapterJob, make_job
 from lorabank.training.prepared import original_of
 from lorabank.training.run_folder import RunFolder, check_folder_name
-from lorabank.training.start import add_adapter
+from lorabank.training.start import add_adapter, warnings_as
 from lorabank.training.task import Task
 from lorabank.training.trainer import Trainer, fresh_progress
 from lorabank.training.validation import Validation
@@ -56,9 +56,11 @@ def build_trainer(
     }
     for name, job in jobs.items():
         check_job(name, job, config)
-        task.check(name, job)
-    check_best(task, config)
     notices = _unvalidated(jobs)
+    for name, job in jobs.items():
+        with warnings_as(notices, adapter=name):
+            task.check(name, job)
+    check_best(task, config)
     bank = attach(model, head=task.head)
     try:
         optimizer = SlotOptimizer(bank)
@@ -104,7 +106,7 @@ def check_best(task: Task[Any], config: TrainConfig) -> None:
     if config.eval.best not in known:
         raise ConfigError(
             f"eval.best: validation of {task.name} has no metric {config.eval.best!r}{closest(config.eval.best, known)}. "
-            f"It has: {', '.join(known)}."
+            f"It has, with eval.metrics {','.join(config.eval.metrics)}: {', '.join(dict.fromkeys(known))}."
         )
 
 

@@ -98,7 +98,7 @@ class Validation:
         else:
             p.without_gain += 1
         record = EvalRecord(adapter=name, step=p.step, pass_index=now, metrics=metrics, best=best, turned=turned)
-        notice = self._stopped(name, p) or self._turned(p, loss, turned)
+        notice = self._stopped(name, p) or (None if best else self._turned(p, loss, turned))  # the best by another score
         return [record] if notice is None else [record, Notice(text=notice[0], adapter=name, level=notice[1], pass_index=now)]
 
     def _better(self, value: float, than: float) -> bool:

@@ -140,6 +140,22 @@ def test_heads_of_one_task_are_averaged_and_others_refused() -> None:
     assert combine([(a, 0.0), (answers, 1.0)]).task_type == "QUESTION_ANS"
 
 
+def test_heads_of_other_labels_never_add_up_and_what_all_say_is_kept() -> None:
+    """Two outputs that mean neg and pos, and two that mean yes and no, have one shape."""
+    bank = attach(classifier())
+    mood = {"task": "text-classification", "labels": '["neg", "pos"]', "labels.kind": "single"}
+    a = replace(add(bank, "a", 0), metadata={**mood, "peft.note": "its file's own", "combine.method": "exact", "said": "by one"})
+    b = replace(add(bank, "b", 1), metadata={**mood, "peft.note": "its file's own", "said": "by two"})
+    kept = combine([(a, 0.5), (b, 0.5)]).metadata
+    assert {key: value for key, value in kept.items() if not key.startswith("combine.")} == mood
+    other = replace(b, metadata={**mood, "labels": '["pos", "neg"]'})
+    with pytest.raises(MergeError, match="head of adapter 0 has the labels neg, pos, that of adapter 1 pos, neg"):
+        combine([(a, 0.5), (other, 0.5)])
+    assert combine([(a, 0.0), (other, 1.0)]).metadata["labels"] == '["pos", "neg"]'
+    unknown = replace(b, metadata={})
+    assert "labels" not in combine([(a, 0.5), (unknown, 0.5)]).metadata
+
+
 def test_what_one_trains_in_full_and_another_otherwise() -> None:
     bank = attach(llama())
     a = add(bank, "a", 0, modules_to_save=["lm_head"])

@@ -144,6 +144,11 @@ def _config(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "config.json", **changes)
 
 
+def _pipeline(folder: Path) -> None:
+    _only("model_index.json", "unet/config.json")(folder)
+    (folder / "config.json").unlink()
+
+
 def _only(*files: str) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -169,8 +174,9 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "adapter": (_adapter, "LoRA adapter, not a model; its base is 'some/base'"),
     "run folder": (_run_folder, r"looks like a run's output \(it holds adapters: formal\)"),
     "missing shard": (_missing_shard, r"1 of its weight files are missing \(model-00002-of-00002"),
+    "pipeline": (_pipeline, r"diffusers pipeline \(model_index.json\).*task text-to-image"),
     "encoder": (_encoder, "BertForMaskedLM is not a model that continues text"),
-    "encoder-decoder": (_encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder model"),
+    "encoder-decoder": (_encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder model.* for task summarization"),
     "no tokenizer": (_no_tokenizer, "has no tokenizer"),
     "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer can't be read"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json can't be read"),

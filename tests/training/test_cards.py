@@ -68,6 +68,19 @@ def test_no_nan_in_a_card_and_a_warning_above_all() -> None:
     assert "# terse\n\n**Training stopped.**\n" in card
 
 
+def test_a_pattern_with_bars_stays_in_its_cell() -> None:
+    said = model_card(replace(FACTS, run=AdapterRun(targets=r"re:(unet|transformer)\.to_q")))
+    assert r"| targets | `re:(unet\|transformer)\.to_q` |" in said
+
+
+@pytest.mark.parametrize("task", ["image-classification", "automatic-speech-recognition"])
+def test_no_card_says_that_vllm_serves_what_it_does_not(task: str) -> None:
+    head = "vLLM reads its head where it runs as a classifier"
+    for unserved in (None, head):
+        told = how_to_load("a", "org/base", 4, patterns=False, unserved=unserved, repository="me/a", task=task)
+        assert f"vLLM has no adapters for {task}." in told and head not in told and "vllm serve" not in told
+
+
 def test_what_is_not_known_is_left_out() -> None:
     card = model_card(replace(FACTS, metrics={}, base_metrics={}))
     assert "Evaluation" not in card

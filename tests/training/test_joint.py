@@ -242,6 +242,25 @@ def test_turning_is_told_once_after_each_best(tokenizer: PreTrainedTokenizerFast
     assert (result.adapters["a"].best_step, result.adapters["a"].best_metrics) == (5, {"loss": 1.9})
 
 
+def test_turning_is_told_with_the_loss_of_an_earlier_step(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best by another score may have a higher loss than the best before: then there is nothing to compare it with yet."""
+    given = iter([(1.0, 0.1), (2.0, 0.5), (3.0, 0.4)])
+
+    def scored(task: object, engine: object, rows: dict[str, object], **more: object) -> dict[str, dict[str, float]]:
+        return {name: dict(zip(("loss", "score"), next(given), strict=True)) for name in rows}
+
+    monkeypatch.setattr("lorabank.tasks.text_generation.TextGeneration.validate", scored)
+    monkeypatch.setattr("lorabank.tasks.text_generation.TextGeneration.metric_names", lambda task, config: ["score"])
+    monkeypatch.setattr("lorabank.training.run.final_scores", lambda trainer, flag: {})
+    settings = {"max_steps": 2, "eval": {"every": 1, "samples": 0, "best": "score", "metrics": ["loss"]}}
+    result, told = run(tokenizer, {"a": {}}, **settings)
+    texts = [notice.text for notice in told.notices if notice.adapter == "a"]
+    assert [text[:54] for text in texts] == ["validation loss has turned (3.0000 after 2.0000 at ste"], texts
+    assert result.adapters["a"].best_step == 1
+
+
 def test_without_evaluations_or_validation_rows(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     settings = {"eval": {"every": 0, "metrics": ["loss", "bleu"]}, "save": {"every": 0}, "max_steps": 3}
     result, told = run(tokenizer, {"a": {}}, output=str(tmp_path / "held"), **settings)

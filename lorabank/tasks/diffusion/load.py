@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,26 @@ def _fetched(diffusers: Any, name: str) -> Path:
         ) from error
 
 
+@contextmanager
+def _no_bars(diffusers: Any) -> Iterator[None]:
+    """diffusers without its progress bars, for a stretch of code."""
+    log = diffusers.utils.logging
+    on = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if on:
+            log.enable_progress_bar()
+
+
 def _pipeline(diffusers: Any, folder: Path, name: str) -> Any:
     index = read_json(folder / INDEX, repr(name))
     left_out = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in index}
     more = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
-    kind = getattr(diffusers, str(index["_class_name"]))
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _no_bars(diffusers):
+            kind = getattr(diffusers, str(index["_class_name"]))  # imports what notices of torchvision come from
             return kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **left_out, **more)
     except Exception as error:  # a damaged file surfaces as one of a dozen classes of four libraries
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

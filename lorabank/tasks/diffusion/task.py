@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -180,6 +181,9 @@ class TextToImage(Task[Picture]):
 
     def check(self, name: str, job: AdapterJob) -> None:
         self._passes = max(self._passes, job.total_steps * job.run.gradient_accumulation)
+        if self.config.eval.samples and not job.val and not self.settings.sample_prompts:
+            told = "none of its captions is held out to be drawn: diffusion.sample_prompts names what sample pictures are of"
+            warnings.warn(told, stacklevel=2)
 
     def compile_model(self, *, recompute: bool) -> list[Any]:
         if recompute or self.config.gradient_checkpointing:
@@ -220,6 +224,12 @@ class TextToImage(Task[Picture]):
                 sums[name] += loss
             busy("validation loss", min(start + config.batch_size, len(jobs)), len(jobs))
         return {name: {"loss": sums[name] / (PARTS * len(own))} for name, own in rows.items() if own}
+
+    def scores(
+        self, engine: Engine, rows: Mapping[str, Sequence[Picture]], *, config: EvalConfig, busy: Busy
+    ) -> dict[str, dict[str, float]]:
+        few = {name: spread(own, config.max_rows) for name, own in rows.items()}
+        return self.validate(engine, few, config=config, busy=busy)
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import Busy, Prediction, Task
+from lorabank.training.task import TASK_KEY, Busy, Prediction, Task
 
 GIB = 2**30
 PIXELS, TARGET = "pixel_values", "labels"
@@ -61,6 +61,8 @@ class ImageClassification(Task[ImageRow]):
         self._device, self._dtype = first.device, first.dtype
         self.store = PixelStore(preprocess, config.images.cache_gib * GIB)
         self._known = own_labels(model)
+        self._named = self._known is not None
+        """Whether somebody named the labels of the model's own head."""
         self._labels = {name: self._labels_of(name, adapter) for name, adapter in loaded.items()}
         """Adapter to its labels' names, in the order of its head's outputs."""
         self._scoring = bool(loaded)
@@ -101,8 +103,8 @@ class ImageClassification(Task[ImageRow]):
         """The labels that a head has already: a loaded adapter's, that of what training goes on from, or the model's own."""
         if self._scoring:
             return list(dict.fromkeys(label for own in self._labels.values() for label in own))
-        if init_from is not None:
-            return self._labels_of(init_from, Adapter.load(init_from))
+        if init_from is not None and (start := Adapter.load(init_from)).metadata.get(TASK_KEY, self.name) == self.name:
+            return self._labels_of(init_from, start)
         return self.base_labels if saved is not None and not saved else None
 
     def _labels_of(self, name: str, adapter: Adapter) -> tuple[str, ...]:
@@ -183,6 +185,8 @@ class ImageClassification(Task[ImageRow]):
 
     @property
     def scores_base(self) -> bool:
+        if not self._labels:  # a model by itself, such as a merged one
+            return self._named
         saved = [run.modules_to_save for run in adapter_runs(self.config).values()]
         return all(own is not None and not own for own in saved)
 

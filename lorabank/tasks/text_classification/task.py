@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,9 @@ from lorabank.tasks.text_classification.rows import ClassRow
 from lorabank.tasks.text_classification.targets import losses_of, outputs_of, row_losses, targets_of
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
-from lorabank.training.evaluate import route_of
+from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import Busy, Prediction, Task, TaskKind
+from lorabank.training.task import TASK_KEY, Busy, Prediction, Task, TaskKind
 
 LABELS_KEY, KIND_KEY = LABELS, "labels.kind"
 """Of an adapter's metadata: its labels' names as a JSON list, and their kind."""
@@ -92,10 +92,7 @@ class TextClassification(Task[ClassRow]):
 
     def check(self, name: str, job: AdapterJob) -> None:
         kind = self.sets[name].kind
-        kinds = {known.kind for known in self.sets.values()}
-        for metric in (metric for asked in self.config.eval.metrics for metric in expanded(asked)):
-            if metric in METRICS and not kinds & set(METRICS[metric][1]):
-                check_metrics([metric], kind)
+        self._check_kinds(self.config.eval, [kind, *(known.kind for known in self.sets.values())])
         best = self.config.eval.best
         if best in METRICS and kind not in METRICS[best][1]:
             have = ", ".join(metric for metric, (_, having) in METRICS.items() if kind in having)
@@ -131,7 +128,7 @@ class TextClassification(Task[ClassRow]):
     def width(self) -> int:
         """Outputs of the widest head, the base's among them."""
         config: Any = self.model.config
-        return max(config.num_labels, *(known.outputs for known in self.sets.values()))
+        return max([config.num_labels, *(known.outputs for known in self.sets.values())])
 
     def labels_of(self, route: RowRoute) -> LabelSet:
         """The labels of a row's adapter, or of the base's own head."""
@@ -171,6 +168,21 @@ class TextClassification(Task[ClassRow]):
         self, engine: Engine, rows: Mapping[str, Sequence[ClassRow]], *, config: EvalConfig, busy: Busy
     ) -> dict[str, dict[str, float]]:
         return {name: self._scores(outcome, config) for name, outcome in self.outcomes(engine, rows, config, busy).items()}
+
+    def scores(
+        self, engine: Engine, rows: Mapping[str, Sequence[ClassRow]], *, config: EvalConfig, busy: Busy
+    ) -> dict[str, dict[str, float]]:
+        """Raises ConfigError for metrics that none of the labels has: others in their place would mislead."""
+        kinds = {known.kind for known in (*self.sets.values(), *(self.labels_of(route_of(name)) for name in rows))}
+        self._check_kinds(config, kinds)
+        few = {name: spread(own, config.max_rows) for name, own in rows.items()}
+        return self.validate(engine, few, config=config, busy=busy)
+
+    @staticmethod
+    def _check_kinds(config: EvalConfig, kinds: Collection[str]) -> None:
+        for metric in (metric for asked in config.metrics for metric in expanded(asked)):
+            if metric in METRICS and not set(kinds) & set(METRICS[metric][1]):
+                check_metrics([metric], next(iter(kinds)))
 
     def _scores(self, outcome: Outcome, config: EvalConfig) -> dict[str, float]:
         targets = np.array([outcome.labels.target(row.label) for row in outcome.rows if row.label is not None], dtype=np.float64)
@@ -250,7 +262,8 @@ class TextClassification(Task[ClassRow]):
 
 
 def _knows(adapter: Adapter) -> bool:
-    return LABELS_KEY in adapter.metadata
+    """Whether it has labels of this task: what another's are means nothing here."""
+    return LABELS_KEY in adapter.metadata and adapter.metadata.get(TASK_KEY, TextClassification.name) == TextClassification.name
 
 
 def _kept(name: str, adapter: Adapter) -> LabelSet:

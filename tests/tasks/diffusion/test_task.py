@@ -174,6 +174,9 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
     adapters = [part for name in ("ink", "oil") for part in ("--adapter", f"{name},data={styles[name]}")]
     assert main(["train", "--model", str(saved("sd", root)), "--output", str(out), *adapters, *flags.split(), *more.split()]) == 0
     assert (out / "oil" / "oil.safetensors").is_file()
+    told = capsys.readouterr()
+    assert "ink: none of its captions is held out to be drawn: diffusion.sample_prompts names" in told.out + told.err
+    assert "Loading pipeline" not in told.err and "torchvision" not in told.err
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
     drawn = ["predict", str(out), "--data", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "drawn"), "--size", "16"]
     assert main([*drawn, "--mix", "ink:0.5,oil:0.5", "--device", "cpu"]) == 0
@@ -183,5 +186,14 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
         == 2
     )
     assert "expected adapters with weights, such as a:0.5,b:0.5" in capsys.readouterr().err
+    both = ["predict", str(out), "--prompt", "a hat", "--data", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "two")]
+    assert main(both) == 2
+    assert "--prompt: draws one caption, and --data captions of a file" in capsys.readouterr().err
+    few = api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), max_rows=1, device="cpu")
+    assert few != api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), device="cpu")
+    assert main(["eval", str(out), "--device", "cpu"]) == 2
+    assert f"{out}: the run held no rows out that could be scored" in capsys.readouterr().err
+    assert main(["merge", str(out / "ink"), "--output", str(tmp_path / "merged")]) == 2
+    assert "this is a diffusers pipeline (model_index.json)" in capsys.readouterr().err
     assert main(["chat", str(out), "--device", "cpu"]) == 2
     assert "this is text-to-image. Use `lorabank predict" in capsys.readouterr().err

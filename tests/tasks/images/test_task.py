@@ -18,7 +18,7 @@ from lorabank import api
 from lorabank.cli.main import main
 from lorabank.config.images import ImagesConfig
 from lorabank.config.train import DataConfig
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import ConfigError, DataError, FingerprintError
 from lorabank.models.quiet import quiet_transformers
 from lorabank.tasks.images.preprocess import plain_processor
 from tests.tasks.images.made import folder, picture
@@ -243,6 +243,12 @@ def test_training_goes_on_with_the_labels_of_init_from(base: Path, data: dict[st
     )
     assert more.trained["more"].modules["classifier"]["weight"].shape[0] == 4
     assert json.loads(more.trained["more"].metadata["labels"]) == ["blue", "green", "grey", "red"]
+    said = json.loads((tmp_path / "one" / "default" / "lorabank.json").read_text())
+    said["metadata"] = {"task": "text-classification", "labels": '["neg", "pos"]', "labels.kind": "single"}
+    said["fingerprint"]["tensors"] = {f"bert.{path}": value for path, value in said["fingerprint"]["tensors"].items()}
+    (tmp_path / "one" / "default" / "lorabank.json").write_text(json.dumps(said))
+    with pytest.raises(FingerprintError, match="was trained on another base model"):  # not that red isn't among neg and pos
+        lb.train(model=str(base), data=str(data["three"]), init_from=str(tmp_path / "one" / "default"), **SETTINGS)
 
 
 def test_the_models_own_head_is_kept_where_asked(data: dict[str, Path], tmp_path: Path) -> None:
@@ -265,13 +271,24 @@ def test_a_merged_model_has_the_labels_names(base: Path, data: dict[str, Path], 
         merged = [hf.AutoModelForImageClassification.from_pretrained(tmp_path / f"{name}-merged") for name in ("two", "four")]
     assert merged[0].config.id2label == {0: "grey", 1: "red"}
     assert merged[1].config.label2id == {"blue": 0, "green": 1, "grey": 2, "red": 3}
+    of_task = ["--task", "image-classification", "--data", str(data["four"])]
+    for source, name in ((tmp_path / "four" / "default", "adapter"), (tmp_path / "four-merged", "merged")):
+        assert main(["predict", str(source), *of_task, "--output", str(tmp_path / f"{name}.jsonl")]) == 0
+    by_adapter, by_merged = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("adapter", "merged")
+    )
+    assert [line["base"]["label"] for line in by_merged] == [line["default"]["label"] for line in by_adapter]
+    assert main(["eval", str(tmp_path / "four-merged"), *of_task]) == 0
+    for command in (["eval", str(base), *of_task], ["predict", str(base), *of_task, "--output", str(tmp_path / "x.jsonl")]):
+        assert main(command) == 2  # a random head says nothing
+        assert "a base model without adapters, whose head has no names of labels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         ({"eval": {"metrics": ["bleu"]}}, ConfigError, r"eval\.metrics: expected some of loss, accuracy"),
-        ({"eval": {"best": "acuracy"}}, ConfigError, r"no metric 'acuracy' \(did you mean 'accuracy'\?\)"),
+        ({"eval": {"best": "acuracy"}, "data": "none.csv"}, ConfigError, r"no metric 'acuracy' \(did you mean 'accuracy'\?\)"),
         ({"images": {"bad_rows": "skip"}}, ConfigError, r"images\.bad_rows"),
         ({"images": {"imagesize": 3}}, ConfigError, r"image_size"),
         ({"images": {"label_column": "kind"}, "data": "a.csv"}, DataError, r"no file or folder"),

@@ -12,6 +12,7 @@ import torch
 
 import lorabank as lb
 from lorabank import api
+from lorabank.cli import main
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError
 from tests.tasks.tiny import labelled_rows, tiny_bert
@@ -41,7 +42,9 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return {"mood": write_rows(tmp_path / "mood.jsonl", two), "kind": write_rows(tmp_path / "kind.jsonl", three)}
 
 
-def test_a_classifier_learns_is_scored_saved_and_predicts(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_classifier_learns_is_scored_saved_and_predicts(
+    base: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = lb.train(
         model=str(base), output=str(tmp_path / "run"), data=str(files["mood"]), **{**SETTINGS, "max_steps": 60, "batch_size": 8}
     )
@@ -54,6 +57,26 @@ def test_a_classifier_learns_is_scored_saved_and_predicts(base: Path, files: dic
     assert "6 rows labelled by default" in told
     scores = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["accuracy"])
     assert scores["default"]["accuracy"] == 1.0
+    few = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["loss"], max_rows=3)
+    spread_rows = [labelled_rows(40)[i] for i in (0, 13, 26)]
+    only = api.evaluate(tmp_path / "run", None, DataConfig(test=str(write_rows(tmp_path / "few.jsonl", spread_rows))))
+    assert few["default"]["loss"] == pytest.approx(only["default"]["loss"]) != pytest.approx(scores["default"]["loss"])
+    with pytest.raises(ConfigError, match="metric 'rmse': it is for regression, and the labels are single"):
+        api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["rmse"])
+
+    assert main(["merge", str(tmp_path / "run" / "default"), "--output", str(tmp_path / "merged")]) == 0
+    merged = ["predict", str(tmp_path / "merged"), "--data", str(tmp_path / "new.jsonl"), "--output", str(tmp_path / "m.jsonl")]
+    assert main(merged) == 2
+    assert "this one is for task text-classification (`task` in a run, or --task)" in capsys.readouterr().err
+    assert main([*merged, "--task", "text-classification"]) == 0
+    whole = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert [line["base"]["label"] for line in whole] == [line["default"]["label"] for line in lines]
+    for flag, value in (("--temperature", "1"), ("--max-new-tokens", "3")):
+        assert main([*merged[:-1], str(tmp_path / "n.jsonl"), "--task", "text-classification", flag, value]) == 2
+        assert f"{flag}: is for text generation, and this is text-classification" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="a base model without adapters, whose head has no names of labels"):
+        api.predict(base, tmp_path / "new.jsonl", tmp_path / "n.jsonl", task="text-classification")
+    assert not (tmp_path / "n.jsonl").exists()
 
 
 def test_adapters_of_other_label_sets_train_jointly_as_they_do_alone(base: Path, files: dict[str, Path]) -> None:
