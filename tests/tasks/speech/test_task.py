@@ -198,7 +198,7 @@ def test_the_command_line(trained: Path, voices: dict[str, Path], tmp_path: Path
 
 
 def test_flags_of_another_task_are_refused() -> None:
-    args = argparse.Namespace(timestamps=True, language=None)
+    args = argparse.Namespace(timestamps=True, language=None, threshold=None, draw=None)
     assert task_options(args, "automatic-speech-recognition") == {"timestamps": True}
     with pytest.raises(ConfigError, match="--timestamps: is for automatic-speech-recognition, and this is text-generation"):
         task_options(args, "text-generation")
