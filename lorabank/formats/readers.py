@@ -118,6 +118,8 @@ def _attention(adapter: Adapter, reader: str) -> list[Obstacle]:
 
 IMAGE_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 """Components of an image model's pipeline by which its paths are told; `transformer` begins GPT-2's paths as well."""
+CHECKED_TASKS = ("text-generation", "text-classification")
+"""Tasks whose adapters were held to other servers; an adapter that names none counts as the first."""
 IMAGE_BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
 """Parts of a U-Net or a diffusion transformer, whose adapter may have paths without a component."""
 
@@ -125,6 +127,13 @@ IMAGE_BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "
 def _image_models(adapter: Adapter, reader: str) -> list[Obstacle]:
     way_out = "convert it (lorabank convert --to diffusers) and load it there"
     return _found(f"{reader} has no image models", way_out, _paths(adapter, lambda path, layer: of_image_model(path)))
+
+
+def _tasks(adapter: Adapter, reader: str) -> list[Obstacle]:
+    task = adapter.metadata.get("task", CHECKED_TASKS[0])
+    if task in CHECKED_TASKS:
+        return []
+    return [Obstacle(what=f"no adapter for {task} was ever checked in {reader}", way_out=UNMERGED)]
 
 
 def of_image_model(path: str) -> bool:
@@ -163,6 +172,7 @@ def _vllm_kinds(adapter: Adapter) -> list[Obstacle]:
     return [
         *_broken(adapter),
         *_image_models(adapter, "vLLM"),
+        *_tasks(adapter, "vLLM"),
         *_dora(adapter, "vLLM"),
         *_extras(adapter, "vLLM"),
         *_convolutions(adapter, "vLLM"),
@@ -192,6 +202,7 @@ def _llama_cpp(adapter: Adapter) -> list[Obstacle]:
     return [
         *_broken(adapter),
         *_image_models(adapter, "llama.cpp"),
+        *_tasks(adapter, "llama.cpp"),
         *_dora(adapter, "llama.cpp", merged),
         *_extras(adapter, "llama.cpp"),
         *_convolutions(adapter, "llama.cpp"),

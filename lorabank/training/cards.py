@@ -173,7 +173,7 @@ def _use(facts: CardFacts) -> str:
     extras = run.bias != "none" or run.lora_bias or bool(run.trainable_token_indices)
     reason = facts.unserved or obstacle(rank, use_dora=run.use_dora, extras=extras, modules=run.modules_to_save or ())
     if facts.pipeline_tag != "text-generation":
-        reason = reason or f"vLLM has no adapters for {facts.pipeline_tag}"
+        reason = reason or f"adapters for {facts.pipeline_tag} were never checked there"
     return how_to_load(
         facts.name,
         facts.base_model,
@@ -226,7 +226,7 @@ def how_to_load(
     task: the pipeline's name.
     """
     if task not in SERVED:
-        unserved = f"vLLM has no adapters for {task}"
+        unserved = f"adapters for {task} were never checked there"
     place = f'"path/to/{name}"'
     fetch = ""
     at = f', revision="{revision}"' if repository and revision else ""
