@@ -12,30 +12,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the machine with the GPU may have the folder only
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from grid import grid, held_out_names
-from torch import Tensor, nn
+from base import DROPPED, Pretraining, denoiser, held_out_batches, pretrain
+from diffusers import DDIMScheduler
+from grid import grid
+from pictures import BASE, STYLES, Pictures, pictures_of
+from torch import Tensor
 
 import lorabank as lb
 from lorabank.engine.own_pass import TrainingPass
 from lorabank.formats.diffusers import save_diffusers
 from lorabank.optim.schedules import learning_rate_factor
 from lorabank.optim.slot_optimizer import OptimizerConfig, SlotOptimizer
-from lorabank.tasks.diffusion.draws import draw, fixed_draw, mixed
+from lorabank.tasks.diffusion.draws import draw, mixed
 from lorabank.tasks.diffusion.families import FAMILIES
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import Objective, objective_of, row_losses, row_tensors
@@ -43,37 +40,7 @@ from lorabank.tasks.diffusion.sampling import PictureConfig, draw_pictures
 from lorabank.tasks.diffusion.speed import compile_image_model
 
 HERE = Path(__file__).parent
-BASE, STYLES = "noto", ("openmoji", "fluent")
-DROPPED = 0.1
-"""Share of rows that are trained without their name, for guidance."""
-TEXT = 3.0
-"""MiniLM's numbers are about a third of the usual size."""
-PARTS = 4
-"""Looks at each held-out picture in a validation, at as many places of the schedule."""
 MIX = "mix 50:50"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """All of the sets' pictures of the same icons."""
-
-    pixels: Mapping[str, Tensor]
-    """Style → uint8 (N, 3, S, S)."""
-    text_NLD: Tensor
-    captions: Sequence[str]
-    weights_N: Tensor
-    """Of each icon in training: icons that differ in the tone of skin count as one. 0 for those held out."""
-    held: Sequence[int]
-    """One icon of each name held out."""
-
-    @property
-    def size(self) -> int:
-        """Pixels of a side."""
-        return self.pixels[BASE].shape[-1]
-
-    def clean(self, style: str, rows: Tensor | Sequence[int]) -> Tensor:
-        """fp32 in [−1, 1]."""
-        return self.pixels[style][rows].float() / 127.5 - 1.0
 
 
 def say(text: str) -> None:
@@ -91,12 +58,14 @@ def main() -> None:
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True, timestep_spacing="trailing"
     )
-    unet = denoiser(args.width, data.text_NLD.shape[-1], data.size).to(device)
+    unet = denoiser(args.width, data.text_NLD.shape[-1], data.size, dropout=0.1).to(device)
     facts: dict[str, Any] = {"parameters": sum(p.numel() for p in unet.parameters()), "device": device_name(device)}
     if args.base is not None and args.base.exists():
         unet.load_state_dict(torch.load(args.base, map_location=device, weights_only=True))
     else:
-        facts["pretraining"] = pretrain(unet, data, objective_of(scheduler), args)
+        how = Pretraining(minutes=args.minutes, batch=args.pretrain_batch, rate=args.pretrain_rate)
+        facts["pretraining"] = pretrain(unet, data, objective_of(scheduler), how, say)
+        (args.output / "base.json").write_text(json.dumps(facts, indent=1))
         if args.base is not None:
             torch.save(unet.state_dict(), args.base)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -142,85 +111,6 @@ def arguments() -> argparse.Namespace:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def pictures_of(path: Path, share: float, *, match: str | None = None, pool: int = 1) -> Pictures:
-    if not path.exists():
-        raise SystemExit(f"{path} is missing: run studies/emoji_styles/prepare.py first")
-    with np.load(path) as file:
-        styles, concepts = file["styles"].tolist(), file["concepts"].tolist()
-        pixels = {style: torch.from_numpy(file["pictures"][i]).permute(0, 3, 1, 2).contiguous() for i, style in enumerate(styles)}
-        text, captions = torch.from_numpy(file["text"]).float() * TEXT, file["captions"].tolist()
-    kept = [i for i, caption in enumerate(captions) if match is None or re.fullmatch(match, caption)]
-    captions, concepts, text = [captions[i] for i in kept], [concepts[i] for i in kept], text[kept]
-    pixels = {style: F.avg_pool2d(each[kept].float(), pool).round().byte() for style, each in pixels.items()}
-    held = held_out_names(concepts, share)
-    counts = {name: concepts.count(name) for name in set(concepts)}
-    weights = torch.tensor([0.0 if name in held else 1.0 / counts[name] for name in concepts])
-    first = {name: concepts.index(name) for name in held}
-    return Pictures(pixels=pixels, text_NLD=text, captions=captions, weights_N=weights, held=[first[name] for name in held])
-
-
-def denoiser(width: int, text: int, size: int) -> UNet2DConditionModel:
-    """Three levels, attention on the two lower ones."""
-    return UNet2DConditionModel(
-        sample_size=size,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(width, 2 * width, 2 * width),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text,
-        attention_head_dim=4,
-        norm_num_groups=min(32, width),
-    )
-
-
-# ---- the base --------------------------------------------------------------------------------------------------------
-
-
-def pretrain(unet: nn.Module, data: Pictures, objective: Objective, args: argparse.Namespace) -> dict[str, Any]:
-    """Plain training of all weights for so many minutes; ends with their moving average."""
-    device, start, step, shown = torch.device(args.device), time.monotonic(), 0, 0.0
-    table = {key: value.to(device) for key, value in row_tensors([objective.at(t) for t in range(objective.steps)]).items()}
-    clean, text = data.clean(BASE, slice(None)).to(device), data.text_NLD.to(device)
-    weights = data.weights_N.to(device)
-    optimizer = torch.optim.AdamW(unet.parameters(), args.pretrain_rate, weight_decay=0.01, fused=device.type == "cuda")
-    average = [p.detach().clone() for p in unet.parameters()]
-    losses: list[float] = []
-    recent = torch.zeros((), device=device)
-    unet.train().requires_grad_(True)
-    while (share := (time.monotonic() - start) / (60 * args.minutes)) < 1.0:
-        rate = args.pretrain_rate * min(1.0, (step + 1) / 200, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows = torch.multinomial(weights, args.pretrain_batch, replacement=True)
-        times = torch.randint(objective.steps, (len(rows),), device=device)
-        batch = {key: value[times] for key, value in table.items()} | {"clean": clean[rows]}
-        batch["noise"] = torch.randn_like(batch["clean"])
-        caption = text[rows] * (torch.rand(len(rows), 1, 1, device=device) >= DROPPED)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            x = batch["signal"].view(-1, 1, 1, 1) * batch["clean"] + batch["noise_part"].view(-1, 1, 1, 1) * batch["noise"]
-            predicted = unet(x, times, encoder_hidden_states=caption, return_dict=False)[0]
-        loss = row_losses(batch, predicted).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(average, list(unet.parameters()), 1.0 - min(0.999, step / (step + 10)))
-            recent = loss.detach() if step == 1 else recent.lerp(loss.detach(), 0.01)
-        if share >= shown:
-            losses.append(round(float(recent), 5))
-            say(f"pretraining {share:4.0%}, step {step}, loss {losses[-1]:.4f}")
-            shown += 0.1
-    with torch.no_grad():
-        for p, mean in zip(unet.parameters(), average, strict=True):
-            p.copy_(mean)
-    unet.eval().requires_grad_(False)
-    return {"steps": step, "batch": args.pretrain_batch, "seconds": time.monotonic() - start, "losses": losses}
 
 
 # ---- the styles ------------------------------------------------------------------------------------------------------
@@ -282,22 +172,14 @@ def losses_on_held_out(
 ) -> dict[str, dict[str, float]]:
     """Who → style → mean squared error on the names held out, at the same places and with the same noise for all."""
     found: dict[str, dict[str, float]] = {}
-    shape = (3, data.size, data.size)
     for who in ("base", *STYLES):
         found[who] = {}
         for style in (BASE, *STYLES):
             sums: list[Tensor] = []
-            for part in range(PARTS):
-                draws = [fixed_draw(shape, row=row, part=part, parts=PARTS) for row in range(len(data.held))]
-                batch = {
-                    "clean": data.clean(style, list(data.held)),
-                    "noise": torch.stack([each.noise for each in draws]),
-                    "condition.text": data.text_NLD[list(data.held)],
-                    **row_tensors([objective.numbers(each) for each in draws]),
-                }
-                batch = {key: value.to(bank.device) for key, value in batch.items()}
+            for batch in held_out_batches(data, objective, style):
+                on = {key: value.to(bank.device) for key, value in batch.items()}
                 with bank.route(lb.BASE if who == "base" else who):
-                    sums.append(row_losses(batch, model(batch)).mean())
+                    sums.append(row_losses(on, model(on)).mean())
             found[who][style] = round(float(torch.stack(sums).mean()), 5)
     return found
 
