@@ -186,9 +186,6 @@ def timed(step: Step, work: Work, rounds: int, steps: int) -> dict[str, Any]:
         step(i)
     synchronize(work)
     warm = time.monotonic() - began
-    on_gpu = work.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     found: list[float] = []
     loss = torch.zeros(())
     for r in range(rounds):
