@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorabank.config.checks import check_choice, check_positive, check_positive_int
+from lorabank.config.checks import check_choice, check_fraction, check_positive, check_positive_int
 from lorabank.errors import ConfigError, Setting
 
 SPEECH_TASKS = ("transcribe", "translate")
@@ -42,6 +42,15 @@ class SpeechConfig:
     beams: int = 1
     """Beams that transcripts are generated with; 1 is greedy."""
 
+    mask_time_prob: float = 0.0
+    """SpecAugment in training: the share of a recording's frames (of 10 ms) in masked spans, such as 0.05; 0 masks none."""
+    mask_time_length: int = 10
+    """Frames of a span."""
+    mask_feature_prob: float = 0.0
+    """The share of Mel bins in masked spans; 0 masks none."""
+    mask_feature_length: int = 10
+    """Mel bins of a span."""
+
     def __post_init__(self) -> None:
         check_choice("speech.task", self.task, SPEECH_TASKS)
         check_choice("speech.timestamps", self.timestamps, TIMESTAMPS)
@@ -49,5 +58,9 @@ class SpeechConfig:
         check_choice("speech.long_audio", self.long_audio, LONG_AUDIO)
         check_positive_int("speech.beams", self.beams)
         check_positive("speech.window", self.window)
+        for name in ("mask_time_prob", "mask_feature_prob"):
+            check_fraction(f"speech.{name}", getattr(self, name))
+        for name in ("mask_time_length", "mask_feature_length"):
+            check_positive_int(f"speech.{name}", getattr(self, name))
         if self.window > MAX_WINDOW_S:
             raise ConfigError(Setting("speech.window"), f": at most {MAX_WINDOW_S:g} seconds, got {self.window:g}")

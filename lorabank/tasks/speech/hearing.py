@@ -5,6 +5,7 @@ N rows, S samples, M Mel bins, F frames (100 a second), P positions of the encod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,10 @@ class Hearing:
     def window(self) -> float:
         """Seconds that the model hears at once."""
         return self.frames * self.hop / self.rate
+
+    def frames_of(self, seconds: float) -> int:
+        """Frames of a recording that hold audio, at most the window's."""
+        return min(math.ceil(seconds * self.rate / self.hop), self.frames)
 
     def remembered(self, sounds: Sequence[tuple[str | None, Callable[[], np.ndarray]]], device: torch.device) -> Tensor:
         """`features` of (name of the samples, what gives them). What was made under a name is kept while there is room, so that

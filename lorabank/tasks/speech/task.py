@@ -24,6 +24,7 @@ from lorabank.formats.adapter import Adapter
 from lorabank.models.load_class import load_class
 from lorabank.tasks.speech.hearing import Hearing
 from lorabank.tasks.speech.loading import processor_of
+from lorabank.tasks.speech.masking import masked
 from lorabank.tasks.speech.predict import predict
 from lorabank.tasks.speech.prepare import prepare_speech
 from lorabank.tasks.speech.rows import SpeechRow
@@ -57,6 +58,10 @@ class SpeechRecognition(Task[SpeechRow]):
         self.tokens = speech_tokens(processor.tokenizer, model, speech)
         self.hearing = Hearing(processor.feature_extractor, model, speech.window)
         self.speech = replace(speech, window=self.hearing.window)
+        if speech.mask_feature_prob and speech.mask_feature_length > (bins := processor.feature_extractor.feature_size):
+            raise ConfigError(
+                Setting("speech.mask_feature_length"), f": at most this model's {bins} Mel bins, got {speech.mask_feature_length}"
+            )
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -81,6 +86,8 @@ class SpeechRecognition(Task[SpeechRow]):
         flat = [row for (row,) in rows]
         labels, targets = label_tensors(flat, self.tokens.end, self.tokens.longest)
         features = self.hearing.remembered([(row.digest, row.samples) for row in flat], self._device)
+        if any(draws) and (self.speech.mask_time_prob or self.speech.mask_feature_prob):
+            features = masked(features, [self.hearing.frames_of(row.seconds) for row in flat], draws, self.speech)
         return ModelBatch(
             inputs={"input_features": features, **labels},
             targets=targets,
