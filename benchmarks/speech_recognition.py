@@ -178,17 +178,17 @@ def bank_parts(work: Work) -> tuple[SpeechRecognition, Engine, list[str], list[S
         bank.add(name, lb.AdapterConfig(rank=RANK, alpha=ALPHA, targets=LINEAR))
     marks = (task.tokens.start, task.tokens.no_timestamps, task.tokens.end)
     rows = [
-        row_of(samples, labels)
-        for samples, labels in zip(sounds(work.rows), labels_of(work.rows, work.tokens, *marks), strict=True)
+        row_of(samples, labels, str(i))
+        for i, (samples, labels) in enumerate(zip(sounds(work.rows), labels_of(work.rows, work.tokens, *marks), strict=True))
     ]
     return task, task.engine(bank), names, rows
 
 
-def row_of(samples: np.ndarray, labels: tuple[int, ...]) -> SpeechRow:
-    """A row as reading makes it."""
+def row_of(samples: np.ndarray, labels: tuple[int, ...], digest: str) -> SpeechRow:
+    """A row as reading makes it; features are kept by the digest."""
     return SpeechRow(
         origin="", name="", seconds=WINDOW_S, labels=labels, prefix=1, spoken=None, language="en", text="", transcript="",
-        start=0.0, digest="", group="", source=None, near=None, rate=RATE_HZ, kept=samples,
+        start=0.0, digest=digest, group="", source=None, near=None, rate=RATE_HZ, kept=samples,
     )  # fmt: skip
 
 

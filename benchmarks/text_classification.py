@@ -187,7 +187,7 @@ def check_equal(args: argparse.Namespace) -> dict[str, float]:
         mine = mine / loss.tokens
         worst = max(worst, float((mine - (other.t() if role == "B" else other)).norm() / other.norm()))
         compared += 1
-    difference = abs(loss.mean - float(reference))
+    difference = abs(loss.mean - float(reference.detach()))
     if difference > 1e-4 or worst > 1e-3 or compared != len(theirs):
         sys.exit(f"results disagree (loss by {difference:.2e}, a gradient by {worst:.2e} of its norm): no times are printed")
     return {"loss_difference": difference, "largest_gradient_difference": worst}
