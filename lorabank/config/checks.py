@@ -62,6 +62,11 @@ def _number(name: str, value: object, part: str = "") -> float:
     return float(value)
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a finite number."""
+    _number(name, value)
+
+
 def check_positive_int(name: str, value: object, *, part: str = "", hint: str = "") -> None:
     """Raise ConfigError unless `value` is an int ≥ 1. `part`: where in the setting it stands, such as `['q_proj']`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -136,6 +136,15 @@ def beginning(model: PreTrainedModel, tokenizer: Any) -> Beginning:
     return Beginning(start=start, forced=forced)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How texts are looked for."""
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+
 def write(
     bank: AdapterBank,
     tokenizer: Any,
@@ -143,9 +152,10 @@ def write(
     routes: Sequence[RowRoute],
     *,
     begin: Beginning,
+    manner: Manner,
     max_new_tokens: int,
 ) -> list[str]:
-    """Each row's likeliest text, token by token (no beams), all rows in the same passes, each under its route."""
+    """Each row's likeliest text, token by token or by beams, all rows in the same passes, each under its route."""
     model: Any = bank.model
     length = max(map(len, sources))
     ids = torch.full((len(sources), length), int(model.config.pad_token_id))
@@ -153,18 +163,19 @@ def write(
     for i, own in enumerate(sources):
         ids[i, : len(own)] = torch.tensor(list(own))
         mask[i, : len(own)] = 1
-    with torch.no_grad(), evaluation_mode(model.modules()), bank.route(list(routes)):
+    repeat = ("interleave", manner.beams) if manner.beams > 1 else None
+    with torch.no_grad(), evaluation_mode(model.modules()), bank.route(list(routes), repeat=repeat):
         found = model.generate(
             input_ids=ids.to(bank.device),
             attention_mask=mask.to(bank.device),
             max_new_tokens=max_new_tokens,
             max_length=None,
             min_length=0,
-            num_beams=1,
+            num_beams=manner.beams,
             do_sample=False,
             early_stopping=False,
-            length_penalty=1.0,
-            no_repeat_ngram_size=0,
+            length_penalty=manner.length_penalty,
+            no_repeat_ngram_size=manner.no_repeat_ngram_size,
             decoder_start_token_id=begin.start,
             forced_bos_token_id=begin.forced,
         )

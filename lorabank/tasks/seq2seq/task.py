@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from lorabank.formats.files import write_files
 from lorabank.tasks.asked import rows_asked
 from lorabank.tasks.seq2seq.model import (
     IGNORED,
+    Manner,
     beginning,
     check_encoder_decoder,
     decoder_inputs,
@@ -175,13 +177,22 @@ class Text2Text(Task[PairRow]):
                 into.answers[name] = text
             busy("writing", min(start + config.batch_size, len(jobs)), len(jobs))
 
-    def _texts(self, engine: Engine, jobs: Sequence[tuple[str, PairRow]], max_new_tokens: int) -> list[str]:
+    @property
+    def manner(self) -> Manner:
+        """How the run's settings say that texts are looked for."""
+        own = self.config.seq2seq
+        return Manner(beams=own.beams, length_penalty=own.length_penalty, no_repeat_ngram_size=own.no_repeat_ngram_size)
+
+    def _texts(
+        self, engine: Engine, jobs: Sequence[tuple[str, PairRow]], max_new_tokens: int, manner: Manner | None = None
+    ) -> list[str]:
         return write(
             engine.bank,
             self.processor,
             [row.input_ids for _, row in jobs],
             [route_of(name) for name, _ in jobs],
             begin=self.begin,
+            manner=manner or self.manner,
             max_new_tokens=max_new_tokens,
         )
 
@@ -215,9 +226,10 @@ class Text2Text(Task[PairRow]):
         jobs = [(i, name, row) for (i, _), row in zip(readable, coded, strict=True) for name in wanted.names]
         jobs.sort(key=lambda job: len(job[2].input_ids))
         longest = int(wanted.options.get("max_new_tokens") or config.eval.max_new_tokens)
+        manner = replace(self.manner, beams=int(wanted.options.get("beams") or self.manner.beams))
         for start in range(0, len(jobs), wanted.batch_size):
             part = jobs[start : start + wanted.batch_size]
-            found = self._texts(engine, [(name, row) for _, name, row in part], longest)
+            found = self._texts(engine, [(name, row) for _, name, row in part], longest, manner)
             for (i, name, _), text in zip(part, found, strict=True):
                 texts[i][name] = text
             busy("writing", min(start + wanted.batch_size, len(jobs)), len(jobs))

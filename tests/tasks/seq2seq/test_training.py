@@ -150,6 +150,35 @@ def test_each_row_is_written_by_its_own_adapter(base: str) -> None:
     assert result.adapters["animal"].final_metrics["exact_match"] > result.base_metrics_of["animal"]["exact_match"]
 
 
+@pytest.mark.parametrize("base", ["t5", "bart"])
+def test_beams_are_those_of_the_model_with_one_adapter(base: str) -> None:
+    """A batch of three adapters and the base: each row has the text that transformers' beams find over its adapter alone."""
+    make, _ = BASES[base]
+    model, tokenizer = make()
+    task = opened(model, tokenizer, seq2seq={"beams": 3, "length_penalty": 0.5, "no_repeat_ngram_size": 2})
+    bank = lb.attach(model)
+    for seed, name in enumerate("abc"):
+        bank.add(name, lb.AdapterConfig(rank=4), seed=seed)
+        for index, p in enumerate(bank.parameters(name)):
+            with torch.no_grad():
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * index + seed)))
+    rows = task.read(task.config, RowObjects(train=ANIMALS[:4])).by_adapter["default"].train
+    jobs = [(name, row) for row in rows for name in ("a", "base", "b", "c")]
+    mixed = task._texts(task.engine(bank), jobs, 8)
+    assert len(set(mixed)) > 4
+    differs = 0
+    for (name, row), text in zip(jobs, mixed, strict=True):
+        given = {"input_ids": torch.tensor([row.input_ids]), "decoder_start_token_id": task.begin.start}
+        said = {"max_new_tokens": 8, "max_length": None, "min_length": 0, "forced_bos_token_id": task.begin.forced}
+        own = {"num_beams": 3, "length_penalty": 0.5, "no_repeat_ngram_size": 2, "early_stopping": False}
+        with torch.no_grad(), bank.route(lb.BASE if name == "base" else name):
+            found: Any = [model.generate(**given, **said, **more) for more in (own, {"num_beams": 1})]
+        beams, greedy = (tokenizer.decode(each[0], skip_special_tokens=True).strip() for each in found)
+        assert text == beams
+        differs += beams != greedy
+    assert differs
+
+
 def opened(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Any:
     from lorabank.config.seq2seq import Seq2SeqConfig
 
