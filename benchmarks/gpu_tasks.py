@@ -46,7 +46,11 @@ JOBS = (
         arguments=(
             *("--rounds", "3", "--only"),
             *("peer, batch 4, bf16 adapter", "ours, batch 4", "peer, batch 1, bf16 adapter", "peer, batch 1, fp32 adapter"),
-            *("ours, eight styles at batch 1", "ours, batch 4, transformer blocks alone"),
+            *(
+                "ours, batch 4, large convolutions alone",
+                "ours, batch 4, transformer blocks alone",
+                "ours, eight styles at batch 1",
+            ),
         ),
         limit_s=480,
     ),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.bank.layers import LoRALayer
@@ -42,10 +42,13 @@ def convolution_blocks(model: nn.Module) -> list[nn.Module]:
     return found + [norm for norm in norms if id(norm) not in held]
 
 
-def compile_image_model(model: ImageModel, *, convolutions: bool = True, channels_last: bool = True) -> list[nn.Module]:
+def compile_image_model(
+    model: ImageModel, *, convolutions: bool = True, channels_last: bool = True, least: int = 0
+) -> list[nn.Module]:
     """Compile the denoiser's blocks in place, if it is on a GPU that they can be compiled for; returns what was compiled.
 
-    `convolutions`: those of a U-Net too. `channels_last`: keep their weights and activations in the order that tensor cores take.
+    `convolutions`: those of a U-Net too, over inputs of at least `least` places. `channels_last`: keep their weights and
+    activations in the order that tensor cores take.
     """
     if not compiles_image_model(model):
         return []
@@ -56,7 +59,7 @@ def compile_image_model(model: ImageModel, *, convolutions: bool = True, channel
         model.denoiser.to(memory_format=torch.channels_last)
     for block in convolution_blocks(model.denoiser):
         if block._compiled_call_impl is None:
-            block._compiled_call_impl = ShapedBlock(block)
+            block._compiled_call_impl = ShapedBlock(block, least=least)
             made.append(block)
     return made
 
@@ -82,14 +85,14 @@ def as_it_is(denoiser: nn.Module) -> Iterator[None]:
 class ShapedBlock:
     """What `block(...)` calls instead of its own code once it is compiled, one form for each shape."""
 
-    def __init__(self, block: nn.Module, *, backend: Any = "inductor") -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, *, least: int = 0, backend: Any = "inductor") -> None:
+        self.block, self.least = block, least
         self.failed = False
         self._compiled = torch.compile(block._call_impl, dynamic=False, backend=backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs; a block whose layers are adapted runs as it is."""
-        if self.failed or self._is_adapted():
+        if self.failed or self._is_small(args) or self._is_adapted():
             return self.block._call_impl(*args, **kwargs)
         try:
             with dynamo_config.patch(recompile_limit=FORMS):
@@ -105,6 +108,10 @@ class ShapedBlock:
                 f"({type(error).__name__}: {reason}). compile: false silences this."
             )
         return self.block._call_impl(*args, **kwargs)
+
+    def _is_small(self, args: tuple[Any, ...]) -> bool:
+        """Each shape takes seconds to compile, and small ones gain little."""
+        return self.least > 0 and isinstance(args[0], Tensor) and args[0].shape[-2:].numel() < self.least
 
     def _is_adapted(self) -> bool:
         return any(isinstance(module, LoRALayer) and module.in_use for module in self.block.modules())

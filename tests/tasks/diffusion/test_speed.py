@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 import lorabank as lb
 from lorabank import BASE
@@ -137,3 +138,18 @@ def test_a_block_that_cannot_be_compiled_runs_plainly_and_says_so() -> None:
     with pytest.warns(UserWarning, match="torch can't compile ResnetBlock2D, so it runs uncompiled"):
         assert torch.equal(block(x, temb), expected)
     assert block._compiled_call_impl.failed
+
+
+def test_small_shapes_can_be_left_as_they_are() -> None:
+    compiled: list[torch.Size] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        compiled.append(inputs[0].shape)
+        return graph
+
+    block = nn.GroupNorm(2, 4)
+    block._compiled_call_impl = ShapedBlock(block, least=64, backend=backend)
+    for side, times in ((7, 0), (8, 1), (9, 2)):
+        x = torch.randn(1, 4, side, side)
+        torch.testing.assert_close(block(x), block._call_impl(x))
+        assert len(compiled) == times
