@@ -36,10 +36,14 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 def convolution_blocks(model: nn.Module) -> list[nn.Module]:
     """What of a U-Net is worth compiling beside them: norms, activations and sums around convolutions."""
     inside = {id(part) for block in transformer_blocks(model) for part in block.modules()}
-    norms = [m for m in model.modules() if type(m) is nn.GroupNorm]
+    norms = [m for m in model.modules() if _is_norm(m)]
     found = [module for module in model.modules() if type(module).__name__ in _CONVOLUTIONS]
     held = {id(part) for block in found for part in block.modules()} | inside
     return found + [norm for norm in norms if id(norm) not in held]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) is nn.GroupNorm and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def compile_image_model(
@@ -88,7 +92,8 @@ class ShapedBlock:
     def __init__(self, block: nn.Module, *, least: int = 0, backend: Any = "inductor") -> None:
         self.block, self.least = block, least
         self.failed = False
-        self._compiled = torch.compile(block._call_impl, dynamic=False, backend=backend)
+        # torch leaves its own modules' `_call_impl` uncompiled, and compiles their `forward`; a norm here has no hooks
+        self._compiled = torch.compile(block.forward if _is_norm(block) else block._call_impl, dynamic=False, backend=backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs; a block whose layers are adapted runs as it is."""

@@ -140,6 +140,24 @@ def test_a_block_that_cannot_be_compiled_runs_plainly_and_says_so() -> None:
     assert block._compiled_call_impl.failed
 
 
+def test_norms_that_stand_alone_are_compiled() -> None:
+    """torch skips its own modules' code unless it is told otherwise."""
+    model, _ = banked("sd", ["to_q"])
+    alone = [block for block in convolution_blocks(model) if type(block) is nn.GroupNorm]
+    assert alone
+    compiled: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        compiled.append(graph.code)
+        return graph
+
+    for norm in alone[:2]:
+        x = torch.randn(2, norm.num_channels, 4, 4)
+        norm._compiled_call_impl = ShapedBlock(norm, backend=backend)
+        torch.testing.assert_close(norm(x), norm._call_impl(x))
+    assert compiled and all("group_norm" in code for code in compiled)
+
+
 def test_small_shapes_can_be_left_as_they_are() -> None:
     compiled: list[torch.Size] = []
 
