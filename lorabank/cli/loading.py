@@ -18,7 +18,7 @@ from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorabank.api import LoadedRun
+    from lorabank.training.loaded import LoadedRun
 
 BASE_NAME = "base"
 
