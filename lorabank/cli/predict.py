@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, refuse_sampling, run_config, task_of
+from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
 from lorabank.cli.parser import CommandParser, positive
-from lorabank.cli.pictures import add_pictures, picture_options
 from lorabank.cli.rows import prompt_of, read_prompts
-from lorabank.cli.task_options import add_task_options, task_options
+from lorabank.cli.task_options import TASK_FLAGS, add_task_flags, task_options
 from lorabank.config.paths import expanded
 from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.data.formats import template_columns
@@ -52,9 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     rows.add_argument("--system", metavar="TEXT", help="system turn (default: the run's)")
     rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")
-    add_sampling(parser, temperature=0.0, max_new_tokens=256)
-    add_task_options(parser)
-    add_pictures(parser)
+    add_sampling(parser, temperature=TASK_FLAGS["temperature"].usual, max_new_tokens=TASK_FLAGS["max_new_tokens"].usual)
+    add_task_flags(parser)
     return parser
 
 
@@ -62,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     """Read, generate, write row by row: an interrupted file keeps what was answered."""
     check_sampling(args)
     output, task = _new_file(args.output), task_of(args)
-    options = {**task_options(args, task), **picture_options(args, task)}
+    options = task_options(args, task)
     data = "" if args.data is None else str(args.data)
-    if args.data is None and "prompt" not in options:
+    if args.data is None and (task == DEFAULT_TASK or "prompt" not in options):
         raise ConfigError("--data: the rows to answer are missing")
     if task != DEFAULT_TASK:
         return _by_task(args, output, options)
@@ -104,10 +102,6 @@ def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any])
     """Predictions of a run of another task, in that task's own form."""
     from lorabank import api
 
-    for name in ("prompt", "system"):
-        if getattr(args, name) is not None and name not in options:
-            raise ConfigError(f"--{name}: is for text generation, and this is {task_of(args)}.")
-    refuse_sampling(args, task_of(args), options)
     if args.data is not None:
         expanded(args.data, place="--data")
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 import lorabank as lb
 from lorabank import api
 from lorabank.cli.main import main
-from lorabank.cli.task_options import TASK_OPTIONS, task_options
 from lorabank.config.flags import parse_train_arguments
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError, ModelError, OutputError
@@ -195,13 +193,6 @@ def test_the_command_line(trained: Path, voices: dict[str, Path], tmp_path: Path
     assert "expected english: this model knows no other, got 'klingon'" in capsys.readouterr().err
     words = ["--model", "x", "--data", "y", "--task", "automatic-speech-recognition", "--language", "german"]
     assert parse_train_arguments(words).config.speech.language == "german"
-
-
-def test_flags_of_another_task_are_refused() -> None:
-    args = argparse.Namespace(**{**dict.fromkeys(TASK_OPTIONS), "timestamps": True})
-    assert task_options(args, "automatic-speech-recognition") == {"timestamps": True}
-    with pytest.raises(ConfigError, match="--timestamps: is for automatic-speech-recognition, and this is text-generation"):
-        task_options(args, "text-generation")
 
 
 def test_what_can_be_known_is_refused_before_training(base: Path, voices: dict[str, Path], tmp_path: Path) -> None:
