@@ -35,7 +35,7 @@ def prepare(
     if sources["train"] is None:
         raise DataError("no training data: set data.train to a folder of pictures, a metadata file or a data set id")
     read = {
-        role: read_pictures(source, config, step=step, role=role, limit=data.limit, busy=progress)
+        role: read_pictures(source, data, config, step=step, role=role, busy=progress)
         for role, source in sources.items()
         if source is not None
     }
@@ -77,7 +77,7 @@ def with_prior(
 ) -> Splits[Picture]:
     """The training rows with as many pictures of the class beside them; the object's are repeated where they are fewer."""
     found = read_pictures(
-        folder, replace(config, trigger=""), step=step, role="prior", limit=config.prior_pictures, busy=progress
+        folder, DataConfig(limit=config.prior_pictures), replace(config, trigger=""), step=step, role="prior", busy=progress
     )
     prior = [replace(picture, prior=True) for picture in found.pictures]
     own = list(splits.train)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.split import split_rows
 from lorabank.errors import DataError
-from lorabank.tasks.bad_rows import nothing_left, refuse
 from lorabank.tasks.seq2seq.pairs import Pair, PairReader
 
 if TYPE_CHECKING:

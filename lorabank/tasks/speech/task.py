@@ -201,7 +201,7 @@ class SpeechRecognition(Task[SpeechRow]):
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
-        return predict(engine, self.hearing, self.tokens, self.speech, wanted, busy)
+        return predict(engine, self.hearing, self.tokens, self.config, wanted, busy)
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         return [

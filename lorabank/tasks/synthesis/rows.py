@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import numpy as np
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
-from lorabank.data.report import MAX_ORIGINS
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.split import split_rows
@@ -104,7 +104,7 @@ def prepare(
     errors: list[RowError] = []
     parts: dict[str, list[SynthesisRow]] = {}
     for role, utterances in read.items():
-        parts[role] = []
+        parts[role], before = [], len(errors)
         for utterance in utterances:
             try:
                 parts[role].append(_row(utterance, config, processor, limits))
@@ -114,12 +114,8 @@ def prepare(
             if progress is not None:
                 progress(done, total)
         if not parts[role]:
-            raise DataError(f"{role} data: none of the {len(utterances):,} recordings can be used:{_listed(errors)}")
-    if errors and config.bad_rows == "refuse":
-        raise DataError(
-            f"data: {len(errors):,} recordings can't be used as they are:{_listed(errors)}\n"
-            "Correct or delete these rows. Or set `synthesis.bad_rows: skip`, which counts them in the data report."
-        )
+            raise nothing_left(role, len(utterances), errors[before:], what="recordings")
+    refuse(errors, total, data, what="recordings")
     splits = _split(data, parts, seed)
     lengths = ", ".join(f"{sum(row.seconds for row in part):,.0f} s {name}" for name, part in splits.items() if part)
     speakers = len({row.speaker for row in splits["train"] if any(row.speaker)})
@@ -202,16 +198,6 @@ def _speaker(values: Mapping[str, Any], config: SynthesisConfig, limits: Limits)
     if len(numbers) != limits.speaker or not np.isfinite(numbers).all():
         raise RowError(f"column {config.speaker_column!r}: expected {limits.speaker} numbers, the speaker's embedding")
     return tuple(numbers.tolist())
-
-
-def _listed(errors: Sequence[RowError]) -> str:
-    reasons: dict[str, list[str]] = {}
-    for error in errors:
-        reasons.setdefault(error.reason, []).append(error.origin)
-    return "".join(
-        f"\n  - {len(names):,} × {reason} ({', '.join(names[:MAX_ORIGINS])}{', …' if len(names) > MAX_ORIGINS else ''})"
-        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
-    )
 
 
 def _split(data: DataConfig, parts: Mapping[str, list[SynthesisRow]], seed: int) -> dict[str, list[SynthesisRow]]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
 from lorabank.data.row_report import RowReport, row_report
 from lorabank.errors import DataError
-from lorabank.tasks.bad_rows import nothing_left, refuse
 from lorabank.tasks.text_classification.columns import Columns, find_columns
 from lorabank.tasks.text_classification.labels import (
     MULTI,
