@@ -62,7 +62,11 @@ def evaluate(
     for note in run.notes:
         say(f"note: {note}")
     names = _named(run, source, adapters)
-    rows = held_out_rows(run, names, data, say)
+    report: list[str] = []
+    with BusyBar() as busy:
+        rows = held_out_rows(run, names, data, report.append, lambda done, total: busy("reading rows", done, total))
+    for line in report:
+        say(line)
     if not any(rows.values()):
         raise DataError(f"{source}: the run held no rows out that could be scored. Give some: --data (data.test).")
     config = EvalConfig(

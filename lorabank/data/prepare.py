@@ -13,8 +13,8 @@ from lorabank.data.read import Source, read_rows
 from lorabank.data.render import Renderer, TokenRow
 from lorabank.data.report import DataReport, build_report
 from lorabank.data.row import NanError, RowError
+from lorabank.data.sources import all_scored, sources_of
 from lorabank.data.split import split_rows
-from lorabank.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,10 +59,8 @@ def prepare(
     settings or of the tokenizer are errors. Equal config, rows and seed give equal splits in any process. Raises DataError
     (missing, empty or malformed data, NaN, no row left, a split that can't be made) and ConfigError.
     """
-    sources = {"train": config.train if train is None else train, "val": config.val if val is None else val, "test": config.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a file, a folder or a data set id, or pass the rows themselves")
-    raw = {role: read_rows(source, limit=config.limit, role=role) for role, source in sources.items() if source is not None}
+    sources = sources_of(config, train, val)
+    raw = {role: read_rows(source, limit=config.limit, role=role) for role, source in sources.items()}
     renderer = Renderer(tokenizer, config)
     total, done = sum(map(len, raw.values())), 0
     errors: list[RowError] = []
@@ -108,6 +106,8 @@ def prepare(
 
 def _split(config: DataConfig, parts: dict[str, _Part], seed: int) -> tuple[dict[str, list[TokenRow]], dict[str, list[str]]]:
     """Hold rows out of the training source for each split that has no source of its own."""
+    if "train" not in parts:
+        return all_scored(parts["test"].rows), {}
     source = parts["train"]
     val = 0 if "val" in parts else config.val_split
     test = 0 if "test" in parts else config.test_split

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorabank.data.render import TokenRow
@@ -77,10 +77,6 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
-
-    def as_split(self, name: str) -> DataReport:
-        """The same, everything that was kept counted as one split."""
-        return replace(self, splits={name: self.kept})
 
     def lines(self) -> list[str]:
         """The report as a few short sentences, the most important first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lorabank.data.report import Reason, gather
@@ -35,10 +35,6 @@ class RowReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
-
-    def as_split(self, name: str) -> RowReport:
-        """The same, everything that was kept counted as one split."""
-        return replace(self, splits={name: self.kept})
 
     def lines(self) -> list[str]:
         """The report as a few short sentences, the most important first."""

@@ -159,6 +159,13 @@ def check_name(name: str) -> None:
         raise ModelError(f"model {name!r}: neither a folder, a GGUF file nor a hub id such as 'Qwen/Qwen3-0.6B'{hint}.")
 
 
+def check_there(name: str) -> None:
+    """Raise ModelError for what can't be had: as `check_name`, and where neither the hub nor its cache has such a model."""
+    check_name(name)
+    if not expanded(name, place="model", kind=ModelError).exists() and alias(name) is None:
+        hub.look(name)
+
+
 def _locate_file(path: Path, cache: Path, say: Say) -> Path:
     if path.suffix.lower() == ".gguf":
         say(f"converting {path.name} to safetensors, once ...")

@@ -158,6 +158,21 @@ def test_rows_that_cannot_be_used_stop_it_where_that_is_asked_for(chatml: PreTra
     assert run(chatml, train=pairs(NAMES), bad_rows="stop").report.kept == 12
 
 
+def test_rows_to_be_scored_are_test_rows(tmp_path: Path, chatml: PreTrainedTokenizerFast) -> None:
+    import datasets
+
+    parts = {"train": pairs(NAMES), "test": pairs(["one", "two"])}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(tmp_path / "both")
+    found = run(chatml, test=str(tmp_path / "both"))
+    assert (found.train, found.val, len(found.test)) == ([], [], len(parts["test"]))
+    assert found.report.lines()[0].endswith(f"{len(parts['test'])} test")
+    with pytest.raises(DataError, match="test data: none of the 1 rows can be used"):
+        datasets.Dataset.from_list([{"mr": "a", "ref": ""}]).save_to_disk(tmp_path / "bad")
+        run(chatml, test=str(tmp_path / "bad"))
+    with pytest.raises(DataError, match=r"no training data: set data\.train to a file"):
+        run(chatml, val=pairs(NAMES))
+
+
 def test_sources(tmp_path: Path, chatml: PreTrainedTokenizerFast) -> None:
     (tmp_path / "test.jsonl").write_text(json.dumps(pairs(["Japan"])[0]))
     data = run(chatml, train=pairs(NAMES), val=pairs(["Hello"]), test=str(tmp_path / "test.jsonl"))

@@ -16,6 +16,7 @@ from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
+from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import split_rows
 from lorabank.errors import DataError, Setting
 from lorabank.tasks.detection.boxes import check_boxes
@@ -63,15 +64,13 @@ def prepare(
     Pictures and boxes that can't be used are left out and counted, or refused by name, as `data.bad_rows` and
     `detection.bad_boxes` say. Raises DataError, also where no picture, or no box to learn from, is left.
     """
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a COCO file, a folder or a table, or pass the rows themselves")
-    if boxed:
-        sources = {role: _held_beside(sources["train"], role) if source is None else source for role, source in sources.items()}
+    sources = sources_of(data, train, val, expected="a COCO file, a folder or a table")
+    for role in ("val", "test") if "train" in sources else ():
+        beside = None if role in sources else _held_beside(sources["train"], role)
+        sources |= {} if beside is None else {role: beside}
     found = {
         role: find_pictures(source, role=role, images=detection.images, boxed=boxed, limit=data.limit)
         for role, source in sources.items()
-        if source is not None
     }
     if not boxed:
         found = {role: replace(part, entries=[replace(each, boxes=()) for each in part.entries]) for role, part in found.items()}
@@ -89,10 +88,12 @@ def prepare(
             own = [each.error for each in opened[role] if each.error is not None]
             raise nothing_left(role, len(opened[role]), own, what="pictures")
     splits = _split(data, parts, seed)
-    names = known or _labels(found["train"], splits["train"])
-    if boxed and not any(not box.crowd for row in splits["train"] for box in row.boxes):
-        count, hint = len(splits["train"]), f" Boxes that were left out:{listed(faults)}" if faults else ""
-        raise DataError(f"train data: none of the {count:,} pictures has a box: nothing to learn from, or to score.{hint}")
+    role = main_part(parts)
+    main, declared = splits[role], found[role]
+    names = known or _labels(declared, main)
+    if boxed and not any(not box.crowd for row in main for box in row.boxes):
+        count, hint = len(main), f" Boxes that were left out:{listed(faults)}" if faults else ""
+        raise DataError(f"{role} data: none of the {count:,} pictures has a box: nothing to learn from, or to score.{hint}")
     return DetectionSets(
         train=splits["train"],
         val=splits["val"],
@@ -101,19 +102,19 @@ def prepare(
             read=total,
             errors=errors,
             splits=splits,
-            facts=_facts(splits["train"], names) if boxed else (),
+            facts=_facts(main, names, trained=role == "train") if boxed else (),
             notes=_notes(found, faults),
             what="pictures",
         ),
         labels=tuple(names),
-        category_ids={name: number for number, name in found["train"].names.items() if name in names},
+        category_ids={name: number for number, name in declared.names.items() if name in names},
     )
 
 
 def _held_beside(source: Source, role: str) -> Source | None:
     """The `valid` or `test` folder beside the `train` folder that a source holds."""
-    if role == "train" or not isinstance(source, str):
-        return source if role == "train" else None
+    if not isinstance(source, str):
+        return None
     from lorabank.config.paths import expanded
 
     folder = expanded(source, place="data.train", kind=DataError)
@@ -198,18 +199,17 @@ def _notes(found: Mapping[str, Found], faults: Sequence[RowError]) -> dict[str, 
     return notes
 
 
-def _facts(rows: Sequence[DetectionRow], labels: Sequence[str]) -> list[str]:
+def _facts(rows: Sequence[DetectionRow], labels: Sequence[str], *, trained: bool) -> list[str]:
     counts = Counter(box.label for row in rows for box in row.boxes)
     if not counts:
         return []
     shown = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(8))
-    facts = [f"{len(labels)} categories, {sum(counts.values()):,} boxes in training: {shown}{', …' if len(counts) > 8 else ''}"]
+    where, kind = (" in training", "training ") if trained else ("", "")
+    facts = [f"{len(labels)} categories, {sum(counts.values()):,} boxes{where}: {shown}{', …' if len(counts) > 8 else ''}"]
     if empty := sum(not row.boxes for row in rows):
-        facts.append(f"{empty:,} training pictures without a box: they teach what is nothing")
+        facts.append(f"{empty:,} {kind}pictures without a box{': they teach what is nothing' if trained else ''}")
     if absent := [label for label in labels if label not in counts]:
-        facts.append(
-            f"{len(absent)} categories without a training box: {', '.join(absent[:8])}{', …' if len(absent) > 8 else ''}"
-        )
+        facts.append(f"{len(absent)} categories without a {kind}box: {', '.join(absent[:8])}{', …' if len(absent) > 8 else ''}")
     return facts
 
 
@@ -226,6 +226,8 @@ def _order(label: str) -> tuple[bool, int, str]:
 
 
 def _split(data: DataConfig, parts: Mapping[str, list[DetectionRow]], seed: int) -> dict[str, list[DetectionRow]]:
+    if "train" not in parts:
+        return all_scored(parts["test"])
     rows = parts["train"]
     val = 0 if "val" in parts else data.val_split
     test = 0 if "test" in parts else data.test_split

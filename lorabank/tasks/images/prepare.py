@@ -10,6 +10,7 @@ from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
+from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.stratified import stratified_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.images.pictures import open_picture, quiet_pillow
@@ -61,21 +62,16 @@ def prepare_images(
     some may be missing. Pictures that can't be used are counted in the report by reason, or refused, by `data.bad_rows`; NaN by
     `data.nan_rows`. Splits are by class. Raises DataError, also where no picture is left.
     """
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a folder, a table or a data set id, or pass the rows themselves")
-    for role in ("val", "test"):
-        sources[role] = held_out_beside(sources["train"], role) if sources[role] is None else sources[role]
+    sources = sources_of(data, train, val, expected="a folder, a table or a data set id")
+    for role in ("val", "test") if "train" in sources else ():
+        beside = None if role in sources else held_out_beside(sources["train"], role)
+        sources |= {} if beside is None else {role: beside}
     columns = Columns(image=images.image_column, label=images.label_column)
-    found = {
-        role: find_pictures(source, role=role, columns=columns, limit=data.limit)
-        for role, source in sources.items()
-        if source is not None
-    }
+    found = {role: find_pictures(source, role=role, columns=columns, limit=data.limit) for role, source in sources.items()}
     opened = _open(found, images, store, progress)
     known = labels or images.labels
     if known is None:
-        names = {each.row.label for each in opened["train"] if each.row is not None and each.row.label is not None}
+        names = {each.row.label for each in opened[main_part(opened)] if each.row is not None and each.row.label is not None}
         known = sorted(names, key=natural)
     checked = {role: [_labelled(each, known) for each in part] for role, part in opened.items()}
     errors = {role: [each.error for each in part if each.error is not None] for role, part in checked.items()}
@@ -143,6 +139,8 @@ def _split(
     data: DataConfig, rows: Mapping[str, list[ImageRow]], seed: int
 ) -> tuple[dict[str, list[ImageRow]], dict[str, list[str]]]:
     """Hold pictures out of the training source for each split that has no source of its own."""
+    if "train" not in rows:
+        return all_scored(rows["test"]), {}
     source = rows["train"]
     val = 0 if "val" in rows else data.val_split
     test = 0 if "test" in rows else data.test_split

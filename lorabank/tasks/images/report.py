@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorabank.data.report import Reason, gather
@@ -44,11 +44,6 @@ class ImageReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
-
-    def as_split(self, name: str) -> ImageReport:
-        """The same, everything that was kept counted as one split."""
-        classes = {label: {name: sum(parts.values())} for label, parts in self.classes.items() if parts}
-        return replace(self, splits={name: self.kept}, classes=classes)
 
     def lines(self) -> list[str]:
         """The report as a few short sentences, the most important first."""

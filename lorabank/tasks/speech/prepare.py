@@ -10,8 +10,8 @@ from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
+from lorabank.data.sources import all_scored, sources_of
 from lorabank.data.split import split_rows
-from lorabank.errors import DataError
 from lorabank.tasks.speech.read import read_utterances
 from lorabank.tasks.speech.rows import KEPT_BYTES, Rows, SpeechRow, make_rows
 from lorabank.tasks.speech.tokens import SpeechTokens
@@ -37,16 +37,8 @@ def prepare_speech(
     `train` and `val` override the paths of `data`. Recordings that can't be used are counted in the report by reason, or refused,
     as `data.bad_rows` and `speech` say. Equal settings, recordings and seed give equal splits. Raises DataError and ConfigError.
     """
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError(
-            "no training data: set data.train to an audio folder, a table or a data set id, or pass the rows themselves"
-        )
-    read = {
-        role: read_utterances(source, speech, limit=data.limit, role=role)
-        for role, source in sources.items()
-        if source is not None
-    }
+    sources = sources_of(data, train, val, expected="an audio folder, a table or a data set id")
+    read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
 
     def step() -> None:
@@ -104,6 +96,8 @@ def _leaks(splits: Mapping[str, Sequence[SpeechRow]]) -> dict[str, list[str]]:
 
 def _split(data: DataConfig, parts: dict[str, Rows], seed: int, notes: dict[str, list[str]]) -> dict[str, list[SpeechRow]]:
     """Hold rows out of the training source for each split that has no source of its own."""
+    if "train" not in parts:
+        return all_scored(parts["test"].rows)
     rows = parts["train"].rows
     val = 0 if "val" in parts else data.val_split
     test = 0 if "test" in parts else data.test_split

@@ -146,7 +146,7 @@ class SpeechRecognition(Task[SpeechRow]):
             for (name, row), loss in zip(part, row_losses(engine, batch).double().tolist(), strict=True):
                 sums[name] += loss
                 counts[name] += row.tokens
-            busy("validation loss", min(start + config.batch_size, len(jobs)), len(jobs))
+            busy("scoring", min(start + config.batch_size, len(jobs)), len(jobs))
         return {name: sums[name] / counts[name] for name in rows if counts[name]}
 
     def _transcripts(

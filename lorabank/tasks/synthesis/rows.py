@@ -18,6 +18,7 @@ from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
+from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import split_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.speech.audio import load_sound
@@ -89,17 +90,9 @@ def prepare(
     progress: Progress | None = None,
 ) -> Splits[SynthesisRow]:
     """Read, decode, make spectra, check and split. Raises DataError and ConfigError."""
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError(
-            "no training data: set data.train to an audio folder, a table or a data set id, or pass the rows themselves"
-        )
+    sources = sources_of(data, train, val, expected="an audio folder, a table or a data set id")
     speech = SpeechConfig(audio_column=config.audio_column, text_column=config.text_column)
-    read = {
-        role: read_utterances(source, speech, limit=data.limit, role=role)
-        for role, source in sources.items()
-        if source is not None
-    }
+    read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
     errors: list[RowError] = []
     parts: dict[str, list[SynthesisRow]] = {}
@@ -118,7 +111,7 @@ def prepare(
     refuse(errors, total, data, what="recordings")
     splits = _split(data, parts, seed)
     lengths = ", ".join(f"{sum(row.seconds for row in part):,.0f} s {name}" for name, part in splits.items() if part)
-    speakers = len({row.speaker for row in splits["train"] if any(row.speaker)})
+    speakers = len({row.speaker for row in splits[main_part(parts)] if any(row.speaker)})
     facts = [lengths, f"{speakers} speakers' embeddings" if speakers else "no speakers' embeddings: zeros"]
     report = row_report(read=total, errors=errors, splits=splits, facts=facts, what="recordings")
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
@@ -133,7 +126,7 @@ def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, li
             (f"{path}:{i}", line, {}) for i, line in enumerate(lines, 1) if line.strip()
         ]
     else:
-        rows = read_rows(name, limit=limit)
+        rows = read_rows(name, limit=limit, role="test")
         columns = list(rows[0].values)
         wanted = config.text_column or next((each for each in TEXT_COLUMNS if each in columns), None)
         if wanted not in columns:
@@ -201,6 +194,8 @@ def _speaker(values: Mapping[str, Any], config: SynthesisConfig, limits: Limits)
 
 
 def _split(data: DataConfig, parts: Mapping[str, list[SynthesisRow]], seed: int) -> dict[str, list[SynthesisRow]]:
+    if "train" not in parts:
+        return all_scored(parts["test"])
     rows = parts["train"]
     val = 0 if "val" in parts else data.val_split
     test = 0 if "test" in parts else data.test_split

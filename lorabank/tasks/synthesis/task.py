@@ -154,7 +154,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
                 sums[name][0] += loss
                 sums[name][1] += error * row.frames
                 sums[name][2] += row.frames
-            busy("validation", min(start + config.batch_size, len(jobs)), len(jobs))
+            busy("scoring", min(start + config.batch_size, len(jobs)), len(jobs))
         return {name: {"loss": loss / count, "mae": error / count} for name, (loss, error, count) in sums.items()}
 
     def say(self, engine: Engine, name: str, row: SynthesisRow) -> np.ndarray:

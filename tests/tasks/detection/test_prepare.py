@@ -142,6 +142,18 @@ def test_what_is_wrong_with_a_picture_is_counted_or_refused(tmp_path: Path) -> N
     assert all(f"{i}.png" in str(refused.value) for i in range(4))
 
 
+def test_pictures_to_be_scored_are_test_pictures(tmp_path: Path) -> None:
+    for name, count in (("train", 4), ("test", 2)):
+        coco_folder(tmp_path / "both" / name, count)
+    store = PixelStore(read_off(processor(), None), 1e6)
+    data = DataConfig(test=str(tmp_path / "both"))
+    sets = prepare(data, DetectionConfig(), seed=1, train=None, val=None, keep=store.keep, labels=["red", "green", "blue"])
+    assert (sets.train, sets.val, len(sets.test)) == ([], [], 2)
+    said = "\n".join(sets.report.lines())
+    assert "2 pictures read, 2 kept: 2 test" in said and "categories without a box: blue" in said
+    assert "train" not in said.replace(str(tmp_path), "")
+
+
 def test_nothing_to_learn_from_is_refused_before_training(tmp_path: Path) -> None:
     empty = [{"image": picture_of([]), "objects": {"bbox": [], "category": []}}]
     with pytest.raises(DataError, match="none of the 1 pictures has a box"):
