@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorabank.config.train import DataConfig
-from lorabank.data.report import MAX_ORIGINS
+from lorabank.data.reasons import MAX_ORIGINS, by_reason
 from lorabank.data.row import NanError, RowError
 from lorabank.errors import DataError, Setting
 
@@ -47,13 +47,8 @@ def nothing_left(role: str, count: int, errors: Sequence[RowError], *, what: str
 
 def listed(errors: Sequence[RowError], most: int = MAX_ORIGINS) -> str:
     """A line a reason, the commonest first: how often, and `most` of the rows."""
-    reasons: dict[str, list[str]] = {}
-    for error in errors:
-        reasons.setdefault(error.reason, []).append(error.origin)
-    return "".join(
-        f"\n  - {len(origins):,} × {reason} ({_first(origins, most)})"
-        for reason, origins in sorted(reasons.items(), key=lambda item: -len(item[1]))
-    )
+    reasons = by_reason(errors).items()
+    return "".join(f"\n  - {len(origins):,} × {reason} ({_first(origins, most)})" for reason, origins in reasons)
 
 
 def _first(origins: Sequence[str], most: int) -> str:
