@@ -24,7 +24,7 @@ from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import infer
 from lorabank.engine.modes import evaluation_mode
-from lorabank.errors import ConfigError, ModelError, Setting, closest
+from lorabank.errors import ConfigError, ModelError, Setting, closest, first_line
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.models.load_class import load_class
@@ -227,7 +227,7 @@ def _processor_of(name: str, folder: Path) -> Any:
     try:
         return SpeechT5Processor.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a damaged or missing file surfaces as one of a dozen classes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ModelError(
             f"model {name!r}: its tokenizer or feature extractor can't be read ({reason}). Text-to-speech needs a SpeechT5 with "
             "preprocessor_config.json and spm_char.model beside its weights."
