@@ -28,12 +28,14 @@ from lorabank.errors import ConfigError, ModelError, Setting, closest, first_lin
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.models.load_class import load_class
+from lorabank.tasks.speech.audio import as_wav
 from lorabank.tasks.synthesis.loss import DRAWS, FRAMES, MEL, TOKENS, loss_and_error, synthesis_loss
 from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare, texts
-from lorabank.tasks.synthesis.vocoder import as_wav, griffin_lim, load_vocoder
+from lorabank.tasks.synthesis.vocoder import griffin_lim, load_vocoder
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.run_folder import cell
 from lorabank.training.task import BaseRequest, Busy, Prediction, Say, Task, TaskBase, TaskKind
 
 METRICS = ("loss", "mae")
@@ -180,7 +182,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
         jobs = [(name, i, row) for name, own in rows.items() for i, row in enumerate(spread(own, config.samples), 1)]
         for done, (name, i, row) in enumerate(jobs, 1):
             files[f"{name}-{i}.wav"] = as_wav(self.say(engine, name, row), self.rate)
-            lines.append(f"| samples/{name}-{i}.wav | {name} | {row.text.replace('|', '/')} |")
+            lines.append(f"| samples/{name}-{i}.wav | {name} | {cell(row.text)} |")
             busy("saying", done, len(jobs))
         if files:
             write_files(folder / "samples", files)
