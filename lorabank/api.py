@@ -1,30 +1,33 @@
-"""What `lorabank.train` and the command line stand on: runs from names and paths, or from objects."""
+"""What `lorabank.train` and the command line stand on: runs from names and paths, or from objects.
+
+How a run is put together is here; what is done with one afterwards is in `trained.py`, and can be called from here too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabank.config.paths import expanded, with_absolute_paths
-from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
-from lorabank.errors import ConfigError, DataError, OutputError
+from lorabank.config.train import AdapterRun, TrainConfig
+from lorabank.errors import ConfigError
+from lorabank.trained import evaluate, generate_stream, load_run, predict
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lorabank.config.adapter import AdapterConfig
-    from lorabank.data.formats import Example
     from lorabank.training.data_sets import DataSets, RowObjects
     from lorabank.training.events import Listener, RunResult
-    from lorabank.training.loaded import LoadedRun
     from lorabank.training.run_folder import RunFolder
     from lorabank.training.task import Task
     from lorabank.training.trainer import Trainer
 
-BASE_NAME = "base"
+__all__ = ["evaluate", "generate_stream", "load_run", "predict", "preview", "train"]
+
 COMPILING = "the model's blocks are compiled: the first step takes about {} longer. compile: false leaves that out"
 """Said where nobody asked for it."""
 UNCOMPILED = "the model's blocks aren't compiled, so steps are slower: {}. compile: false silences this"
@@ -170,157 +173,7 @@ def preview(config: TrainConfig, *, count: int = 3) -> None:
             console.print(prepared.report)
 
 
-def load_run(
-    source: str | Path,
-    adapters: Sequence[str] | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    task: str | None = None,
-    check: Sequence[str] = (),
-) -> LoadedRun:
-    """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
-
-    `task`: of a plain base model, `text-generation` if it isn't given. `check`: metrics that the task has to know, before its
-    model is loaded.
-    """
-    from lorabank.tasks import task_kind
-    from lorabank.training.loaded import load_run as load
-
-    return load(source, adapters, kinds=task_kind, device=device, dtype=dtype, task=task, check=check)
-
-
-def evaluate(
-    source: str | Path,
-    adapters: Sequence[str] | None,
-    data: DataConfig,
-    *,
-    metrics: Sequence[str] = ("loss",),
-    max_rows: int | None = None,
-    max_new_tokens: int = 128,
-    batch_size: int = 8,
-    device: str = "auto",
-    dtype: str = "auto",
-    task: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, dict[str, float]]:
-    """Score adapters and `base` on held-out rows: `data.test` if given, else the run's test or validation rows.
-
-    `say` gets notes about the base, and the lines of the report over rows that aren't the run's own: how many were read, kept,
-    dropped and why, or cut.
-    """
-    from lorabank.training.busy import BusyBar
-    from lorabank.training.loaded import held_out_rows
-
-    run = load_run(source, adapters, device=device, dtype=dtype, task=task, check=metrics)
-    for note in run.notes:
-        say(f"note: {note}")
-    names = _named(run, source, adapters)
-    rows = held_out_rows(run, names, data, say)
-    if not any(rows.values()):
-        raise DataError(f"{source}: the run held no rows out that could be scored. Give some: --data (data.test).")
-    config = EvalConfig(
-        metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    with BusyBar() as busy:
-        return run.task.scores(run.task.engine(run.bank), rows, config=config, busy=busy)
-
-
-def predict(
-    source: str | Path,
-    data: str | Path,
-    output: str | Path,
-    adapters: Sequence[str] | None = None,
-    *,
-    max_rows: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
-    dtype: str = "auto",
-    task: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> str:
-    """Predictions of adapters (and of `base`, where it has any) for rows without answers, written to `output`, which isn't there.
-
-    For every task but text generation, whose answers are drawn by `generate_stream`. `options`: what the task knows beside.
-    Returns a sentence on what was written.
-    """
-    from lorabank.training.busy import BusyBar
-    from lorabank.training.task import Prediction
-
-    where = expanded(str(output), place="output")
-    if where.exists():
-        raise OutputError(f"{where}: exists already. Choose another output.")
-    run = load_run(source, adapters, device=device, dtype=dtype, task=task)
-    for note in run.notes:
-        say(f"note: {note}")
-    names = _named(run, source, adapters)
-    wanted = Prediction(
-        data=str(data), output=where, names=names, max_rows=max_rows, batch_size=batch_size, options=options or {}
-    )
-    with BusyBar() as busy:
-        return run.task.predict(run.task.engine(run.bank), wanted, busy=busy)
-
-
-def generate_stream(
-    run: LoadedRun,
-    rows: Sequence[tuple[str, Example | Sequence[Mapping[str, Any]]]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[list[str | None]]:
-    """Answers to (adapter or `base`, prompt) rows, all in one batch, as lists of new text; None once a row has ended.
-
-    A prompt is messages, or a row of data in its normal form, whose answer may be missing. It is rendered as in training, by the
-    run's `data.chat`. Messages are taken as they are: put the run's `data.system` before them where it has one.
-    """
-    from lorabank.data.prompt import chat_prompt_ids
-    from lorabank.engine.generate import stream
-    from lorabank.engine.sampling import SamplingConfig
-    from lorabank.engine.step import Engine
-    from lorabank.training.evaluate import end_tokens, pad_token, route_of
-    from lorabank.training.streaming import TextStream
-
-    chat = run.config.data.chat if run.config is not None else None
-    prompts = [chat_prompt_ids(run.tokenizer, prompt, chat=chat) for _, prompt in rows]
-    texts = [TextStream(run.tokenizer) for _ in rows]
-    ended = [False] * len(rows)
-    deltas: list[str | None] = [""] * len(rows)
-    seen: set[int] = set()
-    for new in stream(
-        run.bank,
-        prompts,
-        [route_of(name) for name, _ in rows],
-        config=SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p),
-        end_ids=end_tokens(Engine(run.bank), run.tokenizer),
-        pad_id=pad_token(run.tokenizer),
-        seeds=[seed] * len(rows),
-    ):
-        if new.row in seen:
-            yield deltas
-            deltas, seen = [None if done else "" for done in ended], set()
-        seen.add(new.row)
-        text = "" if new.is_end else texts[new.row].add(new.token)
-        if new.last:
-            text += texts[new.row].end()
-            ended[new.row] = True
-        deltas[new.row] = text
-    yield deltas
-
-
 # ---- inside ---------------------------------------------------------------------------------------------------------
-
-
-def _named(run: LoadedRun, source: str | Path, adapters: Sequence[str] | None) -> list[str]:
-    """Adapters that were asked for, else all, and the base where it has something to say. Raises ConfigError for none."""
-    names = list(dict.fromkeys(adapters)) if adapters else [*run.names, *([BASE_NAME] if run.task.scores_base else [])]
-    if not names:
-        raise ConfigError(
-            f"{source}: a base model without adapters, whose head has no names of labels, so that {run.task.name} can tell "
-            "nothing by it. Name a run or an adapter's folder."
-        )
-    return names
 
 
 def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:

@@ -114,6 +114,11 @@ class MissingExtraError(LorabankError, ImportError):
     """An optional library is needed and not installed."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library said, cut to what a message of ours has room for."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """' (did you mean 'x'?)' for the closest known name, or '' when none is close."""
     options = list(known)

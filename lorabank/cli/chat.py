@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from lorabank.api import LoadedRun
+    from lorabank.training.loaded import LoadedRun
 
 EXAMPLES = """\
 examples:

@@ -13,6 +13,7 @@ from lorabank.cli.loading import add_source, run_config
 from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.config.paths import expanded
 from lorabank.config.train import DataConfig
+from lorabank.config.typed import named_as_typed
 from lorabank.errors import ConfigError, OutputError
 
 EXAMPLES = """\
@@ -63,19 +64,20 @@ def run(args: argparse.Namespace) -> int:
     json_file = _writable(args.json) if args.json else None
     from lorabank import api
 
-    scores = api.evaluate(
-        args.run_folder,
-        args.adapters,
-        data,
-        metrics=metrics,
-        max_rows=args.max_rows,
-        max_new_tokens=args.max_new_tokens or (config.eval.max_new_tokens if config else 128),
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        task=args.task,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+    with named_as_typed({"data.test": "--data"} if args.data else {}):
+        scores = api.evaluate(
+            args.run_folder,
+            args.adapters,
+            data,
+            metrics=metrics,
+            max_rows=args.max_rows,
+            max_new_tokens=args.max_new_tokens or (config.eval.max_new_tokens if config else 128),
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+            task=args.task,
+            say=lambda line: print(line, file=sys.stderr),
+        )
     print_scores(scores)
     if json_file is not None:
         try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lorabank.cli.folders import chosen_path
 from lorabank.cli.parser import CommandParser, names, positive
@@ -18,7 +18,7 @@ from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorabank.api import LoadedRun
+    from lorabank.training.loaded import LoadedRun
 
 BASE_NAME = "base"
 
@@ -93,13 +93,6 @@ def check_sampling(args: argparse.Namespace) -> None:
         raise ConfigError(f"--temperature: expected a number between 0 and 10, got {args.temperature}")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p: expected a number above 0 and at most 1, got {args.top_p}")
-
-
-def refuse_sampling(args: argparse.Namespace, task: str, options: Mapping[str, Any]) -> None:
-    """Raise ConfigError for flags of `add_sampling` that were given and that `task`, which gets `options`, has no use for."""
-    for name, usual in (("temperature", 0.0), ("top_p", 1.0), ("max_new_tokens", 256), ("seed", 42)):
-        if name not in options and getattr(args, name) != usual:
-            raise ConfigError(f"--{name.replace('_', '-')}: is for text generation, and this is {task}, which doesn't know it.")
 
 
 def run_config(source: str) -> TrainConfig | None:

@@ -135,3 +135,7 @@ def _check_command(command: str) -> None:
     if command not in COMMANDS:
         hint = closest(command, [*COMMANDS, *LATER]) or f". There are {', '.join(COMMANDS)}"
         raise ConfigError(f"{command}: unknown command{hint}")
+
+
+if __name__ == "__main__":  # `python -m lorabank.cli.main`; `python -m lorabank` is the usual form
+    sys.exit(main())

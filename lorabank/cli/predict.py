@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, refuse_sampling, run_config, task_of
+from lorabank.cli.folders import chosen_path
+from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
 from lorabank.cli.parser import CommandParser, positive
-from lorabank.cli.pictures import add_pictures, picture_options
 from lorabank.cli.rows import prompt_of, read_prompts
-from lorabank.cli.task_options import add_task_options, task_options
+from lorabank.cli.task_options import TASK_FLAGS, add_task_flags, task_options
 from lorabank.config.paths import expanded
 from lorabank.config.tasks import DEFAULT_TASK
+from lorabank.config.typed import named_as_typed
 from lorabank.data.formats import template_columns
 from lorabank.errors import ConfigError, OutputError
 
@@ -32,6 +33,10 @@ examples:
 Rows: JSONL, JSON, CSV or Parquet (columns messages, prompt, instruction, question, text), or a .txt file with a prompt
 a line. Each output row is the input row and one column an adapter.
 """
+
+
+FLAGS_OF = {"data.test": "--data", "threshold": "--threshold"}
+"""What messages call a setting that a flag gave, to the flag."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
@@ -52,9 +57,8 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     rows.add_argument("--system", metavar="TEXT", help="system turn (default: the run's)")
     rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")
-    add_sampling(parser, temperature=0.0, max_new_tokens=256)
-    add_task_options(parser)
-    add_pictures(parser)
+    add_sampling(parser, temperature=TASK_FLAGS["temperature"].usual, max_new_tokens=TASK_FLAGS["max_new_tokens"].usual)
+    add_task_flags(parser)
     return parser
 
 
@@ -62,17 +66,22 @@ def run(args: argparse.Namespace) -> int:
     """Read, generate, write row by row: an interrupted file keeps what was answered."""
     check_sampling(args)
     output, task = _new_file(args.output), task_of(args)
-    options = {**task_options(args, task), **picture_options(args, task)}
+    options = task_options(args, task)
     data = "" if args.data is None else str(args.data)
-    if args.data is None and "prompt" not in options:
+    if args.data is None and (task == DEFAULT_TASK or "prompt" not in options):
         raise ConfigError("--data: the rows to answer are missing")
     if task != DEFAULT_TASK:
         return _by_task(args, output, options)
     if args.prompt is not None:
         template_columns(args.prompt, place="--prompt")
+    from lorabank.models.load import check_there
+
     config = run_config(args.run_folder)
     expanded(data, place="--data")
-    rows = read_prompts(data, args.max_rows)
+    if not chosen_path(args.run_folder, place="RUN").exists():
+        check_there(args.run_folder)  # before the rows, which would be blamed otherwise
+    with named_as_typed(FLAGS_OF):
+        rows = read_prompts(data, args.max_rows)
     template = args.prompt or _template_of_run(config.data.prompt if config else None, rows[0].values)
     system = args.system or (config.data.system if config else None)
     completion = config.data.completion if config and template == config.data.prompt else None
@@ -103,27 +112,25 @@ def run(args: argparse.Namespace) -> int:
 def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any]) -> int:
     """Predictions of a run of another task, in that task's own form."""
     from lorabank import api
+    from lorabank.data.read import check_source
 
-    for name in ("prompt", "system"):
-        if getattr(args, name) is not None and name not in options:
-            raise ConfigError(f"--{name}: is for text generation, and this is {task_of(args)}.")
-    refuse_sampling(args, task_of(args), options)
     if args.data is not None:
-        expanded(args.data, place="--data")
+        check_source(args.data, place="--data")  # before the model is loaded
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
-    told = api.predict(
-        args.run_folder,
-        args.data or "",
-        output,
-        args.adapters,
-        max_rows=args.max_rows,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        task=args.task,
-        options=options,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+    with named_as_typed(FLAGS_OF):
+        told = api.predict(
+            args.run_folder,
+            args.data or "",
+            output,
+            args.adapters,
+            max_rows=args.max_rows,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+            task=args.task,
+            options=options,
+            say=lambda line: print(line, file=sys.stderr),
+        )
     print(told)
     return 0
 

@@ -1,50 +1,95 @@
-"""Flags of `lorabank predict` that one task alone has."""
+"""Flags of `lorabank predict` that only some tasks take: one table."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from lorabank.cli.parser import CommandParser
+from lorabank.cli.parser import CommandParser, positive
+from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.errors import ConfigError
 
-SPEECH, DETECTION = "automatic-speech-recognition", "object-detection"
-TASK_OPTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "timestamps": (SPEECH, {"action": "store_true", "help": "transcripts with times (default: where the file's kind has them)"}),
-    "language": (SPEECH, {"metavar": "NAME", "help": "language that is spoken (default: the run's)"}),
-    "threshold": (
-        DETECTION,
-        {
-            "type": float,
-            "metavar": "SCORE",
-            "help": "lowest score of a box (default: all are written, detection.threshold's drawn)",
-        },
+SPEECH, DETECTION, PICTURES = "automatic-speech-recognition", "object-detection", "text-to-image"
+SEQ2SEQ = ("summarization", "translation", "text2text-generation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFlag:
+    """One flag."""
+
+    tasks: tuple[str, ...]
+    """Those that take it."""
+    usual: Any = None
+    """Its value where it isn't given. A task that takes the flag is told this too; None tells it nothing."""
+    says: Mapping[str, Any] | None = None
+    """What argparse is told; None for a flag that stands in a group of the command itself."""
+
+
+def size(text: str) -> tuple[int, int]:
+    """`768x512` → (768, 512); `512` is a square."""
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT, such as 768x512, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def _own(task: str, **says: Any) -> TaskFlag:
+    return TaskFlag(tasks=(task,), says=says)
+
+
+TASK_FLAGS: Mapping[str, TaskFlag] = {
+    "prompt": TaskFlag(tasks=(DEFAULT_TASK, PICTURES)),
+    "system": TaskFlag(tasks=(DEFAULT_TASK,)),
+    "max_new_tokens": TaskFlag(tasks=(DEFAULT_TASK, *SEQ2SEQ), usual=256),
+    "temperature": TaskFlag(tasks=(DEFAULT_TASK,), usual=0.0),
+    "top_p": TaskFlag(tasks=(DEFAULT_TASK,), usual=1.0),
+    "seed": TaskFlag(tasks=(DEFAULT_TASK, PICTURES), usual=42),
+    "timestamps": _own(
+        SPEECH, action="store_const", const=True, help="transcripts with times (default: where the file's kind has them)"
     ),
-    "draw": (DETECTION, {"type": int, "metavar": "N", "help": "pictures that are drawn with their boxes (default: 20)"}),
+    "language": _own(SPEECH, metavar="NAME", help="language that is spoken (default: the run's)"),
+    "threshold": _own(
+        DETECTION,
+        type=float,
+        metavar="SCORE",
+        help="lowest score of a box (default: all are written, detection.threshold's drawn)",
+    ),
+    "draw": _own(DETECTION, type=int, metavar="N", help="pictures that are drawn with their boxes (default: 20)"),
+    "mix": _own(PICTURES, action="append", metavar="A:X,B:Y", help="a mixture of adapters beside them, such as a:0.5,b:0.5"),
+    "steps": _own(PICTURES, type=positive, metavar="N", help="of the scheduler (default: the run's)"),
+    "guidance": _own(PICTURES, type=float, metavar="X", help="classifier-free guidance (default: the run's)"),
+    "size": _own(PICTURES, type=size, metavar="WxH", help="pixels (default: the run's)"),
+    "negative": _own(PICTURES, metavar="TEXT", help="what guidance leads away from (default: the run's)"),
 }
-"""Option to its task and what argparse is told."""
+HEADINGS: Mapping[str, str] = {PICTURES: f"{PICTURES} (--prompt draws one caption, --seed its noise)"}
+"""Of a task's group in the help, where its name alone says too little."""
 
 
-SHARED: Mapping[str, tuple[str, ...]] = {
-    "max_new_tokens": ("summarization", "translation", "text2text-generation"),
-}
-"""Flags of text generation that these tasks take too."""
-
-
-def add_task_options(parser: CommandParser) -> None:
+def add_task_flags(parser: CommandParser) -> None:
     """A group of flags a task."""
-    for task in dict.fromkeys(task for task, _ in TASK_OPTIONS.values()):
-        group = parser.add_argument_group(task)
-        for name, (own, says) in TASK_OPTIONS.items():
-            if own == task:
-                group.add_argument(f"--{name.replace('_', '-')}", **says)
+    own = {name: flag for name, flag in TASK_FLAGS.items() if flag.says is not None}
+    for task in dict.fromkeys(flag.tasks[0] for flag in own.values()):
+        group = parser.add_argument_group(HEADINGS.get(task, task))
+        for name, flag in own.items():
+            if flag.tasks[0] == task:
+                group.add_argument(f"--{name.replace('_', '-')}", **(flag.says or {}))
 
 
 def task_options(args: argparse.Namespace, task: str) -> dict[str, Any]:
-    """What was given of them. Raises ConfigError for one of another task."""
-    given = {name: getattr(args, name) for name in TASK_OPTIONS if getattr(args, name) not in (None, False)}
-    for name in given:
-        if TASK_OPTIONS[name][0] != task:
-            raise ConfigError(f"--{name.replace('_', '-')}: is for {TASK_OPTIONS[name][0]}, and this is {task}.")
-    return given | {name: getattr(args, name) for name, tasks in SHARED.items() if task in tasks}
+    """What `task` is told of them. Raises ConfigError for one that was given and is for other tasks, or is out of range."""
+    told: dict[str, Any] = {}
+    for name, flag in TASK_FLAGS.items():
+        value = getattr(args, name)
+        if task in flag.tasks:
+            told |= {} if value is None else {name: value}
+        elif value != flag.usual:
+            tasks = ", ".join(flag.tasks)
+            raise ConfigError(f"--{name.replace('_', '-')}: is for {tasks}, and this run's task is {task}. Leave it out.")
+    guidance = told.get("guidance")
+    if guidance is not None and not 0 <= guidance <= 100:
+        raise ConfigError(f"--guidance: expected a number from 0 to 100, got {guidance}")
+    if task == PICTURES and args.prompt is not None and args.data is not None:
+        raise ConfigError("--prompt: draws one caption, and --data captions of a file. Give one of them.")
+    return told

@@ -214,6 +214,15 @@ IGNORED: dict[str, str] = {
     "auto_mapping": "the class is read from the model's own configuration",
 }
 
+MOVED: dict[tuple[str, str], str] = {
+    ("images", "bad_rows"): "data.bad_rows",
+    ("speech", "bad_rows"): "data.bad_rows",
+    ("synthesis", "bad_rows"): "data.bad_rows",
+    ("detection", "bad_pictures"): "data.bad_rows",
+    ("diffusion", "bad_pictures"): "data.bad_rows",
+}
+"""Section and name that a setting of ours once had, to where it is now."""
+
 CHECKED: dict[str, Converter] = {
     # keys that have one value we can follow: they set nothing, and any other value is an error with its reason
     "adapter": convert.check_adapter_kind,

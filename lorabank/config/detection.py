@@ -9,7 +9,6 @@ from lorabank.config.checks import check_choice, check_fraction, check_positive,
 from lorabank.errors import ConfigError, Setting, closest
 
 BAD_BOXES = ("clip", "drop", "stop")
-BAD_PICTURES = ("drop", "stop")
 BOX_AUGMENTATIONS = ("crop", "flip", "colour")
 
 
@@ -26,9 +25,6 @@ class DetectionConfig:
     """What follows where a box reaches outside its picture, has no size, isn't finite, is there twice, or is of a category that
     isn't known: `clip` cuts off what is outside and leaves the other ones out, `drop` leaves out all of them, `stop` names them.
     What is left out is counted."""
-    bad_pictures: str = "drop"
-    """What follows where a picture is missing, damaged, or not of the size that its annotations say: `drop` and count it, or
-    `stop` with an error that names each."""
     min_box: float = 1.0
     """Pixels: a box with a shorter side, once it is clipped, has no size."""
     image_size: int | None = None
@@ -44,7 +40,6 @@ class DetectionConfig:
     def __post_init__(self) -> None:
         freeze_sequences(self)
         check_choice("detection.bad_boxes", self.bad_boxes, BAD_BOXES)
-        check_choice("detection.bad_pictures", self.bad_pictures, BAD_PICTURES)
         check_positive("detection.min_box", self.min_box)
         check_positive("detection.cache_gib", self.cache_gib)
         check_fraction("detection.threshold", self.threshold)

@@ -15,8 +15,7 @@ from lorabank.config.checks import (
     freeze_sequences,
 )
 
-BAD = ("stop", "skip")
-NO_CAPTION = ("stop", "skip", "empty")
+NO_CAPTION = ("stop", "drop", "empty")
 CACHES = ("memory", "disk", "none")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 SAVE_FORMATS = ("peft", "kohya", "diffusers")
@@ -47,11 +46,10 @@ class DiffusionConfig:
     max_aspect: float = 2.0
     """Longest side over the shortest."""
     min_side: int = 64
-    """Pixels; a picture with a shorter side is tiny."""
-    bad_pictures: str = "stop"
-    """What follows where a picture can't be read, or is tiny: `stop` with an error that names the files, or `skip` and count."""
+    """Pixels; a picture with a shorter side is tiny, a bad row (`data.bad_rows`)."""
     no_caption: str = "stop"
-    """The same for pictures whose caption is missing or empty; `empty` trains them without one."""
+    """What follows where a picture's caption is missing or empty: `stop` with an error that names it (more often a whole folder's
+    captions are missing than one), `drop` and count it, or train it without one: `empty`."""
     caption: str | None = None
     """Column of the caption in metadata; None: `text` or `caption`."""
     trigger: str = ""
@@ -97,7 +95,6 @@ class DiffusionConfig:
         for name in ("sample_height", "sample_width"):
             if getattr(self, name) is not None:
                 check_positive_int(f"diffusion.{name}", getattr(self, name))
-        check_choice("diffusion.bad_pictures", self.bad_pictures, BAD)
         check_choice("diffusion.no_caption", self.no_caption, NO_CAPTION)
         check_choice("diffusion.cache", self.cache, CACHES)
         check_choice("diffusion.save_format", self.save_format, SAVE_FORMATS)

@@ -9,7 +9,6 @@ from lorabank.config.checks import check_choice, check_positive, check_positive_
 from lorabank.errors import ConfigError, Setting, closest
 
 AUGMENTATIONS = ("crop", "flip", "rotate", "colour", "erase")
-BAD_ROWS = ("drop", "stop")
 FITS = ("crop", "squash")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -24,9 +23,6 @@ class ImagesConfig:
     """Column with the label. None: `label`, `class` or another usual name."""
     labels: Sequence[str] | None = None
     """The labels, in the order of the head's outputs. None: those of the training pictures, sorted."""
-    bad_rows: str = "drop"
-    """What follows where a picture can't be read or is too small, or its label is none of the head's: `drop` and count it, or
-    `stop` with an error that names each."""
     min_size: int = 8
     """Pixels: a picture with a shorter side is a bad row."""
     image_size: int | None = None
@@ -47,7 +43,6 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         freeze_sequences(self)
-        check_choice("images.bad_rows", self.bad_rows, BAD_ROWS)
         check_choice("images.fit", self.fit, FITS)
         check_positive_int("images.min_size", self.min_size)
         check_positive("images.cache_gib", self.cache_gib)

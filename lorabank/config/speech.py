@@ -9,8 +9,7 @@ from lorabank.errors import ConfigError, Setting
 
 SPEECH_TASKS = ("transcribe", "translate")
 TIMESTAMPS = ("auto", "keep", "drop")
-BAD_ROWS = ("skip", "refuse")
-LONG_AUDIO = ("skip", "cut", "split", "refuse")
+LONG_AUDIO = ("drop", "cut", "split", "stop")
 MAX_WINDOW_S = 30.0
 
 
@@ -30,12 +29,9 @@ class SpeechConfig:
     """Column of the recording: a path, bytes, or samples. None: file_name, audio, path, …, the first there is."""
     text_column: str | None = None
     """Column of the transcript. None: transcription, text, sentence, transcript, …, the first there is."""
-    bad_rows: str = "skip"
-    """What follows where a recording is missing, corrupt, empty or silent, or has no transcript: `skip` and count it, or
-    `refuse` with an error that names all of them."""
-    long_audio: str = "skip"
-    """What follows where a recording is longer than `window`: `skip` and count it; `cut` the rest off, with what its timestamps
-    say was spoken there; `split` it between its timestamps; or `refuse`."""
+    long_audio: str = "drop"
+    """What follows where a recording is longer than `window`: `drop` and count it; `cut` the rest off, with what its timestamps
+    say was spoken there; `split` it between its timestamps; or `stop` with an error that names it."""
     window: float = MAX_WINDOW_S
     """Seconds of audio that the model hears at once; shorter recordings are filled up with silence. Below 30 the encoder's
     positions are cut: much faster for short recordings, and the adapter is then for that window alone."""
@@ -54,7 +50,6 @@ class SpeechConfig:
     def __post_init__(self) -> None:
         check_choice("speech.task", self.task, SPEECH_TASKS)
         check_choice("speech.timestamps", self.timestamps, TIMESTAMPS)
-        check_choice("speech.bad_rows", self.bad_rows, BAD_ROWS)
         check_choice("speech.long_audio", self.long_audio, LONG_AUDIO)
         check_positive_int("speech.beams", self.beams)
         check_positive("speech.window", self.window)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorabank.config.checks import check_choice, check_fraction, check_positive
-
-BAD_ROWS = ("skip", "refuse")
+from lorabank.config.checks import check_fraction, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +17,13 @@ class SynthesisConfig:
     """Column of what is said. None: transcription, text, sentence, …, the first there is."""
     speaker_column: str = "speaker_embedding"
     """Column of the speaker's embedding, a list of numbers as long as the model's; zeros where there is no such column."""
-    bad_rows: str = "skip"
-    """What follows where a recording is missing, corrupt, empty or too long, or has no text: `skip` and count it, or `refuse`
-    with an error that names all of them."""
     max_seconds: float = 20.0
-    """Recordings that are longer are bad rows."""
+    """Recordings that are longer are bad rows (`data.bad_rows`)."""
     vocoder: str | None = None
     """Folder or hub id of a SpeechT5HifiGan. None: Griffin-Lim, which needs no weights and sounds metallic."""
     stop: float = 0.5
     """Chance of the end at which speech ends."""
 
     def __post_init__(self) -> None:
-        check_choice("synthesis.bad_rows", self.bad_rows, BAD_ROWS)
         check_positive("synthesis.max_seconds", self.max_seconds)
         check_fraction("synthesis.stop", self.stop)

@@ -32,7 +32,7 @@ LATER_BASE_DTYPES = ("int8",)
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "sgd", "lion")
 TRAIN_ON = ("assistant", "completion", "all")
-NAN_ROWS = ("stop", "drop")
+BAD_ROWS = ("stop", "drop")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -72,7 +72,7 @@ class DataConfig:
     nan_rows: str = "stop"
     """What follows where a column that is used holds NaN: `stop` with an error that names the rows, or `drop` and count them."""
     bad_rows: str = "drop"
-    """The same for rows that can't be used otherwise, of other tasks than text generation, which drops them."""
+    """The same for rows that can't be used otherwise: without a label or an answer, with a file that is missing or damaged, …"""
 
     def __post_init__(self) -> None:
         freeze_sequences(self)
@@ -81,8 +81,8 @@ class DataConfig:
             check_share_or_count(f"data.{name}", getattr(self, name))
         if self.train_on is not None:
             check_choice("data.train_on", self.train_on, TRAIN_ON)
-        check_choice("data.nan_rows", self.nan_rows, NAN_ROWS)
-        check_choice("data.bad_rows", self.bad_rows, NAN_ROWS)
+        check_choice("data.nan_rows", self.nan_rows, BAD_ROWS)
+        check_choice("data.bad_rows", self.bad_rows, BAD_ROWS)
         if self.limit is not None:
             check_positive_int("data.limit", self.limit)
         if (self.prompt is None) != (self.completion is None):

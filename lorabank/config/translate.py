@@ -172,6 +172,8 @@ def _shown(value: object) -> str:
 
 
 def _unknown(name: str, section: str) -> str:
+    if moved := aliases.MOVED.get((section, name)):
+        return f"is `{moved}` now, for every task: drop or stop"
     known = set(_FIELDS[section]) | set(aliases.ALIASES) | (set(SHORTHANDS) if section == "run" else set())
     hint = closest(name, _FIELDS[section]) or closest(name, known)
     elsewhere = [f"`{PLACES[home]}{name}`" for home, names in _FIELDS.items() if name in names and home != section]

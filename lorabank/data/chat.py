@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.data.formats import Message
 from lorabank.data.row import RowError
+from lorabank.errors import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,8 +104,7 @@ class ChatSpans:
                 **(kwargs or {}),
             )
         except Exception as error:  # a template is a program that may raise anything
-            reason = str(error).strip().splitlines()
-            raise RowError(f"the chat template refused it: {reason[0] if reason else type(error).__name__}") from error
+            raise RowError(f"the chat template refused it: {first_line(error)}") from error
         return str(text)
 
     def __call__(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.formats import Example, Normaliser
 from lorabank.data.read import Source, read_rows
 from lorabank.data.render import Renderer, TokenRow
-from lorabank.data.report import MAX_ORIGINS, DataReport, build_report
+from lorabank.data.report import DataReport, build_report
 from lorabank.data.row import NanError, RowError
+from lorabank.data.sources import all_scored, sources_of
 from lorabank.data.split import split_rows
-from lorabank.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,18 +55,16 @@ def prepare(
     """Read, normalise, render, tokenise and split.
 
     `train` and `val` (a path, a `datasets` id or object, or a list of dicts) override the paths of `config`. Rows that can't
-    be used are dropped and counted in the report by reason; NaN (unless `nan_rows` is `drop`) and faults of a whole file, of the
+    be used are counted in the report by reason, or refused, by `bad_rows`; NaN by `nan_rows`. Faults of a whole file, of the
     settings or of the tokenizer are errors. Equal config, rows and seed give equal splits in any process. Raises DataError
     (missing, empty or malformed data, NaN, no row left, a split that can't be made) and ConfigError.
     """
-    sources = {"train": config.train if train is None else train, "val": config.val if val is None else val, "test": config.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a file, a folder or a data set id, or pass the rows themselves")
-    raw = {role: read_rows(source, limit=config.limit, role=role) for role, source in sources.items() if source is not None}
+    sources = sources_of(config, train, val)
+    raw = {role: read_rows(source, limit=config.limit, role=role) for role, source in sources.items()}
     renderer = Renderer(tokenizer, config)
     total, done = sum(map(len, raw.values())), 0
     errors: list[RowError] = []
-    refused: list[NanError] = []  # once there is one, the rest is only searched for more
+    refused = False  # once there is a NaN, the rest is only searched for more
     forms: dict[str, int] = {}
     notes: dict[str, list[str]] = {}
     parts: dict[str, _Part] = {}
@@ -79,8 +78,7 @@ def prepare(
                 try:
                     examples.append(normalise(row))
                 except RowError as error:
-                    if isinstance(error, NanError) and config.nan_rows == "stop":
-                        refused.append(error)
+                    refused = refused or (isinstance(error, NanError) and config.nan_rows == "stop")
                     errors.append(error)
             if refused:
                 continue
@@ -94,14 +92,13 @@ def prepare(
             if progress is not None:
                 progress(done, total)
         if not part.rows and not refused:
-            raise _nothing_left(role, len(rows), errors[before:])
+            raise nothing_left(role, len(rows), errors[before:])
         for name, count in normalise.forms_seen.items():
             forms[name] = forms.get(name, 0) + count
         for note, origins in normalise.notes.items():
             notes.setdefault(note, []).extend(origins)
         parts[role] = part
-    if refused:
-        raise _holds_nan(refused, total)
+    refuse(errors, total, config)
     splits, split_notes = _split(config, parts, seed)
     report = build_report(read=total, errors=errors, forms=forms, notes={**renderer.notes, **notes, **split_notes}, splits=splits)
     return PreparedData(splits["train"], splits["val"], splits["test"], report)
@@ -109,6 +106,8 @@ def prepare(
 
 def _split(config: DataConfig, parts: dict[str, _Part], seed: int) -> tuple[dict[str, list[TokenRow]], dict[str, list[str]]]:
     """Hold rows out of the training source for each split that has no source of its own."""
+    if "train" not in parts:
+        return all_scored(parts["test"].rows), {}
     source = parts["train"]
     val = 0 if "val" in parts else config.val_split
     test = 0 if "test" in parts else config.test_split
@@ -126,30 +125,3 @@ def _split(config: DataConfig, parts: dict[str, _Part], seed: int) -> tuple[dict
     for role in ("val", "test"):
         splits[role] = parts[role].rows if role in parts else [source.rows[i] for i in held[role]]
     return splits, notes
-
-
-def _holds_nan(errors: Sequence[NanError], total: int) -> DataError:
-    columns: dict[str, list[str]] = {}
-    for error in errors:
-        columns.setdefault(error.column, []).append(error.origin)
-    listed = "".join(f"\n  - column {column!r}: {len(origins):,} × ({_first(origins)})" for column, origins in columns.items())
-    return DataError(
-        f"data: NaN, a missing value, in {len(errors):,} of {total:,} rows, in a column that is used:{listed}\n"
-        "Correct or delete these rows. Or set `data.nan_rows: drop` (`lorabank train … --data.nan-rows drop`), which leaves them "
-        "out and counts them in the data report."
-    )
-
-
-def _nothing_left(role: str, count: int, errors: list[RowError]) -> DataError:
-    reasons: dict[str, list[str]] = {}
-    for error in errors:
-        reasons.setdefault(error.reason, []).append(error.origin)
-    listed = "".join(
-        f"\n  - {len(origins):,} × {reason} ({_first(origins)})"
-        for reason, origins in sorted(reasons.items(), key=lambda item: -len(item[1]))
-    )
-    return DataError(f"{role} data: none of the {count:,} rows can be used:{listed}")
-
-
-def _first(origins: Sequence[str]) -> str:
-    return ", ".join(origins[:MAX_ORIGINS]) + (", …" if len(origins) > MAX_ORIGINS else "")

@@ -13,7 +13,7 @@ from typing import Any
 from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
 from lorabank.data.row import Row
-from lorabank.errors import DataError, MissingExtraError, Setting, closest
+from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
 
 Source = Any
 """A path, a `datasets` id (`name` or `name:config:split`), a `datasets.Dataset`, or an iterable of dicts."""
@@ -157,7 +157,7 @@ def load_hub(name: str, role: str) -> Any:
     try:
         return datasets.load_dataset(dataset_id, config or None, split=split or None)
     except Exception as error:  # network, hub, builder: the library raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         hint = _closest_file(expanded(name, place=f"data.{role}", kind=DataError))
         failed = f"{name!r} is no file here{hint}, and no data set that can be loaded: {reason}"
         raise DataError(Setting(f"data.{role}"), f": {failed}. {_ACCEPTED}") from error

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorabank.data.reasons import Reason, dropped_lines, dropped_rows, gather
 from lorabank.data.render import TokenRow
 from lorabank.data.row import RowError
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-MAX_ORIGINS = 5
-"""Rows named for each reason or note; the count tells of the rest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reason:
-    """How many rows something happened to, and the first of them."""
-
-    count: int
-    origins: tuple[str, ...]
-    """Up to MAX_ORIGINS of them, as `file:line`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,32 +67,27 @@ class DataReport:
         """Plain values for JSON."""
         return asdict(self)
 
-    def as_split(self, name: str) -> DataReport:
-        """The same, everything that was kept counted as one split."""
-        return replace(self, splits={name: self.kept})
-
     def lines(self) -> list[str]:
         """The report as a few short sentences, the most important first."""
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
         forms = ", ".join(self.forms)
         lines = [f"{self.read:,} rows read ({forms}), {self.kept:,} kept: {splits}"]
-        for reason, rows in self.dropped.items():
-            lines.append(f"dropped {rows.count:,}: {reason} ({_some(rows)})")
+        lines += dropped_lines(self.dropped)
         lengths = self.lengths
         lines.append(
             f"tokens a row: {lengths.min:,} to {lengths.max:,}, half below {lengths.p50 + 1:,}, 99 % at most {lengths.p99:,}; "
             f"{100 * self.trained_share:.0f} % of all tokens are trained"
         )
         if self.truncated.count:
-            lines.append(f"cut to max_length: {self.truncated.count:,} ({_some(self.truncated)})")
+            lines.append(f"cut to max_length: {self.truncated.count:,} ({self.truncated.some})")
         if self.duplicates.count:
-            lines.append(f"exact duplicates: {self.duplicates.count:,} ({_some(self.duplicates)})")
+            lines.append(f"exact duplicates: {self.duplicates.count:,} ({self.duplicates.some})")
         if self.prompts_with_several_answers:
             count, rows = self.prompts_with_several_answers, self.rows_with_several_answers
             lines.append(f"{count:,} prompts come with several different answers ({rows:,} rows)")
         for pair, rows in self.in_two_splits.items():
-            lines.append(f"same prompt in {pair}: {rows.count:,} rows ({_some(rows)}); see data.group_by")
-        lines += [f"{note}: {rows.count:,} rows ({_some(rows)})" for note, rows in self.notes.items()]
+            lines.append(f"same prompt in {pair}: {rows.count:,} rows ({rows.some}); see data.group_by")
+        lines += [f"{note}: {rows.count:,} rows ({rows.some})" for note, rows in self.notes.items()]
         return lines
 
     def __rich__(self) -> Table:
@@ -119,17 +103,6 @@ class DataReport:
         return table
 
 
-def _some(reason: Reason) -> str:
-    more = ", …" if reason.count > len(reason.origins) else ""
-    return ", ".join(reason.origins) + more
-
-
-def gather(origins: Iterable[str]) -> Reason:
-    """Count rows and keep the first few names."""
-    named = list(origins)
-    return Reason(count=len(named), origins=tuple(named[:MAX_ORIGINS]))
-
-
 def build_report(
     *,
     read: int,
@@ -140,9 +113,6 @@ def build_report(
 ) -> DataReport:
     """The report over `splits` (`train`, `val`, `test`), in that order."""
     rows = [row for part in splits.values() for row in part]
-    reasons: dict[str, list[str]] = {}
-    for error in errors:
-        reasons.setdefault(error.reason, []).append(error.origin)
     answers = _answers_by_prompt(rows)
     several = [prompt for prompt, counts in answers.items() if len(counts) > 1]
     trained = {name: sum(_trained(row) for row in part) for name, part in splits.items()}
@@ -150,7 +120,7 @@ def build_report(
     return DataReport(
         read=read,
         kept=len(rows),
-        dropped={reason: gather(origins) for reason, origins in sorted(reasons.items(), key=lambda item: -len(item[1]))},
+        dropped=dropped_rows(errors),
         forms=dict(forms),
         splits={name: len(part) for name, part in splits.items()},
         tokens=tokens,

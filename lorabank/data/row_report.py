@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
 
-from lorabank.data.report import Reason, gather
+from lorabank.data.reasons import Reason, dropped_lines, dropped_rows, gather
 from lorabank.data.row import RowError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 R = TypeVar("R")
 
@@ -36,29 +33,14 @@ class RowReport:
         """Plain values for JSON."""
         return asdict(self)
 
-    def as_split(self, name: str) -> RowReport:
-        """The same, everything that was kept counted as one split."""
-        return replace(self, splits={name: self.kept})
-
     def lines(self) -> list[str]:
         """The report as a few short sentences, the most important first."""
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
         lines = [f"{self.read:,} {self.what} read, {self.kept:,} kept: {splits}"]
-        lines += [f"dropped {rows.count:,}: {reason} ({_some(rows)})" for reason, rows in self.dropped.items()]
+        lines += dropped_lines(self.dropped)
         lines += self.facts
-        lines += [f"{note}: {rows.count:,} {self.what} ({_some(rows)})" for note, rows in self.notes.items()]
+        lines += [f"{note}: {rows.count:,} {self.what} ({rows.some})" for note, rows in self.notes.items()]
         return lines
-
-    def __rich__(self) -> Table:
-        """The lines of the report as a bare rich table, warnings in yellow."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table.grid(padding=(0, 1))
-        for number, line in enumerate(self.lines()):
-            style = "yellow" if line.startswith("dropped") or line.split(":")[0] in self.notes else ""
-            table.add_row(Text("data" if number == 0 else "", style="bold"), Text(line, style=style))
-        return table
 
 
 def row_report(
@@ -71,13 +53,10 @@ def row_report(
     what: str = "rows",
 ) -> RowReport:
     """The report over `splits`. `errors`: one a row that was dropped; `notes`: sentence to the rows it is about."""
-    reasons: dict[str, list[str]] = {}
-    for error in errors:
-        reasons.setdefault(error.reason, []).append(error.origin)
     return RowReport(
         read=read,
         kept=sum(map(len, splits.values())),
-        dropped={reason: gather(origins) for reason, origins in sorted(reasons.items(), key=lambda item: -len(item[1]))},
+        dropped=dropped_rows(errors),
         splits={name: len(part) for name, part in splits.items()},
         facts=tuple(facts),
         notes={note: gather(origins) for note, origins in (notes or {}).items()},
@@ -93,8 +72,3 @@ class Splits(Generic[R]):
     val: Sequence[R]
     test: Sequence[R]
     report: RowReport
-
-
-def _some(reason: Reason) -> str:
-    more = ", …" if reason.count > len(reason.origins) else ""
-    return ", ".join(reason.origins) + more

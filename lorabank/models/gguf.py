@@ -11,7 +11,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabank.errors import MissingExtraError, ModelError
+from lorabank.errors import MissingExtraError, ModelError, first_line
 from lorabank.models.cache import build_folder
 from lorabank.models.quiet import quiet_transformers
 
@@ -62,7 +62,7 @@ def write_folder(file: Path, folder: Path, *, source: str, name: str | None = No
     except Exception as error:  # the tokenizers library raises bare Exceptions for a vocabulary that doesn't fit
         raise ModelError(
             f"model {str(file)!r}: transformers can't read this GGUF ({header['architecture']!r}; "
-            f"{_first_line(error)}). Use the model's safetensors release."
+            f"{first_line(error)}). Use the model's safetensors release."
         ) from error
     _mend_tokenizer(tokenizer, header)
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
@@ -85,7 +85,7 @@ def _header(file: Path) -> dict[str, Any]:
         types = sorted({tensor.tensor_type.name for tensor in reader.tensors})
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise ModelError(
-            f"model {str(file)!r}: the GGUF file is damaged ({_first_line(error)}). Copy or download it again."
+            f"model {str(file)!r}: the GGUF file is damaged ({first_line(error)}). Copy or download it again."
         ) from error
     values: dict[str, str] = {}
     keys = {"architecture": "general.architecture", "tokenizer": "tokenizer.ggml.model", "pre_tokenizer": "tokenizer.ggml.pre"}
@@ -154,7 +154,3 @@ def source_note(folder: Path) -> str | None:
         f"weights dequantized to fp32 from {record['source']} ({', '.join(record['tensor_types'])}); the tokenizer "
         "is rebuilt from the same file"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorabank.errors import ModelError, closest
 from lorabank.models.folder import check_files
 from lorabank.models.names import ALIASES, SMOLLM2, closest_sibling
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 PROBE_SECONDS = 10.0
 _WANTED: tuple[str, ...] = (
@@ -27,11 +31,35 @@ def fetch(name: str, *, trust_remote_code: bool = False) -> Path:
     The repository's list of files is checked first, so that a model that can't be used isn't downloaded.
     Raises ModelError when the id doesn't exist, is gated, or the hub can't be reached and nothing is cached.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    info = look(name)
+    if isinstance(info, Path):
+        return info
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    check_files(files, repr(name), adapter_base=None)
+    patterns: list[str] = [*_WANTED, *(("*.py",) if trust_remote_code else ())]
+    try:
+        return Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except GatedRepoError as error:
+        raise ModelError(_gated(name)) from error
+    except OSError as error:
+        raise ModelError(
+            f"model {name!r}: the download failed ({error}). Run the same command again: it goes on where it stopped."
+        ) from error
+
+
+def look(name: str) -> ModelInfo | Path:
+    """What the hub says of an id, or, where it can't be reached, the snapshot in the hub's cache. Downloads nothing.
+
+    Raises ModelError as `fetch` does.
+    """
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        info = HfApi().model_info(name, timeout=PROBE_SECONDS)
+        return HfApi().model_info(name, timeout=PROBE_SECONDS)
     except GatedRepoError as error:
         raise ModelError(_gated(name)) from error
     except RepositoryNotFoundError as error:
@@ -53,17 +81,6 @@ def fetch(name: str, *, trust_remote_code: bool = False) -> Path:
                 f"Name a local folder or GGUF file, or use {SMOLLM2!r}, which comes from the package index."
             ) from error
         return cached
-    files = [sibling.rfilename for sibling in info.siblings or []]
-    check_files(files, repr(name), adapter_base=None)
-    patterns: list[str] = [*_WANTED, *(("*.py",) if trust_remote_code else ())]
-    try:
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except GatedRepoError as error:
-        raise ModelError(_gated(name)) from error
-    except OSError as error:
-        raise ModelError(
-            f"model {name!r}: the download failed ({error}). Run the same command again: it goes on where it stopped."
-        ) from error
 
 
 def _cached(name: str) -> Path | None:

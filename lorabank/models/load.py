@@ -15,6 +15,7 @@ from lorabank.models.folder import check_folder, foreign_framework, is_pickled, 
 from lorabank.models.gguf import convert_gguf, source_note
 from lorabank.models.names import WHISPER_TINY_EN, alias, check_not_closed, closest_sibling, is_hub_id, is_path
 from lorabank.models.quiet import quiet_transformers
+from lorabank.models.reading import config_of, fill_pad_token, incomplete, tokenizer_in, weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,25 +72,12 @@ def load_base(
     folder = locate(name, cache=cache, trust_remote_code=trust_remote_code, say=say)
     settings = check_folder(folder)
     with quiet_transformers():
-        config = _config(name, folder, settings, trust_remote_code=trust_remote_code)
+        config = config_of(name, folder, settings, trust_remote_code=trust_remote_code)
         _check_causal(name, config, settings, trust_remote_code=trust_remote_code)
-        tokenizer = _tokenizer(name, folder, trust_remote_code=trust_remote_code)
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=number,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-        except Exception as error:  # a damaged file surfaces as one of a dozen classes of three libraries
-            raise ModelError(
-                f"model {name!r}: its weights can't be read ({_first_line(error)}). Copy or download it again."
-            ) from error
-    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)  # the library's annotation omits this form
-    _check_complete(name, model, info)
+        tokenizer = tokenizer_in(name, folder, trust_remote_code=trust_remote_code)
+        model, info = weights_of(name, AutoModelForCausalLM, folder, config, dtype=number, trust_remote_code=trust_remote_code)
+    if info.missing:
+        raise incomplete(name, model, info.missing, "Use a complete checkpoint with the language-model head.")
     said: list[str] = []
     if dtype in QUANTIZED:
         quantize_base(model, dtype, device=where, say=said.append)
@@ -99,9 +87,9 @@ def load_base(
         *_source_notes(folder),
         *told,
         *said,
-        *_fill_pad_token(tokenizer),
+        *fill_pad_token(tokenizer),
         *_check_vocabulary(tokenizer, model),
-        *_unused(info),
+        *info.notes,
     ]
     return LoadedBase(
         model=model.eval(),
@@ -120,8 +108,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, cache: Path | 
     folder = locate(name, cache=cache, trust_remote_code=trust_remote_code)
     check_folder(folder)
     with quiet_transformers():
-        tokenizer = _tokenizer(name, folder, trust_remote_code=trust_remote_code)
-        _fill_pad_token(tokenizer)
+        tokenizer = tokenizer_in(name, folder, trust_remote_code=trust_remote_code)
+        fill_pad_token(tokenizer)
     return tokenizer
 
 
@@ -157,6 +145,13 @@ def check_name(name: str) -> None:
     if not is_hub_id(name):
         hint = closest_sibling(path)
         raise ModelError(f"model {name!r}: neither a folder, a GGUF file nor a hub id such as 'Qwen/Qwen3-0.6B'{hint}.")
+
+
+def check_there(name: str) -> None:
+    """Raise ModelError for what can't be had: as `check_name`, and where neither the hub nor its cache has such a model."""
+    check_name(name)
+    if not expanded(name, place="model", kind=ModelError).exists() and alias(name) is None:
+        hub.look(name)
 
 
 def _locate_file(path: Path, cache: Path, say: Say) -> Path:
@@ -216,32 +211,6 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
-def _config(name: str, folder: Path, settings: Mapping[str, Any], *, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    if "auto_map" in settings and not trust_remote_code and not _known_type(settings):
-        raise ModelError(
-            f"model {name!r}: it needs Python code that comes with its weights. "
-            "If you trust its author, set trust_remote_code: true."
-        )
-    try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # wrong values in a config surface as whatever the model's config class happens to raise
-        if not _known_type(settings):
-            kind = settings.get("model_type")
-            raise ModelError(
-                f"model {name!r}: its config.json has model_type {kind!r}, which the installed transformers doesn't know. "
-                "If the model is new: pip install -U transformers."
-            ) from error
-        raise ModelError(f"model {name!r}: its config.json can't be used ({_first_line(error)}).") from error
-
-
-def _known_type(settings: Mapping[str, Any]) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return settings.get("model_type") in CONFIG_MAPPING
-
-
 OTHER_TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
@@ -279,49 +248,6 @@ def _check_causal(name: str, config: Any, settings: Mapping[str, Any], *, trust_
     )
 
 
-def _tokenizer(name: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json", "spiece.model")
-    if not any((folder / file).is_file() for file in known):
-        raise ModelError(
-            f"model {name!r}: {str(folder)!r} has no tokenizer. "
-            "Copy tokenizer.json and tokenizer_config.json from the original model beside the weights."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # a damaged or exotic tokenizer surfaces as almost any class
-        raise ModelError(
-            f"model {name!r}: its tokenizer can't be read ({_first_line(error)}). "
-            "Copy the tokenizer's files again from the original model."
-        ) from error
-
-
-def _check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Raise ModelError when the file lacked weights, which transformers would otherwise leave random."""
-    missing = sorted(info.get("missing_keys") or ())
-    if missing:
-        raise ModelError(
-            f"model {name!r}: its file lacks {len(missing)} of the weights of {type(model).__name__} "
-            f"({', '.join(missing[:3])}), and random ones "
-            "would take their place. Use a complete checkpoint with the language-model head."
-        )
-
-
-def _fill_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Give the tokenizer a pad token if it has none; batches mask padding by length, so sharing one is safe."""
-    if tokenizer.pad_token is not None:
-        return []
-    stand_in = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
-    if stand_in is None:
-        raise ModelError(
-            "tokenizer: it has no pad, end, unknown or begin token to fill batches with. Set pad_token in its "
-            "tokenizer_config.json."
-        )
-    tokenizer.pad_token = stand_in
-    return [f"the tokenizer has no pad token: batches are filled with {stand_in!r} (masked by length, so its own meaning stays)"]
-
-
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
     rows = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
     highest = max(tokenizer.get_vocab().values())
@@ -333,14 +259,3 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 def _source_notes(folder: Path) -> list[str]:
     note = source_note(folder)
     return [note] if note else []
-
-
-def _unused(info: Mapping[str, Any]) -> list[str]:
-    unused = sorted(info.get("unexpected_keys") or ())
-    if not unused:
-        return []
-    return [f"{len(unused)} weights of the file have no place in the model and were left out ({', '.join(unused[:3])})"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lorabank.errors import ModelError, closest
 from lorabank.models.cache import Say
 from lorabank.models.dtypes import dtype_notes
 from lorabank.models.folder import check_folder
-from lorabank.models.load import _config, _fill_pad_token, _first_line, _tokenizer, _unused, locate, pick_device, pick_dtype
+from lorabank.models.load import locate, pick_device, pick_dtype
 from lorabank.models.quiet import quiet_transformers
+from lorabank.models.reading import config_of, fill_pad_token, incomplete, tokenizer_in, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,39 +60,21 @@ def load_class(
     folder = locate(name, trust_remote_code=trust_remote_code, say=say)
     settings = check_folder(folder)
     with quiet_transformers():
-        config = _config(name, folder, settings, trust_remote_code=trust_remote_code)
+        config = config_of(name, folder, settings, trust_remote_code=trust_remote_code)
         _check_class(name, auto, config)
         prepared = processor(name, folder)
-        try:
-            loaded = auto.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=number,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-        except Exception as error:  # a damaged file surfaces as one of a dozen classes of three libraries
-            raise ModelError(
-                f"model {name!r}: its weights can't be read ({_first_line(error)}). Copy or download it again."
-            ) from error
-    model, info = cast("tuple[PreTrainedModel, Mapping[str, Any]]", loaded)
-    missing = sorted(info.get("missing_keys") or ())
-    if lost := [key for key in missing if key not in head_parameters(model)]:
-        raise ModelError(
-            f"model {name!r}: its files lack {len(lost)} of the weights of {type(model).__name__} ({', '.join(lost[:3])}), and "
-            "random ones would take their place. Use a complete checkpoint."
-        )
+        model, info = weights_of(name, auto, folder, config, dtype=number, trust_remote_code=trust_remote_code)
+    if lost := [key for key in info.missing if key not in head_parameters(model)]:
+        raise incomplete(name, model, lost, "Use a complete checkpoint.")
     torch.nn.Module.to(model, where)  # PreTrainedModel's own `to` is typed wrongly
-    notes = (*dtype_notes(dtype, number, where), *_unused(info))
-    return LoadedClass(model=model.eval(), processor=prepared, folder=folder, fresh=tuple(missing), notes=notes)
+    notes = (*dtype_notes(dtype, number, where), *info.notes)
+    return LoadedClass(model=model.eval(), processor=prepared, folder=folder, fresh=tuple(info.missing), notes=notes)
 
 
 def tokenizer_of(name: str, folder: Path) -> Any:
     """The tokenizer in a model's folder, with a pad token. Raises ModelError."""
-    tokenizer = _tokenizer(name, folder, trust_remote_code=False)
-    _fill_pad_token(tokenizer)
+    tokenizer = tokenizer_in(name, folder, trust_remote_code=False)
+    fill_pad_token(tokenizer)
     return tokenizer
 
 

@@ -6,7 +6,7 @@ Language models that continue text come from `load_base`, which has more to say 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,8 +15,9 @@ from lorabank.errors import ModelError
 from lorabank.formats.adapter import Adapter
 from lorabank.models.cache import Say
 from lorabank.models.folder import check_folder
-from lorabank.models.load import _config, _first_line, _tokenizer, load_base, locate, pick_device, pick_dtype
+from lorabank.models.load import load_base, locate, pick_device, pick_dtype
 from lorabank.models.quiet import quiet_transformers
+from lorabank.models.reading import config_of, incomplete, tokenizer_in, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +54,7 @@ def load_for(
     folder = locate(name, say=say)
     settings = check_folder(folder)
     with quiet_transformers():
-        config = _config(name, folder, settings, trust_remote_code=False)
+        config = config_of(name, folder, settings, trust_remote_code=False)
         task = task_model(config, adapter, repr(name))
     if is_causal(task.kind, config):
         base = load_base(name, dtype=dtype, device=device, say=say)
@@ -61,7 +62,7 @@ def load_for(
     else:
         has_tokenizer = any((folder / file).is_file() for file in TOKENIZER)
         with quiet_transformers():
-            tokenizer = _tokenizer(name, folder, trust_remote_code=False) if has_tokenizer else None
+            tokenizer = tokenizer_in(name, folder, trust_remote_code=False) if has_tokenizer else None
             model = _loaded(name, folder, config, task, adapter, pick_dtype(dtype, where))
         cast("Any", model).to(where)
         found = LoadedTask(model=model.eval(), tokenizer=tokenizer, folder=folder, causal=False)
@@ -76,33 +77,11 @@ def _loaded(name: str, folder: Path, config: Any, task: TaskModel, adapter: Adap
         config.num_labels = task.labels
     for name_of, value in label_settings(config, task, adapter).items():
         setattr(config, name_of, {int(i): text for i, text in value.items()} if name_of == "id2label" else value)
-    make: Any = task.kind
-    try:
-        model, info = make.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=task.labels is not None,
-        )
-    except Exception as error:  # a damaged file surfaces as one of a dozen classes of three libraries
-        raise ModelError(
-            f"model {name!r}: its weights can't be read ({_first_line(error)}). Copy or download it again."
-        ) from error
-    _check_complete(name, model, info, adapter)
+    model, info = weights_of(name, task.kind, folder, config, dtype=dtype, ignore_mismatched_sizes=task.labels is not None)
+    if missing := _not_in_full(adapter, {*info.missing, *info.other_shape}):
+        way_out = "Name the base that it was trained on."
+        raise incomplete(name, model, missing, way_out, therefore="and the adapter hasn't got them either, so")
     return model
-
-
-def _check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any], adapter: Adapter) -> None:
-    """Raise ModelError where the file lacked weights that the adapter doesn't have in full."""
-    other = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys") or ()]
-    if missing := _not_in_full(adapter, {*info["missing_keys"], *other}):
-        raise ModelError(
-            f"model {name!r}: its files lack {len(missing)} of the weights of {type(model).__name__} ({', '.join(missing[:3])}), "
-            "and the adapter hasn't got them either, so random ones would take their place. Name the base that it was trained on."
-        )
 
 
 def _not_in_full(adapter: Adapter, names: Iterable[str]) -> list[str]:

@@ -57,10 +57,6 @@ class Report(Protocol):
         """A few short sentences, the most important first."""
         ...
 
-    def as_split(self, name: str) -> Report:
-        """The same, everything that was kept counted as one split."""
-        ...
-
 
 class RowSets(Protocol[Row_co]):
     """One data set in splits."""

@@ -53,7 +53,7 @@ def validation_losses(engine: Engine, rows: Mapping[str, Sequence[TokenRow]], *,
         for (name, _), value, count in zip(part, found, counts, strict=True):
             sums[name] -= value
             tokens[name] += count
-        busy("validation loss", min(start + batch_size, len(jobs)), len(jobs))
+        busy("scoring", min(start + batch_size, len(jobs)), len(jobs))
     return {name: sums[name] / max(tokens[name], 1e-12) for name in rows if rows[name]}
 
 

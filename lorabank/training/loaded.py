@@ -16,6 +16,7 @@ from lorabank.config.parse import load_config
 from lorabank.config.paths import expanded
 from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.config.train import AdapterRun, DataConfig, TrainConfig
+from lorabank.data.prepare import Progress
 from lorabank.errors import (
     AdapterNameError,
     CheckpointError,
@@ -202,12 +203,17 @@ def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
 
 
 def held_out_rows(
-    run: LoadedRun, names: Sequence[str], data: DataConfig, say: Callable[[str], None] = lambda line: None
+    run: LoadedRun,
+    names: Sequence[str],
+    data: DataConfig,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
 ) -> dict[str, Sequence[TaskRow]]:
     """The rows that each name is scored on: `data.test` if there is one, else the run's own held-out rows.
 
     `base` becomes one name for each distinct set of rows of the adapters among `names` (of all, if none is).
-    `say` gets the lines of the report over `data.test`; the run's own rows were reported when it was trained.
+    `say` gets the lines of the report over `data.test`; the run's own rows were reported when it was trained. `progress`: rows
+    read, and rows in all.
     """
     own = run.config is not None and run.config.data == data and data.test is None
     if own and run.config is not None:
@@ -215,7 +221,7 @@ def held_out_rows(
             raise DataError(
                 "evaluation: the run was trained on rows given as objects, which it can't read again. Give data.test (--data)."
             )
-        sets = run.task.read(run.config).by_adapter
+        sets = run.task.read(run.config, None, progress).by_adapter
         held = {name: sets[name].test or sets[name].val for name in sets}
         sets_of_rows = list(base_rows(held).values())
         every = sets_of_rows[0] if len(sets_of_rows) == 1 else [row for rows in sets_of_rows for row in rows]
@@ -225,9 +231,9 @@ def held_out_rows(
     source = data.test or data.val or data.train
     if source is None:
         raise DataError("evaluation: no rows. Give data.test (--data).")
-    alone = replace(data, train=source, val=None, test=None, val_split=0, test_split=0)
+    alone = replace(data, train=None, val=None, test=source, val_split=0, test_split=0)
     settings = replace(run.config or run.task.config, data=alone, adapters={}, defaults=AdapterRun())
-    (sets,) = run.task.read(settings).by_adapter.values()
-    for line in sets.report.as_split("test").lines():
+    (sets,) = run.task.read(settings, None, progress).by_adapter.values()
+    for line in sets.report.lines():
         say(line)
-    return dict.fromkeys(names, sets.train)
+    return dict.fromkeys(names, sets.test)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabank.errors import AdapterFileError, ConfigError, MissingExtraError, ModelError, OutputError
+from lorabank.errors import AdapterFileError, ConfigError, MissingExtraError, ModelError, OutputError, first_line
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.detect import load_adapter
 from lorabank.formats.peft import CONFIG_FILE, OWN_FILE, TENSORS_FILE, load_peft
@@ -165,7 +165,7 @@ def _upload(folder: Path, repository: str, *, token: str, private: bool, revisio
     except OutputError:
         raise
     except Exception as error:  # the hub client's transport errors have another class in each of its major versions
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise OutputError(
             f"push: the hub at {api.endpoint} refused {repository} ({first}). Nothing was committed. Check the name, and that "
             "the token may write there (`hf auth whoami`)."

@@ -128,8 +128,8 @@ def write_samples(folder: Path, prompts: Sequence[Generated]) -> None:
     lines = ["# Answers to held-out prompts", ""]
     for sample in prompts:
         lines += [f"**Prompt** `{_one_line(sample.prompt)}`", "", "| | |", "|---|---|"]
-        lines += [f"| reference | {_cell(text)} |" for text in sample.references[:2]]
-        lines += [f"| {name} | {_cell(text)} |" for name, text in sample.answers.items()]
+        lines += [f"| reference | {cell(text)} |" for text in sample.references[:2]]
+        lines += [f"| {name} | {cell(text)} |" for name, text in sample.answers.items()]
         lines.append("")
     write_files(folder, {"samples.md": ("\n".join(lines) + "\n").encode()})
 
@@ -143,5 +143,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text as one cell of a Markdown table."""
     return " ".join(text.replace("|", "\\|").split())

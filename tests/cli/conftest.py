@@ -63,7 +63,7 @@ class FakeApi(types.ModuleType):
         self.kept: list[int] = []
         """Calls made before the process was told to keep freed memory. The test's own process is left alone."""
         self.fails: Exception | None = None
-        """What training and preview raise."""
+        """What training, preview and evaluation raise."""
 
     def keep_freed_memory(self) -> bool:
         self.kept.append(len(self.calls))
@@ -85,6 +85,8 @@ class FakeApi(types.ModuleType):
 
     def evaluate(self, model: str, adapters: list[str] | None, data: Any, **options: Any) -> dict[str, dict[str, float]]:
         self.calls.append(("evaluate", (model, adapters, data, options)))
+        if self.fails:
+            raise self.fails
         options["say"]("2 rows read")
         return {"base": {"loss": 3.2, "bleu": 4.0}, "formal": {"loss": 1.1, "bleu": 30.0}}
 

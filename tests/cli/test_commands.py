@@ -19,7 +19,7 @@ from lorabank.cli import main
 from lorabank.cli.chat import answer_table
 from lorabank.config.parse import dump_yaml
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
-from lorabank.errors import TargetError
+from lorabank.errors import DataError, Setting, TargetError
 from lorabank.formats.adapter import Adapter
 
 
@@ -242,7 +242,7 @@ def test_predict_with_the_runs_template(api: Any, run_folder: Path, tmp_path: Pa
 def test_forms_of_prompts(name: str, text: str, asked: str, api: Any, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     out = tmp_path / "answers.jsonl"
-    assert main(["predict", "M", "--adapters", "base", "--data", str(tmp_path / name), "--output", str(out)]) == 0
+    assert main(["predict", str(tmp_path), "--adapters", "base", "--data", str(tmp_path / name), "--output", str(out)]) == 0
     assert len(rows_of(out)) == 1
     assert api.calls[1][1][0] == [("base", [{"role": "user", "content": asked}])]
 
@@ -270,10 +270,41 @@ def test_bad_rows_name_their_line(
 ) -> None:
     (tmp_path / "in.jsonl").write_text(text)
     out = tmp_path / "answers.jsonl"
-    assert main(["predict", "M", "--data", str(tmp_path / "in.jsonl"), "--output", str(out), *flags]) == 2
+    assert main(["predict", str(tmp_path), "--data", str(tmp_path / "in.jsonl"), "--output", str(out), *flags]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
     assert api.calls == [], "no model is loaded for rows that can't be answered"
+
+
+@pytest.mark.parametrize("run", ["NOSUCHRUN", "owner/nosuchrun", "./nosuchrun", "no such run"])
+def test_a_run_that_is_not_there_is_said_before_the_rows_are_read(
+    run: str, api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_hub)
+    (tmp_path / "in.jsonl").write_text('{"a": 1}\n')
+    assert main(["predict", run, "--data", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "answers.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert (f"model {run!r}: " in said and "no such folder" in said) or "neither a folder" in said
+    assert "column" not in said
+    assert api.calls == []
+
+
+def no_hub(*_: object, **__: object) -> None:
+    raise ConnectionError("no network")
+
+
+def test_rows_that_are_not_there_are_called_as_they_were_typed(
+    api: Any, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["predict", str(tmp_path), "--output", str(tmp_path / "new.jsonl")], ["eval", str(run_folder)]):
+        assert main([*command, "--data", "./gone.jsonl"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("lorabank: --data: no file or folder './gone.jsonl'") and "data.test" not in said
+    api.fails = DataError(Setting("data.test"), ": no file 'x'")
+    for command in (["eval", str(run_folder), "--data", "owner/rows"], ["eval", str(run_folder)]):
+        assert main(command) == 2
+    given, own = capsys.readouterr().err.splitlines()
+    assert (given, own) == ("lorabank: --data: no file 'x'", "lorabank: data.test: no file 'x'"), "its own are the run's"
 
 
 def test_predict_overwrites_nothing(api: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,7 +314,7 @@ def test_predict_overwrites_nothing(api: Any, tmp_path: Path, capsys: pytest.Cap
     assert "exists already" in capsys.readouterr().err
     assert out.read_text() == "mine"
     (tmp_path / "x.jsonl").write_text('{"prompt": "Hi"}\n')
-    line = ["predict", "M", "--data", str(tmp_path / "x.jsonl"), "--output"]
+    line = ["predict", str(tmp_path), "--data", str(tmp_path / "x.jsonl"), "--output"]
     assert main([*line, str(out / "deep" / "answers.jsonl")]) == 2
     assert f"{str(out)!r} is a file, not a folder" in capsys.readouterr().err
     assert api.calls == [], "no model is loaded for a file that can't be made"
@@ -296,7 +327,7 @@ def test_predict_onto_a_full_disk(api: Any, tmp_path: Path, capsys: pytest.Captu
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         words = ["--data", str(tmp_path / "in.txt"), "--output", str(out), "--batch-size", "1", "--adapters", "base"]
-        assert main(["predict", "M", *words]) == 2
+        assert main(["predict", str(tmp_path), *words]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"{out}: File too large. 2 of 4 rows are complete in it." in capsys.readouterr().err

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 import lorabank
 from lorabank.cli import main
 from lorabank.cli.main import COMMANDS, LATER
+from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.errors import DataError
 
 HEAVY = "torch transformers datasets rich matplotlib numpy yaml safetensors tokenizers"
@@ -26,6 +28,27 @@ heavy = [name for name in {HEAVY!r}.split() if name in sys.modules]
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("module", ["lorabank", "lorabank.cli", "lorabank.cli.main"])
+def test_every_form_of_the_command_runs(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "lorabank: trian: unknown command (did you mean 'train'?)" in done.stderr
+
+
+def test_every_task_that_needs_an_extra_has_one_of_its_name() -> None:
+    import tomllib
+
+    extras = tomllib.loads((Path(lorabank.__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    alone = {DEFAULT_TASK, "text2text-generation"}
+    assert {task for task in TASKS if task not in extras} == alone
+    for task in set(TASKS) - alone:
+        (needed,) = extras[task]
+        name = needed.removeprefix("lorabank[").removesuffix("]")
+        assert name in extras and f"lorabank[{name}]" == needed
 
 
 def test_alone_it_gives_an_overview(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,9 +95,10 @@ def test_nan_stops_with_the_rows_and_the_columns(kind: str, tmp_path: Path, chat
         run(chatml, train=source)
     message = str(caught.value)
     assert "NaN, a missing value, in 3 of 12 rows" in message
-    assert f"column 'ref': 2 × ({third}, {ninth})\n" in message
-    assert f"column 'mr': 1 × ({fifth})\n" in message
-    assert "data.nan_rows: drop" in message and "--data.nan-rows drop" in message
+    assert f"2 × column 'ref' holds NaN ({third}, {ninth})\n" in message
+    assert f"1 × column 'mr' holds NaN ({fifth})\n" in message
+    assert "set data.nan_rows to drop, which leaves them out and counts them" in message
+    assert [setting.place for setting in caught.value.settings] == ["data.nan_rows"]
     report = run(chatml, train=source, nan_rows="drop").report
     assert report.kept == 9
     assert {reason: rows.origins for reason, rows in report.dropped.items()} == {
@@ -111,7 +112,7 @@ def test_nan_is_counted_over_all_rows_and_sources(chatml: PreTrainedTokenizerFas
     for row in (*train[3:9], train[-1]):  # the last lies in another chunk
         row["ref"] = float("nan")
     val = [*pairs(["Hello"]), {"mr": "a", "ref": float("nan")}]
-    with pytest.raises(DataError, match=r"in 8 of 1,203 rows.*\n.*8 × \(row 4 of the train rows given, .*row 8 of .*, …\)"):
+    with pytest.raises(DataError, match=r"in 8 of 1,203 rows.*\n.*8 × .*\(row 4 of the train rows given, .*row 9 of .*\)"):
         run(chatml, train=train, val=val)
     with pytest.raises(DataError, match=r"in 1 of 15 rows.*\n.*\(row 3 of the val rows given\)"):
         run(chatml, train=pairs(NAMES), val=val)
@@ -131,7 +132,7 @@ def test_rows_are_not_tokenised_once_there_is_nan(chatml: PreTrainedTokenizerFas
 def test_nan_in_a_column_that_is_not_used_is_no_matter(chatml: PreTrainedTokenizerFast) -> None:
     rows = [{**row, "score": float("nan")} for row in pairs(NAMES)]
     assert run(chatml, train=rows).report.kept == 12
-    with pytest.raises(DataError, match="column 'score': 12 ×"):
+    with pytest.raises(DataError, match="12 × column 'score' holds NaN"):
         run(chatml, train=rows, group_by="score")
 
 
@@ -140,6 +141,36 @@ def test_nothing_left_is_an_error_with_the_reasons(chatml: PreTrainedTokenizerFa
         run(chatml, train=pairs(NAMES), max_length=5)
     with pytest.raises(DataError, match="val data: none of the 1 rows"):
         run(chatml, train=pairs(NAMES), val=[{"mr": "a", "ref": ""}])
+
+
+def test_rows_that_cannot_be_used_stop_it_where_that_is_asked_for(chatml: PreTrainedTokenizerFast) -> None:
+    rows = [*pairs(NAMES), *({"mr": f"a {i}", "ref": ""} for i in range(22)), {"mr": "word " * 99, "ref": "late"}]
+    empty = "the completion is empty: column 'ref' holds nothing"
+    long = "no trained token within max_length = 50: the prompt alone fills it"
+    dropped = run(chatml, train=rows, max_length=50).report.dropped
+    assert {why: rows.count for why, rows in dropped.items()} == {empty: 22, long: 1}
+    with pytest.raises(DataError) as caught:
+        run(chatml, train=rows, bad_rows="stop", max_length=50)
+    message = str(caught.value)
+    assert message.startswith(f"data: 23 of 35 rows can't be used:\n  - 22 × {empty} (row 13 of the train rows given, ")
+    assert f"row 32 of the train rows given, …)\n  - 1 × {long}" in message, "twenty are named"
+    assert message.endswith("set data.bad_rows to drop, which leaves them out and counts them.")
+    assert run(chatml, train=pairs(NAMES), bad_rows="stop").report.kept == 12
+
+
+def test_rows_to_be_scored_are_test_rows(tmp_path: Path, chatml: PreTrainedTokenizerFast) -> None:
+    import datasets
+
+    parts = {"train": pairs(NAMES), "test": pairs(["one", "two"])}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(tmp_path / "both")
+    found = run(chatml, test=str(tmp_path / "both"))
+    assert (found.train, found.val, len(found.test)) == ([], [], len(parts["test"]))
+    assert found.report.lines()[0].endswith(f"{len(parts['test'])} test")
+    with pytest.raises(DataError, match="test data: none of the 1 rows can be used"):
+        datasets.Dataset.from_list([{"mr": "a", "ref": ""}]).save_to_disk(tmp_path / "bad")
+        run(chatml, test=str(tmp_path / "bad"))
+    with pytest.raises(DataError, match=r"no training data: set data\.train to a file"):
+        run(chatml, val=pairs(NAMES))
 
 
 def test_sources(tmp_path: Path, chatml: PreTrainedTokenizerFast) -> None:

@@ -162,7 +162,7 @@ def _only(*files: str) -> Callable[[Path], None]:
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (_truncate, "weights can't be read"),
     "garbage": (_garbage, "weights can't be read"),
-    "no head": (_without_head, r"lacks 1 of the weights.*lm_head"),
+    "no head": (_without_head, r"files lack 1 of the weights.*lm_head"),
     "pickled": (_pickled, r"pytorch_model.bin is a pickle.*only safetensors.*convert"),
     "no weights": (_only(), "no .safetensors file"),
     "tensorflow": (_only("tf_model.h5"), r"tf_model.h5 is a TensorFlow checkpoint.*PyTorch models only"),

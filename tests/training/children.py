@@ -35,7 +35,7 @@ class Quiet:
 
 
 class SignalAt(Quiet):
-    """Sends this process a signal at a moment, such as `("step", 7)`: a pass; `("validation loss", 3)`: the third report."""
+    """Sends this process a signal at a moment, such as `("step", 7)`: a pass; `("scoring", 3)`: the third report."""
 
     def __init__(self, moment: tuple[str, int], number: int) -> None:
         self.what, self.when, self.number = *moment, number

@@ -77,9 +77,9 @@ KILLS = [
     ("save_adapter", 2),  # when some adapters are saved
 ]
 MORE_KILLS = [
-    ("validation loss", 1),  # the base, before the first step
+    ("scoring", 1),  # the base, before the first step
     ("step", 3),  # before the first checkpoint: the run starts again
-    ("validation loss", 6),  # an evaluation, after the checkpoint of pass 4
+    ("scoring", 6),  # an evaluation, after the checkpoint of pass 4
     ("fsync", 7),  # inside the first checkpoint's files
     ("replace", 5),  # between the renames of a checkpoint
     ("replace", 8),
@@ -97,7 +97,7 @@ def test_killed_and_resumed(moment: tuple[str, int], settings: dict[str, Any], w
 
 def test_killed_again_and_again(settings: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     """Each life ends in another place; a kill while a checkpoint is replaced leaves the old one."""
-    moments = [("fsync", 1), ("step", 5), ("validation loss", 1), ("replace", 2), ("fsync", 2), ("step", 13), ("samples", 1)]
+    moments = [("fsync", 1), ("step", 5), ("scoring", 1), ("replace", 2), ("fsync", 2), ("step", 13), ("samples", 1)]
     for moment in moments:
         resume = (tmp_path / "out" / "config.yaml").exists()
         assert train_in_child(tmp_path, settings, moment=moment, resume=resume) == -signal.SIGKILL
@@ -107,8 +107,8 @@ def test_killed_again_and_again(settings: dict[str, Any], whole: Path, tmp_path:
     assert_same_run(tmp_path / "out", whole)
 
 
-STOPS = [("step", 7), ("validation loss", 4), ("generating answers", 1)]
-MORE_STOPS = [("validation loss", 1), ("step", 2), ("samples", 1)]
+STOPS = [("step", 7), ("scoring", 4), ("generating answers", 1)]
+MORE_STOPS = [("scoring", 1), ("step", 2), ("samples", 1)]
 
 
 @pytest.mark.parametrize("moment", [*STOPS, *(pytest.param(m, marks=pytest.mark.slow) for m in MORE_STOPS)], ids=str)

@@ -33,9 +33,9 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     pictures are drawn.
     """
     least, draw = _options(wanted)
-    data = DataConfig(train=wanted.data, val_split=0, limit=wanted.max_rows)
+    data = DataConfig(test=wanted.data, limit=wanted.max_rows, bad_rows=task.config.data.bad_rows)
     sets = prepare(data, task.config.detection, seed=0, train=None, val=None, keep=task.store.keep, boxed=False)
-    rows = sets.train
+    rows = sets.test
     alone = wanted.output.suffix.lower() == ".json"
     if alone and len(wanted.names) > 1:
         raise ConfigError(

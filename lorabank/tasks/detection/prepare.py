@@ -11,13 +11,14 @@ from PIL import Image
 
 from lorabank.config.detection import DetectionConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import NAMED, listed, nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
-from lorabank.data.report import MAX_ORIGINS
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
+from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import split_rows
-from lorabank.errors import DataError
+from lorabank.errors import DataError, Setting
 from lorabank.tasks.detection.boxes import check_boxes
 from lorabank.tasks.detection.pictures import open_picture
 from lorabank.tasks.detection.rows import DetectionRow
@@ -60,18 +61,16 @@ def prepare(
 ) -> DetectionSets:
     """Find, open, check and split. `labels`: a head's own, where it has some. `boxed` False: pictures alone, to predict.
 
-    Pictures and boxes that can't be used are left out and counted, or stop it with their names, as `detection.bad_pictures` and
+    Pictures and boxes that can't be used are left out and counted, or refused by name, as `data.bad_rows` and
     `detection.bad_boxes` say. Raises DataError, also where no picture, or no box to learn from, is left.
     """
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a COCO file, a folder or a table, or pass the rows themselves")
-    if boxed:
-        sources = {role: _held_beside(sources["train"], role) if source is None else source for role, source in sources.items()}
+    sources = sources_of(data, train, val, expected="a COCO file, a folder or a table")
+    for role in ("val", "test") if "train" in sources else ():
+        beside = None if role in sources else _held_beside(sources["train"], role)
+        sources |= {} if beside is None else {role: beside}
     found = {
         role: find_pictures(source, role=role, images=detection.images, boxed=boxed, limit=data.limit)
         for role, source in sources.items()
-        if source is not None
     }
     if not boxed:
         found = {role: replace(part, entries=[replace(each, boxes=()) for each in part.entries]) for role, part in found.items()}
@@ -79,19 +78,22 @@ def prepare(
     opened = _open(found, detection, known, keep, progress)
     total = sum(map(len, opened.values()))
     errors = [each.error for part in opened.values() for each in part if each.error is not None]
-    _refuse(opened, errors, detection)
+    refuse(errors, total, data, what="pictures")
+    faults = _faults(opened)
+    if faults and detection.bad_boxes == "stop":
+        raise _refused(faults)
     parts = {role: [each.row for each in part if each.row is not None] for role, part in opened.items()}
     for role, part in parts.items():
         if not part:
-            why = next(each.error for each in opened[role] if each.error is not None)
-            raise DataError(f"{role} data: none of the {len(opened[role]):,} pictures can be used: {why}")
+            own = [each.error for each in opened[role] if each.error is not None]
+            raise nothing_left(role, len(opened[role]), own, what="pictures")
     splits = _split(data, parts, seed)
-    names = known or _labels(found["train"], splits["train"])
-    if boxed and not any(not box.crowd for row in splits["train"] for box in row.boxes):
-        count = len(splits["train"])
-        raise DataError(
-            f"train data: none of the {count:,} pictures has a box: nothing to learn from, or to score.{_hint(opened)}"
-        )
+    role = main_part(parts)
+    main, declared = splits[role], found[role]
+    names = known or _labels(declared, main)
+    if boxed and not any(not box.crowd for row in main for box in row.boxes):
+        count, hint = len(main), f" Boxes that were left out:{listed(faults)}" if faults else ""
+        raise DataError(f"{role} data: none of the {count:,} pictures has a box: nothing to learn from, or to score.{hint}")
     return DetectionSets(
         train=splits["train"],
         val=splits["val"],
@@ -100,19 +102,19 @@ def prepare(
             read=total,
             errors=errors,
             splits=splits,
-            facts=_facts(splits["train"], names) if boxed else (),
-            notes=_notes(found, opened),
+            facts=_facts(main, names, trained=role == "train") if boxed else (),
+            notes=_notes(found, faults),
             what="pictures",
         ),
         labels=tuple(names),
-        category_ids={name: number for number, name in found["train"].names.items() if name in names},
+        category_ids={name: number for number, name in declared.names.items() if name in names},
     )
 
 
 def _held_beside(source: Source, role: str) -> Source | None:
     """The `valid` or `test` folder beside the `train` folder that a source holds."""
-    if role == "train" or not isinstance(source, str):
-        return source if role == "train" else None
+    if not isinstance(source, str):
+        return None
     from lorabank.config.paths import expanded
 
     folder = expanded(source, place="data.train", kind=DataError)
@@ -171,68 +173,43 @@ def _one(entry: Entry, names: Mapping[int, str], known: Sequence[str] | None, de
     return _Opened(row, None, faults)
 
 
-def _refuse(opened: Mapping[str, Sequence[_Opened]], errors: Sequence[RowError], detection: DetectionConfig) -> None:
-    if errors and detection.bad_pictures == "stop":
-        listed = _listed([(error.reason, error.origin) for error in errors])
-        raise DataError(
-            f"data: {len(errors):,} pictures can't be used:{listed}\n"
-            "Correct or delete them. Or set `detection.bad_pictures: drop`, which leaves them out and counts them."
-        )
-    faults = _faults(opened)
-    if faults and detection.bad_boxes == "stop":
-        raise DataError(
-            f"data: {len(faults):,} boxes can't be used as they are:{_listed([(f'boxes {why}', at) for why, at in faults])}\n"
-            "Correct them. Or set `detection.bad_boxes: clip` (or drop), which counts them."
-        )
+def _faults(opened: Mapping[str, Sequence[_Opened]]) -> list[RowError]:
+    """One for every box that isn't as it should be."""
+    rows = [(each.row, each.faults) for part in opened.values() for each in part if each.row is not None]
+    return [RowError(why, row.origin) for row, faults in rows for why in faults]
 
 
-def _faults(opened: Mapping[str, Sequence[_Opened]]) -> list[tuple[str, str]]:
-    """(why, where) of every box that isn't as it should be."""
-    return [(why, each.row.origin) for part in opened.values() for each in part if each.row is not None for why in each.faults]
+def _refused(faults: Sequence[RowError]) -> DataError:
+    return DataError(
+        f"data: {len(faults):,} boxes can't be used as they are:{listed(faults, NAMED)}\nCorrect them, or set ",
+        Setting("detection.bad_boxes"),
+        " to clip or drop, which count them.",
+    )
 
 
-def _listed(pairs: Sequence[tuple[str, str]]) -> str:
-    reasons: dict[str, list[str]] = {}
-    for why, where in pairs:
-        reasons.setdefault(why, []).append(where)
-    lines = []
-    for why, places in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        first = list(dict.fromkeys(places))
-        lines.append(
-            f"\n  - {len(places):,} × {why} ({', '.join(first[:MAX_ORIGINS])}{', …' if len(first) > MAX_ORIGINS else ''})"
-        )
-    return "".join(lines)
-
-
-def _hint(opened: Mapping[str, Sequence[_Opened]]) -> str:
-    faults = _faults(opened)
-    return f" Boxes that were left out:{_listed(faults)}" if faults else ""
-
-
-def _notes(found: Mapping[str, Found], opened: Mapping[str, Sequence[_Opened]]) -> dict[str, list[str]]:
-    counts = Counter(why for why, _ in _faults(opened))
+def _notes(found: Mapping[str, Found], faults: Sequence[RowError]) -> dict[str, list[str]]:
+    counts = Counter(fault.reason for fault in faults)
     notes: dict[str, list[str]] = {}
     for why, count in counts.most_common():
         left = "" if why.endswith("cut off") else ", left out"
-        places = [where for reason, where in _faults(opened) if reason == why]
+        places = [fault.origin for fault in faults if fault.reason == why]
         notes[f"{count:,} {'box' if count == 1 else 'boxes'} {why}{left}"] = list(dict.fromkeys(places))
     if stray := [where for part in found.values() for where in part.stray]:
         notes["annotations of pictures that the file doesn't list, left out"] = stray
     return notes
 
 
-def _facts(rows: Sequence[DetectionRow], labels: Sequence[str]) -> list[str]:
+def _facts(rows: Sequence[DetectionRow], labels: Sequence[str], *, trained: bool) -> list[str]:
     counts = Counter(box.label for row in rows for box in row.boxes)
     if not counts:
         return []
     shown = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(8))
-    facts = [f"{len(labels)} categories, {sum(counts.values()):,} boxes in training: {shown}{', …' if len(counts) > 8 else ''}"]
+    where, kind = (" in training", "training ") if trained else ("", "")
+    facts = [f"{len(labels)} categories, {sum(counts.values()):,} boxes{where}: {shown}{', …' if len(counts) > 8 else ''}"]
     if empty := sum(not row.boxes for row in rows):
-        facts.append(f"{empty:,} training pictures without a box: they teach what is nothing")
+        facts.append(f"{empty:,} {kind}pictures without a box{': they teach what is nothing' if trained else ''}")
     if absent := [label for label in labels if label not in counts]:
-        facts.append(
-            f"{len(absent)} categories without a training box: {', '.join(absent[:8])}{', …' if len(absent) > 8 else ''}"
-        )
+        facts.append(f"{len(absent)} categories without a {kind}box: {', '.join(absent[:8])}{', …' if len(absent) > 8 else ''}")
     return facts
 
 
@@ -249,6 +226,8 @@ def _order(label: str) -> tuple[bool, int, str]:
 
 
 def _split(data: DataConfig, parts: Mapping[str, list[DetectionRow]], seed: int) -> dict[str, list[DetectionRow]]:
+    if "train" not in parts:
+        return all_scored(parts["test"])
     rows = parts["train"]
     val = 0 if "val" in parts else data.val_split
     test = 0 if "test" in parts else data.test_split

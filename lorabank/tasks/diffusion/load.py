@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorabank.config.paths import expanded
-from lorabank.errors import MissingExtraError, ModelError, closest
+from lorabank.errors import MissingExtraError, ModelError, closest, first_line
 from lorabank.models.dtypes import dtype_notes
 from lorabank.models.folder import read_json
 from lorabank.models.load import pick_device, pick_dtype
@@ -119,7 +119,7 @@ def _fetched(diffusers: Any, name: str) -> Path:
     try:
         return Path(diffusers.DiffusionPipeline.download(name))
     except Exception as error:  # the hub client's errors have another class in each of its major versions
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(
             f"model {name!r}: no such folder here, and it can't be had from the hub ({reason}). Name a folder that "
             "pipeline.save_pretrained wrote, or check the spelling of owner and model."
@@ -148,5 +148,5 @@ def _pipeline(diffusers: Any, folder: Path, name: str) -> Any:
             kind = getattr(diffusers, str(index["_class_name"]))  # imports what notices of torchvision come from
             return kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **left_out, **more)
     except Exception as error:  # a damaged file surfaces as one of a dozen classes of four libraries
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"model {name!r}: the pipeline can't be read ({reason}). Copy or download it again.") from error

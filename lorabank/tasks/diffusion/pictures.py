@@ -19,6 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.paths import expanded
+from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refusal, refuse
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.errors import DataError, closest
@@ -29,7 +31,6 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = ("text", "caption", "prompt")
 FILES = ("file_name", "image", "file", "path")
 UNREADABLE, TINY, UNTITLED = "can't be read as a picture", "is tiny", "has no caption"
-_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +103,13 @@ class Read:
 
 
 def read_pictures(
-    source: Source, config: DiffusionConfig, *, step: int, role: str = "train", limit: int | None = None, busy: Any = None
+    source: Source, data: DataConfig, config: DiffusionConfig, *, step: int, role: str = "train", busy: Any = None
 ) -> Read:
     """Open and check every picture of a source. `step`: what sides must be a multiple of. `busy(done, total)`: progress.
 
-    Raises DataError, which names the files, for pictures that are bad where the configuration says `stop`.
+    Raises DataError, which names the files, where `data.bad_rows` or `diffusion.no_caption` says `stop`.
     """
-    found = list(find_pictures(source, config, role=role))[:limit]
+    found = list(find_pictures(source, config, role=role))[: data.limit]
     if not found:
         raise DataError(f"{source}: no pictures there ({' '.join(SUFFIXES)})")
     sizes = buckets_of(config.resolution, step=step, max_aspect=config.max_aspect)
@@ -129,23 +130,14 @@ def read_pictures(
                 notes.setdefault(note, []).append(picture.origin)
         if busy is not None:
             busy(number, len(found))
-    _stop_for(errors, config, len(found), str(source) if isinstance(source, str | Path) else f"the {role} pictures")
+    untitled = [error for error in errors if error.reason == UNTITLED]
+    refuse([error for error in errors if error.reason != UNTITLED], len(found), data, what="pictures")
+    if untitled and config.no_caption == "stop":
+        ways = "drop, which leaves them out and counts them, or to empty, which trains them without one"
+        raise refusal(untitled, len(found), "diffusion.no_caption", ways, what="pictures")
     if not pictures:
-        raise DataError(f"{source}: none of the {len(found):,} pictures can be used: {errors[0]}")
+        raise nothing_left(role, len(found), errors, what="pictures")
     return Read(pictures=pictures, errors=errors, notes=notes)
-
-
-def _stop_for(errors: Sequence[RowError], config: DiffusionConfig, total: int, where: str) -> None:
-    """Raise for faults that the user didn't choose to skip."""
-    stops = [e for e in errors if (config.no_caption if e.reason == UNTITLED else config.bad_pictures) == "stop"]
-    if not stops:
-        return
-    shown = "; ".join(f"{error.origin} {error.reason}" for error in stops[:_NAMED])
-    more = f"; and {len(stops) - _NAMED:,} more" if len(stops) > _NAMED else ""
-    untitled = sum(error.reason == UNTITLED for error in stops)
-    ways = ["diffusion.bad_pictures: skip leaves them out"] if untitled < len(stops) else []
-    ways += ["diffusion.no_caption: skip leaves out those without a caption, empty trains them without one"] if untitled else []
-    raise DataError(f"{where}: {len(stops):,} of {total:,} pictures can't be used: {shown}{more}. {'; '.join(ways)}.")
 
 
 def _checked(found: Found, config: DiffusionConfig, sizes: tuple[Size, ...]) -> Picture:

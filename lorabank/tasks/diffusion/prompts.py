@@ -25,7 +25,7 @@ def read_captions(source: str, limit: int | None) -> list[str]:
             raise DataError(f"{path}: no prompts there: expected one a line")
         return found
     found = []
-    for row in read_rows(source, limit=limit):
+    for row in read_rows(source, limit=limit, role="test"):
         column = next((name for name in COLUMNS if name in row.values), None)
         value = None if column is None else row.values[column]
         if not isinstance(value, str):

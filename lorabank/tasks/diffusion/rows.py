@@ -12,8 +12,8 @@ from lorabank.config.train import DataConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
+from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import split_rows
-from lorabank.errors import DataError
 from lorabank.tasks.diffusion.pictures import Picture, Read, read_pictures
 
 OBJECT_PICTURES = 20
@@ -31,16 +31,10 @@ def prepare(
     progress: Progress | None = None,
 ) -> Splits[Picture]:
     """Read, check and split. Equal pictures never land in two splits. `step`: what sides must be a multiple of."""
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a folder of pictures, a metadata file or a data set id")
-    read = {
-        role: read_pictures(source, config, step=step, role=role, limit=data.limit, busy=progress)
-        for role, source in sources.items()
-        if source is not None
-    }
+    sources = sources_of(data, train, val, expected="a folder of pictures, a metadata file or a data set id")
+    read = {role: read_pictures(source, data, config, step=step, role=role, busy=progress) for role, source in sources.items()}
     parts = _split(data, read, seed)
-    sizes = Counter(str(picture.fit.bucket) for picture in parts["train"])
+    sizes = Counter(str(picture.fit.bucket) for picture in parts[main_part(read)])
     notes: dict[str, list[str]] = {}
     for each in read.values():
         for note, origins in each.notes.items():
@@ -58,6 +52,8 @@ def prepare(
 
 
 def _split(data: DataConfig, read: dict[str, Read], seed: int) -> dict[str, list[Picture]]:
+    if "train" not in read:
+        return all_scored(read["test"].pictures)
     pictures = list(read["train"].pictures)
     val = 0 if "val" in read else data.val_split
     test = 0 if "test" in read else data.test_split
@@ -77,7 +73,7 @@ def with_prior(
 ) -> Splits[Picture]:
     """The training rows with as many pictures of the class beside them; the object's are repeated where they are fewer."""
     found = read_pictures(
-        folder, replace(config, trigger=""), step=step, role="prior", limit=config.prior_pictures, busy=progress
+        folder, DataConfig(limit=config.prior_pictures), replace(config, trigger=""), step=step, role="prior", busy=progress
     )
     prior = [replace(picture, prior=True) for picture in found.pictures]
     own = list(splits.train)

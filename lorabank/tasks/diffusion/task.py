@@ -222,7 +222,7 @@ class TextToImage(Task[Picture]):
             batch = picture_batch(each, routes, sizes=[row.size for _, row, _ in part], examples=range(len(part)))
             for (name, _, _), loss in zip(part, row_losses(engine, batch).tolist(), strict=True):
                 sums[name] += loss
-            busy("validation loss", min(start + config.batch_size, len(jobs)), len(jobs))
+            busy("scoring", min(start + config.batch_size, len(jobs)), len(jobs))
         return {name: {"loss": sums[name] / (PARTS * len(own))} for name, own in rows.items() if own}
 
     def scores(

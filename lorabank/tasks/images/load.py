@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lorabank.config.images import ImagesConfig
-from lorabank.errors import MissingExtraError, ModelError
+from lorabank.errors import MissingExtraError, ModelError, first_line
 from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE, SIZE, efficientnet_lite
-from lorabank.models.load import _first_line, pick_device, pick_dtype
+from lorabank.models.load import pick_device, pick_dtype
 from lorabank.models.load_class import load_class
 from lorabank.tasks.images.preprocess import load_processor, plain_processor
 
@@ -72,7 +72,7 @@ def _timm(name: str) -> LoadedImageModel:
     try:
         model = timm.create_model(name.removeprefix(TIMM), pretrained=True)
     except Exception as error:  # unknown names, the hub, damaged files: timm raises many kinds
-        raise ModelError(f"model {name!r}: timm can't make it ({_first_line(error)}). See timm.list_models().") from error
+        raise ModelError(f"model {name!r}: timm can't make it ({first_line(error)}). See timm.list_models().") from error
     said = timm.data.resolve_model_data_config(model)
     known = ImagesConfig(image_size=said["input_size"][1], mean=said["mean"], std=said["std"])
     return LoadedImageModel(model=model, processor=plain_processor(known), folder=None)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from lorabank.config.images import ImagesConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.read import Source
-from lorabank.data.report import MAX_ORIGINS
-from lorabank.data.row import NanError, RowError
+from lorabank.data.row import RowError
+from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.stratified import stratified_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.images.pictures import open_picture, quiet_pillow
@@ -58,33 +59,28 @@ def prepare_images(
 
     `train` and `val` (a folder, a table, a `datasets` id or object, or a list of dicts) override the paths of `data`. `labels`: a
     head's own, where it has some; else `images.labels`, else those of the training pictures. `scoring`: nothing is trained, so
-    some may be missing. Pictures that can't be used are dropped and counted by reason, or stop it with all their names, as
-    `images.bad_rows` says. Splits are by class. Raises DataError, also where no picture is left.
+    some may be missing. Pictures that can't be used are counted in the report by reason, or refused, by `data.bad_rows`; NaN by
+    `data.nan_rows`. Splits are by class. Raises DataError, also where no picture is left.
     """
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a folder, a table or a data set id, or pass the rows themselves")
-    for role in ("val", "test"):
-        sources[role] = held_out_beside(sources["train"], role) if sources[role] is None else sources[role]
+    sources = sources_of(data, train, val, expected="a folder, a table or a data set id")
+    for role in ("val", "test") if "train" in sources else ():
+        beside = None if role in sources else held_out_beside(sources["train"], role)
+        sources |= {} if beside is None else {role: beside}
     columns = Columns(image=images.image_column, label=images.label_column)
-    found = {
-        role: find_pictures(source, role=role, columns=columns, limit=data.limit)
-        for role, source in sources.items()
-        if source is not None
-    }
+    found = {role: find_pictures(source, role=role, columns=columns, limit=data.limit) for role, source in sources.items()}
     opened = _open(found, images, store, progress)
     known = labels or images.labels
     if known is None:
-        names = {each.row.label for each in opened["train"] if each.row is not None and each.row.label is not None}
+        names = {each.row.label for each in opened[main_part(opened)] if each.row is not None and each.row.label is not None}
         known = sorted(names, key=natural)
     checked = {role: [_labelled(each, known) for each in part] for role, part in opened.items()}
     errors = {role: [each.error for each in part if each.error is not None] for role, part in checked.items()}
     total = sum(map(len, found.values()))
-    _refuse([e for part in errors.values() for e in part], total, data, images)
+    refuse([e for part in errors.values() for e in part], total, data, what="pictures")
     rows = {role: [each.row for each in part if each.row is not None] for role, part in checked.items()}
     for role, part in rows.items():
         if not part:
-            raise DataError(f"{role} data: none of the {len(found[role]):,} pictures can be used:{_listed(errors[role])}")
+            raise nothing_left(role, len(found[role]), errors[role], what="pictures")
     splits, notes = _split(data, rows, seed)
     if not scoring:
         _check_classes(known, splits["train"], notes)
@@ -139,32 +135,12 @@ def _labelled(each: _Opened, known: Collection[str]) -> _Opened:
     return _Opened(None, RowError(f"label {label!r} is none of the {len(known)} known{closest(label, known)}", each.row.origin))
 
 
-def _refuse(errors: Sequence[RowError], total: int, data: DataConfig, images: ImagesConfig) -> None:
-    nan = [error for error in errors if isinstance(error, NanError)] if data.nan_rows == "stop" else []
-    stopping = errors if images.bad_rows == "stop" else nan
-    if not stopping:
-        return
-    setting = "images.bad_rows" if images.bad_rows == "stop" else "data.nan_rows"
-    raise DataError(
-        f"data: {len(stopping):,} of {total:,} pictures can't be used:{_listed(stopping)}\n"
-        f"Correct or delete them. Or set `{setting}: drop`, which leaves them out and counts them in the data report."
-    )
-
-
-def _listed(errors: Sequence[RowError]) -> str:
-    reasons: dict[str, list[str]] = {}
-    for error in errors:
-        reasons.setdefault(error.reason, []).append(error.origin)
-    return "".join(
-        f"\n  - {len(origins):,} × {reason} ({', '.join(origins[:MAX_ORIGINS])}{', …' if len(origins) > MAX_ORIGINS else ''})"
-        for reason, origins in sorted(reasons.items(), key=lambda item: -len(item[1]))
-    )
-
-
 def _split(
     data: DataConfig, rows: Mapping[str, list[ImageRow]], seed: int
 ) -> tuple[dict[str, list[ImageRow]], dict[str, list[str]]]:
     """Hold pictures out of the training source for each split that has no source of its own."""
+    if "train" not in rows:
+        return all_scored(rows["test"]), {}
     source = rows["train"]
     val = 0 if "val" in rows else data.val_split
     test = 0 if "test" in rows else data.test_split

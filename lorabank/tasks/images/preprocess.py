@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorabank.config.images import ImagesConfig
-from lorabank.errors import ConfigError, ModelError, Setting
+from lorabank.errors import ConfigError, ModelError, Setting, first_line
 from lorabank.models.image_processors import processor_class
 from lorabank.models.quiet import quiet_transformers
 
@@ -102,7 +102,7 @@ def load_processor(folder: Path) -> Any:
         with quiet_transformers():  # which says on import that it does without torchvision
             return processor_class(folder).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a damaged file surfaces as one of many classes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise ModelError(
             f"model {str(folder)!r}: its image processor (preprocessor_config.json) can't be used ({reason}). Copy it again from "
             "the original model, or delete it and set images.mean, images.std and images.image_size."

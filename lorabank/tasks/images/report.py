@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lorabank.data.report import Reason, gather
+from lorabank.data.reasons import Reason, dropped_lines, dropped_rows, gather
 from lorabank.data.row import RowError
 from lorabank.tasks.images.rows import ImageRow
 
@@ -45,16 +45,11 @@ class ImageReport:
         """Plain values for JSON."""
         return asdict(self)
 
-    def as_split(self, name: str) -> ImageReport:
-        """The same, everything that was kept counted as one split."""
-        classes = {label: {name: sum(parts.values())} for label, parts in self.classes.items() if parts}
-        return replace(self, splits={name: self.kept}, classes=classes)
-
     def lines(self) -> list[str]:
         """The report as a few short sentences, the most important first."""
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
         lines = [f"{self.read:,} pictures read, {self.kept:,} kept: {splits}"]
-        lines += [f"dropped {reason.count:,}: {why} ({some(reason)})" for why, reason in self.dropped.items()]
+        lines += dropped_lines(self.dropped)
         totals = {label: sum(parts.values()) for label, parts in self.classes.items() if parts}
         if totals:
             least, most = min(totals, key=lambda k: totals[k]), max(totals, key=lambda k: totals[k])
@@ -68,18 +63,13 @@ class ImageReport:
                 lines.append(f"uneven classes: {most} has {totals[most]:,} pictures, {least} {totals[least]:,}; see f1_macro")
         lines.append(f"sizes from {self.smallest} to {self.largest} pixels")
         if self.duplicates.count:
-            lines.append(f"exact duplicates: {self.duplicates.count:,} ({some(self.duplicates)})")
+            lines.append(f"exact duplicates: {self.duplicates.count:,} ({self.duplicates.some})")
         if self.other_labels.count:
-            lines.append(f"the same picture under another label: {self.other_labels.count:,} ({some(self.other_labels)})")
+            lines.append(f"the same picture under another label: {self.other_labels.count:,} ({self.other_labels.some})")
         for pair, reason in self.in_two_splits.items():
-            lines.append(f"same picture in {pair}: {reason.count:,} ({some(reason)})")
-        lines += [f"{note}: {reason.count:,} ({some(reason)})" for note, reason in self.notes.items()]
+            lines.append(f"same picture in {pair}: {reason.count:,} ({reason.some})")
+        lines += [f"{note}: {reason.count:,} ({reason.some})" for note, reason in self.notes.items()]
         return lines
-
-
-def some(reason: Reason) -> str:
-    """The first few of them."""
-    return ", ".join(reason.origins) + (", …" if reason.count > len(reason.origins) else "")
 
 
 def build_report(
@@ -93,15 +83,12 @@ def build_report(
 ) -> ImageReport:
     """The report over `splits` (`train`, `val`, `test`, in that order). `sizes`: width and height of every picture kept."""
     rows = [row for part in splits.values() for row in part]
-    reasons: dict[str, list[str]] = {}
-    for error in errors:
-        reasons.setdefault(error.reason, []).append(error.origin)
     by_split = {name: Counter(row.label for row in part) for name, part in splits.items()}
     by_area = sorted(sizes, key=lambda size: size[0] * size[1]) or [(0, 0)]
     return ImageReport(
         read=read,
         kept=len(rows),
-        dropped={reason: gather(origins) for reason, origins in sorted(reasons.items(), key=lambda item: -len(item[1]))},
+        dropped=dropped_rows(errors),
         splits={name: len(part) for name, part in splits.items()},
         classes={label: {name: counts[label] for name, counts in by_split.items() if counts[label]} for label in labels},
         smallest="{} × {}".format(*by_area[0]),

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
 from lorabank.data.row_report import Splits, row_report
+from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import split_rows
-from lorabank.errors import DataError
-from lorabank.tasks.bad_rows import nothing_left, refuse
 from lorabank.tasks.seq2seq.pairs import Pair, PairReader
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ def prepare_pairs(
     Rows that can't be used are counted in the report by reason, or refused, by `data.bad_rows`; NaN by `data.nan_rows`. Raises
     DataError and ConfigError.
     """
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a file, a folder or a data set id, or pass the rows themselves")
-    raw = {role: read_rows(source, limit=data.limit, role=role) for role, source in sources.items() if source is not None}
+    raw = {role: read_rows(source, limit=data.limit, role=role) for role, source in sources_of(data, train, val).items()}
     read, done = sum(map(len, raw.values())), 0
     errors: dict[str, list[RowError]] = {}
     parts: dict[str, list[PairRow]] = {}
@@ -108,7 +105,7 @@ def prepare_pairs(
         read=read,
         errors=[error for found in errors.values() for error in found],
         splits=splits,
-        facts=[*filter(None, facts), _lengths(splits["train"])],
+        facts=[*filter(None, facts), _lengths(splits[main_part(parts)])],
         notes={note: origins for note, origins in notes.items() if origins},
     )
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
@@ -176,6 +173,8 @@ def _split(
     parts: Mapping[str, list[PairRow]], data: DataConfig, seed: int
 ) -> tuple[dict[str, list[PairRow]], dict[str, list[str]]]:
     """Hold rows out of the training source for each split without one of its own; equal sources stay together."""
+    if "train" not in parts:
+        return all_scored(parts["test"]), {}
     rows = parts["train"]
     val, test = 0 if "val" in parts else data.val_split, 0 if "test" in parts else data.test_split
     keys = [row.pair.source if data.group_by is None else str(row.pair.group) for row in rows]

@@ -157,7 +157,7 @@ class Text2Text(Task[PairRow]):
             for (name, row), loss in zip(part, losses_of_batch(engine, batch).double().tolist(), strict=True):
                 sums[name] += loss
                 tokens[name] += len(row.target_ids)
-            busy("validation loss", min(start + config.batch_size, len(jobs)), len(jobs))
+            busy("scoring", min(start + config.batch_size, len(jobs)), len(jobs))
         return {name: sums[name] / max(1, tokens[name]) for name, own in rows.items() if own}
 
     def _write(

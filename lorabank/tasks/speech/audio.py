@@ -133,6 +133,13 @@ def _read(file: Any, what: str) -> tuple[np.ndarray, int]:
         raise RowError(f"{what} can't be decoded: it is damaged, cut off, or in a format that libsndfile doesn't read") from error
 
 
+def as_wav(samples_S: np.ndarray, rate: int) -> bytes:
+    """A mono WAV file of 16 bits. Raises MissingExtraError."""
+    buffer = io.BytesIO()
+    _soundfile().write(buffer, samples_S, rate, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+
 def _soundfile() -> ModuleType:
     try:
         import soundfile

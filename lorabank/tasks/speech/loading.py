@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorabank.errors import ModelError
+from lorabank.errors import ModelError, first_line
 
 
 def processor_of(name: str, folder: Path) -> Any:
@@ -16,7 +16,7 @@ def processor_of(name: str, folder: Path) -> Any:
         features = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
         tokenizer = WhisperTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged or missing file surfaces as one of a dozen classes of three libraries
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ModelError(
             f"model {name!r}: its feature extractor or tokenizer can't be read ({reason}). Speech recognition needs a Whisper "
             "model with preprocessor_config.json and tokenizer.json beside its weights."

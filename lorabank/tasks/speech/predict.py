@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lorabank.config.speech import SpeechConfig
+from lorabank.config.train import DataConfig, TrainConfig
+from lorabank.data.bad_rows import NAMED, listed, refuse
 from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, DataError, OutputError, closest
@@ -29,8 +30,6 @@ TIMED = (".srt", ".vtt")
 JSON_LINES = ".jsonl"
 PORTION_S = 1800.0
 """Seconds of audio that are decoded and transcribed together: memory doesn't grow with their number."""
-NAMED = 20
-"""Recordings that a refusal names."""
 OPTIONS = ("language", "max_new_tokens", "timestamps")
 
 
@@ -44,17 +43,17 @@ class Transcript:
     """Adapter, or `base`, to its segments."""
 
 
-def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, speech: SpeechConfig, wanted: Prediction, busy: Busy) -> str:
+def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, config: TrainConfig, wanted: Prediction, busy: Busy) -> str:
     """Transcribe a recording, a folder of them, or the rows of a table, of any length; returns what was done in a sentence.
 
     By the output's suffix: `.jsonl` has a line a recording (name, seconds, and each adapter's text; segments with times where
     timestamps were asked for), `.txt`, `.srt` and `.vtt` are one adapter's transcript of one recording. Without a suffix it is a
-    folder with `NAME.ADAPTER.txt`, `.srt` and `.vtt` for each. Recordings that can't be read are named, and skipped or refused as
-    `speech.bad_rows` says. Raises DataError, OutputError and ConfigError before anything is transcribed.
+    folder with `NAME.ADAPTER.txt`, `.srt` and `.vtt` for each. Recordings that can't be read are named, and left
+    out or refused as `data.bad_rows` says. Raises DataError, OutputError and ConfigError before anything is transcribed.
     """
     if unknown := [name for name in wanted.options if name not in OPTIONS]:
         raise ConfigError(f"predict: unknown option {unknown[0]!r}{closest(unknown[0], OPTIONS)}")
-    suffix = wanted.output.suffix.lower()
+    speech, suffix = config.speech, wanted.output.suffix.lower()
     utterances = read_utterances(wanted.data, speech, limit=wanted.max_rows, role="test", with_text=False)[: wanted.max_rows]
     _check_output(wanted, suffix, len(utterances))
     language = wanted.options.get("language") or speech.language
@@ -66,10 +65,10 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, speech: Spee
         max_new_tokens=int(wanted.options.get("max_new_tokens") or tokens.longest),
         batch_size=wanted.batch_size,
     )
-    if speech.bad_rows == "refuse":
-        _check_all(utterances, hearing.rate, busy)
+    if config.data.bad_rows == "stop":
+        _check_all(utterances, hearing.rate, config.data, busy)
     found: list[Transcript] = []
-    dropped: list[str] = []
+    dropped: list[RowError] = []
     for sounds in _portions(utterances, hearing.rate, dropped):
         hearing.forget()
 
@@ -79,11 +78,13 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, speech: Spee
         found += _transcripts(engine, hearing, tokens, language, wanted.names, sounds, manner, timed, told)
     busy("transcribing", len(utterances), len(utterances))
     if not found:
-        raise _unreadable(dropped, len(utterances))
+        raise DataError(f"{wanted.data}: none of {len(utterances)} recordings can be read:{listed(dropped, NAMED)}")
     where = _write(found, wanted, suffix, timed)
-    skipped = f" {len(dropped)} skipped: {'; '.join(dropped[:5])}{'; …' if len(dropped) > 5 else ''}." if dropped else ""
+    left_out = (
+        f" {len(dropped)} left out: {'; '.join(map(str, dropped[:5]))}{'; …' if len(dropped) > 5 else ''}." if dropped else ""
+    )
     seconds = sum(one.seconds for one in found)
-    return f"{len(found)} recordings ({seconds:.1f} s) transcribed by {', '.join(wanted.names)}: {where}.{skipped}"
+    return f"{len(found)} recordings ({seconds:.1f} s) transcribed by {', '.join(wanted.names)}: {where}.{left_out}"
 
 
 def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:
@@ -106,14 +107,14 @@ def _check_languages(utterances: Sequence[Utterance], language: str | None, toke
         tokens.code(language)
 
 
-def _portions(utterances: Sequence[Utterance], rate: int, dropped: list[str]) -> Iterator[list[tuple[Utterance, Sound]]]:
+def _portions(utterances: Sequence[Utterance], rate: int, dropped: list[RowError]) -> Iterator[list[tuple[Utterance, Sound]]]:
     """Recordings, decoded, some PORTION_S seconds of them at a time; what can't be read goes to `dropped`."""
     held: list[tuple[Utterance, Sound]] = []
     for utterance in utterances:
         try:
             held.append((utterance, load_sound(utterance.audio, rate, near=utterance.near)))
         except RowError as error:
-            dropped.append(f"{utterance.name}: {error.reason}")
+            dropped.append(RowError(error.reason, utterance.name))
         if sum(sound.seconds for _, sound in held) >= PORTION_S:
             yield held
             held = []
@@ -121,23 +122,16 @@ def _portions(utterances: Sequence[Utterance], rate: int, dropped: list[str]) ->
         yield held
 
 
-def _check_all(utterances: Sequence[Utterance], rate: int, busy: Busy) -> None:
+def _check_all(utterances: Sequence[Utterance], rate: int, data: DataConfig, busy: Busy) -> None:
     """Raise DataError naming what can't be read, before anything is transcribed."""
-    dropped: list[str] = []
+    dropped: list[RowError] = []
     for done, utterance in enumerate(utterances, 1):
         try:
             load_sound(utterance.audio, rate, near=utterance.near)
         except RowError as error:
-            dropped.append(f"{utterance.name}: {error.reason}")
+            dropped.append(RowError(error.reason, utterance.name))
         busy("checking recordings", done, len(utterances))
-    if dropped:
-        raise _unreadable(dropped, len(utterances))
-
-
-def _unreadable(dropped: Sequence[str], recordings: int) -> DataError:
-    listed = "".join(f"\n  - {line}" for line in dropped[:NAMED])
-    more = f"\n  … and {len(dropped) - NAMED:,} more" if len(dropped) > NAMED else ""
-    return DataError(f"{len(dropped)} of {recordings} recordings can't be read:{listed}{more}")
+    refuse(dropped, len(utterances), data, what="recordings")
 
 
 def _transcripts(

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left
 from lorabank.data.read import Source
-from lorabank.data.report import MAX_ORIGINS
-from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
+from lorabank.data.sources import all_scored, sources_of
 from lorabank.data.split import split_rows
-from lorabank.errors import DataError
-from lorabank.tasks.speech.read import Utterance, read_utterances
+from lorabank.tasks.speech.read import read_utterances
 from lorabank.tasks.speech.rows import KEPT_BYTES, Rows, SpeechRow, make_rows
 from lorabank.tasks.speech.tokens import SpeechTokens
 
@@ -36,18 +35,10 @@ def prepare_speech(
     """Read, decode, check, tokenise and split.
 
     `train` and `val` override the paths of `data`. Recordings that can't be used are counted in the report by reason, or refused,
-    as `speech` says. Equal settings, recordings and seed give equal splits. Raises DataError and ConfigError.
+    as `data.bad_rows` and `speech` say. Equal settings, recordings and seed give equal splits. Raises DataError and ConfigError.
     """
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError(
-            "no training data: set data.train to an audio folder, a table or a data set id, or pass the rows themselves"
-        )
-    read = {
-        role: read_utterances(source, speech, limit=data.limit, role=role)
-        for role, source in sources.items()
-        if source is not None
-    }
+    sources = sources_of(data, train, val, expected="an audio folder, a table or a data set id")
+    read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
 
     def step() -> None:
@@ -58,24 +49,19 @@ def prepare_speech(
 
     parts: dict[str, Rows] = {}
     for role, utterances in read.items():
-        parts[role] = make_rows(utterances, speech, tokens, rate, group_by=data.group_by, kept_bytes=kept_bytes, progress=step)
+        parts[role] = make_rows(utterances, speech, tokens, rate, data=data, kept_bytes=kept_bytes, progress=step)
         kept_bytes -= sum(row.kept.nbytes for row in parts[role].rows if row.kept is not None)
         if not parts[role].rows:
-            raise _nothing_left(role, utterances, parts[role].errors)
+            raise nothing_left(role, len(utterances), parts[role].errors, what="recordings")
     notes: dict[str, list[str]] = {}
     for part in parts.values():
         for note, names in part.notes.items():
             notes.setdefault(note, []).extend(names)
     splits = _split(data, parts, seed, notes)
-    errors = [_named(error, name) for part in parts.values() for error, name in part.errors]
+    errors = [error for part in parts.values() for error in part.errors]
     notes |= _leaks(splits)
     report = row_report(read=total, errors=errors, splits=splits, facts=_facts(splits, parts), notes=notes, what="recordings")
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
-
-
-def _named(error: RowError, name: str) -> RowError:
-    """The error with the recording's name beside its row."""
-    return error if name == error.origin else RowError(error.reason, f"{error.origin}, {name}")
 
 
 def _facts(splits: Mapping[str, Sequence[SpeechRow]], parts: Mapping[str, Rows]) -> list[str]:
@@ -110,6 +96,8 @@ def _leaks(splits: Mapping[str, Sequence[SpeechRow]]) -> dict[str, list[str]]:
 
 def _split(data: DataConfig, parts: dict[str, Rows], seed: int, notes: dict[str, list[str]]) -> dict[str, list[SpeechRow]]:
     """Hold rows out of the training source for each split that has no source of its own."""
+    if "train" not in parts:
+        return all_scored(parts["test"].rows)
     rows = parts["train"].rows
     val = 0 if "val" in parts else data.val_split
     test = 0 if "test" in parts else data.test_split
@@ -123,14 +111,3 @@ def _split(data: DataConfig, parts: dict[str, Rows], seed: int, notes: dict[str,
     for role, held in (("val", split.val), ("test", split.test)):
         splits[role] = parts[role].rows if role in parts else [rows[i] for i in held]
     return splits
-
-
-def _nothing_left(role: str, utterances: Sequence[Utterance], errors: Sequence[tuple[RowError, str]]) -> DataError:
-    reasons: dict[str, list[str]] = {}
-    for error, name in errors:
-        reasons.setdefault(error.reason, []).append(name)
-    listed = "".join(
-        f"\n  - {len(names):,} × {reason} ({', '.join(names[:MAX_ORIGINS])}{', …' if len(names) > MAX_ORIGINS else ''})"
-        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
-    )
-    return DataError(f"{role} data: none of the {len(utterances):,} recordings can be used:{listed}")

@@ -18,7 +18,7 @@ from lorabank.config.speech import SpeechConfig
 from lorabank.data.files import READERS
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row
-from lorabank.errors import DataError, MissingExtraError, closest
+from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
 from lorabank.tasks.speech.audio import AUDIO_SUFFIXES
 
 AUDIO_COLUMNS = ("file_name", "audio", "path", "file", "audio_path", "audio_filepath", "wav")
@@ -163,10 +163,11 @@ def _dataset(name: str, path: Path, role: str) -> Any:
             else datasets.load_dataset(parts[0], parts[1] or None, split=parts[2] or None)
         )
     except Exception as error:  # network, hub, builder: the library raises many kinds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise DataError(
-            f"data.{role}: {name!r} is no file here, and no data set that can be loaded: {reason}. Expected an audio folder, a "
-            f"table ({' '.join(READERS)}), or a data set id (name or name:config:split)."
+            Setting(f"data.{role}"),
+            f": {name!r} is no file here, and no data set that can be loaded: {reason}. Expected an audio folder, a "
+            f"table ({' '.join(READERS)}), or a data set id (name or name:config:split).",
         ) from error
     return _undecoded(loaded)
 

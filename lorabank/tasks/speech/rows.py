@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from lorabank.config.speech import SpeechConfig
+from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import refusal, refuse
 from lorabank.data.row import RowError
 from lorabank.errors import DataError, closest
 from lorabank.tasks.speech.audio import Sound, load_sound
@@ -21,8 +23,6 @@ from lorabank.tasks.speech.transcripts import STEP_S, Segment, check_times, has_
 
 KEPT_BYTES = 2**30
 """Decoded samples of a run that stay in memory (about 4½ hours at 16 kHz); further recordings are decoded again when needed."""
-NAMED = 20
-"""Recordings that a refusal names."""
 
 Progress = Callable[[int, int], None]
 
@@ -107,8 +107,8 @@ class Rows:
     """What utterances became."""
 
     rows: list[SpeechRow] = field(default_factory=list)
-    errors: list[tuple[RowError, str]] = field(default_factory=list)
-    """What was left out, and the recording's name."""
+    errors: list[RowError] = field(default_factory=list)
+    """What was left out: the row, and the recording's name."""
     notes: dict[str, list[str]] = field(default_factory=dict)
     """What the user should look at, and the recordings that it is about."""
     changes: Counter[str] = field(default_factory=Counter)
@@ -116,39 +116,46 @@ class Rows:
 
 
 def make_rows(
-    utterances: Iterable[Utterance],
+    utterances: Sequence[Utterance],
     config: SpeechConfig,
     tokens: SpeechTokens,
     rate: int,
     *,
-    group_by: str | None = None,
+    data: DataConfig,
     kept_bytes: int = KEPT_BYTES,
     progress: Callable[[], None] = lambda: None,
 ) -> Rows:
     """Decode, check and tokenise every utterance. What can't be used is in `errors`, with its reason.
 
-    Raises DataError, naming the recordings, where `config.bad_rows` or `config.long_audio` is `refuse`.
+    Raises DataError, naming the recordings, where `data.bad_rows` or `config.long_audio` is `stop`.
     """
     found = Rows()
-    refused: list[tuple[RowError, str]] = []
+    too_long: list[RowError] = []
+    others: list[RowError] = []
     room = kept_bytes
     for utterance in utterances:
         try:
-            made = _rows_of(utterance, config, tokens, rate, group_by, found.notes, found.changes)
+            made = _rows_of(utterance, config, tokens, rate, data.group_by, found.notes, found.changes)
         except RowError as error:
-            too_long = isinstance(error, TooLongError)
-            if (config.long_audio if too_long else config.bad_rows) == "refuse":
-                refused.append((error.at(utterance.origin), utterance.name))
-            found.errors.append((error.at(utterance.origin), utterance.name))
+            (too_long if isinstance(error, TooLongError) else others).append(_named(error, utterance))
+            found.errors.append(_named(error, utterance))
         else:
             for row in made:
                 size = 0 if row.kept is None else row.kept.nbytes
                 room -= size
                 found.rows.append(row if room >= 0 else replace(row, kept=None))
         progress()
-    if refused:
-        raise _refusal(refused)
+    refuse(others, len(utterances), data, what="recordings")
+    if too_long and config.long_audio == "stop":
+        ways = "drop, which leaves them out and counts them, or to cut or split"
+        raise refusal(too_long, len(utterances), "speech.long_audio", ways, what="recordings")
     return found
+
+
+def _named(error: RowError, utterance: Utterance) -> RowError:
+    """The error with the recording's name beside its row."""
+    origin = error.at(utterance.origin).origin
+    return RowError(error.reason, origin if utterance.name == origin else f"{origin}, {utterance.name}")
 
 
 class TooLongError(RowError):
@@ -210,7 +217,7 @@ def _parts(
     """(start, end, segments) of what a recording is used as: the whole of it, or windows."""
     if sound.seconds <= config.window + STEP_S:  # resampling may have added a sample or two, which are cut off
         return [(0.0, min(sound.seconds, config.window), segments)]
-    if config.long_audio in ("skip", "refuse"):
+    if config.long_audio in ("drop", "stop"):
         raise TooLongError(f"the recording is longer than the window of {config.window:g} s")
     if config.long_audio == "cut" and not has_times(segments):
         note = f"cut to {config.window:g} s; the transcript was kept whole, since no timestamp says what is heard by then"
@@ -269,13 +276,3 @@ def _slice(sound: Sound, start: float, end: float) -> np.ndarray:
 
 def _digest(samples: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(samples).tobytes(), digest_size=16).hexdigest()
-
-
-def _refusal(refused: Sequence[tuple[RowError, str]]) -> DataError:
-    listed = "".join(f"\n  - {error.origin}: {name}: {error.reason}" for error, name in refused[:NAMED])
-    more = f"\n  … and {len(refused) - NAMED:,} more" if len(refused) > NAMED else ""
-    return DataError(
-        f"data: {len(refused):,} recordings can't be used as they are:{listed}{more}\n"
-        "Correct or delete these rows. Or set `speech.bad_rows: skip` (and for long ones `speech.long_audio: skip`, `cut` or "
-        "`split`), which counts them in the data report."
-    )

@@ -153,7 +153,7 @@ class SpeechRecognition(Task[SpeechRow]):
             for (name, row), loss in zip(part, row_losses(engine, batch).double().tolist(), strict=True):
                 sums[name] += loss
                 counts[name] += row.tokens
-            busy("validation loss", min(start + config.batch_size, len(jobs)), len(jobs))
+            busy("scoring", min(start + config.batch_size, len(jobs)), len(jobs))
         return {name: sums[name] / counts[name] for name in rows if counts[name]}
 
     def _transcripts(
@@ -208,7 +208,7 @@ class SpeechRecognition(Task[SpeechRow]):
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
-        return predict(engine, self.hearing, self.tokens, self.speech, wanted, busy)
+        return predict(engine, self.hearing, self.tokens, self.config, wanted, busy)
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         return [

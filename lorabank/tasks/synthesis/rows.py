@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import numpy as np
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
-from lorabank.data.report import MAX_ORIGINS
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
+from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import split_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.speech.audio import load_sound
@@ -89,22 +90,14 @@ def prepare(
     progress: Progress | None = None,
 ) -> Splits[SynthesisRow]:
     """Read, decode, make spectra, check and split. Raises DataError and ConfigError."""
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError(
-            "no training data: set data.train to an audio folder, a table or a data set id, or pass the rows themselves"
-        )
+    sources = sources_of(data, train, val, expected="an audio folder, a table or a data set id")
     speech = SpeechConfig(audio_column=config.audio_column, text_column=config.text_column)
-    read = {
-        role: read_utterances(source, speech, limit=data.limit, role=role)
-        for role, source in sources.items()
-        if source is not None
-    }
+    read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
     errors: list[RowError] = []
     parts: dict[str, list[SynthesisRow]] = {}
     for role, utterances in read.items():
-        parts[role] = []
+        parts[role], before = [], len(errors)
         for utterance in utterances:
             try:
                 parts[role].append(_row(utterance, config, processor, limits))
@@ -114,15 +107,11 @@ def prepare(
             if progress is not None:
                 progress(done, total)
         if not parts[role]:
-            raise DataError(f"{role} data: none of the {len(utterances):,} recordings can be used:{_listed(errors)}")
-    if errors and config.bad_rows == "refuse":
-        raise DataError(
-            f"data: {len(errors):,} recordings can't be used as they are:{_listed(errors)}\n"
-            "Correct or delete these rows. Or set `synthesis.bad_rows: skip`, which counts them in the data report."
-        )
+            raise nothing_left(role, len(utterances), errors[before:], what="recordings")
+    refuse(errors, total, data, what="recordings")
     splits = _split(data, parts, seed)
     lengths = ", ".join(f"{sum(row.seconds for row in part):,.0f} s {name}" for name, part in splits.items() if part)
-    speakers = len({row.speaker for row in splits["train"] if any(row.speaker)})
+    speakers = len({row.speaker for row in splits[main_part(parts)] if any(row.speaker)})
     facts = [lengths, f"{speakers} speakers' embeddings" if speakers else "no speakers' embeddings: zeros"]
     report = row_report(read=total, errors=errors, splits=splits, facts=facts, what="recordings")
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
@@ -137,7 +126,7 @@ def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, li
             (f"{path}:{i}", line, {}) for i, line in enumerate(lines, 1) if line.strip()
         ]
     else:
-        rows = read_rows(name, limit=limit)
+        rows = read_rows(name, limit=limit, role="test")
         columns = list(rows[0].values)
         wanted = config.text_column or next((each for each in TEXT_COLUMNS if each in columns), None)
         if wanted not in columns:
@@ -204,17 +193,9 @@ def _speaker(values: Mapping[str, Any], config: SynthesisConfig, limits: Limits)
     return tuple(numbers.tolist())
 
 
-def _listed(errors: Sequence[RowError]) -> str:
-    reasons: dict[str, list[str]] = {}
-    for error in errors:
-        reasons.setdefault(error.reason, []).append(error.origin)
-    return "".join(
-        f"\n  - {len(names):,} × {reason} ({', '.join(names[:MAX_ORIGINS])}{', …' if len(names) > MAX_ORIGINS else ''})"
-        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
-    )
-
-
 def _split(data: DataConfig, parts: Mapping[str, list[SynthesisRow]], seed: int) -> dict[str, list[SynthesisRow]]:
+    if "train" not in parts:
+        return all_scored(parts["test"])
     rows = parts["train"]
     val = 0 if "val" in parts else data.val_split
     test = 0 if "test" in parts else data.test_split

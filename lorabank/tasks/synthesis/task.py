@@ -24,16 +24,18 @@ from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import infer
 from lorabank.engine.modes import evaluation_mode
-from lorabank.errors import ConfigError, ModelError, Setting, closest
+from lorabank.errors import ConfigError, ModelError, Setting, closest, first_line
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.models.load_class import load_class
+from lorabank.tasks.speech.audio import as_wav
 from lorabank.tasks.synthesis.loss import DRAWS, FRAMES, MEL, TOKENS, loss_and_error, synthesis_loss
 from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare, texts
-from lorabank.tasks.synthesis.vocoder import as_wav, griffin_lim, load_vocoder
+from lorabank.tasks.synthesis.vocoder import griffin_lim, load_vocoder
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.run_folder import cell
 from lorabank.training.task import BaseRequest, Busy, Prediction, Say, Task, TaskBase, TaskKind
 
 METRICS = ("loss", "mae")
@@ -154,7 +156,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
                 sums[name][0] += loss
                 sums[name][1] += error * row.frames
                 sums[name][2] += row.frames
-            busy("validation", min(start + config.batch_size, len(jobs)), len(jobs))
+            busy("scoring", min(start + config.batch_size, len(jobs)), len(jobs))
         return {name: {"loss": loss / count, "mae": error / count} for name, (loss, error, count) in sums.items()}
 
     def say(self, engine: Engine, name: str, row: SynthesisRow) -> np.ndarray:
@@ -180,7 +182,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
         jobs = [(name, i, row) for name, own in rows.items() for i, row in enumerate(spread(own, config.samples), 1)]
         for done, (name, i, row) in enumerate(jobs, 1):
             files[f"{name}-{i}.wav"] = as_wav(self.say(engine, name, row), self.rate)
-            lines.append(f"| samples/{name}-{i}.wav | {name} | {row.text.replace('|', '/')} |")
+            lines.append(f"| samples/{name}-{i}.wav | {name} | {cell(row.text)} |")
             busy("saying", done, len(jobs))
         if files:
             write_files(folder / "samples", files)
@@ -227,7 +229,7 @@ def _processor_of(name: str, folder: Path) -> Any:
     try:
         return SpeechT5Processor.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a damaged or missing file surfaces as one of a dozen classes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ModelError(
             f"model {name!r}: its tokenizer or feature extractor can't be read ({reason}). Text-to-speech needs a SpeechT5 with "
             "preprocessor_config.json and spm_char.model beside its weights."

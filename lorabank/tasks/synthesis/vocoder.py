@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorabank.errors import MissingExtraError, ModelError
+from lorabank.errors import ModelError
 from lorabank.models.quiet import quiet_transformers
 
 ROUNDS = 32
@@ -64,14 +63,3 @@ def load_vocoder(name: str, device: torch.device) -> Any:
         )
     torch.nn.Module.to(model, device)  # PreTrainedModel's own `to` is typed wrongly
     return model.eval()
-
-
-def as_wav(samples: np.ndarray, rate: int) -> bytes:
-    """A mono WAV file of 16 bits. Raises MissingExtraError."""
-    try:
-        import soundfile
-    except ImportError as error:
-        raise MissingExtraError("text-to-speech: writing recordings needs soundfile: pip install 'lorabank[speech]'") from error
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()

@@ -13,6 +13,7 @@ from lorabank.errors import DataError
 from lorabank.tasks.text_classification.labels import MULTI, REGRESSION, SINGLE, LabelSet
 from lorabank.tasks.text_classification.metrics import predicted
 from lorabank.tasks.text_classification.rows import ClassRow
+from lorabank.training.run_folder import cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,8 +153,7 @@ def confused(outcome: Outcome, count: int = 10) -> list[tuple[str, str, int]]:
 
 
 def _cell(value: object) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    text = " ".join(text.replace("|", "\\|").split())
+    text = cell(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} …"
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
 from lorabank.data.row_report import RowReport, row_report
-from lorabank.errors import DataError
-from lorabank.tasks.bad_rows import nothing_left, refuse
+from lorabank.data.sources import main_part, sources_of
 from lorabank.tasks.text_classification.columns import Columns, find_columns
 from lorabank.tasks.text_classification.labels import (
     MULTI,
@@ -81,15 +81,13 @@ def prepare_texts(
     lacks) are counted in the report by reason, or refused, by `data.bad_rows`; NaN by `data.nan_rows`. Raises DataError and
     ConfigError.
     """
-    sources = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
-    if sources["train"] is None:
-        raise DataError("no training data: set data.train to a file, a folder or a data set id, or pass the rows themselves")
-    raw = {role: read_rows(source, limit=data.limit, role=role) for role, source in sources.items() if source is not None}
+    raw = {role: read_rows(source, limit=data.limit, role=role) for role, source in sources_of(data, train, val).items()}
+    main = main_part(raw)
     kinds = {labels.kind for labels in known} or ({columns.kind} - {"auto"})
     kind = next(iter(kinds)) if len(kinds) == 1 else None
     parts = {role: _read(rows, columns, kind, data.group_by) for role, rows in raw.items()}
     if kind is None:
-        kind = find_kind(text.label for text in parts["train"].texts if text.label is not None)
+        kind = find_kind(text.label for text in parts[main].texts if text.label is not None)
         for part, rows in zip(parts.values(), raw.values(), strict=True):
             _settle(part, rows, kind)
     read = sum(map(len, raw.values()))
@@ -98,7 +96,7 @@ def prepare_texts(
     for role, part in parts.items():
         if not part.texts:
             raise nothing_left(role, len(raw[role]), part.errors)
-    labels = known[0] if known else _labels(parts["train"], columns.labels or names, kind, given=columns.labels is not None)
+    labels = known[0] if known else _labels(parts[main], columns.labels or names, kind, given=columns.labels is not None)
     longest = min(data.max_length, max_length or data.max_length)
     coded: dict[str, list[ClassRow]] = {}
     for done, (role, part) in enumerate(parts.items(), start=1):
@@ -115,12 +113,12 @@ def prepare_texts(
     splits, notes = split_texts(coded, val=data.val_split, test=data.test_split, seed=seed, by_group=data.group_by)
     rows = [row for part in splits.values() for row in part]
     notes |= {f"cut to {longest} tokens": [row.origin for row in rows if row.truncated]}
-    notes |= {"same text, another label": _contradictions(rows), **({} if known else label_notes(splits["train"], labels))}
+    notes |= {"same text, another label": _contradictions(rows), **({} if known else label_notes(splits[main], labels))}
     report = row_report(
         read=read,
         errors=errors,
         splits=splits,
-        facts=_facts(parts["train"].columns, splits["train"], labels),
+        facts=_facts(parts[main].columns, splits[main], labels, trained=main == "train"),
         notes={note: origins for note, origins in notes.items() if origins},
     )
     return PreparedTexts(train=splits["train"], val=splits["val"], test=splits["test"], labels=labels, report=report)
@@ -163,7 +161,7 @@ def _labels(part: _Reading, order: Sequence[str] | None, kind: str, *, given: bo
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
-def _facts(columns: Columns, rows: Sequence[ClassRow], labels: LabelSet) -> list[str]:
+def _facts(columns: Columns, rows: Sequence[ClassRow], labels: LabelSet, *, trained: bool) -> list[str]:
     """Which columns were read, and how many rows each label has."""
     used = {"text": columns.text, "second text": columns.pair, "label": columns.label}
     facts = ["columns: " + ", ".join(f"{name!r} as the {part}" for part, name in used.items() if name is not None)]
@@ -176,7 +174,7 @@ def _facts(columns: Columns, rows: Sequence[ClassRow], labels: LabelSet) -> list
     named = ", ".join(f"{name} {count:,}" for name, count in common[:SHOWN_LABELS])
     more = f", … and {len(common) - SHOWN_LABELS} rarer ones" if len(common) > SHOWN_LABELS else ""
     facts.append(f"{len(counts)} labels{' (any number of them a row)' if labels.kind == MULTI else ''}: {named}{more}")
-    if unlearned := [name for name, count in counts.items() if not count]:
+    if trained and (unlearned := [name for name, count in counts.items() if not count]):
         facts.append(f"labels without a training row, never predicted rightly: {shown(unlearned)}")
     return facts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lorabank.data.sources import all_scored
 from lorabank.data.split import split_rows
 from lorabank.tasks.text_classification.labels import MANY, REGRESSION, LabelSet, names_in
 from lorabank.tasks.text_classification.rows import ClassRow
@@ -20,6 +21,8 @@ def split_texts(
     Equal texts, or equal values of the column `by_group`, stay together. A label's only row is trained on: held out it could be
     neither learned nor, unlearned, be right. Raises DataError for a split that can't be made.
     """
+    if "train" not in coded:
+        return all_scored(coded["test"]), {}
     source = coded["train"]
     val, test = 0 if "val" in coded else val, 0 if "test" in coded else test
     only = _only_rows(source)

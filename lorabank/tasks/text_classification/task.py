@@ -206,7 +206,7 @@ class TextClassification(Task[ClassRow]):
             logits, found = self.outputs(engine, [(name, row) for name, _, row in part])
             for (name, i, _), values, loss in zip(part, logits.double().numpy(), found.double().tolist(), strict=True):
                 outputs[name][i], losses[name][i] = values, loss
-            busy("validation", min(start + config.batch_size, len(jobs)), len(jobs))
+            busy("scoring", min(start + config.batch_size, len(jobs)), len(jobs))
         known = {name: self.labels_of(route_of(name)) for name in rows}
         return {
             name: Outcome(labels=known[name], rows=own, outputs_NK=outputs[name][:, : known[name].outputs], losses_N=losses[name])

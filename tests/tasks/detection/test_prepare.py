@@ -25,12 +25,14 @@ from lorabank.tasks.detection.rows import Box
 from tests.tasks.detection.made import coco_folder, picture_of, processor, table_rows
 
 
-def read(source: Any, *, labels: list[str] | None = None, val_split: float | int = 0, **settings: Any) -> DetectionSets:
+def read(
+    source: Any, *, labels: list[str] | None = None, val_split: float | int = 0, bad_rows: str = "drop", **settings: Any
+) -> DetectionSets:
     detection = DetectionConfig(**settings)
     store = PixelStore(read_off(processor(), None), 1e6)
     name = source if isinstance(source, str) or source is None else None
     return prepare(
-        DataConfig(train=str(name) if name else None, val_split=val_split),
+        DataConfig(train=str(name) if name else None, val_split=val_split, bad_rows=bad_rows),
         detection,
         seed=1,
         train=None if name else source,
@@ -135,9 +137,21 @@ def test_what_is_wrong_with_a_picture_is_counted_or_refused(tmp_path: Path) -> N
     report = "\n".join(sets.report.lines())
     for reason in ("no such file", "an empty file", "its size is 20 × 20, and its annotations say 32 × 32", "picture"):
         assert reason in report
-    with pytest.raises(DataError, match=r"4 pictures can't be used") as refused:
-        read(str(path), bad_pictures="stop")
+    with pytest.raises(DataError, match=r"4 of 5 pictures can't be used") as refused:
+        read(str(path), bad_rows="stop")
     assert all(f"{i}.png" in str(refused.value) for i in range(4))
+
+
+def test_pictures_to_be_scored_are_test_pictures(tmp_path: Path) -> None:
+    for name, count in (("train", 4), ("test", 2)):
+        coco_folder(tmp_path / "both" / name, count)
+    store = PixelStore(read_off(processor(), None), 1e6)
+    data = DataConfig(test=str(tmp_path / "both"))
+    sets = prepare(data, DetectionConfig(), seed=1, train=None, val=None, keep=store.keep, labels=["red", "green", "blue"])
+    assert (sets.train, sets.val, len(sets.test)) == ([], [], 2)
+    said = "\n".join(sets.report.lines())
+    assert "2 pictures read, 2 kept: 2 test" in said and "categories without a box: blue" in said
+    assert "train" not in said.replace(str(tmp_path), "")
 
 
 def test_nothing_to_learn_from_is_refused_before_training(tmp_path: Path) -> None:

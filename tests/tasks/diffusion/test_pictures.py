@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from lorabank.config.diffusion import DiffusionConfig
+from lorabank.config.train import DataConfig
 from lorabank.errors import DataError
 from lorabank.tasks.diffusion.buckets import Size, buckets_of, fit, fitted, nearest
 from lorabank.tasks.diffusion.cache import Cache, Encoded, identity
@@ -23,8 +24,8 @@ from tests.tasks.diffusion.tiny import folder_of_pictures, model_of, picture, pi
 CONFIG = DiffusionConfig(resolution=32, bucket_step=8, min_side=16)
 
 
-def read(source: Any, **settings: Any) -> Read:
-    return read_pictures(source, replace(CONFIG, **settings), step=8)
+def read(source: Any, bad_rows: str = "drop", **settings: Any) -> Read:
+    return read_pictures(source, DataConfig(bad_rows=bad_rows), replace(CONFIG, **settings), step=8)
 
 
 def test_captions_beside_pictures(tmp_path: Path) -> None:
@@ -85,26 +86,29 @@ def broken(folder: Path) -> Path:
 def test_bad_pictures_are_named_and_counted(tmp_path: Path) -> None:
     folder = broken(tmp_path / "broken")
     with pytest.raises(DataError) as told:
-        read(folder)
+        read(folder, bad_rows="stop")
     text = str(told.value)
-    assert "5 of 6 pictures" in text
-    for name in ("cut.jpg can't be read", "text.png can't be read", "thin.png is tiny (200 × 9", "silent.png has no caption"):
-        assert name in text
-    assert "diffusion.bad_pictures: skip" in text
-    assert "diffusion.no_caption: skip" in text
+    assert "3 of 6 pictures can't be used" in text
+    for why, name in (
+        ("can't be read as a picture", "cut.jpg"),
+        ("no picture of a known form", "text.png"),
+        ("tiny (200 × 9", "thin.png"),
+    ):
+        assert any(why in line and name in line for line in text.splitlines())
+    assert "data.bad_rows to drop" in text
 
 
-def test_bad_pictures_are_skipped_as_the_user_chose(tmp_path: Path) -> None:
+def test_bad_pictures_are_left_out_as_the_user_chose(tmp_path: Path) -> None:
     folder = broken(tmp_path / "broken")
     with pytest.raises(
-        DataError, match=r"2 of 6 pictures can't be used: .*blank.png has no caption; .*silent.png has no caption"
+        DataError, match=r"2 of 6 pictures .*\n.*2 × has no caption \(.*blank.png, .*silent.png\)\n.*diffusion.no_caption to drop"
     ):
-        read(folder, bad_pictures="skip")
-    found = read(folder, bad_pictures="skip", no_caption="skip")
+        read(folder)
+    found = read(folder, no_caption="drop")
     assert [Path(p.origin).name for p in found.pictures] == ["00.png"]
     assert found.total == 6
     assert sorted(Path(e.origin).name for e in found.errors) == ["blank.png", "cut.jpg", "silent.png", "text.png", "thin.png"]
-    empty = read(folder, bad_pictures="skip", no_caption="empty")
+    empty = read(folder, no_caption="empty")
     assert sorted(Path(p.origin).name for p in empty.pictures) == ["00.png", "blank.png", "silent.png"]
     assert [len(rows) for note, rows in empty.notes.items() if "without a caption" in note] == [2]
 
@@ -116,7 +120,7 @@ def test_nothing_usable_and_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file or folder"):
         read(str(tmp_path / "nowhere/"))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
-    with pytest.raises(DataError, match=r"gone.png .*isn't there"):
+    with pytest.raises(DataError, match=r"none of the 1 pictures can be used:\n.*isn't there \(.*gone.png"):
         read(tmp_path)
     with pytest.raises(DataError, match=r"no column 'captoin' \(did you mean 'caption'\?\)"):
         read([{"image": picture(0), "caption": "x"}], caption="captoin")

@@ -107,7 +107,7 @@ def test_bad_pictures_are_dropped_and_counted_or_stop_it(tmp_path: Path) -> None
     assert found.report.read == 17 and found.report.kept == 12
     assert any(line == f"dropped 1: an empty file ({where}/red/empty.png)" for line in found.report.lines())
     with pytest.raises(DataError) as caught:
-        prepared({"train": str(where)}, {"bad_rows": "stop"})
+        prepared({"train": str(where), "bad_rows": "stop"})
     assert "5 of 17 pictures can't be used" in str(caught.value)
     assert all(origin in str(caught.value) for origin in dropped.values())
 
@@ -145,7 +145,7 @@ def test_labels_that_the_head_lacks_are_named(tmp_path: Path) -> None:
     assert found.report.dropped["label 'grey' is none of the 3 known (did you mean 'green'?)"].count == 2
     assert len(found.val) == 2
     with pytest.raises(DataError, match=rf"2 × label 'grey' is none of the 3 known .*{val}/grey/0.png"):
-        prepared({"train": str(train), "val": str(val)}, {"bad_rows": "stop"})
+        prepared({"train": str(train), "val": str(val), "bad_rows": "stop"})
     given = prepared({"train": str(train)}, {"labels": ("red", "green", "blue", "grey")})
     assert given.labels == ("red", "green", "blue", "grey")
     assert any(line.startswith("labels without a training picture: 1 (grey)") for line in given.report.lines())

@@ -289,7 +289,7 @@ def test_a_merged_model_has_the_labels_names(base: Path, data: dict[str, Path], 
     [
         ({"eval": {"metrics": ["bleu"]}}, ConfigError, r"eval\.metrics: expected some of loss, accuracy"),
         ({"eval": {"best": "acuracy"}, "data": "none.csv"}, ConfigError, r"no metric 'acuracy' \(did you mean 'accuracy'\?\)"),
-        ({"images": {"bad_rows": "skip"}}, ConfigError, r"images\.bad_rows"),
+        ({"images": {"bad_rows": "stop"}}, ConfigError, r"images\.bad_rows: is `data\.bad_rows` now"),
         ({"images": {"imagesize": 3}}, ConfigError, r"image_size"),
         ({"images": {"label_column": "kind"}, "data": "a.csv"}, DataError, r"no file or folder"),
         ({"images": {"image_size": 20}}, Exception, r"(?i)image size|doesn't match"),

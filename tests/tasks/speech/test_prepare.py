@@ -135,11 +135,11 @@ def test_bad_recordings_are_counted_by_name(tmp_path: Path) -> None:
 
 def test_bad_recordings_are_refused_all_at_once(tmp_path: Path) -> None:
     folder = bad_folder(tmp_path)
-    with pytest.raises(DataError, match="8 recordings can't be used") as refused:
-        prepared(str(folder), replace(SPEECH, bad_rows="refuse"))
+    with pytest.raises(DataError, match="8 of 10 recordings can't be used") as refused:
+        prepared(str(folder), data=replace(ALL, bad_rows="stop"))
     assert all(name in str(refused.value) for name in BAD if name != "long.wav")
-    with pytest.raises(DataError, match=r"1 recordings can't be used.*\n.*long\.wav"):
-        prepared(str(folder), replace(SPEECH, long_audio="refuse"))
+    with pytest.raises(DataError, match=r"1 of 10 recordings can't be used.*\n.*long\.wav"):
+        prepared(str(folder), replace(SPEECH, long_audio="stop"))
     only_bad = tmp_path / "metadata.csv"
     only_bad.write_text("file_name,transcription\nmissing.wav,a\ntext.wav,b\n")
     with pytest.raises(DataError, match="none of the 2 recordings can be used"):

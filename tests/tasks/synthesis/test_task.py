@@ -184,8 +184,8 @@ def test_rows_that_cannot_be_used_are_named(base: Path, tmp_path: Path) -> None:
     report = (output / "data_report.json").read_text()
     for reason in ("no text", "longer than 20 s", "expected 4 numbers", "gone.wav", "broken.wav"):
         assert reason in report
-    with pytest.raises(DataError, match="5 recordings can't be used"):
-        lb.train(model=str(base), data=[*spoken_rows(6), *bad], synthesis={"bad_rows": "refuse"}, **SETTINGS)
+    with pytest.raises(DataError, match="5 of 11 recordings can't be used"):
+        lb.train(model=str(base), data=[*spoken_rows(6), *bad], bad_rows="stop", **SETTINGS)
     with pytest.raises(DataError, match="none of the 5 recordings"):
         lb.train(model=str(base), data=bad, **SETTINGS)
     with pytest.raises(ConfigError, match="is in the postnet"):

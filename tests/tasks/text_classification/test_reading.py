@@ -162,6 +162,16 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
         prepared(str(file), bad_rows="stop")
 
 
+def test_rows_to_be_scored_are_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in mood_rows(6)), encoding="utf-8")
+    labels = prepared([*mood_rows(6), {"text": "the", "label": "other"}]).labels
+    found = prepared(None, labels=labels, test=str(file))
+    assert (found.train, found.val, len(found.test)) == ([], [], 6)
+    said = "\n".join(found.report.lines())
+    assert "6 rows read, 6 kept: 6 test" in said and "train" not in said
+
+
 def test_nan_stops_the_run_unless_it_may_be_dropped() -> None:
     rows = [{"text": "good", "score": 1.5}, {"text": "bad", "score": math.nan}, {"text": "the", "score": 2.5}]
     with pytest.raises(DataError, match=r"NaN, a missing value, in 1 of 3 rows(.|\n)*column 'score' holds NaN \(row 2 of"):
