@@ -46,6 +46,10 @@ TASK_FLAGS: Mapping[str, TaskFlag] = {
     "temperature": TaskFlag(tasks=(DEFAULT_TASK,), usual=0.0),
     "top_p": TaskFlag(tasks=(DEFAULT_TASK,), usual=1.0),
     "seed": TaskFlag(tasks=(DEFAULT_TASK, PICTURES), usual=42),
+    "beams": TaskFlag(
+        tasks=(*SEQ2SEQ, SPEECH),
+        says={"type": positive, "metavar": "N", "help": "beams that texts are written with; 1 is greedy (default: the run's)"},
+    ),
     "timestamps": _own(
         SPEECH, action="store_const", const=True, help="transcripts with times (default: where the file's kind has them)"
     ),
@@ -63,7 +67,10 @@ TASK_FLAGS: Mapping[str, TaskFlag] = {
     "size": _own(PICTURES, type=size, metavar="WxH", help="pixels (default: the run's)"),
     "negative": _own(PICTURES, metavar="TEXT", help="what guidance leads away from (default: the run's)"),
 }
-HEADINGS: Mapping[str, str] = {PICTURES: f"{PICTURES} (--prompt draws one caption, --seed its noise)"}
+HEADINGS: Mapping[str, str] = {
+    PICTURES: f"{PICTURES} (--prompt draws one caption, --seed its noise)",
+    SEQ2SEQ[0]: ", ".join((*SEQ2SEQ, SPEECH)),
+}
 """Of a task's group in the help, where its name alone says too little."""
 
 

@@ -30,7 +30,7 @@ TIMED = (".srt", ".vtt")
 JSON_LINES = ".jsonl"
 PORTION_S = 1800.0
 """Seconds of audio that are decoded and transcribed together: memory doesn't grow with their number."""
-OPTIONS = ("language", "max_new_tokens", "timestamps")
+OPTIONS = ("beams", "language", "max_new_tokens", "timestamps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, config: Trai
     timed = bool(wanted.options.get("timestamps")) or suffix in (*TIMED, "") or speech.timestamps == "keep"
     manner = Manner(
         task=speech.task,
-        beams=speech.beams,
+        beams=int(wanted.options.get("beams") or speech.beams),
         max_new_tokens=int(wanted.options.get("max_new_tokens") or tokens.longest),
         batch_size=wanted.batch_size,
     )

@@ -267,3 +267,7 @@ def test_from_files_to_predictions_and_back(base_folder: Path, tmp_path: Path) -
     assert isinstance(first["small"], str) and isinstance(first["base"], str)
     assert (second["small"], second["unread"]) == (None, "column 'en' is empty")
     assert "1 of them unread" in said
+    more = {"max_new_tokens": 6, "beams": 3}
+    api.predict(tmp_path / "whole", str(asked), tmp_path / "beams.jsonl", ["small", "base"], options=more)
+    beams = json.loads((tmp_path / "beams.jsonl").read_text().splitlines()[0])
+    assert beams["base"] != first["base"]  # random weights: the likeliest token each time isn't the likeliest text
