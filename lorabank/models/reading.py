@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabank.errors import ModelError, first_line
+from lorabank.errors import MissingExtraError, ModelError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,8 @@ def tokenizer_in(name: str, folder: Path, *, trust_remote_code: bool) -> PreTrai
         )
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except ImportError as error:
+        raise lacks_package(name, error) from error
     except Exception as error:  # a damaged or exotic tokenizer surfaces as almost any class
         raise ModelError(
             f"model {name!r}: its tokenizer can't be read ({first_line(error)}). "
@@ -112,6 +115,8 @@ def weights_of(
             output_loading_info=True,
             **more,
         )
+    except ImportError as error:
+        raise lacks_package(name, error) from error
     except Exception as error:  # a damaged file surfaces as one of a dozen classes of three libraries
         raise ModelError(
             f"model {name!r}: its weights can't be read ({first_line(error)}). Copy or download it again."
@@ -119,6 +124,16 @@ def weights_of(
     other = [entry if isinstance(entry, str) else entry[0] for entry in info.get("mismatched_keys") or ()]
     missing, unused = (tuple(sorted(info.get(key) or ())) for key in ("missing_keys", "unexpected_keys"))
     return model, WeightsRead(missing=missing, other_shape=tuple(other), unused=unused)
+
+
+def lacks_package(name: str, error: ImportError) -> MissingExtraError:
+    """The error for a model that transformers reads with a library that isn't installed."""
+    found = re.search(r"requires the (\S+) library|No module named '([\w.]+)'", str(error))
+    if found is None:
+        return MissingExtraError(f"model {name!r}: a package that it needs isn't installed ({first_line(error)}).")
+    library = found.group(1) or found.group(2)
+    package = "'lorabank[timm]'" if library.lower() == "timm" else library
+    return MissingExtraError(f"model {name!r}: it needs {library}, which isn't installed: pip install {package}")
 
 
 def incomplete(name: str, model: PreTrainedModel, missing: Sequence[str], way_out: str, *, therefore: str = "and") -> ModelError:
