@@ -16,6 +16,7 @@ from lorabank.bank.routing import RowRoute
 from lorabank.bank.targets import ALL_LINEAR, as_list, linear_layers
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch, Tensors
@@ -30,13 +31,14 @@ from lorabank.tasks.images.model import find_head, logits_of
 from lorabank.tasks.images.predict import predict
 from lorabank.tasks.images.prepare import PreparedImages, prepare_images
 from lorabank.tasks.images.preprocess import plain_processor, read_off
+from lorabank.tasks.images.preview import preview
 from lorabank.tasks.images.rows import ImageRow, PixelStore
 from lorabank.tasks.images.samples import write_samples
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import TASK_KEY, Busy, Prediction, Task
+from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task
 
 GIB = 2**30
 PIXELS, TARGET = "pixel_values", "labels"
@@ -135,6 +137,9 @@ class ImageClassification(Task[ImageRow]):
     def labels_of(self, name: str) -> tuple[str, ...]:
         """Of an adapter, or of the base."""
         return self.base_labels if is_base(name) else self._labels[name]
+
+    def preview(self, name: str, rows: Sequence[ImageRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        return preview(self, name, rows, out, draws)
 
     def batch(
         self, rows: Sequence[Sequence[ImageRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]

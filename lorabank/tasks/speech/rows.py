@@ -178,7 +178,7 @@ def _rows_of(
     if utterance.audio is None:
         raise RowError("the row names no recording")
     sound = load_sound(utterance.audio, rate, near=utterance.near)
-    changes.update(_source(sound, rate))
+    changes.update(changes_of(sound, rate))
     if has_times(segments):
         check_times(segments, sound.seconds)
     group = _digest(sound.samples_S) if group_by is None else _group(utterance, group_by)
@@ -198,7 +198,7 @@ def _group(utterance: Utterance, column: str) -> str:
     return str(values[column])
 
 
-def _source(sound: Sound, rate: int) -> list[str]:
+def changes_of(sound: Sound, rate: int) -> list[str]:
     """What was done to a recording before it was heard."""
     resampled = [f"resampled from {sound.source_rate:,} to {rate:,} Hz"] if sound.source_rate != rate else []
     return resampled + ([f"{sound.source_channels} channels averaged to one"] if sound.source_channels > 1 else [])

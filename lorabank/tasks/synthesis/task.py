@@ -18,6 +18,7 @@ from lorabank.bank.routing import RowRoute
 from lorabank.bank.targets import resolve_targets
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits
 from lorabank.engine.engine import Engine
@@ -29,12 +30,13 @@ from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.models.load_class import load_class
 from lorabank.tasks.synthesis.loss import DRAWS, FRAMES, MEL, TOKENS, loss_and_error, synthesis_loss
+from lorabank.tasks.synthesis.preview import preview
 from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare, texts
 from lorabank.tasks.synthesis.vocoder import as_wav, griffin_lim, load_vocoder
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import BaseRequest, Busy, Prediction, Say, Task, TaskBase, TaskKind
+from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
 
 METRICS = ("loss", "mae")
 POSTNET = "speech_decoder_postnet.layers."
@@ -85,6 +87,9 @@ class SpeechSynthesis(Task[SynthesisRow]):
             )
 
         return read_sets(config, rows, one)
+
+    def preview(self, name: str, rows: Sequence[SynthesisRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        return preview(self, rows, out)
 
     def batch(
         self, rows: Sequence[Sequence[SynthesisRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]

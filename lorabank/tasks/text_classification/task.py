@@ -15,6 +15,7 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
@@ -37,7 +38,7 @@ from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import TASK_KEY, Busy, Prediction, Task, TaskKind
+from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task, TaskKind
 
 LABELS_KEY, KIND_KEY = LABELS, "labels.kind"
 """Of an adapter's metadata: its labels' names as a JSON list, and their kind."""
@@ -89,6 +90,14 @@ class TextClassification(Task[ClassRow]):
         for name in adapter_runs(config) if config.adapters or not loaded else ():
             self.sets.setdefault(name, found[id(sets.by_adapter[name])])
         return sets
+
+    def preview(self, name: str, rows: Sequence[ClassRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        for row in rows:
+            texts = "a text" if row.source.pair is None else "two texts"
+            cut = ", cut to max_length" if row.truncated else ""
+            out.title(f"{row.origin}: {texts}, {row.size} tokens{cut}; label: {row.reference}")
+            out.tokens(row.input_ids, self.processor, learned=0)
+        return {}
 
     def check(self, name: str, job: AdapterJob) -> None:
         kind = self.sets[name].kind
