@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorabank.bank.in_full.heads import head_paths
 from lorabank.bank.routing import RowRoute
@@ -123,6 +124,16 @@ class ImageClassification(Task[ImageRow]):
         if self._known is None:
             self._known = tuple(map(str, range(self._width())))
         return self._known
+
+    @property
+    def base_is_trained(self) -> bool:
+        """Whether the model's own head says something: not where transformers numbered its labels, since nobody trained it."""
+        return self._named or self.scores_base or not isinstance(self.model, PreTrainedModel)
+
+    @property
+    def adapter_labels(self) -> Sequence[Sequence[str]]:
+        """Of every adapter."""
+        return list(self._labels.values())
 
     def _width(self) -> int:
         preprocess = self.store.preprocess
