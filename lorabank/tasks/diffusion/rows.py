@@ -50,11 +50,23 @@ def prepare(
         read=sum(each.total for each in read.values()),
         errors=[error for each in read.values() for error in each.errors],
         splits=parts,
-        facts=[f"{len(sizes)} sizes: {shown}{', …' if len(sizes) > 6 else ''}"],
+        facts=[*_steps(config, step), f"{len(sizes)} sizes: {shown}{', …' if len(sizes) > 6 else ''}"],
         notes=notes,
         what="pictures",
     )
     return Splits(train=parts["train"], val=parts["val"], test=parts["test"], report=report)
+
+
+def _steps(config: DiffusionConfig, step: int) -> list[str]:
+    """That the resolution which was asked for can't be had, where that is so."""
+    if config.resolution % step == 0:
+        return []
+    near = sorted({max(step, config.resolution // step * step), -(-config.resolution // step) * step})
+    why = "diffusion.bucket_step" if step == config.bucket_step else "what the model's latents need"
+    return [
+        f"no picture has a side of diffusion.resolution {config.resolution}: sides are multiples of {step} ({why}). Next to it: "
+        f"{' and '.join(map(str, near))}"
+    ]
 
 
 def _split(data: DataConfig, read: dict[str, Read], seed: int) -> dict[str, list[Picture]]:
