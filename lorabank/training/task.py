@@ -128,6 +128,10 @@ class Task(ABC, Generic[Row]):
     def check(self, name: str, job: AdapterJob) -> None:
         """Raise ConfigError or DataError for what could only fail after the training, or in silence."""
 
+    def missing_labels(self, name: str, rows: Sequence[Row]) -> Sequence[str]:
+        """Labels of an adapter that none of its held-out rows has; nothing where rows have no labels."""
+        return ()
+
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
     @property

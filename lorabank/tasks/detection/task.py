@@ -165,6 +165,10 @@ class ObjectDetection(Task[DetectionRow]):
         canvas = self.store.preprocess
         return torch.ones(4) if self._masked else torch.tensor([width / canvas.width, height / canvas.height]).repeat(2)
 
+    def missing_labels(self, name: str, rows: Sequence[DetectionRow]) -> Sequence[str]:
+        there = {box.label for row in rows for box in row.boxes}
+        return [label for label in self.labels_of(name) if label not in there]
+
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
     def check(self, name: str, job: AdapterJob) -> None:

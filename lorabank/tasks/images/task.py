@@ -175,6 +175,10 @@ class ImageClassification(Task[ImageRow]):
             x = augment(x, draws, self.config.images.augment)
         return self.store.preprocess.normalise(x).to(self._dtype)
 
+    def missing_labels(self, name: str, rows: Sequence[ImageRow]) -> Sequence[str]:
+        there = {row.label for row in rows}
+        return [label for label in self.labels_of(name) if label not in there]
+
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
     def check(self, name: str, job: AdapterJob) -> None:

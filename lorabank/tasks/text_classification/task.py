@@ -26,7 +26,7 @@ from lorabank.errors import ConfigError, DataError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.formats.labels import LABELS
-from lorabank.tasks.text_classification.labels import LabelSet
+from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet, names_in
 from lorabank.tasks.text_classification.metrics import METRICS, Scored, check_metrics, compute, expanded, metrics_of, predicted
 from lorabank.tasks.text_classification.model import has_one_input, load_classifier, own_labels, pad_id, positions
 from lorabank.tasks.text_classification.pages import Outcome, page, picture
@@ -149,6 +149,11 @@ class TextClassification(Task[ClassRow]):
                 "nothing of a text. Name adapters alone."
             )
         return self.own
+
+    def missing_labels(self, name: str, rows: Sequence[ClassRow]) -> Sequence[str]:
+        known = self.sets[name]
+        there = {label for row in rows for label in names_in(row.label)}
+        return [] if known.kind == REGRESSION else [label for label in known.names if label not in there]
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
