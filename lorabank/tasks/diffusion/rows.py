@@ -12,7 +12,7 @@ from lorabank.config.train import DataConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
-from lorabank.data.split import split_rows
+from lorabank.data.split import group_unit, split_rows
 from lorabank.errors import DataError
 from lorabank.tasks.diffusion.pictures import Picture, Read, read_pictures
 
@@ -35,7 +35,15 @@ def prepare(
     if sources["train"] is None:
         raise DataError("no training data: set data.train to a folder of pictures, a metadata file or a data set id")
     read = {
-        role: read_pictures(source, config, step=step, role=role, limit=data.limit, busy=progress)
+        role: read_pictures(
+            source,
+            config,
+            step=step,
+            role=role,
+            limit=data.limit,
+            group_by=data.group_by if role == "train" else None,
+            busy=progress,
+        )
         for role, source in sources.items()
         if source is not None
     }
@@ -73,10 +81,10 @@ def _split(data: DataConfig, read: dict[str, Read], seed: int) -> dict[str, list
     pictures = list(read["train"].pictures)
     val = 0 if "val" in read else data.val_split
     test = 0 if "test" in read else data.test_split
-    keys = [picture.digest for picture in pictures]
-    if val == DataConfig.val_split and len(set(keys)) <= OBJECT_PICTURES:
+    keys = [picture.digest if picture.group is None else picture.group for picture in pictures]
+    if val == DataConfig.val_split and len({picture.digest for picture in pictures}) <= OBJECT_PICTURES:
         val = 0
-    split = split_rows(keys, val=val, test=test, seed=seed, unit="pictures")
+    split = split_rows(keys, val=val, test=test, seed=seed, unit=group_unit(data.group_by, "pictures"))
     held = {"val": split.val, "test": split.test}
     return {
         "train": [pictures[i] for i in split.train],

@@ -13,7 +13,8 @@ import numpy as np
 
 from lorabank.config.speech import SpeechConfig
 from lorabank.data.row import RowError
-from lorabank.errors import DataError, closest
+from lorabank.data.split import group_of
+from lorabank.errors import DataError
 from lorabank.tasks.speech.audio import Sound, load_sound
 from lorabank.tasks.speech.read import Utterance
 from lorabank.tasks.speech.tokens import SpeechTokens
@@ -181,21 +182,12 @@ def _rows_of(
     changes.update(changes_of(sound, rate))
     if has_times(segments):
         check_times(segments, sound.seconds)
-    group = _digest(sound.samples_S) if group_by is None else _group(utterance, group_by)
+    group = group_of(utterance.values or {}, group_by, utterance.origin)
+    group = _digest(sound.samples_S) if group is None else group
     return [
         _row(utterance, sound, start, end, part, config, tokens, group)
         for start, end, part in _parts(sound, segments, config, utterance, notes)
     ]
-
-
-def _group(utterance: Utterance, column: str) -> str:
-    values = utterance.values or {}
-    if column not in values:
-        raise DataError(
-            f"{utterance.origin}: data.group_by asks for column {column!r}{closest(column, values)}; there are "
-            f"{', '.join(values)}"
-        )
-    return str(values[column])
 
 
 def changes_of(sound: Sound, rate: int) -> list[str]:
