@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from PIL import Image
 
 from lorabank.cli.main import main
-from lorabank.models.quiet import quiet_transformers
 from lorabank.tasks import TASKS
 from lorabank.tasks.preview import PASSES, first_draws
 from lorabank.tasks.sheet import HEAD, LABEL, sheet
 from lorabank.training.streams import RowStream
-from tests.tasks.detection.made import coco_folder, saved_detector
-from tests.tasks.diffusion.tiny import folder_of_pictures
-from tests.tasks.diffusion.tiny import pipeline as image_pipeline
+from tests.tasks.every import EVERY, seen
 from tests.tasks.images.made import COLOURS
-from tests.tasks.images.made import folder as image_folder
-from tests.tasks.seq2seq.tiny import summary_rows, t5, translation_rows
-from tests.tasks.speech.tiny import audio_folder, tiny_whisper, tone
-from tests.tasks.synthesis.made import RATE, saved_model, tones
-from tests.tasks.tiny import labelled_rows, tiny_bert
-from tests.training.tiny import tiny_model, tiny_rows, tiny_tokenizer
-
-Made = tuple[Path, Path]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A task to look at."""
 
-    make: Callable[[Path], Made]
-    """→ (model, data), in a folder."""
     flags: tuple[str, ...] = ()
     said: tuple[str, ...]
     """What stands in the output."""
@@ -47,86 +31,23 @@ class Case:
     """File that is drawn."""
 
 
-def _lines(where: Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    file = where / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def _generation(where: Path) -> Made:
-    tiny_model().save_pretrained(where / "model")
-    tiny_tokenizer().save_pretrained(where / "model")
-    return where / "model", _lines(where, tiny_rows(8))
-
-
-def _classified(where: Path) -> Made:
-    rows = [{**row, "text_pair": "and more"} for row in labelled_rows(8)]
-    return tiny_bert(where / "model"), _lines(where, rows)
-
-
-def _written(rows: Sequence[Mapping[str, object]]) -> Callable[[Path], Made]:
-    def make(where: Path) -> Made:
-        model, tokenizer = t5()
-        model.save_pretrained(where / "model")
-        tokenizer.save_pretrained(where / "model")
-        return where / "model", _lines(where, rows)
-
-    return make
-
-
-def _heard(where: Path) -> Made:
-    model, processor = tiny_whisper()
-    model.save_pretrained(where / "model")
-    processor.save_pretrained(where / "model")
-    rows = [(f"{i}.wav", tone(0.5 + 0.1 * i, 300 + 200 * i, 8000), f"<|0.00|>word {i}<|0.40|>") for i in range(6)]
-    return where / "model", audio_folder(where / "sounds", rows, rate=8000)
-
-
-def _said(where: Path) -> Made:
-    rows = [(f"{i}.wav", tones(word), word) for i, word in enumerate(("aei", "oia", "eoa", "iioe"))]
-    return saved_model(where / "model"), audio_folder(where / "voice", rows, rate=RATE)
-
-
-def _seen(where: Path) -> Made:
-    config = hf.ViTConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
-    )
-    with quiet_transformers():
-        hf.ViTForImageClassification(config).save_pretrained(where / "model")
-        hf.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(where / "model")
-    return where / "model", image_folder(where / "pictures", each=4)
-
-
-def _found(where: Path) -> Made:
-    return saved_detector(where / "model"), coco_folder(where / "coco", 6)
-
-
-def _drawn(where: Path) -> Made:
-    image_pipeline("sd").save_pretrained(where / "model")
-    return where / "model", folder_of_pictures(where / "ink", 4, sizes=[(120, 80)])
-
-
 PICTURES = ("--diffusion.resolution", "32", "--diffusion.bucket-step", "8", "--diffusion.min-side", "16")
 CASES: dict[str, Case] = {
-    "text-generation": Case(make=_generation, said=("Legend: ⟦trained", "rows.jsonl:1: ", "⟧")),
+    "text-generation": Case(said=("Legend: ⟦trained", "rows.jsonl:1: ", "⟧")),
     "text-classification": Case(
-        make=_classified,
         flags=("--data.max-length", "16"),
         said=("rows.jsonl:2: two texts, 16 tokens, cut to max_length; label: bad", "poor no 1\nand mo", "8 rows read"),
     ),
     "summarization": Case(
-        make=_written(summary_rows(8)),
         flags=("--seq2seq.prefix", "summarize: ", "--seq2seq.max-target-length", "1"),
         said=("tokens read, 1 trained (cut to seq2seq.max_target_length)", "source: summarize<unk>the cat sat", "target: ⟦</s>⟧"),
     ),
     "translation": Case(
-        make=_written([{"translation": row["translation"]} for row in translation_rows(8)]),
         flags=("--seq2seq.source-lang", "en", "--seq2seq.target-lang", "de"),
         said=("source: the cat sat", "target: ⟦die katze sass", "</s>⟧"),
     ),
-    "text2text-generation": Case(make=_written(summary_rows(8)), said=("source: the cat", "target: ⟦cat</s>⟧")),
+    "text2text-generation": Case(said=("source: the cat", "target: ⟦cat</s>⟧")),
     "automatic-speech-recognition": Case(
-        make=_heard,
         said=(
             "0.wav: 0.50 s, resampled from 8,000 to 16,000 Hz; ",
             " trained",
@@ -134,22 +55,17 @@ CASES: dict[str, Case] = {
         ),
         picture="sounds-log-mel.png",
     ),
-    "text-to-speech": Case(
-        make=_said, said=("0.wav: 0.18 s, ", " frames, ", "no speaker's embedding", "aei"), picture="voice-log-mel.png"
-    ),
+    "text-to-speech": Case(said=("0.wav: 0.18 s, ", " frames, ", "no speaker's embedding", "aei"), picture="voice-log-mel.png"),
     "image-classification": Case(
-        make=_seen,
         flags=("--images.augment", "[crop, colour]"),
         said=("label 'blue', number 0 of 3; 24 × 20 becomes 16 × 16 pixels", "varied in training: crop, colour"),
         picture="pictures-pictures.png",
     ),
     "object-detection": Case(
-        make=_found,
         said=("32 × 32 becomes 32 × 32 on 32 × 32 pixels", "1 × red", "varied in training: "),
         picture="_annotations.coco.json-boxes.png",
     ),
     "text-to-image": Case(
-        make=_drawn,
         flags=PICTURES,
         said=(
             "120 × 80 scaled to 40 × 27, 3 pixels of its height cropped: bucket 40 × 24",
@@ -170,7 +86,7 @@ def test_rows_as_training_sees_them(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES[task]
-    model, data = case.make(tmp_path)
+    model, data = EVERY[task](tmp_path)
     monkeypatch.setenv("COLUMNS", "240")
     monkeypatch.chdir(tmp_path)
     words = ["preview", "--task", task, "--model", str(model), "--data", str(data), "--count", "2", *case.flags]
@@ -189,7 +105,7 @@ def test_rows_as_training_sees_them(
 
 def test_pictures_are_as_the_first_passes_vary_them(tmp_path: Path) -> None:
     """Left the plain picture, then the three that training will see; those of another seed differ."""
-    model, data = _seen(tmp_path)
+    model, data = seen(tmp_path)
     made = {}
     for seed in ("1", "1", "2"):
         out = tmp_path / f"look{len(made)}"

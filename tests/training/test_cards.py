@@ -13,7 +13,8 @@ import yaml
 from lorabank import Adapter, AdapterConfig
 from lorabank.config.train import AdapterRun
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.training.cards import CardFacts, card_for_hub, how_to_load, model_card, write_card
+from lorabank.training.card_use import how_to_load
+from lorabank.training.cards import CardFacts, card_for_hub, model_card, write_card
 from lorabank.training.serving import serve_lines
 
 FACTS = CardFacts(
