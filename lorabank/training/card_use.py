@@ -56,12 +56,13 @@ def how_to_load(
     num_labels: int | None = None,
     task: str = DEFAULT_TASK,
     files: Collection[str] = (),
+    head: str | None = None,
 ) -> str:
     """The section on use: lorabank, PEFT or diffusers, vLLM.
 
-    repository: where it lies on a hub; None: in a folder, `path/to/NAME`. unserved: why vLLM can't read it. task_type: PEFT's name of
-    the model's class. num_labels: of a classifier's head. task: the pipeline's name. files: names in the adapter's folder, among
-    which may be kohya's or diffusers' form.
+    repository: where it lies on a hub; None: in a folder, `path/to/NAME`. unserved: why vLLM can't read it. task_type: PEFT's, by
+    which the model's class is known. num_labels: of a classifier's head. task: the pipeline's name. files: names in the adapter's
+    folder, among which may be kohya's or diffusers' form. head: module of a model that isn't transformers' with a head in full.
     """
     if task not in SERVED:
         unserved = f"adapters for {task} were never checked there"
@@ -74,7 +75,7 @@ def how_to_load(
     if task == "text-to-image":
         blocks += _diffusers(name, base_model, repository, at, files)
     else:
-        blocks += _in_python(name, base_model, repository, at, _loaded(base_model, task, task_type, num_labels))
+        blocks += _in_python(name, base_model, repository, at, _loaded(base_model, task, task_type, num_labels), head)
     if not base_model:
         return "\n\n".join(blocks)
     if unserved is None:
@@ -99,7 +100,9 @@ def _loaded(base_model: str, task: str, task_type: str | None, num_labels: int |
     return f"from transformers import {model_class}", f'{model_class}.from_pretrained("{base_model}"{labels})'
 
 
-def _in_python(name: str, base_model: str, repository: str | None, at: str, loaded: tuple[str, str]) -> list[str]:
+def _in_python(
+    name: str, base_model: str, repository: str | None, at: str, loaded: tuple[str, str], head: str | None
+) -> list[str]:
     """A bank, and PEFT where the base is transformers'."""
     needed, value = loaded
     place, fetch = f'"path/to/{name}"', ""
@@ -108,9 +111,10 @@ def _in_python(name: str, base_model: str, repository: str | None, at: str, load
         fetch = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repository}"{at})\n'
     model = f"model = {value}\n" if value else ""
     first = f"{needed}\n" if needed else ""
+    attached = "model" if head is None else f'model, head="{head}"'
     blocks = [
         f"```python\n# lorabank: beside other adapters in one pass\nimport lorabank as lb\n{first}{fetch}\n{model}"
-        f'bank = lb.attach(model)\nbank.load("{name}", lb.Adapter.load({place}))\nbank.use("{name}")\n```'
+        f'bank = lb.attach({attached})\nbank.load("{name}", lb.Adapter.load({place}))\nbank.use("{name}")\n```'
     ]
     if base_model and needed.startswith("from transformers"):
         location = f'"{repository}"{at}' if repository else place

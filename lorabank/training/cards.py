@@ -15,7 +15,7 @@ from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.formats.labels import label_names
 from lorabank.training import human
-from lorabank.training.card_use import how_to_load
+from lorabank.training.card_use import LITE, TIMM, how_to_load
 from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle
 from lorabank.training.task import TASK_KEY
 
@@ -65,6 +65,8 @@ class CardFacts:
     """Outputs of a classifier's head, which the base has to be loaded with; None for other models."""
     files: Collection[str] = ()
     """Names in the adapter's folder."""
+    head: str | None = None
+    """Module that gives a number a label, where the model's class doesn't say."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -192,6 +194,7 @@ def _use(facts: CardFacts) -> str:
         num_labels=facts.num_labels,
         task=facts.pipeline_tag,
         files=facts.files,
+        head=facts.head,
     )
 
 
@@ -224,6 +227,7 @@ def card_for_hub(
         num_labels=len(label_names(adapter) or ()) or None,
         task=task,
         files=files,
+        head=next(iter(adapter.modules), None) if base_model == LITE or base_model.startswith(TIMM) else None,
     )
     front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
     named = _listed(front.get("base_model"))
