@@ -56,9 +56,11 @@ def prepare(
     keep: Keep,
     labels: Sequence[str] | None = None,
     boxed: bool = True,
+    scoring: bool = False,
     progress: Progress | None = None,
 ) -> DetectionSets:
     """Find, open, check and split. `labels`: a head's own, where it has some. `boxed` False: pictures alone, to predict.
+    `scoring`: nothing is trained, so the report speaks of no training.
 
     Pictures and boxes that can't be used are left out and counted, or stop it with their names, as `detection.bad_pictures` and
     `detection.bad_boxes` say. Raises DataError, also where no picture, or no box to learn from, is left.
@@ -107,7 +109,7 @@ def prepare(
             read=total,
             errors=errors,
             splits=splits,
-            facts=_facts(splits["train"], names) if boxed else (),
+            facts=_facts(splits["train"], names, scoring) if boxed else (),
             notes=_notes(found, opened),
             what="pictures",
         ),
@@ -229,12 +231,15 @@ def _notes(found: Mapping[str, Found], opened: Mapping[str, Sequence[_Opened]]) 
     return notes
 
 
-def _facts(rows: Sequence[DetectionRow], labels: Sequence[str]) -> list[str]:
+def _facts(rows: Sequence[DetectionRow], labels: Sequence[str], scoring: bool) -> list[str]:
     counts = Counter(box.label for row in rows for box in row.boxes)
     if not counts:
         return []
     shown = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(8))
-    facts = [f"{len(labels)} categories, {sum(counts.values()):,} boxes in training: {shown}{', …' if len(counts) > 8 else ''}"]
+    shown += ", …" if len(counts) > 8 else ""
+    if scoring:
+        return [f"{sum(counts.values()):,} boxes: {shown}"]
+    facts = [f"{len(labels)} categories, {sum(counts.values()):,} boxes in training: {shown}"]
     if empty := sum(not row.boxes for row in rows):
         facts.append(f"{empty:,} training pictures without a box: they teach what is nothing")
     if absent := [label for label in labels if label not in counts]:

@@ -83,6 +83,7 @@ class ObjectDetection(Task[DetectionRow]):
                 val=val,
                 keep=self.store.keep,
                 labels=self._given_labels(name, runs[name].init_from, runs[name].modules_to_save),
+                scoring=self._scoring,
                 progress=progress,
             )
 
@@ -278,9 +279,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
     known = ("loss", *METRICS)
     for name in metrics:
         if name not in known:
-            raise ConfigError(
-                Setting("eval.metrics"), f": expected some of {', '.join(known)}, got {name!r}{closest(name, known)}"
-            )
+            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
 
 
 def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str, Adapter]) -> ObjectDetection:

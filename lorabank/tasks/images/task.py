@@ -273,6 +273,4 @@ def check_metrics(metrics: Sequence[str]) -> None:
     known = ("loss", *METRICS)
     for name in metrics:
         if name not in known:
-            raise ConfigError(
-                Setting("eval.metrics"), f": expected some of {', '.join(known)}, got {name!r}{closest(name, known)}"
-            )
+            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")

@@ -82,6 +82,8 @@ def _facts(splits: Mapping[str, Sequence[SpeechRow]], parts: Mapping[str, Rows])
     changes = sum((part.changes for part in parts.values()), Counter[str]())
     rows = [row for part in splits.values() for row in part]
     lengths = ", ".join(f"{_clock(sum(row.seconds for row in part))} {name}" for name, part in splits.items() if part)
+    if not splits["val"] and not splits["test"]:  # rows that are scored are read like this, too
+        lengths = lengths.removesuffix(" train")
     learned = sum(row.tokens for row in rows) / max(1e-9, sum(row.seconds for row in rows))
     timed = sum(row.timed for row in rows)
     times = f"; {timed:,} rows have timestamps" if timed else ""

@@ -123,7 +123,9 @@ def prepare(
             "Correct or delete these rows. Or set `synthesis.bad_rows: skip`, which counts them in the data report."
         )
     splits = _split(data, parts, seed)
-    lengths = ", ".join(f"{sum(row.seconds for row in part):,.0f} s {name}" for name, part in splits.items() if part)
+    lengths = ", ".join(f"{sum(row.seconds for row in part):,.1f} s {name}" for name, part in splits.items() if part)
+    if not splits["val"] and not splits["test"]:  # rows that are scored are read like this, too
+        lengths = lengths.removesuffix(" train")
     speakers = len({row.speaker for row in splits["train"] if any(row.speaker)})
     facts = [lengths, f"{speakers} speakers' embeddings" if speakers else "no speakers' embeddings: zeros"]
     report = row_report(read=total, errors=errors, splits=splits, facts=facts, what="recordings")

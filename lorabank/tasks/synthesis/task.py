@@ -221,9 +221,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
     """Raise ConfigError for a metric that isn't one of synthesis."""
     for name in metrics:
         if name not in METRICS:
-            raise ConfigError(
-                Setting("eval.metrics"), f": expected some of {', '.join(METRICS)}, got {name!r}{closest(name, METRICS)}"
-            )
+            raise ConfigError(f"expected some of {', '.join(METRICS)}, got {name!r}{closest(name, METRICS)}")
 
 
 def _processor_of(name: str, folder: Path) -> Any:

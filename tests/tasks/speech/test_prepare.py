@@ -35,7 +35,7 @@ def test_an_audio_folder(tmp_path: Path) -> None:
     ]
     assert [round(row.seconds, 2) for row in found.train] == [0.3, 0.32, 0.34, 0.36]
     assert found.report.lines()[0] == "4 recordings read, 4 kept: 4 train"
-    assert found.report.lines()[1] == "1.3 s train; up to 0.4 s a row, 16.7 learned tokens a second"
+    assert found.report.lines()[1] == "1.3 s; up to 0.4 s a row, 16.7 learned tokens a second"
     json.dumps(found.report.to_dict())
 
 
