@@ -151,26 +151,11 @@ def _compiled(config: TrainConfig, model: Any, task: Task[Any], *, recompute: bo
     return task.compile_model(recompute=recompute) if wanted else [], why_not
 
 
-def preview(config: TrainConfig, *, count: int = 3) -> None:
-    """Print rows of every data set as the model will see them, trained tokens coloured."""
-    from rich.console import Console
+def preview(config: TrainConfig, *, count: int = 3, pictures: str | Path = "lorabank-preview") -> None:
+    """Print rows of every data set as training sees them; what is no text is drawn into the folder `pictures`."""
+    from lorabank.tasks.preview import preview as show
 
-    from lorabank.data.preview import preview as print_rows
-    from lorabank.models.load import load_tokenizer
-    from lorabank.tasks.text_generation import read_rows
-
-    if config.task != "text-generation":
-        raise ConfigError(f"preview: shows rows of text-generation, and the task is {config.task!r}.")
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    console = Console()
-    shown: set[str] = set()
-    sets = read_rows(config, tokenizer)
-    for name, prepared in sets.by_adapter.items():
-        if sets.names[name] not in shown:
-            shown.add(sets.names[name])
-            console.rule(sets.names[name])
-            print_rows(prepared.train, tokenizer, console, count)
-            console.print(prepared.report)
+    show(config, count=count, pictures=pictures)
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------

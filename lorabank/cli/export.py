@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabank.cli.export_task import check_task
 from lorabank.cli.folders import chosen_path, refuse_existing, whole_folder
 from lorabank.cli.parser import CommandParser
 from lorabank.config.convert import dtype_name
@@ -83,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     output = refuse_existing(args.output)
     from lorabank.formats.adapter import Adapter
 
-    EXPORTS[args.to](args, Adapter.load(args.adapter), output)
+    adapter = Adapter.load(args.adapter)
+    check_task(args.to, adapter, args.base or adapter.base_model, str(args.adapter))
+    EXPORTS[args.to](args, adapter, output)
     return 0
 
 

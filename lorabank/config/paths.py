@@ -26,6 +26,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             val=_absolute(data.val, "data.val"),
             test=_absolute(data.test, "data.test"),
         ),
+        synthesis=replace(config.synthesis, vocoder=_absolute(config.synthesis.vocoder, "synthesis.vocoder")),
+        detection=replace(config.detection, images=_absolute(config.detection.images, "detection.images")),
         defaults=_adapter(config.defaults, "defaults"),
         adapters={name: _adapter(run, f"adapters.{name}") for name, run in config.adapters.items()},
         output=_from_home(config.output),

@@ -12,7 +12,7 @@ from lorabank.data.render import TokenRow
 from lorabank.data.row import RowError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +89,6 @@ class DataReport:
             lines.append(f"same prompt in {pair}: {rows.count:,} rows ({rows.some}); see data.group_by")
         lines += [f"{note}: {rows.count:,} rows ({rows.some})" for note, rows in self.notes.items()]
         return lines
-
-    def __rich__(self) -> Table:
-        """The lines of the report as a bare rich table, warnings in yellow."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table.grid(padding=(0, 1))
-        warned = ("dropped", "same prompt in", "cut to")
-        for number, line in enumerate(self.lines()):
-            style = "yellow" if line.startswith(warned) or line.split(":")[0] in self.notes else ""
-            table.add_row(Text("data" if number == 0 else "", style="bold"), Text(line, style=style))
-        return table
 
 
 def build_report(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lorabank.errors import DataError
+from lorabank.errors import DataError, closest
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,23 @@ def split_rows(keys: Sequence[str], *, val: float | int, test: float | int, seed
     for key, positions in members.items():
         places[taken.get(key, "train")].extend(positions)
     return Split(*(tuple(sorted(places[part])) for part in ("train", "val", "test")))
+
+
+def group_of(values: Mapping[str, Any], column: str | None, origin: str) -> str | None:
+    """A row's value of the column `data.group_by`; None where none is set. Raises DataError for a row without it."""
+    if column is None:
+        return None
+    if column not in values:
+        raise DataError(
+            f"{origin}: data.group_by asks for column {column!r}{closest(column, values)}; there are "
+            f"{', '.join(values) or 'none'}"
+        )
+    return str(values[column])
+
+
+def group_unit(column: str | None, unit: str) -> str:
+    """What a key is, for messages of `split_rows`."""
+    return unit if column is None else f"values of {column!r}"
 
 
 def _rank(key: str, seed: int) -> bytes:

@@ -18,7 +18,7 @@ from lorabank.formats.patterns import to_patterns
 from lorabank.formats.slice_vectors import any_norms
 from lorabank.formats.slices import without_slices
 from lorabank.merging.arguments import an_adapter
-from lorabank.merging.combine_about import agreed, check_labels
+from lorabank.merging.combine_about import agreed, check_labels, warn_of_settings
 from lorabank.merging.combine_base import check_one_base
 from lorabank.merging.combine_extras import check_method, with_lora_biases
 from lorabank.merging.combine_report import CombineReport, LayerError
@@ -110,6 +110,7 @@ def _combined(
     check_one_base(adapters, called)
     _check_shapes(adapters, called)
     check_labels(parts, called)
+    warn_of_settings(parts, called)
     wholes = wholes_of(parts, called)
     _check_tables(wholes, adapters, called)
     seed = int(told.get("seed", 0))

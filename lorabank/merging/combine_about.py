@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter
@@ -35,9 +37,47 @@ def check_labels(parts: Weighted, called: Sequence[str]) -> None:
             )
 
 
+SETTINGS = ("speech",)
+"""Keys whose value is a JSON object of settings that an adapter is used with again; they are settled one by one."""
+
+
+def warn_of_settings(parts: Weighted, called: Sequence[str]) -> None:
+    """Warn of settings that adapters with a weight were trained with differently: the combination has none of them.
+
+    `called`: what messages call the adapters.
+    """
+    differ = []
+    for key in SETTINGS:
+        said = {name: _settings(a, key) for name, (a, weight) in zip(called, parts, strict=True) if weight != 0}
+        for setting in dict.fromkeys(name for own in said.values() for name in own):
+            values = {name: own.get(setting, "unsaid") for name, own in said.items()}
+            if len(set(map(json.dumps, values.values()))) > 1:
+                differ.append(f"{key}.{setting} ({', '.join(f'{name} {value}' for name, value in values.items())})")
+    if differ:
+        warnings.warn(
+            f"combine: the adapters were trained with different settings: {'; '.join(differ)}. The combination has none of them, "
+            "so it is used with the defaults: combine adapters of the same settings if that isn't what you want.",
+            stacklevel=5,
+        )
+
+
+def _settings(adapter: Adapter, key: str) -> Mapping[str, object]:
+    found = json.loads(adapter.metadata.get(key, "{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def _alike(parts: Sequence[Adapter], key: str) -> dict[str, str]:
+    """The settings under a key that all have alike, as JSON; nothing where there are none."""
+    first, *others = [_settings(adapter, key) for adapter in parts]
+    same = {name: value for name, value in first.items() if all(name in own and own[name] == value for own in others)}
+    return {key: json.dumps(same)} if same else {}
+
+
 def agreed(parts: Weighted) -> dict[str, str]:
     """What all adapters with a weight say alike: the task, the names of labels, a task's settings."""
-    first, *others = [adapter.metadata for adapter, weight in parts if weight != 0] or [{}]
-    return {
+    weighted = [adapter for adapter, weight in parts if weight != 0]
+    first, *others = [adapter.metadata for adapter in weighted] or [{}]
+    same = {
         key: value for key, value in first.items() if not key.startswith(OWN) and all(other.get(key) == value for other in others)
     }
+    return same | {k: v for key in SETTINGS if weighted and key not in same for k, v in _alike(weighted, key).items()}

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import PreparedData, Progress, prepare
+from lorabank.data.preview import Printer, preview
 from lorabank.data.read import Source
 from lorabank.data.render import TokenRow
 from lorabank.engine.batch import Batch, pack_batch
@@ -16,7 +19,7 @@ from lorabank.engine.engine import Engine
 from lorabank.engine.head import check_decoder
 from lorabank.errors import ConfigError, DataError
 from lorabank.formats.adapter import Adapter
-from lorabank.models.load import load_base
+from lorabank.models.load import load_base, load_tokenizer
 from lorabank.training.base_rows import BASE_NAME, base_rows
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import Generated, full_scores, generate_answers, unique_prompts, validation_losses
@@ -24,7 +27,7 @@ from lorabank.training.jobs import AdapterJob
 from lorabank.training.run_folder import write_samples
 from lorabank.training.scorers import check_metrics, split_metrics
 from lorabank.training.serving import chat_line
-from lorabank.training.task import BaseRequest, Busy, Prediction, Say, Task, TaskBase, TaskKind
+from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
 
 
 def read_rows(
@@ -50,6 +53,10 @@ class TextGeneration(Task[TokenRow]):
 
     def read(self, config: TrainConfig, rows: RowObjects | None = None, progress: Progress | None = None) -> DataSets[TokenRow]:
         return read_rows(config, self.processor, rows=rows, progress=progress)
+
+    def preview(self, name: str, rows: Sequence[TokenRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        preview(rows, self.processor, out.console, len(rows))
+        return {}
 
     def batch(
         self, rows: Sequence[Sequence[TokenRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
@@ -119,4 +126,9 @@ def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str
     return TextGeneration(config, model, processor)
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics, quantises=True)
+def _load_tokenizer(request: BaseRequest, say: Say) -> TaskBase:
+    tokenizer = load_tokenizer(request.model, trust_remote_code=request.trust_remote_code)
+    return TaskBase(model=nn.Module(), processor=tokenizer, name=request.model, folder=None)
+
+
+KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics, quantises=True, load_preview=_load_tokenizer)

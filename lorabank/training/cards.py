@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.formats.labels import label_names
 from lorabank.training import human
-from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle, vllm_line
+from lorabank.training.card_use import LITE, TIMM, how_to_load
+from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle
 from lorabank.training.task import TASK_KEY
 
 USE = "## Use"
@@ -62,12 +63,16 @@ class CardFacts:
     """What `tokens_seen` counts."""
     num_labels: int | None = None
     """Outputs of a classifier's head, which the base has to be loaded with; None for other models."""
+    files: Collection[str] = ()
+    """Names in the adapter's folder."""
+    head: str | None = None
+    """Module that gives a number a label, where the model's class doesn't say."""
 
 
 def model_card(facts: CardFacts) -> str:
     """The text of the card: YAML front matter that model hubs read, then Markdown."""
     front: dict[str, object] = {"base_model": facts.base_model} if facts.base_model else {}
-    front |= {"library_name": "peft", "pipeline_tag": facts.pipeline_tag}
+    front |= {"library_name": library_of(facts.pipeline_tag), "pipeline_tag": facts.pipeline_tag}
     front["tags"] = ["lora", "lorabank"]
     if facts.license:
         front["license"] = facts.license
@@ -83,6 +88,11 @@ def model_card(facts: CardFacts) -> str:
         parts += ["## Evaluation", _scores(facts)]
     parts += [USE, _use(facts)]
     return "\n\n".join(parts) + "\n"
+
+
+def library_of(task: str) -> str:
+    """What model hubs say that an adapter is used with."""
+    return "diffusers" if task == "text-to-image" else "peft"
 
 
 def _front_matter(front: Mapping[str, object]) -> str:
@@ -183,87 +193,28 @@ def _use(facts: CardFacts) -> str:
         task_type=facts.task_type,
         num_labels=facts.num_labels,
         task=facts.pipeline_tag,
+        files=facts.files,
+        head=facts.head,
     )
 
 
-MODEL_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""transformers' class by PEFT's task type; else that of language models."""
-TASK_CLASSES: Mapping[str, str | None] = {
-    "image-classification": "AutoModelForImageClassification",
-    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
-    "object-detection": "AutoModelForObjectDetection",
-    "text-to-speech": "SpeechT5ForTextToSpeech",
-    "text-to-image": None,
-}
-"""The same by task, where PEFT has no type for it; None: PEFT doesn't load it by itself."""
-
-SERVED = (DEFAULT_TASK, "text-classification")
-"""Tasks whose adapters vLLM may read."""
-
-
-def how_to_load(
+def card_for_hub(
+    text: str | None,
+    adapter: Adapter,
     name: str,
-    base_model: str,
-    rank: int,
     *,
-    patterns: bool,
-    unserved: str | None,
-    repository: str | None = None,
-    revision: str | None = None,
-    task_type: str | None = None,
-    num_labels: int | None = None,
-    task: str = DEFAULT_TASK,
+    base_model: str,
+    repository: str,
+    revision: str | None,
+    files: Collection[str] = (),
 ) -> str:
-    """The section on use: lorabank, PEFT, vLLM. `repository`: where it lies on a hub; None: in a folder, `path/to/NAME`.
-
-    unserved: why vLLM can't read it. task_type: PEFT's, which says the model's class. num_labels: of a classifier's head.
-    task: the pipeline's name.
-    """
-    if task not in SERVED:
-        unserved = f"adapters for {task} were never checked there"
-    place = f'"path/to/{name}"'
-    fetch = ""
-    at = f', revision="{revision}"' if repository and revision else ""
-    if repository:
-        place = "folder"
-        fetch = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repository}"{at})\n'
-    blocks = [
-        f"```python\n# lorabank: beside other adapters in one pass\nimport lorabank as lb\n{fetch}\nbank = lb.attach(model)\n"
-        f'bank.load("{name}", lb.Adapter.load({place}))\nbank.use("{name}")\n```',
-    ]
-    if not base_model:
-        return blocks[0]
-    location = f'"{repository}"{at}' if repository else place
-    model_class = TASK_CLASSES.get(task, MODEL_CLASSES.get(task_type or "", "AutoModelForCausalLM"))
-    labels = "" if num_labels is None else f", num_labels={num_labels}"
-    if model_class is not None:
-        blocks.append(
-            f"```python\n# PEFT\nfrom peft import PeftModel\nfrom transformers import {model_class}\n\n"
-            f'model = {model_class}.from_pretrained("{base_model}"{labels})\n'
-            f"model = PeftModel.from_pretrained(model, {location})\n```"
-        )
-    if unserved is None:
-        version = " (0.32 or newer: rank and alpha differ between layers)" if patterns else ""
-        line = vllm_line(base_model, {name: repository or f"path/to/{name}"}, rank)
-        blocks.append(f"```sh\n# vLLM{version}\n{line}\n```")
-    else:
-        blocks.append(f"vLLM can't read this adapter rightly as it is: {unserved}.")
-    return "\n\n".join(blocks)
-
-
-def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: str, repository: str, revision: str | None) -> str:
     """The card of an adapter on a hub: `text` (None: what the adapter itself says) with its base and section on use put right.
 
     What a run wrote about data and metrics stays as it is.
     """
     ranks = {layer.rank for layer in adapter.layers.values()}
     scalings = {layer.scaling for layer in adapter.layers.values()}
+    task = adapter.metadata.get(TASK_KEY, DEFAULT_TASK)
     use = how_to_load(
         name,
         base_model,
@@ -274,7 +225,9 @@ def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: s
         revision=revision,
         task_type=adapter.task_type,
         num_labels=len(label_names(adapter) or ()) or None,
-        task=adapter.metadata.get(TASK_KEY, DEFAULT_TASK),
+        task=task,
+        files=files,
+        head=next(iter(adapter.modules), None) if base_model == LITE or base_model.startswith(TIMM) else None,
     )
     front, body = _parted(text) if text is not None else ({}, _plain_body(adapter, name, base_model))
     named = _listed(front.get("base_model"))
@@ -283,7 +236,7 @@ def card_for_hub(text: str | None, adapter: Adapter, name: str, *, base_model: s
         body = body.replace(f"`{one}`", f"`{base_model}`")
     bases = [base_model if one in old else one for one in named]
     bases = list(dict.fromkeys(bases if base_model in bases else [base_model, *bases]))
-    front = {"base_model": "", "library_name": "peft", **front} | {"base_model": bases[0] if len(bases) == 1 else bases}
+    front = {"base_model": "", "library_name": library_of(task), **front} | {"base_model": bases[0] if len(bases) == 1 else bases}
     front["tags"] = list(dict.fromkeys([*_listed(front.get("tags")), "lora", "lorabank"]))
     before, after = _around_use(body)
     return "\n\n".join(filter(None, [_front_matter(front), before, USE, use, after])) + "\n"

@@ -110,7 +110,16 @@ def stage(
     text = _text(card, folder) if card.is_file() else None
     name = folder.resolve().name
     card.write_text(
-        card_for_hub(text, adapter, name, base_model=base_model, repository=repository, revision=revision), encoding="utf-8"
+        card_for_hub(
+            text,
+            adapter,
+            name,
+            base_model=base_model,
+            repository=repository,
+            revision=revision,
+            files=[path.name for path in folder.iterdir()],
+        ),
+        encoding="utf-8",
     )
     return tuple(sorted(file.name for file in copy.iterdir()))
 

@@ -198,6 +198,8 @@ def _write_about(trainer: Trainer, folder: RunFolder, model_name: str, scores: M
             task_type=trained[name].task_type,
             unit=trainer.task.unit,
             num_labels=trainer.task.labels(name),
+            head=trainer.task.head,
+            files=tuple(path.name for path in (folder.path / name).iterdir()),
         )
         write_card(folder.path / name, facts)
     folder.write_hardest({name: hardest_rows(trainer, name) for name in trainer.jobs})

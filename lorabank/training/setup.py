@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lorabank.errors import ConfigError, closest
 from lorabank.optim.slot_optimizer import SlotOptimizer
 from lorabank.training.data_sets import DataSets, adapter_runs
 from lorabank.training.events import AdapterPlan, Listener, Notice, RunPlan
+from lorabank.training.held_out import held_out_notice
 from lorabank.training.identity import run_identity
 from lorabank.training.jobs import AdapterJob, make_job
 from lorabank.training.prepared import original_of
@@ -56,7 +57,8 @@ def build_trainer(
     }
     for name, job in jobs.items():
         check_job(name, job, config)
-    notices = _unvalidated(jobs)
+    held = [held_out_notice(name, job, task.missing_labels(name, job.val)) for name, job in jobs.items()]
+    notices = [notice for notice in held if notice is not None]
     for name, job in jobs.items():
         with warnings_as(notices, adapter=name):
             task.check(name, job)
@@ -108,11 +110,6 @@ def check_best(task: Task[Any], config: TrainConfig) -> None:
             f"eval.best: validation of {task.name} has no metric {config.eval.best!r}{closest(config.eval.best, known)}. "
             f"It has, with eval.metrics {','.join(config.eval.metrics)}: {', '.join(dict.fromkeys(known))}."
         )
-
-
-def _unvalidated(jobs: Mapping[str, AdapterJob]) -> list[Notice]:
-    text = "no validation rows: the last step is kept, since the best can't be known. data.val_split holds rows out."
-    return [Notice(text=text, adapter=name, level="warning") for name, job in jobs.items() if not job.val]
 
 
 def run_plan(trainer: Trainer, *, model_name: str, resumed_from: str | None) -> RunPlan:

@@ -16,6 +16,7 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.engine.batch import Batch
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 Busy = Callable[[str, int, int], None]
 """(activity, done, total): progress, and the place where an impatient caller may raise."""
 Say = Callable[[str], None]
+Draws = Callable[[], Sequence[Sequence[int]]]
+"""What each row of a preview draws in the first passes over the data, as `Task.batch` gets it; asked for where it is used."""
 TASK_KEY = "task"
 """Key of an adapter's metadata that says which task it was trained for."""
 
@@ -114,8 +117,20 @@ class Task(ABC, Generic[Row]):
         adapters trained jointly are those trained alone. Without training, all are 0: nothing random is done then.
         """
 
+    def read_preview(self, config: TrainConfig, progress: Progress | None = None) -> DataSets[Row]:
+        """`read`, without what only training needs of the rows."""
+        return self.read(config, progress=progress)
+
+    @abstractmethod
+    def preview(self, name: str, rows: Sequence[Row], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        """Print rows of an adapter as training sees them; returns pictures of them, file's name to PNG."""
+
     def check(self, name: str, job: AdapterJob) -> None:
         """Raise ConfigError or DataError for what could only fail after the training, or in silence."""
+
+    def missing_labels(self, name: str, rows: Sequence[Row]) -> Sequence[str]:
+        """Labels of an adapter that none of its held-out rows has; nothing where rows have no labels."""
+        return ()
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
@@ -220,3 +235,5 @@ class TaskKind:
     """Raises ConfigError for `eval.metrics` that the task doesn't know; called before anything is loaded."""
     quantises: bool = False
     """Whether its base may be in fp8 or nf4."""
+    load_preview: Callable[[BaseRequest, Say], TaskBase] | None = None
+    """What `lorabank preview` loads instead, where rows are shown without a model."""

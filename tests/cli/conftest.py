@@ -90,8 +90,8 @@ class FakeApi(types.ModuleType):
         options["say"]("2 rows read")
         return {"base": {"loss": 3.2, "bleu": 4.0}, "formal": {"loss": 1.1, "bleu": 30.0}}
 
-    def preview(self, config: Any, *, count: int = 3) -> None:
-        self.calls.append(("preview", (config, count)))
+    def preview(self, config: Any, *, count: int, pictures: str) -> None:
+        self.calls.append(("preview", (config, count, pictures)))
         if self.fails:
             raise self.fails
 

@@ -122,8 +122,9 @@ def test_a_copied_run_is_resumed_where_it_is(api: Any, run_folder: Path, tmp_pat
 
 def test_preview(api: Any) -> None:
     assert main(["preview", "--model", "M", "--data", "f.jsonl", "--count", "5"]) == 0
-    (_, (config, count)) = api.calls[0]
-    assert (config.data.train, count) == ("f.jsonl", 5)
+    assert main(["preview", "--pictures=look", "--model", "M", "--data", "f.jsonl"]) == 0
+    for (_, (config, count, pictures)), expected in zip(api.calls, [(5, "lorabank-preview"), (3, "look")], strict=True):
+        assert (config.data.train, count, pictures) == ("f.jsonl", *expected)
 
 
 def test_list_settings(capsys: pytest.CaptureFixture[str]) -> None:

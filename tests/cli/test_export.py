@@ -193,6 +193,39 @@ def test_nan_is_named_and_nothing_is_written(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("task", "tool", "way_out"),
+    [
+        ("image-classification", "vllm", "lorabank merge"),
+        ("automatic-speech-recognition", "gguf", "lorabank merge"),
+        ("text-classification", "ollama", "lorabank merge"),
+        ("text-to-image", "vllm", "lorabank convert --to kohya"),
+    ],
+)
+def test_what_is_no_language_models_is_refused_for_that_reason(
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str, tool: str, way_out: str
+) -> None:
+    adapter = Adapter.load(adapter_folder)
+    replace(adapter, metadata={"task": task}).save(tmp_path / "other")
+    out = tmp_path / ("x.gguf" if tool == "gguf" else "x")
+    assert main(["export", str(tmp_path / "other"), "--to", tool, "--output", str(out)]) == 2
+    text = capsys.readouterr().err
+    assert f"is for {task}, and " in text and "gets adapters of language models from here (text-generation" in text
+    assert way_out in text and not out.exists()
+
+
+def test_a_base_that_is_no_language_model_says_so(
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an adapter that says no task, such as PEFT's own: its base's configuration does."""
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    line = ["export", str(adapter_folder), "--to", "vllm", "--base", str(tmp_path / "vit"), "--output", str(tmp_path / "x")]
+    assert main(line) == 2
+    assert "is for a 'vit' model, and vLLM gets adapters of language models from here" in capsys.readouterr().err
+
+
 def test_an_adapter_without_a_base(adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = Adapter.load(adapter_folder)
     nameless = Adapter(config=adapter.config, layers=adapter.layers).save(tmp_path / "nameless")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from lorabank.config.train import DataConfig
@@ -219,8 +218,6 @@ def test_report_in_numbers_and_in_words(chatml: PreTrainedTokenizerFast) -> None
     assert report.trained_share == pytest.approx(trained / sum(report.tokens.values()))
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["dropped"]["column 'messages' is an empty list"] == {"count": 1, "origins": ["row 101 of the train rows given"]}
-    console = Console(width=200, record=True, quiet=True)
-    console.print(report)
     text = "\n".join(report.lines())
     assert "101 rows read (messages), 100 kept: 90 train, 10 val" in text
     assert "dropped 1: column 'messages' is an empty list (row 101 of the train rows given)" in text

@@ -71,8 +71,9 @@ def test_command_lines_are_understood(page: Path, folder: Path) -> None:
         assert words[0] in COMMANDS, words
         if words[0] in RAW:
             rest = [word for word in words[1:] if word != "--list-settings"]
-            if words[0] == "preview" and "--count" in rest:  # the one flag of preview's own
-                del rest[rest.index("--count") : rest.index("--count") + 2]
+            for flag in ("--count", "--pictures"):  # preview's own
+                if words[0] == "preview" and flag in rest:
+                    del rest[rest.index(flag) : rest.index(flag) + 2]
             assert parse_train_arguments(rest).config.model
         else:
             args, extra = build_parser().parse_known_args(with_dashes(words))

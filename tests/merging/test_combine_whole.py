@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,23 @@ def test_heads_of_other_labels_never_add_up_and_what_all_say_is_kept() -> None:
     assert combine([(a, 0.0), (other, 1.0)]).metadata["labels"] == '["pos", "neg"]'
     unknown = replace(b, metadata={})
     assert "labels" not in combine([(a, 0.5), (unknown, 0.5)]).metadata
+
+
+def test_settings_that_differ_are_named_and_those_that_agree_are_kept() -> None:
+    """Whisper's adapters are used again with what they were trained with: a window that only one has isn't lost in silence."""
+    bank = attach(llama())
+
+    def trained(name: str, seed: int, **settings: Any) -> Adapter:
+        return replace(add(bank, name, seed), metadata={"speech": json.dumps(settings)} if settings else {})
+
+    a = trained("a", 0, window=2.0, language="de", task="transcribe")
+    b = trained("b", 1, window=10.0, language="de", task="transcribe")
+    with pytest.warns(UserWarning, match=r"different settings: speech\.window \(adapter 0 2\.0, adapter 1 10\.0\)\. .* default"):
+        mixed = combine([(a, 0.5), (b, 0.5)])
+    assert json.loads(mixed.metadata["speech"]) == {"language": "de", "task": "transcribe"}
+    assert combine([(a, 1.0), (b, 0.0)]).metadata["speech"] == a.metadata["speech"], "without a warning"
+    with pytest.warns(UserWarning, match=r"speech\.window \(adapter 0 2\.0, adapter 1 unsaid\); speech\.language \(adapter 0 de"):
+        assert "speech" not in combine([(a, 0.5), (trained("c", 2), 0.5)]).metadata
 
 
 def test_what_one_trains_in_full_and_another_otherwise() -> None:

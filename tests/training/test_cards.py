@@ -13,7 +13,8 @@ import yaml
 from lorabank import Adapter, AdapterConfig
 from lorabank.config.train import AdapterRun
 from lorabank.formats.adapter import AdapterLayer
-from lorabank.training.cards import CardFacts, card_for_hub, how_to_load, model_card, write_card
+from lorabank.training.card_use import how_to_load
+from lorabank.training.cards import CardFacts, card_for_hub, model_card, write_card
 from lorabank.training.serving import serve_lines
 
 FACTS = CardFacts(
@@ -202,3 +203,14 @@ def test_a_card_loads_the_base_by_its_tasks_class(task: str, task_type: str | No
     text = how_to_load("a", "org/base", 4, patterns=False, unserved="x", task_type=task_type, task=task)
     assert ("# PEFT" in text) == (loader is not None)
     assert loader is None or f"from transformers import {loader}\n" in text
+
+
+def test_a_model_that_is_not_transformers_is_made_as_it_was() -> None:
+    """`attach` has to be told of its head, and PEFT is given no class of transformers."""
+    card = model_card(
+        replace(FACTS, base_model="efficientnet-lite0", pipeline_tag="image-classification", head="_fc", num_labels=3)
+    )
+    assert '\nmodel = efficientnet_lite()\nbank = lb.attach(model, head="_fc")\n' in card
+    assert "# PEFT" not in card and "transformers" not in card
+    told = how_to_load("a", "timm:resnet18.a1_in1k", 4, patterns=False, unserved="x", task="image-classification", head="fc")
+    assert 'import timm\n\nmodel = timm.create_model("resnet18.a1_in1k", pretrained=True)\n' in told

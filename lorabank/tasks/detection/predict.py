@@ -15,6 +15,8 @@ from lorabank.formats.files import write_files
 from lorabank.tasks.detection.draw import drawn
 from lorabank.tasks.detection.prepare import prepare
 from lorabank.tasks.detection.rows import Box, DetectionRow
+from lorabank.tasks.own_head import base_note, check_trained, numbered
+from lorabank.training.base_rows import is_base
 from lorabank.training.task import Busy, Prediction
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     pictures are drawn.
     """
     least, draw = _options(wanted)
+    check_trained(wanted.names, task.model, named=task.scores_base or not numbered(task.base_labels))
     data = DataConfig(test=wanted.data, limit=wanted.max_rows, bad_rows=task.config.data.bad_rows)
     sets = prepare(data, task.config.detection, seed=0, train=None, val=None, keep=task.store.keep, boxed=False)
     rows = sets.test
@@ -65,8 +68,9 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
             write_files(wanted.output / "pictures", files)
     left = sum(reason.count for reason in sets.report.dropped.values())
     counts = ", ".join(f"{name} {sum(entry['score'] >= shown for entry in own):,}" for name, own in results.items())
+    own = base_note(wanted.names, task.base_labels, [task.labels_of(name) for name in wanted.names if not is_base(name)])
     return (
-        f"{len(rows)} pictures; boxes with a score of at least {shown:g}: {counts}"
+        f"{len(rows)} pictures{own}; boxes with a score of at least {shown:g}: {counts}"
         f"{f'; {left} pictures left out: ' + next(iter(sets.report.dropped)) if left else ''}: {wanted.output}"
     )
 

@@ -17,7 +17,7 @@ from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import all_scored, main_part, sources_of
-from lorabank.data.split import split_rows
+from lorabank.data.split import group_unit, split_rows
 from lorabank.errors import DataError, Setting
 from lorabank.tasks.detection.boxes import check_boxes
 from lorabank.tasks.detection.pictures import open_picture
@@ -69,7 +69,14 @@ def prepare(
         beside = None if role in sources else _held_beside(sources["train"], role)
         sources |= {} if beside is None else {role: beside}
     found = {
-        role: find_pictures(source, role=role, images=detection.images, boxed=boxed, limit=data.limit)
+        role: find_pictures(
+            source,
+            role=role,
+            images=detection.images,
+            boxed=boxed,
+            limit=data.limit,
+            group_by=data.group_by if role == "train" else None,
+        )
         for role, source in sources.items()
     }
     if not boxed:
@@ -169,6 +176,7 @@ def _one(entry: Entry, names: Mapping[int, str], known: Sequence[str] | None, de
         boxes=tuple(boxes),
         origin=entry.origin,
         image_id=entry.image_id,
+        group=entry.group,
     )
     return _Opened(row, None, faults)
 
@@ -231,10 +239,10 @@ def _split(data: DataConfig, parts: Mapping[str, list[DetectionRow]], seed: int)
     rows = parts["train"]
     val = 0 if "val" in parts else data.val_split
     test = 0 if "test" in parts else data.test_split
-    keys = [row.digest for row in rows]
+    keys = [row.digest if row.group is None else row.group for row in rows]
     if val == DataConfig.val_split and len(set(keys)) == 1:
         val = 0  # the default share was nobody's demand
-    split = split_rows(keys, val=val, test=test, seed=seed, unit="pictures")
+    split = split_rows(keys, val=val, test=test, seed=seed, unit=group_unit(data.group_by, "pictures"))
     held = {"val": split.val, "test": split.test}
     return {
         "train": [rows[i] for i in split.train],

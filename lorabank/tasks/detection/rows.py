@@ -41,6 +41,8 @@ class DetectionRow:
     image_id: int | str
     """As COCO's files have it; the picture's number elsewhere."""
     size: int = 1
+    group: str | None = field(default=None, compare=False)
+    """Value of the column `data.group_by`, if one is set."""
 
     @property
     def prompt_text(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from lorabank.config.paths import expanded
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
+from lorabank.data.split import group_of
 from lorabank.errors import DataError, Setting, closest
 from lorabank.tasks.detection.pictures import SUFFIXES, Picture, as_picture
 
@@ -49,6 +50,8 @@ class Entry:
     """(width, height) that its annotations say."""
     boxes: Sequence[RawBox] = ()
     error: RowError | None = None
+    group: str | None = None
+    """Value of the column `data.group_by`, if one is set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +66,36 @@ class Found:
 
 
 def find_pictures(
-    source: Source, *, role: str = "train", images: str | None = None, boxed: bool = True, limit: int | None = None
+    source: Source,
+    *,
+    role: str = "train",
+    images: str | None = None,
+    boxed: bool = True,
+    limit: int | None = None,
+    group_by: str | None = None,
 ) -> Found:
     """Every picture of `source` with its boxes, at most `limit`. `role`: `train`, `val` or `test`, where the source has several.
 
-    `images`: folder of the pictures that a COCO file names. `boxed` False: pictures alone will do (to predict). Raises DataError
+    `images`: folder of the pictures that a COCO file names. `group_by`: column of a table, or key of a COCO file's images, whose
+    value an entry keeps. `boxed` False: pictures alone will do (to predict). Raises DataError
     for what is no such source.
     """
     if isinstance(source, str | Path):
         path = expanded(str(source), place=f"data.{role}", kind=DataError)
-        found = _from_path(path, str(source), role, images, boxed, limit)
+        found = _from_path(path, str(source), role, images, boxed, limit, group_by)
         name = str(source)
     else:
         rows = read_rows(source, limit=limit, role=role)
-        found = _from_rows(rows, None, boxed, _declared(source))
+        found = _from_rows(rows, None, boxed, _declared(source), group_by)
         name = f"the {type(source).__name__} given as {role} data"
     if not found.entries:
         raise DataError(f"{name}: expected at least one picture, got none")
     return found
 
 
-def _from_path(path: Path, name: str, role: str, images: str | None, boxed: bool, limit: int | None) -> Found:
+def _from_path(
+    path: Path, name: str, role: str, images: str | None, boxed: bool, limit: int | None, group_by: str | None
+) -> Found:
     if path.is_dir():
         below = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
         path = next((below[each] for each in SPLITS[role] if each in below), path)
@@ -100,9 +112,9 @@ def _from_path(path: Path, name: str, role: str, images: str | None, boxed: bool
     if path.is_file() and path.suffix.lower() in SUFFIXES and not boxed:
         return Found(entries=[_plain(1, path)])
     if path.suffix.lower() == ".json" and path.is_file():
-        return read_coco(path, images=images, limit=limit)
+        return read_coco(path, images=images, limit=limit, group_by=group_by)
     rows = read_rows(str(path) if path.exists() else name, limit=limit, role=role)
-    return _from_rows(rows, path.parent if path.is_file() else None, boxed, {})
+    return _from_rows(rows, path.parent if path.is_file() else None, boxed, {}, group_by)
 
 
 def _plain(number: int, path: Path) -> Entry:
@@ -112,7 +124,7 @@ def _plain(number: int, path: Path) -> Entry:
 # ---- COCO -----------------------------------------------------------------------------------------------------------
 
 
-def read_coco(path: Path, *, images: str | None = None, limit: int | None = None) -> Found:
+def read_coco(path: Path, *, images: str | None = None, limit: int | None = None, group_by: str | None = None) -> Found:
     """A file in COCO's form: `images` {id, file_name, width, height}, `annotations` {image_id, bbox, category_id}, `categories`.
 
     `annotations` may be missing: then there is nothing to learn from, only pictures. Raises DataError for another form.
@@ -148,6 +160,7 @@ def read_coco(path: Path, *, images: str | None = None, limit: int | None = None
             picture=file,
             size=_size(image),
             boxes=by_image.get(image["id"], ()),
+            group=group_of(image, group_by, f"{path}: image {image['id']}"),
         )
     stray = [f"{path}: image_id {key}" for key in by_image if key not in listed]
     return Found(entries=list(islice(listed.values(), limit)), names=names, stray=stray)
@@ -177,16 +190,16 @@ def _located(folder: Path, name: str) -> Path:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _from_rows(rows: Sequence[Row], folder: Path | None, boxed: bool, names: Mapping[int, str]) -> Found:
+def _from_rows(rows: Sequence[Row], folder: Path | None, boxed: bool, names: Mapping[int, str], group_by: str | None) -> Found:
     columns = list(rows[0].values)
     image = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if image is None or (boxed and OBJECTS not in columns):
         want = f"{IMAGE_COLUMNS[0]!r} or {IMAGE_COLUMNS[1]!r}, and {OBJECTS!r}" if boxed else f"one of {', '.join(IMAGE_COLUMNS)}"
         raise DataError(f"{rows[0].origin}: expected columns {want}{closest(OBJECTS, columns)}, got {', '.join(columns)}")
-    return Found(entries=list(_entries(rows, image, folder, boxed)), names=names)
+    return Found(entries=list(_entries(rows, image, folder, boxed, group_by)), names=names)
 
 
-def _entries(rows: Sequence[Row], column: str, folder: Path | None, boxed: bool) -> Iterator[Entry]:
+def _entries(rows: Sequence[Row], column: str, folder: Path | None, boxed: bool, group_by: str | None) -> Iterator[Entry]:
     for number, row in enumerate(rows, 1):
         values = row.values
         given = values.get("image_id")
@@ -199,6 +212,7 @@ def _entries(rows: Sequence[Row], column: str, folder: Path | None, boxed: bool)
                 picture=picture,
                 size=_size(values),
                 boxes=_objects(values.get(OBJECTS)) if boxed else (),
+                group=group_of(values, group_by, row.origin),
             )
         except RowError as error:
             yield Entry(origin=row.origin, image_id=image_id, error=error.at(row.origin))

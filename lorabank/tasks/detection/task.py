@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
@@ -30,13 +31,14 @@ from lorabank.tasks.detection.metrics import METRICS, check_libraries, coco_scor
 from lorabank.tasks.detection.predict import predict
 from lorabank.tasks.detection.prepare import DetectionSets, prepare
 from lorabank.tasks.detection.preprocess import PixelStore, read_off
+from lorabank.tasks.detection.preview import preview
 from lorabank.tasks.detection.rows import Box, DetectionRow
 from lorabank.tasks.detection.samples import write_samples
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import Busy, Prediction, Task, TaskKind
+from lorabank.training.task import Busy, Draws, Prediction, Task, TaskKind
 
 GIB = 2**30
 IDS_KEY = "category_ids"
@@ -119,12 +121,15 @@ class ObjectDetection(Task[DetectionRow]):
         """A category's number as its data had it, else its place in the head."""
         return int(self._ids.get(name, {}).get(label, self.labels_of(name).index(label)))
 
+    def preview(self, name: str, rows: Sequence[DetectionRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        return preview(self, name, rows, out, draws)
+
     def batch(
         self, rows: Sequence[Sequence[DetectionRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
     ) -> ModelBatch:
         flat = [row for (row,) in rows]
         labels = [self.labels_of(route) if isinstance(route, str) else self.base_labels for route in routes]
-        made = [self._one(row, own, draw) for row, own, draw in zip(flat, labels, draws, strict=True)]
+        made = [self.row_tensors(row, own, draw) for row, own, draw in zip(flat, labels, draws, strict=True)]
         x_NCHW, mask_NHW = self.store.preprocess.stacked([picture for picture, _, _ in made])
         most = max(1, *(len(boxes) for _, boxes, _ in made))
         boxes_NM4, labels_NM = torch.zeros(len(made), most, 4), torch.full((len(made), most), -1)
@@ -141,7 +146,7 @@ class ObjectDetection(Task[DetectionRow]):
             examples_E=torch.as_tensor(list(examples)),
         )
 
-    def _one(self, row: DetectionRow, labels: Sequence[str], draw: int) -> tuple[Tensor, Tensor, Tensor]:
+    def row_tensors(self, row: DetectionRow, labels: Sequence[str], draw: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled pixels, boxes (M, 4) as the model has them, and their labels' numbers (M,)."""
         own = [box for box in row.boxes if box.label in labels and not box.crowd]
         sides = torch.tensor([row.width, row.height, row.width, row.height], dtype=torch.float32)
@@ -151,14 +156,18 @@ class ObjectDetection(Task[DetectionRow]):
         if draw and self.config.detection.augment:
             picture, corners, left = augment(picture, corners, draw, self.config.detection.augment)
             corners, numbers = corners[left], numbers[left]
-        corners = corners * self._share(picture.shape[-2], picture.shape[-1])
+        corners = corners * self.share(picture.shape[-2], picture.shape[-1])
         centre, size = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
         return picture, torch.cat([centre, size], 1), numbers
 
-    def _share(self, height: int, width: int) -> Tensor:
+    def share(self, height: int, width: int) -> Tensor:
         """(4,): shares of the canvas for shares of a scaled picture, unless the model is told where the picture is."""
         canvas = self.store.preprocess
         return torch.ones(4) if self._masked else torch.tensor([width / canvas.width, height / canvas.height]).repeat(2)
+
+    def missing_labels(self, name: str, rows: Sequence[DetectionRow]) -> Sequence[str]:
+        there = {box.label for row in rows for box in row.boxes}
+        return [label for label in self.labels_of(name) if label not in there]
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
@@ -242,7 +251,7 @@ class ObjectDetection(Task[DetectionRow]):
         height, width = self.store.preprocess.scaled_size(row.width, row.height)
         sides = torch.tensor([row.width, row.height, row.width, row.height], dtype=torch.float32)
         half = table_K6[:, 4:] / 2
-        corners = torch.cat([table_K6[:, 2:4] - half, table_K6[:, 2:4] + half], 1) / self._share(height, width) * sides
+        corners = torch.cat([table_K6[:, 2:4] - half, table_K6[:, 2:4] + half], 1) / self.share(height, width) * sides
         corners = torch.minimum(corners.clamp(min=0), sides)
         made = []
         for (score, label), (left, top, right, bottom) in zip(table_K6[:, :2].tolist(), corners.tolist(), strict=True):
@@ -269,9 +278,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
     known = ("loss", *METRICS)
     for name in metrics:
         if name not in known:
-            raise ConfigError(
-                Setting("eval.metrics"), f": expected some of {', '.join(known)}, got {name!r}{closest(name, known)}"
-            )
+            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
 
 
 def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str, Adapter]) -> ObjectDetection:

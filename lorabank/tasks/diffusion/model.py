@@ -116,13 +116,21 @@ class ImageModel(nn.Module):
         """Token ids by encoder, int64 (N, L): each row padded to the encoder's full length, longer captions cut."""
         found: dict[str, Tensor] = {}
         for name in self.family.encoders:
-            tokenizer = self.tokenizers[name]
-            length = int(tokenizer.model_max_length)
-            if self.family.text_tokens is not None and (name == self.family.encoders[-1]):
-                length = min(length, self.family.text_tokens)
-            made = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            found[name] = made["input_ids"]
+            padded = {"padding": "max_length", "max_length": self._text_length(name), "truncation": True, "return_tensors": "pt"}
+            found[name] = self.tokenizers[name](list(captions), **padded)["input_ids"]
         return found
+
+    def token_counts(self, caption: str) -> dict[str, tuple[int, int]]:
+        """Encoder → (tokens of a caption before it is cut, tokens that are read), special ones included."""
+        return {
+            name: (len(self.tokenizers[name](caption, verbose=False)["input_ids"]), self._text_length(name))
+            for name in self.family.encoders
+        }
+
+    def _text_length(self, encoder: str) -> int:
+        length = int(self.tokenizers[encoder].model_max_length)
+        most = self.family.text_tokens if encoder == self.family.encoders[-1] else None
+        return length if most is None else min(length, most)
 
     def encode(self, ids: Condition) -> dict[str, Tensor]:
         """The condition of token ids, on the encoders' device, in the denoiser's dtype."""

@@ -23,6 +23,7 @@ from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refusal, refuse
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
+from lorabank.data.split import group_of
 from lorabank.errors import DataError, closest
 from lorabank.tasks.diffusion.buckets import Fit, Size, buckets_of, fit, fitted, nearest
 
@@ -47,6 +48,8 @@ class Picture:
     """Path, bytes or PIL image."""
     prior: bool = False
     """Whether it is one of the class that an object belongs to."""
+    group: str | None = field(default=None, compare=False)
+    """Value of the column `data.group_by`, if one is set."""
 
     @property
     def size(self) -> int:
@@ -84,6 +87,7 @@ class Found:
     source: Any
     caption: str | None
     origin: str
+    group: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +107,21 @@ class Read:
 
 
 def read_pictures(
-    source: Source, data: DataConfig, config: DiffusionConfig, *, step: int, role: str = "train", busy: Any = None
+    source: Source,
+    data: DataConfig,
+    config: DiffusionConfig,
+    *,
+    step: int,
+    role: str = "train",
+    group_by: str | None = None,
+    busy: Any = None,
 ) -> Read:
     """Open and check every picture of a source. `step`: what sides must be a multiple of. `busy(done, total)`: progress.
+    `group_by`: column whose value a row keeps.
 
     Raises DataError, which names the files, where `data.bad_rows` or `diffusion.no_caption` says `stop`.
     """
-    found = list(find_pictures(source, config, role=role))[: data.limit]
+    found = list(find_pictures(source, config, role=role, group_by=group_by))[: data.limit]
     if not found:
         raise DataError(f"{source}: no pictures there ({' '.join(SUFFIXES)})")
     sizes = buckets_of(config.resolution, step=step, max_aspect=config.max_aspect)
@@ -158,6 +170,7 @@ def _checked(found: Found, config: DiffusionConfig, sizes: tuple[Size, ...]) -> 
         original=Size(picture.height, picture.width),
         digest=digest,
         source=found.source,
+        group=found.group,
     )
 
 
@@ -210,21 +223,22 @@ def _transparent(picture: Image.Image) -> bool:
 # ---- where they are --------------------------------------------------------------------------------------------------
 
 
-def find_pictures(source: Source, config: DiffusionConfig, *, role: str) -> Iterator[Found]:
+def find_pictures(source: Source, config: DiffusionConfig, *, role: str, group_by: str | None = None) -> Iterator[Found]:
     """Pictures of a source with their captions, nothing opened yet."""
     if not isinstance(source, str | Path):
-        yield from _from_rows(((row.values, row.origin) for row in read_rows(source, role=role)), config, None)
+        yield from _from_rows(((row.values, row.origin) for row in read_rows(source, role=role)), config, None, group_by)
         return
     path = expanded(str(source), place=f"data.{role}", kind=DataError)
     if path.is_dir():
         metadata = next((path / name for name in METADATA if (path / name).is_file()), None)
         saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         if metadata is None and not saved:
+            group_of({}, group_by, str(path))  # a folder has no columns
             yield from _from_folder(path)
             return
         path = path if metadata is None else metadata
     rows = read_rows(str(path) if path.exists() else str(source), role=role)
-    yield from _from_rows(((row.values, row.origin) for row in rows), config, path.parent if path.is_file() else None)
+    yield from _from_rows(((row.values, row.origin) for row in rows), config, path.parent if path.is_file() else None, group_by)
 
 
 def _from_folder(folder: Path) -> Iterator[Found]:
@@ -240,7 +254,9 @@ def _from_folder(folder: Path) -> Iterator[Found]:
         yield Found(path, caption, str(path))
 
 
-def _from_rows(rows: Iterable[tuple[Mapping[str, Any], str]], config: DiffusionConfig, folder: Path | None) -> Iterator[Found]:
+def _from_rows(
+    rows: Iterable[tuple[Mapping[str, Any], str]], config: DiffusionConfig, folder: Path | None, group_by: str | None
+) -> Iterator[Found]:
     for values, origin in rows:
         known = list(values)
         if config.caption is not None and config.caption not in values:
@@ -257,7 +273,7 @@ def _from_rows(rows: Iterable[tuple[Mapping[str, Any], str]], config: DiffusionC
             caption = caption[0] if caption else None
         source = _source(values[file], folder)
         named = f"{source} ({origin})" if isinstance(source, Path) else origin
-        yield Found(source, caption if isinstance(caption, str) else None, named)
+        yield Found(source, caption if isinstance(caption, str) else None, named, group_of(values, group_by, origin))
 
 
 def _source(value: Any, folder: Path | None) -> Any:

@@ -16,7 +16,7 @@ from lorabank.tasks.diffusion.draws import mixed
 from lorabank.tasks.diffusion.guided import Prompts
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.sampling import PictureConfig
-from lorabank.tasks.diffusion.sheet import as_picture, png
+from lorabank.tasks.sheet import as_picture, png
 
 AT_ONCE = 4
 """Pictures a pass."""

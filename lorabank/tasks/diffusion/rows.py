@@ -13,7 +13,7 @@ from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import all_scored, main_part, sources_of
-from lorabank.data.split import split_rows
+from lorabank.data.split import group_unit, split_rows
 from lorabank.tasks.diffusion.pictures import Picture, Read, read_pictures
 
 OBJECT_PICTURES = 20
@@ -32,7 +32,12 @@ def prepare(
 ) -> Splits[Picture]:
     """Read, check and split. Equal pictures never land in two splits. `step`: what sides must be a multiple of."""
     sources = sources_of(data, train, val, expected="a folder of pictures, a metadata file or a data set id")
-    read = {role: read_pictures(source, data, config, step=step, role=role, busy=progress) for role, source in sources.items()}
+    read = {
+        role: read_pictures(
+            source, data, config, step=step, role=role, group_by=data.group_by if role == "train" else None, busy=progress
+        )
+        for role, source in sources.items()
+    }
     parts = _split(data, read, seed)
     sizes = Counter(str(picture.fit.bucket) for picture in parts[main_part(read)])
     notes: dict[str, list[str]] = {}
@@ -44,11 +49,23 @@ def prepare(
         read=sum(each.total for each in read.values()),
         errors=[error for each in read.values() for error in each.errors],
         splits=parts,
-        facts=[f"{len(sizes)} sizes: {shown}{', …' if len(sizes) > 6 else ''}"],
+        facts=[*_steps(config, step), f"{len(sizes)} sizes: {shown}{', …' if len(sizes) > 6 else ''}"],
         notes=notes,
         what="pictures",
     )
     return Splits(train=parts["train"], val=parts["val"], test=parts["test"], report=report)
+
+
+def _steps(config: DiffusionConfig, step: int) -> list[str]:
+    """That the resolution which was asked for can't be had, where that is so."""
+    if config.resolution % step == 0:
+        return []
+    near = sorted({max(step, config.resolution // step * step), -(-config.resolution // step) * step})
+    why = "diffusion.bucket_step" if step == config.bucket_step else "what the model's latents need"
+    return [
+        f"no picture has a side of diffusion.resolution {config.resolution}: sides are multiples of {step} ({why}). Next to it: "
+        f"{' and '.join(map(str, near))}"
+    ]
 
 
 def _split(data: DataConfig, read: dict[str, Read], seed: int) -> dict[str, list[Picture]]:
@@ -57,10 +74,10 @@ def _split(data: DataConfig, read: dict[str, Read], seed: int) -> dict[str, list
     pictures = list(read["train"].pictures)
     val = 0 if "val" in read else data.val_split
     test = 0 if "test" in read else data.test_split
-    keys = [picture.digest for picture in pictures]
-    if val == DataConfig.val_split and len(set(keys)) <= OBJECT_PICTURES:
+    keys = [picture.digest if picture.group is None else picture.group for picture in pictures]
+    if val == DataConfig.val_split and len({picture.digest for picture in pictures}) <= OBJECT_PICTURES:
         val = 0
-    split = split_rows(keys, val=val, test=test, seed=seed, unit="pictures")
+    split = split_rows(keys, val=val, test=test, seed=seed, unit=group_unit(data.group_by, "pictures"))
     held = {"val": split.val, "test": split.test}
     return {
         "train": [pictures[i] for i in split.train],

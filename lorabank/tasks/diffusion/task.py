@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +21,7 @@ from lorabank.bank.routing import RowRoute
 from lorabank.config.paths import expanded
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits
 from lorabank.engine.engine import Engine
@@ -38,17 +40,18 @@ from lorabank.tasks.diffusion.guided import Prompts
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import Objective, objective_of, row_tensors
 from lorabank.tasks.diffusion.pictures import Picture
+from lorabank.tasks.diffusion.preview import preview
 from lorabank.tasks.diffusion.prior import draw_prior, drawn_by, prior_folder
 from lorabank.tasks.diffusion.prompts import read_captions, routes_of
 from lorabank.tasks.diffusion.rows import captions_of, prepare, with_prior
 from lorabank.tasks.diffusion.sampling import PictureConfig, check_size
-from lorabank.tasks.diffusion.sheet import as_picture, png, sheet
 from lorabank.tasks.diffusion.speed import compile_image_model
+from lorabank.tasks.sheet import as_picture, png, sheet
 from lorabank.training.base_rows import BASE_NAME
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import Busy, Prediction, Task
+from lorabank.training.task import Busy, Draws, Prediction, Task
 
 PARTS = 4
 """Looks at each held-out picture in a validation, at as many places of the schedule."""
@@ -84,11 +87,7 @@ class TextToImage(Task[Picture]):
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     def read(self, config: TrainConfig, rows: RowObjects | None = None, progress: Progress | None = None) -> DataSets[Picture]:
-        def one(_name: str, train: Source | None, val: Source | None) -> Splits[Picture]:
-            return prepare(config.data, self.settings, step=self._step, seed=config.seed, train=train, val=val, progress=progress)
-
-        self._picture_config()  # what can't be drawn is known now, not at the first evaluation
-        sets = read_sets(config, rows, one)
+        sets = self._checked(config, rows, progress)
         if not is_attached(self.images):  # of a training: scoring has adapters, and no use for pictures of the class
             sets = self._with_priors(sets, progress)
         every = {p.content: p for each in sets.by_adapter.values() for p in (*each.train, *each.val, *each.test)}
@@ -96,6 +95,21 @@ class TextToImage(Task[Picture]):
         busy = _as_busy(progress)
         self.encoded.prepare(list(every.values()), captions, busy)
         return sets
+
+    def _checked(self, config: TrainConfig, rows: RowObjects | None, progress: Progress | None) -> DataSets[Picture]:
+        """Pictures looked at, nothing encoded."""
+
+        def one(_name: str, train: Source | None, val: Source | None) -> Splits[Picture]:
+            return prepare(config.data, self.settings, step=self._step, seed=config.seed, train=train, val=val, progress=progress)
+
+        self._picture_config()  # what can't be drawn is known now, not at the first evaluation
+        return read_sets(config, rows, one)
+
+    def read_preview(self, config: TrainConfig, progress: Progress | None = None) -> DataSets[Picture]:
+        return self._checked(config, None, progress)
+
+    def preview(self, name: str, rows: Sequence[Picture], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        return preview(self, rows, out)
 
     @property
     def _step(self) -> int:
@@ -262,7 +276,7 @@ class TextToImage(Task[Picture]):
             return
         names = {BASE_NAME: route_of(BASE_NAME), **{name: route_of(name) for name in engine.bank.names}}
         columns = self.drawn(engine.bank, captions, names, self._picture_config(), seed=self.config.seed, busy=busy)
-        write_files(file.parent, {file.name: png(sheet(columns, captions))})
+        write_files(file.parent, {file.name: png(sheet(_as_pictures(columns), captions))})
 
     def _picture_config(self) -> PictureConfig:
         own = self.settings
@@ -324,7 +338,7 @@ class TextToImage(Task[Picture]):
             self.prompts.negative = options["negative"]
         seed = self.config.seed if options.get("seed") is None else int(options["seed"])
         columns = self.drawn(engine.bank, captions, routes, config, seed=seed, busy=busy)
-        files, lines = {"sheet.png": png(sheet(columns, captions))}, list[str]()
+        files, lines = {"sheet.png": png(sheet(_as_pictures(columns), captions))}, list[str]()
         for heading, pictures in columns.items():
             folder = heading.replace(":", "-").replace(",", "+")
             for i, pixels in enumerate(pictures):
@@ -344,6 +358,10 @@ class TextToImage(Task[Picture]):
 def number_of(picture: Picture) -> int:
     """A number for a picture's fixed noise, the same in whatever data set it is."""
     return int(picture.digest[:15], 16)
+
+
+def _as_pictures(columns: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Image.Image]]:
+    return {heading: [as_picture(pixels) for pixels in own] for heading, own in columns.items()}
 
 
 def _quiet(done: int, total: int) -> None:

@@ -17,6 +17,8 @@ from lorabank.tasks.images.rows import ImageRow, in_order
 from lorabank.tasks.images.samples import sample_of
 from lorabank.tasks.images.sheet import contact_sheet
 from lorabank.tasks.images.sources import Columns, find_pictures
+from lorabank.tasks.own_head import base_note, check_trained
+from lorabank.training.base_rows import BASE_NAME
 from lorabank.training.task import Busy, Prediction
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     """
     if wanted.options:
         raise ConfigError(f"predict: image-classification has no option {next(iter(wanted.options))!r}")
+    check_trained(wanted.names, task.model, named=task.base_is_trained)
     images = task.config.images
     columns = Columns(image=images.image_column)
     found = find_pictures(wanted.data, role="test", columns=columns, labelled=False, limit=wanted.max_rows)[: wanted.max_rows]
@@ -58,7 +61,8 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     sheet = wanted.output.with_suffix(".png")
     drawn = "" if sheet.exists() else f"; the first of them in {_sheet(task, rows, answers[first], first, sheet)}"
     dropped = f", {bad} couldn't be read" if bad else ""
-    return f"{len(rows)} pictures labelled by {', '.join(wanted.names)}{dropped}: {wanted.output}{drawn}"
+    own = base_note(wanted.names, task.labels_of(BASE_NAME), task.adapter_labels)
+    return f"{len(rows)} pictures labelled by {', '.join(wanted.names)}{own}{dropped}: {wanted.output}{drawn}"
 
 
 def _said(answer: Answer, labels: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorabank.config.images import ImagesConfig
 from lorabank.config.train import DataConfig
@@ -11,7 +11,8 @@ from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.sources import all_scored, main_part, sources_of
-from lorabank.data.stratified import stratified_rows
+from lorabank.data.split import group_unit, split_rows
+from lorabank.data.stratified import Stratified, stratified_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.images.pictures import open_picture, quiet_pillow
 from lorabank.tasks.images.report import ImageReport, build_report
@@ -67,7 +68,11 @@ def prepare_images(
         beside = None if role in sources else held_out_beside(sources["train"], role)
         sources |= {} if beside is None else {role: beside}
     columns = Columns(image=images.image_column, label=images.label_column)
-    found = {role: find_pictures(source, role=role, columns=columns, limit=data.limit) for role, source in sources.items()}
+    grouped = replace(columns, group=data.group_by)
+    found = {
+        role: find_pictures(source, role=role, columns=grouped if role == "train" else columns, limit=data.limit)
+        for role, source in sources.items()
+    }
     opened = _open(found, images, store, progress)
     known = labels or images.labels
     if known is None:
@@ -125,7 +130,7 @@ def open_found(each: Found, min_size: int, store: PixelStore) -> _Opened:
     except RowError as error:
         return _Opened(None, error.at(each.origin))
     store.keep(digest, store.preprocess.pixels(picture))
-    return _Opened(ImageRow(each.picture, digest, each.label, each.origin), None, picture.size)
+    return _Opened(ImageRow(each.picture, digest, each.label, each.origin, group=each.group), None, picture.size)
 
 
 def _labelled(each: _Opened, known: Collection[str]) -> _Opened:
@@ -149,7 +154,11 @@ def _split(
         # the default share was nobody's demand: a set too small for it is trained on whole
         notes["too few pictures to hold any out for validation"] = [row.origin for row in source]
         val = 0
-    made = stratified_rows([row.digest for row in source], [row.label or "" for row in source], val=val, test=test, seed=seed)
+    if data.group_by is not None:  # a value's pictures may be of several classes, so classes can't have their shares
+        unit = group_unit(data.group_by, "pictures")
+        made = Stratified(split_rows([str(row.group) for row in source], val=val, test=test, seed=seed, unit=unit), ())
+    else:
+        made = stratified_rows([row.digest for row in source], [row.label or "" for row in source], val=val, test=test, seed=seed)
     if made.undivided:
         few = {label: [row.origin for row in source if row.label == label] for label in made.undivided}
         note = "classes with too few pictures to hold one out, all trained on"

@@ -36,6 +36,8 @@ class ImageRow:
     origin: str
     """The file, or `row N of …`."""
     size: int = 1
+    group: str | None = field(default=None, compare=False)
+    """Value of the column `data.group_by`, if one is set."""
 
     @property
     def prompt_text(self) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
 from lorabank.data.read import Source, import_datasets, load_hub, pick_split, read_rows
 from lorabank.data.row import NanError, RowError
+from lorabank.data.split import group_of
 from lorabank.errors import DataError, closest
 from lorabank.tasks.images.pictures import SUFFIXES, FromTable, Picture, as_picture
 
@@ -36,6 +37,8 @@ class Columns:
 
     image: str | None = None
     label: str | None = None
+    group: str | None = None
+    """`data.group_by`; None: none is looked for."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Found:
     picture: Picture | None = None
     label: str | None = None
     error: RowError | None = None
+    group: str | None = None
+    """Value of the column `data.group_by`, if one is set."""
 
 
 def find_pictures(
@@ -107,6 +112,7 @@ def _from_folder(folder: Path, role: str, columns: Columns, labelled: bool, limi
     classes = sorted(
         (entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry)), key=lambda entry: natural(entry.name)
     )
+    group_of({}, columns.group if classes else None, str(folder))  # folders of classes have no columns
     if labelled and not classes:
         files = sorted(entry.name for entry in folder.iterdir() if not _hidden(entry))
         tables = [entry for entry in folder.iterdir() if entry.suffix.lower() in READERS and not _hidden(entry)]
@@ -177,7 +183,8 @@ def _from_table(path: Path, columns: Columns, labelled: bool) -> Iterator[Found]
     rows = read_rows(path)
     image, label = _columns(list(rows[0].values), columns, str(path), labelled)
     for row in rows:
-        yield _found(row.values.get(image), row.values.get(label) if label else None, row.origin, path.parent, None, label)
+        found = _found(row.values.get(image), row.values.get(label) if label else None, row.origin, path.parent, None, label)
+        yield replace(found, group=group_of(row.values, columns.group, row.origin))
 
 
 def _from_object(source: Source, role: str, name: str | None, columns: Columns, labelled: bool) -> Iterator[Found]:
@@ -190,7 +197,8 @@ def _from_object(source: Source, role: str, name: str | None, columns: Columns, 
     rows = read_rows(source, role=role)
     image, label = _columns(list(rows[0].values), columns, name or f"the {role} rows given", labelled)
     for row in rows:
-        yield _found(row.values.get(image), row.values.get(label) if label else None, row.origin, None, None, label)
+        found = _found(row.values.get(image), row.values.get(label) if label else None, row.origin, None, None, label)
+        yield replace(found, group=group_of(row.values, columns.group, row.origin))
 
 
 def _from_dataset(datasets: Any, table: Any, name: str, columns: Columns, labelled: bool) -> Iterator[Found]:
@@ -200,10 +208,12 @@ def _from_dataset(datasets: Any, table: Any, name: str, columns: Columns, labell
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))  # a damaged one is to cost its own row alone
     pictures = table.select_columns([image])
+    group_of(dict.fromkeys(table.column_names), columns.group, name)
+    groups = [None] * len(table) if columns.group is None else list(map(str, table[columns.group]))
     for index, value in enumerate(labels):
         origin = f"row {index + 1} of {name}"
         found = _found(b"", value, origin, None, names, label)
-        yield found if found.error else Found(origin, FromTable(pictures, index, image), found.label)
+        yield found if found.error else Found(origin, FromTable(pictures, index, image), found.label, group=groups[index])
 
 
 def _columns(present: Sequence[str], columns: Columns, where: str, labelled: bool) -> tuple[str, str | None]:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorabank.bank.in_full.heads import head_paths
 from lorabank.bank.routing import RowRoute
 from lorabank.bank.targets import ALL_LINEAR, as_list, linear_layers
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch, Tensors
@@ -30,13 +32,14 @@ from lorabank.tasks.images.model import find_head, logits_of
 from lorabank.tasks.images.predict import predict
 from lorabank.tasks.images.prepare import PreparedImages, prepare_images
 from lorabank.tasks.images.preprocess import plain_processor, read_off
+from lorabank.tasks.images.preview import preview
 from lorabank.tasks.images.rows import ImageRow, PixelStore
 from lorabank.tasks.images.samples import write_samples
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import TASK_KEY, Busy, Prediction, Task
+from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task
 
 GIB = 2**30
 PIXELS, TARGET = "pixel_values", "labels"
@@ -122,6 +125,16 @@ class ImageClassification(Task[ImageRow]):
             self._known = tuple(map(str, range(self._width())))
         return self._known
 
+    @property
+    def base_is_trained(self) -> bool:
+        """Whether the model's own head says something: not where transformers numbered its labels, since nobody trained it."""
+        return self._named or self.scores_base or not isinstance(self.model, PreTrainedModel)
+
+    @property
+    def adapter_labels(self) -> Sequence[Sequence[str]]:
+        """Of every adapter."""
+        return list(self._labels.values())
+
     def _width(self) -> int:
         preprocess = self.store.preprocess
         blank = torch.zeros(1, 3, preprocess.height, preprocess.width, device=self._device, dtype=self._dtype)
@@ -135,6 +148,9 @@ class ImageClassification(Task[ImageRow]):
     def labels_of(self, name: str) -> tuple[str, ...]:
         """Of an adapter, or of the base."""
         return self.base_labels if is_base(name) else self._labels[name]
+
+    def preview(self, name: str, rows: Sequence[ImageRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        return preview(self, name, rows, out, draws)
 
     def batch(
         self, rows: Sequence[Sequence[ImageRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
@@ -158,6 +174,10 @@ class ImageClassification(Task[ImageRow]):
         if any(draws):
             x = augment(x, draws, self.config.images.augment)
         return self.store.preprocess.normalise(x).to(self._dtype)
+
+    def missing_labels(self, name: str, rows: Sequence[ImageRow]) -> Sequence[str]:
+        there = {row.label for row in rows}
+        return [label for label in self.labels_of(name) if label not in there]
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
@@ -253,6 +273,4 @@ def check_metrics(metrics: Sequence[str]) -> None:
     known = ("loss", *METRICS)
     for name in metrics:
         if name not in known:
-            raise ConfigError(
-                Setting("eval.metrics"), f": expected some of {', '.join(known)}, got {name!r}{closest(name, known)}"
-            )
+            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")

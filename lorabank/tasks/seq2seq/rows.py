@@ -14,7 +14,7 @@ from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import all_scored, main_part, sources_of
-from lorabank.data.split import split_rows
+from lorabank.data.split import group_unit, split_rows
 from lorabank.tasks.seq2seq.pairs import Pair, PairReader
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _split(
     if val == DataConfig.val_split and len(set(keys)) < 2:
         notes["too few different rows to hold any out for validation"] = [row.origin for row in rows]
         val = 0
-    unit = "sources" if data.group_by is None else f"values of {data.group_by!r}"
+    unit = group_unit(data.group_by, "sources")
     split = split_rows(keys, val=val, test=test, seed=seed, unit=unit)
     held = {"val": split.val, "test": split.test}
     splits = {"train": [rows[i] for i in split.train]}

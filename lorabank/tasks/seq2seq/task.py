@@ -14,6 +14,7 @@ from torch import nn
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits
@@ -42,7 +43,7 @@ from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import Generated, route_of, score_answers, spread
 from lorabank.training.run_folder import write_samples
 from lorabank.training.scorers import LOSS_METRICS, check_metrics, split_metrics
-from lorabank.training.task import Busy, Prediction, Task, TaskKind
+from lorabank.training.task import Busy, Draws, Prediction, Task, TaskKind
 
 IN_TRAINING = 32
 """Different sources that are written for at each validation, unless `eval.max_prompts` says otherwise."""
@@ -93,6 +94,16 @@ class Text2Text(Task[PairRow]):
             )
 
         return read_sets(config, rows, one)
+
+    def preview(self, name: str, rows: Sequence[PairRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        out.legend()
+        for row in rows:
+            read = f"{len(row.input_ids)} tokens read{' (cut to max_length)' if 'source' in row.cut else ''}"
+            cut = " (cut to seq2seq.max_target_length)" if "target" in row.cut else ""
+            out.title(f"{row.origin}: {read}, {len(row.target_ids)} trained{cut}")
+            out.tokens(row.input_ids, self.processor, learned=0, name="source")
+            out.tokens(row.target_ids, self.processor, name="target")
+        return {}
 
     def batch(
         self, rows: Sequence[Sequence[PairRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lorabank.data.row import RowError
 from lorabank.errors import MissingExtraError
+from lorabank.tasks.speech.whole import UNKNOWN, check_whole, missing_samples
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf")
 SILENT = 10 ** (-80 / 20)
@@ -90,23 +91,12 @@ def _decoded(source: Any, near: Path | None) -> tuple[np.ndarray, int]:
             raise RowError("the recording is a folder, not a file")
         if not path.is_file():
             raise RowError("there is no such recording")
-        _check_whole(path)
-        return _read(path, "the recording")
+        try:
+            with path.open("rb") as file:
+                return _read(file, "the recording")
+        except OSError as error:
+            raise RowError(f"the recording can't be read ({error.strerror})") from error
     raise RowError(f"a recording is a path, bytes, or a dict of samples; got {type(source).__name__}")
-
-
-def _check_whole(path: Path) -> None:
-    """Raise RowError for a WAV file that ends before its header says: libsndfile reads what is there without a word."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(12)
-        size = path.stat().st_size
-    except OSError as error:
-        raise RowError(f"the recording can't be read ({error.strerror})") from error
-    said = int.from_bytes(head[4:8], "little")
-    streamed = said == 0 or said >= 0xFFFFFF00  # written by what couldn't go back to fill it in
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE" and not streamed and said + 8 > size + 1:
-        raise RowError("the recording is cut off: the file is shorter than its header says")
 
 
 def _given(array: Any, rate: object) -> tuple[np.ndarray, int]:
@@ -125,12 +115,21 @@ def _given(array: Any, rate: object) -> tuple[np.ndarray, int]:
     return samples.astype(np.float32), int(rate)
 
 
-def _read(file: Any, what: str) -> tuple[np.ndarray, int]:
+def _read(file: BinaryIO, what: str) -> tuple[np.ndarray, int]:
+    """(samples (S,) or (S, C), samples a second)."""
     soundfile = _soundfile()
+    check_whole(file, what)
     try:
-        return soundfile.read(file, dtype="float32")
+        with soundfile.SoundFile(file) as sound:
+            rate, declared, kind = int(sound.samplerate), int(sound.frames), str(sound.format)
+            samples = sound.read(0 if declared >= UNKNOWN else -1, dtype="float32")
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise RowError(f"{what} can't be decoded: it is damaged, cut off, or in a format that libsndfile doesn't read") from error
+    if declared >= UNKNOWN:  # a FLAC of a pipe, in which libsndfile can't find its way
+        raise RowError(f"{what} doesn't say how many samples it has, as if it was written to a pipe: encode it again")
+    if missing_samples(file, kind, declared, len(samples)):
+        raise RowError(f"{what} is cut off: it has fewer samples than its header says")
+    return samples, rate
 
 
 def as_wav(samples_S: np.ndarray, rate: int) -> bytes:

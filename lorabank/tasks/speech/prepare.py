@@ -11,7 +11,7 @@ from lorabank.data.bad_rows import nothing_left
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import all_scored, sources_of
-from lorabank.data.split import split_rows
+from lorabank.data.split import group_unit, split_rows
 from lorabank.tasks.speech.read import read_utterances
 from lorabank.tasks.speech.rows import KEPT_BYTES, Rows, SpeechRow, make_rows
 from lorabank.tasks.speech.tokens import SpeechTokens
@@ -105,7 +105,7 @@ def _split(data: DataConfig, parts: dict[str, Rows], seed: int, notes: dict[str,
     if val == DataConfig.val_split and len(set(keys)) == 1:  # the default share was nobody's demand
         notes["too few different recordings to hold any out for validation"] = [row.name for row in rows]
         val = 0
-    unit = "recordings" if data.group_by is None else f"values of {data.group_by!r}"
+    unit = group_unit(data.group_by, "recordings")
     split = split_rows(keys, val=val, test=test, seed=seed, unit=unit)
     splits = {"train": [rows[i] for i in split.train]}
     for role, held in (("val", split.val), ("test", split.test)):

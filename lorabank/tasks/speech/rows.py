@@ -15,7 +15,8 @@ from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import refusal, refuse
 from lorabank.data.row import RowError
-from lorabank.errors import DataError, closest
+from lorabank.data.split import group_of
+from lorabank.errors import DataError
 from lorabank.tasks.speech.audio import Sound, load_sound
 from lorabank.tasks.speech.read import Utterance
 from lorabank.tasks.speech.tokens import SpeechTokens
@@ -185,27 +186,18 @@ def _rows_of(
     if utterance.audio is None:
         raise RowError("the row names no recording")
     sound = load_sound(utterance.audio, rate, near=utterance.near)
-    changes.update(_source(sound, rate))
+    changes.update(changes_of(sound, rate))
     if has_times(segments):
         check_times(segments, sound.seconds)
-    group = _digest(sound.samples_S) if group_by is None else _group(utterance, group_by)
+    group = group_of(utterance.values or {}, group_by, utterance.origin)
+    group = _digest(sound.samples_S) if group is None else group
     return [
         _row(utterance, sound, start, end, part, config, tokens, group)
         for start, end, part in _parts(sound, segments, config, utterance, notes)
     ]
 
 
-def _group(utterance: Utterance, column: str) -> str:
-    values = utterance.values or {}
-    if column not in values:
-        raise DataError(
-            f"{utterance.origin}: data.group_by asks for column {column!r}{closest(column, values)}; there are "
-            f"{', '.join(values)}"
-        )
-    return str(values[column])
-
-
-def _source(sound: Sound, rate: int) -> list[str]:
+def changes_of(sound: Sound, rate: int) -> list[str]:
     """What was done to a recording before it was heard."""
     resampled = [f"resampled from {sound.source_rate:,} to {rate:,} Hz"] if sound.source_rate != rate else []
     return resampled + ([f"{sound.source_channels} channels averaged to one"] if sound.source_channels > 1 else [])

@@ -14,6 +14,7 @@ from lorabank.bank.routing import RowRoute
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits
 from lorabank.engine.engine import Engine
@@ -27,6 +28,7 @@ from lorabank.tasks.speech.loading import processor_of
 from lorabank.tasks.speech.masking import masked
 from lorabank.tasks.speech.predict import predict
 from lorabank.tasks.speech.prepare import prepare_speech
+from lorabank.tasks.speech.preview import preview
 from lorabank.tasks.speech.rows import SpeechRow
 from lorabank.tasks.speech.scores import METRICS, check_metrics, error_rates
 from lorabank.tasks.speech.teaching import label_tensors, transcript_loss
@@ -38,7 +40,7 @@ from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import Generated, route_of, spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.run_folder import write_samples
-from lorabank.training.task import BaseRequest, Busy, Prediction, Say, Task, TaskBase, TaskKind
+from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
 
 SPEECH_KEY = "speech"
 """Of an adapter's metadata: the settings that it was trained with, as JSON; it is used with them again."""
@@ -80,12 +82,15 @@ class SpeechRecognition(Task[SpeechRow]):
 
         return read_sets(config, rows, one)
 
+    def preview(self, name: str, rows: Sequence[SpeechRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        return preview(self, rows, out)
+
     def batch(
         self, rows: Sequence[Sequence[SpeechRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
     ) -> ModelBatch:
         flat = [row for (row,) in rows]
         labels, targets = label_tensors(flat, self.tokens.end, self.tokens.longest)
-        features = self.hearing.remembered([(row.digest, row.samples) for row in flat], self._device)
+        features = self.hearing.remembered([(row.digest, row.samples) for row in flat], self.device)
         if any(draws) and (self.speech.mask_time_prob or self.speech.mask_feature_prob):
             features = masked(features, [self.hearing.frames_of(row.seconds) for row in flat], draws, self.speech)
         return ModelBatch(
@@ -99,7 +104,8 @@ class SpeechRecognition(Task[SpeechRow]):
         )
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """The model's."""
         return next(self.model.parameters()).device
 
     def check(self, name: str, job: AdapterJob) -> None:

@@ -19,7 +19,7 @@ from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import all_scored, main_part, sources_of
-from lorabank.data.split import split_rows
+from lorabank.data.split import group_of, group_unit, split_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.speech.audio import load_sound
 from lorabank.tasks.speech.read import TEXT_COLUMNS, Utterance, read_utterances
@@ -51,6 +51,8 @@ class SynthesisRow:
     seconds: float
     digest: str
     """Of its spectrum."""
+    group: str | None = field(default=None, compare=False)
+    """Value of the column `data.group_by`, if one is set."""
 
     @property
     def size(self) -> int:
@@ -100,7 +102,7 @@ def prepare(
         parts[role], before = [], len(errors)
         for utterance in utterances:
             try:
-                parts[role].append(_row(utterance, config, processor, limits))
+                parts[role].append(_row(utterance, config, processor, limits, data.group_by if role == "train" else None))
             except RowError as error:
                 errors.append(error.at(f"{utterance.origin}: {utterance.name}" if utterance.name else utterance.origin))
             done += 1
@@ -110,7 +112,7 @@ def prepare(
             raise nothing_left(role, len(utterances), errors[before:], what="recordings")
     refuse(errors, total, data, what="recordings")
     splits = _split(data, parts, seed)
-    lengths = ", ".join(f"{sum(row.seconds for row in part):,.0f} s {name}" for name, part in splits.items() if part)
+    lengths = ", ".join(f"{sum(row.seconds for row in part):,.1f} s {name}" for name, part in splits.items() if part)
     speakers = len({row.speaker for row in splits[main_part(parts)] if any(row.speaker)})
     facts = [lengths, f"{speakers} speakers' embeddings" if speakers else "no speakers' embeddings: zeros"]
     report = row_report(read=total, errors=errors, splits=splits, facts=facts, what="recordings")
@@ -149,7 +151,7 @@ def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, li
     return made
 
 
-def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: Limits) -> SynthesisRow:
+def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: Limits, group_by: str | None) -> SynthesisRow:
     ids = _ids(utterance.text, processor, limits)
     if utterance.audio is None:
         raise RowError("the row names no recording")
@@ -171,6 +173,7 @@ def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: 
         speaker=_speaker(utterance.values or {}, config, limits),
         seconds=sound.seconds,
         digest=hashlib.blake2b(np.ascontiguousarray(mel).tobytes(), digest_size=16).hexdigest(),
+        group=group_of(utterance.values or {}, group_by, utterance.origin),
     )
 
 
@@ -199,10 +202,10 @@ def _split(data: DataConfig, parts: Mapping[str, list[SynthesisRow]], seed: int)
     rows = parts["train"]
     val = 0 if "val" in parts else data.val_split
     test = 0 if "test" in parts else data.test_split
-    keys = [row.digest for row in rows]
+    keys = [row.digest if row.group is None else row.group for row in rows]
     if val == DataConfig.val_split and len(set(keys)) == 1:
         val = 0  # the default share was nobody's demand
-    split = split_rows(keys, val=val, test=test, seed=seed, unit="recordings")
+    split = split_rows(keys, val=val, test=test, seed=seed, unit=group_unit(data.group_by, "recordings"))
     held = {"val": split.val, "test": split.test}
     return {
         "train": [rows[i] for i in split.train],

@@ -18,6 +18,7 @@ from lorabank.bank.routing import RowRoute
 from lorabank.bank.targets import resolve_targets
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits
 from lorabank.engine.engine import Engine
@@ -30,13 +31,14 @@ from lorabank.formats.files import write_files
 from lorabank.models.load_class import load_class
 from lorabank.tasks.speech.audio import as_wav
 from lorabank.tasks.synthesis.loss import DRAWS, FRAMES, MEL, TOKENS, loss_and_error, synthesis_loss
+from lorabank.tasks.synthesis.preview import preview
 from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare, texts
 from lorabank.tasks.synthesis.vocoder import griffin_lim, load_vocoder
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.run_folder import cell
-from lorabank.training.task import BaseRequest, Busy, Prediction, Say, Task, TaskBase, TaskKind
+from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
 
 METRICS = ("loss", "mae")
 POSTNET = "speech_decoder_postnet.layers."
@@ -87,6 +89,9 @@ class SpeechSynthesis(Task[SynthesisRow]):
             )
 
         return read_sets(config, rows, one)
+
+    def preview(self, name: str, rows: Sequence[SynthesisRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        return preview(self, rows, out)
 
     def batch(
         self, rows: Sequence[Sequence[SynthesisRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]
@@ -218,9 +223,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
     """Raise ConfigError for a metric that isn't one of synthesis."""
     for name in metrics:
         if name not in METRICS:
-            raise ConfigError(
-                Setting("eval.metrics"), f": expected some of {', '.join(METRICS)}, got {name!r}{closest(name, METRICS)}"
-            )
+            raise ConfigError(f"expected some of {', '.join(METRICS)}, got {name!r}{closest(name, METRICS)}")
 
 
 def _processor_of(name: str, folder: Path) -> Any:

@@ -48,7 +48,11 @@ def load_vocoder(name: str, device: torch.device) -> Any:
 
     from lorabank.models.load import locate
 
-    folder = locate(name, trust_remote_code=False, say=lambda line: None)
+    try:
+        folder = locate(name, trust_remote_code=False, say=lambda line: None)
+    except ModelError as error:  # which speaks of the base model
+        what = str(error).removeprefix(f"model {name!r}: ").partition(". Name a local folder")[0]
+        raise ModelError(f"synthesis.vocoder {name!r}: {what}. Name the folder or hub id of a SpeechT5HifiGan.") from error
     try:
         with quiet_transformers():
             loaded: Any = SpeechT5HifiGan.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)

@@ -10,6 +10,7 @@ from lorabank.data.row import Row, RowError
 from lorabank.engine.engine import Engine
 from lorabank.formats.files import write_files
 from lorabank.tasks.asked import rows_asked
+from lorabank.tasks.own_head import base_note, check_trained
 from lorabank.tasks.text_classification.columns import find_columns
 from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet
 from lorabank.tasks.text_classification.model import positions
@@ -34,6 +35,7 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
 
     Rows need no label. One whose text is empty or missing keeps its place: null, and why.
     """
+    check_trained(wanted.names, task.model, named=task.own is not None)
     rows = rows_asked(wanted.data, wanted.max_rows, column=task.config.classification.text or "text")
     readable = _encoded(task, rows)
     answers: list[dict[str, Any]] = [dict.fromkeys(wanted.names) for _ in rows]
@@ -55,7 +57,8 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     write_files(wanted.output.parent, {wanted.output.name: "".join(lines).encode()})
     unread = sum(isinstance(row, RowError) for row in readable)
     left = f" ({unread} of them unread, see column {UNREAD!r})" if unread else ""
-    return f"{len(rows)} rows{left} labelled by {', '.join(wanted.names)}: {wanted.output}"
+    own = "" if task.own is None else base_note(wanted.names, task.own.names, [known.names for known in task.sets.values()])
+    return f"{len(rows)} rows{left} labelled by {', '.join(wanted.names)}{own}: {wanted.output}"
 
 
 def _encoded(task: TextClassification, rows: Sequence[Row]) -> list[ClassRow | RowError]:

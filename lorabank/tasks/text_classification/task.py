@@ -15,6 +15,7 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
+from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
@@ -25,7 +26,7 @@ from lorabank.errors import ConfigError, DataError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.formats.labels import LABELS
-from lorabank.tasks.text_classification.labels import LabelSet
+from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet, names_in
 from lorabank.tasks.text_classification.metrics import METRICS, Scored, check_metrics, compute, expanded, metrics_of, predicted
 from lorabank.tasks.text_classification.model import has_one_input, load_classifier, own_labels, pad_id, positions
 from lorabank.tasks.text_classification.pages import Outcome, page, picture
@@ -37,7 +38,7 @@ from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.task import TASK_KEY, Busy, Prediction, Task, TaskKind
+from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task, TaskKind
 
 LABELS_KEY, KIND_KEY = LABELS, "labels.kind"
 """Of an adapter's metadata: its labels' names as a JSON list, and their kind."""
@@ -90,6 +91,14 @@ class TextClassification(Task[ClassRow]):
             self.sets.setdefault(name, found[id(sets.by_adapter[name])])
         return sets
 
+    def preview(self, name: str, rows: Sequence[ClassRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
+        for row in rows:
+            texts = "a text" if row.source.pair is None else "two texts"
+            cut = ", cut to max_length" if row.truncated else ""
+            out.title(f"{row.origin}: {texts}, {row.size} tokens{cut}; label: {row.reference}")
+            out.tokens(row.input_ids, self.processor, learned=0)
+        return {}
+
     def check(self, name: str, job: AdapterJob) -> None:
         kind = self.sets[name].kind
         self._check_kinds(self.config.eval, [kind, *(known.kind for known in self.sets.values())])
@@ -140,6 +149,11 @@ class TextClassification(Task[ClassRow]):
                 "nothing of a text. Name adapters alone."
             )
         return self.own
+
+    def missing_labels(self, name: str, rows: Sequence[ClassRow]) -> Sequence[str]:
+        known = self.sets[name]
+        there = {label for row in rows for label in names_in(row.label)}
+        return [] if known.kind == REGRESSION else [label for label in known.names if label not in there]
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 

@@ -72,7 +72,9 @@ def test_a_detector_learns_is_scored_saved_and_predicts(base: Path, files: dict[
         assert entry["category_id"] == {"red": 1, "green": 2}[entry["category"]] and entry["score"] >= 0.01
         assert min(x, y) >= 0 and x + width <= 32.01 and y + height <= 32.01
     assert len(list((tmp_path / "found" / "pictures").iterdir())) == 3
-    scores = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["two"])), metrics=["mAP"])
+    lines = list[str]()
+    scores = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["two"])), metrics=["mAP"], say=lines.append)
+    assert any(" boxes: red " in line for line in lines) and not any("training" in line for line in lines), lines
     assert scores.keys() == {"default"} and scores["default"]["mAP50"] > 0
 
 
@@ -154,7 +156,7 @@ def test_average_precision_is_cocos(tmp_path: Path) -> None:
 
 def test_what_cannot_be_trained_is_refused_before(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
     data = str(files["two"])
-    with pytest.raises(ConfigError, match=r"eval\.metrics: expected some of loss, mAP, mAP50, mAP75, got 'map'"):
+    with pytest.raises(ConfigError, match=r"^eval\.metrics: expected some of loss, mAP, mAP50, mAP75, got 'map'"):
         lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"metrics": ["map"]}})
     with pytest.raises(ConfigError, match=r"eval\.best: validation of object-detection has no metric 'mAP90'"):
         lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"best": "mAP90"}})

@@ -19,6 +19,7 @@ from lorabank.errors import DataError
 from lorabank.tasks.diffusion.buckets import Size, buckets_of, fit, fitted, nearest
 from lorabank.tasks.diffusion.cache import Cache, Encoded, identity
 from lorabank.tasks.diffusion.pictures import Read, read_pictures
+from lorabank.tasks.diffusion.rows import prepare
 from tests.tasks.diffusion.tiny import folder_of_pictures, model_of, picture, pipeline
 
 CONFIG = DiffusionConfig(resolution=32, bucket_step=8, min_side=16)
@@ -223,3 +224,17 @@ def test_latents_are_the_vaes_means() -> None:
         expected = model.vae.encode(pixels * 2 - 1).latent_dist.mean * model.vae.config.scaling_factor
     torch.testing.assert_close(model.latents(pixels), expected)
     assert model.pictures(expected).shape == pixels.shape
+
+
+def test_a_resolution_that_cannot_be_had_is_said(tmp_path: Path) -> None:
+    folder = folder_of_pictures(tmp_path / "pictures", 3)
+
+    def facts(resolution: int, step: int, asked: int = 64) -> list[str]:
+        config = DiffusionConfig(resolution=resolution, bucket_step=asked, min_side=16)
+        return list(prepare(DataConfig(), config, step=step, seed=0, train=str(folder), val=None).report.lines())
+
+    assert not [line for line in facts(128, 64) if "diffusion.resolution" in line]
+    (small,) = [line for line in facts(33, 64) if "diffusion.resolution" in line]
+    assert "resolution 33: sides are multiples of 64 (diffusion.bucket_step). Next to it: 64" in small
+    (between,) = [line for line in facts(100, 16, asked=7) if "diffusion.resolution" in line]
+    assert between.endswith("sides are multiples of 16 (what the model's latents need). Next to it: 96 and 112")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lorabank.tasks.speech.audio import load_sound
 from tests.tasks.speech.tiny import RATE, tone
 
 
-def written(path: Path, samples: np.ndarray, rate: int, **how: str) -> Path:
+def written(path: Path, samples: np.ndarray, rate: int, **how: Any) -> Path:
     soundfile.write(path, samples, rate, **how)
     return path
 
@@ -91,6 +92,64 @@ def test_corrupt_files(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(data)
         with pytest.raises(RowError, match=r"can't be decoded|cut off|no samples"):
             load_sound(path, RATE)
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "WAV": {},
+    "RF64": {},
+    "AIFF": {},
+    "AU": {},
+    "FLAC": {},
+    "OGG Vorbis": {"format": "OGG", "subtype": "VORBIS"},
+    "OGG Opus": {"format": "OGG", "subtype": "OPUS"},
+    "MP3": {"bitrate_mode": "CONSTANT"},
+    "MP3 of variable bitrate": {"format": "MP3", "bitrate_mode": "VARIABLE"},
+}
+
+
+def encoded(name: str, samples: np.ndarray) -> bytes:
+    stream, how = io.BytesIO(), {"format": name, **FORMATS[name]}
+    soundfile.write(stream, samples, RATE, **how)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_that_is_cut_in_the_middle(tmp_path: Path, name: str) -> None:
+    """From a path and from bytes, wherever it is cut; whole, it has all its samples."""
+    samples = tone(4.0, 440)
+    data = encoded(name, samples)
+    assert abs(len(load_sound({"bytes": data}, RATE).samples_S) - len(samples)) <= 1
+    for share in (0.9, 0.7, 0.5, 0.3):
+        cut = data[: int(len(data) * share)]
+        (tmp_path / "cut").write_bytes(cut)
+        for source in (tmp_path / "cut", {"bytes": cut}):
+            with pytest.raises(RowError, match=r"is cut off|can't be decoded: it is damaged, cut off"):
+                load_sound(source, RATE)
+
+
+def test_an_mp3_that_is_cut_between_frames() -> None:
+    """Nothing in it is broken: the number of frames in its first one tells."""
+    data = encoded("MP3", tone(4.0, 440))
+    half = len(data) // 2
+    for cut in range(half, half + 300):
+        with pytest.raises(RowError, match="is cut off: it has fewer samples than its header says"):
+            load_sound({"bytes": data[:cut]}, RATE)
+    bare = data[data.index(data[:3], 1) :]  # without that frame nobody knows its length, and a guess is no fault
+    assert len(load_sound({"bytes": bare}, RATE).samples_S) > 2 * RATE
+    assert len(load_sound({"bytes": bare[: len(bare) // 2]}, RATE).samples_S) > RATE
+    tag = b"ID3\x04\0\0" + bytes([0, 0, 2, 0]) + bytes(256)
+    with pytest.raises(RowError, match="fewer samples"):
+        load_sound({"bytes": tag + data[:half]}, RATE)
+    assert len(load_sound({"bytes": tag + data}, RATE).samples_S) == 4 * RATE
+
+
+def test_a_flac_of_a_pipe() -> None:
+    """Its writer couldn't say how many samples follow."""
+    data = bytearray(encoded("FLAC", tone(1.0, 440)))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    with pytest.raises(RowError, match=r"doesn't say how many samples it has, .*: encode it again"):
+        load_sound({"bytes": bytes(data)}, RATE)
 
 
 def test_a_wav_that_is_cut_off(tmp_path: Path) -> None:

@@ -153,10 +153,10 @@ def test_a_vocoder_makes_the_sound_where_one_is_given(processor: Any, base: Path
     plain = SpeechSynthesis(TrainConfig(task="text-to-speech"), tiny_model(), processor, {})
     other = plain.say(plain.engine(lb.attach(plain.model)), "base", row)
     assert sound.ndim == 1 and len(sound) * 64 == len(other)  # 4 samples a frame, not 256
-    with pytest.raises(ModelError, match=r"synthesis\.vocoder"):
-        SpeechSynthesis(
-            TrainConfig(task="text-to-speech", synthesis=SynthesisConfig(vocoder=str(base))), tiny_model(), processor, {}
-        )
+    for wrong, message in ((tmp_path / "nowhere", r"'.*nowhere': no .* Name the folder or hub id of a"), (base, "")):
+        settings = TrainConfig(task="text-to-speech", synthesis=SynthesisConfig(vocoder=str(wrong)))
+        with pytest.raises(ModelError, match=rf"^synthesis\.vocoder {message}"):
+            SpeechSynthesis(settings, tiny_model(), processor, {})
 
 
 def test_griffin_lim_gives_the_spectrum_back(processor: Any) -> None:

@@ -138,7 +138,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert "# mood: 40 held-out rows" in text and "# price: 40 held-out rows" in text
     assert "| is | was taken for | rows |" in text
     assert (finished / "price" / "held_out.png").stat().st_size > 5000
-    assert ", num_labels=3)" in (finished / "price" / "README.md").read_text()
+    assert ", num_labels=3, " in (finished / "price" / "README.md").read_text()
     report = json.loads((finished / "data_report.json").read_text())
     assert any("columns: 'text' as the text, 'label' as the label" in json.dumps(own) for own in report.values())
 
