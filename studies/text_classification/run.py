@@ -29,6 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lorabank as lb
 from lorabank import api
+from lorabank.config.classification import ClassificationConfig
 from lorabank.config.train import DataConfig, EvalConfig, TrainConfig
 from lorabank.models.quiet import quiet_transformers
 from lorabank.optim.schedules import learning_rate_factor
@@ -44,15 +45,22 @@ from label_tables import write
 HERE = Path(__file__).parent
 LABEL_SETS = {"family": "familyFriendly", "price": "priceRange", "rating": "customer rating"}
 """Adapter to the attribute that it reads off a description."""
+STARS = {"low": 1.0, "average": 3.0, "high": 5.0, "1 out of 5": 1.0, "3 out of 5": 3.0, "5 out of 5": 5.0}
+"""The rating as a number, of the rows that have one: what `--sets stars` predicts."""
 RATES = {"lora": (1e-3,), "full": (1e-4,), "head": (1e-3, 1e-2)}
 """LoRA's is ten times that of full fine-tuning, as it is by default; two for the head, which has no such rule."""
-RANK, SEED, WARMUP = 8, 1, 0.03
-METRICS = ("accuracy", "f1", "matthews")
+RANK, WARMUP = 8, 0.03
+METRICS = {"single": ("accuracy", "f1", "matthews"), "regression": ("pearson", "spearman", "rmse")}
 FEATURES: dict[tuple[int, ...], torch.Tensor] = {}
 """Tokens of a text to what the frozen body makes of them: the same for all label sets."""
 
 
-def label_rows(folder: Path, file: str, attribute: str) -> list[dict[str, str]]:
+def kind_of(args: argparse.Namespace) -> str:
+    """Of the labels."""
+    return "regression" if args.sets == ["stars"] else "single"
+
+
+def label_rows(folder: Path, file: str, attribute: str) -> list[dict[str, Any]]:
     """Description, label, and what the description was written from."""
     with open(folder / file, encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
@@ -65,10 +73,13 @@ def write_rows(args: argparse.Namespace) -> dict[str, dict[str, Path]]:
     """Label set to split to file."""
     args.work.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict[str, Path]] = {}
-    for name, attribute in LABEL_SETS.items():
+    for name in args.sets:
         for split, file in (("train", "devset.csv"), ("test", "testset_w_refs.csv")):
             path = args.work / f"{name}-{split}.jsonl"
-            rows = label_rows(args.e2e, file, attribute)[:: args.every * (1 if split == "train" else 6)]
+            rows = label_rows(args.e2e, file, LABEL_SETS.get(name, LABEL_SETS["rating"]))
+            if name == "stars":
+                rows = [row | {"label": STARS[row["label"]]} for row in rows if row["label"] in STARS]
+            rows = rows[:: args.every * (1 if split == "train" else 3 if name == "stars" else 6)]
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
             files.setdefault(name, {})[split] = path
     return files
@@ -90,7 +101,7 @@ class Other:
         self.model, self.task, self.sets = self._fresh()
 
     def _fresh(self) -> tuple[Any, Any, Any]:
-        config = TrainConfig(task="text-classification", data=data_config(), seed=SEED, adapters={self.name: lb.AdapterRun()})
+        config = self._config(data_config())
         kind = task_kind("text-classification")
         sets = (
             kind.open(config, *self._base(2), {}).read(config, RowObjects(train=str(self.files["train"]))).by_adapter[self.name]
@@ -100,8 +111,17 @@ class Other:
         task.sets[self.name] = sets.labels
         return model, task, sets
 
+    def _config(self, data: DataConfig) -> TrainConfig:
+        return TrainConfig(
+            task="text-classification",
+            data=data,
+            classification=ClassificationConfig(kind=kind_of(self.args)),
+            seed=self.args.seed,
+            adapters={self.name: lb.AdapterRun()},
+        )
+
     def _base(self, labels: int) -> tuple[Any, Any]:
-        torch.manual_seed(SEED)
+        torch.manual_seed(self.args.seed)
         kind: Any = AutoModelForSequenceClassification
         with quiet_transformers():
             model = kind.from_pretrained(str(self.args.model), num_labels=labels).to(self.args.device).eval()  # no dropout
@@ -114,7 +134,7 @@ class Other:
             p.requires_grad_(method == "full" or path.startswith("classifier"))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-        stream, steps = RowStream(self.sets.train, self.args.batch, SEED), self.args.steps
+        stream, steps = RowStream(self.sets.train, self.args.batch, self.args.seed), self.args.steps
         for step in range(steps):
             rows = [self.sets.train[i] for i in stream.batch(step)]
             self.frozen = method == "head"
@@ -131,7 +151,7 @@ class Other:
 
     def test(self) -> dict[str, float]:
         """Scores on test rows."""
-        config = TrainConfig(task="text-classification", data=DataConfig(val_split=0), adapters={self.name: lb.AdapterRun()})
+        config = self._config(DataConfig(val_split=0))
         rows = self.task.read(config, RowObjects(train=str(self.files["test"]))).by_adapter[self.name].train
         return self._scores(rows)
 
@@ -170,12 +190,12 @@ class Other:
         outputs = torch.cat(answers).numpy()
         targets = np.array([labels.target(row.label) for row in ordered], dtype=np.float64)
         scored = Scored(labels=labels, targets=targets, predictions=predicted(outputs, labels))
-        return {"loss": losses / len(ordered), **compute(scored, METRICS)}
+        return {"loss": losses / len(ordered), **compute(scored, METRICS[kind_of(self.args)])}
 
 
 def train_adapters(args: argparse.Namespace, files: Mapping[str, Mapping[str, Path]], rate: float) -> Path:
     """The run folder of all adapters, trained in one pass a step; one that has ended is taken as it is."""
-    output = args.work / f"lora-{'-'.join(files)}-{rate:g}"
+    output = args.work / f"lora-{'-'.join(files)}-{rate:g}-{args.steps}-seed{args.seed}"
     if _ended(output) is None:
         runs = {
             name: lb.AdapterRun(
@@ -194,8 +214,9 @@ def train_adapters(args: argparse.Namespace, files: Mapping[str, Mapping[str, Pa
             output=str(output),
             data=data_config(),
             adapters=runs,
-            eval=EvalConfig(every=0, samples=4, metrics=METRICS),
-            seed=SEED,
+            classification=ClassificationConfig(kind=kind_of(args)),
+            eval=EvalConfig(every=0, samples=4, metrics=METRICS[kind_of(args)]),
+            seed=args.seed,
             device=args.device,
             threads=args.threads,
         )
@@ -217,7 +238,9 @@ def adapter_run(args: argparse.Namespace, output: Path, name: str, test: Path) -
     assert ended is not None
     parameters = sum(t.numel() for layer in adapter.layers.values() for t in (layer.A, layer.B))
     parameters += sum(t.numel() for values in adapter.modules.values() for t in values.values())
-    scores = api.evaluate(output, [name], DataConfig(test=str(test)), metrics=METRICS, batch_size=32, device=args.device)
+    scores = api.evaluate(
+        output, [name], DataConfig(test=str(test)), metrics=METRICS[kind_of(args)], batch_size=32, device=args.device
+    )
     return {"parameters": parameters, "val": ended["adapters"][name]["final_metrics"], "test": scores[name]}
 
 
@@ -233,13 +256,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/text_classification_study"), help="where runs are written")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1, help="of heads, adapters, the order of rows and what is held out of them")
+    parser.add_argument("--sets", nargs="+", default=list(LABEL_SETS), choices=[*LABEL_SETS, "stars"])
+    for method, rates in RATES.items():
+        parser.add_argument(f"--{method}", nargs="*", type=float, default=rates, help=f"learning rates (default {rates})")
     parser.add_argument("--every", type=int, default=1, help="take each N-th row, for a quick look")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "result.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    settings = {"steps": args.steps, "batch": args.batch, "rank": RANK, "seed": SEED, "every": args.every}
+    settings = {"steps": args.steps, "batch": args.batch, "rank": RANK, "seed": args.seed, "every": args.every}
     document: dict[str, Any] = {"settings": settings, "torch": torch.__version__, "runs": {}}
     if args.results.exists():
         document = json.loads(args.results.read_text())
@@ -252,17 +279,17 @@ def main() -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
-    for rate in RATES["lora"]:
-        for name in LABEL_SETS:
+    for rate in args.lora:
+        for name in args.sets:
             if f"lora/{name}/{rate:g}" not in runs:
                 output = train_adapters(args, files, rate)
                 runs[f"lora/{name}/{rate:g}"] = adapter_run(args, output, name, files[name]["test"])
                 say(f"lora/{name}/{rate:g}: {runs[f'lora/{name}/{rate:g}']}")
                 keep()
     for method in ("full", "head"):
-        for name in LABEL_SETS:
+        for name in args.sets:
             other = None
-            for rate in RATES[method]:
+            for rate in getattr(args, method):
                 key = f"{method}/{name}/{rate:g}"
                 if key in runs:
                     continue
@@ -271,7 +298,8 @@ def main() -> None:
                 runs[key]["test"] = other.test()
                 say(f"{key}: {runs[key]['val']} {runs[key]['test']}")
                 keep()
-    write(document)
+    if args.results.parent == HERE / "results":
+        write()
 
 
 if __name__ == "__main__":

@@ -58,13 +58,16 @@ def test_the_combining_table_is_that_of_its_result() -> None:
     assert methods >= {"exact", "svd", "ties", "dare", "magnitude_prune"}
 
 
-def test_the_table_of_label_sets_is_that_of_its_result() -> None:
+def test_the_tables_of_label_sets_are_those_of_their_results() -> None:
     study = ROOT / "studies" / "text_classification"
     sys.path.insert(0, str(study))
     tables = importlib.import_module("label_tables")
-    document = json.loads((study / "results" / "result.json").read_text(encoding="utf-8"))
+    documents = tables.load()
     text = (study / "README.md").read_text(encoding="utf-8")
-    assert tables.with_table(text, document) == text, "run python studies/text_classification/label_tables.py"
-    key = next(key for key in document["runs"] if key.startswith("lora/"))
-    document["runs"][key]["test"]["accuracy"] *= 0.99
-    assert tables.with_table(text, document) != text
+    assert tables.with_tables(text, documents) == text, "run python studies/text_classification/label_tables.py"
+    for name in documents:
+        changed = copy.deepcopy(documents)
+        key = next(key for key in changed[name][0]["runs"] if key.startswith("full/"))
+        for score in changed[name][0]["runs"][key]["test"]:
+            changed[name][0]["runs"][key]["test"][score] *= 0.9
+        assert tables.with_tables(text, changed) != text, name
