@@ -298,7 +298,7 @@ def main() -> None:
                 runs[key]["test"] = other.test()
                 say(f"{key}: {runs[key]['val']} {runs[key]['test']}")
                 keep()
-    if args.results.parent == HERE / "results":
+    if args.results.resolve().parent == (HERE / "results").resolve():
         write()
 
 
