@@ -31,7 +31,7 @@ from lorabank.tasks.detection.rows import DetectionRow
 
 HERE = Path(__file__).parent
 BATCH, EPOCHS = 8, 7
-RATES = {"lora": (1e-3,), "head": (3e-3,), "full": (1e-3,)}
+RATES = {"lora": (1e-3, 3e-3), "head": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)}
 """Arm → learning rates that are tried, each for the whole run; the best on the validation pictures is drawn."""
 RANK, ALPHA, SLOWER, SHOWN = 8, 8, 1.0, 0.3
 
@@ -124,13 +124,14 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--rates", nargs="+", type=float, help="instead of those of RATES")
     args = parser.parse_args()
     data, results = args.data / "new", HERE / "results"
     results.mkdir(exist_ok=True)
     labels = [each["name"] for each in json.loads((data / "train/_annotations.coco.json").read_text())["categories"]]
     for arm in args.arms:
         best: tuple[float, Any, Any, Any] | None = None
-        for rate in RATES[arm]:
+        for rate in args.rates or RATES[arm]:
             if arm == "lora":
                 told, (task, bank), rows = lora(args.base, labels, rate, data, args.output / f"lora-{rate:g}")
                 name = "default"

@@ -17,15 +17,15 @@ ARMS = {
 def table() -> str:
     """The rows, an arm each."""
     lines = [
-        "| arm | trained | learning rate | loss | mAP | mAP50 | mAP75 | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | trained | learning rate | validation mAP | loss | mAP | mAP50 | mAP75 | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, what in ARMS.items():
-        for path in sorted((HERE / "results").glob(f"{arm}-*.json")):
-            told = json.loads(path.read_text())
-            scores = told["test"]
+        found = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{arm}-*.json"))]
+        for told in sorted(found, key=lambda told: (told.get("start", ""), -told.get("alpha", 0), told["rate"])):
+            scores, val = told["test"], told["valid"]["mAP"]
             lines.append(
-                f"| {what.format(**told)} | {told['trained']:,} | {told['rate']:g} | {scores['loss']:.2f} | "
+                f"| {what.format(**told)} | {told['trained']:,} | {told['rate']:g} | {val:.3f} | {scores['loss']:.2f} | "
                 f"{scores['mAP']:.3f} | {scores['mAP50']:.3f} | {scores['mAP75']:.3f} | {told['cpu_seconds']:.0f} |"
             )
     return "\n".join(lines) + "\n"

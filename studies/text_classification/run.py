@@ -102,7 +102,7 @@ class Other:
 
     def _fresh(self) -> tuple[Any, Any, Any]:
         config = self._config(data_config())
-        kind = task_kind("text-classification")
+        kind: Any = task_kind("text-classification")
         sets = (
             kind.open(config, *self._base(2), {}).read(config, RowObjects(train=str(self.files["train"]))).by_adapter[self.name]
         )
@@ -298,7 +298,7 @@ def main() -> None:
                 runs[key]["test"] = other.test()
                 say(f"{key}: {runs[key]['val']} {runs[key]['test']}")
                 keep()
-    if args.results.parent == HERE / "results":
+    if args.results.resolve().parent == (HERE / "results").resolve():
         write()
 
 
