@@ -148,7 +148,9 @@ def _of_role(files: list[Path], role: str, folder: Path) -> list[Path]:
     chosen = next((by_split[split] for split in _SPLIT_NAMES.get(role, ()) if split in named), None)
     if chosen is None or "" in by_split:
         listed = ", ".join(path.name for path in files[:_LISTED]) + (", …" if len(files) > _LISTED else "")
-        unclear = f"which of the splits {by_split[''][0].name} belongs to isn't clear" if "" in by_split else f"none is for {role}"
+        unclear = (
+            f"which of the splits {by_split[''][0].name} belongs to isn't clear" if "" in by_split else f"none is for {role}"
+        )
         raise DataError(f"{folder}: its files are called as splits ({listed}), and {unclear}. Name one file instead.")
     return chosen
 

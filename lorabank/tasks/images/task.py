@@ -21,6 +21,7 @@ from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch, Tensors
+from lorabank.engine.modes import evaluation_mode
 from lorabank.errors import ConfigError, DataError, Setting, closest
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import LABELS
@@ -63,9 +64,11 @@ class ImageClassification(Task[ImageRow]):
         first = next(model.parameters())
         self._device, self._dtype = first.device, first.dtype
         self.store = PixelStore(preprocess, config.images.cache_gib * GIB)
-        self._known = own_labels(model)
-        self._named = self._known is not None
+        known = own_labels(model)
+        self._named = known is not None
         """Whether somebody named the labels of the model's own head."""
+        self.base_labels = tuple(map(str, range(self._width()))) if known is None else known
+        """The model's own labels; numbered where nobody named them: counted here, before adapters stand in the model's way."""
         self._labels = {name: self._labels_of(name, adapter) for name, adapter in loaded.items()}
         """Adapter to its labels' names, in the order of its head's outputs."""
         self._scoring = bool(loaded)
@@ -119,13 +122,6 @@ class ImageClassification(Task[ImageRow]):
         return known if not widths or widths[-1] == len(known) else tuple(map(str, range(widths[-1])))
 
     @property
-    def base_labels(self) -> tuple[str, ...]:
-        """The model's own labels; numbered where nobody named them."""
-        if self._known is None:
-            self._known = tuple(map(str, range(self._width())))
-        return self._known
-
-    @property
     def base_is_trained(self) -> bool:
         """Whether the model's own head says something: not where transformers numbered its labels, since nobody trained it."""
         return self._named or self.scores_base or not isinstance(self.model, PreTrainedModel)
@@ -138,7 +134,7 @@ class ImageClassification(Task[ImageRow]):
     def _width(self) -> int:
         preprocess = self.store.preprocess
         blank = torch.zeros(1, 3, preprocess.height, preprocess.width, device=self._device, dtype=self._dtype)
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(self.model.modules()):
             return logits_of(self.model, blank).shape[1]
 
     def use_labels(self, labels: Mapping[str, Sequence[str]]) -> None:

@@ -204,6 +204,15 @@ def test_windows_that_swin_folds_keep_each_rows_adapter() -> None:
         torch.testing.assert_close(value, total[key], rtol=1e-3, atol=1e-5)
 
 
+def test_several_adapters_of_a_base_without_names_predict(base: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    adapters = {name: {"data": str(data[name])} for name in ("three", "two")}
+    lb.train(model=str(base), adapters=adapters, output=str(tmp_path / "run"), **{**SETTINGS, "max_steps": 1})
+    told = api.predict(tmp_path / "run", str(data["two"]), tmp_path / "out.jsonl")
+    assert told.startswith("16 pictures labelled by three, two: ")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {len(line["three"]["top"]) for line in lines} == {3} and {len(line["two"]["top"]) for line in lines} == {2}
+
+
 def test_a_net_of_ones_own_gets_its_head_found_and_made_anew(data: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Net().eval()
