@@ -98,12 +98,14 @@ def _train(
     listeners: Sequence[Listener],
 ) -> RunResult:
     from lorabank.engine.compiling import uncompile_blocks
+    from lorabank.notices import new_run
     from lorabank.tasks import task_kind
     from lorabank.training.run import command_for, resume_run, run_training
     from lorabank.training.run_folder import RunFolder
     from lorabank.training.setup import build_trainer, check_best
     from lorabank.training.start import warnings_as
 
+    new_run()
     for text in notes:
         _tell(listeners)(text)
     folder = RunFolder(config.output) if config.output and not dry_run else None

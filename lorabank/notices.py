@@ -1,4 +1,4 @@
-"""Warnings that are said once in a process, however often what they are about happens."""
+"""Warnings that are said once in a process or a run, however often what they are about happens."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ import warnings
 def warn_once(text: str) -> None:
     """A UserWarning, the first time that this text comes."""
     warnings.warn(text, stacklevel=3)
+
+
+def new_run() -> None:
+    """Let every text be said again: what a run tells of itself doesn't depend on what its process did before."""
+    warn_once.cache_clear()

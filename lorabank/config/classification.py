@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorabank.config.checks import check_choice, freeze_sequences
+from lorabank.errors import ConfigError, Setting
 
 KINDS = ("auto", "single", "multi", "regression")
 
@@ -28,3 +29,5 @@ class ClassificationConfig:
     def __post_init__(self) -> None:
         freeze_sequences(self)
         check_choice("classification.kind", self.kind, KINDS)
+        if self.labels is not None and (len(self.labels) < 1 or len(set(self.labels)) != len(self.labels)):
+            raise ConfigError(Setting("classification.labels"), f": expected different names, got {list(self.labels)!r}")

@@ -298,6 +298,10 @@ class TrainConfig:
             raise ConfigError(Setting("base_dtype"), f": {self.base_dtype} is not supported yet. Use fp8, nf4, bf16 or fp32.")
         check_choice("base_dtype", self.base_dtype, BASE_DTYPES)
         check_choice("task", self.task, TASKS)
+        if self.data.packing and self.task != DEFAULT_TASK:
+            raise ConfigError(
+                Setting("data.packing"), f": is for {DEFAULT_TASK}, and this run's task is {self.task}. Leave it out."
+            )
         for tracker in self.report_to:
             check_choice("report_to", tracker, TRACKERS)
         check_non_negative_int("seed", self.seed)

@@ -129,8 +129,30 @@ def _from_folder(folder: Path, limit: int | None, role: str) -> Iterator[Row]:
     if not files:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         raise DataError(f"{folder}: expected files ending in {' '.join(READERS)}, found {there}")
-    for path in files:
+    for path in _of_role(files, role, folder):
         yield from _from_file(path, limit)
+
+
+def _of_role(files: list[Path], role: str, folder: Path) -> list[Path]:
+    """Those that a role means where files are called as splits, `train` among them; else all.
+
+    Raises DataError where a file might belong to any of the splits, or none is for that role.
+    """
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        words = {_SPLIT_WORDS[word] for word in re.split(r"[-_. ]+", path.stem.lower()) if word in _SPLIT_WORDS}
+        by_split.setdefault(next(iter(words)) if len(words) == 1 else "", []).append(path)
+    named = by_split.keys() - {""}
+    if "train" not in named or len(named) < 2:
+        return files
+    chosen = next((by_split[split] for split in _SPLIT_NAMES.get(role, ()) if split in named), None)
+    if chosen is None or "" in by_split:
+        listed = ", ".join(path.name for path in files[:_LISTED]) + (", …" if len(files) > _LISTED else "")
+        unclear = (
+            f"which of the splits {by_split[''][0].name} belongs to isn't clear" if "" in by_split else f"none is for {role}"
+        )
+        raise DataError(f"{folder}: its files are called as splits ({listed}), and {unclear}. Name one file instead.")
+    return chosen
 
 
 def import_datasets(wanted: str) -> Any:
@@ -168,6 +190,9 @@ _SPLIT_NAMES = {
     "val": ("validation", "val", "valid", "dev", "eval", "test"),
     "test": ("test",),
 }
+_SPLIT_WORDS = {name: name for names in _SPLIT_NAMES.values() for name in names} | {"training": "train", "testing": "test"}
+"""What a file of a split is called, alone or as a part of its name (`train-00000-of-00002`, `e2e_val`), to the split's name."""
+_LISTED = 6
 
 
 def pick_split(source: Any, role: str, name: str | None) -> tuple[Any, str]:

@@ -95,7 +95,7 @@ def load_run(
     if config is not None and not folders and adapters is None:
         raise CheckpointError(f"{source}: the run has no adapter yet, since it didn't end. To go on with it: {resume_line(path)}")
     loaded = {name: load_peft(folders[name]) for name in wanted}
-    kind = kinds(task or _task_of(config, loaded))
+    kind = kinds(_chosen_task(task, source, config, loaded))
     kind.check_metrics(check)
     base = _base(kind, _base_name(path, config, folders, loaded), config, loaded, dtype=dtype, device=device)
     processor = base.processor
@@ -106,6 +106,20 @@ def load_run(
     for name, adapter in loaded.items():
         bank.load(name, adapter)
     return LoadedRun(bank, opened, list(loaded), config, tuple(base.notes))
+
+
+def _chosen_task(asked: str | None, source: str | Path, config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:
+    """The task that was asked for, else what is known of it. Raises ConfigError where that is another: a head would be random."""
+    if asked is None:
+        return _task_of(config, loaded)
+    told = {adapter.metadata[TASK_KEY] for adapter in loaded.values() if TASK_KEY in adapter.metadata}  # other tools say nothing
+    known = {config.task} if config is not None else told
+    if known - {asked}:
+        raise ConfigError(
+            f"{source}: was trained for {', '.join(sorted(known))}, so it can't be loaded for {asked}. Leave the task out, which "
+            "is for plain base models."
+        )
+    return asked
 
 
 def _task_of(config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:

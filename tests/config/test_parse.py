@@ -121,6 +121,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"detection": {"bad_pictures": "stop"}}, "detection.bad_pictures: is `data.bad_rows` now"),
     ({"diffusion": {"bad_pictures": "skip"}}, "diffusion.bad_pictures: is `data.bad_rows` now"),
     ({"synthesis": {"bad_rows": "refuse"}}, "synthesis.bad_rows: is `data.bad_rows` now"),
+    ({"task": "summarization", "data": {"packing": True}}, "data.packing: is for text-generation, and this run's task is summ"),
     ({"speech": {"long_audio": "skip"}}, "speech.long_audio: expected one of drop, cut, split, stop, got 'skip'"),
     ({"every": 3}, "every: unknown here; there is `eval.every` and `save.every`"),
     ({"defaults": {"rank": "sixteen"}}, "defaults.rank: expected a whole number, got 'sixteen'"),

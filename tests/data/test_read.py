@@ -54,6 +54,28 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path, limit=1)) == 2, "the first row of each file"
 
 
+def test_files_of_a_folder_that_are_called_as_splits_are_read_by_what_they_are_for(tmp_path: Path) -> None:
+    for name in ("e2e-train-00000-of-00002.csv", "e2e-train-00001-of-00002.csv", "e2e-test.csv"):
+        write(tmp_path / name, ROWS)
+
+    def read(role: str) -> set[str]:
+        return {Path(row.origin.split(":")[0]).name for row in read_rows(tmp_path, role=role)}
+
+    assert read("train") == {"e2e-train-00000-of-00002.csv", "e2e-train-00001-of-00002.csv"}, "test rows are never trained on"
+    assert read("test") == {"e2e-test.csv"}
+    write(tmp_path / "more.csv", ROWS)
+    with pytest.raises(DataError, match=r"which of the splits more\.csv belongs to isn't clear"):
+        read("train")
+    (tmp_path / "more.csv").unlink()
+    (tmp_path / "e2e-test.csv").rename(tmp_path / "e2e-dev.csv")
+    assert read("val") == {"e2e-dev.csv"}
+    with pytest.raises(DataError, match="none is for test"):
+        read("test")
+    for path in tmp_path.glob("*train*"):
+        path.unlink()
+    assert read("train") == {"e2e-dev.csv"}, "one split alone is no choice"
+
+
 def test_objects(tmp_path: Path) -> None:
     import datasets
 

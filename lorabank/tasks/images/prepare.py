@@ -87,7 +87,7 @@ def prepare_images(
         if not part:
             raise nothing_left(role, len(found[role]), errors[role], what="pictures")
     splits, notes = _split(data, rows, seed)
-    if not scoring:
+    if not scoring and "train" in sources:  # nothing is trained of a model that is scored by itself, either
         _check_classes(known, splits["train"], notes)
     report = build_report(
         read=total,

@@ -16,7 +16,7 @@ from lorabank.data.files import READERS
 from lorabank.data.read import Source, import_datasets, load_hub, pick_split, read_rows
 from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
-from lorabank.errors import DataError, closest
+from lorabank.errors import DataError, Setting, closest
 from lorabank.tasks.images.pictures import SUFFIXES, FromTable, Picture, as_picture
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
@@ -229,7 +229,9 @@ def _columns(present: Sequence[str], columns: Columns, where: str, labelled: boo
         what = "a picture" if image is None else "a label"
         setting, usual = ("image_column", IMAGE_COLUMNS) if image is None else ("label_column", LABEL_COLUMNS)
         raise DataError(
-            f"{where}: no column for {what} (as {', '.join(usual[:3])}) among {', '.join(present) or 'none'}. Name it: {setting}"
+            f"{where}: no column for {what} (as {', '.join(usual[:3])}) among {', '.join(present) or 'none'}. Name it with ",
+            Setting(f"images.{setting}"),
+            ".",
         )
     return image, label if labelled else None
 

@@ -21,7 +21,9 @@ from lorabank.data.preview import Printer
 from lorabank.data.read import Source
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch, Tensors
-from lorabank.errors import ConfigError, DataError, Setting, closest
+from lorabank.engine.modes import evaluation_mode
+from lorabank.engine.parts import is_out_of_memory
+from lorabank.errors import ConfigError, DataError, LorabankError, Setting, closest, first_line
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import LABELS
 from lorabank.tasks.images.answers import Answers
@@ -63,9 +65,12 @@ class ImageClassification(Task[ImageRow]):
         first = next(model.parameters())
         self._device, self._dtype = first.device, first.dtype
         self.store = PixelStore(preprocess, config.images.cache_gib * GIB)
-        self._known = own_labels(model)
-        self._named = self._known is not None
+        known = own_labels(model)
+        self._named = known is not None
         """Whether somebody named the labels of the model's own head."""
+        width = self._width()
+        self.base_labels = tuple(map(str, range(width))) if known is None else known
+        """The model's own labels; numbered where nobody named them: counted here, before adapters stand in the model's way."""
         self._labels = {name: self._labels_of(name, adapter) for name, adapter in loaded.items()}
         """Adapter to its labels' names, in the order of its head's outputs."""
         self._scoring = bool(loaded)
@@ -119,13 +124,6 @@ class ImageClassification(Task[ImageRow]):
         return known if not widths or widths[-1] == len(known) else tuple(map(str, range(widths[-1])))
 
     @property
-    def base_labels(self) -> tuple[str, ...]:
-        """The model's own labels; numbered where nobody named them."""
-        if self._known is None:
-            self._known = tuple(map(str, range(self._width())))
-        return self._known
-
-    @property
     def base_is_trained(self) -> bool:
         """Whether the model's own head says something: not where transformers numbered its labels, since nobody trained it."""
         return self._named or self.scores_base or not isinstance(self.model, PreTrainedModel)
@@ -136,10 +134,19 @@ class ImageClassification(Task[ImageRow]):
         return list(self._labels.values())
 
     def _width(self) -> int:
+        """Outputs for a blank picture. Raises ConfigError where the model takes none of this size."""
         preprocess = self.store.preprocess
         blank = torch.zeros(1, 3, preprocess.height, preprocess.width, device=self._device, dtype=self._dtype)
-        with torch.no_grad():
-            return logits_of(self.model, blank).shape[1]
+        try:
+            with torch.no_grad(), evaluation_mode(self.model.modules()):
+                return logits_of(self.model, blank).shape[1]
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, LorabankError) or is_out_of_memory(error):
+                raise
+            sides = f"{preprocess.width} × {preprocess.height} pixels"
+            raise ConfigError(
+                Setting("images.image_size"), f": {type(self.model).__name__} takes no pictures of {sides}: {first_line(error)}"
+            ) from error
 
     def use_labels(self, labels: Mapping[str, Sequence[str]]) -> None:
         """Say what adapters' labels are, in a loop of one's own: `read` and loading do so by themselves."""

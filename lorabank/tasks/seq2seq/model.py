@@ -155,7 +155,10 @@ def write(
     manner: Manner,
     max_new_tokens: int,
 ) -> list[str]:
-    """Each row's likeliest text, token by token or by beams, all rows in the same passes, each under its route."""
+    """Each row's likeliest text, token by token or by beams, all rows in the same passes, each under its route.
+
+    A text ends where the model has no further position for it.
+    """
     model: Any = bank.model
     length = max(map(len, sources))
     ids = torch.full((len(sources), length), int(model.config.pad_token_id))
@@ -168,7 +171,7 @@ def write(
         found = model.generate(
             input_ids=ids.to(bank.device),
             attention_mask=mask.to(bank.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, positions(model) or max_new_tokens),  # the start is read, the last one isn't
             max_length=None,
             min_length=0,
             num_beams=manner.beams,

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorabank.data.formats import refuse_nan
-from lorabank.data.row import Row, RowError
+from lorabank.data.row import NanError, Row, RowError
 from lorabank.errors import DataError, Setting, closest
 
 SINGLE, MULTI, REGRESSION = "single", "multi", "regression"
 KINDS = (SINGLE, MULTI, REGRESSION)
 Label = str | tuple[str, ...] | float
 """A row's label: a name, several of them, or (regression) a number."""
+NAN_WORD = "nan"
+"""How a table writes a missing number: beside fractions it is none of the names."""
 SHOWN = 12
 """Labels named in a message."""
 MANY = 100
@@ -155,6 +157,8 @@ def _number(value: object, column: str) -> float:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except ValueError:
         number = math.nan
+    if isinstance(value, str) and math.isnan(number) and value.strip().lower() == NAN_WORD:
+        raise NanError(column)
     if not math.isfinite(number):
         raise RowError(f"column {column!r}: expected a finite number")
     return number
@@ -174,8 +178,10 @@ def find_kind(labels: Iterable[Label]) -> str:
 def _is_number(label: Label) -> bool:
     if isinstance(label, float):
         return True
+    if not isinstance(label, str):
+        return False
     try:
-        return math.isfinite(float(label)) if isinstance(label, str) else False
+        return label.lower() == NAN_WORD or math.isfinite(float(label))
     except ValueError:
         return False
 

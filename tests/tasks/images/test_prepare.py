@@ -60,7 +60,7 @@ def test_a_table_names_files_beside_it(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text(
         "".join(json.dumps({"bild": x.split(",")[0], "art": x.split(",")[1]}) + "\n" for x in lines)
     )
-    with pytest.raises(DataError, match=r"no column for a picture .* among bild, art. Name it: image_column"):
+    with pytest.raises(DataError, match=r"no column for a picture .* among bild, art. Name it with images.image_column"):
         prepared({"train": str(tmp_path / "odd.jsonl")})
     own = prepared({"train": str(tmp_path / "odd.jsonl")}, {"image_column": "bild", "label_column": "art"})
     assert own.labels == found.labels

@@ -188,6 +188,13 @@ def opened(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **setting
     return task_kind("text2text-generation").open(config, model, tokenizer, {})
 
 
+@pytest.mark.parametrize("base", ["bart", "mbart-50"])
+def test_texts_end_where_the_model_has_no_more_positions(base: str) -> None:
+    scored = {"every": 2, "samples": 0, "metrics": ["loss", "chrf"], "max_new_tokens": 128}  # the usual; there are 48 positions
+    result, _ = run(base, ["animal"], max_steps=1, eval=scored)
+    assert "chrf" in result.adapters["animal"].best_metrics
+
+
 def test_prefixes_that_a_model_knows() -> None:
     params = {"summarization": {"prefix": "summarize : "}, "translation_en_to_de": {"prefix": "translate the to die : "}}
     model, tokenizer = t5(task_specific_params=params)

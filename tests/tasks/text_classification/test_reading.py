@@ -12,7 +12,7 @@ import pytest
 
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.train import DataConfig
-from lorabank.errors import DataError
+from lorabank.errors import ConfigError, DataError
 from lorabank.tasks.text_classification.labels import MULTI, REGRESSION, SINGLE, LabelSet
 from lorabank.tasks.text_classification.prepare import PreparedTexts, label_counts, prepare_texts
 from tests.tasks.text_classification.tiny import mood_rows, words_tokenizer
@@ -181,7 +181,22 @@ def test_nan_stops_the_run_unless_it_may_be_dropped() -> None:
     assert found.report.dropped["column 'score' holds NaN"].count == 1
 
 
+def test_the_word_nan_among_fractions_is_a_missing_number(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,score\ngood,1.5\nbad,NaN\nthe,2.5\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"NaN, a missing value, in 1 of 3 rows(.|\n)*column 'score' holds NaN \(.*rows.csv:3"):
+        prepared(str(file))
+    found = prepared(str(file), nan_rows="drop")
+    assert found.labels.kind == REGRESSION
+    assert targets(found) == [1.5, 2.5]
+    file.write_text("text,label\ngood,nan\nbad,NaN\nthe,2\n", encoding="utf-8")
+    assert prepared(str(file)).labels.names == ("2", "NaN", "nan"), "a name among names"
+
+
 def test_labels_that_the_head_lacks() -> None:
+    for same in (["a", "a"], []):
+        with pytest.raises(ConfigError, match=r"classification\.labels: expected different names"):
+            ClassificationConfig(labels=same)
     rows, val = mood_rows(8), [{"text": "the food", "label": "poss"}, {"text": "the", "label": "pos"}]
     found = prepared(rows, val=val)
     reason = "the head has no label 'poss' (did you mean 'pos'?); it has 'neg', 'pos'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,15 @@ def test_what_starts_from_an_adapter_keeps_its_labels(finished: Path, bert_folde
             data={"train": str(tmp_path / "rows.jsonl"), "bad_rows": "stop"},
             adapters={"price": {"init_from": str(finished / "price")}},
         )
+
+
+def test_a_run_is_not_loaded_for_another_task(finished: Path, tmp_path: Path) -> None:
+    """Its base would get a head that nobody trained, and be scored by it."""
+    shutil.copytree(finished / "mood", tmp_path / "mood")
+    for source in (finished, finished / "mood", tmp_path / "mood"):
+        with pytest.raises(ConfigError, match=r"was trained for text-classification, so it can't be loaded for text-generation"):
+            api.load_run(source, task="text-generation")
+    assert api.load_run(tmp_path / "mood", task="text-classification").names == ["mood"]
 
 
 def test_interrupted_and_resumed(bert_folder: Path, tmp_path: Path) -> None:
