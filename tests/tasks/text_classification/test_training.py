@@ -155,6 +155,8 @@ def test_predict_gives_names_and_probabilities(finished: Path, tmp_path: Path) -
     assert price["label"] == "high"
     assert second == {"text": " ", "id": 8, "mood": None, "price": None, "unread": "column 'text' is empty"}
     assert "3 rows (1 of them unread" in said
+    with pytest.raises(DataError, match=r"out.jsonl:1: has a column 'mood', and what 'mood' says would be written over it"):
+        api.predict(finished, str(tmp_path / "out.jsonl"), tmp_path / "again.jsonl", ["mood"])
 
 
 def test_eval_of_own_and_other_rows(finished: Path, tmp_path: Path) -> None:
