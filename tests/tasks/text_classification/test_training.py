@@ -292,6 +292,11 @@ def test_a_head_that_was_trained_before_is_gone_on_with() -> None:
     assert "accuracy" in alone.base_metrics, "the base can be scored by its own head"
 
 
+def test_the_models_own_head_is_kept_for_its_own_labels_alone() -> None:
+    with pytest.raises(ConfigError, match=r"modules_to_save: \[\] keeps .*no names of labels.*'neg', 'pos'. Leave it out"):
+        run(tiny_bert(), ["mood"], max_steps=1, modules_to_save=[])
+
+
 def test_the_end_of_a_decoders_row_does_not_depend_on_its_padding() -> None:
     """Llama's head reads the last token that isn't padding, and the end token is the pad token here."""
     model = tiny_llama()
