@@ -19,6 +19,7 @@ from lorabank.cli.task_options import TASK_FLAGS, add_task_flags, task_options
 from lorabank.config.paths import expanded
 from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.config.typed import named_as_typed
+from lorabank.data.answers import refuse_taken
 from lorabank.data.formats import template_columns
 from lorabank.errors import ConfigError, OutputError
 
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [prompt_of(row, template=template, completion=completion, system=system) for row in rows]
     loaded = load(args)
     names = chosen(args.adapters, loaded.names)
+    refuse_taken(rows, names)
     from rich.progress import track
 
     from lorabank import api

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from lorabank.data.reasons import Reason, dropped_lines, dropped_rows, gather
 from lorabank.data.row import RowError
 
 R = TypeVar("R")
+
+
+class HasOrigin(Protocol):
+    """A row that knows its line."""
+
+    @property
+    def origin(self) -> str:
+        """Where it came from."""
+        ...
+
+
+Known = TypeVar("Known", bound=HasOrigin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +84,13 @@ class Splits(Generic[R]):
     val: Sequence[R]
     test: Sequence[R]
     report: RowReport
+
+
+def in_two_splits(splits: Mapping[str, Sequence[Known]], key: Callable[[Known], str], what: str) -> dict[str, list[str]]:
+    """Notes on rows whose key (their `what`) an earlier split has too, where splits are given apart: their scores flatter."""
+    keys = {name: {key(row) for row in rows} for name, rows in splits.items()}
+    pairs = [(here, there) for i, here in enumerate(splits) for there in list(splits)[:i]]
+    found = {
+        f"same {what} in {here} and {there}": [row for row in splits[here] if key(row) in keys[there]] for here, there in pairs
+    }
+    return {note: [row.origin for row in rows] for note, rows in found.items() if rows}

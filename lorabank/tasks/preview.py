@@ -69,7 +69,7 @@ def report_table(report: Report) -> Table:
     """A report's sentences under each other, what should be looked at in yellow."""
     table = Table.grid(padding=(0, 1))
     for number, line in enumerate(report.lines()):
-        style = "yellow" if line.startswith(("dropped", "same prompt in", "cut to")) else ""
+        style = "yellow" if line.startswith(("dropped", "same ", "cut to")) else ""
         table.add_row(Text("data" if number == 0 else "", style="bold"), Text(line, style=style))
     return table
 

@@ -228,6 +228,15 @@ def test_predict_with_the_runs_template(api: Any, run_folder: Path, tmp_path: Pa
     assert (max_new_tokens, temperature) == (7, 0.0)
 
 
+def test_predict_writes_over_no_column(api: Any, run_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "in.jsonl").write_text('{"mr": "name[A]"}\n{"mr": "name[B]", "terse": "a reference"}\n')
+    line = ["predict", str(run_folder), "--data", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main(line) == 2
+    assert "in.jsonl:2: has a column 'terse', and what 'terse' says would be written over it" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+    assert main([*line, "--adapters", "formal"]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "asked"),
     [

@@ -12,7 +12,7 @@ from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
-from lorabank.data.row_report import Splits, row_report
+from lorabank.data.row_report import Splits, in_two_splits, row_report
 from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import group_unit, split_rows
 from lorabank.tasks.seq2seq.pairs import Pair, PairReader
@@ -101,6 +101,7 @@ def prepare_pairs(
             raise nothing_left(role, len(rows), errors[role])
     splits, notes = _split(parts, data, seed)
     notes |= {f"{text} cut to {_limit(text, data, config, longest)} tokens": _cut(splits, text) for text in ("source", "target")}
+    notes |= in_two_splits(splits, lambda row: row.pair.source, "source")
     report = row_report(
         read=read,
         errors=[error for found in errors.values() for error in found],

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
+from lorabank.data.answers import refuse_taken
 from lorabank.data.prepare import Progress
 from lorabank.data.preview import Printer
 from lorabank.data.read import Source
@@ -221,6 +222,7 @@ class Text2Text(Task[PairRow]):
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         config = self.config
         rows = rows_asked(wanted.data, wanted.max_rows, column=config.seq2seq.source or "text")
+        refuse_taken(rows, wanted.names)
         pairs, _ = read_pairs(rows, config.data, config.seq2seq, need_target=False)
         readable = [(i, pair) for i, pair in enumerate(pairs) if isinstance(pair, Pair)]
         coded = encode_pairs(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorabank.data.answers import refuse_taken
 from lorabank.data.row import Row, RowError
 from lorabank.engine.engine import Engine
 from lorabank.formats.files import write_files
@@ -37,6 +38,7 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     """
     check_trained(wanted.names, task.model, named=task.own is not None)
     rows = rows_asked(wanted.data, wanted.max_rows, column=task.config.classification.text or "text")
+    refuse_taken(rows, wanted.names)
     readable = _encoded(task, rows)
     answers: list[dict[str, Any]] = [dict.fromkeys(wanted.names) for _ in rows]
     for i, row in enumerate(readable):

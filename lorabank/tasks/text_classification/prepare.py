@@ -16,7 +16,7 @@ from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
-from lorabank.data.row_report import RowReport, row_report
+from lorabank.data.row_report import RowReport, in_two_splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.tasks.text_classification.columns import Columns, find_columns
 from lorabank.tasks.text_classification.labels import (
@@ -113,6 +113,7 @@ def prepare_texts(
     splits, notes = split_texts(coded, val=data.val_split, test=data.test_split, seed=seed, by_group=data.group_by)
     rows = [row for part in splits.values() for row in part]
     notes |= {f"cut to {longest} tokens": [row.origin for row in rows if row.truncated]}
+    notes |= in_two_splits(splits, lambda row: row.source.key, "text")
     notes |= {"same text, another label": _contradictions(rows), **({} if known else label_notes(splits[main], labels))}
     report = row_report(
         read=read,

@@ -22,11 +22,11 @@ from lorabank.engine.engine import Engine
 from lorabank.engine.head import accepted
 from lorabank.engine.model_batch import ModelBatch, Tensors
 from lorabank.engine.model_pass import infer
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import ConfigError, DataError, Setting
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.formats.labels import LABELS
-from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet, names_in
+from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet, names_in, shown
 from lorabank.tasks.text_classification.metrics import METRICS, Scored, check_metrics, compute, expanded, metrics_of, predicted
 from lorabank.tasks.text_classification.model import has_one_input, load_classifier, own_labels, pad_id, positions
 from lorabank.tasks.text_classification.pages import Outcome, page, picture
@@ -106,6 +106,14 @@ class TextClassification(Task[ClassRow]):
         if best in METRICS and kind not in METRICS[best][1]:
             have = ", ".join(metric for metric, (_, having) in METRICS.items() if kind in having)
             raise ConfigError(f"eval.best: {best} isn't a score of adapter {name!r}, whose labels are {kind}: loss, {have}")
+
+        saved = job.run.modules_to_save
+        if saved is not None and not saved and self.labels(name) is not None:
+            own = "that has no names of labels" if self.own is None else f"whose labels are {shown(self.own.names)}"
+            raise ConfigError(
+                Setting(f"adapters.{name}.modules_to_save"),
+                f": [] keeps the model's own head, {own}, and the rows have {shown(self.sets[name].names)}. Leave it out.",
+            )
 
     def batch(
         self, rows: Sequence[Sequence[ClassRow]], routes: Sequence[RowRoute], *, examples: Sequence[int], draws: Sequence[int]

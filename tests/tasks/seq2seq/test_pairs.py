@@ -16,6 +16,7 @@ from lorabank.errors import ConfigError, DataError
 from lorabank.tasks.seq2seq.model import set_languages
 from lorabank.tasks.seq2seq.rows import PairRow, prepare_pairs
 from tests.tasks.seq2seq.tiny import mbart, summary_rows, t5, translation_rows
+from tests.training.tiny import write_rows
 
 TOKENIZER = t5()[1]
 
@@ -120,6 +121,12 @@ def test_equal_sources_stay_together() -> None:
     found = prepared(rows, val_split=5)
     assert len(found.val) == 4
     assert not {row.prompt_text for row in found.val} & {row.prompt_text for row in found.train}
+
+
+def test_sources_in_splits_that_are_given_apart_are_told(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "val.jsonl", [{"document": "the cat sat", "summary": "cat"}])
+    rows = [{"document": text, "summary": "cat"} for text in ("the dog", "the cat sat")]
+    assert prepared(rows, val=str(file)).report.notes["same source in val and train"].origins == (f"{file}:1",)
 
 
 def test_codes_of_languages() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import lorabank as lb
 from lorabank import api
 from lorabank.config.train import DataConfig, TrainConfig
-from lorabank.errors import ConfigError
+from lorabank.errors import ConfigError, DataError
 from lorabank.tasks import task_kind
 from lorabank.tasks.seq2seq.model import Beginning, Manner, beginning, decoder_inputs, write
 from lorabank.training.data_sets import RowObjects
@@ -274,6 +274,8 @@ def test_from_files_to_predictions_and_back(base_folder: Path, tmp_path: Path, m
     assert isinstance(first["small"], str) and isinstance(first["base"], str)
     assert (second["small"], second["unread"]) == (None, "column 'en' is empty")
     assert "1 of them unread" in said
+    with pytest.raises(DataError, match=r"out.jsonl:1: has a column 'base'"):
+        api.predict(tmp_path / "whole", tmp_path / "out.jsonl", tmp_path / "again.jsonl", ["base"])
 
     asked_for: list[int] = []
 

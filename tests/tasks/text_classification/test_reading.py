@@ -232,6 +232,13 @@ def test_equal_texts_stay_together_and_contradictions_are_told() -> None:
     assert found.report.notes["same text, another label"].count == 6
 
 
+def test_texts_in_splits_that_are_given_apart_are_told() -> None:
+    rows = mood_rows(6)
+    found = prepared(rows, val=[rows[4], {"text": "we like it", "label": "pos"}])
+    assert found.report.notes["same text in val and train"].origins == ("row 1 of the val rows given",)
+    assert "same text in val and train" not in prepared(rows, val_split=2).report.notes
+
+
 def test_long_rows_are_cut_the_longer_text_first() -> None:
     rows = [{"premise": "the food " * 10, "hypothesis": "is good", "label": i % 2} for i in range(2)]
     found = prepared(rows, max_length=10)

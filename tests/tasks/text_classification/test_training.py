@@ -155,6 +155,8 @@ def test_predict_gives_names_and_probabilities(finished: Path, tmp_path: Path) -
     assert price["label"] == "high"
     assert second == {"text": " ", "id": 8, "mood": None, "price": None, "unread": "column 'text' is empty"}
     assert "3 rows (1 of them unread" in said
+    with pytest.raises(DataError, match=r"out.jsonl:1: has a column 'mood', and what 'mood' says would be written over it"):
+        api.predict(finished, str(tmp_path / "out.jsonl"), tmp_path / "again.jsonl", ["mood"])
 
 
 def test_eval_of_own_and_other_rows(finished: Path, tmp_path: Path) -> None:
@@ -288,6 +290,11 @@ def test_a_head_that_was_trained_before_is_gone_on_with() -> None:
     assert json.loads(result.trained["mood"].metadata["labels"]) == ["pos", "neg"]
     alone, _ = run(model, ["mood"], max_steps=1, learning_rate=1e-9)
     assert "accuracy" in alone.base_metrics, "the base can be scored by its own head"
+
+
+def test_the_models_own_head_is_kept_for_its_own_labels_alone() -> None:
+    with pytest.raises(ConfigError, match=r"modules_to_save: \[\] keeps .*no names of labels.*'neg', 'pos'. Leave it out"):
+        run(tiny_bert(), ["mood"], max_steps=1, modules_to_save=[])
 
 
 def test_the_end_of_a_decoders_row_does_not_depend_on_its_padding() -> None:
