@@ -164,7 +164,7 @@ def _named(run: LoadedRun, source: str | Path, adapters: Sequence[str] | None) -
     names = list(dict.fromkeys(adapters)) if adapters else [*run.names, *([BASE_NAME] if run.task.scores_base else [])]
     if not names:
         raise ConfigError(
-            f"{source}: a base model without adapters, whose head has no names of labels, so that {run.task.name} can tell "
-            "nothing by it. Name a run or an adapter's folder."
+            f"{source}: a base model without adapters, whose head has no names of labels, or may have others than the rows of "
+            f"{run.task.name}. Name a run, an adapter's folder, or this head with --adapters {BASE_NAME} if its labels fit."
         )
     return names

@@ -24,6 +24,7 @@ from lorabank.data.bad_rows import nothing_left, refusal, refuse
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.data.split import group_of
+from lorabank.data.split_folders import own_part
 from lorabank.errors import DataError, closest
 from lorabank.tasks.diffusion.buckets import Fit, Size, buckets_of, fit, fitted, nearest
 
@@ -230,6 +231,7 @@ def find_pictures(source: Source, config: DiffusionConfig, *, role: str, group_b
         return
     path = expanded(str(source), place=f"data.{role}", kind=DataError)
     if path.is_dir():
+        path = own_part(path, role, names=METADATA, suffixes=SUFFIXES)
         metadata = next((path / name for name in METADATA if (path / name).is_file()), None)
         saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         if metadata is None and not saved:

@@ -14,7 +14,8 @@ from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import group_unit, split_rows
-from lorabank.tasks.diffusion.pictures import Picture, Read, read_pictures
+from lorabank.data.split_folders import with_held_out
+from lorabank.tasks.diffusion.pictures import METADATA, SUFFIXES, Picture, Read, read_pictures
 
 OBJECT_PICTURES = 20
 """Up to so many pictures are an object's, of which none is held out unless it is asked for."""
@@ -32,6 +33,7 @@ def prepare(
 ) -> Splits[Picture]:
     """Read, check and split. Equal pictures never land in two splits. `step`: what sides must be a multiple of."""
     sources = sources_of(data, train, val, expected="a folder of pictures, a metadata file or a data set id")
+    sources = with_held_out(sources, names=METADATA, suffixes=SUFFIXES)
     read = {
         role: read_pictures(
             source, data, config, step=step, role=role, group_by=data.group_by if role == "train" else None, busy=progress

@@ -12,12 +12,13 @@ from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import group_unit, split_rows
+from lorabank.data.split_folders import held_out_beside
 from lorabank.data.stratified import Stratified, stratified_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.images.pictures import open_picture, quiet_pillow
 from lorabank.tasks.images.report import ImageReport, build_report
 from lorabank.tasks.images.rows import ImageRow, PixelStore, in_order
-from lorabank.tasks.images.sources import Columns, Found, find_pictures, held_out_beside, natural
+from lorabank.tasks.images.sources import Columns, Found, find_pictures, natural
 
 Progress = Callable[[int, int], None]
 """Called with pictures done and pictures in all."""

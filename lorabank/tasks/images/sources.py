@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,17 +16,12 @@ from lorabank.data.files import READERS
 from lorabank.data.read import Source, import_datasets, load_hub, pick_split, read_rows
 from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
+from lorabank.data.split_folders import hidden, split_folder
 from lorabank.errors import DataError, Setting, closest
 from lorabank.tasks.images.pictures import SUFFIXES, FromTable, Picture, as_picture
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
-SPLITS: Mapping[str, Sequence[str]] = {
-    "train": ("train", "training"),
-    "val": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-"""Part of a data set → names that folders have for it."""
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables in an image folder that say its labels, as `datasets` has them."""
 
@@ -103,19 +98,19 @@ def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: boo
 
 
 def _from_folder(folder: Path, role: str, columns: Columns, labelled: bool, limit: int | None) -> list[Found]:
-    own = _split_folder(folder, role)
+    own = split_folder(folder, role)
     if own is not None:
         folder = own
     table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if table is not None:
         return _from_path(table, str(table), role, columns, labelled, limit)
     classes = sorted(
-        (entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry)), key=lambda entry: natural(entry.name)
+        (entry for entry in folder.iterdir() if entry.is_dir() and not hidden(entry)), key=lambda entry: natural(entry.name)
     )
     group_of({}, columns.group if classes else None, str(folder))  # folders of classes have no columns
     if labelled and not classes:
-        files = sorted(entry.name for entry in folder.iterdir() if not _hidden(entry))
-        tables = [entry for entry in folder.iterdir() if entry.suffix.lower() in READERS and not _hidden(entry)]
+        files = sorted(entry.name for entry in folder.iterdir() if not hidden(entry))
+        tables = [entry for entry in folder.iterdir() if entry.suffix.lower() in READERS and not hidden(entry)]
         if len(tables) == 1:
             return _from_path(tables[0], str(tables[0]), role, columns, labelled, limit)
         has = ", ".join(files[:3]) + (", …" if len(files) > 3 else "") if files else "nothing"
@@ -129,34 +124,9 @@ def _from_folder(folder: Path, role: str, columns: Columns, labelled: bool, limi
     return found
 
 
-def _split_folder(folder: Path, role: str) -> Path | None:
-    """The part of a folder that holds one a split; None for another. Raises DataError where it holds others, not this one."""
-    below = {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry)}
-    known = {name for names in SPLITS.values() for name in names}
-    if not below or not set(below) <= known:
-        return None
-    hit = next((below[name] for name in SPLITS[role] if name in below), None)
-    if hit is None:
-        raise DataError(f"{folder}: holds {', '.join(sorted(below))}, and no folder {SPLITS[role][0]!r} for {role} data")
-    return hit
-
-
-def held_out_beside(source: Source, role: str) -> Path | None:
-    """The `val` or `test` folder beside the `train` folder that a source holds; None where it has none."""
-    if not isinstance(source, str | Path):
-        return None
-    path = expanded(str(source), place="data.train", kind=DataError)
-    if not path.is_dir():
-        return None
-    below = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir() and not _hidden(entry)}
-    if not any(name in below for name in SPLITS["train"]) or _split_folder(path, "train") is None:
-        return None
-    return next((below[name] for name in SPLITS[role] if name in below), None)
-
-
 def _files(folder: Path, *, deep: bool, label: str | None, labelled: bool) -> Iterator[Found]:
     for entry in sorted(folder.iterdir(), key=lambda entry: natural(entry.name)):
-        if _hidden(entry):
+        if hidden(entry):
             continue
         if entry.is_dir():
             if deep:
@@ -165,10 +135,6 @@ def _files(folder: Path, *, deep: bool, label: str | None, labelled: bool) -> It
             yield Found(str(entry), entry, label)
         elif labelled and deep:
             yield Found(str(entry), error=RowError(f"no picture by its name ({entry.suffix or 'no suffix'})"))
-
-
-def _hidden(entry: Path) -> bool:
-    return entry.name.startswith((".", "__MACOSX", "Thumbs.db"))
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:

@@ -12,7 +12,7 @@ from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import all_scored, sources_of
 from lorabank.data.split import group_unit, split_rows
-from lorabank.tasks.speech.read import read_utterances
+from lorabank.tasks.speech.read import held_out_folders, read_utterances
 from lorabank.tasks.speech.rows import KEPT_BYTES, Rows, SpeechRow, make_rows
 from lorabank.tasks.speech.tokens import SpeechTokens
 
@@ -37,7 +37,7 @@ def prepare_speech(
     `train` and `val` override the paths of `data`. Recordings that can't be used are counted in the report by reason, or refused,
     as `data.bad_rows` and `speech` say. Equal settings, recordings and seed give equal splits. Raises DataError and ConfigError.
     """
-    sources = sources_of(data, train, val, expected="an audio folder, a table or a data set id")
+    sources = held_out_folders(sources_of(data, train, val, expected="an audio folder, a table or a data set id"))
     read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
 

@@ -18,6 +18,7 @@ from lorabank.config.speech import SpeechConfig
 from lorabank.data.files import READERS
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row
+from lorabank.data.split_folders import own_part, with_held_out
 from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
 from lorabank.tasks.speech.audio import AUDIO_SUFFIXES
 
@@ -74,11 +75,17 @@ def _from_name(name: str, config: SpeechConfig, limit: int | None, role: str, wi
             )
         yield Utterance(origin=str(path), audio=path, near=None, text="", name=path.name)
     elif path.is_dir() and not _is_saved(path):
-        yield from _from_folder(path, config, limit, with_text)
+        part = own_part(path, role, names=METADATA, suffixes=AUDIO_SUFFIXES) if with_text else path
+        yield from _from_folder(part, config, limit, with_text)
     elif path.is_file():
         yield from _from_rows(read_rows(path, limit=limit, role=role), config, path.parent, with_text)
     else:
         yield from _from_rows(read_rows(_dataset(name, path, role), limit=limit, role=role), config, None, with_text)
+
+
+def held_out_folders(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """`sources`, and the folders of held-out recordings beside the `train` folder that the training source holds."""
+    return with_held_out(sources, names=METADATA, suffixes=AUDIO_SUFFIXES)
 
 
 def _is_saved(folder: Path) -> bool:

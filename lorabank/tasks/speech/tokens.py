@@ -76,7 +76,7 @@ class SpeechTokens:
             )
         code = self._code(language)
         if not self.knows(language):
-            hint = closest(language, [*TO_LANGUAGE_CODE, *self.languages])
+            hint = closest(language, [*(name for name, of in TO_LANGUAGE_CODE.items() if of in self.languages), *self.languages])
             which = f"a language of this model{hint}" if self.multilingual else "english: this model knows no other"
             raise ConfigError(Setting("speech.language"), f": expected {which}, got {language!r}")
         return code

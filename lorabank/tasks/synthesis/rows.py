@@ -22,7 +22,7 @@ from lorabank.data.sources import all_scored, main_part, sources_of
 from lorabank.data.split import group_of, group_unit, split_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.speech.audio import load_sound
-from lorabank.tasks.speech.read import TEXT_COLUMNS, Utterance, read_utterances
+from lorabank.tasks.speech.read import TEXT_COLUMNS, Utterance, held_out_folders, read_utterances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def prepare(
     progress: Progress | None = None,
 ) -> Splits[SynthesisRow]:
     """Read, decode, make spectra, check and split. Raises DataError and ConfigError."""
-    sources = sources_of(data, train, val, expected="an audio folder, a table or a data set id")
+    sources = held_out_folders(sources_of(data, train, val, expected="an audio folder, a table or a data set id"))
     speech = SpeechConfig(audio_column=config.audio_column, text_column=config.text_column)
     read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
