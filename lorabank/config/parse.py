@@ -11,6 +11,7 @@ from typing import Any
 from lorabank.config.checks import check_adapter_name
 from lorabank.config.coerce import coerce, field_types
 from lorabank.config.convert import OptimizerSteps
+from lorabank.config.older_runs import brought_up_to_date
 from lorabank.config.tasks import TASK_DEFAULTS, TASK_SECTIONS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.config.translate import NESTED, Settings, translate
@@ -25,7 +26,8 @@ def load_config(path: str | Path) -> tuple[TrainConfig, list[str]]:
 
     Raises ConfigError with the place of what is wrong, such as `adapters.formal.rnak`.
     """
-    return config_from_dict(read_tree(path))
+    tree = read_tree(path)
+    return config_from_dict(brought_up_to_date(tree) if Path(path).is_dir() else tree)
 
 
 def config_from_dict(tree: Mapping[Any, object]) -> tuple[TrainConfig, list[str]]:
