@@ -34,7 +34,7 @@ from lorabank.optim.slot_optimizer import SlotOptimizer
 from lorabank.training.allocation import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
-from turns import Worker, ratios, serve
+from turns import Worker, keep, ratios, serve
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA, RATE = 16, 32, 1e-4
@@ -265,9 +265,7 @@ def main() -> None:
         "peft": peft.__version__, "model": args.model, "layers": args.layers, "rounds": args.rounds,
         "peft_keeps_memory": args.peft_keeps_memory, "check": check, "check_dora": decomposed, "rows": rows,
     }  # fmt: skip
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
+    keep(record, args.output)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from lorabank.training.allocation import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cpu_training import commit, cpu_name
-from turns import Turn, Worker, ratios, serve
+from turns import Turn, Worker, keep, peaks_gib, ratios, serve, steps_of_a_turn
 
 RANK, ALPHA, RATE, LABELS = 16, 32, 1e-4, 100
 PICTURES = 512
@@ -198,22 +198,19 @@ def check_equal(work: Work) -> dict[str, float]:
 def run_worker(work: Work) -> None:
     """The worker's process."""
     rows = pictures(work)
-    cuda = work.device.startswith("cuda")
-    turn = Turn(torch.cuda.synchronize, lambda: torch.cuda.max_memory_allocated() / 2**30) if cuda else Turn()
     if work.system == "peft":
-        theirs(work, rows, turn)
+        theirs(work, rows, Turn(work.device))
     else:
         keep_freed_memory()
-        serve(ours(work, rows), turn)
+        serve(ours(work, rows), work.device)
 
 
 def compare(name: str, mine: Work, other: Work, repeats: int, rounds: int, threads: int) -> dict[str, object]:
     """One line: a step of ours beside `repeats` steps of the other, in turn."""
     command = [sys.executable, "-W", "ignore", __file__, "--threads", str(threads), "--worker"]
     workers = [Worker([*command, json.dumps(asdict(work))]) for work in (mine, other)]
-    found = ratios(*workers, repeats=repeats, rounds=rounds)
-    cuda = mine.device.startswith("cuda")
-    peaks = [round(worker.device_peak_gib() if cuda else worker.peak_gib(), 2) for worker in workers]
+    found = ratios(*workers, repeats=repeats, rounds=rounds, steps=steps_of_a_turn(mine.device))
+    peaks = peaks_gib(workers, mine.device)
     for worker in workers:
         worker.end()
     record, images = found.record(), mine.rows * mine.adapters
@@ -247,6 +244,12 @@ def main() -> None:
         return
     torch.backends.cudnn.allow_tf32 = False  # of the check; the workers are processes of their own, as torch has it
     rows: list[dict[str, object]] = []
+    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
+    record = {
+        "date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_name(), "gpu": gpu, "threads": args.threads,
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": hf.__version__, "peft": peft.__version__,
+        "size": args.size, "batch": args.batch, "blocks": args.blocks, "rounds": args.rounds, "rows": rows,
+    }  # fmt: skip
     for model in args.models:
         side = 224 if model == "swin" else 64  # its windows want more places than 64 pixels give
         small = Work(
@@ -268,15 +271,7 @@ def main() -> None:
             other = replace(real, system="peft", rows=count)
             found = compare(name, mine, other, adapters, args.rounds, args.threads)
             rows.append({**found, "check": check})
-    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else None
-    record = {
-        "date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_name(), "gpu": gpu, "threads": args.threads,
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": hf.__version__, "peft": peft.__version__,
-        "size": args.size, "batch": args.batch, "blocks": args.blocks, "rounds": args.rounds, "rows": rows,
-    }  # fmt: skip
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
+            keep(record, args.output)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from lorabank.training.allocation import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cpu_training import commit, cpu_name
-from turns import READY, WARM_UP, Worker, ratios
+from turns import Worker, keep, peaks_gib, ratios, serve, steps_of_a_turn
 
 MODEL, RATE_HZ, WINDOW_S = "whisper-tiny.en", 16_000, 30.0
 SHAPES = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 32, 20)}
@@ -251,28 +251,12 @@ def check_equal(work: Work) -> dict[str, float]:
     return {"loss_difference": difference, "gradient_difference": total, "largest_gradient_difference": worst}
 
 
-def serve(step: Step, device: str) -> None:
-    """As in turns.py; asked for no steps, it says the peak of the GPU's memory, GiB."""
-    for _ in range(WARM_UP):
-        step()
-    print(READY, flush=True)
-    for line in sys.stdin:
-        if not int(line):
-            print(torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else 0.0, flush=True)
-            continue
-        began = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        print(time.perf_counter() - began, flush=True)
-
-
 def compare(name: str, mine: Work, other: Work, repeats: int, args: argparse.Namespace) -> dict[str, object]:
     """One line of the table: a step of ours beside `repeats` steps of the other, in turn."""
     command = [sys.executable, __file__, "--threads", str(args.threads), "--worker"]
     workers = [Worker([*command, json.dumps(asdict(work))]) for work in (mine, other)]
-    found = ratios(*workers, repeats=repeats, rounds=args.rounds)
-    gpu = args.device.startswith("cuda")
-    peaks = [round(worker.steps(0) if gpu else worker.peak_gib(), 2) for worker in workers]
+    found = ratios(*workers, repeats=repeats, rounds=args.rounds, steps=steps_of_a_turn(args.device))
+    peaks = peaks_gib(workers, args.device)
     for worker in workers:
         worker.end()
     record = found.record()
@@ -317,15 +301,6 @@ def main() -> None:
     print(f"same loss (to {loss:.1e}) and gradients (to {gradient:.1e} of their norm) as PEFT; seconds of audio a second:")
     print(f"{'':54s} {'lorabank':>9s} {'other':>9s}   lorabank / other       peak memory")
     rows: list[dict[str, object]] = []
-
-    def line(name: str, mine: Work, other: Work, repeats: int = 1) -> None:
-        if args.only in name:
-            rows.append(compare(name, mine, other, repeats, args))
-
-    b, n = args.batch, args.adapters
-    line(f"one adapter, {b} rows (PEFT)", Work(rows=b, **ours), Work(system="peft", rows=b, **common))
-    line(f"{n} adapters, 1 row each ({n} PEFT steps)", Work(rows=n, adapters=n, **ours), Work(system="peft", rows=1, **common), n)
-    line(f"{n} adapters, {n} rows (one adapter)", Work(rows=n, adapters=n, **ours), Work(rows=n, **ours))
     record = {
         "date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_name(), "threads": args.threads,
         "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None, "shape": args.shape or "tiny.en",
@@ -333,9 +308,16 @@ def main() -> None:
         "peft": peft.__version__, "rounds": args.rounds, "tokens": args.tokens, "features_ready": args.features_ready,
         "check": check, "rows": rows,
     }  # fmt: skip
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
+
+    def line(name: str, mine: Work, other: Work, repeats: int = 1) -> None:
+        if args.only in name:
+            rows.append(compare(name, mine, other, repeats, args))
+            keep(record, args.output)
+
+    b, n = args.batch, args.adapters
+    line(f"one adapter, {b} rows (PEFT)", Work(rows=b, **ours), Work(system="peft", rows=b, **common))
+    line(f"{n} adapters, 1 row each ({n} PEFT steps)", Work(rows=n, adapters=n, **ours), Work(system="peft", rows=1, **common), n)
+    line(f"{n} adapters, {n} rows (one adapter)", Work(rows=n, adapters=n, **ours), Work(rows=n, **ours))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from lorabank.training.allocation import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cpu_training import commit, cpu_name
-from turns import Worker, ratios, serve
+from turns import Worker, keep, peaks_gib, ratios, serve, steps_of_a_turn
 
 RANK, ALPHA, RATE, VOCABULARY = 16, 32, 1e-4, 30522
 TARGETS = ["query", "key", "value", "dense"]
@@ -202,28 +202,21 @@ def _task_of(bank: Any) -> Any:
     return task
 
 
-def run_worker(work: Work, memory: Path) -> None:
-    """The worker's process; a GPU's peak goes into `memory` in the end."""
+def run_worker(work: Work) -> None:
+    """The worker's process."""
     if work.system == "lorabank":
         keep_freed_memory()
-    serve(peft_step(work) if work.system == "peft" else bank_step(work)[0])
-    if work.device.startswith("cuda"):
-        memory.write_text(str(torch.cuda.max_memory_allocated() / 2**30))
+    serve(peft_step(work) if work.system == "peft" else bank_step(work)[0], work.device)
 
 
 def compare(name: str, mine: Work, other: Work, repeats: int, args: argparse.Namespace) -> dict[str, object]:
     """One line of the table: a step of ours beside `repeats` of the other, in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        notes = [Path(folder) / str(i) for i in range(2)]
-        line = [sys.executable, __file__, "--threads", str(args.threads)]
-        jobs = list(zip((mine, other), notes, strict=True))
-        workers = [Worker([*line, "--memory", str(note), "--worker", json.dumps(asdict(work))]) for work, note in jobs]
-        found = ratios(*workers, repeats=repeats, rounds=args.rounds)
-        peaks = [round(worker.peak_gib(), 2) for worker in workers]
-        for worker in workers:
-            worker.end()
-        if args.device.startswith("cuda"):
-            peaks = [round(float(note.read_text()), 2) for note in notes]
+    line = [sys.executable, __file__, "--threads", str(args.threads), "--worker"]
+    workers = [Worker([*line, json.dumps(asdict(work))]) for work in (mine, other)]
+    found = ratios(*workers, repeats=repeats, rounds=args.rounds, steps=steps_of_a_turn(args.device))
+    peaks = peaks_gib(workers, args.device)
+    for worker in workers:
+        worker.end()
     result = {"work": name, **found.record(), "peak_gib": peaks}
     rates = [mine.rows * mine.adapters / found.record()[key] for key in ("ours_s", "other_s")]
     result["rows_per_second"] = [round(rate, 2) for rate in rates]
@@ -247,11 +240,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.worker:
-        run_worker(Work(**json.loads(args.worker)), args.memory)
+        run_worker(Work(**json.loads(args.worker)))
         return
     check = check_equal(args)
     loss, gradient = check["loss_difference"], check["largest_gradient_difference"]
@@ -260,19 +252,20 @@ def main() -> None:
     shape: dict[str, Any] = {"rows": args.rows, "tokens": args.tokens, "layers": args.layers, "device": args.device}
     one, three = (Work(system="lorabank", adapters=count, **shape) for count in (1, 3))
     other, size = Work(system="peft", **shape), f"{args.rows} × {args.tokens}"
-    rows = [
-        compare(f"one adapter, {size}", one, other, 1, args),
-        compare(f"three label sets, {size} each, one pass (three steps)", three, other, 3, args),
-    ]
+    rows: list[dict[str, object]] = []
     record = {
         "date": time.strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_name(), "threads": args.threads, **shape,
         "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None,
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "peft": peft.__version__, "rounds": args.rounds, "check": check, "lines": rows,
     }  # fmt: skip
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
+    lines = [
+        (f"one adapter, {size}", one, 1),
+        (f"three label sets, {size} each, one pass (three steps)", three, 3),
+    ]
+    for name, mine, repeats in lines:
+        rows.append(compare(name, mine, other, repeats, args))
+        keep(record, args.output)
 
 
 if __name__ == "__main__":

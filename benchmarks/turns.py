@@ -7,28 +7,42 @@ and `ratios` the other.
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 READY = "ready"
 PEAK = "peak"
 """Asks a worker for its device's memory."""
-WARM_UP = 2
-"""Steps before the first measured one."""
+WARM_UP, GPU_WARM_UP = 2, 6
+"""Steps before the first measured one; on a GPU ours are compiled in the first and captured as a graph in the third."""
+GPU_STEPS = 10
+"""Of ours in a turn on a GPU, where one takes milliseconds."""
 
 
 class Turn:
     """A worker's turns, told of each step that was made: it waits where no more are wanted for now."""
 
-    def __init__(self, wait: Callable[[], None] = lambda: None, peak: Callable[[], float] = lambda: 0.0) -> None:
-        """`wait`: until the device has done what it was given. `peak`: GiB of the device's memory, when the other side asks."""
-        self._wait, self._peak = wait, peak
-        self._left, self._began = WARM_UP, 0.0
+    def __init__(self, device: str = "cpu") -> None:
+        self._on_gpu = device.startswith("cuda")
+        self._left, self._began = GPU_WARM_UP if self._on_gpu else WARM_UP, 0.0
+
+    def _wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+    def _peak(self) -> float:
+        """The most that tensors took of the device's memory so far, GiB."""
+        return torch.cuda.max_memory_allocated() / 2**30 if self._on_gpu else 0.0
 
     def step_done(self) -> bool:
         """After each step; False when no more will be wanted. Says `ready` after the first few, then how long each turn took."""
@@ -46,9 +60,9 @@ class Turn:
         return False
 
 
-def serve(step: Callable[[], None], turn: Turn | None = None) -> None:
+def serve(step: Callable[[], None], device: str = "cpu") -> None:
     """Warm up, say so, then make as many steps as each line of standard input asks for and print the seconds they took."""
-    turn = turn or Turn()
+    turn = Turn(device)
     step()
     while turn.step_done():
         step()
@@ -59,6 +73,9 @@ class Worker:
 
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def wait_until_ready(self) -> None:
+        """Its model is loaded, and the first steps are made."""
         while (line := self._answer()) != READY:
             print(line)
 
@@ -110,8 +127,8 @@ class Ratios:
     def record(self) -> dict[str, float]:
         """For the result file."""
         return {
-            "ours_s": round(statistics.median(self.mine_s), 3),
-            "other_s": round(statistics.median(self.other_s), 3),
+            "ours_s": round(statistics.median(self.mine_s), 5),
+            "other_s": round(statistics.median(self.other_s), 5),
             "ratio": round(statistics.median(self.each), 3),
             "ratio_of_sums": round(sum(self.mine_s) / sum(self.other_s), 3),
             "ratio_min": round(min(self.each), 3),
@@ -119,14 +136,34 @@ class Ratios:
         }
 
 
-def ratios(mine: Worker, other: Worker, *, repeats: int, rounds: int) -> Ratios:
-    """A step of ours beside `repeats` of the other, `rounds` times; who goes first changes every round."""
+def ratios(mine: Worker, other: Worker, *, repeats: int, rounds: int, steps: int = 1) -> Ratios:
+    """`steps` of ours beside `repeats` times as many of the other, `rounds` times; who goes first changes every round."""
+    mine.wait_until_ready()
+    other.wait_until_ready()
     mine_s: list[float] = []
     other_s: list[float] = []
     for i in range(rounds):
         for system in (0, 1) if i % 2 == 0 else (1, 0):
             if system == 0:
-                mine_s.append(mine.steps(1))
+                mine_s.append(mine.steps(steps) / steps)
             else:
-                other_s.append(other.steps(repeats))
+                other_s.append(other.steps(repeats * steps) / steps)
     return Ratios(mine_s, other_s)
+
+
+def steps_of_a_turn(device: str) -> int:
+    """How many of ours are timed together."""
+    return GPU_STEPS if device.startswith("cuda") else 1
+
+
+def peaks_gib(workers: Sequence[Worker], device: str) -> list[float]:
+    """Of the GPU's memory, or of the process's on a CPU."""
+    on_gpu = device.startswith("cuda")
+    return [round(worker.device_peak_gib() if on_gpu else worker.peak_gib(), 2) for worker in workers]
+
+
+def keep(record: Mapping[str, Any], path: Path | None) -> None:
+    """Write what was measured so far: a run that is cut short keeps its lines."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
