@@ -48,7 +48,7 @@ def pictures_of(path: Path, share: float, *, match: str | None = None, pool: int
     with np.load(path) as file:
         styles, concepts = file["styles"].tolist(), file["concepts"].tolist()
         pixels = {style: torch.from_numpy(file["pictures"][i]).permute(0, 3, 1, 2).contiguous() for i, style in enumerate(styles)}
-        text, captions = torch.from_numpy(file["text"]).float() * TEXT, file["captions"].tolist()
+        text, captions = with_mean(torch.from_numpy(file["text"]).float() * TEXT), file["captions"].tolist()
     kept = [i for i, caption in enumerate(captions) if match is None or re.fullmatch(match, caption)]
     captions, concepts, text = [captions[i] for i in kept], [concepts[i] for i in kept], text[kept]
     pixels = {style: F.avg_pool2d(each[kept].float(), pool).round().byte() for style, each in pixels.items()}
@@ -57,3 +57,10 @@ def pictures_of(path: Path, share: float, *, match: str | None = None, pool: int
     weights = torch.tensor([0.0 if name in held else 1.0 / counts[name] for name in concepts])
     first = {name: concepts.index(name) for name in held}
     return Pictures(pixels=pixels, text_NLD=text, captions=captions, weights_N=weights, held=[first[name] for name in held])
+
+
+def with_mean(text_NLD: Tensor) -> Tensor:
+    """Before a name's tokens their mean, at the tokens' size: what the whole picture is like, in one place."""
+    held = (text_NLD != 0).any(-1, keepdim=True)
+    mean = text_NLD.sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1)
+    return torch.cat([mean * text_NLD[held.expand_as(text_NLD)].std() / mean.std(), text_NLD], 1)

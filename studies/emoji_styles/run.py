@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=1, help="average so many pixels a side into one")
     parser.add_argument("--base", type=Path, help="file of the pretrained weights: read if it is there, else written")
     parser.add_argument("--minutes", type=float, default=5.0, help="of pretraining")
-    parser.add_argument("--pretrain-batch", type=int, default=256)
+    parser.add_argument("--pretrain-batch", type=int, default=128)
     parser.add_argument("--pretrain-rate", type=float, default=4e-4)
     parser.add_argument("--width", type=int, default=128, help="channels of the first level")
     parser.add_argument("--steps", type=int, default=1200, help="of both styles; 0: the base alone")

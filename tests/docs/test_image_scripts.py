@@ -65,7 +65,7 @@ def test_the_study_runs_from_pictures_to_a_grid(tmp_path: Path) -> None:
 
 def test_the_studys_numbers_are_those_of_its_results() -> None:
     text = (STUDY / "README.md").read_text(encoding="utf-8")
-    facts = json.loads((STUDY / "results" / "first.json").read_text())
+    facts = json.loads((STUDY / "results" / "results.json").read_text())
     for who in facts["losses"].values():
         for value in who.values():
             assert f"{value:.3f}" in text
