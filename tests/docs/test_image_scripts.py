@@ -71,3 +71,17 @@ def test_the_studys_numbers_are_those_of_its_results() -> None:
             assert f"{value:.3f}" in text
     for column in ("openmoji", "mix 50:50", "fluent"):
         assert f"{100 * facts['dark'][column]:.1f} %" in text
+
+
+def test_the_pages_speeds_are_those_of_the_recorded_run() -> None:
+    page = (ROOT / "docs" / "text-to-image.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "benchmarks" / "results" / "text-to-image-h200.json").read_text())["runs"]
+    eight = "ours, eight styles at batch 1"
+    rows, again = next(run["rows"] for run in runs if eight in run["rows"]), runs[-1]["rows"]
+    peer, ours, alone = (rows[name] for name in ("peer, batch 4, bf16 adapter", "ours, batch 4", "peer, batch 1, bf16 adapter"))
+    for row in (peer, ours, alone, rows[eight]):
+        assert f"{row['ms']:.1f} ms" in page
+        assert f"{row['peak_gib']:.2f} GiB" in page
+    assert f"{peer['ms'] / ours['ms']:.2f} × as fast" in page
+    assert f"{8 * alone['ms'] / rows[eight]['ms']:.1f} × as fast" in page
+    assert f"{ours['warm_up_s']:.0f} s before the first step, {again['ours, batch 4']['warm_up_s']:.0f} s in" in page
