@@ -31,14 +31,14 @@ from lorabank.tasks.detection.rows import DetectionRow
 
 HERE = Path(__file__).parent
 BATCH, EPOCHS = 8, 7
-RATES = {"lora": (1e-3, 3e-3), "head": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3)}
+RATES = {"lora": (1e-3, 3e-3, 1e-2), "head": (1e-3, 3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
 """Arm → learning rates that are tried, each for the whole run; the best on the validation pictures is drawn."""
 RANK, ALPHA, SLOWER, SHOWN = 8, 8, 1.0, 0.3
 
 
-def plain(arm: str, base: Path, labels: list[str], rate: float, data: Path) -> tuple[dict[str, Any], Any, Any]:
+def plain(arm: str, base: Path, labels: list[str], rate: float, data: Path, seed: int) -> tuple[dict[str, Any], Any, Any]:
     """Head alone or full training, in a plain loop over the task's batches and loss."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     names: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     model = AutoModelForObjectDetection.from_pretrained(base, ignore_mismatched_sizes=True, **names)
     task, rows = task_of(model, RTDetrImageProcessorPil.from_pretrained(base), data)
@@ -51,11 +51,11 @@ def plain(arm: str, base: Path, labels: list[str], rate: float, data: Path) -> t
     )
     began = time.process_time()
     for epoch in range(EPOCHS):
-        order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(epoch)).tolist()
+        order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(1000 * (seed - 1) + epoch)).tolist()
         model.train(arm != "head")
         for start in range(0, len(order) - BATCH + 1, BATCH):
             chosen = order[start : start + BATCH]
-            draws = [1 + epoch * 1_000_003 + i for i in chosen]
+            draws = [seed + epoch * 1_000_003 + i for i in chosen]
             made = task.batch([[rows["train"][i]] for i in chosen], [lb.BASE] * BATCH, examples=chosen, draws=draws)
             detection_loss(model, made.inputs, made.targets).mean().backward()
             torch.nn.utils.clip_grad_norm_(mine, 1.0)
@@ -65,13 +65,14 @@ def plain(arm: str, base: Path, labels: list[str], rate: float, data: Path) -> t
     told = {
         "arm": arm,
         "rate": rate,
+        "seed": seed,
         "trained": sum(p.numel() for p in mine),
         "cpu_seconds": round(time.process_time() - began, 1),
     }
     return told, (task, lb.attach(model.eval().requires_grad_(False))), rows
 
 
-def lora(base: Path, labels: list[str], rate: float, data: Path, output: Path) -> tuple[dict[str, Any], Any, Any]:
+def lora(base: Path, labels: list[str], rate: float, data: Path, seed: int, output: Path) -> tuple[dict[str, Any], Any, Any]:
     """What `lorabank train` does, from Python."""
     shutil.rmtree(output, ignore_errors=True)
     began = time.process_time()
@@ -91,7 +92,7 @@ def lora(base: Path, labels: list[str], rate: float, data: Path, output: Path) -
         detection={"augment": list(AUGMENT)},
         eval={"every": 0, "metrics": ["loss", "mAP"], "best": "mAP", "samples": 4},
         save={"every": 0},
-        seed=1,
+        seed=seed,
     )
     seconds, adapter = round(time.process_time() - began, 1), done.trained["default"]
     model = AutoModelForObjectDetection.from_pretrained(base).requires_grad_(False)
@@ -99,11 +100,8 @@ def lora(base: Path, labels: list[str], rate: float, data: Path, output: Path) -
     bank = lb.attach(model)
     bank.load("default", adapter)
     trained = sum(p.numel() for p in bank.parameters("default"))
-    return (
-        {"arm": "lora", "rate": rate, "alpha": ALPHA, "b": SLOWER, "start": "mean", "trained": trained, "cpu_seconds": seconds},
-        (task, bank),
-        rows,
-    )
+    told = {"arm": "lora", "rate": rate, "seed": seed, "alpha": ALPHA, "b": SLOWER, "start": "mean"}
+    return told | {"trained": trained, "cpu_seconds": seconds}, (task, bank), rows
 
 
 def answers(task: Any, bank: Any, name: str, rows: Sequence[Any]) -> tuple[float, Any]:
@@ -125,6 +123,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(RATES), choices=list(RATES))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of those of RATES")
+    parser.add_argument("--seed", type=int, default=1, help="of adapter and head, the pictures' order and how they are varied")
     args = parser.parse_args()
     data, results = args.data / "new", HERE / "results"
     results.mkdir(exist_ok=True)
@@ -132,21 +131,22 @@ def main() -> None:
     for arm in args.arms:
         best: tuple[float, Any, Any, Any] | None = None
         for rate in args.rates or RATES[arm]:
+            output = args.output / f"lora-{rate:g}-{args.seed}"
             if arm == "lora":
-                told, (task, bank), rows = lora(args.base, labels, rate, data, args.output / f"lora-{rate:g}")
+                told, (task, bank), rows = lora(args.base, labels, rate, data, args.seed, output)
                 name = "default"
             else:
-                told, (task, bank), rows = plain(arm, args.base, labels, rate, data)
+                told, (task, bank), rows = plain(arm, args.base, labels, rate, data, args.seed)
                 name = "base"
             parts = {part: answers(task, bank, name, rows[part]) for part in ("valid", "test")}
             told |= figures(parts, task, name, rows)
             print(json.dumps(told), flush=True)
-            (results / f"{arm}-{rate:g}{f'-mean-alpha{ALPHA}-b{SLOWER:g}' if arm == 'lora' else ''}.json").write_text(
-                json.dumps(told, indent=1) + "\n"
-            )
+            kind = f"-mean-alpha{ALPHA}-b{SLOWER:g}" if arm == "lora" else ""
+            seed = f"-seed{args.seed}" if args.seed != 1 else ""
+            (results / f"{arm}-{rate:g}{kind}{seed}.json").write_text(json.dumps(told, indent=1) + "\n")
             if best is None or told["valid"]["mAP"] > best[0]:
                 best = told["valid"]["mAP"], parts["test"][1], task, rows["test"]
-        if best is not None:
+        if best is not None and args.seed == 1 and args.rates is None:
             draw(results / f"{arm}.png", best[2], best[3], best[1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 START, END = "<!-- table: written by table.py -->\n", "<!-- end -->"
@@ -14,18 +15,23 @@ ARMS = {
 }
 
 
+def order(told: dict[str, Any]) -> tuple[Any, ...]:
+    """Rows of an arm: by how the head begins, rate and seed."""
+    return told.get("start", ""), -told.get("alpha", 0), told["rate"], told.get("seed", 1)
+
+
 def table() -> str:
     """The rows, an arm each."""
     lines = [
-        "| arm | trained | learning rate | validation mAP | loss | mAP | mAP50 | mAP75 | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | trained | learning rate | seed | validation mAP | loss | mAP | mAP50 | mAP75 | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, what in ARMS.items():
         found = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{arm}-*.json"))]
-        for told in sorted(found, key=lambda told: (told.get("start", ""), -told.get("alpha", 0), told["rate"])):
-            scores, val = told["test"], told["valid"]["mAP"]
+        for told in sorted(found, key=order):
+            scores, val, seed = told["test"], told["valid"]["mAP"], told.get("seed", 1)
             lines.append(
-                f"| {what.format(**told)} | {told['trained']:,} | {told['rate']:g} | {val:.3f} | {scores['loss']:.2f} | "
+                f"| {what.format(**told)} | {told['trained']:,} | {told['rate']:g} | {seed} | {val:.3f} | {scores['loss']:.2f} | "
                 f"{scores['mAP']:.3f} | {scores['mAP50']:.3f} | {scores['mAP75']:.3f} | {told['cpu_seconds']:.0f} |"
             )
     return "\n".join(lines) + "\n"
