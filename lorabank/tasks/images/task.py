@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorabank.bank.adaptable import linear_layers
 from lorabank.bank.in_full.heads import head_paths
 from lorabank.bank.routing import RowRoute
-from lorabank.bank.targets import ALL_LINEAR, as_list, linear_layers
+from lorabank.bank.target_parts import ALL_LINEAR, as_list
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.preview import Printer
