@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.fused_layers import Declared, declared_slices
 from lorabank.bank.in_full.heads import check_head
 from lorabank.bank.keep import kept_parameters, warn_stopped
 from lorabank.bank.reach import is_attached
-from lorabank.bank.targets import adaptable_layers, matches
+from lorabank.bank.target_parts import matches
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import LorabankError
 

@@ -2,161 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.carrier import Carrier, SlotValues
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.extra.extra_places import check_not_kept, merged, places_in, planned
-from lorabank.bank.extra.extras import BIAS, ROWS
 from lorabank.bank.fit import (
     at_home,
     check_decomposed,
     check_finite,
     check_fits,
     features,
-    task_type,
     warn_empty_experts,
     warn_ranks,
     warn_storage,
 )
-from lorabank.bank.fused import SLOTS
-from lorabank.bank.fused_layers import Slices, slices_of, with_slices
-from lorabank.bank.in_full.heads import head_parameters, peft_task, with_head
+from lorabank.bank.fused_layers import slices_of, with_slices
+from lorabank.bank.holding import HeldSlot, Holding, fresh
+from lorabank.bank.in_full.heads import with_head
 from lorabank.bank.in_full.saved_bank import SavedModules, Values
 from lorabank.bank.in_full.saved_paths import check_apart, check_extras_apart, saved_paths, warn_tied, without_saved
 from lorabank.bank.keep import check_stacks_frozen, kept_modules
 from lorabank.bank.missing import missing_layers, warn_missing
 from lorabank.bank.multihead import patterned
 from lorabank.bank.naming import check_new_name
-from lorabank.bank.owners import Owners
 from lorabank.bank.parts import paths_of
-from lorabank.bank.reach import ReachCheck
-from lorabank.bank.routed import Routed
-from lorabank.bank.slices import FusedSlice, SliceCarrier, norms_beside
+from lorabank.bank.slices import FusedSlice
 from lorabank.bank.starts.adapter_start import AdapterStart, check_prepared
 from lorabank.bank.starts.spectral import check_start
-from lorabank.bank.storages.quantized import count_parameters, storage_of
-from lorabank.bank.summary import AdapterSummary, BankSummary, count_kinds
-from lorabank.bank.targets import adaptable_layers, linear_layers, output_head_paths, resolve_targets, unsupported_linear_maps
+from lorabank.bank.targets import resolve_targets
 from lorabank.bank.tied import in_turn, shared_in, tie
-from lorabank.bank.wrapped import Wrapped
-from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
-from lorabank.bank.wrapping import unwrapped
+from lorabank.bank.wrappers import without_wrappers
 from lorabank.config.adapter import AdapterConfig
-from lorabank.errors import AdapterFileError, AdapterNameError, FingerprintError, LorabankError, closest
-from lorabank.formats.adapter import BASE_STORAGE, Adapter, AdapterLayer, no_adapter
-from lorabank.formats.fingerprint import Fingerprint
+from lorabank.errors import AdapterFileError, FingerprintError, LorabankError
+from lorabank.formats.adapter import BASE_STORAGE, Adapter, no_adapter
 from lorabank.formats.slices import sliced
-from lorabank.formats.token_rows import TokenRows
 
 _Start = Callable[[Carrier], SlotValues]
 """What a slot begins with in one place."""
 
 
-@dataclass(frozen=True)
-class _Slot:
-    config: AdapterConfig
-    seed: int
-    paths: tuple[str, ...]
-    shared: Mapping[str, str] = field(default_factory=dict)
-    """Paths among them that read another's numbers → whose."""
-    base_model: str | None = None
-    task_type: str | None = None
-    base_storage: str | None = None
-    """How the base was stored where a loaded adapter was trained, if in fewer than 16 bits."""
-    start: AdapterStart | None = None
-    """What it was made with, where that was prepared."""
-    num_labels: int | None = None
-    """Of the head that was made for it."""
-    loaded: bool = False
-    """Whether its first values were a trained adapter's, which are kept nowhere here."""
-
-
-def _fresh(place: Carrier, slot: _Slot, rank: int, scaling: float) -> SlotValues:
-    """What an untrained adapter has in a place."""
-    if slot.start is not None and rank:
-        return slot.start.values(place.path, rank, (place.store.in_features, place.store.out_features), scaling)
-    return place.fresh(slot.config, rank, scaling, slot.seed)
-
-
-class AdapterBank(Routed):
+class AdapterBank(Holding):
     """Owns the trainable tensors of every adapter in every wrapped layer, and decides which rows use which adapter.
 
     Made by `lorabank.attach(model)`. A layer is wrapped when an adapter first needs it and stays until `detach`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        kept: Collection[str] = (),
-        fused: Mapping[str, Slices] | None = None,
-        head: str | None = None,
-    ) -> None:
-        """`kept`: names of the model's own parameters that go on training. `fused`: slices that were declared of layers. `head`:
-        a classifier's, declared."""
-        super().__init__()
-        self.model, self.fused, self.head = model, dict(fused or {}), head
-        self.kept = frozenset(kept)
-        self.structure = 0
-        self._slots: dict[str, _Slot] = {}
-        self._numbers: dict[str, int] = {}
-        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._fingerprint: Fingerprint | None = None
-        self._heads = head_parameters(model, head)
-        self._detached = False
-        self._reach = ReachCheck(model, self)
-        self._owners = Owners(model)
-        self._wrapped = Wrapped(model, self._reach, self._owners)
-        self._layers = self._wrapped.layers
-        self._saved = SavedModules(model, self._reach, self._owners, head)
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in self.kept)
-
     # ---- adapters -------------------------------------------------------------------------------------------------
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters in the bank, in the order in which they were added."""
-        return tuple(self._slots)
-
-    @property
-    def _known(self) -> KeysView[str]:
-        return self._slots.keys()
-
-    @property
-    def slot_numbers(self) -> Mapping[str, int]:
-        """Each adapter's number in tables on the device. It keeps it while it is in the bank."""
-        return self._numbers
-
-    @property
-    def table_slots(self) -> int:
-        """Slots that tables of this bank are made for."""
-        return -(-(max(self._numbers.values(), default=0) + 1) // SLOTS) * SLOTS
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base model's first parameter lives."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """Of the base model, taken once."""
-        if self._fingerprint is None:
-            prefix = base_prefix(self.model)
-            without = self.kept | self._heads
-            self._fingerprint = Fingerprint.of(
-                self.model, without=without, named=lambda name: base_path(name, prefix), unwrapped=unwrapped
-            )
-        return self._fingerprint
-
-    def config(self, name: str) -> AdapterConfig:
-        """The configuration of an adapter."""
-        return self._slot(name).config
 
     def add(self, name: str, config: AdapterConfig | AdapterStart | Any, *, seed: int = 0, num_labels: int | None = None) -> None:
         """A new, untrained adapter: A random, B zero, so outputs don't change yet.
@@ -199,11 +96,11 @@ class AdapterBank(Routed):
         check_start(config, chosen, {path: rank for path, (rank, _) in shapes.items()})
         warn_ranks(name, {path: rank for path, (rank, _) in shapes.items()}, chosen)
         layers = {**chosen, **more.modules}
-        slot = _Slot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared})
+        slot = HeldSlot(config=config, seed=seed, paths=tuple(layers), shared={**shared, **more.shared})
         slot = replace(slot, start=prepared, num_labels=num_labels)
 
         def start(place: Carrier) -> SlotValues:
-            values = _fresh(place, slot, *shapes.get(place.path, (0, 1.0)))
+            values = fresh(place, slot, *shapes.get(place.path, (0, 1.0)))
             return values._replace(extras=more.of(place.path))
 
         self._install(name, slot, layers, start, copies)
@@ -241,7 +138,7 @@ class AdapterBank(Routed):
         check_not_kept(self.model, self.kept, more)
         paths = tuple(dict.fromkeys((*in_order, *more.modules)))
         shared = {**shared_in(adapter, layers), **more.shared}
-        slot = _Slot(adapter.config, seed, paths, shared, adapter.base_model, adapter.task_type, told, loaded=True)
+        slot = HeldSlot(adapter.config, seed, paths, shared, adapter.base_model, adapter.task_type, told, loaded=True)
         copies = self._saved.fitting(name, adapter)
         self._check_apart(copies, paths)
         warn_tied(name, self.model, list(copies), together=False)
@@ -252,39 +149,6 @@ class AdapterBank(Routed):
 
         self._install(name, slot, {**layers, **more.modules}, start, copies)
 
-    def adapter(self, name: str) -> Adapter:
-        """A copy of an adapter's present values, on the CPU, apart from the bank."""
-        slot, prefix = self._slot(name), base_prefix(self.model)
-        layers: dict[str, AdapterLayer] = {}
-        biases: dict[str, Tensor] = {}
-        rows: dict[str, TokenRows] = {}
-        norms: dict[str, Tensor] = {}
-        for path in slot.paths:
-            place = self._layers[path]
-            if isinstance(place, SliceCarrier) and (fused := base_path(place.layer.path, prefix)) not in norms:
-                beside = norms_beside(place.layer, name)
-                norms |= {} if beside is None else {fused: beside}
-            layers |= {base_path(part, prefix): layer for part, layer in place.adapter_layers(name).items()}
-            extras, ids = place.adapter_extras(name), place.slots[name].ids
-            if BIAS in extras:
-                biases[base_path(path, prefix)] = extras[BIAS]
-            if ROWS in extras and ids is not None:
-                rows[base_path(path, prefix)] = TokenRows(ids.ids, extras[ROWS])
-        base_model = slot.base_model or getattr(getattr(self.model, "config", None), "_name_or_path", None) or None
-        storage = storage_of(self.model) or slot.base_storage
-        return Adapter(
-            config=slot.config,
-            layers=layers,
-            base_norms=norms,
-            biases=biases,
-            token_rows=rows,
-            fingerprint=self.fingerprint,
-            base_model=base_model,
-            task_type=slot.task_type or task_type(self.model) or peft_task(self.model, self._saved.paths(name)),
-            modules=self._saved.values(name),
-            metadata={} if storage is None else {BASE_STORAGE: storage},
-        )
-
     def remove(self, name: str) -> None:
         """Take an adapter out; its memory is reused by the next one."""
         slot = self._slot(name)
@@ -293,39 +157,6 @@ class AdapterBank(Routed):
         self._saved.remove(name)
         del self._slots[name], self._numbers[name]
         self._changed()
-
-    def parameters(self, name: str | None = None) -> list[nn.Parameter]:
-        """The trainable leaves of one adapter, or of all: A (rank, in) and B (rank, out) of each layer in turn."""
-        return [p for _, p in self.named_parameters(name)]
-
-    def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """`<layer path>.A`, `.B`, `.magnitude` (DoRA's), `.bias`, `.lora_bias`, `.rows` (of a table), and the leaf.
-
-        With name=None `<adapter>:<layer path>.A` and so on. Then `<module path>.<parameter's name>` of what `modules_to_save`
-        trains in full.
-        """
-        for adapter in [name] if name is not None else list(self._slots):
-            prefix = "" if name is not None else f"{adapter}:"
-            slot = self._slot(adapter)
-            for path in (path for path in slot.paths if path not in slot.shared):
-                tensors = self._layers[path].slots[adapter].tensors
-                for role, leaf in tensors.by_role.items():
-                    yield f"{prefix}{path}.{role}", leaf
-            for key, leaf in self._saved.leaves(adapter):
-                yield f"{prefix}{key}", leaf
-
-    def frozen_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """`<layer path>.A` / `.B` and the tensor of where an adapter started, of one whose change is a difference from there."""
-        for path in self._slot(name).paths:
-            frozen = self._layers[path].slots[name].frozen
-            if frozen is not None:
-                yield from frozen.named(path)
-
-    def token_ids(self, name: str) -> dict[str, tuple[int, ...]]:
-        """`<layer path>.rows` of each table that an adapter trains rows of, and the ids that these are of, in order."""
-        slot = self._slot(name)
-        own = ((path, self._layers[path].slots[name].ids) for path in slot.paths if path not in slot.shared)
-        return {f"{path}.{ROWS}": ids.ids for path, ids in own if ids is not None}
 
     def restart(self, name: str) -> None:
         """Set an adapter that `add` made back to its first values. Raises LorabankError for one that was loaded."""
@@ -338,46 +169,8 @@ class AdapterBank(Routed):
         for path in (path for path in slot.paths if path not in slot.shared):
             place = self._layers[path]
             mine = place.slots[name]
-            place.write(name, _fresh(place, slot, mine.rank, mine.scaling))
+            place.write(name, fresh(place, slot, mine.rank, mine.scaling))
         self._saved.write(name, self._saved.fresh(self._saved.paths(name), slot.num_labels, slot.seed))
-
-    def parameter_groups(self, name: str, learning_rate: float, loraplus_ratio: float = 1.0) -> list[dict[str, Any]]:
-        """Groups for any torch optimizer: A with `learning_rate`, B with `loraplus_ratio` times it (LoRA+, arXiv:2402.12354)."""
-        named = list(self.named_parameters(name))
-        return [
-            {"params": [p for key, p in named if not key.endswith(".B")], "lr": learning_rate},
-            {"params": [p for key, p in named if key.endswith(".B")], "lr": learning_rate * loraplus_ratio},
-        ]
-
-    def summary(self) -> BankSummary:
-        """What is adapted, what is not, and each adapter's parameters. Print it."""
-        heads = output_head_paths(self.model)
-        base = [p for name, p in self.model.named_parameters() if name in self._required_grad]
-        low_rank = {name: [p for p in slot.paths if self._layers[p].slots[name].rank] for name, slot in self._slots.items()}
-        adapted = {path for paths in low_rank.values() for path in paths}
-        adapted |= {
-            self._layers[path].path.rpartition(".")[0] for path in adapted if isinstance(self._layers[path], SliceCarrier)
-        }
-        whole = tuple(f"{path}." for path, module in self._saved.modules.items() if module.slots)
-        return BankSummary(
-            base_parameters=count_parameters(self.model, base),
-            adapters={
-                name: AdapterSummary(
-                    rank=slot.config.rank,
-                    alpha=slot.config.alpha,
-                    parameters=sum(p.numel() for p in self.parameters(name)),
-                    layers=len(low_rank[name]),
-                    kinds=count_kinds(low_rank[name]),
-                    saved=self._saved.paths(name),
-                )
-                for name, slot in self._slots.items()
-            },
-            adapted_layers=sum(not isinstance(place, SliceCarrier) for place in self._layers.values()),
-            unadapted=count_kinds(
-                [p for p in linear_layers(self.model) if p not in adapted and p not in heads and not f"{p}.".startswith(whole)]
-            ),
-            unsupported=unsupported_linear_maps(self.model),
-        )
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -415,13 +208,6 @@ class AdapterBank(Routed):
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
-    def _slot(self, name: str) -> _Slot:
-        self._check_alive()
-        if name not in self._slots:
-            have = ", ".join(self._slots) or "none"
-            raise AdapterNameError(f"no adapter {name!r} in the bank; it has: {have}{closest(name, self._slots)}")
-        return self._slots[name]
-
     def _layers_and_slices(self, adapter: Adapter | None = None) -> dict[str, nn.Module]:
         """What can be adapted, by path, in the model's order, with the slices that an adapter has for itself."""
         layers = adaptable_layers(self.model)
@@ -432,15 +218,11 @@ class AdapterBank(Routed):
             known[path] = {**own, **known.get(path, {})}
         return with_slices(layers, known)
 
-    def _check_alive(self) -> None:
-        if self._detached:
-            raise LorabankError("this bank was detached from its model; call lorabank.attach(model) for a new one")
-
     def _check_apart(self, saved: Collection[str], layers: Collection[str], *, way: str = "") -> None:
         wrapped = [path for path, place in self._layers.items() if place.slots]
         check_apart(saved, layers, wrapped, {path: module.in_use for path, module in self._saved.modules.items()}, way=way)
 
-    def _install(self, name: str, slot: _Slot, layers: Mapping[str, nn.Module], start: _Start, copies: Values) -> None:
+    def _install(self, name: str, slot: HeldSlot, layers: Mapping[str, nn.Module], start: _Start, copies: Values) -> None:
         """Reserve and fill the slot in every place; on any failure the bank is as before."""
         done: list[str] = []
         try:

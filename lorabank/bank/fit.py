@@ -10,15 +10,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lorabank.bank.adaptable import adaptable_layers, unsupported_linear_maps
 from lorabank.bank.extra.extra_places import extras_misfits
 from lorabank.bank.fused_layers import Slices, slices_of
-from lorabank.bank.kinds import EMBEDDING, EXPERTS
-from lorabank.bank.layers import layer_kind
+from lorabank.bank.kinds import EMBEDDING, EXPERTS, layer_kind
 from lorabank.bank.multihead import Projection, in_attention
 from lorabank.bank.parts import layer_parts, part_names
 from lorabank.bank.stacked.stacks import ExpertStack
 from lorabank.bank.storages.quantized import storage_of
-from lorabank.bank.targets import adaptable_layers, unsupported_linear_maps
 from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import AdapterFileError, TargetError, closest

@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from lorabank.bank.adaptable import adaptable_layers, output_head_paths
 from lorabank.bank.fused_layers import Slices, slices_of, with_slices
 from lorabank.bank.keep import kept_modules
 from lorabank.bank.multihead import Projection
 from lorabank.bank.slices import FusedSlice
 from lorabank.bank.stacked.stacks import ExpertStack
-from lorabank.bank.targets import adaptable_layers, meant_by, output_head_paths, trains_beside
+from lorabank.bank.targets import meant_by, trains_beside
 from lorabank.bank.wrappers import base_path, base_prefix
 from lorabank.formats.adapter import Adapter
 

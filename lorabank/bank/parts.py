@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.stacked.stack_carrier import part_paths
 from lorabank.bank.stacked.stacks import ExpertStack
-from lorabank.bank.targets import adaptable_layers
 
 
 def paths_of(path: str, layer: nn.Module) -> list[str]:

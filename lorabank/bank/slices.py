@@ -24,7 +24,7 @@ from lorabank.kernels.norms import base_norms
 from lorabank.kernels.segments import Outputs
 
 if TYPE_CHECKING:
-    from lorabank.bank.layers import LoRALayer
+    from lorabank.bank.layer_slots import SlottedLayer
 
 
 class FusedSlice(nn.Module):
@@ -53,7 +53,7 @@ def whole_of(path: str, layer: nn.Module) -> tuple[str, nn.Module, OutputSlice |
 class SliceCarrier(Carrier):
     """One projection of a wrapped fused layer with the adapters' parts in it."""
 
-    def __init__(self, layer: LoRALayer, name: str, outputs: OutputSlice, router: Router) -> None:
+    def __init__(self, layer: SlottedLayer, name: str, outputs: OutputSlice, router: Router) -> None:
         self.layer, self.outputs, self.router = layer, outputs, router
         self.path, self.base = f"{layer.path}.{name}", layer.base
         self.store = RankStore(layer.store.in_features, outputs.count, layer.store.device)
@@ -113,7 +113,7 @@ class SliceCarrier(Carrier):
         self.layer.show()
 
 
-def norms_beside(layer: LoRALayer, name: str) -> Tensor | None:
+def norms_beside(layer: SlottedLayer, name: str) -> Tensor | None:
     """‖W‖ of those outputs that no slice of a decomposed adapter has, in order; None where it has no such slice, or all."""
     parts = [each for each in layer.slices.values() if name in each.slots and each.slots[name].tensors.magnitude_O is not None]
     rest = others([each.outputs for each in parts]) if parts else ()

@@ -13,8 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from lorabank.bank.kinds import EMBEDDING
-from lorabank.bank.layers import layer_kind
+from lorabank.bank.kinds import EMBEDDING, layer_kind
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError
 from lorabank.formats.adapter import Adapter

@@ -9,7 +9,8 @@ from torch import nn
 from lorabank.bank.attention import LoRAMultihead
 from lorabank.bank.carrier import Carrier, Router
 from lorabank.bank.extra.biased import BiasedModule
-from lorabank.bank.layers import LoRALayer, layer_kind
+from lorabank.bank.kinds import layer_kind
+from lorabank.bank.layers import LoRALayer
 from lorabank.bank.multihead import Projection
 from lorabank.bank.owners import Owners
 from lorabank.bank.places import beside_turned, places_of, rows_lost

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.formats import Example, Normaliser
+from lorabank.data.hold_out import hold_out, too_few
 from lorabank.data.read import Source, read_rows
 from lorabank.data.render import Renderer, TokenRow
 from lorabank.data.report import DataReport, build_report
 from lorabank.data.row import NanError, RowError
-from lorabank.data.sources import all_scored, sources_of
-from lorabank.data.split import split_rows
+from lorabank.data.sources import sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,22 +106,8 @@ def prepare(
 
 def _split(config: DataConfig, parts: dict[str, _Part], seed: int) -> tuple[dict[str, list[TokenRow]], dict[str, list[str]]]:
     """Hold rows out of the training source for each split that has no source of its own."""
-    if "train" not in parts:
-        return all_scored(parts["test"].rows), {}
-    source = parts["train"]
-    val = 0 if "val" in parts else config.val_split
-    test = 0 if "test" in parts else config.test_split
+    source = parts.get("train", _Part([], []))
     # Equal rows stay together even where no group is asked for: a copy in two splits would be a leak.
     keys = [example.key if config.group_by is None else str(example.group) for example in source.examples]
-    notes: dict[str, list[str]] = {}
-    if val == DataConfig.val_split and len(set(keys)) == 1:
-        # The default share was nobody's demand: a set too small for it is trained on whole.
-        notes["too few different rows to hold any out for validation"] = [row.origin for row in source.rows]
-        val = 0
-    unit = "rows" if config.group_by is None else f"values of {config.group_by!r}"
-    split = split_rows(keys, val=val, test=test, seed=seed, unit=unit)
-    held = {"val": split.val, "test": split.test}
-    splits = {"train": [source.rows[i] for i in split.train]}
-    for role in ("val", "test"):
-        splits[role] = parts[role].rows if role in parts else [source.rows[i] for i in held[role]]
-    return splits, notes
+    held = hold_out({role: part.rows for role, part in parts.items()}, keys, config, seed=seed, unit="rows")
+    return held.splits, {too_few("rows"): [row.origin for row in source.rows]} if held.spared else {}

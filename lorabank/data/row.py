@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,3 +45,8 @@ class NanError(RowError):
     def at(self, origin: str) -> NanError:
         """The same with the row's origin filled in."""
         return self if self.origin else NanError(self.column, origin)
+
+
+def quoted(names: Collection[str]) -> str:
+    """Names of columns as messages have them."""
+    return ", ".join(map(repr, names)) or "no columns"

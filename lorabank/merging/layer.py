@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lorabank.bank.layers import layer_kind
-from lorabank.bank.targets import adaptable_layers
+from lorabank.bank.adaptable import adaptable_layers
+from lorabank.bank.kinds import layer_kind
 from lorabank.errors import MergeError, Setting
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.slice_vectors import Norms, joined_vectors

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.fit import MERGE_ELSEWHERE, misfit, other_weight
-from lorabank.bank.layers import layer_kind
+from lorabank.bank.kinds import layer_kind
 from lorabank.bank.missing import missing_layers, warn_missing
 from lorabank.bank.multihead import weight_name
 from lorabank.bank.parts import layer_parts

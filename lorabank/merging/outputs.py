@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.attach import attach
-from lorabank.bank.layers import LoRALayer, layer_kind
+from lorabank.bank.kinds import layer_kind
+from lorabank.bank.layers import LoRALayer
 from lorabank.bank.multihead import Projection
 from lorabank.bank.reach import is_attached
-from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter, AdapterLayer
 from lorabank.kernels.maps import LowRankMap

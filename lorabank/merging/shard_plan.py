@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.fit import misfit
 from lorabank.bank.missing import missing_layers, warn_missing
 from lorabank.bank.multihead import weight_name
-from lorabank.bank.targets import adaptable_layers
 from lorabank.bank.task_class import skeleton_of, task_model
 from lorabank.bank.tied import shared_in
 from lorabank.errors import AdapterFileError, FingerprintError, MergeError, ModelError, closest

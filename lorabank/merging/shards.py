@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.fit import other_weight
-from lorabank.bank.targets import adaptable_layers
 from lorabank.bank.task_class import skeleton_of, task_model
 from lorabank.errors import MergeError, ModelError, OutputError
 from lorabank.formats.adapter import Adapter, AdapterLayer

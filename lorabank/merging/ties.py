@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.extra.extra_places import places_in
 from lorabank.bank.multihead import weight_name
-from lorabank.bank.targets import adaptable_layers
 from lorabank.bank.task_class import skeleton_of
 from lorabank.bank.tied import shared_in
 from lorabank.errors import MergeError

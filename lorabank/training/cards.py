@@ -16,6 +16,7 @@ from lorabank.formats.files import write_files
 from lorabank.formats.labels import label_names
 from lorabank.training import human
 from lorabank.training.card_use import LITE, TIMM, how_to_load
+from lorabank.training.markdown import cell
 from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle
 from lorabank.training.task import TASK_KEY
 
@@ -139,12 +140,7 @@ def _training(facts: CardFacts) -> str:
     ]
     if facts.tokens_seen is not None:
         rows.append((f"trained {facts.unit}", f"{facts.tokens_seen:,}"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
-
-
-def _cell(value: str) -> str:
-    """A bar would end the cell, in code too."""
-    return value.replace("|", "\\|")
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in rows)])
 
 
 def _also_trained(run: AdapterRun) -> str:
@@ -292,5 +288,5 @@ def _plain_body(adapter: Adapter, name: str, base_model: str) -> str:
         "dropout": f"{config.dropout:g}",
     }
     count = f"{human.count(adapter.num_parameters)} parameters in {len(adapter.layers)} layers"
-    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {cell(value)} |" for key, value in rows.items())])
     return f"# {name}\n\nA LoRA adapter for `{base_model}`: {count}.\n\n{table}\n"

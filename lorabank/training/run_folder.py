@@ -21,6 +21,7 @@ from lorabank.errors import AdapterNameError, CheckpointError, OutputError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.training.evaluate import Generated
+from lorabank.training.markdown import cell
 from lorabank.training.metrics_file import count_lines
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -141,8 +142,3 @@ def resume_line(path: Path) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.replace("`", "'").split())
-
-
-def cell(text: str) -> str:
-    """A text as one cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())

@@ -96,6 +96,13 @@ def check_metrics(names: Sequence[str]) -> None:
             scorer(["a"], [["a"]])
 
 
+def check_among(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ConfigError for a metric that is none of `known`, those that a task has of its own."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
+
+
 def score(scorers: Mapping[str, Scorer], predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Every scorer's result under flat names: `bleu`, `rougeL`, and `name_part` for the parts of a user's own.
 

@@ -31,11 +31,11 @@ from table import write
 from torch import Tensor, nn
 
 import lorabank as lb
+from lorabank.bank.adaptable import linear_layers, output_head_paths
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.kinds import layer_kind
 from lorabank.bank.starts.adapter_start import AdapterStart
 from lorabank.bank.starts.spectral import principal
-from lorabank.bank.targets import linear_layers, output_head_paths
 from lorabank.data.prepare import PreparedData, prepare
 from lorabank.data.render import TokenRow
 from lorabank.engine.batch import make_batch

@@ -13,8 +13,8 @@ from torch import nn
 
 import lorabank as lb
 from lorabank import BASE
+from lorabank.bank.adaptable import unsupported_linear_maps
 from lorabank.bank.stacked.experts import LoRAExperts
-from lorabank.bank.targets import unsupported_linear_maps
 from lorabank.errors import AdapterFileError, LorabankError, MergeError, RoutingError, UnreachedLayerError
 from tests.bank.tiny import add, gpt_oss, ids, mixtral
 

@@ -19,10 +19,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lorabank import BASE, Adapter, AdapterConfig, attach, merge, merge_folder, quantize_base
+from lorabank.bank.adaptable import unsupported_linear_maps
 from lorabank.bank.attention import LoRAMultihead
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
-from lorabank.bank.targets import resolve_targets, unsupported_linear_maps
+from lorabank.bank.targets import resolve_targets
 from lorabank.engine.compiling import compile_blocks
 from lorabank.errors import LorabankError, MergeError, RoutingError, TargetError
 from tests.bank.tiny import add, clear, gradients, ids, make, state_bytes, two

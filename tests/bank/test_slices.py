@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorabank import BASE, Adapter, AdapterConfig, attach, combine, merge
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.fused_layers import FUSED, slices_of
-from lorabank.bank.targets import adaptable_layers
 from lorabank.errors import AdapterFileError, ConfigError, TargetError
 from lorabank.formats.adapter import AdapterLayer
 from lorabank.formats.convert import convert

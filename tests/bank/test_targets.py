@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lorabank import AdapterConfig, attach
-from lorabank.bank.targets import linear_layers, resolve_targets, unsupported_linear_maps
+from lorabank.bank.adaptable import linear_layers, unsupported_linear_maps
+from lorabank.bank.targets import resolve_targets
 from lorabank.errors import TargetError
 from tests.bank.tiny import MODELS, Handwritten, TorchEncoder, add, ids, llama, make, outputs
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabank import attach, quantize_base
-from lorabank.bank.layers import layer_kind
+from lorabank.bank.kinds import layer_kind
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter
 from lorabank.kernels import four_bit, fp8

@@ -39,6 +39,11 @@ def front_matter(card: str) -> dict[str, object]:
     return yaml.safe_load(card.split("---\n")[1])
 
 
+def test_what_would_end_a_cell_stays_inside_it() -> None:
+    card = model_card(replace(FACTS, data="two\nlines | and a bar"))
+    assert "| data | two lines \\| and a bar: 1,600 rows, 100 held out |" in card
+
+
 def test_what_a_card_says(tmp_path: Path) -> None:
     card = write_card(tmp_path, FACTS).read_text(encoding="utf-8")
     assert front_matter(card) == {

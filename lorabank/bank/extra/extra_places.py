@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from lorabank.bank.adaptable import adaptable_layers, unsupported_linear_maps
 from lorabank.bank.extra.biased import is_norm
 from lorabank.bank.extra.extras import BIAS, ROWS, Extras
 from lorabank.bank.kinds import EMBEDDING, EXPERTS, layer_kind
 from lorabank.bank.multihead import in_attention
 from lorabank.bank.slices import FusedSlice
-from lorabank.bank.targets import adaptable_layers, as_list, matches, unsupported_linear_maps
+from lorabank.bank.target_parts import as_list, matches
 from lorabank.bank.tied import sharers, tied_pairs, warn_apart
 from lorabank.bank.wrapping import Adapted, unwrapped
 from lorabank.config.adapter import AdapterConfig

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lorabank.bank.adaptable import adaptable_layers, own_modules
 from lorabank.bank.in_full.heads import head_paths
 from lorabank.bank.keep import kept_modules
-from lorabank.bank.targets import ALL_LINEAR, ALL_OF_A_KIND, ROLES, adaptable_layers, as_list, matches
-from lorabank.bank.targets import _own_modules as own_modules
+from lorabank.bank.target_parts import ALL_LINEAR, ALL_OF_A_KIND, ROLES, as_list, matches
 from lorabank.bank.wrapping import unwrapped
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import TargetError, closest

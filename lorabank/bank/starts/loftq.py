@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.adaptable import adaptable_layers
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.configs import as_adapter_config
 from lorabank.bank.in_full.saved_paths import saved_paths, without_saved
@@ -17,7 +18,7 @@ from lorabank.bank.multihead import patterned
 from lorabank.bank.slices import whole_of
 from lorabank.bank.starts.adapter_start import AdapterStart
 from lorabank.bank.starts.spectral import check_start, principal
-from lorabank.bank.targets import adaptable_layers, resolve_targets
+from lorabank.bank.targets import resolve_targets
 from lorabank.bank.wrappers import base_path, base_prefix, without_wrappers
 from lorabank.config.adapter import AdapterConfig
 from lorabank.errors import ConfigError, ModelError, Setting

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorabank.bank.adaptable import linear_layers, output_head_paths
 from lorabank.bank.kinds import layer_kind
 from lorabank.bank.multihead import Projection
 from lorabank.bank.places import places_of
 from lorabank.bank.reach import is_attached
 from lorabank.bank.stacked.stacks import ExpertStack
 from lorabank.bank.storages.fp8_linear import EmulatedFp8Linear, Fp8Linear
-from lorabank.bank.targets import linear_layers, output_head_paths
 from lorabank.bank.wrapping import Adapted
 from lorabank.errors import ConfigError, LorabankError, MissingExtraError, closest
 from lorabank.kernels import fp8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import warnings
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from lorabank.data.row import RowError
+from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 Picture = Path | bytes | Image.Image
@@ -39,10 +39,10 @@ def open_picture(picture: Picture, size: tuple[int, int] | None = None) -> tuple
     that size. Raises RowError for a missing, empty, damaged or truncated file, and for another size.
     """
     if isinstance(picture, Image.Image):
-        found, digest = picture, _digest(f"{picture.mode} {picture.size} ".encode() + picture.tobytes())
+        found, digest = picture, digest_of_pixels(picture)
     else:
-        data = picture if isinstance(picture, bytes) else _content(picture)
-        found, digest = _decoded(data), _digest(data)
+        data = picture if isinstance(picture, bytes) else content(picture)
+        found, digest = _decoded(data), digest_of(data)
     turned = ImageOps.exif_transpose(found)
     upright = size is None or turned.size == size or found.size != size
     chosen = turned if upright else found
@@ -54,28 +54,15 @@ def open_picture(picture: Picture, size: tuple[int, int] | None = None) -> tuple
 def reopened(picture: Picture, upright: bool) -> tuple[Image.Image, str]:
     """The same picture again: (RGB, digest)."""
     if isinstance(picture, Image.Image):
-        found, digest = picture, _digest(f"{picture.mode} {picture.size} ".encode() + picture.tobytes())
+        found, digest = picture, digest_of_pixels(picture)
     else:
-        data = picture if isinstance(picture, bytes) else _content(picture)
-        found, digest = _decoded(data), _digest(data)
+        data = picture if isinstance(picture, bytes) else content(picture)
+        found, digest = _decoded(data), digest_of(data)
     return (ImageOps.exif_transpose(found) if upright else found).convert("RGB"), digest
 
 
 def _by(size: tuple[int, int]) -> str:
     return f"{size[0]} × {size[1]}"
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise RowError("no such file") from None
-    except OSError as error:
-        raise RowError(f"can't be read: {error.strerror}") from error
 
 
 def _decoded(data: bytes) -> Image.Image:

@@ -21,7 +21,7 @@ from lorabank.data.read import Source
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import infer
-from lorabank.errors import ConfigError, DataError, Setting, closest
+from lorabank.errors import ConfigError, DataError, Setting
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import LABELS as LABELS_SAID
 from lorabank.tasks.detection.augment import augment
@@ -38,6 +38,7 @@ from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.scorers import check_among
 from lorabank.training.task import Busy, Draws, Prediction, Task, TaskKind
 
 GIB = 2**30
@@ -275,10 +276,7 @@ class ObjectDetection(Task[DetectionRow]):
 
 def check_metrics(metrics: Sequence[str]) -> None:
     """Raise ConfigError for a metric that isn't one of detection's."""
-    known = ("loss", *METRICS)
-    for name in metrics:
-        if name not in known:
-            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
+    check_among(metrics, ("loss", *METRICS))
 
 
 def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str, Adapter]) -> ObjectDetection:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.train import DataConfig
+from lorabank.data.hold_out import hold_out
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
-from lorabank.data.sources import all_scored, main_part, sources_of
-from lorabank.data.split import group_unit, split_rows
+from lorabank.data.sources import main_part, sources_of
 from lorabank.data.split_folders import with_held_out
 from lorabank.tasks.diffusion.pictures import METADATA, SUFFIXES, Picture, Read, read_pictures
 
@@ -71,20 +71,11 @@ def _steps(config: DiffusionConfig, step: int) -> list[str]:
 
 
 def _split(data: DataConfig, read: dict[str, Read], seed: int) -> dict[str, list[Picture]]:
-    if "train" not in read:
-        return all_scored(read["test"].pictures)
-    pictures = list(read["train"].pictures)
-    val = 0 if "val" in read else data.val_split
-    test = 0 if "test" in read else data.test_split
+    parts = {role: each.pictures for role, each in read.items()}
+    pictures = parts.get("train", ())
     keys = [picture.digest if picture.group is None else picture.group for picture in pictures]
-    if val == DataConfig.val_split and len({picture.digest for picture in pictures}) <= OBJECT_PICTURES:
-        val = 0
-    split = split_rows(keys, val=val, test=test, seed=seed, unit=group_unit(data.group_by, "pictures"))
-    held = {"val": split.val, "test": split.test}
-    return {
-        "train": [pictures[i] for i in split.train],
-        **{role: list(read[role].pictures) if role in read else [pictures[i] for i in held[role]] for role in held},
-    }
+    few = len({picture.digest for picture in pictures}) <= OBJECT_PICTURES
+    return hold_out(parts, keys, data, seed=seed, unit="pictures", few=few).splits
 
 
 def with_prior(

@@ -7,7 +7,6 @@ picture's name. All of that ends here, before anything is trained.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from lorabank.data.row import RowError
+from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 """Of files in a folder that are taken for pictures."""
@@ -79,29 +79,14 @@ def open_picture(picture: Picture, *, min_size: int = 1) -> tuple[Image.Image, s
     if isinstance(picture, FromTable):
         return open_picture(as_picture(picture.value(), None), min_size=min_size)
     if isinstance(picture, Path | bytes):
-        data = picture if isinstance(picture, bytes) else _content(picture)
-        found, digest = _decoded(data), _digest(data)
+        data = picture if isinstance(picture, bytes) else content(picture)
+        found, digest = _decoded(data), digest_of(data)
     else:
         found = picture
-        digest = _digest(f"{picture.mode} {picture.size} ".encode() + picture.tobytes())
+        digest = digest_of_pixels(picture)
     if min(found.size) < min_size:
         raise RowError(f"smaller than {min_size} pixels a side")
     return as_rgb(found), digest
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise RowError("no such file") from None
-    except IsADirectoryError:
-        raise RowError("a folder where a picture was expected") from None
-    except OSError as error:
-        raise RowError(f"can't be read: {error.strerror}") from error
 
 
 _TOO_MANY = "more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS)"

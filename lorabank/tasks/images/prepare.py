@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from lorabank.config.images import ImagesConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
+from lorabank.data.hold_out import dealt, shares_of
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.sources import all_scored, main_part, sources_of
@@ -148,13 +149,11 @@ def _split(
     if "train" not in rows:
         return all_scored(rows["test"]), {}
     source = rows["train"]
-    val = 0 if "val" in rows else data.val_split
-    test = 0 if "test" in rows else data.test_split
+    shares = shares_of(rows, data, few=len({row.digest for row in source}) <= len({row.label for row in source}))
+    val, test = shares.val, shares.test
     notes: dict[str, list[str]] = {}
-    if val == DataConfig.val_split and len({row.digest for row in source}) <= len({row.label for row in source}):
-        # the default share was nobody's demand: a set too small for it is trained on whole
+    if shares.spared:
         notes["too few pictures to hold any out for validation"] = [row.origin for row in source]
-        val = 0
     if data.group_by is not None:  # a value's pictures may be of several classes, so classes can't have their shares
         unit = group_unit(data.group_by, "pictures")
         made = Stratified(split_rows([str(row.group) for row in source], val=val, test=test, seed=seed, unit=unit), ())
@@ -164,11 +163,7 @@ def _split(
         few = {label: [row.origin for row in source if row.label == label] for label in made.undivided}
         note = "classes with too few pictures to hold one out, all trained on"
         notes[note] = [f"{label}: {origins[0]}" for label, origins in few.items()]
-    held = {"val": made.split.val, "test": made.split.test}
-    splits = {"train": [source[i] for i in made.split.train]}
-    for role in ("val", "test"):
-        splits[role] = rows[role] if role in rows else [source[i] for i in held[role]]
-    return splits, notes
+    return dealt(rows, made.split), notes
 
 
 def _check_classes(known: Sequence[str], train: Sequence[ImageRow], notes: dict[str, list[str]]) -> None:

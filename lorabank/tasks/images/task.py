@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorabank.bank.adaptable import linear_layers
 from lorabank.bank.in_full.heads import head_paths
 from lorabank.bank.routing import RowRoute
-from lorabank.bank.targets import ALL_LINEAR, as_list, linear_layers
+from lorabank.bank.target_parts import ALL_LINEAR, as_list
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.preview import Printer
@@ -41,6 +42,7 @@ from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.scorers import check_among
 from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task
 
 GIB = 2**30
@@ -277,7 +279,4 @@ def _spread(rows: Mapping[str, Sequence[ImageRow]], config: EvalConfig) -> dict[
 
 def check_metrics(metrics: Sequence[str]) -> None:
     """Raise ConfigError for a metric that isn't one of a classifier's."""
-    known = ("loss", *METRICS)
-    for name in metrics:
-        if name not in known:
-            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
+    check_among(metrics, ("loss", *METRICS))

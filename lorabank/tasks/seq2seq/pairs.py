@@ -9,7 +9,7 @@ from typing import Any
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.formats import Normaliser, template_columns, text_of
-from lorabank.data.row import Row, RowError
+from lorabank.data.row import Row, RowError, quoted
 from lorabank.errors import DataError, Setting, closest
 
 NAMES = (
@@ -74,7 +74,7 @@ class PairReader:
                 if column not in names and (setting == "source" or self.need_target):
                     raise DataError(
                         Setting(f"seq2seq.{setting}"),
-                        f": {first.origin} has no column {column!r}{closest(column, names)}; it has {_listed(names)}",
+                        f": {first.origin} has no column {column!r}{closest(column, names)}; it has {quoted(names)}",
                     )
             return self._say(config.source, config.target)
         if self.data.prompt is not None:
@@ -98,7 +98,7 @@ class PairReader:
             known = ", ".join(f"{source} and {target}" for source, target in NAMES)
             raise DataError(
                 f"{first.origin}: no columns of source and target: expected {known}, prompt and completion, or translation; got "
-                f"{_listed(names)}. Name them with ",
+                f"{quoted(names)}. Name them with ",
                 Setting("seq2seq.source"),
                 " and ",
                 Setting("seq2seq.target"),
@@ -116,7 +116,7 @@ class PairReader:
         found = [None if code is None else _language(texts, code) for code in codes]
         if found[0] is None or (found[1] is None and self.need_target):
             raise DataError(
-                f"{first.origin}: column {TRANSLATION!r} holds {_listed(list(texts))}. Say which is the source and which the "
+                f"{first.origin}: column {TRANSLATION!r} holds {quoted(list(texts))}. Say which is the source and which the "
                 "target with ",
                 Setting("seq2seq.source_lang"),
                 " and ",
@@ -162,7 +162,3 @@ def _language(names: Collection[str], code: str) -> str | None:
     """The key of a language: the code itself, or what it begins with (`en` for `en_XX`)."""
     options = (code, code.replace("-", "_").split("_")[0])
     return next((option for option in options if option in names), None)
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(map(repr, names)) or "no columns"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
+from lorabank.data.hold_out import hold_out, too_few
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
 from lorabank.data.row_report import Splits, in_two_splits, row_report
-from lorabank.data.sources import all_scored, main_part, sources_of
-from lorabank.data.split import group_unit, split_rows
+from lorabank.data.sources import main_part, sources_of
 from lorabank.tasks.seq2seq.pairs import Pair, PairReader
 
 if TYPE_CHECKING:
@@ -173,23 +173,11 @@ def _limit(text: str, data: DataConfig, config: Seq2SeqConfig, longest: int | No
 def _split(
     parts: Mapping[str, list[PairRow]], data: DataConfig, seed: int
 ) -> tuple[dict[str, list[PairRow]], dict[str, list[str]]]:
-    """Hold rows out of the training source for each split without one of its own; equal sources stay together."""
-    if "train" not in parts:
-        return all_scored(parts["test"]), {}
-    rows = parts["train"]
-    val, test = 0 if "val" in parts else data.val_split, 0 if "test" in parts else data.test_split
+    """Hold rows out, equal sources together."""
+    rows = parts.get("train", [])
     keys = [row.pair.source if data.group_by is None else str(row.pair.group) for row in rows]
-    notes: dict[str, list[str]] = {}
-    if val == DataConfig.val_split and len(set(keys)) < 2:
-        notes["too few different rows to hold any out for validation"] = [row.origin for row in rows]
-        val = 0
-    unit = group_unit(data.group_by, "sources")
-    split = split_rows(keys, val=val, test=test, seed=seed, unit=unit)
-    held = {"val": split.val, "test": split.test}
-    splits = {"train": [rows[i] for i in split.train]}
-    for role in ("val", "test"):
-        splits[role] = parts[role] if role in parts else [rows[i] for i in held[role]]
-    return splits, notes
+    held = hold_out(parts, keys, data, seed=seed, unit="sources")
+    return held.splits, {too_few("rows"): [row.origin for row in rows]} if held.spared else {}
 
 
 def _cut(splits: Mapping[str, Sequence[PairRow]], text: str) -> list[str]:

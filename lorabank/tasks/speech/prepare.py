@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left
+from lorabank.data.hold_out import hold_out, too_few
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
-from lorabank.data.sources import all_scored, sources_of
-from lorabank.data.split import group_unit, split_rows
+from lorabank.data.sources import sources_of
 from lorabank.tasks.speech.read import held_out_folders, read_utterances
 from lorabank.tasks.speech.rows import KEPT_BYTES, Rows, SpeechRow, make_rows
 from lorabank.tasks.speech.tokens import SpeechTokens
@@ -95,19 +95,10 @@ def _leaks(splits: Mapping[str, Sequence[SpeechRow]]) -> dict[str, list[str]]:
 
 
 def _split(data: DataConfig, parts: dict[str, Rows], seed: int, notes: dict[str, list[str]]) -> dict[str, list[SpeechRow]]:
-    """Hold rows out of the training source for each split that has no source of its own."""
-    if "train" not in parts:
-        return all_scored(parts["test"].rows)
-    rows = parts["train"].rows
-    val = 0 if "val" in parts else data.val_split
-    test = 0 if "test" in parts else data.test_split
-    keys = [row.group for row in rows]
-    if val == DataConfig.val_split and len(set(keys)) == 1:  # the default share was nobody's demand
-        notes["too few different recordings to hold any out for validation"] = [row.name for row in rows]
-        val = 0
-    unit = group_unit(data.group_by, "recordings")
-    split = split_rows(keys, val=val, test=test, seed=seed, unit=unit)
-    splits = {"train": [rows[i] for i in split.train]}
-    for role, held in (("val", split.val), ("test", split.test)):
-        splits[role] = parts[role].rows if role in parts else [rows[i] for i in held]
-    return splits
+    """Hold rows out, those of one recording together."""
+    rows = parts["train"].rows if "train" in parts else []
+    by_role = {role: part.rows for role, part in parts.items()}
+    held = hold_out(by_role, [row.group for row in rows], data, seed=seed, unit="recordings")
+    if held.spared:
+        notes[too_few("recordings")] = [row.name for row in rows]
+    return held.splits

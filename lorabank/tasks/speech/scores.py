@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
-from lorabank.errors import ConfigError, DataError, MissingExtraError, closest
+from lorabank.errors import DataError, MissingExtraError
+from lorabank.training.scorers import check_among
 
 METRICS = ("wer", "cer", "wer_normalized", "cer_normalized")
 """Errors (substitutions, deletions, insertions) over words or characters of the references; 0 is perfect, above 1 possible."""
@@ -26,10 +27,7 @@ def normaliser(language: str, spelling: Mapping[str, str] | None = None) -> Norm
 
 def check_metrics(names: Sequence[str]) -> None:
     """Raise ConfigError for an unknown metric, MissingExtraError where jiwer isn't installed: before anything is loaded."""
-    known = (LOSS, *METRICS)
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"expected some of {', '.join(known)}, got {name!r}{closest(name, known)}")
+    check_among(names, (LOSS, *METRICS))
     _jiwer()
 
 

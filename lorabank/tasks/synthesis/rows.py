@@ -14,12 +14,13 @@ from lorabank.config.speech import SpeechConfig
 from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
+from lorabank.data.hold_out import hold_out
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
-from lorabank.data.sources import all_scored, main_part, sources_of
-from lorabank.data.split import group_of, group_unit, split_rows
+from lorabank.data.sources import main_part, sources_of
+from lorabank.data.split import group_of
 from lorabank.errors import DataError, closest
 from lorabank.tasks.speech.audio import load_sound
 from lorabank.tasks.speech.read import TEXT_COLUMNS, Utterance, held_out_folders, read_utterances
@@ -197,17 +198,5 @@ def _speaker(values: Mapping[str, Any], config: SynthesisConfig, limits: Limits)
 
 
 def _split(data: DataConfig, parts: Mapping[str, list[SynthesisRow]], seed: int) -> dict[str, list[SynthesisRow]]:
-    if "train" not in parts:
-        return all_scored(parts["test"])
-    rows = parts["train"]
-    val = 0 if "val" in parts else data.val_split
-    test = 0 if "test" in parts else data.test_split
-    keys = [row.digest if row.group is None else row.group for row in rows]
-    if val == DataConfig.val_split and len(set(keys)) == 1:
-        val = 0  # the default share was nobody's demand
-    split = split_rows(keys, val=val, test=test, seed=seed, unit=group_unit(data.group_by, "recordings"))
-    held = {"val": split.val, "test": split.test}
-    return {
-        "train": [rows[i] for i in split.train],
-        **{role: parts[role] if role in parts else [rows[i] for i in held[role]] for role in ("val", "test")},
-    }
+    keys = [row.digest if row.group is None else row.group for row in parts.get("train", ())]
+    return hold_out(parts, keys, data, seed=seed, unit="recordings").splits

@@ -25,7 +25,7 @@ from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import infer
 from lorabank.engine.modes import evaluation_mode
-from lorabank.errors import ConfigError, ModelError, Setting, closest, first_line
+from lorabank.errors import ConfigError, ModelError, Setting, first_line
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.models.load_class import load_class
@@ -37,7 +37,8 @@ from lorabank.tasks.synthesis.vocoder import griffin_lim, load_vocoder
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
-from lorabank.training.run_folder import cell
+from lorabank.training.markdown import cell
+from lorabank.training.scorers import check_among
 from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
 
 METRICS = ("loss", "mae")
@@ -221,9 +222,7 @@ def _own_seed(row: SynthesisRow) -> int:
 
 def check_metrics(metrics: Sequence[str]) -> None:
     """Raise ConfigError for a metric that isn't one of synthesis."""
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(f"expected some of {', '.join(METRICS)}, got {name!r}{closest(name, METRICS)}")
+    check_among(metrics, METRICS)
 
 
 def _processor_of(name: str, folder: Path) -> Any:

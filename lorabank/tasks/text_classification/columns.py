@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorabank.data.row import quoted
 from lorabank.errors import DataError, Setting, closest
 
 PAIRS = (
@@ -56,7 +57,7 @@ def find_columns(
         found_label = next((name for name in LABELS if name in names and name not in (text, pair)), None)
     if found_label is None and need_label:
         raise DataError(
-            f"{origin}: no column with the label: expected one called {', '.join(LABELS)}, got {_listed(names)}. Name it with ",
+            f"{origin}: no column with the label: expected one called {', '.join(LABELS)}, got {quoted(names)}. Name it with ",
             Setting("classification.label"),
             ".",
         )
@@ -65,7 +66,7 @@ def find_columns(
         if first is None:
             raise DataError(
                 f"{origin}: no column with the text: expected one called {', '.join(TEXTS)}, or a pair such as sentence1 and "
-                f"sentence2, got {_listed(names)}. Name it with ",
+                f"sentence2, got {quoted(names)}. Name it with ",
                 Setting("classification.text"),
                 ".",
             )
@@ -82,8 +83,4 @@ def _texts(names: Collection[str], label: str | None) -> tuple[str | None, str |
 
 def _check_there(setting: str, name: str | None, names: Collection[str], origin: str) -> None:
     if name is not None and name not in names:
-        raise DataError(Setting(setting), f": {origin} has no column {name!r}{closest(name, names)}; it has {_listed(names)}")
-
-
-def _listed(names: Collection[str]) -> str:
-    return ", ".join(map(repr, names)) or "no columns"
+        raise DataError(Setting(setting), f": {origin} has no column {name!r}{closest(name, names)}; it has {quoted(names)}")

@@ -13,7 +13,7 @@ from lorabank.errors import DataError
 from lorabank.tasks.text_classification.labels import MULTI, REGRESSION, SINGLE, LabelSet
 from lorabank.tasks.text_classification.metrics import predicted
 from lorabank.tasks.text_classification.rows import ClassRow
-from lorabank.training.run_folder import cell
+from lorabank.training.markdown import cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

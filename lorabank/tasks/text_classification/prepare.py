@@ -110,7 +110,7 @@ def prepare_texts(
     for role, part in parts.items():
         if not coded[role]:
             raise nothing_left(role, len(raw[role]), part.errors)
-    splits, notes = split_texts(coded, val=data.val_split, test=data.test_split, seed=seed, by_group=data.group_by)
+    splits, notes = split_texts(coded, data, seed=seed)
     rows = [row for part in splits.values() for row in part]
     notes |= {f"cut to {longest} tokens": [row.origin for row in rows if row.truncated]}
     notes |= in_two_splits(splits, lambda row: row.source.key, "text")

@@ -4,42 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lorabank.config.train import DataConfig
+from lorabank.data.hold_out import dealt, shares_of, too_few
 from lorabank.data.sources import all_scored
-from lorabank.data.split import split_rows
+from lorabank.data.split import Split, group_unit, split_rows
 from lorabank.tasks.text_classification.labels import MANY, REGRESSION, LabelSet, names_in
 from lorabank.tasks.text_classification.rows import ClassRow
 
-DEFAULT_SHARE = 0.05
-"""Held out for validation where nobody says: then a set too small for it is trained on whole."""
-
 
 def split_texts(
-    coded: Mapping[str, list[ClassRow]], *, val: float | int, test: float | int, seed: int, by_group: str | None = None
+    coded: Mapping[str, list[ClassRow]], data: DataConfig, *, seed: int
 ) -> tuple[dict[str, list[ClassRow]], dict[str, list[str]]]:
     """Hold rows out of `coded["train"]` for each split without a source of its own; (splits, notes with their rows).
 
-    Equal texts, or equal values of the column `by_group`, stay together. A label's only row is trained on: held out it could be
-    neither learned nor, unlearned, be right. Raises DataError for a split that can't be made.
+    Equal texts, or equal values of the column `data.group_by`, stay together. A label's only row is trained on: held out it could
+    be neither learned nor, unlearned, be right. Raises DataError for a split that can't be made.
     """
     if "train" not in coded:
         return all_scored(coded["test"]), {}
     source = coded["train"]
-    val, test = 0 if "val" in coded else val, 0 if "test" in coded else test
     only = _only_rows(source)
     movable = [i for i in range(len(source)) if i not in only]
-    keys = [source[i].source.key if by_group is None else str(source[i].source.group) for i in movable]
-    notes: dict[str, list[str]] = {}
-    if val == DEFAULT_SHARE and len(set(keys)) < 2:
-        notes["too few different rows to hold any out for validation"] = [row.origin for row in source]
-        val = 0
-    unit = "texts" if by_group is None else f"values of {by_group!r}"
-    held = split_rows(keys, val=val, test=test, seed=seed, unit=unit) if val or test else None
-    places = {"val": held.val, "test": held.test} if held is not None else {"val": (), "test": ()}
-    out = {movable[i] for part in places.values() for i in part}
-    splits = {"train": [row for i, row in enumerate(source) if i not in out]}
-    for role in ("val", "test"):
-        splits[role] = coded[role] if role in coded else [source[movable[i]] for i in places[role]]
-    return splits, notes
+    keys = [source[i].source.key if data.group_by is None else str(source[i].source.group) for i in movable]
+    shares = shares_of(coded, data, few=len(set(keys)) < 2)
+    split = Split(train=tuple(range(len(source))), val=(), test=())
+    if shares.val or shares.test:
+        unit = group_unit(data.group_by, "texts")
+        found = split_rows(keys, val=shares.val, test=shares.test, seed=seed, unit=unit)
+        val, test = (tuple(movable[i] for i in part) for part in (found.val, found.test))
+        split = Split(train=tuple(sorted({*split.train}.difference(val, test))), val=val, test=test)
+    return dealt(coded, split), {too_few("rows"): [row.origin for row in source]} if shares.spared else {}
 
 
 def _only_rows(rows: Sequence[ClassRow]) -> frozenset[int]:

@@ -1,0 +1,34 @@
+"""What pictures are known by: the bytes of a file, and digests."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabank.data.row import RowError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def content(path: Path) -> bytes:
+    """A picture's file. Raises RowError for one that can't be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RowError("no such file") from None
+    except IsADirectoryError:
+        raise RowError("a folder where a picture was expected") from None
+    except OSError as error:
+        raise RowError(f"can't be read: {error.strerror}") from error
+
+
+def digest_of(data: bytes) -> str:
+    """Of a file's content, 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_of_pixels(picture: Image.Image) -> str:
+    """Of a picture that has no file: its mode, size and pixels."""
+    return digest_of(f"{picture.mode} {picture.size} ".encode() + picture.tobytes())
