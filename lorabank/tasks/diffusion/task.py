@@ -37,6 +37,7 @@ from lorabank.tasks.diffusion.batch import PictureBatch, picture_batch
 from lorabank.tasks.diffusion.cache import Cache, Encoded
 from lorabank.tasks.diffusion.draws import RowDraw, draw, fixed_draw, mixed
 from lorabank.tasks.diffusion.guided import Prompts
+from lorabank.tasks.diffusion.kept import as_metadata, with_kept
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import Objective, objective_of, row_tensors
 from lorabank.tasks.diffusion.pictures import Picture
@@ -72,7 +73,7 @@ class TextToImage(Task[Picture]):
 
     def __init__(self, config: TrainConfig, model: ImageModel, loaded: Mapping[str, Adapter]) -> None:
         super().__init__(config, model, None)
-        self.settings = config.diffusion
+        self.settings = with_kept(config.diffusion, loaded)
         self.images = model
         adapted = any(part.startswith("text_encoder") for each in loaded.values() for part in components(list(each.layers)))
         self.adapts_text = self.settings.text_encoders or adapted
@@ -178,6 +179,9 @@ class TextToImage(Task[Picture]):
         return self._ids[caption]
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
+
+    def about(self, adapter: str) -> Mapping[str, str]:
+        return as_metadata(self.settings)
 
     def engine(self, bank: AdapterBank) -> Engine:
         if not self.adapts_text and (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from PIL import Image
 import lorabank as lb
 from lorabank import api
 from lorabank.cli import main
+from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.train import DataConfig
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import AdapterFileError, ConfigError, DataError
+from lorabank.tasks.diffusion.task import TextToImage
 from tests.tasks.diffusion.runs import PICTURES, SETTINGS, assert_near, three_styles
 from tests.tasks.diffusion.tiny import folder_of_pictures, saved
 
@@ -71,7 +75,6 @@ def test_a_style_is_learned_scored_saved_drawn_and_loaded(root: Path, styles: di
     noise = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     expected = pipe("a cat", height=16, width=24, num_inference_steps=2, latents=noise, output_type="pt").images
     from lorabank.tasks.diffusion.sampling import PictureConfig, draw_pictures
-    from lorabank.tasks.diffusion.task import TextToImage
 
     task = loaded.task
     assert isinstance(task, TextToImage)
@@ -196,3 +199,37 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
     assert "this is a diffusers pipeline (model_index.json)" in capsys.readouterr().err
     assert main(["chat", str(out), "--device", "cpu"]) == 2
     assert "this is text-to-image. Use `lorabank predict" in capsys.readouterr().err
+
+
+def test_an_adapters_own_folder_draws_as_its_run(root: Path, styles: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    adapters = {name: {"data": str(styles[name])} for name in ("ink", "oil")}
+    lb.train(model=str(saved("sd", root)), output=str(run), adapters=adapters, **{**SETTINGS, "max_steps": 1})
+    for name in adapters:
+        shutil.copytree(run / name, tmp_path / name)
+    both = lb.combine([(lb.Adapter.load(tmp_path / name), 0.5) for name in adapters])
+    both.save(tmp_path / "both")
+    for name in ("ink", "both"):
+        api.predict(tmp_path / name, "", tmp_path / f"of-{name}", options={"prompt": "a cat"})
+        with Image.open(tmp_path / f"of-{name}" / f"0000-{name}.png") as picture:
+            assert picture.size == (32, 32)
+    of_run = [api.evaluate(folder, ["ink"], DataConfig(test=str(styles["wax"])))["ink"] for folder in (run, tmp_path / "ink")]
+    assert of_run[0] == of_run[1]  # pictures of the run's size
+
+    ink = lb.Adapter.load(tmp_path / "ink")
+    settings = json.loads(ink.metadata["diffusion"])
+    other = replace(ink, metadata={**ink.metadata, "diffusion": json.dumps({**settings, "resolution": 64})})
+    other.save(tmp_path / "two" / "wide")
+    ink.save(tmp_path / "two" / "ink")
+    with pytest.warns(UserWarning, match=r"different settings: resolution \(ink 32, wide 64\)\. The defaults"):
+        task = api.load_run(tmp_path / "two").task
+    assert isinstance(task, TextToImage)
+    assert (task.settings.resolution, task.settings.sample_steps) == (512, 2)
+    old = {key: value for key, value in ink.metadata.items() if key != "diffusion"}
+    replace(ink, metadata=old).save(tmp_path / "old")
+    task = api.load_run(tmp_path / "old").task
+    assert isinstance(task, TextToImage)
+    assert task.settings == DiffusionConfig()
+    replace(ink, metadata={**old, "diffusion": '{"resolution": -1}'}).save(tmp_path / "odd")
+    with pytest.raises(AdapterFileError, match=r"settings of diffusion can't be used \(.*resolution.*got -1"):
+        api.load_run(tmp_path / "odd")
