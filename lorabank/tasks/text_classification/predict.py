@@ -17,6 +17,7 @@ from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet
 from lorabank.tasks.text_classification.model import positions
 from lorabank.tasks.text_classification.pages import decided, probabilities
 from lorabank.tasks.text_classification.rows import ClassRow, encode, texts_of
+from lorabank.tasks.text_classification.texts_a_row import warn_of_texts
 from lorabank.training.evaluate import route_of
 from lorabank.training.task import Busy, Prediction
 
@@ -40,6 +41,8 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     rows = rows_asked(wanted.data, wanted.max_rows, column=task.config.classification.text or "text")
     refuse_taken(rows, wanted.names)
     readable = _encoded(task, rows)
+    trained = {name: task.texts[name] for name in wanted.names if name in task.texts}
+    warn_of_texts(trained, (row for row in readable if isinstance(row, ClassRow)))
     answers: list[dict[str, Any]] = [dict.fromkeys(wanted.names) for _ in rows]
     for i, row in enumerate(readable):
         if isinstance(row, RowError):

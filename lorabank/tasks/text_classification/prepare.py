@@ -6,7 +6,7 @@ What can't be used is named and counted, and left out or refused as the user cho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from lorabank.tasks.text_classification.labels import (
 )
 from lorabank.tasks.text_classification.rows import ClassRow, LabelledText, encode, texts_of
 from lorabank.tasks.text_classification.splits import label_notes, split_texts
+from lorabank.tasks.text_classification.texts_a_row import TWO, texts_of_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +114,7 @@ def prepare_texts(
     splits, notes = split_texts(coded, val=data.val_split, test=data.test_split, seed=seed, by_group=data.group_by)
     rows = [row for part in splits.values() for row in part]
     notes |= {f"cut to {longest} tokens": [row.origin for row in rows if row.truncated]}
+    notes |= _other_texts(splits, main)
     notes |= in_two_splits(splits, lambda row: row.source.key, "text")
     notes |= {"same text, another label": _contradictions(rows), **({} if known else label_notes(splits[main], labels))}
     report = row_report(
@@ -123,6 +125,13 @@ def prepare_texts(
         notes={note: origins for note, origins in notes.items() if origins},
     )
     return PreparedTexts(train=splits["train"], val=splits["val"], test=splits["test"], labels=labels, report=report)
+
+
+def _other_texts(splits: Mapping[str, Sequence[ClassRow]], main: str) -> dict[str, list[str]]:
+    """Note on the rows that are pairs where those of `main` are single texts, or the other way round."""
+    texts = texts_of_rows(splits[main])
+    what = "single texts, and the others are pairs" if texts == TWO else "pairs of texts, and the others are single"
+    return {what: [row.origin for own in splits.values() for row in own if texts_of_rows([row]) != texts]}
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
