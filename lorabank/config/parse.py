@@ -26,8 +26,7 @@ def load_config(path: str | Path) -> tuple[TrainConfig, list[str]]:
 
     Raises ConfigError with the place of what is wrong, such as `adapters.formal.rnak`.
     """
-    tree = read_tree(path)
-    return config_from_dict(brought_up_to_date(tree) if Path(path).is_dir() else tree)
+    return config_from_dict(read_tree(path))
 
 
 def config_from_dict(tree: Mapping[Any, object]) -> tuple[TrainConfig, list[str]]:
@@ -54,7 +53,7 @@ def read_tree(path: str | Path) -> Mapping[Any, object]:
         raise ConfigError(f"{file}: is empty. Expected settings such as `model: Qwen/Qwen3-0.6B`")
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{file}: expected settings (`key: value`), got {type(tree).__name__}")
-    return tree
+    return brought_up_to_date(tree) if Path(path).is_dir() else tree
 
 
 def _read_toml(text: str, file: Path) -> object:
