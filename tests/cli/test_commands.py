@@ -207,6 +207,28 @@ def test_eval_on_other_rows(api: Any, run_folder: Path) -> None:
     assert options["metrics"] == ["chrf"]
 
 
+def test_eval_has_the_flags_that_its_messages_name(
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": NaN}\n{"prompt": "a"}\n')
+    words = ["eval", str(adapter_folder), "--data", str(rows), "--device", "cpu", "--adapters", "base"]
+    assert main(words) == 2
+    assert "Correct or delete them, or set --nan-rows to drop, which leaves them out" in capsys.readouterr().err
+    assert main([*words, "--nan-rows", "drop", "--bad-rows", "stop"]) == 2
+    assert "or set --bad-rows to drop" in capsys.readouterr().err
+    assert main([*words, "--nan-rows", "drop"]) == 0
+    told = capsys.readouterr()
+    assert "'completion' holds NaN" in told.err and "base" in told.out
+    assert main([*words, "--nan-rows", "leave"]) == 2
+
+
+def test_eval_reads_a_runs_own_rows_as_the_run_did(api: Any, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run_folder), "--bad-rows", "drop"]) == 2
+    assert "--bad-rows: is for the rows of --data" in capsys.readouterr().err
+    assert api.calls == []
+
+
 # predict --------------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ SECTION = "diffusion"
 KEPT = (
     "resolution",
     "buckets",
+    "no_caption",
     "bucket_step",
     "max_aspect",
     "trigger",
