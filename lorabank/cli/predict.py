@@ -36,7 +36,7 @@ a line. Each output row is the input row and one column an adapter.
 """
 
 
-FLAGS_OF = {"data.test": "--data", "threshold": "--threshold"}
+FLAGS_OF = {"data.test": "--data", "threshold": "--threshold", "output": "--output"}
 """What messages call a setting that a flag gave, to the flag."""
 
 
@@ -51,7 +51,12 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     add_source(parser)
     rows = parser.add_argument_group("rows")
     rows.add_argument("--data", metavar="FILE", help="rows to answer")
-    rows.add_argument("--output", metavar="FILE", required=True, help="JSONL file to write; must not exist")
+    rows.add_argument(
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="JSONL file to write; must not exist (text-to-image: a folder, or x.png for one picture)",
+    )
     rows.add_argument(
         "--prompt", metavar="TEXT", help="template from columns of text, such as 'Describe: {mr}' (default: the run's)"
     )
