@@ -23,6 +23,11 @@ class LearningRateAdvice:
     reason: str
 
 
+OF_IMAGE_MODELS = LearningRateAdvice(
+    1e-4, "what diffusers' and kohya's examples train LoRA with, since no fit is known for image models"
+)
+
+
 def advise_learning_rate(model_type: str, hidden_size: int | None, total_steps: int) -> LearningRateAdvice:
     """Step size for LoRA on a model of this family and width, for a run of `total_steps` optimizer steps, to two digits.
 
