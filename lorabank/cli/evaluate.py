@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     json_file = _writable(args.json) if args.json else None
     from lorabank import api
 
-    with named_as_typed(FLAGS_OF if args.data else {}):
+    typed = {**(FLAGS_OF if args.data else {}), **({"eval.metrics": "--metrics"} if args.metrics else {})}
+    with named_as_typed(typed):
         scores = api.evaluate(
             args.run_folder,
             args.adapters,

@@ -33,6 +33,7 @@ from lorabank.formats.diffusers import save_diffusers
 from lorabank.formats.files import write_files
 from lorabank.formats.kohya import save_kohya
 from lorabank.models.cache import default_cache
+from lorabank.planner.learning_rate import OF_IMAGE_MODELS
 from lorabank.tasks.diffusion.batch import PictureBatch, picture_batch
 from lorabank.tasks.diffusion.cache import Cache, Encoded
 from lorabank.tasks.diffusion.draws import RowDraw, draw, fixed_draw, mixed
@@ -43,7 +44,7 @@ from lorabank.tasks.diffusion.objective import Objective, objective_of, row_tens
 from lorabank.tasks.diffusion.pictures import Picture
 from lorabank.tasks.diffusion.preview import preview
 from lorabank.tasks.diffusion.prior import draw_prior, drawn_by, prior_folder
-from lorabank.tasks.diffusion.prompts import read_captions, routes_of
+from lorabank.tasks.diffusion.prompts import one_file, read_captions, routes_of
 from lorabank.tasks.diffusion.rows import captions_of, prepare, with_prior
 from lorabank.tasks.diffusion.sampling import PictureConfig, check_size
 from lorabank.tasks.diffusion.speed import compile_image_model
@@ -70,6 +71,7 @@ class TextToImage(Task[Picture]):
     compiling = "two minutes"
     unit = "latents"
     section = "diffusion"
+    learning_rate = OF_IMAGE_MODELS
 
     def __init__(self, config: TrainConfig, model: ImageModel, loaded: Mapping[str, Adapter]) -> None:
         super().__init__(config, model, None)
@@ -324,7 +326,7 @@ class TextToImage(Task[Picture]):
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
-        """A folder: a picture for each caption and model, `metadata.jsonl`, and all of them on one sheet."""
+        """A folder: a picture for each caption and model, `metadata.jsonl`, and all of them on one sheet; or one picture."""
         options = dict(wanted.options)
         for name in options:
             if name not in OPTIONS:
@@ -332,6 +334,7 @@ class TextToImage(Task[Picture]):
         given = options.get("prompt")
         captions = [given] if isinstance(given, str) else read_captions(wanted.data, wanted.max_rows)
         routes = routes_of(wanted.names, options.get("mix") or (), engine.bank.names)
+        alone = one_file(wanted.output, captions, list(routes))
         config = self._picture_config()
         if options.get("size"):
             width, height = options["size"]
@@ -342,6 +345,10 @@ class TextToImage(Task[Picture]):
             self.prompts.negative = options["negative"]
         seed = self.config.seed if options.get("seed") is None else int(options["seed"])
         columns = self.drawn(engine.bank, captions, routes, config, seed=seed, busy=busy)
+        if alone:
+            (((pixels,),),) = (columns.values(),)
+            write_files(wanted.output.parent, {wanted.output.name: png(as_picture(pixels))})
+            return f"1 picture by {next(iter(routes))}: {wanted.output}"
         files, lines = {"sheet.png": png(sheet(_as_pictures(columns), captions))}, list[str]()
         for heading, pictures in columns.items():
             folder = heading.replace(":", "-").replace(",", "+")

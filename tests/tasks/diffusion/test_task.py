@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ from lorabank.cli import main
 from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.train import DataConfig
 from lorabank.errors import AdapterFileError, ConfigError, DataError
+from lorabank.planner.learning_rate import OF_IMAGE_MODELS
 from lorabank.tasks.diffusion.task import TextToImage
+from lorabank.training.events import Listener, RunPlan
 from tests.tasks.diffusion.runs import PICTURES, SETTINGS, assert_near, three_styles
 from tests.tasks.diffusion.tiny import folder_of_pictures, saved
 
@@ -153,6 +155,23 @@ def test_settings_that_cannot_be_are_refused(root: Path, styles: dict[str, Path]
         lb.train(model=str(saved("sd", root)), data=str(styles["ink"]), **{**SETTINGS, **settings})
 
 
+def test_the_learning_rate_that_nobody_gave_says_where_it_comes_from(root: Path, styles: dict[str, Path]) -> None:
+    class Plan(Listener):
+        plans: ClassVar[list[RunPlan]] = []
+
+        def on_start(self, plan: RunPlan) -> None:
+            self.plans.append(plan)
+
+    settings = {key: value for key, value in SETTINGS.items() if key != "learning_rate"}
+    for more in ({}, {"learning_rate": 2e-4}):
+        runs = {"model": str(saved("sd", root)), "data": str(styles["ink"]), "dry_run": True, "listeners": [Plan()]}
+        lb.train(**runs, **settings, **more)
+    first, second = (plan.adapters[0] for plan in Plan.plans)
+    assert first.learning_rate == 1e-4
+    assert first.learning_rate_reason == f"auto: {OF_IMAGE_MODELS.reason}"
+    assert (second.learning_rate, second.learning_rate_reason) == (2e-4, "as given")
+
+
 def test_min_snr_of_a_flow_is_refused(root: Path, styles: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="min_snr"):
         lb.train(model=str(saved("sd3", root)), data=str(styles["ink"]), **{**SETTINGS, "diffusion": {**PICTURES, "min_snr": 5}})
@@ -191,6 +210,19 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
     both = ["predict", str(out), "--prompt", "a hat", "--data", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "two")]
     assert main(both) == 2
     assert "--prompt: draws one caption, and --data captions of a file" in capsys.readouterr().err
+    fox = ["predict", str(out), "--prompt", "a fox", "--device", "cpu", "--size", "16", "--adapters", "ink", "--output"]
+    assert main([*fox, str(tmp_path / "new" / "fox.png")]) == 0
+    with Image.open(tmp_path / "new" / "fox.png") as picture:
+        assert picture.size == (16, 16)
+    assert "1 picture by ink: " in capsys.readouterr().out
+    assert main([*fox, str(tmp_path / "two.png"), "--adapters", "ink,oil"]) == 2
+    assert (
+        "--output: two.png is one picture's file, and 2 are asked for (1 × ink, oil). Name a folder, or ask for one"
+        in capsys.readouterr().err
+    )
+    assert main([*fox, str(tmp_path / "fox.jpg")]) == 2
+    assert "--output: fox.jpg: pictures are written as PNG" in capsys.readouterr().err
+    assert not (tmp_path / "two.png").exists() and not (tmp_path / "fox.jpg").exists()
     few = api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), max_rows=1, device="cpu")
     assert few != api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), device="cpu")
     assert main(["eval", str(out), "--device", "cpu"]) == 2

@@ -318,6 +318,24 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
         lb.train(model=str(base), **{**SETTINGS, "data": str(data["three"]), **settings})
 
 
+def test_what_five_labels_have_not_is_refused(
+    base: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**SETTINGS, "max_steps": 1, "eval": {"every": 1, "samples": 0}}
+    few = r"eval\.metrics: top5_accuracy is for more than 5 labels, and there are 3\. Leave it out"
+    with pytest.raises(ConfigError, match=few):
+        asked = {**settings, "eval": {"metrics": ["top5_accuracy"]}}
+        lb.train(model=str(base), output=str(tmp_path / "run"), data=str(data["three"]), **asked)
+    assert not (tmp_path / "run").exists()
+    lb.train(model=str(base), output=str(tmp_path / "run"), data=str(data["three"]), **settings)
+    words = ["eval", str(tmp_path / "run"), "--device", "cpu", "--metrics"]
+    assert main([*words, "top5_accuracy"]) == 2
+    assert "--metrics: top5_accuracy is for more than 5 labels, and there are 3." in capsys.readouterr().err
+    assert main([*words, "acuracy"]) == 2
+    assert "--metrics: expected some of loss, accuracy" in (said := capsys.readouterr().err)
+    assert "did you mean 'accuracy'" in said
+
+
 def test_a_convolutional_nets_all_linear_is_its_head_alone_and_refused(data: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"adapters\.default\.targets: .* are its head's.* 'all-conv'"):
         lb.train(model=FAMILIES["resnet"](), tokenizer=processor(), data=str(data["three"]), **SETTINGS)

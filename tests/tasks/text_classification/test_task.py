@@ -129,10 +129,13 @@ def test_rows_that_nothing_can_be_learnt_from_are_named(
         lb.train(model=str(base), data=str(write_rows(tmp_path / "rows.jsonl", rows)), **{**SETTINGS, "val_split": 0})
 
 
-def test_settings_of_another_task_are_refused(base: Path, files: dict[str, Path]) -> None:
+def test_settings_of_another_task_are_refused(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
     data = str(files["mood"])
     with pytest.raises(ConfigError, match=r"eval\.metrics: metric 'bleu': expected one of loss, accuracy"):
         lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"metrics": ["bleu"]}})
+    with pytest.raises(ConfigError, match=r"^activation_offloading: is for text-generation alone so far\. Use gradient_ch"):
+        lb.train(model=str(base), data=data, output=str(tmp_path / "run"), activation_offloading=True, **SETTINGS)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="base_dtype: nf4 is for text-generation alone"):
         lb.train(model=str(base), data=data, base_dtype="nf4", **SETTINGS)
     with pytest.raises(ConfigError, match=r"eval\.best: validation of text-classification has no metric 'acuracy'"):
