@@ -22,6 +22,7 @@ from lorabank.config.typed import named_as_typed
 from lorabank.data.answers import refuse_taken
 from lorabank.data.formats import template_columns
 from lorabank.errors import ConfigError, OutputError
+from lorabank.wording import counted
 
 EXAMPLES = """\
 examples:
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             own = dict(zip(names, answers[index * len(names) : (index + 1) * len(names)], strict=True))
             lines.append(json.dumps({**row.values, **own}, ensure_ascii=False, default=str) + "\n")
         _append(output, lines, start, len(rows))
-    print(f"{len(rows)} rows answered by {', '.join(names)}: {output}")
+    print(f"{counted(len(rows), 'row')} answered by {', '.join(names)}: {output}")
     return 0
 
 
@@ -168,7 +169,8 @@ def _append(path: Path, lines: Sequence[str], done: int, total: int) -> None:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)
         raise OutputError(
-            f"{path}: {error.strerror}. {done} of {total} rows are complete in it. Free some space, and choose another --output "
+            f"{path}: {error.strerror}. {done} of {counted(total, 'row')} are complete in it. Free some space, "
+            f"and choose another --output "
             "or delete the file."
         ) from error
 

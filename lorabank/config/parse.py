@@ -16,6 +16,7 @@ from lorabank.config.tasks import TASK_DEFAULTS, TASK_SECTIONS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.config.translate import NESTED, Settings, translate
 from lorabank.errors import ConfigError, Setting, closest
+from lorabank.wording import counted
 
 FOREIGN_RANKS = {"network_dim": ("kohya", 1), "r": ("PEFT", 8), "lora_r": ("PEFT", 8)}
 """Keys for a rank whose tool has another default for alpha than ours."""
@@ -155,7 +156,9 @@ def _passes(raw: Mapping[str, object], place: str, accumulations: Mapping[str, i
             f"Use `{place}every`, which counts forward passes.",
         )
     passes = every.steps * counts.pop()
-    notes.append(f"{place}every: {every.steps} optimizer steps are {passes} forward passes")
+    notes.append(
+        f"{place}every: {counted(every.steps, 'optimizer step')}, which is {counted(passes, 'forward pass', 'forward passes')}"
+    )
     return {**raw, "every": passes}
 
 

@@ -601,7 +601,7 @@ def test_inspect_an_adapter(adapter_folder: Path, base_folder: Path, capsys: pyt
     deltas = [layer.delta().norm() for path, layer in Adapter.load(adapter_folder).layers.items() if path.endswith("q_proj")]
     root_mean_square = float(sum(delta**2 for delta in deltas) / 2) ** 0.5
     assert float(row[5]) == pytest.approx(root_mean_square, rel=1e-2)
-    assert "2 layers have A or B = 0" in text
+    assert "2 layers with A or B = 0" in text
     assert "no NaN, no infinity" in text
 
 
@@ -614,7 +614,7 @@ def test_inspect_looks_at_a_broken_adapter(adapter_folder: Path, capsys: pytest.
     save_file(tensors, file, metadata={"format": "pt"})
     (adapter_folder / "lorabank.json").unlink(missing_ok=True)  # its checksum would name the change first
     assert main(["inspect", str(adapter_folder)]) == 1
-    assert "NaN or infinity in 1 layers" in capsys.readouterr().out
+    assert "NaN or infinity in 1 layer" in capsys.readouterr().out
 
 
 def test_inspect_a_run(run_folder: Path, adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,10 +63,10 @@ class Case:
 
 
 CASES = {
-    "image-classification": Case(make=_vit, names=NAMES, note="default, base (base by its own head, whose 3 labels are others:"),
-    "object-detection": Case(make=_detector, names=NAMES, note="pictures (base by its own head, whose 3 labels are others:"),
+    "image-classification": Case(make=_vit, names=NAMES, note="default, base (base by its own head, of 3 other labels:"),
+    "object-detection": Case(make=_detector, names=NAMES, note="pictures (base by its own head, of 3 other labels:"),
     "text-classification": Case(
-        make=_bert, names={0: "up", 1: "down"}, note="default, base (base by its own head, whose 2 labels are others: up, down)"
+        make=_bert, names={0: "up", 1: "down"}, note="default, base (base by its own head, of 2 other labels: up, down)"
     ),
 }
 

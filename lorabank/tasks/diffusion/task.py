@@ -54,6 +54,7 @@ from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import Busy, Draws, Prediction, Task
+from lorabank.wording import counted
 
 PARTS = 4
 """Looks at each held-out picture in a validation, at as many places of the schedule."""
@@ -190,7 +191,8 @@ class TextToImage(Task[Picture]):
             paths := [layer.path for layer in all_layers(bank) if layer.path.startswith("text_encoder")]
         ):
             raise ConfigError(
-                f"targets: they mean {len(paths)} layers of text encoders ({paths[0]!r} for one), whose conditions are made "
+                f"targets: they mean {counted(len(paths), 'layer')} of text encoders ({paths[0]!r} for one), "
+                f"whose conditions are made "
                 "once, before training. Set diffusion.text_encoders: true, or leave them out: exclude: ['text_encoder*']."
             )
         if self.config.gradient_checkpointing:  # diffusers' models recompute by themselves
@@ -358,7 +360,8 @@ class TextToImage(Task[Picture]):
                 about = {"file_name": file, "text": captions[i], "model": heading, "seed": mixed(seed, i)}
                 lines.append(json.dumps(about, ensure_ascii=False) + "\n")
         write_files(wanted.output, {**files, "metadata.jsonl": "".join(lines).encode()})
-        return f"{len(lines)} pictures of {len(captions)} captions by {', '.join(routes)}: {wanted.output / 'sheet.png'}"
+        drawn = f"{counted(len(lines), 'picture')} of {counted(len(captions), 'caption')}"
+        return f"{drawn} by {', '.join(routes)}: {wanted.output / 'sheet.png'}"
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         mix = ",".join(f"{name}:{1 / len(names):.2g}" for name in names)

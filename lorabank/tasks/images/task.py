@@ -42,6 +42,7 @@ from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read
 from lorabank.training.evaluate import spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task
+from lorabank.wording import counted
 
 GIB = 2**30
 PIXELS, TARGET = "pixel_values", "labels"
@@ -253,7 +254,8 @@ class ImageClassification(Task[ImageRow]):
                 label = lacking[0].reference
                 raise DataError(
                     f"{lacking[0].origin}: its label {label!r} is none of the {len(known)} that {name!r} has"
-                    f"{closest(label, known)}, as with {len(lacking):,} of {len(own):,} pictures. Score {name!r} on others, or "
+                    f"{closest(label, known)}, as with {len(lacking):,} of {counted(len(own), 'picture')}. "
+                    f"Score {name!r} on others, or "
                     "name the adapters that know these (--adapters)."
                 )
 

@@ -20,6 +20,7 @@ from lorabank.tasks.text_classification.rows import ClassRow, encode, texts_of
 from lorabank.tasks.text_classification.texts_a_row import warn_of_texts
 from lorabank.training.evaluate import route_of
 from lorabank.training.task import Busy, Prediction
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +64,7 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     unread = sum(isinstance(row, RowError) for row in readable)
     left = f" ({unread} of them unread, see column {UNREAD!r})" if unread else ""
     own = "" if task.own is None else base_note(wanted.names, task.own.names, [known.names for known in task.sets.values()])
-    return f"{len(rows)} rows{left} labelled by {', '.join(wanted.names)}{own}: {wanted.output}"
+    return f"{counted(len(rows), 'row')}{left} labelled by {', '.join(wanted.names)}{own}: {wanted.output}"
 
 
 def _encoded(task: TextClassification, rows: Sequence[Row]) -> list[ClassRow | RowError]:

@@ -32,6 +32,7 @@ from lorabank.tasks.text_classification.labels import (
 from lorabank.tasks.text_classification.rows import ClassRow, LabelledText, encode, texts_of
 from lorabank.tasks.text_classification.splits import label_notes, split_texts
 from lorabank.tasks.text_classification.texts_a_row import TWO, texts_of_rows
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,7 +184,7 @@ def _facts(columns: Columns, rows: Sequence[ClassRow], labels: LabelSet, *, trai
     common = sorted(counts.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {count:,}" for name, count in common[:SHOWN_LABELS])
     more = f", … and {len(common) - SHOWN_LABELS} rarer ones" if len(common) > SHOWN_LABELS else ""
-    facts.append(f"{len(counts)} labels{' (any number of them a row)' if labels.kind == MULTI else ''}: {named}{more}")
+    facts.append(f"{counted(len(counts), 'label')}{' (any number of them a row)' if labels.kind == MULTI else ''}: {named}{more}")
     if trained and (unlearned := [name for name, count in counts.items() if not count]):
         facts.append(f"labels without a training row, never predicted rightly: {shown(unlearned)}")
     return facts

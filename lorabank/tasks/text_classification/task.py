@@ -40,6 +40,7 @@ from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task, TaskKind
+from lorabank.wording import counted
 
 LABELS_KEY, KIND_KEY = LABELS, "labels.kind"
 """Of an adapter's metadata: its labels' names as a JSON list, and their kind."""
@@ -107,7 +108,7 @@ class TextClassification(Task[ClassRow]):
         for row in rows:
             texts = "a text" if row.source.pair is None else "two texts"
             cut = ", cut to max_length" if row.truncated else ""
-            out.title(f"{row.origin}: {texts}, {row.size} tokens{cut}; label: {row.reference}")
+            out.title(f"{row.origin}: {texts}, {counted(row.size, 'token')}{cut}; label: {row.reference}")
             out.tokens(row.input_ids, self.processor, learned=0)
         return {}
 
@@ -285,7 +286,7 @@ class TextClassification(Task[ClassRow]):
         pages = [page(name, outcome, self._scores(outcome, config)) for name, outcome in found.items()]
         write_files(folder, {"samples.md": "\n".join(pages).encode()})
         for name, outcome in found.items():
-            picture(outcome, f"{name}: {len(outcome.rows):,} held-out rows", folder / name / "held_out.png")
+            picture(outcome, f"{name}: {counted(len(outcome.rows), 'held-out row')}", folder / name / "held_out.png")
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ def test_a_style_is_learned_scored_saved_drawn_and_loaded(root: Path, styles: di
     )
     lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [line["model"] for line in lines] == ["ink", "oil", "base", "ink:0.5,oil:0.5"]
-    assert "4 pictures of 1 captions" in told
+    assert "4 pictures of 1 caption by" in told
     pictures = {line["model"]: np.asarray(Image.open(tmp_path / "out" / line["file_name"])) for line in lines}
     assert all(p.shape == (16, 24, 3) for p in pictures.values())
     assert len({p.tobytes() for p in pictures.values()}) == 4

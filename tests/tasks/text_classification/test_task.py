@@ -119,7 +119,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(
             [{"text": "x", "label": "a"}, {"text": "y", "label": "a"}],
             "every row is 'a' in column 'label', so there is nothing to tell apart",
         ),
-        ([{"text": "", "label": "a"}], "none of the 1 rows can be used"),
+        ([{"text": "", "label": "a"}], "not the only row can be used"),
     ],
 )
 def test_rows_that_nothing_can_be_learnt_from_are_named(
