@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 
+from lorabank.config.tasks import TASK_SECTIONS
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import label_names
@@ -43,17 +45,19 @@ def warn_of_settings(parts: Weighted, called: Sequence[str]) -> None:
 
     `called`: what messages call the adapters.
     """
-    differ = []
+    differ, defaults = [], []
     for key in SECTIONS:
         said = {name: task_settings(a, key) for name, (a, weight) in zip(called, parts, strict=True) if weight != 0}
         for setting in dict.fromkeys(name for own in said.values() for name in own):
             values = {name: own.get(setting, "unsaid") for name, own in said.items()}
             if len(set(map(json.dumps, values.values()))) > 1:
                 differ.append(f"{key}.{setting} ({', '.join(f'{name} {value}' for name, value in values.items())})")
+                usual = {item.name: item.default for item in fields(TASK_SECTIONS[key])}
+                defaults += [f"{key}.{setting} {usual[setting]}"] if setting in usual else []
     if differ:
         warnings.warn(
             f"combine: the adapters were trained with different settings: {'; '.join(differ)}. The combination has none of them, "
-            "so it is used with the defaults: combine adapters of the same settings if that isn't what you want.",
+            f"so it is used with the defaults ({', '.join(defaults)}): combine adapters of the same settings if you want theirs.",
             stacklevel=5,
         )
 
