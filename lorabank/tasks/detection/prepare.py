@@ -191,7 +191,7 @@ def _faults(opened: Mapping[str, Sequence[_Opened]]) -> list[RowError]:
 
 def _refused(faults: Sequence[RowError]) -> DataError:
     return DataError(
-        f"data: {counted(len(faults), 'box', 'boxes')} can't be used as they are:{listed(faults, NAMED)}\nCorrect them, or set ",
+        f"data: {counted(len(faults), 'box', 'boxes')} can't be used unchanged:{listed(faults, NAMED)}\nCorrect them, or set ",
         Setting("detection.bad_boxes"),
         " to clip or drop, which count them.",
     )
