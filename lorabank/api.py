@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.config.paths import expanded, with_absolute_paths
 from lorabank.config.train import AdapterRun, TrainConfig
-from lorabank.errors import ConfigError
+from lorabank.errors import ConfigError, Setting
 from lorabank.trained import evaluate, generate_stream, load_run, predict
 
 if TYPE_CHECKING:
@@ -176,6 +176,11 @@ def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
         raise ConfigError(f"eval.metrics: {error}") from error
     if config.base_dtype in ("fp8", "nf4") and not kind.quantises:
         raise ConfigError(f"base_dtype: {config.base_dtype} is for text-generation alone so far. Use bf16 or fp32.")
+    if config.activation_offloading and not kind.offloads:
+        raise ConfigError(
+            Setting("activation_offloading"),
+            ": is for text-generation alone so far. Use gradient_checkpointing, or smaller batches with gradient_accumulation.",
+        )
     if config.report_to and not config.output:
         raise ConfigError(
             f"report_to: {', '.join(config.report_to)} needs output, the run's folder. Set output, or leave it out."

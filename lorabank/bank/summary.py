@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lorabank.wording import counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSummary:
@@ -34,12 +36,12 @@ class BankSummary:
     """Linear maps that can't be adapted yet, by path, with the reason."""
 
     def __str__(self) -> str:
-        lines = [f"base model: {self.base_parameters:,} frozen parameters, {_layers(self.adapted_layers)} wrapped"]
+        lines = [f"base model: {self.base_parameters:,} frozen parameters, {counted(self.adapted_layers, 'layer')} wrapped"]
         for name, a in self.adapters.items():
             share = 100 * a.parameters / max(1, self.base_parameters)
             kinds = ", ".join(f"{kind} × {count}" for kind, count in a.kinds.items())
             whole = f"; in full: {', '.join(a.saved)}" if a.saved else ""
-            size = f"{a.parameters:,} parameters ({share:.2f} % of the base) in {_layers(a.layers)}"
+            size = f"{a.parameters:,} parameters ({share:.2f} % of the base) in {counted(a.layers, 'layer')}"
             lines.append(f"  {name}: rank {a.rank}, alpha {a.alpha:g}, {size}: {kinds}{whole}")
         if not self.adapters:
             lines.append("  no adapters yet")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lorabank.cli.folders import chosen_path, refuse_existing, whole_folder
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.errors import ConfigError, MergeError
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.merging.weights import Weights
@@ -89,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
     low, high = report.ranks
     span = str(low) if low == high else f"{low} to {high}"
     print(report)
-    print(f"saved: {folder} ({len(report.layers)} layers, rank {span}, {combined.adapter.num_parameters:,} parameters)")
+    print(
+        f"saved: {folder} ({counted(len(report.layers), 'layer')}, rank {span}, {combined.adapter.num_parameters:,} parameters)"
+    )
     return 0
 
 
@@ -98,7 +101,7 @@ def weighted(parts: Sequence[str], weights: Sequence[str]) -> list[tuple[str, We
     if not weights:
         return [split_weight(part) for part in parts]
     if len(weights) != len(parts):
-        raise ConfigError(f"-w: expected one for each of {len(parts)} adapters, in their order, got {len(weights)}")
+        raise ConfigError(f"-w: expected one for each of {counted(len(parts), 'adapter')}, in their order, got {len(weights)}")
     return [(path, _weight(text, "-w")) for path, text in zip(parts, weights, strict=True)]
 
 

@@ -10,6 +10,7 @@ from lorabank.cli.parser import CommandParser, positive
 from lorabank.config.convert import dtype_name
 from lorabank.config.paths import expanded
 from lorabank.errors import ConfigError, ModelError
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.formats.convert import Conversion
@@ -90,7 +91,9 @@ def described(done: Conversion, to: str) -> list[str]:
 
     layers = done.adapter.layers
     parts = [f"{name or 'model'} {sum(split(path)[0] == name for path in layers)}" for name in components(list(layers))]
-    lines = [f"{done.source} to {to}: {len(layers)} layers ({', '.join(parts)}), {done.adapter.num_parameters:,} parameters"]
+    lines = [
+        f"{done.source} to {to}: {counted(len(layers), 'layer')} ({', '.join(parts)}), {done.adapter.num_parameters:,} parameters"
+    ]
     if done.resolved:
         lines.append(f"names: resolved by {'the model' if done.resolved == 'model' else 'the written table, without a model'}")
     if done.decomposed:
@@ -99,7 +102,8 @@ def described(done: Conversion, to: str) -> list[str]:
         kinds = " and ".join(sorted({one.kind for one in done.decomposed.values()}))
         ranks = sorted(one.rank for one in done.decomposed.values())
         lines.append(
-            f"{kinds}: {len(done.decomposed)} layers became LoRA of rank {ranks[0]} to {ranks[-1]}; largest relative error "
+            f"{kinds}: {counted(len(done.decomposed), 'layer')} became LoRA of rank {ranks[0]} to {ranks[-1]}; "
+            f"largest relative error "
             f"{how.error:.2g} ({worst}, full rank {how.full_rank})"
         )
     for path, why in list(done.dropped.items())[:5]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lorabank.cli.loading import add_source, run_config
 from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.config.paths import expanded
-from lorabank.config.train import DataConfig
+from lorabank.config.train import BAD_ROWS, DataConfig
 from lorabank.config.typed import named_as_typed
 from lorabank.errors import ConfigError, OutputError
 
@@ -24,6 +24,14 @@ examples:
 
 metrics: loss, perplexity, exact_match, bleu, chrf, rouge, or module:function
 """
+
+BAD_ROW_FLAGS = {
+    "nan_rows": "rows with NaN in a column that is used",
+    "bad_rows": "rows that can't be used otherwise",
+}
+"""Settings of `data` that are flags too, to what they are about."""
+FLAGS_OF = {"data.test": "--data", **{f"data.{name}": f"--{name.replace('_', '-')}" for name in BAD_ROW_FLAGS}}
+"""What messages call a setting of the rows of --data, to the flag."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> CommandParser:
@@ -39,6 +47,14 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     rows.add_argument(
         "--data", metavar="ROWS", help="file, folder or datasets id (default: the run's test rows, else validation rows)"
     )
+    for name, what in BAD_ROW_FLAGS.items():
+        rows.add_argument(
+            f"--{name.replace('_', '-')}",
+            choices=BAD_ROWS,
+            metavar="WHAT",
+            help=f"of --data, {what}: stop with an error that names them, or drop and count them (default: the run's, else "
+            f"{getattr(DataConfig, name)})",
+        )
     rows.add_argument("--metrics", type=names, metavar="NAMES", help="commas between (default: the run's, else loss)")
     rows.add_argument(
         "--max-rows", type=positive, metavar="N", help="score at most N rows, and answers to N prompts, spread evenly"
@@ -54,7 +70,13 @@ def run(args: argparse.Namespace) -> int:
     config = run_config(args.run_folder)
     if config is None and not args.data:
         raise ConfigError(f"--data: missing. {args.run_folder} holds no run whose held-out rows could be used.")
-    data = config.data if config else DataConfig()
+    bad = {name: said for name in BAD_ROW_FLAGS if (said := getattr(args, name)) is not None}
+    if bad and not args.data:
+        flag = f"--{next(iter(bad)).replace('_', '-')}"
+        raise ConfigError(
+            f"{flag}: is for the rows of --data, and a run's own rows are read as it read them. Name some, or leave it out."
+        )
+    data = replace(config.data if config else DataConfig(), **bad)
     if args.data:
         data = replace(data, train=None, val=None, test=args.data, val_split=0, test_split=0, limit=None)
         from lorabank.data.read import check_source
@@ -64,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     json_file = _writable(args.json) if args.json else None
     from lorabank import api
 
-    with named_as_typed({"data.test": "--data"} if args.data else {}):
+    typed = {**(FLAGS_OF if args.data else {}), **({"eval.metrics": "--metrics"} if args.metrics else {})}
+    with named_as_typed(typed):
         scores = api.evaluate(
             args.run_folder,
             args.adapters,

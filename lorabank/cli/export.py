@@ -16,6 +16,7 @@ from lorabank.cli.parser import CommandParser
 from lorabank.config.convert import dtype_name
 from lorabank.config.typed import named_as_typed
 from lorabank.errors import ConfigError, ModelError, OutputError, closest
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.formats.adapter import Adapter
@@ -112,7 +113,9 @@ def to_vllm(args: argparse.Namespace, adapter: Adapter, output: Path) -> None:
     if adapter.modules:
         print(f"note: {HEAD}")
     was = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    print(f"saved: {output} ({len(exported.layers)} layers, rank {was} as {vllm_rank(exported)}, scaling folded into B)")
+    print(
+        f"saved: {output} ({counted(len(exported.layers), 'layer')}, rank {was} as {vllm_rank(exported)}, scaling folded into B)"
+    )
     print(vllm_line(base or "MODEL", {output.name: str(output)}, vllm_rank(exported)))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.formats.measure import HUGE, RULE, Findings, LayerMeasure, findings, measures
 from lorabank.formats.readers import READERS, non_finite
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,12 +132,16 @@ def _facts(adapter: Adapter, path: Path) -> Table:
     scaling = f"{scalings[0]:.3g}" if len(scalings) == 1 else f"{scalings[0]:.3g} to {scalings[-1]:.3g}"
     ranks = Counter(layer.rank for layer in adapter.layers.values())
     digest = fingerprint_digest(adapter)
-    sampled = f"fingerprint {digest}, of {len(adapter.fingerprint.tensors)} tensors" if adapter.fingerprint else "no fingerprint"
+    sampled = (
+        f"fingerprint {digest}, of {counted(len(adapter.fingerprint.tensors), 'tensor')}"
+        if adapter.fingerprint
+        else "no fingerprint"
+    )
     rows = {
         "form": f"{form_of(path)}, {' and '.join(dtypes(adapter))}, {human.size(size)}",
         "kind": f"{kind}, rank {config.rank}, alpha {config.alpha:g}{patterns}, scaling {scaling}, dropout {config.dropout:g}",
         "base": f"{escape(adapter.base_model or 'not named')}; {sampled}",
-        "layers": f"{len(adapter.layers)} layers, {adapter.num_parameters:,} parameters",
+        "layers": f"{counted(len(adapter.layers), 'layer')}, {counted(adapter.num_parameters, 'parameter')}",
     }
     if adapter.modules:
         rows["in full"] = ", ".join(f"{escape(name)} ({_count(module):,})" for name, module in adapter.modules.items())
@@ -160,7 +165,7 @@ def _extras(adapter: Adapter) -> str:
     """What is trained beside A and B; empty for nothing."""
     low = sum(layer.lora_bias is not None for layer in adapter.layers.values())
     found = [f"{low} biases of lora_B"] if low else []
-    found += [f"{len(adapter.biases)} biases"] if adapter.biases else []
+    found += [counted(len(adapter.biases), "bias", "biases")] if adapter.biases else []
     return ", ".join([*found, *(f"{len(own.ids)} token rows of {path}" for path, own in adapter.token_rows.items())])
 
 
@@ -227,17 +232,18 @@ def _print_findings(console: Console, found: Sequence[LayerMeasure], stands_out:
         console.print(f"smallest  {order[0].path}: ‖ΔW‖ {order[0].norm:.3g}", markup=False)
     if stands_out.outliers:
         named = [f"{path} ({factor:.2g} × the median)" for path, factor in stands_out.outliers.items()]
-        console.print(f"{_layers(len(named))} out of line with their kind: {_few(named)}", style="yellow", markup=False)
+        console.print(f"{counted(len(named), 'layer')} out of line with their kind: {_few(named)}", style="yellow", markup=False)
         console.print(f"  rule: {RULE}", style="dim")
     if stands_out.huge:
         named = [f"{layer.path} ({layer.gain:.3g} ×)" for layer in stands_out.huge]
-        text = f"huge: the change alone makes outputs over {HUGE:g} times their inputs in {_layers(len(named))}: {_few(named)}"
+        where = f"{counted(len(named), 'layer')}: {_few(named)}"
+        text = f"huge: the change alone makes outputs over {HUGE:g} times their inputs in {where}"
         console.print(f"{text}. Has the training diverged?", style="bold red", markup=False)
     if stands_out.zero:
-        change = f"{_layers(len(stands_out.zero))} have A or B = 0 and change nothing: {_few(stands_out.zero)}"
+        change = f"{counted(len(stands_out.zero), 'layer')} with A or B = 0, without a change: {_few(stands_out.zero)}"
         console.print(change, style="yellow", markup=False)
     if stands_out.broken:
-        broken = f"NaN or infinity in {len(stands_out.broken)} layers: {_few(stands_out.broken)}"
+        broken = f"NaN or infinity in {counted(len(stands_out.broken), 'layer')}: {_few(stands_out.broken)}"
         console.print(broken, style="bold red", markup=False)
     else:
         console.print("no NaN, no infinity", style="green")
@@ -255,10 +261,6 @@ def _readers(adapter: Adapter) -> Table:
         found = reader.obstacles(adapter)
         table.add_row(reader.title, "[green]yes[/]" if not found else "[yellow]no[/]: " + escape("; ".join(map(str, found))))
     return table
-
-
-def _layers(number: int) -> str:
-    return f"{number} layers" if number != 1 else "1 layer"
 
 
 def _few(names: Sequence[str]) -> str:

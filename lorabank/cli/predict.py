@@ -22,6 +22,7 @@ from lorabank.config.typed import named_as_typed
 from lorabank.data.answers import refuse_taken
 from lorabank.data.formats import template_columns
 from lorabank.errors import ConfigError, OutputError
+from lorabank.wording import counted
 
 EXAMPLES = """\
 examples:
@@ -36,7 +37,7 @@ a line. Each output row is the input row and one column an adapter.
 """
 
 
-FLAGS_OF = {"data.test": "--data", "threshold": "--threshold"}
+FLAGS_OF = {"data.test": "--data", "threshold": "--threshold", "output": "--output"}
 """What messages call a setting that a flag gave, to the flag."""
 
 
@@ -51,7 +52,12 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
     add_source(parser)
     rows = parser.add_argument_group("rows")
     rows.add_argument("--data", metavar="FILE", help="rows to answer")
-    rows.add_argument("--output", metavar="FILE", required=True, help="JSONL file to write; must not exist")
+    rows.add_argument(
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="JSONL file to write; must not exist (text-to-image: a folder, or x.png for one picture)",
+    )
     rows.add_argument(
         "--prompt", metavar="TEXT", help="template from columns of text, such as 'Describe: {mr}' (default: the run's)"
     )
@@ -107,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             own = dict(zip(names, answers[index * len(names) : (index + 1) * len(names)], strict=True))
             lines.append(json.dumps({**row.values, **own}, ensure_ascii=False, default=str) + "\n")
         _append(output, lines, start, len(rows))
-    print(f"{len(rows)} rows answered by {', '.join(names)}: {output}")
+    print(f"{counted(len(rows), 'row')} answered by {', '.join(names)}: {output}")
     return 0
 
 
@@ -163,7 +169,8 @@ def _append(path: Path, lines: Sequence[str], done: int, total: int) -> None:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)
         raise OutputError(
-            f"{path}: {error.strerror}. {done} of {total} rows are complete in it. Free some space, and choose another --output "
+            f"{path}: {error.strerror}. {done} of {counted(total, 'row')} are complete in it. Free some space, "
+            f"and choose another --output "
             "or delete the file."
         ) from error
 

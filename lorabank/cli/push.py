@@ -6,6 +6,7 @@ import argparse
 
 from lorabank.cli.folders import chosen_path
 from lorabank.cli.parser import CommandParser
+from lorabank.wording import counted
 
 EXAMPLES = """\
 examples:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         base=args.base,
         endpoint=constants.ENDPOINT,
     )
-    print(f"pushed: {len(done.files)} files ({', '.join(done.files)})")
+    print(f"pushed: {counted(len(done.files), 'file')} ({', '.join(done.files)})")
     if done.stayed:
         print(f"not uploaded: {', '.join(done.stayed)}")
     print(done.url)

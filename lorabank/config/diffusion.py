@@ -20,8 +20,6 @@ CACHES = ("memory", "disk", "none")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 SAVE_FORMATS = ("peft", "kohya", "diffusers")
 
-LEARNING_RATE = 1e-4
-"""What diffusers' and kohya's examples train LoRA with; no fit is known for image models."""
 ATTENTION = r"re:(unet|transformer)\..*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)"
 """The denoiser's attention."""
 TEXT_ATTENTION = r"re:text_encoder(_2)?\..*self_attn\.(q|k|v|out)_proj"
@@ -30,7 +28,7 @@ TEXT_ATTENTION = r"re:text_encoder(_2)?\..*self_attn\.(q|k|v|out)_proj"
 def adapter_defaults(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What adapters of images have where nobody says otherwise. `settings`: section to what was given."""
     text = str(settings["diffusion"].get("text_encoders", False)).lower() in ("true", "yes", "1")
-    return {"targets": [ATTENTION, TEXT_ATTENTION] if text else ATTENTION, "learning_rate": LEARNING_RATE}
+    return {"targets": [ATTENTION, TEXT_ATTENTION] if text else ATTENTION}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorabank.config.aliases import MOVED
+from lorabank.config.tasks import SECTION_OF, TASK_SECTIONS
 
-_SECTIONS = {
-    "image-classification": "images",
-    "object-detection": "detection",
-    "automatic-speech-recognition": "speech",
-    "text-to-speech": "synthesis",
-    "text-to-image": "diffusion",
-}
-"""Task to the section that had a setting for bad rows."""
 _WORDS = {"skip": "drop", "refuse": "stop"}
 _RENAMED = {"speech": "long_audio", "diffusion": "no_caption"}
 """Section to a setting whose words have changed."""
@@ -23,10 +16,11 @@ _RENAMED = {"speech": "long_audio", "diffusion": "no_caption"}
 def brought_up_to_date(tree: Mapping[Any, object]) -> dict[Any, object]:
     """The tree of a run folder's config.yaml, which names the settings of every section, those of other tasks too.
 
-    What the run's own task did with bad rows becomes `data.bad_rows`; what others would have done never mattered.
+    What the run's own task did with bad rows becomes `data.bad_rows`; what others would have done never mattered, so their
+    sections are left out.
     """
-    found = dict(tree)
-    own = _SECTIONS.get(str(found.get("task")))
+    own = SECTION_OF.get(str(tree.get("task")))
+    found = {key: value for key, value in tree.items() if key not in TASK_SECTIONS or key == own}
     for section, name in MOVED:
         given = found.get(section)
         if not isinstance(given, Mapping) or name not in given:

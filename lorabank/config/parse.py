@@ -16,6 +16,7 @@ from lorabank.config.tasks import TASK_DEFAULTS, TASK_SECTIONS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.config.translate import NESTED, Settings, translate
 from lorabank.errors import ConfigError, Setting, closest
+from lorabank.wording import counted
 
 FOREIGN_RANKS = {"network_dim": ("kohya", 1), "r": ("PEFT", 8), "lora_r": ("PEFT", 8)}
 """Keys for a rank whose tool has another default for alpha than ours."""
@@ -26,8 +27,7 @@ def load_config(path: str | Path) -> tuple[TrainConfig, list[str]]:
 
     Raises ConfigError with the place of what is wrong, such as `adapters.formal.rnak`.
     """
-    tree = read_tree(path)
-    return config_from_dict(brought_up_to_date(tree) if Path(path).is_dir() else tree)
+    return config_from_dict(read_tree(path))
 
 
 def config_from_dict(tree: Mapping[Any, object]) -> tuple[TrainConfig, list[str]]:
@@ -54,7 +54,7 @@ def read_tree(path: str | Path) -> Mapping[Any, object]:
         raise ConfigError(f"{file}: is empty. Expected settings such as `model: Qwen/Qwen3-0.6B`")
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{file}: expected settings (`key: value`), got {type(tree).__name__}")
-    return tree
+    return brought_up_to_date(tree) if Path(path).is_dir() else tree
 
 
 def _read_toml(text: str, file: Path) -> object:
@@ -156,7 +156,9 @@ def _passes(raw: Mapping[str, object], place: str, accumulations: Mapping[str, i
             f"Use `{place}every`, which counts forward passes.",
         )
     passes = every.steps * counts.pop()
-    notes.append(f"{place}every: {every.steps} optimizer steps are {passes} forward passes")
+    notes.append(
+        f"{place}every: {counted(every.steps, 'optimizer step')}, which is {counted(passes, 'forward pass', 'forward passes')}"
+    )
     return {**raw, "every": passes}
 
 

@@ -37,6 +37,18 @@ TASK_SECTIONS: Mapping[str, type] = {
     "diffusion": DiffusionConfig,
 }
 """Section of a configuration file to its settings; each is a field of `TrainConfig` too."""
+SECTION_OF: Mapping[str, str] = {
+    "text-classification": "classification",
+    "summarization": "seq2seq",
+    "translation": "seq2seq",
+    "text2text-generation": "seq2seq",
+    "image-classification": "images",
+    "object-detection": "detection",
+    "automatic-speech-recognition": "speech",
+    "text-to-speech": "synthesis",
+    "text-to-image": "diffusion",
+}
+"""Task to the section that it reads; no task reads another's."""
 TASK_DEFAULTS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {"text-to-image": adapter_defaults}
 """Task to what its adapters have where nobody says otherwise, by the settings of its own section."""
 TASK_SHORTHANDS: Mapping[str, str] = dict.fromkeys(("save_format", "resolution", "min_snr", "noise_offset"), "diffusion")

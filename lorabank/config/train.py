@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lorabank.config.adapter import AdapterConfig
 from lorabank.config.checks import (
@@ -24,7 +24,7 @@ from lorabank.config.images import ImagesConfig
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.synthesis import SynthesisConfig
-from lorabank.config.tasks import DEFAULT_TASK, TASKS
+from lorabank.config.tasks import DEFAULT_TASK, SECTION_OF, TASK_SECTIONS, TASKS
 from lorabank.errors import ConfigError, Setting
 
 BASE_DTYPES = ("auto", "fp32", "bf16", "fp16", "fp8", "nf4")
@@ -302,8 +302,22 @@ class TrainConfig:
             raise ConfigError(
                 Setting("data.packing"), f": is for {DEFAULT_TASK}, and this run's task is {self.task}. Leave it out."
             )
+        self._check_sections()
         for tracker in self.report_to:
             check_choice("report_to", tracker, TRACKERS)
         check_non_negative_int("seed", self.seed)
         if self.threads is not None:
             check_positive_int("threads", self.threads)
+
+    def _check_sections(self) -> None:
+        """Raise ConfigError for a setting of another task, which would be ignored."""
+        for section in TASK_SECTIONS:
+            given = getattr(self, section)
+            if section == SECTION_OF.get(self.task):
+                continue
+            for item in fields(given):
+                if getattr(given, item.name) != getattr(type(given)(), item.name):
+                    tasks = ", ".join(task for task, own in SECTION_OF.items() if own == section)
+                    raise ConfigError(
+                        Setting(f"{section}.{item.name}"), f": is for {tasks}, and this run's task is {self.task}. Leave it out."
+                    )

@@ -10,6 +10,7 @@ from lorabank.config.convert import OptimizerSteps
 from lorabank.config.tasks import TASK_SECTIONS, TASK_SHORTHANDS
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, SaveConfig, TrainConfig
 from lorabank.errors import ConfigError, Setting, closest
+from lorabank.wording import counted
 
 SECTIONS: dict[str, type] = {
     "run": TrainConfig,
@@ -168,7 +169,7 @@ def _ours(path: str, section: str, place: str) -> str:
 
 
 def _shown(value: object) -> str:
-    return f"{value.steps} optimizer steps" if isinstance(value, OptimizerSteps) else str(value)
+    return counted(value.steps, "optimizer step") if isinstance(value, OptimizerSteps) else str(value)
 
 
 def _unknown(name: str, section: str) -> str:

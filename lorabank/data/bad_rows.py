@@ -8,6 +8,7 @@ from lorabank.config.train import DataConfig
 from lorabank.data.reasons import MAX_ORIGINS, by_reason
 from lorabank.data.row import NanError, RowError
 from lorabank.errors import DataError, Setting
+from lorabank.wording import counted
 
 NAMED = 20
 """Rows that a refusal names for each reason: they are to be mended."""
@@ -34,15 +35,16 @@ def refusal(
     what: str = "rows",
 ) -> DataError:
     """The error that names them all, and what `setting` could be instead."""
-    counted = said.format(f"{len(errors):,} of {read:,} {what}")
+    told = said.format(f"{len(errors):,} of {counted(read, what.removesuffix('s'))}")
     return DataError(
-        f"data: {counted}:{listed(errors, NAMED)}\nCorrect or delete them, or set ", Setting(setting), f" to {way_out}."
+        f"data: {told}:{listed(errors, NAMED)}\nCorrect or delete them, or set ", Setting(setting), f" to {way_out}."
     )
 
 
 def nothing_left(role: str, count: int, errors: Sequence[RowError], *, what: str = "rows") -> DataError:
     """The error for a source without a row that can be used."""
-    return DataError(f"{role} data: none of the {count:,} {what} can be used:{listed(errors)}")
+    none = f"none of the {count:,} {what}" if count != 1 else f"not the only {what.removesuffix('s')}"
+    return DataError(f"{role} data: {none} can be used:{listed(errors)}")
 
 
 def listed(errors: Sequence[RowError], most: int = MAX_ORIGINS) -> str:

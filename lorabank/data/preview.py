@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from lorabank.data.render import TokenRow
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +93,7 @@ def preview(rows: Sequence[TokenRow], tokenizer: PreTrainedTokenizerBase, consol
     for row in rows[:count]:
         trained = sum(1 for weight in row.weights if weight)
         cut = ", cut to max_length" if row.truncated else ""
-        out.title(f"{row.origin}: {len(row.input_ids)} tokens, {trained} trained{cut}")
+        out.title(f"{row.origin}: {counted(len(row.input_ids), 'token')}, {trained} trained{cut}")
         out.row(row, tokenizer)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorabank.data.reasons import Reason, dropped_lines, dropped_rows, gather
 from lorabank.data.render import TokenRow
 from lorabank.data.row import RowError
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     pass
@@ -71,7 +72,7 @@ class DataReport:
         """The report as a few short sentences, the most important first."""
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
         forms = ", ".join(self.forms)
-        lines = [f"{self.read:,} rows read ({forms}), {self.kept:,} kept: {splits}"]
+        lines = [f"{counted(self.read, 'row')} read ({forms}), {self.kept:,} kept: {splits}"]
         lines += dropped_lines(self.dropped)
         lengths = self.lengths
         lines.append(
@@ -84,10 +85,10 @@ class DataReport:
             lines.append(f"exact duplicates: {self.duplicates.count:,} ({self.duplicates.some})")
         if self.prompts_with_several_answers:
             count, rows = self.prompts_with_several_answers, self.rows_with_several_answers
-            lines.append(f"{count:,} prompts come with several different answers ({rows:,} rows)")
+            lines.append(f"{counted(count, 'prompt')} with several different answers ({counted(rows, 'row')})")
         for pair, rows in self.in_two_splits.items():
-            lines.append(f"same prompt in {pair}: {rows.count:,} rows ({rows.some}); see data.group_by")
-        lines += [f"{note}: {rows.count:,} rows ({rows.some})" for note, rows in self.notes.items()]
+            lines.append(f"same prompt in {pair}: {counted(rows.count, 'row')} ({rows.some}); see data.group_by")
+        lines += [f"{note}: {counted(rows.count, 'row')} ({rows.some})" for note, rows in self.notes.items()]
         return lines
 
 

@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from lorabank.data.reasons import Reason, dropped_lines, dropped_rows, gather
 from lorabank.data.row import RowError
+from lorabank.wording import counted
 
 R = TypeVar("R")
 
@@ -47,11 +48,12 @@ class RowReport:
 
     def lines(self) -> list[str]:
         """The report as a few short sentences, the most important first."""
+        one = self.what.removesuffix("s")
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
-        lines = [f"{self.read:,} {self.what} read, {self.kept:,} kept: {splits}"]
+        lines = [f"{counted(self.read, one)} read, {self.kept:,} kept: {splits}"]
         lines += dropped_lines(self.dropped)
         lines += self.facts
-        lines += [f"{note}: {rows.count:,} {self.what} ({rows.some})" for note, rows in self.notes.items()]
+        lines += [f"{note}: {counted(rows.count, one)} ({rows.some})" for note, rows in self.notes.items()]
         return lines
 
 

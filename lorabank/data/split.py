@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorabank.errors import DataError, closest
+from lorabank.wording import counted
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ def split_rows(keys: Sequence[str], *, val: float | int, test: float | int, seed
     parts = sum(1 for count in wanted.values() if count)
     if sum(wanted.values()) >= len(keys) and parts:
         raise DataError(
-            f"data.val_split {val} and data.test_split {test} ask for {sum(wanted.values())} of {len(keys)} rows, "
+            f"data.val_split {val} and data.test_split {test} ask for {sum(wanted.values())} of {counted(len(keys), 'row')}, "
             "which leaves none to train on. Lower them, or set them to 0"
         )
     if len(order) < parts + 1:
         raise DataError(
-            f"{len(keys)} rows hold {len(order)} different {unit}: too few to hold some out and train on the rest. "
+            f"{counted(len(keys), 'row')}, different {unit}: {len(order)}, too few to hold some out and train on the rest. "
             "Give data.val its own file, or set data.val_split and data.test_split to 0"
         )
     taken: dict[str, str] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lorabank.data.split import Split, split_rows
 from lorabank.errors import DataError
+from lorabank.wording import counted
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,11 @@ def stratified_rows(keys: Sequence[str], labels: Sequence[str], *, val: float | 
     total = len(keys)
     shares = {part: wanted if wanted < 1 else wanted / max(1, total) for part, wanted in (("val", val), ("test", test))}
     if sum(shares.values()) >= 1:
-        asked = f"data.val_split {val} and data.test_split {test} ask for {round(sum(shares.values()) * total)} of {total} rows"
-        raise DataError(f"{asked}, which leaves none to train on. Lower them, or set them to 0")
+        asked = f"{round(sum(shares.values()) * total)} of {counted(total, 'row')}"
+        raise DataError(
+            f"data.val_split {val} and data.test_split {test} ask for {asked}, which leaves none to train on. Lower them, or set "
+            "them to 0"
+        )
     members: dict[str, list[int]] = {}
     for position, label in enumerate(labels):
         members.setdefault(label, []).append(position)

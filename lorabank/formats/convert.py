@@ -33,6 +33,7 @@ from lorabank.formats.peft_config import unheld as unheld_by_peft
 from lorabank.formats.readers import non_finite
 from lorabank.formats.scratch import scratch_beside
 from lorabank.formats.slices import without_slices
+from lorabank.wording import counted
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What tensors can be written in, by the command line's names."""
@@ -204,7 +205,7 @@ def _refuse_truncated(turned: Mapping[str, Decomposed], lossy: bool) -> None:
     if lost and not lossy:
         worst = max(lost, key=lambda path: lost[path].error)
         raise AdapterFileError(
-            f"--rank: {len(lost)} layers would lose a part of their change, {worst!r} {lost[worst].error:.2g} of it "
+            f"--rank: {counted(len(lost), 'layer')} would lose a part of their change, {worst!r} {lost[worst].error:.2g} of it "
             f"(‖lost‖/‖ΔW‖; its full rank is {lost[worst].full_rank}). Nothing was written; --lossy allows it."
         )
 

@@ -29,6 +29,7 @@ from lorabank.formats.lycoris_layers import Decomposed, decomposed, tucker_pair
 from lorabank.formats.norms import warn_norms
 from lorabank.formats.saved import refuse_modules
 from lorabank.formats.slices import without_slices
+from lorabank.wording import counted
 
 NAMES = "kohya.names"
 """Key of the metadata that says how a file spelled its names, so that it is written the same way."""
@@ -77,7 +78,8 @@ def load_kohya(path: str | Path, *, model: nn.Module | None = None, allow_non_fi
         ranks = sorted(one.rank for one in found.decomposed.values())
         kinds = " and ".join(sorted({one.kind for one in found.decomposed.values()}))
         warnings.warn(
-            f"{path}: {len(found.decomposed)} {kinds} layers became LoRA of rank {ranks[0]} to {ranks[-1]} (relative error "
+            f"{path}: {counted(len(found.decomposed), f'{kinds} layer')} became LoRA of rank {ranks[0]} to "
+            f"{ranks[-1]} (relative error "
             f"{worst.error:.1g}). lorabank convert --rank gives smaller ones, and states the error.",
             stacklevel=2,
         )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 
+from lorabank.config.tasks import TASK_SECTIONS
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import label_names
 from lorabank.formats.peft import TENSOR_METADATA
+from lorabank.formats.task_settings import SECTIONS, task_settings
 from lorabank.merging.weights import Weights
 
 OWN = (TENSOR_METADATA, "combine.", "peft.")
@@ -37,38 +40,31 @@ def check_labels(parts: Weighted, called: Sequence[str]) -> None:
             )
 
 
-SETTINGS = ("speech",)
-"""Keys whose value is a JSON object of settings that an adapter is used with again; they are settled one by one."""
-
-
 def warn_of_settings(parts: Weighted, called: Sequence[str]) -> None:
     """Warn of settings that adapters with a weight were trained with differently: the combination has none of them.
 
     `called`: what messages call the adapters.
     """
-    differ = []
-    for key in SETTINGS:
-        said = {name: _settings(a, key) for name, (a, weight) in zip(called, parts, strict=True) if weight != 0}
+    differ, defaults = [], []
+    for key in SECTIONS:
+        said = {name: task_settings(a, key) for name, (a, weight) in zip(called, parts, strict=True) if weight != 0}
         for setting in dict.fromkeys(name for own in said.values() for name in own):
             values = {name: own.get(setting, "unsaid") for name, own in said.items()}
             if len(set(map(json.dumps, values.values()))) > 1:
                 differ.append(f"{key}.{setting} ({', '.join(f'{name} {value}' for name, value in values.items())})")
+                usual = {item.name: item.default for item in fields(TASK_SECTIONS[key])}
+                defaults += [f"{key}.{setting} {usual[setting]}"] if setting in usual else []
     if differ:
         warnings.warn(
             f"combine: the adapters were trained with different settings: {'; '.join(differ)}. The combination has none of them, "
-            "so it is used with the defaults: combine adapters of the same settings if that isn't what you want.",
+            f"so it is used with the defaults ({', '.join(defaults)}): combine adapters of the same settings if you want theirs.",
             stacklevel=5,
         )
 
 
-def _settings(adapter: Adapter, key: str) -> Mapping[str, object]:
-    found = json.loads(adapter.metadata.get(key, "{}"))
-    return found if isinstance(found, dict) else {}
-
-
 def _alike(parts: Sequence[Adapter], key: str) -> dict[str, str]:
     """The settings under a key that all have alike, as JSON; nothing where there are none."""
-    first, *others = [_settings(adapter, key) for adapter in parts]
+    first, *others = [task_settings(adapter, key) for adapter in parts]
     same = {name: value for name, value in first.items() if all(name in own and own[name] == value for own in others)}
     return {key: json.dumps(same)} if same else {}
 
@@ -80,4 +76,4 @@ def agreed(parts: Weighted) -> dict[str, str]:
     same = {
         key: value for key, value in first.items() if not key.startswith(OWN) and all(other.get(key) == value for other in others)
     }
-    return same | {k: v for key in SETTINGS if weighted and key not in same for k, v in _alike(weighted, key).items()}
+    return same | {k: v for key in SECTIONS if weighted and key not in same for k, v in _alike(weighted, key).items()}

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lorabank.wording import counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerError:
@@ -64,7 +66,8 @@ class CombineReport:
     def __str__(self) -> str:
         worst = self.layers[self.worst]
         return (
-            f"{self.method}: {len(self.layers)} layers, ranks in all {_span(self.ranks_before)} before, {_span(self.ranks)} "
+            f"{self.method}: {counted(len(self.layers), 'layer')}, ranks in all {_span(self.ranks_before)} "
+            f"before, {_span(self.ranks)} "
             f"after; ‖ΔW − result‖/‖ΔW‖ = {_percent(self.error)}, at most {_percent(worst.error)} ({self.worst})"
         )
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lorabank.wording import counted
+
 UNRESOLVED = 0.5
 """Share of Δ lost to rounding above which it counts as below what the storage resolves."""
 
@@ -94,7 +96,8 @@ class MergeReport:
         off = f"what is stored is off by ‖lost‖/‖W‖ = {_percent(self.rounding_error)}"
         kept = "" if in_bf16 is None else f"; in bf16 it would be {_percent(in_bf16)}; {off}"
         return (
-            f"merged {len(self.layers)} layers{more} ({', '.join(self.dtypes)}), ‖Δ‖/‖W‖ = {self.relative_change:.2g}; "
+            f"merged {counted(len(self.layers), 'layer')}{more} ({', '.join(self.dtypes)}), ‖Δ‖/‖W‖ = "
+            f"{self.relative_change:.2g}; "
             f"lost to rounding ‖lost Δ‖/‖Δ‖ = {_percent(self.lost_share)}, at most {_percent(loss.share)} ({worst}){kept}"
             f"{trained}"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabank.errors import MissingExtraError, ModelError, first_line
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ class WeightsRead:
         if not self.unused:
             return []
         some = ", ".join(self.unused[:3])
-        return [f"{len(self.unused)} weights of the file have no place in the model and were left out ({some})"]
+        return [f"{counted(len(self.unused), 'weight')} of the file left out, without a place in the model ({some})"]
 
 
 def config_of(name: str, folder: Path, settings: Mapping[str, Any], *, trust_remote_code: bool) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorabank.wording import counted
+
 REFERENCE_HIDDEN = 2000
 FULL_RATE_AT_2000 = 5e-5
 """Full fine-tuning rate of a model with 2,000 hidden features (tinker-cookbook's fit)."""
@@ -23,6 +25,11 @@ class LearningRateAdvice:
     reason: str
 
 
+OF_IMAGE_MODELS = LearningRateAdvice(
+    1e-4, "what diffusers' and kohya's examples train LoRA with, since no fit is known for image models"
+)
+
+
 def advise_learning_rate(model_type: str, hidden_size: int | None, total_steps: int) -> LearningRateAdvice:
     """Step size for LoRA on a model of this family and width, for a run of `total_steps` optimizer steps, to two digits.
 
@@ -35,6 +42,6 @@ def advise_learning_rate(model_type: str, hidden_size: int | None, total_steps: 
     factor = SHORT_RUN_FACTOR if short else LORA_FACTOR
     width = f"hidden size {hidden_size}" if hidden_size else f"hidden size unknown, {REFERENCE_HIDDEN} taken, a guess"
     fit = f"{family.capitalize()}'s fit" if family else f"Llama's fit, a guess for {model_type or 'this family'}"
-    run = f"a short run of {total_steps} steps" if short else f"{total_steps} steps"
+    run = f"a short run of {counted(total_steps, 'step')}" if short else counted(total_steps, "step")
     reason = f"{factor:g} × the full fine-tuning rate {full:.1e} ({width}, {fit}) for {run}"
     return LearningRateAdvice(float(f"{full * factor:.2g}"), reason)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lorabank.errors import ConfigError
 from lorabank.training.base_rows import BASE_NAME, is_base
+from lorabank.wording import counted
 
 SHOWN = 3
 
@@ -27,7 +28,7 @@ def base_note(names: Sequence[str], base: Sequence[str], others: Iterable[Sequen
     if not any(map(is_base, names)) or all(set(own) == set(base) for own in others):
         return ""
     shown = ", ".join(base[:SHOWN]) + (", …" if len(base) > SHOWN else "")
-    return f" ({BASE_NAME} by its own head, whose {len(base):,} labels are others: {shown})"
+    return f" ({BASE_NAME} by its own head, of {counted(len(base), 'other label')}: {shown})"
 
 
 def numbered(labels: Sequence[str]) -> bool:

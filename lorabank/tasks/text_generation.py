@@ -131,4 +131,4 @@ def _load_tokenizer(request: BaseRequest, say: Say) -> TaskBase:
     return TaskBase(model=nn.Module(), processor=tokenizer, name=request.model, folder=None)
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics, quantises=True, load_preview=_load_tokenizer)
+KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics, quantises=True, offloads=True, load_preview=_load_tokenizer)

@@ -19,6 +19,7 @@ from lorabank.training.card_use import LITE, TIMM, how_to_load
 from lorabank.training.markdown import cell
 from lorabank.training.serving import adapter_obstacle, has_patterns, obstacle
 from lorabank.training.task import TASK_KEY
+from lorabank.wording import counted
 
 USE = "## Use"
 """Heading of the section on how to load the adapter."""
@@ -113,7 +114,7 @@ def _what(facts: CardFacts) -> str:
     made = f" {facts.version}" if facts.version else ""
     return (
         f"A LoRA adapter for {base}, trained with lorabank{made}: "
-        f"{human.count(facts.parameters)} parameters in {facts.layers} layers "
+        f"{human.count(facts.parameters)} parameters in {counted(facts.layers, 'layer')} "
         f"({human.share(facts.parameters, facts.base_parameters)} of the base)."
     )
 
@@ -121,9 +122,11 @@ def _what(facts: CardFacts) -> str:
 def _training(facts: CardFacts) -> str:
     run = facts.run
     targets = run.targets if isinstance(run.targets, str) else ", ".join(run.targets)
-    batch = f"{run.batch_size} rows" + (f" × {run.gradient_accumulation} accumulated" if run.gradient_accumulation > 1 else "")
+    batch = counted(run.batch_size, "row") + (
+        f" × {run.gradient_accumulation} accumulated" if run.gradient_accumulation > 1 else ""
+    )
     rows = [
-        ("data", f"{facts.data}: {facts.train_rows:,} rows, {facts.val_rows:,} held out"),
+        ("data", f"{facts.data}: {counted(facts.train_rows, 'row')}, {facts.val_rows:,} held out"),
         ("rank", str(run.rank) + (f", by pattern {dict(run.rank_pattern)}" if run.rank_pattern else "")),
         ("alpha", f"{run.alpha:g}" + (" (rsLoRA: α/√r)" if run.use_rslora else " (α/r)")),
         ("targets", f"`{targets}`"),
@@ -151,13 +154,13 @@ def _also_trained(run: AdapterRun) -> str:
         *([f"`modules_to_save`: {', '.join(run.modules_to_save)}"] if run.modules_to_save else []),
         *([f"`bias: {run.bias}`"] if run.bias != "none" else []),
         *(["`lora_bias`"] if run.lora_bias else []),
-        *([f"{ids} token row{'s' if ids > 1 else ''}"] if ids else []),
+        *([counted(ids, "token row")] if ids else []),
     ]
     return ", ".join(found)
 
 
 def _scores(facts: CardFacts) -> str:
-    lines = [f"On the {facts.val_rows:,} held-out rows.", ""]
+    lines = [f"On the {counted(facts.val_rows, 'held-out row')}.", ""]
     if facts.base_metrics:
         lines += ["| metric | base | adapter |", "|---|---:|---:|"]
     else:
@@ -287,6 +290,6 @@ def _plain_body(adapter: Adapter, name: str, base_model: str) -> str:
         "targets": f"`{targets}`",
         "dropout": f"{config.dropout:g}",
     }
-    count = f"{human.count(adapter.num_parameters)} parameters in {len(adapter.layers)} layers"
+    count = f"{human.count(adapter.num_parameters)} parameters in {counted(len(adapter.layers), 'layer')}"
     table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {cell(value)} |" for key, value in rows.items())])
     return f"# {name}\n\nA LoRA adapter for `{base_model}`: {count}.\n\n{table}\n"

@@ -10,7 +10,7 @@ from lorabank.config.train import AdapterRun
 from lorabank.errors import ConfigError, DataError
 from lorabank.optim.schedules import learning_rate_factor
 from lorabank.optim.slot_optimizer import OptimizerConfig
-from lorabank.planner.learning_rate import advise_learning_rate
+from lorabank.planner.learning_rate import LearningRateAdvice, advise_learning_rate
 from lorabank.training.data_sets import TaskRow
 from lorabank.training.streams import RowStream
 
@@ -61,9 +61,11 @@ def make_job(
     data: str,
     seed: int,
     model_config: Mapping[str, object],
+    advice: LearningRateAdvice | None = None,
     pack_to: int | None = None,
 ) -> AdapterJob:
-    """Resolve one adapter. `model_config` gives `model_type` and `hidden_size` for the automatic learning rate.
+    """Resolve one adapter. `model_config` gives `model_type` and `hidden_size` for the automatic learning rate,
+    where `advice` isn't given in their stead.
 
     `pack_to`: tokens of a packed row; None: a row an example.
     """
@@ -80,7 +82,8 @@ def make_job(
         )
     if run.learning_rate == "auto":
         hidden = model_config.get("hidden_size")
-        advice = advise_learning_rate(str(model_config.get("model_type", "")), hidden if isinstance(hidden, int) else None, total)
+        width = hidden if isinstance(hidden, int) else None
+        advice = advice or advise_learning_rate(str(model_config.get("model_type", "")), width, total)
         rate, reason = advice.value, f"auto: {advice.reason}"
     else:
         rate, reason = float(run.learning_rate), "as given"

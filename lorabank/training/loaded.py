@@ -24,6 +24,7 @@ from lorabank.errors import (
     DataError,
     MissingExtraError,
     ModelError,
+    Setting,
     closest,
 )
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
@@ -96,7 +97,10 @@ def load_run(
         raise CheckpointError(f"{source}: the run has no adapter yet, since it didn't end. To go on with it: {resume_line(path)}")
     loaded = {name: load_peft(folders[name]) for name in wanted}
     kind = kinds(_chosen_task(task, source, config, loaded))
-    kind.check_metrics(check)
+    try:
+        kind.check_metrics(check)
+    except ConfigError as error:
+        raise error if error.settings else ConfigError(Setting("eval.metrics"), ": ", *error.parts) from error
     base = _base(kind, _base_name(path, config, folders, loaded), config, loaded, dtype=dtype, device=device)
     processor = base.processor
     if isinstance(processor, PreTrainedTokenizerBase):

@@ -51,6 +51,7 @@ def build_trainer(
             data=data.names[name],
             seed=config.seed,
             model_config=known,
+            advice=task.learning_rate,
             pack_to=config.data.max_length if config.data.packing else None,
         )
         for name, run in runs.items()

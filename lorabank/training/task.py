@@ -21,6 +21,7 @@ from lorabank.engine.batch import Batch
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
 from lorabank.formats.adapter import Adapter
+from lorabank.planner.learning_rate import LearningRateAdvice
 from lorabank.training.data_sets import DataSets, Row, RowObjects
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class Task(ABC, Generic[Row]):
     """Section of the configuration whose settings change results."""
     compiling: ClassVar[str] = "half a minute"
     """How much longer the first step takes where blocks are compiled, for people."""
+    learning_rate: ClassVar[LearningRateAdvice | None] = None
+    """What `learning_rate: auto` is; None: by the published fits, which are for language models."""
     pipeline_tag: ClassVar[str | None] = None
     """What the model card says; None: the task's name."""
 
@@ -235,5 +238,7 @@ class TaskKind:
     """Raises ConfigError for `eval.metrics` that the task doesn't know; called before anything is loaded."""
     quantises: bool = False
     """Whether its base may be in fp8 or nf4."""
+    offloads: bool = False
+    """Whether its passes have `activation_offloading`."""
     load_preview: Callable[[BaseRequest, Say], TaskBase] | None = None
     """What `lorabank preview` loads instead, where rows are shown without a model."""

@@ -27,6 +27,7 @@ from lorabank.training.run_folder import RunFolder
 from lorabank.training.start import adapter_is_finite, restart_adapter
 from lorabank.training.task import Busy, Task
 from lorabank.training.validation import Validation
+from lorabank.wording import counted
 
 
 @dataclass(kw_only=True)
@@ -95,7 +96,7 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             raise TooLargeError(
-                f"out of memory: there is no room for the optimizer's state of {len(names)} adapters "
+                f"out of memory: there is no room for the optimizer's state of {counted(len(names), 'adapter')} "
                 f"({(str(error).splitlines() or [''])[0]}). Train fewer adapters at once or lower ranks, or keep the base in "
                 "fewer bits (base_dtype: nf4)."
             ) from error
@@ -218,13 +219,15 @@ class Trainer:
     def _tell_of_memory(self, batch: Batch | ModelBatch) -> None:
         if isinstance(batch, ModelBatch):
             self.notice(
-                f"out of memory with {batch.rows} rows in one pass: they went through in parts, and passes are smaller from here "
+                f"out of memory with {counted(batch.rows, 'row')} in one pass: they went through in parts, and "
+                f"passes are smaller from here "
                 "on. Gradients add up to the same; gradient_checkpointing or a smaller batch_size may be faster.",
                 level="warning",
             )
             return
         self.notice(
-            f"out of memory with {batch.rows} rows of up to {max(batch.lengths)} tokens in one pass: they went through in parts, "
+            f"out of memory with {counted(batch.rows, 'row')} of up to {counted(max(batch.lengths), 'token')} "
+            f"in one pass: they went through in parts, "
             f"and passes have at most {self.engine.fits.tokens:,} tokens from here on. Gradients add up to the same; "
             "gradient_checkpointing or a smaller batch_size may be faster.",
             level="warning",

@@ -207,6 +207,28 @@ def test_eval_on_other_rows(api: Any, run_folder: Path) -> None:
     assert options["metrics"] == ["chrf"]
 
 
+def test_eval_has_the_flags_that_its_messages_name(
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": NaN}\n{"prompt": "a"}\n')
+    words = ["eval", str(adapter_folder), "--data", str(rows), "--device", "cpu", "--adapters", "base"]
+    assert main(words) == 2
+    assert "Correct or delete them, or set --nan-rows to drop, which leaves them out" in capsys.readouterr().err
+    assert main([*words, "--nan-rows", "drop", "--bad-rows", "stop"]) == 2
+    assert "or set --bad-rows to drop" in capsys.readouterr().err
+    assert main([*words, "--nan-rows", "drop"]) == 0
+    told = capsys.readouterr()
+    assert "'completion' holds NaN" in told.err and "base" in told.out
+    assert main([*words, "--nan-rows", "leave"]) == 2
+
+
+def test_eval_reads_a_runs_own_rows_as_the_run_did(api: Any, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run_folder), "--bad-rows", "drop"]) == 2
+    assert "--bad-rows: is for the rows of --data" in capsys.readouterr().err
+    assert api.calls == []
+
+
 # predict --------------------------------------------------------------------------------------------------------------
 
 
@@ -579,7 +601,7 @@ def test_inspect_an_adapter(adapter_folder: Path, base_folder: Path, capsys: pyt
     deltas = [layer.delta().norm() for path, layer in Adapter.load(adapter_folder).layers.items() if path.endswith("q_proj")]
     root_mean_square = float(sum(delta**2 for delta in deltas) / 2) ** 0.5
     assert float(row[5]) == pytest.approx(root_mean_square, rel=1e-2)
-    assert "2 layers have A or B = 0" in text
+    assert "2 layers with A or B = 0" in text
     assert "no NaN, no infinity" in text
 
 
@@ -592,7 +614,7 @@ def test_inspect_looks_at_a_broken_adapter(adapter_folder: Path, capsys: pytest.
     save_file(tensors, file, metadata={"format": "pt"})
     (adapter_folder / "lorabank.json").unlink(missing_ok=True)  # its checksum would name the change first
     assert main(["inspect", str(adapter_folder)]) == 1
-    assert "NaN or infinity in 1 layers" in capsys.readouterr().out
+    assert "NaN or infinity in 1 layer" in capsys.readouterr().out
 
 
 def test_inspect_a_run(run_folder: Path, adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

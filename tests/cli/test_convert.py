@@ -152,11 +152,11 @@ def test_loha_by_svd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     start = loha(tmp_path / "loha.safetensors")
     assert main(["convert", str(start), str(tmp_path / "d"), "--to", "diffusers"]) == 0
     text = capsys.readouterr().out
-    assert "LoHa: 1 layers became LoRA of rank 9 to 9; largest relative error" in text
+    assert "LoHa: 1 layer became LoRA of rank 9 to 9; largest relative error" in text
     assert "metadata kept: ss_epoch\nmetadata left out: ss_network_args\n" in text
     line = ["convert", str(start), str(tmp_path / "k.safetensors"), "--to", "kohya", "--rank", "4"]
     assert main(line) == 2
-    assert f"1 layers would lose a part of their change, '{PATH}' 0." in capsys.readouterr().err
+    assert f"1 layer would lose a part of their change, '{PATH}' 0." in capsys.readouterr().err
     assert main([*line, "--lossy"]) == 0
     assert "of rank 4 to 4; largest relative error 0." in capsys.readouterr().out
     with safe_open(tmp_path / "k.safetensors", "pt") as file:

@@ -130,7 +130,7 @@ def test_nan_is_named_everywhere_and_the_rest_still_shown(tmp_path: Path, capsys
     folder = many(tmp_path / "a", nan_in=2)
     assert main(["inspect", str(folder)]) == 1
     text = " ".join(capsys.readouterr().out.split())
-    assert f"NaN or infinity in 1 layers: {PATHS[2]}" in text
+    assert f"NaN or infinity in 1 layer: {PATHS[2]}" in text
     assert "largest model.layers." in text
     found = as_json(folder, capsys)
     assert found["broken"] == [PATHS[2]]

@@ -155,7 +155,7 @@ def test_a_key_without_effect_is_said(key: str) -> None:
 def test_steps_become_passes() -> None:
     config, notes = config_from_dict({"save_steps": 100, "gradient_accumulation_steps": 4})
     assert config.save.every == 400
-    assert "save.every: 100 optimizer steps are 400 forward passes" in notes
+    assert "save.every: 100 optimizer steps, which is 400 forward passes" in notes
     with pytest.raises(ConfigError, match="differ between adapters"):
         config_from_dict({"save_steps": 100, "adapters": {"a": {"gradient_accumulation": 2}, "b": {}}})
 

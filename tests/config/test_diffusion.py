@@ -23,7 +23,7 @@ def test_other_tools_names_and_short_ones() -> None:
 
 def test_adapters_change_attention_unless_they_are_told_otherwise() -> None:
     made = config(adapters={"a": {}, "b": {"targets": "all-linear", "learning_rate": 3e-4}})
-    assert (made.adapters["a"].targets, made.adapters["a"].learning_rate) == (ATTENTION, 1e-4)
+    assert (made.adapters["a"].targets, made.adapters["a"].learning_rate) == (ATTENTION, "auto")
     assert (made.adapters["b"].targets, made.adapters["b"].learning_rate) == ("all-linear", 3e-4)
     both = config(diffusion={"text_encoders": True}, adapters={"a": {}}).adapters["a"].targets
     assert list(both) == [ATTENTION, TEXT_ATTENTION]

@@ -181,3 +181,13 @@ def test_a_pattern_of_an_adapter_whose_name_has_dots(name: str, dash: str) -> No
     flag = f"--adapters.v1.2.{name.replace('_', dash)}.q_proj"
     config = parse_train_arguments(["--model", "m", "--data", "d.jsonl", "--output", "o", flag, "4"]).config
     assert getattr(config.adapters["v1.2"], name) == {"q_proj": 4}
+
+
+@pytest.mark.parametrize(
+    ("flag", "setting"),
+    [("--resolution 64", "--resolution"), ("--language de", "--language"), ("--speech.beams 2", "--speech.beams")],
+)
+def test_a_flag_of_another_task_is_refused_as_it_was_typed(flag: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{setting}: is for .*, and this run's task is object-detection\. Leave it out"):
+        parse(f"--model M --data f --task object-detection {flag}")
+    assert parse("--model M --data f --task object-detection --speech.beams 1").config.speech.beams == 1  # the default

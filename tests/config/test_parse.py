@@ -122,6 +122,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"diffusion": {"bad_pictures": "skip"}}, "diffusion.bad_pictures: is `data.bad_rows` now"),
     ({"synthesis": {"bad_rows": "refuse"}}, "synthesis.bad_rows: is `data.bad_rows` now"),
     ({"task": "summarization", "data": {"packing": True}}, "data.packing: is for text-generation, and this run's task is summ"),
+    (
+        {"task": "text-classification", "speech": {"beams": 3}},
+        "speech.beams: is for automatic-speech-recognition, and this run's task is text-classification. Leave it out.",
+    ),
+    ({"seq2seq": {"prefix": "sum: "}}, "seq2seq.prefix: is for summarization, translation, text2text-generation, and this run's"),
     ({"speech": {"long_audio": "skip"}}, "speech.long_audio: expected one of drop, cut, split, stop, got 'skip'"),
     ({"every": 3}, "every: unknown here; there is `eval.every` and `save.every`"),
     ({"defaults": {"rank": "sixteen"}}, "defaults.rank: expected a whole number, got 'sixteen'"),

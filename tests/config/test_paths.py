@@ -22,15 +22,17 @@ def test_existing_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
             "model": "../base",
             "output": "../out",
             "data": {"train": "../f.jsonl", "val": "org/rows:en:train"},
-            "synthesis": {"vocoder": "../old"},
-            "detection": {"images": "../sub"},
             "adapters": {"a": {"init_from": "../old", "val_data": "../v.jsonl"}, "b": {"data": "nowhere.jsonl"}},
         }
     )
     found = with_absolute_paths(config)
     assert (found.model, found.output) == (str(tmp_path / "base"), "../out")
     assert (found.data.train, found.data.val, found.data.test) == (str(tmp_path / "f.jsonl"), "org/rows:en:train", None)
-    assert (found.synthesis.vocoder, found.detection.images) == (str(tmp_path / "old"), str(tmp_path / "sub"))
+    tasks = {"text-to-speech": {"synthesis": {"vocoder": "../old"}}, "object-detection": {"detection": {"images": "../sub"}}}
+    speech, detection = (
+        with_absolute_paths(config_from_dict({"model": "m", "task": task, **section})[0]) for task, section in tasks.items()
+    )
+    assert (speech.synthesis.vocoder, detection.detection.images) == (str(tmp_path / "old"), str(tmp_path / "sub"))
     a, b = found.adapters.values()
     assert (a.init_from, a.val_data) == (str(tmp_path / "old"), str(tmp_path / "v.jsonl"))
     assert (a.data, b.data) == (None, "nowhere.jsonl")

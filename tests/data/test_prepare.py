@@ -138,7 +138,7 @@ def test_nan_in_a_column_that_is_not_used_is_no_matter(chatml: PreTrainedTokeniz
 def test_nothing_left_is_an_error_with_the_reasons(chatml: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"none of the 12 rows can be used:\n  - 12 × no trained token within max_length = 5"):
         run(chatml, train=pairs(NAMES), max_length=5)
-    with pytest.raises(DataError, match="val data: none of the 1 rows"):
+    with pytest.raises(DataError, match="val data: not the only row"):
         run(chatml, train=pairs(NAMES), val=[{"mr": "a", "ref": ""}])
 
 
@@ -165,7 +165,7 @@ def test_rows_to_be_scored_are_test_rows(tmp_path: Path, chatml: PreTrainedToken
     found = run(chatml, test=str(tmp_path / "both"))
     assert (found.train, found.val, len(found.test)) == ([], [], len(parts["test"]))
     assert found.report.lines()[0].endswith(f"{len(parts['test'])} test")
-    with pytest.raises(DataError, match="test data: none of the 1 rows can be used"):
+    with pytest.raises(DataError, match="test data: not the only row can be used"):
         datasets.Dataset.from_list([{"mr": "a", "ref": ""}]).save_to_disk(tmp_path / "bad")
         run(chatml, test=str(tmp_path / "bad"))
     with pytest.raises(DataError, match=r"no training data: set data\.train to a file"):

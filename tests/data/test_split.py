@@ -63,7 +63,7 @@ def test_groups_larger_than_the_part() -> None:
     [
         (KEYS, 200, 0, "leaves none to train on"),
         (KEYS, 0.5, 100, "leaves none to train on"),
-        (["one"] * 50, 0.1, 0, "50 rows hold 1 different rows"),
+        (["one"] * 50, 0.1, 0, "50 rows, different rows: 1, too few"),
         (["one", "two"] * 50, 0.1, 0.1, "too few"),
     ],
 )

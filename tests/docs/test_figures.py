@@ -151,6 +151,7 @@ PROVOKE: list[Callable[[Path], object]] = [
     _token_beyond,
     _other_base,
     _existing_folder,
+    lambda folder: config_from_dict({"task": "text-classification", "speech": {"beams": 3}}),
     _nan,
     _unknown_columns,
     _unknown_name,

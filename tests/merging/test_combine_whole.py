@@ -166,7 +166,10 @@ def test_settings_that_differ_are_named_and_those_that_agree_are_kept() -> None:
 
     a = trained("a", 0, window=2.0, language="de", task="transcribe")
     b = trained("b", 1, window=10.0, language="de", task="transcribe")
-    with pytest.warns(UserWarning, match=r"different settings: speech\.window \(adapter 0 2\.0, adapter 1 10\.0\)\. .* default"):
+    with pytest.warns(
+        UserWarning,
+        match=r"different settings: speech\.window \(adapter 0 2\.0, adapter 1 10\.0\)\. .* defaults \(speech\.window 30\.0\)",
+    ):
         mixed = combine([(a, 0.5), (b, 0.5)])
     assert json.loads(mixed.metadata["speech"]) == {"language": "de", "task": "transcribe"}
     assert combine([(a, 1.0), (b, 0.0)]).metadata["speech"] == a.metadata["speech"], "without a warning"

@@ -25,7 +25,7 @@ def test_the_number_is_the_fits(model_type: str, hidden: int, steps: int, expect
 
 def test_the_reason_names_every_factor() -> None:
     reason = advise_learning_rate("llama", 576, 1000).reason
-    for part in ("10 ×", "1.3e-04", "hidden size 576", "Llama's fit", "1000 steps"):
+    for part in ("10 ×", "1.3e-04", "hidden size 576", "Llama's fit", "1,000 steps"):
         assert part in reason
     assert "guess" not in reason
     assert "15 ×" in advise_learning_rate("qwen3", 1024, 60).reason

@@ -13,6 +13,8 @@ import transformers as hf
 
 import lorabank as lb
 from lorabank import api
+from lorabank.cli import main
+from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError
 from lorabank.models.quiet import quiet_transformers
 from tests.tasks.detection.made import coco_folder, saved_detector
@@ -61,10 +63,10 @@ class Case:
 
 
 CASES = {
-    "image-classification": Case(make=_vit, names=NAMES, note="default, base (base by its own head, whose 3 labels are others:"),
-    "object-detection": Case(make=_detector, names=NAMES, note="pictures (base by its own head, whose 3 labels are others:"),
+    "image-classification": Case(make=_vit, names=NAMES, note="default, base (base by its own head, of 3 other labels:"),
+    "object-detection": Case(make=_detector, names=NAMES, note="pictures (base by its own head, of 3 other labels:"),
     "text-classification": Case(
-        make=_bert, names={0: "up", 1: "down"}, note="default, base (base by its own head, whose 2 labels are others: up, down)"
+        make=_bert, names={0: "up", 1: "down"}, note="default, base (base by its own head, of 2 other labels: up, down)"
     ),
 }
 
@@ -85,3 +87,13 @@ def test_the_bases_own_labels_are_said_to_be_others(task: str, tmp_path: Path) -
     (model / "config.json").write_text(json.dumps(config))
     assert case.note in api.predict(tmp_path / "run", new, tmp_path / "both", both)
     assert "own head" not in api.predict(tmp_path / "run", new, tmp_path / "one")
+    if task == "object-detection":
+        merged = tmp_path / "merged"
+        assert main(["merge", str(tmp_path / "run" / "default"), "--output", str(merged)]) == 0
+        assert "base" in api.predict(merged, new, tmp_path / "alone", task=task)
+        assert api.evaluate(merged, None, DataConfig(test=str(data)), task=task).keys() == {"base"}
+        config = json.loads((merged / "config.json").read_text())
+        unnamed = {"id2label": {i: f"LABEL_{i}" for i in range(len(config["id2label"]))}}
+        (merged / "config.json").write_text(json.dumps({**config, **unnamed, "label2id": {}}))
+        with pytest.raises(ConfigError, match="head has no names of labels"):
+            api.predict(merged, new, tmp_path / "unnamed", task=task)

@@ -18,6 +18,7 @@ from lorabank.tasks.detection.rows import Box, DetectionRow
 from lorabank.tasks.own_head import base_note, check_trained, numbered
 from lorabank.training.base_rows import is_base
 from lorabank.training.task import Busy, Prediction
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.tasks.detection.task import ObjectDetection
@@ -69,10 +70,8 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     left = sum(reason.count for reason in sets.report.dropped.values())
     counts = ", ".join(f"{name} {sum(entry['score'] >= shown for entry in own):,}" for name, own in results.items())
     own = base_note(wanted.names, task.base_labels, [task.labels_of(name) for name in wanted.names if not is_base(name)])
-    return (
-        f"{len(rows)} pictures{own}; boxes with a score of at least {shown:g}: {counts}"
-        f"{f'; {left} pictures left out: ' + next(iter(sets.report.dropped)) if left else ''}: {wanted.output}"
-    )
+    left_out = f"; {counted(left, 'picture')} left out: {next(iter(sets.report.dropped))}" if left else ""
+    return f"{counted(len(rows), 'picture')}{own}; boxes with a score of at least {shown:g}: {counts}{left_out}: {wanted.output}"
 
 
 def _options(wanted: Prediction) -> tuple[float | None, int]:

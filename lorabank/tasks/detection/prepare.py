@@ -23,6 +23,7 @@ from lorabank.tasks.detection.boxes import check_boxes
 from lorabank.tasks.detection.pictures import open_picture
 from lorabank.tasks.detection.rows import DetectionRow
 from lorabank.tasks.detection.sources import SPLITS, Entry, Found, find_pictures
+from lorabank.wording import counted
 
 Keep = Callable[[str, bool, Image.Image], None]
 """(digest, whether turned upright, RGB): a picture that was opened, to prepare while it is there."""
@@ -100,7 +101,8 @@ def prepare(
     names = known or _labels(declared, main)
     if boxed and not any(not box.crowd for row in main for box in row.boxes):
         count, hint = len(main), f" Boxes that were left out:{listed(faults)}" if faults else ""
-        raise DataError(f"{role} data: none of the {count:,} pictures has a box: nothing to learn from, or to score.{hint}")
+        none = f"none of the {count:,} pictures" if count != 1 else "not the only picture"
+        raise DataError(f"{role} data: {none} has a box: nothing to learn from, or to score.{hint}")
     return DetectionSets(
         train=splits["train"],
         val=splits["val"],
@@ -189,7 +191,7 @@ def _faults(opened: Mapping[str, Sequence[_Opened]]) -> list[RowError]:
 
 def _refused(faults: Sequence[RowError]) -> DataError:
     return DataError(
-        f"data: {len(faults):,} boxes can't be used as they are:{listed(faults, NAMED)}\nCorrect them, or set ",
+        f"data: {counted(len(faults), 'box', 'boxes')} can't be used unchanged:{listed(faults, NAMED)}\nCorrect them, or set ",
         Setting("detection.bad_boxes"),
         " to clip or drop, which count them.",
     )
@@ -201,7 +203,7 @@ def _notes(found: Mapping[str, Found], faults: Sequence[RowError]) -> dict[str, 
     for why, count in counts.most_common():
         left = "" if why.endswith("cut off") else ", left out"
         places = [fault.origin for fault in faults if fault.reason == why]
-        notes[f"{count:,} {'box' if count == 1 else 'boxes'} {why}{left}"] = list(dict.fromkeys(places))
+        notes[f"{counted(count, 'box', 'boxes')} {why}{left}"] = list(dict.fromkeys(places))
     if stray := [where for part in found.values() for where in part.stray]:
         notes["annotations of pictures that the file doesn't list, left out"] = stray
     return notes
@@ -213,11 +215,17 @@ def _facts(rows: Sequence[DetectionRow], labels: Sequence[str], *, trained: bool
         return []
     shown = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(8))
     where, kind = (" in training", "training ") if trained else ("", "")
-    facts = [f"{len(labels)} categories, {sum(counts.values()):,} boxes{where}: {shown}{', …' if len(counts) > 8 else ''}"]
+    facts = [
+        f"{counted(len(labels), 'category', 'categories')}, "
+        f"{counted(sum(counts.values()), 'box', 'boxes')}{where}: {shown}{', …' if len(counts) > 8 else ''}"
+    ]
     if empty := sum(not row.boxes for row in rows):
-        facts.append(f"{empty:,} {kind}pictures without a box{': they teach what is nothing' if trained else ''}")
+        facts.append(f"{counted(empty, f'{kind}picture')} without a box{': they teach what is nothing' if trained else ''}")
     if absent := [label for label in labels if label not in counts]:
-        facts.append(f"{len(absent)} categories without a {kind}box: {', '.join(absent[:8])}{', …' if len(absent) > 8 else ''}")
+        facts.append(
+            f"{counted(len(absent), 'category', 'categories')} without a {kind}box: "
+            f"{', '.join(absent[:8])}{', …' if len(absent) > 8 else ''}"
+        )
     return facts
 
 

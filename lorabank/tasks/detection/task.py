@@ -34,6 +34,7 @@ from lorabank.tasks.detection.preprocess import PixelStore, read_off
 from lorabank.tasks.detection.preview import preview
 from lorabank.tasks.detection.rows import Box, DetectionRow
 from lorabank.tasks.detection.samples import write_samples
+from lorabank.tasks.own_head import numbered
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of, spread
@@ -200,6 +201,8 @@ class ObjectDetection(Task[DetectionRow]):
 
     @property
     def scores_base(self) -> bool:
+        if not self._labels:  # a model by itself, such as a merged one
+            return not numbered(self.base_labels)
         runs = adapter_runs(self.config).values()
         return all(run.modules_to_save is not None and not run.modules_to_save for run in runs)
 

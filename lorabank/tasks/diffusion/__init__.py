@@ -26,10 +26,17 @@ def _load(request: BaseRequest, say: Say) -> TaskBase:
     return TaskBase(model=made.model, processor=None, name=request.model, folder=made.folder, notes=made.notes)
 
 
+def _load_preview(request: BaseRequest, say: Say) -> TaskBase:
+    from lorabank.tasks.diffusion.load_preview import load_image_preview
+
+    made = load_image_preview(request.model, say=say)
+    return TaskBase(model=made.model, processor=None, name=request.model, folder=made.folder, notes=made.notes)
+
+
 def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str, Adapter]) -> Task[Any]:
     from lorabank.tasks.diffusion.task import TextToImage
 
     return TextToImage(config, model, adapters)
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=_check_metrics)
+KIND = TaskKind(load=_load, open=_open, check_metrics=_check_metrics, load_preview=_load_preview)

@@ -49,7 +49,7 @@ def load_image_model(name: str, *, dtype: str = "auto", device: str = "auto", sa
     """
     where = pick_device(device)
     number = pick_dtype(dtype, where)
-    diffusers = _diffusers()
+    diffusers = import_diffusers()
     path = expanded(name, place="model")
     folder = path if path.is_dir() else _fetched(diffusers, name)
     family = family_of(folder, name)
@@ -106,7 +106,8 @@ def place(model: ImageModel, device: torch.device, dtype: torch.dtype) -> None:
         model.vae.eval().requires_grad_(False)
 
 
-def _diffusers() -> Any:
+def import_diffusers() -> Any:
+    """The library. Raises MissingExtraError where it isn't there."""
     try:
         import diffusers
     except ImportError as error:
@@ -119,15 +120,19 @@ def _fetched(diffusers: Any, name: str) -> Path:
     try:
         return Path(diffusers.DiffusionPipeline.download(name))
     except Exception as error:  # the hub client's errors have another class in each of its major versions
-        reason = first_line(error)
-        raise ModelError(
-            f"model {name!r}: no such folder here, and it can't be had from the hub ({reason}). Name a folder that "
-            "pipeline.save_pretrained wrote, or check the spelling of owner and model."
-        ) from error
+        raise unfetched(name, error) from error
+
+
+def unfetched(name: str, error: Exception) -> ModelError:
+    """What is said of a hub id that can't be had."""
+    return ModelError(
+        f"model {name!r}: no such folder here, and it can't be had from the hub ({first_line(error)}). Name a folder that "
+        "pipeline.save_pretrained wrote, or check the spelling of owner and model."
+    )
 
 
 @contextmanager
-def _no_bars(diffusers: Any) -> Iterator[None]:
+def no_bars(diffusers: Any) -> Iterator[None]:
     """diffusers without its progress bars, for a stretch of code."""
     log = diffusers.utils.logging
     on = log.is_progress_bar_enabled()
@@ -144,7 +149,7 @@ def _pipeline(diffusers: Any, folder: Path, name: str) -> Any:
     left_out = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in index}
     more = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
-        with quiet_transformers(), _no_bars(diffusers):
+        with quiet_transformers(), no_bars(diffusers):
             kind = getattr(diffusers, str(index["_class_name"]))  # imports what notices of torchvision come from
             return kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **left_out, **more)
     except Exception as error:  # a damaged file surfaces as one of a dozen classes of four libraries

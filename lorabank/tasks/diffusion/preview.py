@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from lorabank.data.preview import Printer
 from lorabank.tasks.diffusion.pictures import Picture, opened
 from lorabank.tasks.sheet import png, sheet
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.tasks.diffusion.task import TextToImage
@@ -25,7 +26,7 @@ def preview(task: TextToImage, rows: Sequence[Picture], out: Printer) -> Mapping
         out.line(f"caption: {row.caption or '(none)'}")
         for encoder, (count, length) in task.images.token_counts(row.caption).items():
             cut = f", cut to {length}: what comes later isn't read" if count > length else f" of at most {length}"
-            out.line(f"{encoder}: {count} tokens{cut}")
+            out.line(f"{encoder}: {counted(count, 'token')}{cut}")
     columns = {"as it is, the crop framed": [_framed(row) for row in rows], "as training has it": [row.load() for row in rows]}
     return {FILE: png(sheet(columns, [row.caption for row in rows]))}
 

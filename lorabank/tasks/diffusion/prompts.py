@@ -9,7 +9,8 @@ from pathlib import Path
 from lorabank.bank.routing import BASE, RowRoute
 from lorabank.config.checks import is_finite
 from lorabank.data.read import read_rows
-from lorabank.errors import ConfigError, DataError, closest
+from lorabank.errors import ConfigError, DataError, Setting, closest
+from lorabank.tasks.diffusion.pictures import SUFFIXES
 from lorabank.training.base_rows import BASE_NAME
 
 COLUMNS = ("prompt", "text", "caption")
@@ -40,6 +41,25 @@ def routes_of(names: Sequence[str], mixes: Sequence[str], known: Collection[str]
     for mix in mixes:
         routes[mix] = parse_mix(mix, known)
     return routes
+
+
+def one_file(output: Path, captions: Sequence[str], headings: Sequence[str]) -> bool:
+    """Whether `output` names a picture's file, rather than a folder. Raises ConfigError where several pictures would go there."""
+    kind = output.suffix.lower()
+    if kind not in SUFFIXES:
+        return False
+    if kind != ".png":
+        raise ConfigError(
+            Setting("output"), f": {output.name}: pictures are written as PNG. Name a .png file for one picture, or a folder."
+        )
+    count = len(captions) * len(headings)
+    if count > 1:
+        raise ConfigError(
+            Setting("output"),
+            f": {output.name} is one picture's file, and {count} are asked for ({len(captions)} × {', '.join(headings)}). Name a "
+            "folder, or ask for one: a caption (--prompt) by one of them (--adapters).",
+        )
+    return True
 
 
 def parse_mix(text: str, known: Collection[str]) -> Mapping[str, float]:

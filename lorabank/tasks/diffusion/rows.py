@@ -16,6 +16,7 @@ from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.data.split_folders import with_held_out
 from lorabank.tasks.diffusion.pictures import METADATA, SUFFIXES, Picture, Read, read_pictures
+from lorabank.wording import counted
 
 OBJECT_PICTURES = 20
 """Up to so many pictures are an object's, of which none is held out unless it is asked for."""
@@ -51,7 +52,7 @@ def prepare(
         read=sum(each.total for each in read.values()),
         errors=[error for each in read.values() for error in each.errors],
         splits=parts,
-        facts=[*_steps(config, step), f"{len(sizes)} sizes: {shown}{', …' if len(sizes) > 6 else ''}"],
+        facts=[*_steps(config, step), f"{counted(len(sizes), 'size')}: {shown}{', …' if len(sizes) > 6 else ''}"],
         notes=notes,
         what="pictures",
     )
@@ -89,7 +90,7 @@ def with_prior(
     own = list(splits.train)
     repeats = max(1, round(len(prior) / max(1, len(own))))
     report = splits.report
-    fact = f"{len(prior)} pictures of the class beside them, each picture {repeats} times an epoch"
+    fact = f"{counted(len(prior), 'picture')} of the class beside them, each picture {counted(repeats, 'time')} an epoch"
     return replace(splits, train=[*own * repeats, *prior], report=replace(report, facts=(*report.facts, fact)))
 
 

@@ -33,16 +33,18 @@ from lorabank.formats.diffusers import save_diffusers
 from lorabank.formats.files import write_files
 from lorabank.formats.kohya import save_kohya
 from lorabank.models.cache import default_cache
+from lorabank.planner.learning_rate import OF_IMAGE_MODELS
 from lorabank.tasks.diffusion.batch import PictureBatch, picture_batch
 from lorabank.tasks.diffusion.cache import Cache, Encoded
 from lorabank.tasks.diffusion.draws import RowDraw, draw, fixed_draw, mixed
 from lorabank.tasks.diffusion.guided import Prompts
+from lorabank.tasks.diffusion.kept import as_metadata, with_kept
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import Objective, objective_of, row_tensors
 from lorabank.tasks.diffusion.pictures import Picture
 from lorabank.tasks.diffusion.preview import preview
 from lorabank.tasks.diffusion.prior import draw_prior, drawn_by, prior_folder
-from lorabank.tasks.diffusion.prompts import read_captions, routes_of
+from lorabank.tasks.diffusion.prompts import one_file, read_captions, routes_of
 from lorabank.tasks.diffusion.rows import captions_of, prepare, with_prior
 from lorabank.tasks.diffusion.sampling import PictureConfig, check_size
 from lorabank.tasks.diffusion.speed import compile_image_model
@@ -52,6 +54,7 @@ from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import Busy, Draws, Prediction, Task
+from lorabank.wording import counted
 
 PARTS = 4
 """Looks at each held-out picture in a validation, at as many places of the schedule."""
@@ -69,10 +72,11 @@ class TextToImage(Task[Picture]):
     compiling = "two minutes"
     unit = "latents"
     section = "diffusion"
+    learning_rate = OF_IMAGE_MODELS
 
     def __init__(self, config: TrainConfig, model: ImageModel, loaded: Mapping[str, Adapter]) -> None:
         super().__init__(config, model, None)
-        self.settings = config.diffusion
+        self.settings = with_kept(config.diffusion, loaded)
         self.images = model
         adapted = any(part.startswith("text_encoder") for each in loaded.values() for part in components(list(each.layers)))
         self.adapts_text = self.settings.text_encoders or adapted
@@ -179,12 +183,16 @@ class TextToImage(Task[Picture]):
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
+    def about(self, adapter: str) -> Mapping[str, str]:
+        return as_metadata(self.settings)
+
     def engine(self, bank: AdapterBank) -> Engine:
         if not self.adapts_text and (
             paths := [layer.path for layer in all_layers(bank) if layer.path.startswith("text_encoder")]
         ):
             raise ConfigError(
-                f"targets: they mean {len(paths)} layers of text encoders ({paths[0]!r} for one), whose conditions are made "
+                f"targets: they mean {counted(len(paths), 'layer')} of text encoders ({paths[0]!r} for one), "
+                f"whose conditions are made "
                 "once, before training. Set diffusion.text_encoders: true, or leave them out: exclude: ['text_encoder*']."
             )
         if self.config.gradient_checkpointing:  # diffusers' models recompute by themselves
@@ -320,7 +328,7 @@ class TextToImage(Task[Picture]):
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
-        """A folder: a picture for each caption and model, `metadata.jsonl`, and all of them on one sheet."""
+        """A folder: a picture for each caption and model, `metadata.jsonl`, and all of them on one sheet; or one picture."""
         options = dict(wanted.options)
         for name in options:
             if name not in OPTIONS:
@@ -328,6 +336,7 @@ class TextToImage(Task[Picture]):
         given = options.get("prompt")
         captions = [given] if isinstance(given, str) else read_captions(wanted.data, wanted.max_rows)
         routes = routes_of(wanted.names, options.get("mix") or (), engine.bank.names)
+        alone = one_file(wanted.output, captions, list(routes))
         config = self._picture_config()
         if options.get("size"):
             width, height = options["size"]
@@ -338,6 +347,10 @@ class TextToImage(Task[Picture]):
             self.prompts.negative = options["negative"]
         seed = self.config.seed if options.get("seed") is None else int(options["seed"])
         columns = self.drawn(engine.bank, captions, routes, config, seed=seed, busy=busy)
+        if alone:
+            (((pixels,),),) = (columns.values(),)
+            write_files(wanted.output.parent, {wanted.output.name: png(as_picture(pixels))})
+            return f"1 picture by {next(iter(routes))}: {wanted.output}"
         files, lines = {"sheet.png": png(sheet(_as_pictures(columns), captions))}, list[str]()
         for heading, pictures in columns.items():
             folder = heading.replace(":", "-").replace(",", "+")
@@ -347,7 +360,8 @@ class TextToImage(Task[Picture]):
                 about = {"file_name": file, "text": captions[i], "model": heading, "seed": mixed(seed, i)}
                 lines.append(json.dumps(about, ensure_ascii=False) + "\n")
         write_files(wanted.output, {**files, "metadata.jsonl": "".join(lines).encode()})
-        return f"{len(lines)} pictures of {len(captions)} captions by {', '.join(routes)}: {wanted.output / 'sheet.png'}"
+        drawn = f"{counted(len(lines), 'picture')} of {counted(len(captions), 'caption')}"
+        return f"{drawn} by {', '.join(routes)}: {wanted.output / 'sheet.png'}"
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         mix = ",".join(f"{name}:{1 / len(names):.2g}" for name in names)

@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from lorabank.errors import MissingExtraError
+from lorabank.errors import ConfigError, MissingExtraError, Setting
 
 TOP = 5
 ACCURACY, TOP5, F1 = "accuracy", "top5_accuracy", "f1_macro"
 METRICS = (ACCURACY, TOP5, F1)
 """Besides `loss`. All are shares, 0 to 1."""
+
+
+def check_top5(metrics: Sequence[str], labels: Sequence[int]) -> None:
+    """Raise ConfigError where the accuracy among five is asked for and no head has more labels. `labels`: how many each has."""
+    if TOP5 in metrics and labels and max(labels) <= TOP:
+        raise ConfigError(
+            Setting("eval.metrics"), f": {TOP5} is for more than {TOP} labels, and there are {max(labels)}. Leave it out."
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lorabank.tasks.images.sources import Columns, find_pictures
 from lorabank.tasks.own_head import base_note, check_trained
 from lorabank.training.base_rows import BASE_NAME
 from lorabank.training.task import Busy, Prediction
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.tasks.images.task import ImageClassification
@@ -43,7 +44,7 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
         opened = list(in_order(lambda each: open_found(each, images.min_size, task.store), found))
     rows = [each.row for each in opened if each.row is not None]
     if not rows:
-        raise DataError(f"{wanted.data}: none of {len(found)} pictures can be read: {opened[0].error}")
+        raise DataError(f"{wanted.data}: none of {counted(len(found), 'picture')} can be read: {opened[0].error}")
     answers = Answers(task, engine).of(
         dict.fromkeys(wanted.names, rows), batch_size=wanted.batch_size, busy=busy, activity="predicting"
     )
@@ -62,7 +63,7 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     drawn = "" if sheet.exists() else f"; the first of them in {_sheet(task, rows, answers[first], first, sheet)}"
     dropped = f", {bad} couldn't be read" if bad else ""
     own = base_note(wanted.names, task.labels_of(BASE_NAME), task.adapter_labels)
-    return f"{len(rows)} pictures labelled by {', '.join(wanted.names)}{own}{dropped}: {wanted.output}{drawn}"
+    return f"{counted(len(rows), 'picture')} labelled by {', '.join(wanted.names)}{own}{dropped}: {wanted.output}{drawn}"
 
 
 def _said(answer: Answer, labels: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from lorabank.data.reasons import Reason, dropped_lines, dropped_rows, gather
 from lorabank.data.row import RowError
 from lorabank.tasks.images.rows import ImageRow
+from lorabank.wording import counted
 
 FEW = 12
 """Classes up to which each is printed with its number of pictures."""
@@ -48,19 +49,21 @@ class ImageReport:
     def lines(self) -> list[str]:
         """The report as a few short sentences, the most important first."""
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
-        lines = [f"{self.read:,} pictures read, {self.kept:,} kept: {splits}"]
+        lines = [f"{counted(self.read, 'picture')} read, {self.kept:,} kept: {splits}"]
         lines += dropped_lines(self.dropped)
         totals = {label: sum(parts.values()) for label, parts in self.classes.items() if parts}
         if totals:
             least, most = min(totals, key=lambda k: totals[k]), max(totals, key=lambda k: totals[k])
             each = ", ".join(f"{label} {count:,}" for label, count in totals.items())
             lines.append(
-                f"{len(totals)} classes: {each}"
+                f"{counted(len(totals), 'class', 'classes')}: {each}"
                 if len(totals) <= FEW
                 else f"{len(totals)} classes of {totals[least]:,} ({least}) to {totals[most]:,} pictures ({most})"
             )
             if totals[most] >= UNEVEN * totals[least]:
-                lines.append(f"uneven classes: {most} has {totals[most]:,} pictures, {least} {totals[least]:,}; see f1_macro")
+                lines.append(
+                    f"uneven classes: {most} has {counted(totals[most], 'picture')}, {least} {totals[least]:,}; see f1_macro"
+                )
         lines.append(f"sizes from {self.smallest} to {self.largest} pixels")
         if self.duplicates.count:
             lines.append(f"exact duplicates: {self.duplicates.count:,} ({self.duplicates.some})")

@@ -16,6 +16,7 @@ from lorabank.tasks.images.pictures import open_picture
 from lorabank.tasks.images.rows import ImageRow
 from lorabank.tasks.images.sheet import Sample, contact_sheet
 from lorabank.training.task import Busy
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.tasks.images.task import ImageClassification
@@ -45,10 +46,12 @@ def write_samples(
             labels, true = task.labels_of(name), task.true(name, rows[name])
             counts = confusion(true, [answer.ranked[0] for answer in answers], len(labels))
             file = name.replace("/", "_")
-            confusion_plot(counts, labels, folder / f"confusion-{file}.png", title=f"{name}: {len(answers):,} held-out pictures")
+            confusion_plot(
+                counts, labels, folder / f"confusion-{file}.png", title=f"{name}: {counted(len(answers), 'held-out picture')}"
+            )
             contact_sheet(_tiles(rows[name], answers, labels, TILES * config.samples), folder / f"samples-{file}.png")
             said = ", ".join(f"{key} {value:.4f}" for key, value in scores(answers, true, len(labels)).items())
-            lines += [f"## {name}", "", f"{len(answers):,} pictures: {said}.", ""]
+            lines += [f"## {name}", "", f"{counted(len(answers), 'picture')}: {said}.", ""]
             if pairs := mistaken(counts, LISTED):
                 often = "; ".join(f"{labels[a]} for {labels[b]} ({n} ×)" for b, a, n in pairs)
                 lines += [f"Mistaken most often: {often}.", ""]

@@ -30,7 +30,7 @@ from lorabank.formats.labels import LABELS
 from lorabank.tasks.images.answers import Answers
 from lorabank.tasks.images.augment import augment, kornia
 from lorabank.tasks.images.load import own_labels
-from lorabank.tasks.images.metrics import METRICS, TOP, TOP5, scores
+from lorabank.tasks.images.metrics import METRICS, TOP, TOP5, check_top5, scores
 from lorabank.tasks.images.model import find_head, logits_of
 from lorabank.tasks.images.predict import predict
 from lorabank.tasks.images.prepare import PreparedImages, prepare_images
@@ -44,6 +44,7 @@ from lorabank.training.evaluate import spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.scorers import check_among
 from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task
+from lorabank.wording import counted
 
 GIB = 2**30
 PIXELS, TARGET = "pixel_values", "labels"
@@ -191,6 +192,7 @@ class ImageClassification(Task[ImageRow]):
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
     def check(self, name: str, job: AdapterJob) -> None:
+        check_top5(self.config.eval.metrics, [len(own) for own in self._labels.values()])
         heads = tuple(head_paths(self.model, self._head))
         inner = [
             path for path in linear_layers(self.model) if path not in heads and not path.startswith(tuple(f"{h}." for h in heads))
@@ -238,6 +240,7 @@ class ImageClassification(Task[ImageRow]):
     def scores(
         self, engine: Engine, rows: Mapping[str, Sequence[ImageRow]], *, config: EvalConfig, busy: Busy
     ) -> dict[str, dict[str, float]]:
+        check_top5(config.metrics, [len(self.labels_of(name)) for name in rows])
         return self.validate(engine, _spread(rows, config), config=config, busy=busy)
 
     def true(self, name: str, rows: Sequence[ImageRow]) -> list[int]:
@@ -253,7 +256,8 @@ class ImageClassification(Task[ImageRow]):
                 label = lacking[0].reference
                 raise DataError(
                     f"{lacking[0].origin}: its label {label!r} is none of the {len(known)} that {name!r} has"
-                    f"{closest(label, known)}, as with {len(lacking):,} of {len(own):,} pictures. Score {name!r} on others, or "
+                    f"{closest(label, known)}, as with {len(lacking):,} of {counted(len(own), 'picture')}. "
+                    f"Score {name!r} on others, or "
                     "name the adapters that know these (--adapters)."
                 )
 

@@ -45,6 +45,7 @@ from lorabank.training.evaluate import Generated, route_of, score_answers, sprea
 from lorabank.training.run_folder import write_samples
 from lorabank.training.scorers import LOSS_METRICS, check_metrics, split_metrics
 from lorabank.training.task import Busy, Draws, Prediction, Task, TaskKind
+from lorabank.wording import counted
 
 IN_TRAINING = 32
 """Different sources that are written for at each validation, unless `eval.max_prompts` says otherwise."""
@@ -99,7 +100,7 @@ class Text2Text(Task[PairRow]):
     def preview(self, name: str, rows: Sequence[PairRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
         out.legend()
         for row in rows:
-            read = f"{len(row.input_ids)} tokens read{' (cut to max_length)' if 'source' in row.cut else ''}"
+            read = f"{counted(len(row.input_ids), 'token')} read{' (cut to max_length)' if 'source' in row.cut else ''}"
             cut = " (cut to seq2seq.max_target_length)" if "target" in row.cut else ""
             out.title(f"{row.origin}: {read}, {len(row.target_ids)} trained{cut}")
             out.tokens(row.input_ids, self.processor, learned=0, name="source")
@@ -253,7 +254,7 @@ class Text2Text(Task[PairRow]):
         write_files(wanted.output.parent, {wanted.output.name: "".join(lines).encode()})
         unread = len(rows) - len(readable)
         left = f", {unread} of them unread (column 'unread')" if unread else ""
-        return f"{len(rows)} rows{left}, written by {', '.join(wanted.names)}: {wanted.output}"
+        return f"{counted(len(rows), 'row')}{left}, written by {', '.join(wanted.names)}: {wanted.output}"
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         return [("write for rows of your own:", [f"lorabank predict {output} --data rows.jsonl --output written.jsonl"])]

@@ -16,7 +16,8 @@ import numpy as np
 
 from lorabank.data.row import RowError
 from lorabank.errors import MissingExtraError
-from lorabank.tasks.speech.whole import UNKNOWN, check_whole, missing_samples
+from lorabank.tasks.speech import mp3
+from lorabank.tasks.speech.whole import MP3, MP3_SLACK, UNKNOWN, check_whole, is_counted, missing_samples
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf")
 SILENT = 10 ** (-80 / 20)
@@ -125,11 +126,20 @@ def _read(file: BinaryIO, what: str) -> tuple[np.ndarray, int]:
             samples = sound.read(0 if declared >= UNKNOWN else -1, dtype="float32")
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise RowError(f"{what} can't be decoded: it is damaged, cut off, or in a format that libsndfile doesn't read") from error
+    if kind.startswith(MP3) and not is_counted(file) and (counted := _with_count(file, declared)) is not None:
+        return _read(counted, what)
     if declared >= UNKNOWN:  # a FLAC of a pipe, in which libsndfile can't find its way
         raise RowError(f"{what} doesn't say how many samples it has, as if it was written to a pipe: encode it again")
     if missing_samples(file, kind, declared, len(samples)):
         raise RowError(f"{what} is cut off: it has fewer samples than its header says")
     return samples, rate
+
+
+def _with_count(file: BinaryIO, guessed: int) -> BinaryIO | None:
+    """An MP3 that doesn't say its length, with it; None where the guess that was read is long enough."""
+    file.seek(0)
+    data = file.read()
+    return io.BytesIO(mp3.with_count(data)) if mp3.samples_in(data) > guessed + MP3_SLACK else None
 
 
 def as_wav(samples_S: np.ndarray, rate: int) -> bytes:

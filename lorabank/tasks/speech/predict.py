@@ -25,6 +25,7 @@ from lorabank.tasks.speech.transcribe import Heard, Manner, cuts, moved, transcr
 from lorabank.tasks.speech.transcripts import Segment, plain_text
 from lorabank.training.evaluate import route_of
 from lorabank.training.task import Busy, Prediction
+from lorabank.wording import counted
 
 TIMED = (".srt", ".vtt")
 JSON_LINES = ".jsonl"
@@ -78,13 +79,13 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, config: Trai
         found += _transcripts(engine, hearing, tokens, language, wanted.names, sounds, manner, timed, told)
     busy("transcribing", len(utterances), len(utterances))
     if not found:
-        raise DataError(f"{wanted.data}: none of {len(utterances)} recordings can be read:{listed(dropped, NAMED)}")
+        raise DataError(f"{wanted.data}: none of {counted(len(utterances), 'recording')} can be read:{listed(dropped, NAMED)}")
     where = _write(found, wanted, suffix, timed)
     left_out = (
         f" {len(dropped)} left out: {'; '.join(map(str, dropped[:5]))}{'; …' if len(dropped) > 5 else ''}." if dropped else ""
     )
     seconds = sum(one.seconds for one in found)
-    return f"{len(found)} recordings ({seconds:.1f} s) transcribed by {', '.join(wanted.names)}: {where}.{left_out}"
+    return f"{counted(len(found), 'recording')} ({seconds:.1f} s) transcribed by {', '.join(wanted.names)}: {where}.{left_out}"
 
 
 def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:
@@ -93,7 +94,8 @@ def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:
         raise OutputError(f"{wanted.output}: expected a name ending in {', '.join(known)}, or a folder, got {suffix!r}.")
     if suffix in WRITERS and recordings * len(wanted.names) > 1:
         raise OutputError(
-            f"{wanted.output}: {suffix} holds one transcript, and there are {recordings} recordings and {len(wanted.names)} "
+            f"{wanted.output}: {suffix} holds one transcript, and there are {counted(recordings, 'recording')} "
+            f"and {len(wanted.names)} "
             f"models ({', '.join(wanted.names)}). Name one with --adapters, or give a folder or a {JSON_LINES} file as output."
         )
 

@@ -70,7 +70,7 @@ def _facts(splits: Mapping[str, Sequence[SpeechRow]], parts: Mapping[str, Rows])
     lengths = ", ".join(f"{_clock(sum(row.seconds for row in part))} {name}" for name, part in splits.items() if part)
     learned = sum(row.tokens for row in rows) / max(1e-9, sum(row.seconds for row in rows))
     timed = sum(row.timed for row in rows)
-    times = f"; {timed:,} rows have timestamps" if timed else ""
+    times = f"; {timed:,} with timestamps" if timed else ""
     facts = [f"{lengths}; up to {max(row.seconds for row in rows):.1f} s a row, {learned:.1f} learned tokens a second{times}"]
     return facts + ["; ".join(f"{what}: {count:,}" for what, count in changes.most_common())] * bool(changes)
 

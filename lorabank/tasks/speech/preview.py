@@ -11,6 +11,7 @@ from lorabank.tasks.speech.audio import load_sound
 from lorabank.tasks.speech.rows import SpeechRow, changes_of
 from lorabank.tasks.speech.tokens import SpeechTokens
 from lorabank.tasks.speech.transcripts import STEP_S
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.tasks.speech.task import SpeechRecognition
@@ -24,7 +25,9 @@ def preview(task: SpeechRecognition, rows: Sequence[SpeechRow], out: Printer) ->
     out.legend()
     for row in rows:
         about = [f"{row.seconds:.2f} s", *changes_of(load_sound(row.source, row.rate, near=row.near), row.rate)]
-        out.title(f"{row.origin}: {row.prompt_text}: {', '.join(about)}; {len(row.labels)} tokens, {row.tokens} trained")
+        out.title(
+            f"{row.origin}: {row.prompt_text}: {', '.join(about)}; {counted(len(row.labels), 'token')}, {row.tokens} trained"
+        )
         _tokens(row, task.tokens, out)
         (features_MF,) = task.hearing.features([row.samples()], task.device)
         panels.append(Panel(title=f"{row.prompt_text}: {row.text}", mel_TM=features_MF.T.numpy(), seconds=task.hearing.window))

@@ -12,6 +12,8 @@ from lorabank.data.row import RowError
 
 UNKNOWN = 1 << 62
 """Samples from which on a header says that nobody knew them."""
+MP3 = ("MP3", "MPEG")
+"""How soundfile calls the format."""
 MP3_SLACK = 2 * 1152
 """Samples of two frames of MP3, by which encoders count differently."""
 _STREAMED = 0xFFFFFF00
@@ -34,9 +36,9 @@ def missing_samples(file: BinaryIO, kind: str, declared: int, read: int) -> int:
     """How many samples of those that a header declares couldn't be read; 0 where the number is a guess. `kind`: soundfile's."""
     if declared <= read:
         return 0
-    if not kind.startswith(("MP3", "MPEG")):
+    if not kind.startswith(MP3):
         return declared - read
-    return declared - read if _counted(file) and declared - read > MP3_SLACK else 0
+    return declared - read if is_counted(file) and declared - read > MP3_SLACK else 0
 
 
 def _declared(head: bytes) -> int | None:
@@ -69,7 +71,7 @@ def _ogg_end(file: BinaryIO, size: int) -> int | None:
     return end if whole and not begun else size + _PAGE
 
 
-def _counted(file: BinaryIO) -> bool:
+def is_counted(file: BinaryIO) -> bool:
     """Whether an MP3 file says how many frames it has: without that, its length is a guess by the first frame's bitrate."""
     file.seek(0)
     head = file.read(10)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lorabank.data.preview import Printer
 from lorabank.tasks.spectrograms import Panel, spectrograms
 from lorabank.tasks.synthesis.rows import SynthesisRow
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from lorabank.tasks.synthesis.task import SpeechSynthesis
@@ -19,7 +20,7 @@ def preview(task: SpeechSynthesis, rows: Sequence[SynthesisRow], out: Printer) -
     """A title and the tokens a row, and one picture of the spectra."""
     for row in rows:
         speaker = "a speaker's embedding" if any(row.speaker) else "no speaker's embedding"
-        what = f"{row.seconds:.2f} s, {row.frames} frames, {len(row.input_ids)} tokens, {speaker}"
+        what = f"{row.seconds:.2f} s, {counted(row.frames, 'frame')}, {counted(len(row.input_ids), 'token')}, {speaker}"
         out.title(f"{row.origin}: {row.name}: {what}" if row.name else f"{row.origin}: {what}")
         out.tokens(row.input_ids, task.processor.tokenizer, learned=0)
     return {FILE: spectrograms([Panel(title=row.text, mel_TM=row.mel_TM, seconds=row.seconds) for row in rows])}

@@ -40,6 +40,7 @@ from lorabank.training.jobs import AdapterJob
 from lorabank.training.markdown import cell
 from lorabank.training.scorers import check_among
 from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
+from lorabank.wording import counted
 
 METRICS = ("loss", "mae")
 POSTNET = "speech_decoder_postnet.layers."
@@ -210,7 +211,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
                 writer.writerow([f"{i:04d}.wav", row.text])
                 busy("saying", number * len(rows) + i, len(rows) * len(wanted.names))
             write_files(wanted.output / name, {**files, "metadata.csv": table.getvalue().encode()})
-        return f"{len(rows)} texts said by {', '.join(wanted.names)}: {wanted.output}"
+        return f"{counted(len(rows), 'text')} said by {', '.join(wanted.names)}: {wanted.output}"
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         return [("say texts of your own:", [f"lorabank predict {output} --data texts.txt --output said/"])]

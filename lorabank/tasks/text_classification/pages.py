@@ -14,6 +14,7 @@ from lorabank.tasks.text_classification.labels import MULTI, REGRESSION, SINGLE,
 from lorabank.tasks.text_classification.metrics import predicted
 from lorabank.tasks.text_classification.rows import ClassRow
 from lorabank.training.markdown import cell
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +121,7 @@ def _same(label: object, answer: object) -> bool:
 
 def page(name: str, outcome: Outcome, scores: Mapping[str, float]) -> str:
     """A Markdown page about one adapter: its scores, a table of labels or of numbers, and the worst rows."""
-    lines = [f"# {name}: {len(outcome.rows):,} held-out rows", ""]
+    lines = [f"# {name}: {counted(len(outcome.rows), 'held-out row')}", ""]
     lines += [", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()), ""]
     if outcome.labels.kind != REGRESSION:
         lines += ["| label | rows | precision | recall | F1 |", "|---|---|---|---|---|"]

@@ -17,8 +17,10 @@ from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet
 from lorabank.tasks.text_classification.model import positions
 from lorabank.tasks.text_classification.pages import decided, probabilities
 from lorabank.tasks.text_classification.rows import ClassRow, encode, texts_of
+from lorabank.tasks.text_classification.texts_a_row import warn_of_texts
 from lorabank.training.evaluate import route_of
 from lorabank.training.task import Busy, Prediction
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +42,8 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     rows = rows_asked(wanted.data, wanted.max_rows, column=task.config.classification.text or "text")
     refuse_taken(rows, wanted.names)
     readable = _encoded(task, rows)
+    trained = {name: task.texts[name] for name in wanted.names if name in task.texts}
+    warn_of_texts(trained, (row for row in readable if isinstance(row, ClassRow)))
     answers: list[dict[str, Any]] = [dict.fromkeys(wanted.names) for _ in rows]
     for i, row in enumerate(readable):
         if isinstance(row, RowError):
@@ -60,7 +64,7 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     unread = sum(isinstance(row, RowError) for row in readable)
     left = f" ({unread} of them unread, see column {UNREAD!r})" if unread else ""
     own = "" if task.own is None else base_note(wanted.names, task.own.names, [known.names for known in task.sets.values()])
-    return f"{len(rows)} rows{left} labelled by {', '.join(wanted.names)}{own}: {wanted.output}"
+    return f"{counted(len(rows), 'row')}{left} labelled by {', '.join(wanted.names)}{own}: {wanted.output}"
 
 
 def _encoded(task: TextClassification, rows: Sequence[Row]) -> list[ClassRow | RowError]:

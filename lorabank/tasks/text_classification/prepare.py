@@ -6,7 +6,7 @@ What can't be used is named and counted, and left out or refused as the user cho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ from lorabank.tasks.text_classification.labels import (
 )
 from lorabank.tasks.text_classification.rows import ClassRow, LabelledText, encode, texts_of
 from lorabank.tasks.text_classification.splits import label_notes, split_texts
+from lorabank.tasks.text_classification.texts_a_row import TWO, texts_of_rows
+from lorabank.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +115,7 @@ def prepare_texts(
     splits, notes = split_texts(coded, data, seed=seed)
     rows = [row for part in splits.values() for row in part]
     notes |= {f"cut to {longest} tokens": [row.origin for row in rows if row.truncated]}
+    notes |= _other_texts(splits, main)
     notes |= in_two_splits(splits, lambda row: row.source.key, "text")
     notes |= {"same text, another label": _contradictions(rows), **({} if known else label_notes(splits[main], labels))}
     report = row_report(
@@ -123,6 +126,13 @@ def prepare_texts(
         notes={note: origins for note, origins in notes.items() if origins},
     )
     return PreparedTexts(train=splits["train"], val=splits["val"], test=splits["test"], labels=labels, report=report)
+
+
+def _other_texts(splits: Mapping[str, Sequence[ClassRow]], main: str) -> dict[str, list[str]]:
+    """Note on the rows that are pairs where those of `main` are single texts, or the other way round."""
+    texts = texts_of_rows(splits[main])
+    what = "single texts, and the others are pairs" if texts == TWO else "pairs of texts, and the others are single"
+    return {what: [row.origin for own in splits.values() for row in own if texts_of_rows([row]) != texts]}
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -174,7 +184,7 @@ def _facts(columns: Columns, rows: Sequence[ClassRow], labels: LabelSet, *, trai
     common = sorted(counts.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {count:,}" for name, count in common[:SHOWN_LABELS])
     more = f", … and {len(common) - SHOWN_LABELS} rarer ones" if len(common) > SHOWN_LABELS else ""
-    facts.append(f"{len(counts)} labels{' (any number of them a row)' if labels.kind == MULTI else ''}: {named}{more}")
+    facts.append(f"{counted(len(counts), 'label')}{' (any number of them a row)' if labels.kind == MULTI else ''}: {named}{more}")
     if trained and (unlearned := [name for name, count in counts.items() if not count]):
         facts.append(f"labels without a training row, never predicted rightly: {shown(unlearned)}")
     return facts

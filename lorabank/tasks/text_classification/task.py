@@ -34,11 +34,13 @@ from lorabank.tasks.text_classification.predict import predict_rows
 from lorabank.tasks.text_classification.prepare import PreparedTexts, prepare_texts
 from lorabank.tasks.text_classification.rows import ClassRow
 from lorabank.tasks.text_classification.targets import losses_of, outputs_of, row_losses, targets_of
+from lorabank.tasks.text_classification.texts_a_row import TEXTS_KEY, texts_of_adapters, texts_of_rows, warn_of_texts
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task, TaskKind
+from lorabank.wording import counted
 
 LABELS_KEY, KIND_KEY = LABELS, "labels.kind"
 """Of an adapter's metadata: its labels' names as a JSON list, and their kind."""
@@ -58,6 +60,7 @@ class TextClassification(Task[ClassRow]):
         """Those of a head that the base was trained with."""
         self.sets: dict[str, LabelSet] = {name: _kept(name, adapter) for name, adapter in loaded.items() if _knows(adapter)}
         """Adapter to its labels."""
+        self.texts = texts_of_adapters(loaded)
         self._segments = "token_type_ids" in accepted(model) and getattr(model.config, "type_vocab_size", 2) > 1
 
     # ---- rows -------------------------------------------------------------------------------------------------------
@@ -67,6 +70,7 @@ class TextClassification(Task[ClassRow]):
         for name, run in adapter_runs(config).items():
             if run.init_from is not None and name not in self.sets and _knows(start := Adapter.load(run.init_from)):
                 self.sets[name] = _kept(name, start)  # its head comes along, so its labels do
+                self.texts |= texts_of_adapters({name: start})
         loaded = dict(self.sets)
         scored = [] if config.adapters else [*loaded.values(), *([self.own] if self.own is not None else [])]
 
@@ -89,13 +93,22 @@ class TextClassification(Task[ClassRow]):
         sets = read_sets(config, rows, one)
         for name in adapter_runs(config) if config.adapters or not loaded else ():
             self.sets.setdefault(name, found[id(sets.by_adapter[name])])
+        self._compare_texts(config, sets)
         return sets
+
+    def _compare_texts(self, config: TrainConfig, sets: DataSets[ClassRow]) -> None:
+        """Keep how many texts a row each adapter learns from; rows to be scored are for all of them."""
+        for name, own in sets.by_adapter.items():
+            rows = own.train or own.test
+            warn_of_texts({name: self.texts[name]} if name in self.texts else {} if config.adapters else self.texts, rows)
+            if name in self.sets and (texts := texts_of_rows(own.train)):
+                self.texts[name] = texts
 
     def preview(self, name: str, rows: Sequence[ClassRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
         for row in rows:
             texts = "a text" if row.source.pair is None else "two texts"
             cut = ", cut to max_length" if row.truncated else ""
-            out.title(f"{row.origin}: {texts}, {row.size} tokens{cut}; label: {row.reference}")
+            out.title(f"{row.origin}: {texts}, {counted(row.size, 'token')}{cut}; label: {row.reference}")
             out.tokens(row.input_ids, self.processor, learned=0)
         return {}
 
@@ -170,7 +183,8 @@ class TextClassification(Task[ClassRow]):
 
     def about(self, adapter: str) -> Mapping[str, str]:
         known = self.sets[adapter]
-        return {LABELS_KEY: json.dumps(list(known.names), ensure_ascii=False), KIND_KEY: known.kind}
+        texts = {TEXTS_KEY: self.texts[adapter]} if adapter in self.texts else {}
+        return {LABELS_KEY: json.dumps(list(known.names), ensure_ascii=False), KIND_KEY: known.kind, **texts}
 
     @property
     def scores_base(self) -> bool:
@@ -272,7 +286,7 @@ class TextClassification(Task[ClassRow]):
         pages = [page(name, outcome, self._scores(outcome, config)) for name, outcome in found.items()]
         write_files(folder, {"samples.md": "\n".join(pages).encode()})
         for name, outcome in found.items():
-            picture(outcome, f"{name}: {len(outcome.rows):,} held-out rows", folder / name / "held_out.png")
+            picture(outcome, f"{name}: {counted(len(outcome.rows), 'held-out row')}", folder / name / "held_out.png")
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
 

@@ -118,10 +118,10 @@ def test_what_is_wrong_with_a_box_is_counted_or_refused(tmp_path: Path, box: Any
     assert len(sets.train[0].boxes) == 1 + cut and sets.train[0].boxes[0] == Box("red", 4.0, 4.0, 10.0, 10.0)
     if cut:
         assert sets.train[0].boxes[1] == Box("red", 28.0, 28.0, 4.0, 4.0)
-    (line,) = [line for line in sets.report.lines() if "1 box " in line]
+    (line,) = [line for line in sets.report.lines() if line.startswith("1 box ")]
     assert re.search(f"1 box {reason}", line) and str(file) in line
     assert len(read(rows, labels=["red", "green"], bad_boxes="drop").train[0].boxes) == 1
-    with pytest.raises(DataError, match=r"1 boxes can't be used as they are") as refused:
+    with pytest.raises(DataError, match=r"1 box can't be used unchanged") as refused:
         read(rows, labels=["red", "green"], bad_boxes="stop")
     assert str(file) in str(refused.value)
 
@@ -150,13 +150,13 @@ def test_pictures_to_be_scored_are_test_pictures(tmp_path: Path) -> None:
     sets = prepare(data, DetectionConfig(), seed=1, train=None, val=None, keep=store.keep, labels=["red", "green", "blue"])
     assert (sets.train, sets.val, len(sets.test)) == ([], [], 2)
     said = "\n".join(sets.report.lines())
-    assert "2 pictures read, 2 kept: 2 test" in said and "categories without a box: blue" in said
+    assert "2 pictures read, 2 kept: 2 test" in said and "1 category without a box: blue" in said
     assert "train" not in said.replace(str(tmp_path), "")
 
 
 def test_nothing_to_learn_from_is_refused_before_training(tmp_path: Path) -> None:
     empty = [{"image": picture_of([]), "objects": {"bbox": [], "category": []}}]
-    with pytest.raises(DataError, match="none of the 1 pictures has a box"):
+    with pytest.raises(DataError, match="not the only picture has a box"):
         read(empty)
     outside = [{"image": picture_of([]), "objects": {"bbox": [[99, 99, 5, 5]], "category": ["red"]}}]
     with pytest.raises(DataError, match="1 × outside the picture"):
@@ -177,7 +177,7 @@ def test_pictures_without_a_box_stay_and_annotations_of_none_are_told(tmp_path: 
     path.write_text(json.dumps(content))
     sets = read(str(path))
     report = "\n".join(sets.report.lines())
-    assert len(sets.train) == 3 and "1 training pictures without a box" in report
+    assert len(sets.train) == 3 and "1 training picture without a box" in report
     assert "annotations of pictures that the file doesn't list" in report and "image_id 7" in report
 
 

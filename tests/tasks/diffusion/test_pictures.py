@@ -121,7 +121,7 @@ def test_nothing_usable_and_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file or folder"):
         read(str(tmp_path / "nowhere/"))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
-    with pytest.raises(DataError, match=r"none of the 1 pictures can be used:\n.*isn't there \(.*gone.png"):
+    with pytest.raises(DataError, match=r"not the only picture can be used:\n.*isn't there \(.*gone.png"):
         read(tmp_path)
     with pytest.raises(DataError, match=r"no column 'captoin' \(did you mean 'caption'\?\)"):
         read([{"image": picture(0), "caption": "x"}], caption="captoin")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +17,12 @@ from PIL import Image
 import lorabank as lb
 from lorabank import api
 from lorabank.cli import main
+from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.train import DataConfig
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import AdapterFileError, ConfigError, DataError
+from lorabank.planner.learning_rate import OF_IMAGE_MODELS
+from lorabank.tasks.diffusion.task import TextToImage
+from lorabank.training.events import Listener, RunPlan
 from tests.tasks.diffusion.runs import PICTURES, SETTINGS, assert_near, three_styles
 from tests.tasks.diffusion.tiny import folder_of_pictures, saved
 
@@ -59,7 +65,7 @@ def test_a_style_is_learned_scored_saved_drawn_and_loaded(root: Path, styles: di
     )
     lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
     assert [line["model"] for line in lines] == ["ink", "oil", "base", "ink:0.5,oil:0.5"]
-    assert "4 pictures of 1 captions" in told
+    assert "4 pictures of 1 caption by" in told
     pictures = {line["model"]: np.asarray(Image.open(tmp_path / "out" / line["file_name"])) for line in lines}
     assert all(p.shape == (16, 24, 3) for p in pictures.values())
     assert len({p.tobytes() for p in pictures.values()}) == 4
@@ -71,7 +77,6 @@ def test_a_style_is_learned_scored_saved_drawn_and_loaded(root: Path, styles: di
     noise = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     expected = pipe("a cat", height=16, width=24, num_inference_steps=2, latents=noise, output_type="pt").images
     from lorabank.tasks.diffusion.sampling import PictureConfig, draw_pictures
-    from lorabank.tasks.diffusion.task import TextToImage
 
     task = loaded.task
     assert isinstance(task, TextToImage)
@@ -150,6 +155,23 @@ def test_settings_that_cannot_be_are_refused(root: Path, styles: dict[str, Path]
         lb.train(model=str(saved("sd", root)), data=str(styles["ink"]), **{**SETTINGS, **settings})
 
 
+def test_the_learning_rate_that_nobody_gave_says_where_it_comes_from(root: Path, styles: dict[str, Path]) -> None:
+    class Plan(Listener):
+        plans: ClassVar[list[RunPlan]] = []
+
+        def on_start(self, plan: RunPlan) -> None:
+            self.plans.append(plan)
+
+    settings = {key: value for key, value in SETTINGS.items() if key != "learning_rate"}
+    for more in ({}, {"learning_rate": 2e-4}):
+        runs = {"model": str(saved("sd", root)), "data": str(styles["ink"]), "dry_run": True, "listeners": [Plan()]}
+        lb.train(**runs, **settings, **more)
+    first, second = (plan.adapters[0] for plan in Plan.plans)
+    assert first.learning_rate == 1e-4
+    assert first.learning_rate_reason == f"auto: {OF_IMAGE_MODELS.reason}"
+    assert (second.learning_rate, second.learning_rate_reason) == (2e-4, "as given")
+
+
 def test_min_snr_of_a_flow_is_refused(root: Path, styles: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="min_snr"):
         lb.train(model=str(saved("sd3", root)), data=str(styles["ink"]), **{**SETTINGS, "diffusion": {**PICTURES, "min_snr": 5}})
@@ -188,6 +210,19 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
     both = ["predict", str(out), "--prompt", "a hat", "--data", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "two")]
     assert main(both) == 2
     assert "--prompt: draws one caption, and --data captions of a file" in capsys.readouterr().err
+    fox = ["predict", str(out), "--prompt", "a fox", "--device", "cpu", "--size", "16", "--adapters", "ink", "--output"]
+    assert main([*fox, str(tmp_path / "new" / "fox.png")]) == 0
+    with Image.open(tmp_path / "new" / "fox.png") as picture:
+        assert picture.size == (16, 16)
+    assert "1 picture by ink: " in capsys.readouterr().out
+    assert main([*fox, str(tmp_path / "two.png"), "--adapters", "ink,oil"]) == 2
+    assert (
+        "--output: two.png is one picture's file, and 2 are asked for (1 × ink, oil). Name a folder, or ask for one"
+        in capsys.readouterr().err
+    )
+    assert main([*fox, str(tmp_path / "fox.jpg")]) == 2
+    assert "--output: fox.jpg: pictures are written as PNG" in capsys.readouterr().err
+    assert not (tmp_path / "two.png").exists() and not (tmp_path / "fox.jpg").exists()
     few = api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), max_rows=1, device="cpu")
     assert few != api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), device="cpu")
     assert main(["eval", str(out), "--device", "cpu"]) == 2
@@ -196,3 +231,37 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
     assert "this is a diffusers pipeline (model_index.json)" in capsys.readouterr().err
     assert main(["chat", str(out), "--device", "cpu"]) == 2
     assert "this is text-to-image. Use `lorabank predict" in capsys.readouterr().err
+
+
+def test_an_adapters_own_folder_draws_as_its_run(root: Path, styles: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    adapters = {name: {"data": str(styles[name])} for name in ("ink", "oil")}
+    lb.train(model=str(saved("sd", root)), output=str(run), adapters=adapters, **{**SETTINGS, "max_steps": 1})
+    for name in adapters:
+        shutil.copytree(run / name, tmp_path / name)
+    both = lb.combine([(lb.Adapter.load(tmp_path / name), 0.5) for name in adapters])
+    both.save(tmp_path / "both")
+    for name in ("ink", "both"):
+        api.predict(tmp_path / name, "", tmp_path / f"of-{name}", options={"prompt": "a cat"})
+        with Image.open(tmp_path / f"of-{name}" / f"0000-{name}.png") as picture:
+            assert picture.size == (32, 32)
+    of_run = [api.evaluate(folder, ["ink"], DataConfig(test=str(styles["wax"])))["ink"] for folder in (run, tmp_path / "ink")]
+    assert of_run[0] == of_run[1]  # pictures of the run's size
+
+    ink = lb.Adapter.load(tmp_path / "ink")
+    settings = json.loads(ink.metadata["diffusion"])
+    other = replace(ink, metadata={**ink.metadata, "diffusion": json.dumps({**settings, "resolution": 64})})
+    other.save(tmp_path / "two" / "wide")
+    ink.save(tmp_path / "two" / "ink")
+    with pytest.warns(UserWarning, match=r"different settings: resolution \(ink 32, wide 64\)\. The defaults"):
+        task = api.load_run(tmp_path / "two").task
+    assert isinstance(task, TextToImage)
+    assert (task.settings.resolution, task.settings.sample_steps) == (512, 2)
+    old = {key: value for key, value in ink.metadata.items() if key != "diffusion"}
+    replace(ink, metadata=old).save(tmp_path / "old")
+    task = api.load_run(tmp_path / "old").task
+    assert isinstance(task, TextToImage)
+    assert task.settings == DiffusionConfig()
+    replace(ink, metadata={**old, "diffusion": '{"resolution": -1}'}).save(tmp_path / "odd")
+    with pytest.raises(AdapterFileError, match=r"settings of diffusion can't be used \(.*resolution.*got -1"):
+        api.load_run(tmp_path / "odd")

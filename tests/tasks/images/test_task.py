@@ -200,8 +200,8 @@ def test_windows_that_swin_folds_keep_each_rows_adapter() -> None:
         torch.testing.assert_close(alone[0], mixed[i, : alone.shape[1]], rtol=1e-4, atol=1e-5)
         for key, value in own.items():
             total[key] = total.get(key, torch.zeros_like(value)) + value
-    for key, value in gradients.items():
-        torch.testing.assert_close(value, total[key], rtol=1e-3, atol=1e-5)
+    for key, value in gradients.items():  # sums in another order: small elements round by parts of the large ones
+        assert (value - total[key]).norm() <= 1e-4 * total[key].norm(), key
 
 
 def test_several_adapters_of_a_base_without_names_predict(base: Path, data: dict[str, Path], tmp_path: Path) -> None:
@@ -316,6 +316,24 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
 ) -> None:
     with pytest.raises(error, match=message):
         lb.train(model=str(base), **{**SETTINGS, "data": str(data["three"]), **settings})
+
+
+def test_what_five_labels_have_not_is_refused(
+    base: Path, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**SETTINGS, "max_steps": 1, "eval": {"every": 1, "samples": 0}}
+    few = r"eval\.metrics: top5_accuracy is for more than 5 labels, and there are 3\. Leave it out"
+    with pytest.raises(ConfigError, match=few):
+        asked = {**settings, "eval": {"metrics": ["top5_accuracy"]}}
+        lb.train(model=str(base), output=str(tmp_path / "run"), data=str(data["three"]), **asked)
+    assert not (tmp_path / "run").exists()
+    lb.train(model=str(base), output=str(tmp_path / "run"), data=str(data["three"]), **settings)
+    words = ["eval", str(tmp_path / "run"), "--device", "cpu", "--metrics"]
+    assert main([*words, "top5_accuracy"]) == 2
+    assert "--metrics: top5_accuracy is for more than 5 labels, and there are 3." in capsys.readouterr().err
+    assert main([*words, "acuracy"]) == 2
+    assert "--metrics: expected some of loss, accuracy" in (said := capsys.readouterr().err)
+    assert "did you mean 'accuracy'" in said
 
 
 def test_a_convolutional_nets_all_linear_is_its_head_alone_and_refused(data: dict[str, Path]) -> None:

@@ -102,7 +102,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
         prepared(str(file), bad_rows="stop")
     with pytest.raises(DataError, match="NaN"):
         prepared([{"document": "the", "summary": math.nan}])
-    with pytest.raises(DataError, match="none of the 1 rows can be used"):
+    with pytest.raises(DataError, match="not the only row can be used"):
         prepared([{"document": "", "summary": "cat"}])
     with pytest.raises(DataError, match="turns of a chat, where a source and a target were expected"):
         prepared([{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]}])

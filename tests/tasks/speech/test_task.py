@@ -103,7 +103,7 @@ def test_it_transcribes_recordings_of_its_own(trained: Path, tmp_path: Path) -> 
         api.predict(trained, folder, tmp_path / "many.srt", ["default"])
     with pytest.raises(OutputError, match=r"got '\.doc'"):
         api.predict(trained, folder, tmp_path / "many.doc")
-    with pytest.raises(DataError, match=r"none of 1 recordings can be read:\n  - 1 × .*\(broken\.wav\)"):
+    with pytest.raises(DataError, match=r"none of 1 recording can be read:\n  - 1 × .*\(broken\.wav\)"):
         api.predict(trained, folder / "broken.wav", tmp_path / "broken.jsonl")
 
 

@@ -204,7 +204,7 @@ def test_labels_that_the_head_lacks() -> None:
     assert len(found.val) == 1
     with pytest.raises(DataError, match="the head has no label 'poss'"):
         prepared(rows, val=val, bad_rows="stop")
-    with pytest.raises(DataError, match="val data: none of the 1 rows can be used"):
+    with pytest.raises(DataError, match="val data: not the only row can be used"):
         prepared(rows, val=val[:1])
 
 

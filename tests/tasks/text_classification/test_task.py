@@ -13,8 +13,10 @@ import torch
 import lorabank as lb
 from lorabank import api
 from lorabank.cli import main
+from lorabank.config.parse import load_config
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError
+from tests.tasks.text_classification.test_reading import prepared
 from tests.tasks.tiny import labelled_rows, tiny_bert
 from tests.training.children import SignalAt
 from tests.training.tiny import assert_same_run, write_rows
@@ -117,7 +119,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(
             [{"text": "x", "label": "a"}, {"text": "y", "label": "a"}],
             "every row is 'a' in column 'label', so there is nothing to tell apart",
         ),
-        ([{"text": "", "label": "a"}], "none of the 1 rows can be used"),
+        ([{"text": "", "label": "a"}], "not the only row can be used"),
     ],
 )
 def test_rows_that_nothing_can_be_learnt_from_are_named(
@@ -127,11 +129,46 @@ def test_rows_that_nothing_can_be_learnt_from_are_named(
         lb.train(model=str(base), data=str(write_rows(tmp_path / "rows.jsonl", rows)), **{**SETTINGS, "val_split": 0})
 
 
-def test_settings_of_another_task_are_refused(base: Path, files: dict[str, Path]) -> None:
+def test_settings_of_another_task_are_refused(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
     data = str(files["mood"])
     with pytest.raises(ConfigError, match=r"eval\.metrics: metric 'bleu': expected one of loss, accuracy"):
         lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"metrics": ["bleu"]}})
+    with pytest.raises(ConfigError, match=r"^activation_offloading: is for text-generation alone so far\. Use gradient_ch"):
+        lb.train(model=str(base), data=data, output=str(tmp_path / "run"), activation_offloading=True, **SETTINGS)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="base_dtype: nf4 is for text-generation alone"):
         lb.train(model=str(base), data=data, base_dtype="nf4", **SETTINGS)
     with pytest.raises(ConfigError, match=r"eval\.best: validation of text-classification has no metric 'acuracy'"):
         lb.train(model=str(base), data=data, **{**SETTINGS, "eval": {"best": "acuracy"}})
+
+
+def test_pairs_and_single_texts_are_not_taken_for_each_other_in_silence(base: Path, tmp_path: Path) -> None:
+    single = labelled_rows(12)
+    pairs = [{**row, "text_pair": "and more"} for row in single]
+    one, two = write_rows(tmp_path / "one.jsonl", single), write_rows(tmp_path / "two.jsonl", pairs)
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    short = {**SETTINGS, "max_steps": 1, "save": {"every": 0}}
+    lb.train(model=str(base), output=str(alone), adapters={"s": {"data": str(one)}}, **short)
+    lb.train(model=str(base), output=str(both), adapters={"s": {"data": str(one)}, "p": {"data": str(two)}}, **short)
+    of_pairs = r"one.jsonl:1: adapter 'p' was trained on pairs of texts, and these are single texts.* `text_pair`"
+    of_single = r"two.jsonl:\d+: adapter 's' was trained on single texts, and these are pairs.* Leave the column"
+    with pytest.warns(UserWarning, match=of_pairs):
+        api.evaluate(both, ["s", "p"], DataConfig(test=str(one)))
+    with pytest.warns(UserWarning, match=of_pairs):
+        api.predict(both, one, tmp_path / "a.jsonl")
+    with pytest.warns(UserWarning, match=of_single):
+        api.evaluate(alone / "s", None, DataConfig(test=str(two)))
+    with pytest.warns(UserWarning, match=of_single):
+        api.predict(both, two, tmp_path / "b.jsonl", ["s"])
+    with pytest.warns(UserWarning, match=of_single):
+        lb.train(model=str(base), adapters={"s": {"data": str(two), "init_from": str(alone / "s")}}, **short)
+    api.evaluate(both, None, load_config(both)[0].data)  # each on its own rows, without a warning
+    api.predict(both, one, tmp_path / "c.jsonl", ["s"])
+    mixed = lb.combine([(lb.Adapter.load(both / "s"), 0.5), (lb.Adapter.load(alone / "s"), 0.5)])
+    assert mixed.metadata["texts"] == "1"
+
+
+def test_validation_rows_of_pairs_beside_single_texts_are_told() -> None:
+    rows = {"train": labelled_rows(8), "val": [{**row, "text_pair": "more"} for row in labelled_rows(4, start=8)]}
+    found = prepared(rows["train"], val=rows["val"])
+    assert any("pairs of texts, and the others are single: 4 rows" in line for line in found.report.lines()), found.report.lines()
