@@ -124,9 +124,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(RATES), choices=list(RATES))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of those of RATES")
     parser.add_argument("--seed", type=int, default=1, help="of adapter and head, the pictures' order and how they are varied")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the figures and pictures")
     args = parser.parse_args()
-    data, results = args.data / "new", HERE / "results"
-    results.mkdir(exist_ok=True)
+    data, results = args.data / "new", args.results
+    results.mkdir(exist_ok=True, parents=True)
     labels = [each["name"] for each in json.loads((data / "train/_annotations.coco.json").read_text())["categories"]]
     for arm in args.arms:
         best: tuple[float, Any, Any, Any] | None = None
