@@ -1,4 +1,4 @@
-"""Makes the table of README.md from results/*.json: python studies/sign_detection/table.py"""
+"""Makes the tables of README.md from results/*.json and results/second/*.json: python studies/sign_detection/table.py"""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-START, END = "<!-- table: written by table.py -->\n", "<!-- end -->"
+STARTS = {"<!-- table: written by table.py -->\n": "results", "<!-- second table: written by table.py -->\n": "results/second"}
+"""Line above a table to the folder of its figures."""
+END = "<!-- end -->"
 ARMS = {
     "lora": "LoRA (rank 8 on linear layers and convolutions, α {alpha}, B's rate × {b:g}), a new head begun as {start}",
     "head": "a new head alone",
@@ -20,14 +22,14 @@ def order(told: dict[str, Any]) -> tuple[Any, ...]:
     return told.get("start", ""), -told.get("alpha", 0), told["rate"], told.get("seed", 1)
 
 
-def table() -> str:
-    """The rows, an arm each."""
+def table(folder: Path) -> str:
+    """The rows, a run each."""
     lines = [
         "| arm | trained | learning rate | seed | validation mAP | loss | mAP | mAP50 | mAP75 | CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, what in ARMS.items():
-        found = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{arm}-*.json"))]
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{arm}-*.json"))]
         for told in sorted(found, key=order):
             scores, val, seed = told["test"], told["valid"]["mAP"], told.get("seed", 1)
             lines.append(
@@ -40,8 +42,10 @@ def table() -> str:
 def main() -> None:
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    page.write_text(f"{before}{START}{table()}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    for start, folder in STARTS.items():
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{table(HERE / folder)}{END}{rest.partition(END)[2]}"
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
