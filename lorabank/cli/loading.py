@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabank.cli.folders import chosen_path
@@ -15,7 +16,7 @@ from lorabank.config.checks import check_choice
 from lorabank.config.convert import dtype_name
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.config.train import TrainConfig
-from lorabank.errors import ConfigError
+from lorabank.errors import AdapterFileError, ConfigError
 
 if TYPE_CHECKING:
     from lorabank.training.loaded import LoadedRun
@@ -44,11 +45,20 @@ def task_of(args: argparse.Namespace) -> str:
     config = run_config(args.run_folder)
     if config is not None:
         return config.task
-    file = chosen_path(args.run_folder, place="RUN") / "lorabank.json"
-    if not file.is_file():
-        return DEFAULT_TASK
-    said = json.loads(file.read_text(encoding="utf-8"))
-    return str(said.get("metadata", {}).get("task", DEFAULT_TASK))
+    path = chosen_path(args.run_folder, place="RUN")
+    own = path / "lorabank.json"
+    files = [own] if own.is_file() else sorted(path.glob("*/lorabank.json"))  # an adapter, or a folder of adapters
+    return _task_said(files[0]) if files else DEFAULT_TASK
+
+
+def _task_said(file: Path) -> str:
+    """What an adapter's own file says; text generation where it says nothing. Raises AdapterFileError for what isn't JSON."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{file}: can't be read ({error}). Fetch the adapter again, or leave the file out.") from error
+    metadata = said.get("metadata") if isinstance(said, dict) else None
+    return str(metadata.get("task", DEFAULT_TASK)) if isinstance(metadata, dict) else DEFAULT_TASK
 
 
 def add_machine(parser: CommandParser) -> None:

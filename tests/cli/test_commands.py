@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -17,9 +18,10 @@ from rich.console import Console
 from lorabank import AdapterConfig, attach
 from lorabank.cli import main
 from lorabank.cli.chat import answer_table
+from lorabank.cli.loading import task_of
 from lorabank.config.parse import dump_yaml
 from lorabank.config.train import AdapterRun, DataConfig, EvalConfig, TrainConfig
-from lorabank.errors import DataError, Setting, TargetError
+from lorabank.errors import AdapterFileError, DataError, Setting, TargetError
 from lorabank.formats.adapter import Adapter
 
 
@@ -649,3 +651,15 @@ def test_inspect_shows_the_scores_of_the_end(tmp_path: Path) -> None:
     assert found["b"] == {"loss": 1.1}
     assert found["base"]["loss"] == 3.0
     assert math.isnan(found["base"]["bleu"])
+
+
+def test_the_task_of_a_folder_of_adapters_is_what_they_say(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    said = tmp_path / "one" / "lorabank.json"
+    said.write_text(json.dumps({"metadata": {"task": "text-classification"}}))
+    named = argparse.Namespace(task=None, run_folder=str(tmp_path))
+    assert task_of(named) == "text-classification"
+    assert task_of(argparse.Namespace(task=None, run_folder=str(tmp_path / "one"))) == "text-classification"
+    said.write_text("{")
+    with pytest.raises(AdapterFileError, match=r"lorabank\.json: can't be read"):
+        task_of(named)

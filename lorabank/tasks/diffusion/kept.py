@@ -27,6 +27,8 @@ KEPT = (
     "sample_width",
     "negative",
 )
+_OPTIONAL = {"prediction": str, "negative": str, "sample_height": int, "sample_width": int}
+"""Those that may be None."""
 
 
 def as_metadata(settings: DiffusionConfig) -> dict[str, str]:
@@ -44,13 +46,19 @@ def with_kept(settings: DiffusionConfig, adapters: Mapping[str, Adapter]) -> Dif
     alike, differ = settled(adapters, SECTION)
     differ = {name: values for name, values in differ.items() if name in KEPT}
     if differ:
-        each = "; ".join(f"{n} ({', '.join(f'{a} {value}' for a, value in values.items())})" for n, values in differ.items())
+        each = "; ".join(f"{n} ({', '.join(f'{a} {value!r}' for a, value in values.items())})" for n, values in differ.items())
         warnings.warn(
             f"diffusion: the adapters were trained with different settings: {each}. The defaults are used. Name one adapter "
             "(--adapters), or say how pictures are drawn (--size, --steps, --guidance).",
             stacklevel=2,
         )
+    found = {name: value for name, value in alike.items() if name in KEPT}
+    for name, value in found.items():
+        default = getattr(settings, name)
+        kind = _OPTIONAL.get(name, type(default))
+        if not (isinstance(value, kind) or (kind is float and isinstance(value, int)) or (name in _OPTIONAL and value is None)):
+            raise AdapterFileError(f"the adapter's settings of {SECTION} can't be used ({name}: {value!r}). Fetch it again.")
     try:
-        return replace(settings, **{name: value for name, value in alike.items() if name in KEPT})
+        return replace(settings, **found)
     except (ConfigError, TypeError) as error:
         raise AdapterFileError(f"the adapter's settings of {SECTION} can't be used ({error}). Fetch it again.") from error

@@ -24,6 +24,8 @@ SILENT = 10 ** (-80 / 20)
 """Peak below which a recording holds nothing: −80 dB of full scale, a few steps of 16 bits."""
 SHORTEST_S = 0.02
 """Seconds below which there is nothing to hear: less than one frame of the encoder."""
+BLOCK = 1 << 22
+"""Samples that are read at a time."""
 MAX_RATE, MIN_RATE = 768_000, 1_000
 """Samples a second outside of which a rate is taken for a damaged header."""
 
@@ -82,7 +84,7 @@ def _decoded(source: Any, near: Path | None) -> tuple[np.ndarray, int]:
             )
         source = inner
     if isinstance(source, bytes | bytearray | memoryview):
-        return _read(io.BytesIO(source), "the bytes of the recording")
+        return _read(io.BytesIO(source), "the recording")
     if isinstance(source, str | Path):
         if not str(source).strip():
             raise RowError("the recording's path is empty")
@@ -123,7 +125,7 @@ def _read(file: BinaryIO, what: str) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(file) as sound:
             rate, declared, kind = int(sound.samplerate), int(sound.frames), str(sound.format)
-            samples = sound.read(0 if declared >= UNKNOWN else -1, dtype="float32")
+            samples = _blocks(sound, 0 if declared >= UNKNOWN else declared)
     except (soundfile.SoundFileError, OSError, RuntimeError, ValueError) as error:
         raise RowError(f"{what} can't be decoded: it is damaged, cut off, or in a format that libsndfile doesn't read") from error
     if kind.startswith(MP3) and not is_counted(file) and (counted := _with_count(file, declared)) is not None:
@@ -133,6 +135,16 @@ def _read(file: BinaryIO, what: str) -> tuple[np.ndarray, int]:
     if missing_samples(file, kind, declared, len(samples)):
         raise RowError(f"{what} is cut off: it has fewer samples than its header says")
     return samples, rate
+
+
+def _blocks(sound: Any, declared: int) -> np.ndarray:
+    """At most so many samples, a block at a time: what a damaged header declares may be more than any memory has."""
+    found: list[np.ndarray] = []
+    left = declared
+    while left > 0 and len(block := sound.read(min(left, BLOCK), dtype="float32")):
+        found.append(block)
+        left -= len(block)
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
 def _with_count(file: BinaryIO, guessed: int) -> BinaryIO | None:

@@ -23,7 +23,7 @@ def start_of(data: bytes) -> int:
 
 
 def samples_in(data: bytes) -> int:
-    """Samples a channel of all frames that follow each other without a gap."""
+    """Samples a channel of all frames."""
     return sum(_samples(data[at + 1]) for at in _frames(data))
 
 
@@ -39,14 +39,38 @@ def with_count(data: bytes) -> bytes:
 
 
 def _frames(data: bytes) -> Iterator[int]:
-    """Where each frame begins, from the first on, of one version and rate."""
+    """Where each frame begins, of the first one's version and rate; what lies between them is passed over, as decoders do."""
     at = start_of(data)
-    kind = data[at + 1 : at + 2], data[at + 2 : at + 3] and data[at + 2] & 0x0C
-    while (length := _length(data[at : at + 4])) and (data[at + 1 : at + 2], data[at + 2] & 0x0C) == kind:
-        if at + length > len(data):
-            return
-        yield at
-        at += length
+    if not _length(data[at : at + 4]):
+        return
+    kind = _kind(data, at)
+    while at >= 0:
+        length = _length(data[at : at + 4])
+        if _kind(data, at) == kind and 0 < length <= len(data) - at:
+            yield at
+            at += length
+        else:
+            at = _next(data, at + 1, kind)
+
+
+def _next(data: bytes, start: int, kind: tuple[bytes, int]) -> int:
+    """Where the next frame begins that another or the file's end follows; -1 where none does."""
+    at = data.find(b"\xff" + kind[0], start)
+    while at >= 0:
+        end = at + _length(data[at : at + 4])
+        if (
+            _kind(data, at) == kind
+            and end > at
+            and (end == len(data) or (_kind(data, end) == kind and _length(data[end : end + 4])))
+        ):
+            return at
+        at = data.find(b"\xff" + kind[0], at + 1)
+    return -1
+
+
+def _kind(data: bytes, at: int) -> tuple[bytes, int]:
+    """Of the frame there: version, layer and check sum, and the bits of the rate."""
+    return data[at + 1 : at + 2], data[at + 2] & 0x0C if at + 2 < len(data) else -1
 
 
 def _version(byte: int) -> int:

@@ -8,8 +8,10 @@ from lorabank.config.train import DataConfig
 from lorabank.data.hold_out import dealt, shares_of, too_few
 from lorabank.data.sources import all_scored
 from lorabank.data.split import Split, group_unit, split_rows
+from lorabank.errors import DataError
 from lorabank.tasks.text_classification.labels import MANY, REGRESSION, LabelSet, names_in
 from lorabank.tasks.text_classification.rows import ClassRow
+from lorabank.wording import counted
 
 
 def split_texts(
@@ -17,20 +19,26 @@ def split_texts(
 ) -> tuple[dict[str, list[ClassRow]], dict[str, list[str]]]:
     """Hold rows out of `coded["train"]` for each split without a source of its own; (splits, notes with their rows).
 
-    Equal texts, or equal values of the column `data.group_by`, stay together. A label's only row is trained on: held out it could
-    be neither learned nor, unlearned, be right. Raises DataError for a split that can't be made.
+    Equal texts, or equal values of the column `data.group_by`, stay together. A label's only row is trained on, and what belongs
+    to it: held out it could be neither learned nor, unlearned, be right. Raises DataError for a split that can't be made.
     """
     if "train" not in coded:
         return all_scored(coded["test"]), {}
     source = coded["train"]
-    only = _only_rows(source)
-    movable = [i for i in range(len(source)) if i not in only]
-    keys = [source[i].source.key if data.group_by is None else str(source[i].source.group) for i in movable]
+    every = [row.source.key if data.group_by is None else str(row.source.group) for row in source]
+    staying = {every[i] for i in _only_rows(source)}
+    movable = [i for i, key in enumerate(every) if key not in staying]
+    keys = [every[i] for i in movable]
     shares = shares_of(coded, data, few=len(set(keys)) < 2)
     split = Split(train=tuple(range(len(source))), val=(), test=())
     if shares.val or shares.test:
         unit = group_unit(data.group_by, "texts")
-        found = split_rows(keys, val=shares.val, test=shares.test, seed=seed, unit=unit)
+        try:
+            found = split_rows(keys, val=shares.val, test=shares.test, seed=seed, unit=unit)
+        except DataError as error:
+            more = len(source) - len(movable)
+            why = f" Not among them: {counted(more, 'row')} that stay in training, the only ones of a label and their groups."
+            raise DataError(f"{error}.{why}" if more else str(error)) from error
         val, test = (tuple(movable[i] for i in part) for part in (found.val, found.test))
         split = Split(train=tuple(sorted({*split.train}.difference(val, test))), val=val, test=test)
     return dealt(coded, split), {too_few("rows"): [row.origin for row in source]} if shares.spared else {}

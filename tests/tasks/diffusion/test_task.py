@@ -262,6 +262,7 @@ def test_an_adapters_own_folder_draws_as_its_run(root: Path, styles: dict[str, P
     task = api.load_run(tmp_path / "old").task
     assert isinstance(task, TextToImage)
     assert task.settings == DiffusionConfig()
-    replace(ink, metadata={**old, "diffusion": '{"resolution": -1}'}).save(tmp_path / "odd")
-    with pytest.raises(AdapterFileError, match=r"settings of diffusion can't be used \(.*resolution.*got -1"):
-        api.load_run(tmp_path / "odd")
+    for odd, said in (('{"resolution": -1}', "resolution.*got -1"), ('{"negative": 5}', "negative: 5")):
+        replace(ink, metadata={**old, "diffusion": odd}).save(tmp_path / odd[2:5])
+        with pytest.raises(AdapterFileError, match=rf"settings of diffusion can't be used \(.*{said}"):
+            api.load_run(tmp_path / odd[2:5])

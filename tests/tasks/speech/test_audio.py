@@ -169,6 +169,24 @@ def test_an_mp3_of_variable_bitrate_that_does_not_say_its_length(rate: int, chan
     tag = b"ID3\x04\0\0" + bytes([0, 0, 2, 0]) + bytes(256)
     assert len(load_sound({"bytes": tag + bare}, rate).samples_S) == len(found.samples_S)
     assert len(load_sound({"bytes": bare + b"TAG" + bytes(125)}, rate).samples_S) == len(found.samples_S)
+    cuts = list(mp3._frames(bare))
+    for gap in (b"\xff" * 500, bytes(500), tag):  # damage, or two files one after the other
+        broken = bare[: cuts[30]] + gap + bare[cuts[30] :]
+        assert mp3.samples_in(broken) == mp3.samples_in(bare)
+        assert abs(len(load_sound({"bytes": broken}, rate).samples_S) - len(found.samples_S)) <= 3 * 1152
+
+
+def test_a_header_that_declares_more_than_memory_has() -> None:
+    data = bytearray(encoded("FLAC", tone(1.0, 440)))
+    data[21] |= 0x0F
+    data[22:26] = b"\xff" * 4
+    with pytest.raises(RowError, match=r"can't be decoded|fewer samples than its header says"):
+        load_sound({"bytes": bytes(data)}, RATE)
+    song = encoded("MP3", tone(3.0, 440))
+    at = song.find(b"Xing") if b"Xing" in song else song.find(b"Info")
+    assert at > 0
+    with pytest.raises(RowError, match=r"cut off|can't be decoded"):
+        load_sound({"bytes": song[: at + 8] + b"\xff\xff\xff\xf0" + song[at + 12 :]}, RATE)
 
 
 def test_a_flac_of_a_pipe() -> None:
