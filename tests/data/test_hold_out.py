@@ -42,7 +42,7 @@ def test_rows_with_validation_rows_of_their_own_are_not_said_to_be_spared() -> N
     assert not held.spared and held.splits["val"] == ["own"]
 
 
-@pytest.mark.parametrize(("group_by", "named"), [(None, "1 different recordings"), ("who", "1 different values of 'who'")])
+@pytest.mark.parametrize(("group_by", "named"), [(None, "different recordings: 1,"), ("who", "different values of 'who': 1,")])
 def test_a_demand_that_cannot_be_met_is_refused_by_the_name_of_what_is_too_few(group_by: str | None, named: str) -> None:
     data = DataConfig(val_split=0.2, group_by=group_by)
     with pytest.raises(DataError, match=named):
