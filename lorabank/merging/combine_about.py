@@ -51,7 +51,8 @@ def warn_of_settings(parts: Weighted, called: Sequence[str]) -> None:
         for setting in dict.fromkeys(name for own in said.values() for name in own):
             values = {name: own.get(setting, "unsaid") for name, own in said.items()}
             if len(set(map(json.dumps, values.values()))) > 1:
-                differ.append(f"{key}.{setting} ({', '.join(f'{name} {value or repr(value)}' for name, value in values.items())})")
+                each = ", ".join(f"{name} {value or repr(value)}" for name, value in values.items())
+                differ.append(f"{key}.{setting} ({each})")
                 usual = {item.name: item.default for item in fields(TASK_SECTIONS[key])}
                 defaults += [f"{key}.{setting} {usual[setting] or repr(usual[setting])}"] if setting in usual else []
     if differ:
