@@ -149,7 +149,7 @@ def test_a_change_of_zero(tmp_path: Path) -> None:
 
 def test_it_is_said_and_written_as_lora(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", LINEAR, {**loha(20, 24, 2), "dora_scale": torch.ones(20, 1)})
-    with pytest.warns(UserWarning, match=r"1 LoHa layers became LoRA of rank 4 to 4 \(relative error .*--rank"):
+    with pytest.warns(UserWarning, match=r"1 LoHa layer became LoRA of rank 4 to 4 \(relative error .*--rank"):
         adapter = load_kohya(path)
     assert adapter.config.use_dora
     again = load_kohya(save_kohya(adapter, tmp_path / "b.safetensors"))
