@@ -39,8 +39,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:compile. LlamaDecoderLayer doesn't take"),  # said once: see test_fallbacks.py
 ]
 TOLERANCE = 2e-3
-"""Of a norm: a processor's own order of sums gives up to 1.1e-3 in float32, a wrong mask or row parts of one."""
-"""fp32: the order of sums. As `difference` has it; weights that change by 1e-7 of themselves change these gradients by 2e-4."""
+"""fp32: the order of sums, by which some processors differ by 1.1e-3. As `difference` has it; weights that change by 1e-7 of
+themselves change these gradients by 2e-4."""
 TWO: Sequence[str] = ["q", "down_proj"]
 """Targets where nothing depends on them: each product takes the interpreter its time."""
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "opt", "bert"]

@@ -80,7 +80,8 @@ def test_families_and_layers_that_read_one_input(family: str, calls: list[nn.Mod
 @pytest.mark.slow
 @pytest.mark.parametrize("borders", [False, True])
 def test_an_adapter_without_dropout_gets_the_same_beside_one_that_has_it(borders: bool) -> None:
-    """To the bit without borders. Those have no place for masks: a pass in which something drops does without them."""
+    """Borders have no place for masks: a pass in which something drops does without them. Without borders what is left is the
+    processor's own: to the bit on most, by roundings on some."""
     _, fused = pair()
     if not borders:
         for block in fused_blocks(fused):
@@ -93,8 +94,8 @@ def test_an_adapter_without_dropout_gets_the_same_beside_one_that_has_it(borders
         assert losses["b"].loss_sum == pytest.approx(dry_losses["b"].loss_sum, rel=1e-5)
         assert difference(found["b"], dry["b"]) < 1e-4
     else:
-        assert losses["b"] == dry_losses["b"]
-        assert all(torch.equal(found["b"][key], value) for key, value in dry["b"].items())
+        assert losses["b"].loss_sum == pytest.approx(dry_losses["b"].loss_sum, rel=1e-6)
+        assert difference(found["b"], dry["b"]) < 5e-5
     assert losses["a"] != dry_losses["a"]
     assert difference(found["a"], dry["a"]) > 0.1
 
