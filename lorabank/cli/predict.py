@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     options = task_options(args, task)
     data = "" if args.data is None else str(args.data)
     if args.data is None and (task == DEFAULT_TASK or "prompt" not in options):
-        raise ConfigError("--data: the rows to answer are missing")
+        taken = "" if run_config(args.run_folder) else f" ({args.run_folder} is taken for {task}: --task says otherwise)"
+        raise ConfigError(f"--data: the rows to answer are missing{taken}")
     if task != DEFAULT_TASK:
         return _by_task(args, output, options)
     if args.prompt is not None:

@@ -663,3 +663,8 @@ def test_the_task_of_a_folder_of_adapters_is_what_they_say(tmp_path: Path) -> No
     said.write_text("{")
     with pytest.raises(AdapterFileError, match=r"lorabank\.json: can't be read"):
         task_of(named)
+
+
+def test_predict_without_rows_says_what_the_source_is_taken_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "nothing-here", "--prompt", "x", "--output", str(tmp_path / "x.png")]) != 0
+    assert "nothing-here is taken for text-generation: --task says otherwise" in capsys.readouterr().err
