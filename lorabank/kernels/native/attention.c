@@ -83,7 +83,7 @@ INLINE void against(const float *x, long stride, const float *turned, long P, lo
         vec total[ROWS] = {{0}};
         for (long d = 0; d < D; d++) {
             const vec y = *(const vec *)(turned + d * P + g * W);
-            for (int j = 0; j < rows; j++) total[j] += x[j * stride + d] * y;
+            for (int j = 0; j < rows; j++) total[j] = plus(total[j], x[j * stride + d], y);
         }
         for (int j = 0; j < rows; j++) *(vec *)(out + j * P + g * W) = total[j];
     }
@@ -97,8 +97,8 @@ INLINE void gather(const float *p, long pj, long pt, const float *y, long stride
         for (long t = first; t < last; t++) {
             const vec a = *(const vec *)(y + t * stride + d), b = *(const vec *)(y + t * stride + d + W);
             for (int j = 0; j < rows; j++) {
-                total[j][0] += p[j * pj + t * pt] * a;
-                total[j][1] += p[j * pj + t * pt] * b;
+                total[j][0] = plus(total[j][0], p[j * pj + t * pt], a);
+                total[j][1] = plus(total[j][1], p[j * pj + t * pt], b);
             }
         }
         for (int j = 0; j < rows; j++)

@@ -55,7 +55,7 @@ INLINE void shrink(const Through *t, const float *packed, long n, const int rows
         vec total[ROWS] = {{0}};
         for (long i = 0; i < I; i++) {
             const vec p = *(const vec *)(packed + (g * I + i) * W);
-            for (int j = 0; j < rows; j++) total[j] += in[j * I + i] * p;
+            for (int j = 0; j < rows; j++) total[j] = plus(total[j], in[j * I + i], p);
         }
         for (int j = 0; j < rows; j++) {
             total[j] *= t->mid_scale;
@@ -75,15 +75,18 @@ INLINE void expand(const Through *t, long n, const int rows) {
         vec total[ROWS] = {{0}};
         for (long r = 0; r < R; r++) {
             const vec q = *(const vec *)(t->Q + r * O + o);
-            for (int j = 0; j < rows; j++) total[j] += mid[j * R + r] * q;
+            for (int j = 0; j < rows; j++) total[j] = plus(total[j], mid[j * R + r], q);
         }
-        for (int j = 0; j < rows; j++) *(vec *)(out + j * O + o) += t->out_scale * total[j];
+        for (int j = 0; j < rows; j++) {
+            vec *to = (vec *)(out + j * O + o);
+            *to = plus(*to, t->out_scale, total[j]);
+        }
     }
     for (; o < O; o++)
         for (int j = 0; j < rows; j++) {
             float total = 0;
-            for (long r = 0; r < R; r++) total += mid[j * R + r] * t->Q[r * O + o];
-            out[j * O + o] += t->out_scale * total;
+            for (long r = 0; r < R; r++) total = plus_one(total, mid[j * R + r], t->Q[r * O + o]);
+            out[j * O + o] = plus_one(out[j * O + o], t->out_scale, total);
         }
 }
 
@@ -146,7 +149,7 @@ INLINE void outer_block(const Outer *t, long r, long c, const int ranks, const i
         vec x[OUTER_VECTORS];
         for (int k = 0; k < vectors; k++) x[k] = *(const vec *)(t->x + n * C + c + k * W);
         for (int j = 0; j < ranks; j++)
-            for (int k = 0; k < vectors; k++) total[j][k] += t->p[n * R + r + j] * x[k];
+            for (int k = 0; k < vectors; k++) total[j][k] = plus(total[j][k], t->p[n * R + r + j], x[k]);
     }
     for (int j = 0; j < ranks; j++)
         for (int k = 0; k < vectors; k++) *(vec *)(t->out + (r + j) * C + c + k * W) = t->scale * total[j][k];
@@ -167,7 +170,7 @@ static void outer(const Outer *t, long start, long stop) {
     for (; c < stop; c++)
         for (long r = 0; r < R; r++) {
             float total = 0;
-            for (long n = 0; n < t->rows; n++) total += t->p[n * R + r] * t->x[n * C + c];
+            for (long n = 0; n < t->rows; n++) total = plus_one(total, t->p[n * R + r], t->x[n * C + c]);
             t->out[r * C + c] = t->scale * total;
         }
 }

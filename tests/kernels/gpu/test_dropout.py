@@ -139,11 +139,14 @@ def test_a_slot_without_dropout_gets_the_same_bits_beside_one_that_has_it(
     p = make(device, **given)
     mine, (first, _) = p.tokens_of(1), p.spots[1]
     others = [token for token in range(p.units * p.tokens) if token not in p.tokens_of(0)]
+    # Triton's interpreter multiplies by numpy, which on some processors rounds by how its operands lie in memory
+    rounding = 0.0 if device.type == "cuda" else 1e-5
     for name in ("change", "change and bias", "added", "x", "x added"):
-        assert torch.equal(without[name][others], beside[name][others]), name
+        torch.testing.assert_close(without[name][others], beside[name][others], rtol=rounding, atol=rounding, msg=name)
         assert not torch.equal(without[name], beside[name]), name
     for name in ("A", "B"):
-        assert torch.equal(without[name][first : first + rank], beside[name][first : first + rank]), name
+        mine_dry, mine_wet = (grads[name][first : first + rank] for grads in (without, beside))
+        torch.testing.assert_close(mine_dry, mine_wet, rtol=rounding, atol=rounding, msg=name)
     assert beside["change"][mine].ne(0).all()
 
 
