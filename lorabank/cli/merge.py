@@ -6,7 +6,6 @@ import argparse
 import json
 import shutil
 import sys
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from lorabank.cli.folders import chosen_path, refuse_existing, whole_folder
@@ -30,8 +29,8 @@ examples:
   lorabank merge formal-adapter --model Qwen/Qwen3-0.6B --dtype fp32 --output merged/formal
   lorabank merge formal-adapter --model folder-of-70b --by-shard --output merged/formal
 
-The merged folder loads in plain transformers. --dtype auto keeps weights as the base stores them. Merging into bf16 rounds a
-part of the change away: how much is printed.
+The merged folder loads in plain transformers, an image pipeline's in plain diffusers. --dtype auto keeps weights as the base
+stores them. Merging into bf16 rounds a part of the change away: how much is printed.
 """
 
 PROBE = "The merged model is asked to read this sentence, and so is the base with the adapter beside it: 3 + 4 = 7, naïve café."
@@ -91,6 +90,10 @@ def _run(args: argparse.Namespace) -> int:
     name = args.model or adapter.base_model
     if not name:
         raise ModelError(f"{args.adapter}: the adapter doesn't name its base model. Name it with --model.")
+    if is_pipeline(name, adapter):
+        from lorabank.cli.merge_pipeline import merge_into_pipeline
+
+        return merge_into_pipeline(args, adapter, name, folder)
     if args.by_shard:
         return _by_shard(args, adapter, name, folder)
     print(f"loading {name} …", file=sys.stderr, flush=True)
@@ -193,15 +196,24 @@ def print_saved(folder: Path, told: list[str]) -> None:
 
 def stored_dtype(name: str) -> str:
     """Our name of the storage that most numbers of a base have in its files; `auto` for one that a model isn't loaded in."""
-    from lorabank.formats.files import read_header
+    import torch
+
+    from lorabank.models.dtypes import stored_in
     from lorabank.models.load import locate
 
-    sizes: Counter[str] = Counter()
-    for file in locate(name, say=lambda line: print(line, file=sys.stderr, flush=True)).glob("*.safetensors"):
-        for entry in read_header(file).tensors.values():
-            sizes[entry.dtype] += entry.end - entry.begin
-    most = sizes.most_common(1)[0][0] if sizes else ""
-    return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(most, "auto")
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", None: "auto"}
+    return names[stored_in(locate(name, say=lambda line: print(line, file=sys.stderr, flush=True)))]
+
+
+def is_pipeline(name: str, adapter: Adapter) -> bool:
+    """Whether the base is a pipeline of diffusers: by what lies there, or by what the adapter was trained for."""
+    from lorabank.config.paths import expanded
+    from lorabank.training.task import TASK_KEY
+
+    path = expanded(name, place="model")
+    index = "model_index.json"
+    inside = path.is_dir() and (path.resolve().parent / index).is_file()  # one of its models, which is refused there by name
+    return (path / index).is_file() or inside or adapter.metadata.get(TASK_KEY) == "text-to-image"
 
 
 def _by_shard(args: argparse.Namespace, adapter: Adapter, name: str, folder: Path) -> int:

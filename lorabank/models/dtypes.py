@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import torch
 
+from lorabank.formats.files import read_header
 from lorabank.kernels.gpu import runtime
+
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By safetensors' names."""
+
+
+def stored_in(folder: Path) -> torch.dtype | None:
+    """The dtype that most numbers of a folder's safetensors have; None for one that a model isn't loaded in, or no such files."""
+    sizes: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        for entry in read_header(file).tensors.values():
+            sizes[entry.dtype] += entry.end - entry.begin
+    return _STORED.get(sizes.most_common(1)[0][0]) if sizes else None
 
 
 def dtype_notes(asked: str, dtype: torch.dtype, device: torch.device) -> list[str]:

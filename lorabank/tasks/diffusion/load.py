@@ -50,14 +50,19 @@ def load_image_model(name: str, *, dtype: str = "auto", device: str = "auto", sa
     where = pick_device(device)
     number = pick_dtype(dtype, where)
     diffusers = import_diffusers()
-    path = expanded(name, place="model")
-    folder = path if path.is_dir() else _fetched(diffusers, name)
+    folder = pipeline_folder(name)
     family = family_of(folder, name)
     say(f"loading {family.name} pipeline {name} …")
     pipe = _pipeline(diffusers, folder, name)
     model = of_pipeline(pipe, family)
     place(model, where, number)
     return LoadedImageModel(model=model, folder=folder, notes=tuple(dtype_notes(dtype, number, where)))
+
+
+def pipeline_folder(name: str) -> Path:
+    """The folder, or a hub id's snapshot. Raises ModelError, MissingExtraError."""
+    path = expanded(name, place="model")
+    return path if path.is_dir() else _fetched(import_diffusers(), name)
 
 
 def family_of(folder: Path, name: str) -> Family:
