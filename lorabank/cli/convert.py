@@ -62,14 +62,16 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"TARGET: PEFT's form is a folder, so its name doesn't end in .safetensors: {target.with_suffix('')}")
     from lorabank.formats import convert as forms
 
-    model = None
+    model, folder, about = None, None, {}
     if args.model:
-        from lorabank.models.skeleton import skeleton
+        from lorabank.models.skeleton import PIPELINE, skeleton
+        from lorabank.training.task import TASK_KEY
 
         folder = expanded(args.model, place="--model", kind=ModelError)
         if not folder.is_dir():
             raise ModelError(f"--model: {folder} is no folder here. Names are resolved by a model's configuration alone.")
         model = skeleton(folder)
+        about = {TASK_KEY: "text-to-image"} if (folder / PIPELINE).is_file() else {}
     done = forms.convert(
         source,
         target,
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         rank=args.rank,
         component=args.component,
         model=model,
+        base_model=str(folder.resolve()) if folder is not None else None,
+        metadata=about,
     )
     for line in described(done, args.to):
         print(line)

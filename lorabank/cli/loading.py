@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +47,27 @@ def task_of(args: argparse.Namespace) -> str:
     if config is not None:
         return config.task
     path = chosen_path(args.run_folder, place="RUN")
+    _refuse_other_forms(path, args.run_folder)
+    if (path / "model_index.json").is_file():
+        return "text-to-image"  # a pipeline of diffusers, without an adapter
     own = path / "lorabank.json"
     files = [own] if own.is_file() else sorted(path.glob("*/lorabank.json"))  # an adapter, or a folder of adapters
     return _task_said(files[0]) if files else DEFAULT_TASK
+
+
+def _refuse_other_forms(path: Path, typed: str) -> None:
+    """Raise ConfigError for an adapter in a form that doesn't name its base, with the way to one that does."""
+    weights = "pytorch_lora_weights.safetensors"
+    if path.is_file() and path.suffix == ".safetensors":
+        form = "a file of weights"
+    elif (path / weights).is_file() and not (path / "adapter_config.json").is_file():
+        form = "an adapter in diffusers' form"
+    else:
+        return
+    raise ConfigError(
+        f"{typed}: {form}, which doesn't name the base that it belongs to. If it is an adapter: "
+        f"lorabank convert {shlex.quote(typed)} FOLDER --to peft --model BASE, and name that FOLDER."
+    )
 
 
 def _task_said(file: Path) -> str:

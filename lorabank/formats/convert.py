@@ -94,11 +94,14 @@ def convert(
     rank: int | None = None,
     component: str | None = None,
     model: nn.Module | None = None,
+    base_model: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Conversion:
     """Read the adapter at `source` and write it at `target` in the form `to`; all is written, or nothing.
 
     `lossy`: layers that the form can't hold are left out, and an error above rounding is allowed. `rank`: the highest that LoHa
     and LoKr layers get. `component`: the model that PEFT's side is of. `model`: the one that the adapter is for.
+    `base_model`, `metadata`: what PEFT's form says of it where the source doesn't.
     Raises AdapterFileError and OutputError.
     """
     if to not in TARGETS:
@@ -118,6 +121,9 @@ def convert(
         adapter = _without(adapter, dropped, to, lossy)
     if dtype is not None:
         adapter = _cast(adapter, dtype)
+    if to == "peft":
+        said = {**(metadata or {}), **adapter.metadata}
+        adapter = replace(adapter, base_model=adapter.base_model or base_model, metadata=said)
     with scratch_beside(target) as scratch:
         written = scratch / target.name
         TARGETS[to].save(adapter, written)

@@ -95,8 +95,7 @@ def _no_config(files: Collection[str], where: str) -> str:
     if "model_index.json" in files:  # its parts have a config.json each
         return (
             f"model {where}: this is a diffusers pipeline (model_index.json), not a model of transformers. It trains and draws "
-            "with task text-to-image; to merge an adapter of it, convert it (lorabank convert --to diffusers) and use the "
-            "pipeline's load_lora_weights and fuse_lora."
+            "with task text-to-image."
         )
     models = sorted(name for name in files if name.endswith("/config.json"))
     if models:

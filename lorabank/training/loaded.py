@@ -115,7 +115,8 @@ def load_run(
 def _chosen_task(asked: str | None, source: str | Path, config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:
     """The task that was asked for, else what is known of it. Raises ConfigError where that is another: a head would be random."""
     if asked is None:
-        return _task_of(config, loaded)
+        pipeline = not loaded and config is None and (chosen(Path(source)) / "model_index.json").is_file()
+        return "text-to-image" if pipeline else _task_of(config, loaded)
     told = {adapter.metadata[TASK_KEY] for adapter in loaded.values() if TASK_KEY in adapter.metadata}  # other tools say nothing
     known = {config.task} if config is not None else told
     if known - {asked}:
