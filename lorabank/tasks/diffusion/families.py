@@ -39,6 +39,9 @@ class Family:
     """Of a T5 encoder; CLIP's are its tokenizer's."""
 
 
+_T5_TOKENS = 256
+"""Of a caption that Stable Diffusion 3 reads."""
+
 # ---- captions to conditions ------------------------------------------------------------------------------------------
 
 
@@ -61,7 +64,8 @@ def _sd3_text(parts: Parts, ids: Condition) -> dict[str, Tensor]:
     width = parts["transformer"].config.joint_attention_dim
     clip = F.pad(clip, (0, width - clip.shape[-1]))
     if parts.get("text_encoder_3") is None:
-        t5 = clip.new_zeros(len(clip), ids["text_encoder_3"].shape[1], width)
+        read = ids.get("text_encoder_3")  # not there in a pipeline without T5's tokenizer
+        t5 = clip.new_zeros(len(clip), _T5_TOKENS if read is None else read.shape[1], width)
     else:
         t5 = parts["text_encoder_3"](ids["text_encoder_3"])[0].to(clip)
     return {"text": torch.cat([clip, t5], dim=1), "pooled": torch.cat([first.text_embeds, second.text_embeds], dim=-1)}
@@ -134,7 +138,7 @@ FAMILIES: Mapping[str, Family] = {
         encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
         encode=_sd3_text,
         denoise=_sd3,
-        text_tokens=256,
+        text_tokens=_T5_TOKENS,
     ),
     "flux": Family(
         name="flux",

@@ -52,6 +52,7 @@ def load_image_model(name: str, *, dtype: str = "auto", device: str = "auto", sa
     diffusers = import_diffusers()
     folder = pipeline_folder(name)
     family = family_of(folder, name)
+    check_index(family, read_json(folder / INDEX, repr(name)))
     say(f"loading {family.name} pipeline {name} …")
     pipe = _pipeline(diffusers, folder, name)
     model = of_pipeline(pipe, family)
@@ -86,19 +87,44 @@ def family_of(folder: Path, name: str) -> Family:
 def of_pipeline(pipe: Any, family: Family) -> ImageModel:
     """The models of a pipeline of diffusers, which keeps them."""
     encoders = {name: getattr(pipe, name, None) for name in family.encoders}
-    missing = [name for name, model in encoders.items() if model is None and name != "text_encoder_3"]
-    if missing:
-        raise ModelError(f"the pipeline has no {missing[0]}: {family.name} needs it. Load the whole pipeline.")
+    tokenizers = {name: getattr(pipe, tokenizer_of(name), None) for name in family.encoders}
+    check_parts(family, {**encoders, **{tokenizer_of(name): value for name, value in tokenizers.items()}})
     return ImageModel(
         family,
         getattr(pipe, family.denoiser),
         scheduler=pipe.scheduler,
         encoders={name: model for name, model in encoders.items() if model is not None},
-        tokenizers={name: getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in family.encoders},
+        tokenizers={name: each for name, each in tokenizers.items() if each is not None},
         trained=[name for name, model in encoders.items() if type(model).__name__.startswith("CLIP")],
         vae=pipe.vae,
         zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
     )
+
+
+def tokenizer_of(encoder: str) -> str:
+    """diffusers' name of a text encoder's tokenizer."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def check_parts(family: Family, parts: Mapping[str, object]) -> None:
+    """Raise ModelError where a pipeline lacks a text encoder or tokenizer. T5 may be missing: SD 3 is drawn without it too."""
+    missing = [name for name, part in parts.items() if part is None and not name.endswith("_3")]
+    if parts.get("text_encoder_3") is not None and parts.get("tokenizer_3") is None:
+        missing.append("tokenizer_3")
+    if missing:
+        raise ModelError(f"the pipeline has no {missing[0]}: {family.name} needs it. Load the whole pipeline.")
+
+
+def check_index(family: Family, index: Mapping[str, Any]) -> None:
+    """The same of what a pipeline's model_index.json names, before anything is loaded."""
+    wanted = [*family.encoders, *map(tokenizer_of, family.encoders)]
+    check_parts(family, {part: True if has_class(index, part) else None for part in wanted})
+
+
+def has_class(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a pipeline's index names a class for a part; those that are left out are [null, null] there."""
+    said = index.get(part)
+    return isinstance(said, list) and len(said) == 2 and bool(said[1])
 
 
 def place(model: ImageModel, device: torch.device, dtype: torch.dtype) -> None:
@@ -151,7 +177,8 @@ def no_bars(diffusers: Any) -> Iterator[None]:
 
 def _pipeline(diffusers: Any, folder: Path, name: str) -> Any:
     index = read_json(folder / INDEX, repr(name))
-    left_out = {part: None for part in ("safety_checker", "feature_extractor", "image_encoder") if part in index}
+    unused = ("safety_checker", "feature_extractor", "image_encoder")
+    left_out = {part: None for part in index if part in unused or index[part] == [None, None]}  # diffusers wants these said
     more = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     try:
         with quiet_transformers(), no_bars(diffusers):

@@ -14,7 +14,18 @@ from lorabank.config.paths import expanded
 from lorabank.errors import ModelError, first_line
 from lorabank.models.folder import read_json
 from lorabank.models.quiet import quiet_transformers
-from lorabank.tasks.diffusion.load import INDEX, LoadedImageModel, Say, family_of, import_diffusers, no_bars, unfetched
+from lorabank.tasks.diffusion.load import (
+    INDEX,
+    LoadedImageModel,
+    Say,
+    check_index,
+    family_of,
+    has_class,
+    import_diffusers,
+    no_bars,
+    tokenizer_of,
+    unfetched,
+)
 from lorabank.tasks.diffusion.model import ImageModel
 
 _SMALL = ("*.json", "*.txt", "*.model")
@@ -32,6 +43,8 @@ def load_image_preview(name: str, *, say: Say = lambda line: None) -> LoadedImag
     family = family_of(folder, name)
     say(f"reading the tokenizers of {family.name} pipeline {name} …")
     index = read_json(folder / INDEX, repr(name))
+    check_index(family, index)
+    read = [encoder for encoder in family.encoders if has_class(index, tokenizer_of(encoder))]
     try:
         with quiet_transformers(), no_bars(diffusers):
             scheduler = getattr(diffusers, _class_of(index, "scheduler"))
@@ -39,7 +52,7 @@ def load_image_preview(name: str, *, say: Say = lambda line: None) -> LoadedImag
                 family,
                 _unfilled(diffusers, folder, index, family.denoiser),
                 scheduler=scheduler.from_pretrained(str(folder), subfolder="scheduler", local_files_only=True),
-                tokenizers={encoder: _tokenizer(folder, index, encoder) for encoder in family.encoders},
+                tokenizers={encoder: _tokenizer(folder, index, encoder) for encoder in read},
                 vae=_unfilled(diffusers, folder, index, "vae"),
             )
     except Exception as error:  # a damaged file surfaces as one of a dozen classes of four libraries
@@ -60,7 +73,7 @@ def _fetched(name: str) -> Path:
 
 
 def _class_of(index: Mapping[str, Any], part: str) -> str:
-    if not isinstance(index.get(part), list) or not index[part][1:]:
+    if not has_class(index, part):
         raise ValueError(f"{INDEX} names no class of {part}")
     return str(index[part][1])
 
@@ -72,5 +85,5 @@ def _unfilled(diffusers: Any, folder: Path, index: Mapping[str, Any], part: str)
 
 
 def _tokenizer(folder: Path, index: Mapping[str, Any], encoder: str) -> Any:
-    part = encoder.replace("text_encoder", "tokenizer")
+    part = tokenizer_of(encoder)
     return getattr(transformers, _class_of(index, part)).from_pretrained(str(folder / part), local_files_only=True)

@@ -22,7 +22,7 @@ from lorabank.models.folder import read_json
 from lorabank.models.load import pick_device
 from lorabank.models.quiet import quiet_transformers
 from lorabank.tasks.diffusion.families import Family
-from lorabank.tasks.diffusion.load import INDEX, Say, family_of, import_diffusers, no_bars, pipeline_folder
+from lorabank.tasks.diffusion.load import INDEX, Say, family_of, has_class, import_diffusers, no_bars, pipeline_folder
 from lorabank.tasks.diffusion.model import ImageModel
 
 _VARIANTS = (".fp16.", ".non_ema.", ".bf16.", ".fp32.")
@@ -79,7 +79,7 @@ def _model(folder: Path, name: str, family: Family, index: Mapping[str, Any], dt
 def _class_of(index: Mapping[str, Any], part: str) -> tuple[str, str]:
     """(library, class) that a pipeline's index names for a part; two empty words for none."""
     said = index.get(part)
-    return (str(said[0]), str(said[1])) if isinstance(said, list) and len(said) == 2 and said[1] else ("", "")
+    return (str(said[0]), str(said[1])) if said and has_class(index, part) else ("", "")
 
 
 def _part(folder: Path, name: str, part: str, kind: tuple[str, str], dtype: torch.dtype | None) -> nn.Module:

@@ -35,7 +35,7 @@ class ImageModel(nn.Module):
         zero_empty: bool = False,
         prediction: str | None = None,
     ) -> None:
-        """`encoders`, `tokenizers`: by the encoder's name. `trained`: encoders that adapters may change.
+        """`encoders`, `tokenizers`: by the encoder's name, those that are there. `trained`: encoders that adapters may change.
 
         `vae`: None for a denoiser of pixels. `zero_empty`: sampling without a negative prompt takes zeros (SDXL), not the
         condition of an empty one.
@@ -115,7 +115,7 @@ class ImageModel(nn.Module):
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Token ids by encoder, int64 (N, L): each row padded to the encoder's full length, longer captions cut."""
         found: dict[str, Tensor] = {}
-        for name in self.family.encoders:
+        for name in self.tokenizers:
             padded = {"padding": "max_length", "max_length": self._text_length(name), "truncation": True, "return_tensors": "pt"}
             found[name] = self.tokenizers[name](list(captions), **padded)["input_ids"]
         return found
@@ -124,7 +124,7 @@ class ImageModel(nn.Module):
         """Encoder → (tokens of a caption before it is cut, tokens that are read), special ones included."""
         return {
             name: (len(self.tokenizers[name](caption, verbose=False)["input_ids"]), self._text_length(name))
-            for name in self.family.encoders
+            for name in self.tokenizers
         }
 
     def _text_length(self, encoder: str) -> int:
