@@ -15,9 +15,10 @@ from lorabank.cli.folders import chosen_path
 from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.cli.rows import prompt_of, read_prompts
-from lorabank.cli.task_options import TASK_FLAGS, add_task_flags, task_options
+from lorabank.cli.task_options import PICTURES, TASK_FLAGS, add_task_flags, task_options
 from lorabank.config.paths import expanded
 from lorabank.config.tasks import DEFAULT_TASK
+from lorabank.config.train import BAD_ROWS
 from lorabank.config.typed import named_as_typed
 from lorabank.data.answers import refuse_taken
 from lorabank.data.formats import template_columns
@@ -37,7 +38,7 @@ a line. Each output row is the input row and one column an adapter.
 """
 
 
-FLAGS_OF = {"data.test": "--data", "threshold": "--threshold", "output": "--output"}
+FLAGS_OF = {"data.test": "--data", "data.bad_rows": "--bad-rows", "threshold": "--threshold", "output": "--output"}
 """What messages call a setting that a flag gave, to the flag."""
 
 
@@ -62,6 +63,12 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         "--prompt", metavar="TEXT", help="template from columns of text, such as 'Describe: {mr}' (default: the run's)"
     )
     rows.add_argument("--system", metavar="TEXT", help="system turn (default: the run's)")
+    rows.add_argument(
+        "--bad-rows",
+        choices=BAD_ROWS,
+        metavar="WHAT",
+        help="recordings, or pictures of detection, that can't be used: stop, or drop and count them (default: the run's)",
+    )
     rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")
     add_sampling(parser, temperature=TASK_FLAGS["temperature"].usual, max_new_tokens=TASK_FLAGS["max_new_tokens"].usual)
@@ -125,6 +132,9 @@ def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any])
 
     if args.data is not None:
         check_source(args.data, place="--data")  # before the model is loaded
+    if task_of(args) == PICTURES and args.prompt is not None:
+        with named_as_typed(FLAGS_OF):
+            _check_picture(args, output)
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
     with named_as_typed(FLAGS_OF):
         told = api.predict(
@@ -142,6 +152,16 @@ def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any])
         )
     print(told)
     return 0
+
+
+def _check_picture(args: argparse.Namespace, output: Path) -> None:
+    """Raise ConfigError where a picture's file is named and several are asked for, before the model is loaded."""
+    from lorabank.tasks.diffusion.prompts import one_file
+    from lorabank.training.base_rows import BASE_NAME
+    from lorabank.training.loaded import adapter_folders
+
+    names = args.adapters or [*adapter_folders(chosen_path(args.run_folder, place="RUN")), BASE_NAME]
+    one_file(output, [args.prompt], [*names, *(args.mix or [])])
 
 
 def _new_file(name: str) -> Path:

@@ -42,6 +42,7 @@ def _own(task: str, **says: Any) -> TaskFlag:
 TASK_FLAGS: Mapping[str, TaskFlag] = {
     "prompt": TaskFlag(tasks=(DEFAULT_TASK, PICTURES)),
     "system": TaskFlag(tasks=(DEFAULT_TASK,)),
+    "bad_rows": TaskFlag(tasks=(SPEECH, DETECTION)),
     "max_new_tokens": TaskFlag(tasks=(DEFAULT_TASK, *SEQ2SEQ), usual=256),
     "temperature": TaskFlag(tasks=(DEFAULT_TASK,), usual=0.0),
     "top_p": TaskFlag(tasks=(DEFAULT_TASK,), usual=1.0),

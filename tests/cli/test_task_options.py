@@ -19,6 +19,7 @@ WORDS = {
     "prompt": ["--prompt", "a hat"],
     "system": ["--system", "Be brief."],
     "language": ["--language", "german"],
+    "bad_rows": ["--bad-rows", "stop"],
     "negative": ["--negative", "blur"],
 }
 """How a flag is given; the others take 3."""

@@ -23,7 +23,7 @@ from lorabank.wording import counted
 if TYPE_CHECKING:
     from lorabank.tasks.detection.task import ObjectDetection
 
-OPTIONS = ("threshold", "draw")
+OPTIONS = ("threshold", "draw", "bad_rows")
 DRAWN = 20
 """Pictures that are drawn unless said otherwise."""
 
@@ -33,11 +33,13 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     `.json`, that file alone.
 
     Options: `threshold`, the lowest score that is written (0) and drawn (the run's `detection.threshold`); `draw`, how many
-    pictures are drawn.
+    pictures are drawn; `bad_rows`, what becomes of those that can't be used (the run's `data.bad_rows`).
     """
     least, draw = _options(wanted)
     check_trained(wanted.names, task.model, named=task.scores_base or not numbered(task.base_labels))
-    data = DataConfig(test=wanted.data, limit=wanted.max_rows, bad_rows=task.config.data.bad_rows)
+    data = DataConfig(
+        test=wanted.data, limit=wanted.max_rows, bad_rows=wanted.options.get("bad_rows") or task.config.data.bad_rows
+    )
     sets = prepare(data, task.config.detection, seed=0, train=None, val=None, keep=task.store.keep, boxed=False)
     rows = sets.test
     alone = wanted.output.suffix.lower() == ".json"

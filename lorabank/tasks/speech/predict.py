@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ TIMED = (".srt", ".vtt")
 JSON_LINES = ".jsonl"
 PORTION_S = 1800.0
 """Seconds of audio that are decoded and transcribed together: memory doesn't grow with their number."""
-OPTIONS = ("beams", "language", "max_new_tokens", "timestamps")
+OPTIONS = ("bad_rows", "beams", "language", "max_new_tokens", "timestamps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,9 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, config: Trai
         max_new_tokens=int(wanted.options.get("max_new_tokens") or tokens.longest),
         batch_size=wanted.batch_size,
     )
-    if config.data.bad_rows == "stop":
-        _check_all(utterances, hearing.rate, config.data, busy)
+    data = replace(config.data, bad_rows=wanted.options.get("bad_rows") or config.data.bad_rows)
+    if data.bad_rows == "stop":
+        _check_all(utterances, hearing.rate, data, busy)
     found: list[Transcript] = []
     dropped: list[RowError] = []
     for sounds in _portions(utterances, hearing.rate, dropped):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def test_a_detector_learns_is_scored_saved_and_predicts(base: Path, files: dict[
         assert sheet.width > 600 and sheet.height > 600
     told = api.predict(tmp_path / "run", files["two"].parent, tmp_path / "found", options={"threshold": 0.01, "draw": 3})
     found = json.loads((tmp_path / "found" / "default.json").read_text())
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    shutil.copyfile(next(files["two"].parent.glob("*.png")), mixed / "good.png")
+    (mixed / "bad.png").write_text("nothing")
+    with pytest.raises(DataError, match=r"1 of 2 pictures can't be used(?s:.*)bad\.png"):
+        api.predict(tmp_path / "run", mixed, tmp_path / "none", options={"bad_rows": "stop"})
+    assert api.predict(tmp_path / "run", mixed, tmp_path / "one", options={"bad_rows": "drop"}).startswith("1 picture")
     assert "16 pictures" in told and {entry["image_id"] for entry in found} <= set(range(100, 116)) and found
     for entry in found:
         x, y, width, height = entry["bbox"]

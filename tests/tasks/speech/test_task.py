@@ -81,7 +81,7 @@ def test_a_run_folder_tells_all(trained: Path) -> None:
     assert json.loads(said["metadata"]["speech"])["window"] == 0.5
 
 
-def test_it_transcribes_recordings_of_its_own(trained: Path, tmp_path: Path) -> None:
+def test_it_transcribes_recordings_of_its_own(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
     for name, pitch in (("a", 300.0), ("b", 1200.0)):
@@ -93,6 +93,9 @@ def test_it_transcribes_recordings_of_its_own(trained: Path, tmp_path: Path) -> 
     assert all("base" in line and line["seconds"] == 0.35 for line in lines)
     assert told.startswith("2 recordings (0.7 s) transcribed by default, base: ")
     assert "1 left out: broken.wav: the recording can't be decoded" in told
+    refused = ["predict", str(trained), "--data", str(folder), "--output", str(tmp_path / "stopped.jsonl"), "--bad-rows", "stop"]
+    assert main(refused) != 0 and not (tmp_path / "stopped.jsonl").exists()
+    assert "or set --bad-rows to drop" in capsys.readouterr().err
     api.predict(trained, folder / "a.flac", tmp_path / "a.txt", ["default"])
     assert (tmp_path / "a.txt").read_text() == "low\n"
     api.predict(trained, folder, tmp_path / "many", ["default"])
