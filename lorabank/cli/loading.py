@@ -15,7 +15,7 @@ from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.cli.train import print_notes
 from lorabank.config.checks import check_choice
 from lorabank.config.convert import dtype_name
-from lorabank.config.tasks import DEFAULT_TASK, TASKS
+from lorabank.config.tasks import DEFAULT_TASK, TASKS, task_of_model
 from lorabank.config.train import TrainConfig
 from lorabank.errors import AdapterFileError, ConfigError
 
@@ -48,8 +48,8 @@ def task_of(args: argparse.Namespace) -> str:
         return config.task
     path = chosen_path(args.run_folder, place="RUN")
     _refuse_other_forms(path, args.run_folder)
-    if (path / "model_index.json").is_file():
-        return "text-to-image"  # a pipeline of diffusers, without an adapter
+    if (told := task_of_model(path)) is not None:
+        return told
     own = path / "lorabank.json"
     files = [own] if own.is_file() else sorted(path.glob("*/lorabank.json"))  # an adapter, or a folder of adapters
     return _task_said(files[0]) if files else DEFAULT_TASK

@@ -94,6 +94,10 @@ def _run(args: argparse.Namespace) -> int:
         from lorabank.cli.merge_pipeline import merge_into_pipeline
 
         return merge_into_pipeline(args, adapter, name, folder)
+    if is_classifier(name):
+        from lorabank.cli.merge_classifier import merge_into_classifier
+
+        return merge_into_classifier(args, adapter, name, folder)
     if args.by_shard:
         return _by_shard(args, adapter, name, folder)
     print(f"loading {name} …", file=sys.stderr, flush=True)
@@ -143,8 +147,12 @@ def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, par
 
     parted: whether weights that were tied aren't any more.
     """
+    from lorabank.tasks.processors import fit_processor
+
     before, after = settings_in(base), settings_in(merged)
     told: list[str] = []
+    if (said := fit_processor(merged, adapter)) is not None:
+        told.append(said)
     if adapter.modules:
         more = f" and {len(adapter.modules) - 3} more" if len(adapter.modules) > 3 else ""
         told.append(f"taken over in full: {', '.join(list(adapter.modules)[:3])}{more}")
@@ -214,6 +222,15 @@ def is_pipeline(name: str, adapter: Adapter) -> bool:
     index = "model_index.json"
     inside = path.is_dir() and (path.resolve().parent / index).is_file()  # one of its models, which is refused there by name
     return (path / index).is_file() or inside or adapter.metadata.get(TASK_KEY) == "text-to-image"
+
+
+def is_classifier(name: str) -> bool:
+    """Whether the base is a classifier of pictures of another library than transformers, or a merged one."""
+    from lorabank.config.paths import expanded
+    from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE
+
+    own = name.strip().lower() == EFFICIENTNET_LITE or name.startswith("timm:")
+    return own or (expanded(name, place="model") / "classifier.json").is_file()
 
 
 def _by_shard(args: argparse.Namespace, adapter: Adapter, name: str, folder: Path) -> int:

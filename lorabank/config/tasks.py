@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lorabank.config.classification import ClassificationConfig
@@ -53,3 +54,10 @@ TASK_DEFAULTS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = 
 """Task to what its adapters have where nobody says otherwise, by the settings of its own section."""
 TASK_SHORTHANDS: Mapping[str, str] = dict.fromkeys(("save_format", "resolution", "min_snr", "noise_offset"), "diffusion")
 """Settings of a task that may stand at the top, by themselves on a command line: no other section has one of the name."""
+MODEL_FILES: Mapping[str, str] = {"model_index.json": "text-to-image", "classifier.json": "image-classification"}
+"""File in a model's folder that only one task's models have → the task."""
+
+
+def task_of_model(folder: Path) -> str | None:
+    """The task of a model's folder, where its files alone say it: a pipeline of diffusers, or a merged classifier."""
+    return next((task for file, task in MODEL_FILES.items() if (folder / file).is_file()), None)

@@ -9,7 +9,7 @@ from typing import Any
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
 
-SECTIONS = ("speech", "diffusion")
+SECTIONS = ("speech", "diffusion", "images", "detection")
 """Keys of the metadata whose value is a JSON object of settings, named as the section of the configuration."""
 
 

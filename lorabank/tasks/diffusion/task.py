@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lorabank.bank.bank import AdapterBank, all_layers
 from lorabank.bank.reach import is_attached
 from lorabank.bank.routing import RowRoute
+from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.paths import expanded
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
@@ -38,7 +39,7 @@ from lorabank.tasks.diffusion.batch import PictureBatch, picture_batch
 from lorabank.tasks.diffusion.cache import Cache, Encoded
 from lorabank.tasks.diffusion.draws import RowDraw, draw, fixed_draw, mixed
 from lorabank.tasks.diffusion.guided import Prompts
-from lorabank.tasks.diffusion.kept import as_metadata, with_kept
+from lorabank.tasks.diffusion.kept import KEPT
 from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.objective import Objective, objective_of, row_tensors
 from lorabank.tasks.diffusion.pictures import Picture
@@ -76,7 +77,7 @@ class TextToImage(Task[Picture]):
 
     def __init__(self, config: TrainConfig, model: ImageModel, loaded: Mapping[str, Adapter]) -> None:
         super().__init__(config, model, None)
-        self.settings = with_kept(config.diffusion, loaded)
+        self.settings: DiffusionConfig = KEPT.merged(config.diffusion, loaded)
         self.images = model
         adapted = any(part.startswith("text_encoder") for each in loaded.values() for part in components(list(each.layers)))
         self.adapts_text = self.settings.text_encoders or adapted
@@ -184,7 +185,7 @@ class TextToImage(Task[Picture]):
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
     def about(self, adapter: str) -> Mapping[str, str]:
-        return as_metadata(self.settings)
+        return KEPT.as_metadata(self.settings)
 
     def engine(self, bank: AdapterBank) -> Engine:
         if not self.adapts_text and (

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lorabank.config.images import ImagesConfig
-from lorabank.errors import MissingExtraError, ModelError, first_line
+from lorabank.config.paths import expanded
 from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE, SIZE, efficientnet_lite
 from lorabank.models.load import pick_device, pick_dtype
 from lorabank.models.load_class import load_class
+from lorabank.tasks.images.merged import ABOUT, Labelled, load_merged
 from lorabank.tasks.images.preprocess import load_processor, plain_processor
+from lorabank.tasks.images.timm_models import TIMM, import_timm, timm_model
 
 if TYPE_CHECKING:
     from torch import nn
 
 Say = Callable[[str], None]
-TIMM = "timm:"
-"""Begins the name of a model of timm's, as `timm:resnet18.a1_in1k`."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -30,7 +30,7 @@ class LoadedImageModel:
     model: nn.Module
     """In eval mode, on its device."""
     processor: Any
-    """An image processor of transformers."""
+    """An image processor of transformers; None: the model brings none, so the run's settings say it."""
     folder: Path | None
     notes: tuple[str, ...] = ()
 
@@ -43,17 +43,22 @@ def load_image_model(
     trust_remote_code: bool = False,
     say: Say = lambda line: None,
 ) -> LoadedImageModel:
-    """Load `name`: a hub id or folder of transformers', `efficientnet-lite0`, or `timm:NAME`.
+    """Load `name`: a hub id or folder of transformers', `efficientnet-lite0`, `timm:NAME`, or one of these merged (a folder).
 
     Raises ModelError where it can't be had or classifies no pictures, ConfigError for a wrong dtype or device, MissingExtraError
     where a library is missing.
     """
     lite = name.strip().lower() == EFFICIENTNET_LITE
-    if not lite and not name.startswith(TIMM):
+    path = expanded(name, place="model")
+    merged = (path / ABOUT).is_file()
+    if not lite and not merged and not name.startswith(TIMM):
         return _transformers(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, say=say)
     where = pick_device(device)
     number = pick_dtype(dtype, where)
-    if lite:
+    if merged:
+        model, processor = load_merged(path)
+        found = LoadedImageModel(model=model, processor=processor, folder=path)
+    elif lite:
         found = LoadedImageModel(model=efficientnet_lite(), processor=plain_processor(ImagesConfig(image_size=SIZE)), folder=None)
     else:
         found = _timm(name)
@@ -62,18 +67,8 @@ def load_image_model(
 
 
 def _timm(name: str) -> LoadedImageModel:
-    try:
-        import timm  # pyright: ignore[reportMissingImports]
-        import timm.data  # pyright: ignore[reportMissingImports]
-    except (ImportError, RuntimeError) as error:  # a torchvision that doesn't fit its torch raises the latter
-        raise MissingExtraError(
-            f"model {name!r}: needs timm, and a torchvision that fits your torch: pip install 'lorabank[timm]' ({error})"
-        ) from error
-    try:
-        model = timm.create_model(name.removeprefix(TIMM), pretrained=True)
-    except Exception as error:  # unknown names, the hub, damaged files: timm raises many kinds
-        raise ModelError(f"model {name!r}: timm can't make it ({first_line(error)}). See timm.list_models().") from error
-    said = timm.data.resolve_model_data_config(model)
+    model = timm_model(name, pretrained=True)
+    said = import_timm(name).data.resolve_model_data_config(model)
     known = ImagesConfig(image_size=said["input_size"][1], mean=said["mean"], std=said["std"])
     return LoadedImageModel(model=model, processor=plain_processor(known), folder=None)
 
@@ -86,11 +81,11 @@ def _transformers(name: str, *, dtype: str, device: str, trust_remote_code: bool
     def processor(name: str, folder: Path) -> Any:
         if any((folder / file).is_file() for file in PROCESSOR_FILES):
             return load_processor(folder)
-        size = _size_in(folder)
         notes.append(
-            f"no image processor beside the model: pictures become {size} pixels a side, by ImageNet's mean and deviation"
+            "no image processor beside the model: pictures become images.image_size pixels a side (where that isn't set, what "
+            f"its configuration says, else {SIZE}), by images.mean and images.std (ImageNet's)"
         )
-        return plain_processor(ImagesConfig(image_size=size))
+        return None
 
     base = load_class(
         name, AutoModelForImageClassification, processor, dtype=dtype, device=device, trust_remote_code=trust_remote_code, say=say
@@ -98,19 +93,18 @@ def _transformers(name: str, *, dtype: str, device: str, trust_remote_code: bool
     return LoadedImageModel(model=base.model, processor=base.processor, folder=base.folder, notes=(*base.notes, *notes))
 
 
-def _size_in(folder: Path) -> int:
-    """What a model's configuration says of its pictures; 224 where it says nothing."""
-    import json
-
-    size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("image_size")
-    found = size[0] if isinstance(size, list) and size else size
+def size_of(size: object) -> int:
+    """Pixels a side of a configuration's `image_size`; 224 where it says nothing."""
+    found = size[0] if isinstance(size, list | tuple) and size else size
     return found if isinstance(found, int) else SIZE
 
 
 def own_labels(model: Any) -> tuple[str, ...] | None:
-    """The names that a model of transformers has for its labels; None where they are only numbered, and for other models."""
+    """The names that a model of transformers, or a merged one, has for its labels; None where they are only numbered."""
     from transformers import PreTrainedModel
 
+    if isinstance(model, Labelled):
+        return model.labels
     if not isinstance(model, PreTrainedModel):
         return None
     names = cast("Mapping[int, object]", model.config.id2label or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lorabank.bank.adaptable import linear_layers
 from lorabank.bank.in_full.heads import head_paths
 from lorabank.bank.routing import RowRoute
 from lorabank.bank.target_parts import ALL_LINEAR, as_list
+from lorabank.config.images import ImagesConfig
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.preview import Printer
@@ -29,7 +31,8 @@ from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import LABELS
 from lorabank.tasks.images.answers import Answers
 from lorabank.tasks.images.augment import augment, kornia
-from lorabank.tasks.images.load import own_labels
+from lorabank.tasks.images.kept import KEPT
+from lorabank.tasks.images.load import own_labels, size_of
 from lorabank.tasks.images.metrics import METRICS, TOP, TOP5, check_top5, scores
 from lorabank.tasks.images.model import find_head, logits_of
 from lorabank.tasks.images.predict import predict
@@ -63,7 +66,11 @@ class ImageClassification(Task[ImageRow]):
     section = "images"
 
     def __init__(self, config: TrainConfig, model: nn.Module, processor: Any, loaded: Mapping[str, Adapter]) -> None:
-        preprocess = read_off(plain_processor(config.images) if processor is None else processor, config.images)
+        self._images: ImagesConfig = KEPT.merged(config.images, loaded)
+        if processor is None:
+            said = getattr(getattr(model, "config", None), "image_size", None)
+            processor = plain_processor(replace(self._images, image_size=self._images.image_size or size_of(said)))
+        preprocess = read_off(processor, self._images)
         super().__init__(config, model, preprocess.processor)
         first = next(model.parameters())
         self._device, self._dtype = first.device, first.dtype
@@ -210,7 +217,7 @@ class ImageClassification(Task[ImageRow]):
         return None if saved is not None and not saved else len(self._labels[adapter])
 
     def about(self, adapter: str) -> Mapping[str, str]:
-        return {LABELS: json.dumps(self._labels[adapter], ensure_ascii=False)}
+        return {LABELS: json.dumps(self._labels[adapter], ensure_ascii=False), **KEPT.as_metadata(self._images)}
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 

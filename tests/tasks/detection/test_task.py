@@ -16,6 +16,7 @@ from PIL import Image
 import lorabank as lb
 from lorabank import api
 from lorabank.bank.in_full.heads import DETECTORS, detector_heads, extra_outputs
+from lorabank.cli import main
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError
 from lorabank.tasks.detection.metrics import METRICS, coco_scores
@@ -178,3 +179,25 @@ def test_what_cannot_be_trained_is_refused_before(base: Path, files: dict[str, P
         lb.train(model=str(base), output=str(out), data=data, **{**SETTINGS, "max_steps": 1})
         other = coco_folder(tmp_path / "blue", 3, ("blue",))
         api.evaluate(out, None, DataConfig(test=str(other)), metrics=["mAP"])
+
+
+def test_an_adapter_alone_and_a_merged_model_make_pictures_of_the_runs_size(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base's own processor gives 32 pixels a side; the adapter was trained at 48."""
+    base = saved_detector(tmp_path / "base", "detr")
+    settings = {**SETTINGS, "max_steps": 2, "eval": {"every": 0}, "detection": {"image_size": 48}}
+    lb.train(model=str(base), data=str(files["two"]), output=str(tmp_path / "run"), **settings)
+    adapter, data = tmp_path / "run" / "default", files["two"].parent
+    shutil.copytree(adapter, tmp_path / "alone")
+    assert main(["merge", str(adapter), "--output", str(tmp_path / "merged"), "--device", "cpu"]) == 0
+    assert "pictures are made to fit 48 × 48 pixels, as in training" in capsys.readouterr().out
+    boxes = []
+    for source, name in (("run", "default"), ("alone", "alone"), ("merged", "base")):
+        out, options = tmp_path / f"{source}.json", {"draw": 0}
+        api.predict(tmp_path / source, data, out, [name], task="object-detection", device="cpu", options=options)
+        boxes.append([(each["category"], *each["bbox"], each["score"]) for each in json.loads(out.read_text())])
+    assert boxes[0] and boxes[1] == boxes[0]
+    assert len(boxes[2]) == len(boxes[0])
+    for mine, theirs in zip(boxes[2], boxes[0], strict=True):
+        assert mine[0] == theirs[0] and mine[1:] == pytest.approx(theirs[1:], abs=0.02)

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 import lorabank as lb
 from lorabank import api
+from lorabank.config.images import ImagesConfig
+from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError, MissingExtraError, ModelError
 from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE, HEAD, efficientnet_lite, with_torchs_convolutions
 from lorabank.models.quiet import quiet_transformers
-from lorabank.tasks.images.load import load_image_model, own_labels
+from lorabank.tasks.images.load import load_image_model, own_labels, size_of
 from lorabank.tasks.images.model import find_head, logits_of
+from lorabank.tasks.images.task import ImageClassification
 from tests.tasks.images.made import folder
 from tests.tasks.images.test_task import FAMILIES, SETTINGS, SIZES, Net, saved
 
@@ -29,8 +32,13 @@ needs_lite = pytest.mark.skipif(not LITE, reason="needs efficientnet-lite-pytorc
 
 def test_a_folder_without_an_image_processor_says_what_it_gets(tmp_path: Path) -> None:
     base = load_image_model(str(saved(tmp_path / "vit")))
-    assert base.processor.size == {"shortest_edge": 16}
-    assert any("no image processor beside the model: pictures become 16 pixels" in note for note in base.notes)
+    assert base.processor is None and size_of(base.model.config.image_size) == 16
+    assert any("no image processor beside the model: pictures become images.image_size" in note for note in base.notes)
+    made = ImageClassification(TrainConfig(), base.model, base.processor, {})
+    assert made.processor.size == {"shortest_edge": 16}
+    other = TrainConfig(task="image-classification", images=ImagesConfig(mean=(0.1, 0.2, 0.3), image_size=24))
+    own_settings = ImageClassification(other, FAMILIES["resnet"](), None, {})
+    assert list(own_settings.processor.image_mean) == [0.1, 0.2, 0.3] and own_settings.processor.size == {"shortest_edge": 24}
     with quiet_transformers():
         hf.ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5] * 3).save_pretrained(tmp_path / "vit")
     own = load_image_model(str(tmp_path / "vit"))

@@ -1,0 +1,7 @@
+"""What an adapter's own folder says of how the pictures that it knows were made."""
+
+from __future__ import annotations
+
+from lorabank.tasks.kept import Kept
+
+KEPT = Kept(section="detection", names=("image_size",), optional={"image_size": int}, way_out="")
