@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from lorabank.data.row import RowError
+from lorabank.tasks.decoding import as_rgb, decoded, upright
 from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -42,45 +41,24 @@ def open_picture(picture: Picture, size: tuple[int, int] | None = None) -> tuple
         found, digest = picture, digest_of_pixels(picture)
     else:
         data = picture if isinstance(picture, bytes) else content(picture)
-        found, digest = _decoded(data), digest_of(data)
-    turned = ImageOps.exif_transpose(found)
-    upright = size is None or turned.size == size or found.size != size
-    chosen = turned if upright else found
+        found, digest = decoded(data), digest_of(data)
+    turned = upright(found)
+    turn = size is None or turned.size == size or found.size != size
+    chosen = turned if turn else found
     if size is not None and chosen.size != size:
         raise RowError(f"its size is {_by(chosen.size)}, and its annotations say {_by(size)}")
-    return chosen.convert("RGB"), upright, digest
+    return as_rgb(chosen), turn, digest
 
 
-def reopened(picture: Picture, upright: bool) -> tuple[Image.Image, str]:
+def reopened(picture: Picture, turn: bool) -> tuple[Image.Image, str]:
     """The same picture again: (RGB, digest)."""
     if isinstance(picture, Image.Image):
         found, digest = picture, digest_of_pixels(picture)
     else:
         data = picture if isinstance(picture, bytes) else content(picture)
-        found, digest = _decoded(data), digest_of(data)
-    return (ImageOps.exif_transpose(found) if upright else found).convert("RGB"), digest
+        found, digest = decoded(data), digest_of(data)
+    return as_rgb(upright(found) if turn else found), digest
 
 
 def _by(size: tuple[int, int]) -> str:
     return f"{size[0]} × {size[1]}"
-
-
-def _decoded(data: bytes) -> Image.Image:
-    if not data:
-        raise RowError("an empty file")
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RowError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, by which damaged pictures pass as whole ones")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of odd metadata, which doesn't matter here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
-            picture.load()
-            return picture
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RowError("more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS)") from None
-    except UnidentifiedImageError:
-        raise RowError("no picture that can be read (another format, or damaged)") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, …
-        kind = "cut off" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
-        raise RowError(f"a {kind} picture") from error

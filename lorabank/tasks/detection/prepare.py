@@ -19,6 +19,7 @@ from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.errors import DataError, Setting
+from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.detection.boxes import check_boxes
 from lorabank.tasks.detection.pictures import open_picture
 from lorabank.tasks.detection.rows import DetectionRow
@@ -137,7 +138,8 @@ def _open(
 ) -> dict[str, list[_Opened]]:
     total, done = sum(len(part.entries) for part in found.values()), 0
     opened: dict[str, list[_Opened]] = {}
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures") as pool:  # Pillow lets go of the interpreter meanwhile
+    # Pillow lets go of the interpreter meanwhile
+    with quiet_pillow(), ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures") as pool:
         for role, part in found.items():
             opened[role] = []
 

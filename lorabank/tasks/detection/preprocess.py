@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorabank.data.row import RowError
 from lorabank.errors import ConfigError, DataError, ModelError
+from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.detection.pictures import reopened
 from lorabank.tasks.detection.rows import DetectionRow
 
@@ -134,7 +135,8 @@ class PixelStore:
     def picture(self, row: DetectionRow) -> Image.Image:
         """The picture itself, RGB. Raises DataError as `pixels` does."""
         try:
-            picture, digest = reopened(row.picture, row.upright)
+            with quiet_pillow():
+                picture, digest = reopened(row.picture, row.upright)
         except RowError as error:
             raise DataError(f"{row.origin}: {error.reason}, though it was fine when the run began. Put it back.") from error
         if digest != row.digest:

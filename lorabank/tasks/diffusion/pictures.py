@@ -8,14 +8,12 @@ a caption, in a list or a `datasets.Dataset`.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.paths import expanded
@@ -25,8 +23,10 @@ from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.data.split import group_of
 from lorabank.data.split_folders import own_part
-from lorabank.errors import DataError, closest
+from lorabank.errors import DataError, closest, first_line
+from lorabank.tasks.decoding import as_rgb, decoded, quiet_pillow, upright
 from lorabank.tasks.diffusion.buckets import Fit, Size, buckets_of, fit, fitted, nearest
+from lorabank.tasks.picture_bytes import content
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -191,34 +191,16 @@ def opened(source: Any) -> tuple[Image.Image, str]:
     """(the picture upright, in RGB, on white where it is transparent; its digest). Raises RowError."""
     try:
         if isinstance(source, Image.Image):
-            pixels = source.convert("RGBA" if _transparent(source) else "RGB")
+            pixels = source.convert("RGBA" if source.has_transparency_data else "RGB")
             digest = hashlib.sha256(repr((pixels.mode, pixels.size)).encode() + pixels.tobytes()).hexdigest()
-            return _plain(source), digest
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            return _plain(picture), hashlib.sha256(data).hexdigest()
-    except FileNotFoundError as error:
-        raise RowError("isn't there") from error
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        what = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        what = "no picture of a known form" if isinstance(error, UnidentifiedImageError) else what
-        raise RowError(f"{UNREADABLE} ({what})") from error
-
-
-def _plain(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I", "F")):  # 16 bits a pixel, which PIL would cut off at 255
-        values = np.asarray(picture, dtype=np.float64) / (257.0 if picture.mode.startswith("I") else 1.0)
-        picture = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if _transparent(picture):
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _transparent(picture: Image.Image) -> bool:
-    return picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+            return as_rgb(upright(source)), digest
+        data = source if isinstance(source, bytes) else content(Path(source))
+        with quiet_pillow():
+            return as_rgb(upright(decoded(data))), hashlib.sha256(data).hexdigest()
+    except RowError:
+        raise
+    except (OSError, ValueError) as error:  # a picture that was given open, and isn't any more
+        raise RowError(f"{UNREADABLE} ({first_line(error)})") from error
 
 
 # ---- where they are --------------------------------------------------------------------------------------------------

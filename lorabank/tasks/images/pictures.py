@@ -1,30 +1,21 @@
-"""`open_picture`: a picture from any source as upright RGB, or a RowError that says in a few words what is wrong with it.
-
-Files come in palettes, with alpha, as CMYK, in 16 bits, turned by a camera's note (EXIF), cut off, or as something else under a
-picture's name. All of that ends here, before anything is trained.
-"""
+"""`open_picture`: a picture from any source as upright RGB, or a RowError that says in a few words what is wrong with it."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from lorabank.data.row import RowError
+from lorabank.tasks.decoding import as_rgb, decoded, upright
 from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 """Of files in a folder that are taken for pictures."""
-WHITE = (255, 255, 255)
-_DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
-"""Pillow's modes of 16 bits a pixel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,73 +71,10 @@ def open_picture(picture: Picture, *, min_size: int = 1) -> tuple[Image.Image, s
         return open_picture(as_picture(picture.value(), None), min_size=min_size)
     if isinstance(picture, Path | bytes):
         data = picture if isinstance(picture, bytes) else content(picture)
-        found, digest = _decoded(data), digest_of(data)
+        found, digest = upright(decoded(data)), digest_of(data)
     else:
         found = picture
         digest = digest_of_pixels(picture)
     if min(found.size) < min_size:
         raise RowError(f"smaller than {min_size} pixels a side")
     return as_rgb(found), digest
-
-
-_TOO_MANY = "more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS)"
-
-
-@contextlib.contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Without Pillow's warnings of odd metadata and of many pixels, which `open_picture` refuses itself.
-
-    Filters of warnings are the process's, so this stands around work in threads, not in it.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
-
-
-def _decoded(data: bytes) -> Image.Image:
-    if not data:
-        raise RowError("an empty file")
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RowError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, by which damaged pictures pass as whole ones")
-    try:
-        picture = Image.open(io.BytesIO(data))
-        if Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-            raise RowError(_TOO_MANY)
-        picture.load()
-        return ImageOps.exif_transpose(picture)
-    except RowError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RowError(_TOO_MANY) from None
-    except UnidentifiedImageError:
-        raise RowError("no picture that can be read (another format, or damaged)") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, …
-        kind = "cut off" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "damaged"
-        raise RowError(f"a {kind} picture") from error
-
-
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any of Pillow's modes as RGB: transparent parts over white, deep greys scaled to 8 bits."""
-    if picture.mode in _DEEP or picture.mode in ("I", "F"):
-        return _from_deep(picture)
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        over = picture.convert("RGBA")
-        ground = Image.new("RGBA", over.size, (*WHITE, 255))
-        return Image.alpha_composite(ground, over).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _from_deep(picture: Image.Image) -> Image.Image:
-    """Greys of 16 bits and more; a file doesn't say its white, so it is that of its mode, or of the fewest bits that hold it."""
-    values = np.asarray(picture, dtype=np.float64)
-    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    highest = float(values.max(initial=0.0))
-    if picture.mode == "F" and highest <= 1:
-        white = 1.0
-    elif picture.mode in ("I", "F") and highest <= 255:
-        white = 255.0
-    else:
-        white = max(65535.0, highest)
-    grey = np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, DataError
 from lorabank.formats.files import write_files
+from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.images.answers import Answers
 from lorabank.tasks.images.metrics import Answer
-from lorabank.tasks.images.pictures import quiet_pillow
 from lorabank.tasks.images.prepare import open_found
 from lorabank.tasks.images.rows import ImageRow, in_order
 from lorabank.tasks.images.samples import sample_of

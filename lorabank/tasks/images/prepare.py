@@ -16,7 +16,8 @@ from lorabank.data.split import group_unit, split_rows
 from lorabank.data.split_folders import held_out_beside
 from lorabank.data.stratified import Stratified, stratified_rows
 from lorabank.errors import DataError, closest
-from lorabank.tasks.images.pictures import open_picture, quiet_pillow
+from lorabank.tasks.decoding import quiet_pillow
+from lorabank.tasks.images.pictures import open_picture
 from lorabank.tasks.images.report import ImageReport, build_report
 from lorabank.tasks.images.rows import ImageRow, PixelStore, in_order
 from lorabank.tasks.images.sources import Columns, Found, find_pictures, natural

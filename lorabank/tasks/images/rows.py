@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lorabank.data.row import RowError
 from lorabank.errors import DataError
-from lorabank.tasks.images.pictures import Picture, open_picture, quiet_pillow
+from lorabank.tasks.decoding import quiet_pillow
+from lorabank.tasks.images.pictures import Picture, open_picture
 from lorabank.tasks.images.preprocess import Preprocess
 
 THREADS = max(1, min(8, os.cpu_count() or 1))

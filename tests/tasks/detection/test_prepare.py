@@ -19,6 +19,7 @@ from lorabank.config.detection import DetectionConfig
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError
 from lorabank.tasks.detection.augment import augment
+from lorabank.tasks.detection.pictures import open_picture
 from lorabank.tasks.detection.prepare import DetectionSets, prepare
 from lorabank.tasks.detection.preprocess import PixelStore, read_off
 from lorabank.tasks.detection.rows import Box
@@ -237,3 +238,13 @@ def test_settings_are_checked() -> None:
         DetectionConfig(augment=("flop",))
     with pytest.raises(ConfigError, match=r"detection\.labels: expected different names"):
         DetectionConfig(labels=("a", "a"))
+
+
+def test_deep_and_transparent_pictures_are_seen_as_other_tasks_see_them(tmp_path: Path) -> None:
+    """16 bits are scaled, not cut off at 255; what is transparent is white."""
+    deep = np.full((20, 20), 128 * 257, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    for name, value in (("deep.png", 128), ("clear.png", 255)):
+        picture, _, _ = open_picture(tmp_path / name)
+        assert picture.mode == "RGB" and np.unique(np.asarray(picture)).tolist() == [value]

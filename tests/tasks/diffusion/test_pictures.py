@@ -91,8 +91,8 @@ def test_bad_pictures_are_named_and_counted(tmp_path: Path) -> None:
     text = str(told.value)
     assert "3 of 6 pictures can't be used" in text
     for why, name in (
-        ("can't be read as a picture", "cut.jpg"),
-        ("no picture of a known form", "text.png"),
+        ("a cut off picture", "cut.jpg"),
+        ("no picture that can be read", "text.png"),
         ("tiny (200 × 9", "thin.png"),
     ):
         assert any(why in line and name in line for line in text.splitlines())
@@ -121,7 +121,7 @@ def test_nothing_usable_and_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file or folder"):
         read(str(tmp_path / "nowhere/"))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
-    with pytest.raises(DataError, match=r"not the only picture can be used:\n.*isn't there \(.*gone.png"):
+    with pytest.raises(DataError, match=r"not the only picture can be used:\n.*no such file \(.*gone.png"):
         read(tmp_path)
     with pytest.raises(DataError, match=r"no column 'captoin' \(did you mean 'caption'\?\)"):
         read([{"image": picture(0), "caption": "x"}], caption="captoin")

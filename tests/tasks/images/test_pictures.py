@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from lorabank.data.row import RowError
-from lorabank.tasks.images.pictures import as_picture, as_rgb, open_picture
+from lorabank.tasks.decoding import as_rgb
+from lorabank.tasks.images.pictures import as_picture, open_picture
 from tests.tasks.images.made import as_bytes, picture
 
 
