@@ -129,6 +129,7 @@ def _raising(name: str, system: Any) -> Any:
     return system
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     ("spoil", "reason"), [(_stronger, "results disagree"), (_larger, "numbers, not"), (_raising, "stay uncompiled")]
 )

@@ -234,6 +234,7 @@ def test_the_peers_memory_is_that_of_their_timed_steps() -> None:
     assert "timed_ms(step, 3, args.steps)" in script
 
 
+@pytest.mark.slow
 def test_what_is_to_be_quantised_is_made_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("meta")  # in a GPU's place: what is told to go there
     asked: list[Any] = []

@@ -466,6 +466,7 @@ def test_the_check_passes_on_a_right_path() -> None:
     assert all(outcome.passed for outcome in found.values()), "\n".join(map(str, found.values()))
 
 
+@pytest.mark.slow
 def test_the_check_is_told_what_the_items_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(gpu_training, "check", lambda shape, device, **more: asked.append(more) or [])
@@ -484,12 +485,14 @@ def test_the_check_is_told_what_the_items_run(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
+@pytest.mark.slow
 def test_a_pass_that_keeps_nothing_on_the_host_is_no_check_of_that(monkeypatch: pytest.MonkeyPatch) -> None:
     offload = importlib.import_module("lorabank.engine.offload").Offload
     monkeypatch.setattr(offload, "around", lambda self, recompute, lasting=None: recompute)
     assert not _outcomes(offloaded=["bf16"])["offload"].passed
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("wrong", ["offload", "mixed", "packed"])
 def test_a_wrong_form_fails_its_own_check(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_check.our_gradients
@@ -540,6 +543,7 @@ WRONG = ("mlp.up_proj.weight_scale", "mlp.down_proj.weight_t_scale")
 """A weight as the forward product reads it, and one as dx does."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, WRONG[0], *(pytest.param(wrong, marks=pytest.mark.long) for wrong in WRONG[1:])])
 def test_fp8_is_held_to_its_emulated_twin(wrong: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_wrong(model: Any, storage: str) -> Any:
@@ -591,6 +595,7 @@ def test_a_base_is_compared_with_the_weights_that_its_codes_stand_for(monkeypatc
     assert not _quantised_outcome("fp8").passed
 
 
+@pytest.mark.slow
 def test_an_nf4_base_passes() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
     outcome = _quantised_outcome("nf4")
@@ -682,6 +687,7 @@ def test_kernels_with_borders_are_checked_for_one_two_and_three_layers(
     assert wrong == {name for name in timed if name.startswith("finish")}
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("slots", [1, 2])
 def test_the_kernels_over_an_fp8_base_agree_with_torch(
     slots: int, small: None, e4m3: None, device: torch.device, monkeypatch: pytest.MonkeyPatch

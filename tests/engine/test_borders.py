@@ -65,6 +65,7 @@ def settle(bank: AdapterBank) -> tuple[object, object]:
     return backward(bank, batch_of(LENGTHS, ROUTES))
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_pass_equals_that_of_plain_blocks(family: str, widened: list[int]) -> None:
     plain, fused = pair(family, targets=MLP)
@@ -89,6 +90,7 @@ def test_uncompiled_blocks_have_their_weights_back(widened: list[int]) -> None:
     assert all(p.is_contiguous() and torch.equal(p, before[name]) for name, p in weights(fused).items())
 
 
+@pytest.mark.slow
 def test_more_adapters_than_borders_have_room_for(widened: list[int]) -> None:
     """Room grows once, and where it doesn't pay any more layers go on by themselves."""
     plain, fused = pair(targets=MLP)
@@ -123,6 +125,7 @@ def moved_size(bank: AdapterBank) -> int:
     return max(p.untyped_storage().nbytes() for name, p in weights(bank).items() if "down_proj" in name)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_too_large_leaves_layers_apart(widened: list[int]) -> None:
     plain, fused = pair(targets=MLP)
     for bank in (plain, fused):
@@ -255,6 +258,7 @@ def test_room_follows_the_ranks_in_use(widened: list[int]) -> None:
     assert widened
 
 
+@pytest.mark.slow
 def test_a_routers_mask_is_filled_beside_an_mlp_as_ops(widened: list[int]) -> None:
     """DeepSeek's router fills a mask in place, in the graph of its shared experts, a gated MLP."""
     found = []
@@ -281,6 +285,7 @@ def test_a_routers_mask_is_filled_beside_an_mlp_as_ops(widened: list[int]) -> No
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_first_pass_in_inference_mode_leaves_a_model_that_trains(widened: list[int]) -> None:
     """What is made in it outlives it."""
     plain, fused = pair(targets="all-linear")
@@ -305,6 +310,7 @@ def test_weights_come_home_though_one_was_replaced(targets: list[str], widened: 
     assert not moved(fused)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("targets", [MLP, ["q_proj", "k_proj", "v_proj"]])
 def test_places_of_adapters_that_are_gone_are_zero(targets: list[str], widened: list[int]) -> None:
     """Or what they last were would still be multiplied with zeros, which NaN survives."""

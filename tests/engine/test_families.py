@@ -64,6 +64,7 @@ def test_the_repeated_blocks_are_found(family: str) -> None:
     assert found == [name for name, count in zoo.ZOO[family].blocks.items() for _ in range(count)]
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("family", zoo.ZOO)
 def test_outputs_and_all_gradients_are_the_plain_models(family: str, paths: zoo.Paths) -> None:
     zoo.check_fused(family, fuse, paths, width=WIDTH, tolerance=TOLERANCE)
@@ -80,6 +81,7 @@ def test_recomputed_blocks_give_the_same(family: str, paths: zoo.Paths) -> None:
     zoo.check_fused(family, recomputed, paths, width=WIDTH, tolerance=TOLERANCE, targets=["q", "v"])
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(("family", "targets"), [("whisper", ["cross-attention"]), ("vit", ["q"]), ("bert", ["v"])])
 def test_a_few_layers_of_models_that_are_no_decoders(family: str, targets: list[str], paths: zoo.Paths) -> None:
     zoo.check_fused(family, fuse, paths, width=WIDTH, tolerance=TOLERANCE, targets=targets)

@@ -141,6 +141,7 @@ def assert_same_gradients(fused: AdapterBank, plain: AdapterBank) -> None:
 IDS = torch.randint(14, 61, (4, 7), generator=torch.Generator().manual_seed(5))
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_the_plain_engines(family: str, calls: list[nn.Module]) -> None:
     plain, fused = pair(family, targets="all-linear")
@@ -227,6 +228,7 @@ def test_the_first_adapter_of_a_class_of_ranks_compiles_once() -> None:
     assert [count - made[0] for count in made] == [0, 0, 1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_borders_that_grow_compile_nothing() -> None:
     """Nor those that don't beside them; borders that are given up, since they no longer pay, do once."""
     torch._dynamo.reset()
@@ -258,6 +260,7 @@ def test_borders_that_grow_compile_nothing() -> None:
         assert [[borders._pad for borders in block._borders._all], graphs() - made] == expected
 
 
+@pytest.mark.slow
 def test_more_slots_and_a_higher_rank_are_right_too() -> None:
     plain, fused = pair()
     engines = Engine(plain), Engine(fused)
@@ -271,6 +274,7 @@ def test_more_slots_and_a_higher_rank_are_right_too() -> None:
     assert_same(backward(fused, batch, engines[1]), backward(plain, batch, engines[0]))
 
 
+@pytest.mark.slow
 def test_rows_and_tokens_of_the_same_number() -> None:
     plain, fused = pair()
     engines = Engine(plain), Engine(fused)

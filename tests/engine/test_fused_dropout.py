@@ -48,6 +48,7 @@ def pair(family: str = "llama", chances: Sequence[float] = (0.5, 0.0), *, target
     return banks
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_losses_and_gradients_are_the_plain_engines(recompute: bool, calls: list[nn.Module]) -> None:  # noqa: F811
     plain, fused = pair(chances=(0.5, 0.2))

@@ -98,6 +98,7 @@ def test_gradients_are_those_without(
     assert engine.offload.bytes == 2 * 4 * (4 * 12 * 32 + 4 * 8 * 32)
 
 
+@pytest.mark.variants(1)
 @on_interpreter
 @pytest.mark.parametrize(
     ("family", "backend", "kept"),
@@ -205,6 +206,7 @@ def test_host_memory_is_used_again() -> None:
     assert all(kept.back is None for block in engine.offload._blocks for kept in block)  # nothing waits on the device any more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepared", [as_it_is, pytest.param(fused, marks=on_interpreter)])
 def test_inputs_are_gone_from_the_device_after_forward(
     prepared: Callable[[AdapterBank], AdapterBank], monkeypatch: pytest.MonkeyPatch
@@ -307,6 +309,7 @@ def test_a_captured_pass_keeps_its_host_memory() -> None:
     assert passed(usual)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("wanted", [True, False])
 def test_passes_are_captured_where_the_host_has_room(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for CUDA's graphs, which computes in the capture, and replays nothing."""

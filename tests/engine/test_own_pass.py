@@ -250,6 +250,7 @@ def test_causal_models_without_masks_are_captured(family: str, graphs: Graphs) -
     assert train.graphs.refused is None
 
 
+@pytest.mark.slow
 @on_interpreter
 def test_rows_that_are_packed_by_their_positions_stay_apart_in_a_replay(graphs: Graphs) -> None:
     mine, other = (reached(bank_of("llama", targets=["q"]), "llama") for _ in range(2))
@@ -266,6 +267,7 @@ def test_rows_that_are_packed_by_their_positions_stay_apart_in_a_replay(graphs: 
     assert graphs.captured == 1
 
 
+@pytest.mark.slow
 @on_interpreter
 def test_a_block_that_a_capture_would_compile_stays_compiled(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for models whose masks aren't ours."""
@@ -326,6 +328,7 @@ def test_attention_on_a_gpu_does_without_cudnns(captured: bool, graphs: Graphs) 
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
+@pytest.mark.variants(1)
 @on_interpreter
 @pytest.mark.parametrize("what", ["leaf", "base", "own"])
 def test_what_is_frozen_or_unfrozen_is_noticed(what: str, graphs: Graphs) -> None:
@@ -357,6 +360,7 @@ def test_what_is_frozen_or_unfrozen_is_noticed(what: str, graphs: Graphs) -> Non
     assert train.graphs.refused is None
 
 
+@pytest.mark.slow
 @on_interpreter
 def test_a_capture_that_finds_another_leaf_is_not_kept(graphs: Graphs) -> None:
     """The user's own, unfrozen where nothing that is looked at shows it."""

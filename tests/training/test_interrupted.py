@@ -95,6 +95,7 @@ def test_killed_and_resumed(moment: tuple[str, int], settings: dict[str, Any], w
     assert_same_run(tmp_path / "out", whole)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(settings: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     """Each life ends in another place; a kill while a checkpoint is replaced leaves the old one."""
     moments = [("fsync", 1), ("step", 5), ("scoring", 1), ("replace", 2), ("fsync", 2), ("step", 13), ("samples", 1)]

@@ -15,3 +15,9 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """Where the kernels run here."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """The interpreter takes its time: two variants of a test in the suite, all of them in `make test-all` and on a GPU."""
+    if item.get_closest_marker("variants") is None:
+        item.add_marker(pytest.mark.variants(2))

@@ -31,7 +31,10 @@ from tests.kernels.gpu.problems import (
 )
 from tests.kernels.gpu.test_gated import e4m3, noted, same_rows  # noqa: F401
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # numpy, inside the interpreter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),  # numpy, inside the interpreter
+    pytest.mark.variants(1),
+]
 SEGMENTS = 1000 if torch.cuda.is_available() else 90
 """Of one token. A program takes the interpreter milliseconds."""
 SLOTS = SEGMENTS * 5 // 4 + 1
@@ -191,6 +194,7 @@ def test_siblings(count: int, largest: int, storage: str, dtype: torch.dtype, de
     assert seen == {"joined": 0, "siblings": count}
 
 
+@pytest.mark.slow
 def test_siblings_with_dropout(device: torch.device) -> None:
     slots, seen = SLOTS // 2, {}
     ranks = [ranks_of(which, 64, slots) for which in range(2)]
@@ -258,6 +262,7 @@ def test_mlp_with_borders(dtype: torch.dtype, device: torch.device) -> None:
     assert seen == {"mlps": 1, "siblings": 0, "onto": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=pytest.mark.slow)], ids=str)
 def test_mlp_over_fp8(dtype: torch.dtype, dequantised: None, device: torch.device) -> None:
     """With any number of slots, which have up to 16 ranks each."""
@@ -267,6 +272,7 @@ def test_mlp_over_fp8(dtype: torch.dtype, dequantised: None, device: torch.devic
     assert seen == {"mlps": 1, "siblings": 0, "onto": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("largest", "together"), [(gated_mlp.WIDEST_RANK + 1, 2), (512, 0)])
 def test_mlp_over_fp8_with_a_slot_of_more_ranks_stays_layers(
     largest: int, together: int, dequantised: None, device: torch.device
