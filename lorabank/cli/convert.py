@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ModelError(f"--model: {folder} is no folder here. Names are resolved by a model's configuration alone.")
         model = skeleton(folder)
-        about = {TASK_KEY: "text-to-image"} if (folder / PIPELINE).is_file() else {}
+        about = {TASK_KEY: "text-to-image"} if (folder / PIPELINE).is_file() and not args.component else {}
     done = forms.convert(
         source,
         target,
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         rank=args.rank,
         component=args.component,
         model=model,
-        base_model=str(folder.resolve()) if folder is not None else None,
+        base_model=str(folder.resolve()) if folder is not None and not args.component else None,
         metadata=about,
     )
     for line in described(done, args.to):

@@ -36,6 +36,8 @@ def refuse_existing(output: str, place: str = "--output") -> Path:
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its place at the end; nothing is left behind on an error."""
+    from safetensors import SafetensorError
+
     with scratch_beside(folder) as scratch:
         try:
             made = scratch / folder.name
@@ -46,3 +48,5 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             made.replace(folder)
         except OSError as error:
             raise OutputError(f"{folder}: can't be written: {error.strerror or error}") from error
+        except SafetensorError as error:  # what its writers raise of a full disk
+            raise OutputError(f"{folder}: can't be written: {error}") from error

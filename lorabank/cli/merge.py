@@ -147,6 +147,7 @@ def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, par
 
     parted: whether weights that were tied aren't any more.
     """
+    from lorabank.bank.in_full.heads import DENOISING
     from lorabank.tasks.processors import fit_processor
 
     before, after = settings_in(base), settings_in(merged)
@@ -164,6 +165,10 @@ def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, par
             if unnamed
             else f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
         )
+    if (noised := DENOISING.get(str(after.get("model_type")))) and len(after.get("id2label") or "") != len(
+        before.get("id2label") or ""
+    ):
+        told.append(f"{noised}: zeros, for other labels than the base's. Only training with noised boxes reads it")
     if parted:
         told.append(f"the output head and the embedding are two weights now ({TIE}: false)")
     if "pad_token_id" in after and after["pad_token_id"] is None and auto_class(merged) == "AutoModelForSequenceClassification":
@@ -221,7 +226,13 @@ def is_pipeline(name: str, adapter: Adapter) -> bool:
     path = expanded(name, place="model")
     index = "model_index.json"
     inside = path.is_dir() and (path.resolve().parent / index).is_file()  # one of its models, which is refused there by name
-    return (path / index).is_file() or inside or adapter.metadata.get(TASK_KEY) == "text-to-image"
+    if (path / index).is_file() or inside or adapter.metadata.get(TASK_KEY) == "text-to-image":
+        return True
+    if (path / "config.json").is_file():
+        return False
+    parts = {path.partition(".")[0] for path in adapter.layers}  # of an adapter of another tool, over a hub id
+    blocks = ("transformer.transformer_blocks.", "transformer.single_transformer_blocks.")  # GPT-2 has a `transformer`, too
+    return bool(parts & {"unet", "text_encoder", "text_encoder_2"}) or any(path.startswith(blocks) for path in adapter.layers)
 
 
 def is_classifier(name: str) -> bool:

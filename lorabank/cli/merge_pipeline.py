@@ -36,5 +36,6 @@ def merge_into_pipeline(args: argparse.Namespace, adapter: Adapter, name: str, f
         kind = json.loads((scratch / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     print_report(report)
     print("pictures weren't compared: draw the same captions from both folders with the same seeds")
-    print(f"saved: {folder} (a plain pipeline: {kind}.from_pretrained({str(folder)!r}))")
+    half = "" if report.dtypes == ("float32",) else f", dtype=torch.{report.dtypes[0]}"  # one for parts that differ
+    print(f"saved: {folder} (a plain pipeline: {kind}.from_pretrained({str(folder)!r}{half}))")
     return 0

@@ -16,7 +16,7 @@ from torch import nn
 
 from lorabank.errors import AdapterFileError, OutputError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
-from lorabank.formats.components import as_component, components, config_of, of_component, spelled_for
+from lorabank.formats.components import as_component, components, config_of, in_file_names, of_component, spelled_for
 from lorabank.formats.detect import FORMATS, load_adapter
 from lorabank.formats.difference import Difference, difference
 from lorabank.formats.diffusers import SETTINGS, save_diffusers
@@ -128,7 +128,7 @@ def convert(
         written = scratch / target.name
         TARGETS[to].save(adapter, written)
         again = _read_back(written)
-        error = difference(whole.layers, again.layers)
+        error = difference(_as_in_files(whole), _as_in_files(again))
         if (off := extras_error(whole, again)) > EXACT and not lossy:
             raise AdapterFileError(
                 f"{source}: {to} in {_dtypes(again)} would hold its biases, token rows or modules in full with a relative error "
@@ -153,6 +153,11 @@ def convert(
         lost=lost,
         unchecked=fingerprint is not None and again.fingerprint is None,
     )
+
+
+def _as_in_files(adapter: Adapter) -> dict[str, AdapterLayer]:
+    """Layers by the paths that files have: a model's class decides whether CLIP's begin with `text_model.` in it."""
+    return {in_file_names(path): layer for path, layer in adapter.layers.items()}
 
 
 def form_of(source: Path) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorabank.errors import AdapterFileError, closest
 from lorabank.formats.adapter import Adapter, AdapterLayer
-from lorabank.formats.components import COMPONENTS, alpha_of, split
+from lorabank.formats.components import COMPONENTS, alpha_of, in_file_names, split
 from lorabank.formats.extras import refuse_extras
 from lorabank.formats.files import read_tensors, write_tensors
 from lorabank.formats.fused import Whole, join, take_apart
@@ -141,7 +141,9 @@ def save_kohya(adapter: Adapter, path: str | Path) -> Path:
     for module, layer in adapter.layers.items():
         found = name_of(module, naming)
         assert found is not None  # `unheld` named it
-        wholes.setdefault(found[0], (found[1], {}))[1][module] = layer
+        # CLIP's text model is spelled in two ways, by the class that holds it
+        own = {in_file_names(path): path for path in found[1].paths}[in_file_names(module)]
+        wholes.setdefault(found[0], (found[1], {}))[1][own] = layer
     tensors: dict[str, Tensor] = {}
     for name, (here, parts) in wholes.items():
         tensors |= _tensors(name, join(Whole(paths=here.paths, swapped=here.swapped), parts))

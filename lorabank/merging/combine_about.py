@@ -6,8 +6,9 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
-from lorabank.config.tasks import TASK_SECTIONS
+from lorabank.config.tasks import SECTION_OF, TASK_SECTIONS
 from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import label_names
@@ -19,6 +20,8 @@ OWN = (TENSOR_METADATA, "combine.", "peft.")
 """Beginnings of what is of one file, or one combination, alone."""
 
 
+_SINCE = {"images": ("image_size", "fit", "mean", "std"), "detection": ("image_size",)}
+"""Settings that adapters say since there is more than speech and diffusion to say something of."""
 Weighted = Sequence[tuple[Adapter, Weights]]
 
 
@@ -47,7 +50,7 @@ def warn_of_settings(parts: Weighted, called: Sequence[str]) -> None:
     """
     differ, defaults = [], []
     for key in SECTIONS:
-        said = {name: task_settings(a, key) for name, (a, weight) in zip(called, parts, strict=True) if weight != 0}
+        said = {name: _settings(a, key) for name, (a, weight) in zip(called, parts, strict=True) if weight != 0}
         for setting in dict.fromkeys(name for own in said.values() for name in own):
             values = {name: own.get(setting, "unsaid") for name, own in said.items()}
             if len(set(map(json.dumps, values.values()))) > 1:
@@ -63,9 +66,17 @@ def warn_of_settings(parts: Weighted, called: Sequence[str]) -> None:
         )
 
 
+def _settings(adapter: Adapter, key: str) -> dict[str, Any]:
+    """What an adapter says of a section; of one of the section's task that says nothing, as older files do, the defaults."""
+    said = task_settings(adapter, key)
+    if said or key not in _SINCE or SECTION_OF.get(adapter.metadata.get("task", "")) != key:
+        return said
+    return {item.name: item.default for item in fields(TASK_SECTIONS[key]) if item.name in _SINCE[key]}
+
+
 def _alike(parts: Sequence[Adapter], key: str) -> dict[str, str]:
     """The settings under a key that all have alike, as JSON; nothing where there are none."""
-    first, *others = [task_settings(adapter, key) for adapter in parts]
+    first, *others = [_settings(adapter, key) for adapter in parts]
     same = {name: value for name, value in first.items() if all(name in own and own[name] == value for own in others)}
     return {key: json.dumps(same)} if same else {}
 

@@ -95,7 +95,7 @@ def _no_config(files: Collection[str], where: str) -> str:
     if "model_index.json" in files:  # its parts have a config.json each
         return (
             f"model {where}: this is a diffusers pipeline (model_index.json), not a model of transformers. It trains and draws "
-            "with task text-to-image."
+            "with task text-to-image, and `lorabank merge` takes adapters whose layers begin with one of its parts (`unet.` …)."
         )
     models = sorted(name for name in files if name.endswith("/config.json"))
     if models:

@@ -71,6 +71,7 @@ def load_for(
 
 
 def _loaded(name: str, folder: Path, config: Any, task: TaskModel, adapter: Adapter, dtype: Any) -> PreTrainedModel:
+    from lorabank.bank.in_full.heads import DENOISING
     from lorabank.bank.task_class import label_settings
 
     if task.labels is not None:
@@ -78,7 +79,10 @@ def _loaded(name: str, folder: Path, config: Any, task: TaskModel, adapter: Adap
     for name_of, value in label_settings(config, task, adapter).items():
         setattr(config, name_of, {int(i): text for i, text in value.items()} if name_of == "id2label" else value)
     model, info = weights_of(name, task.kind, folder, config, dtype=dtype, ignore_mismatched_sizes=task.labels is not None)
-    if missing := _not_in_full(adapter, {*info.missing, *info.other_shape}):
+    noised = DENOISING.get(str(config.model_type))  # of the base's categories, and nothing of it is in a prediction
+    if f"{noised}.weight" in info.other_shape:
+        model.get_parameter(f"{noised}.weight").data.zero_()
+    if missing := _not_in_full(adapter, {*info.missing, *info.other_shape} - {f"{noised}.weight"}):
         way_out = "Name the base that it was trained on."
         raise incomplete(name, model, missing, way_out, therefore="and the adapter hasn't got them either, so")
     return model

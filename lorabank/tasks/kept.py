@@ -47,6 +47,14 @@ class Kept:
                 stacklevel=3,
             )
         found = {name: self._read(name, value, settings) for name, value in alike.items() if name in self.names}
+        silent = [name for name, adapter in adapters.items() if self.section not in adapter.metadata]
+        if silent and (other := [name for name, value in found.items() if value != getattr(settings, name)]):
+            said = ", ".join(f"{name} {found[name]!r}" for name in other)
+            warnings.warn(
+                f"{self.section}: {', '.join(silent)}: the file doesn't say how it was trained, so it is used as the "
+                f"others are ({said}).",
+                stacklevel=3,
+            )
         try:
             return replace(settings, **found)
         except (ConfigError, TypeError) as error:

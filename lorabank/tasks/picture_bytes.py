@@ -30,5 +30,6 @@ def digest_of(data: bytes) -> str:
 
 
 def digest_of_pixels(picture: Image.Image) -> str:
-    """Of a picture that has no file: its mode, size and pixels."""
-    return digest_of(f"{picture.mode} {picture.size} ".encode() + picture.tobytes())
+    """Of a picture that has no file: its mode, size and pixels, and what numbers of a palette mean."""
+    palette = bytes(picture.getpalette("RGBA") or ()) if picture.mode in ("P", "PA") else b""
+    return digest_of(f"{picture.mode} {picture.size} ".encode() + picture.tobytes() + palette)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.docs.pages import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.variants(3)
 
 ARGUMENTS = {"summarization": ["--steps", "4"], "text_to_image": ["--steps", "2"]}
 FUNCTIONS = {"object_detection": "steps=2", "speech_synthesis": "steps=2", "image_classification": "each=4, epochs=1"}

@@ -47,6 +47,10 @@ DETECTORS: Mapping[str, tuple[str, ...]] = {
 """Model type → its modules that give a box a number a category, the ones that choose its queries included."""
 
 
+DENOISING: Mapping[str, str] = dict.fromkeys(("rt_detr", "rt_detr_v2"), "model.denoising_class_embed")
+"""Model type → an embedding with a row a category that only training with noised boxes reads, as transformers does it."""
+
+
 def _ending(model: nn.Module) -> str | None:
     return next((end for end in TASKS if type(model).__name__.endswith(end)), None)
 

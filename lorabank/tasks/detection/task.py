@@ -22,7 +22,9 @@ from lorabank.data.read import Source
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import infer
-from lorabank.errors import ConfigError, DataError, Setting
+from lorabank.engine.modes import evaluation_mode
+from lorabank.engine.parts import is_out_of_memory
+from lorabank.errors import ConfigError, DataError, LorabankError, Setting, first_line
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import LABELS as LABELS_SAID
 from lorabank.tasks.detection.augment import augment
@@ -64,6 +66,8 @@ class ObjectDetection(Task[DetectionRow]):
         check_libraries()
         check_detector(model, config.model or type(model).__name__)
         self.store = PixelStore(read_off(processor, self._detection.image_size), config.detection.cache_gib * GIB)
+        if self._detection.image_size is not None:
+            self._check_canvas(model)
         self._masked = MASK in inspect.signature(model.forward).parameters
         """Whether the model is told where the picture is on its canvas, and means shares of the picture then."""
         self._scoring = bool(loaded)
@@ -117,6 +121,22 @@ class ObjectDetection(Task[DetectionRow]):
         """The model's own."""
         known: Any = self.model.config
         return tuple(str(known.id2label[i]) for i in range(known.num_labels))
+
+    def _check_canvas(self, model: nn.Module) -> None:
+        """Raise ConfigError where the model takes no pictures of the size that was asked for."""
+        canvas, first = self.store.preprocess, next(model.parameters())
+        blank = torch.zeros(1, 3, canvas.height, canvas.width, device=first.device, dtype=first.dtype)
+        try:
+            with torch.no_grad(), evaluation_mode(model.modules()):
+                model(blank)
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, LorabankError) or is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                Setting("detection.image_size"),
+                f": {type(model).__name__} takes no pictures of {canvas.width} × {canvas.height} pixels: {first_line(error)}. "
+                "Most detectors take multiples of 32.",
+            ) from error
 
     def labels_of(self, name: str) -> tuple[str, ...]:
         """Of an adapter, or of the base."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from lorabank.errors import MergeError, ModelError, first_line
 from lorabank.formats.adapter import Adapter
-from lorabank.formats.components import as_component, components, split
+from lorabank.formats.components import as_component, components
 from lorabank.merging.merge import merge
 from lorabank.merging.report import MergeReport
 from lorabank.merging.shards import WEIGHT_FILES
@@ -25,8 +26,8 @@ from lorabank.tasks.diffusion.families import Family
 from lorabank.tasks.diffusion.load import INDEX, Say, family_of, has_class, import_diffusers, no_bars, pipeline_folder
 from lorabank.tasks.diffusion.model import ImageModel
 
-_VARIANTS = (".fp16.", ".non_ema.", ".bf16.", ".fp32.")
-"""In the names of weight files that diffusers loads when it is asked for them by `variant`."""
+_VARIANT = re.compile(r"\.(fp16|bf16|fp32|non_ema)[.-]")
+"""In the names of weight files that diffusers loads when it is asked for by `variant`: of one file, of shards, of an index."""
 
 
 def merge_pipeline(
@@ -49,16 +50,17 @@ def merge_pipeline(
     folder = pipeline_folder(name)
     family = family_of(folder, name)
     index = read_json(folder / INDEX, repr(name))
+    clips = [part for part in family.encoders if _class_of(index, part)[1].startswith("CLIP")]
     if components(list(adapter.layers)) == [""]:
         adapter = as_component(adapter, family.denoiser)  # trained by another tool on the denoiser alone
-    changed = components(list(adapter.layers)) or [split(path)[0] for path in adapter.modules]
-    if strangers := [part for part in changed if part not in {family.denoiser, *family.encoders}]:
-        has = ", ".join([family.denoiser, *family.encoders])
+    changed = components([*adapter.layers, *adapter.modules, *adapter.biases, *adapter.token_rows])
+    if strangers := [part for part in changed if part not in {family.denoiser, *clips}]:
         raise MergeError(
-            f"merge: the adapter changes {strangers[0] or 'layers without a part'}, and {name!r} is {family.name}: it has {has}"
+            f"merge: the adapter changes {strangers[0] or 'layers without a part'}, and what is merged of {name!r}, "
+            f"{family.name}, is {', '.join([family.denoiser, *clips])}. Draw with the adapter beside the base (lorabank predict)."
         )
     say(f"loading {', '.join(changed)} of {family.name} pipeline {name} …")
-    model = _model(folder, name, family, index, dtype)
+    model = _model(folder, name, family, index, clips, dtype)
     nn.Module.to(model, pick_device(device))
     report = merge(model, adapter, strength=strength, force=force, say=None).report
     say(f"writing {output.name} …")
@@ -69,9 +71,10 @@ def merge_pipeline(
     return report
 
 
-def _model(folder: Path, name: str, family: Family, index: Mapping[str, Any], dtype: torch.dtype | None) -> ImageModel:
+def _model(
+    folder: Path, name: str, family: Family, index: Mapping[str, Any], clips: Sequence[str], dtype: torch.dtype | None
+) -> ImageModel:
     """The parts that adapters may change: all of them, since a fingerprint is of all. Without VAE, tokenizers and T5."""
-    clips = [part for part in family.encoders if _class_of(index, part)[1].startswith("CLIP")]
     parts = {part: _part(folder, name, part, _class_of(index, part), dtype) for part in (family.denoiser, *clips)}
     return ImageModel(family, parts.pop(family.denoiser), scheduler=None, encoders=parts, trained=clips)
 
@@ -87,11 +90,10 @@ def _part(folder: Path, name: str, part: str, kind: tuple[str, str], dtype: torc
     if kind[0] not in libraries:
         raise ModelError(f"model {name!r}: its {INDEX} names no {part} of diffusers or transformers, which is needed")
     number = dtype or stored_in(folder / part) or torch.float32
-    dtype_name = "torch_dtype" if kind[0] == "diffusers" else "dtype"
     try:
         with quiet_transformers(), no_bars(import_diffusers()):
             load: Any = getattr(libraries[kind[0]](), kind[1]).from_pretrained
-            made = load(str(folder / part), local_files_only=True, use_safetensors=True, **{dtype_name: number})
+            made = load(str(folder / part), local_files_only=True, use_safetensors=True, dtype=number)
     except Exception as error:  # a damaged file surfaces as one of a dozen classes of four libraries
         raise ModelError(f"model {name!r}: {part} can't be read ({first_line(error)}). Copy or download it again.") from error
     return made.eval().requires_grad_(False)
@@ -113,10 +115,10 @@ def _copy_rest(folder: Path, output: Path, index: Mapping[str, Any], changed: li
 
 
 def _variant(path: Path) -> bool:
-    return any(mark in path.name for mark in _VARIANTS)
+    return _VARIANT.search(path.name) is not None
 
 
 def _loaded(path: Path) -> bool:
     """Whether diffusers reads a part's file that has safetensors beside it: not another form of the same weights."""
-    weights = path.name.removesuffix(".index.json").endswith(WEIGHT_FILES)
+    weights = path.name.removesuffix(".index.json").endswith(WEIGHT_FILES) or ".index." in path.name
     return not weights or (".safetensors" in path.name and not _variant(path))

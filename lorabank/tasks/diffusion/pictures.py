@@ -191,9 +191,8 @@ def opened(source: Any) -> tuple[Image.Image, str]:
     """(the picture upright, in RGB, on white where it is transparent; its digest). Raises RowError."""
     try:
         if isinstance(source, Image.Image):
-            pixels = source.convert("RGBA" if source.has_transparency_data else "RGB")
-            digest = hashlib.sha256(repr((pixels.mode, pixels.size)).encode() + pixels.tobytes()).hexdigest()
-            return as_rgb(upright(source)), digest
+            seen = as_rgb(upright(source))
+            return seen, hashlib.sha256(repr((seen.mode, seen.size)).encode() + seen.tobytes()).hexdigest()
         data = source if isinstance(source, bytes) else content(Path(source))
         with quiet_pillow():
             return as_rgb(upright(decoded(data))), hashlib.sha256(data).hexdigest()

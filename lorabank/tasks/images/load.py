@@ -12,7 +12,7 @@ from lorabank.config.paths import expanded
 from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE, SIZE, efficientnet_lite
 from lorabank.models.load import pick_device, pick_dtype
 from lorabank.models.load_class import load_class
-from lorabank.tasks.images.merged import ABOUT, Labelled, load_merged
+from lorabank.tasks.images.merged import ABOUT, load_merged, noted_labels
 from lorabank.tasks.images.preprocess import load_processor, plain_processor
 from lorabank.tasks.images.timm_models import TIMM, import_timm, timm_model
 
@@ -103,8 +103,8 @@ def own_labels(model: Any) -> tuple[str, ...] | None:
     """The names that a model of transformers, or a merged one, has for its labels; None where they are only numbered."""
     from transformers import PreTrainedModel
 
-    if isinstance(model, Labelled):
-        return model.labels
+    if (noted := noted_labels(model)) is not None:
+        return noted
     if not isinstance(model, PreTrainedModel):
         return None
     names = cast("Mapping[int, object]", model.config.id2label or {})

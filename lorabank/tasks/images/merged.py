@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lorabank.bank.task_class import label_names
 from lorabank.config.images import ImagesConfig
-from lorabank.errors import ModelError, first_line
+from lorabank.errors import LorabankError, ModelError, first_line
 from lorabank.formats.adapter import Adapter
 from lorabank.merging.merge import check_fingerprint, merge
 from lorabank.merging.outputs import LogitsCheck
@@ -28,17 +28,8 @@ from lorabank.tasks.images.kept import KEPT
 from lorabank.tasks.images.preprocess import load_processor, read_off
 
 ABOUT, WEIGHTS = "classifier.json", "model.safetensors"
-
-
-class Labelled(nn.Module):
-    """A classifier whose labels have names."""
-
-    def __init__(self, net: nn.Module, labels: tuple[str, ...]) -> None:
-        super().__init__()
-        self.net, self.labels = net, labels
-
-    def forward(self, x: Tensor) -> Any:
-        return self.net(x)
+NOTE = "_lorabank_classifier"
+"""Attribute of a merged model that was loaded: what its file says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +67,16 @@ def merge_classifier(
     first = next(model.parameters())
     picture = torch.rand(1, 3, size.height, size.width, generator=generator).to(first.device, first.dtype)
     handle = merge(model, adapter, strength=strength, force=True, inputs=picture, say=None)
-    net = model.net if isinstance(model, Labelled) else model
-    before = read_about(Path(name)) if (Path(name) / ABOUT).is_file() else About(architecture=name, labels=None, head=None)
-    own = label_names(adapter)
+    before = vars(model).get(NOTE) or About(architecture=architecture_of(name), labels=None, head=None)
+    own = label_names(adapter)  # None without a head of its own
     about = About(
         architecture=before.architecture,
-        labels=tuple(own) if own and (changed is not None or before.labels is None) else before.labels,
-        head=before.head if changed is None else changed.removeprefix("net." if net is not model else ""),
+        labels=tuple(own) if own else None if changed is not None else before.labels,
+        head=before.head if changed is None else changed,
     )
-    tensors = {name: value.contiguous().cpu() for name, value in net.state_dict().items()}
+    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     if about.architecture == EFFICIENTNET_LITE:
-        tensors = packages_names(net, tensors)
+        tensors = packages_names(model, tensors)
     save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
     (output / ABOUT).write_text(json.dumps(asdict(about), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     size.processor.save_pretrained(output)
@@ -100,14 +90,31 @@ def load_merged(folder: Path) -> tuple[nn.Module, Any]:
         tensors = load_file(folder / WEIGHTS)
         model = _unfilled(about.architecture)
         if about.head is not None:
-            _set_head(model, about.head, len(tensors[f"{about.head}.bias"]))
+            width = len(tensors[f"{about.head}.weight"])
+            if about.labels is not None and len(about.labels) != width:
+                raise ValueError(f"{len(about.labels)} labels for {width} outputs")
+            _set_head(model, about.head, width)
         model.load_state_dict(tensors)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except LorabankError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model {str(folder)!r}: {ABOUT} and {WEIGHTS} don't make a classifier ({first_line(error)}). Copy or merge it again."
         ) from error
     model = with_torchs_convolutions(model) if about.architecture == EFFICIENTNET_LITE else model
-    return (model if about.labels is None else Labelled(model, about.labels)), load_processor(folder)
+    vars(model)[NOTE] = about
+    return model, load_processor(folder)
+
+
+def noted_labels(model: object) -> tuple[str, ...] | None:
+    """The names of a merged classifier's labels; None for another model."""
+    about = vars(model).get(NOTE)
+    return about.labels if isinstance(about, About) else None
+
+
+def architecture_of(name: str) -> str:
+    """A base's name as `classifier.json` has it."""
+    return EFFICIENTNET_LITE if name.strip().lower() == EFFICIENTNET_LITE else name
 
 
 def read_about(folder: Path) -> About:
@@ -129,8 +136,9 @@ def _unfilled(architecture: str) -> nn.Module:
 
 def _fit_head(model: nn.Module, adapter: Adapter) -> str | None:
     """Give the model a linear layer of the adapter's size where that has another number of labels; its path."""
+    there = dict(model.named_modules())
     for path, values in adapter.modules.items():
-        own = model.get_submodule(path)
+        own = there.get(path)  # None: `merge` says that it isn't there
         weight = values.get("weight")
         if isinstance(own, nn.Linear) and weight is not None and weight.ndim == 2 and weight.shape != own.weight.shape:
             _set_head(model, path, len(weight))

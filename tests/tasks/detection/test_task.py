@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor, RTDetrImageProcessorPil
+from transformers.models.auto.modeling_auto import AutoModelForObjectDetection
 
 import lorabank as lb
 from lorabank import api
@@ -181,17 +183,26 @@ def test_what_cannot_be_trained_is_refused_before(base: Path, files: dict[str, P
         api.evaluate(out, None, DataConfig(test=str(other)), metrics=["mAP"])
 
 
+@pytest.mark.parametrize("kind", ["detr", "rt_detr"])
 def test_an_adapter_alone_and_a_merged_model_make_pictures_of_the_runs_size(
-    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The base's own processor gives 32 pixels a side; the adapter was trained at 48."""
-    base = saved_detector(tmp_path / "base", "detr")
-    settings = {**SETTINGS, "max_steps": 2, "eval": {"every": 0}, "detection": {"image_size": 48}}
+    """The base's own processor gives 32 pixels a side; the adapter was trained at 64, where a picture that isn't square fits."""
+    base = saved_detector(tmp_path / "base", kind)
+    if kind == "rt_detr":  # whose own stretches pictures and pads nothing
+        RTDetrImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(base)
+        with pytest.raises(ConfigError, match=r"detection\.image_size: RTDetr.* takes no pictures of 48 × 48 pixels"):
+            lb.train(model=str(base), data=str(files["two"]), **{**SETTINGS, "detection": {"image_size": 48}})
+    settings = {**SETTINGS, "max_steps": 2, "eval": {"every": 0}, "detection": {"image_size": 64}}
     lb.train(model=str(base), data=str(files["two"]), output=str(tmp_path / "run"), **settings)
     adapter, data = tmp_path / "run" / "default", files["two"].parent
     shutil.copytree(adapter, tmp_path / "alone")
     assert main(["merge", str(adapter), "--output", str(tmp_path / "merged"), "--device", "cpu"]) == 0
-    assert "pictures are made to fit 48 × 48 pixels, as in training" in capsys.readouterr().out
+    assert "pictures are made to fit 64 × 64 pixels and padded to that, as in training" in capsys.readouterr().out
+    wide = AutoImageProcessor.from_pretrained(tmp_path / "merged")(Image.new("RGB", (96, 40)), return_tensors="pt")
+    assert wide["pixel_values"].shape == (1, 3, 64, 64)
+    with torch.no_grad():
+        AutoModelForObjectDetection.from_pretrained(tmp_path / "merged")(**wide)
     boxes = []
     for source, name in (("run", "default"), ("alone", "alone"), ("merged", "base")):
         out, options = tmp_path / f"{source}.json", {"draw": 0}

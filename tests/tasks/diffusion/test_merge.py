@@ -14,8 +14,10 @@ from torch import Tensor
 
 import lorabank as lb
 from lorabank.cli import main
+from lorabank.cli.merge import is_pipeline
 from lorabank.formats.components import of_component
 from lorabank.tasks.diffusion.load import load_image_model
+from lorabank.tasks.diffusion.merge import _loaded
 from lorabank.tasks.diffusion.sampling import PictureConfig, draw_pictures
 from tests.tasks.diffusion.tiny import pipeline
 
@@ -115,14 +117,14 @@ def test_other_tools_files_and_halves(saved: Any, tmp_path: Path, capsys: pytest
     (base / "LICENSE").write_text("as it was")
     whole = trained(base, tmp_path / "a", targets=["to_q"])
     replace(of_component(whole, "unet"), base_model=None).save(tmp_path / "unet")
-    code = main(["merge", str(tmp_path / "unet"), "--model", str(base), "--device", "cpu", "--output", str(out)])
-    assert code == 0, capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "unet"), "--model", str(base), "--device", "cpu", "--output", str(out)]) == 0
     before, after = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (base, out))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("to_q" in name for name in moved)
     assert {value.dtype for value in after.values()} == {torch.float16}
     assert (out / "LICENSE").read_text() == "as it was"
     assert sorted(path.name for path in (out / "vae").iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert "StableDiffusionPipeline.from_pretrained" in (said := capsys.readouterr().out) and "dtype=torch.float16)" in said
     assert not (out / "v1-5-pruned.safetensors").exists()
 
 
@@ -157,3 +159,58 @@ def test_what_is_refused_leaves_nothing(saved: Any, tmp_path: Path, capsys: pyte
     assert "another base" in refused(a, "--model", str(other))
     assert main(["merge", a, "--model", str(other), "--force", "--device", "cpu", "--output", str(out)]) == 0
     assert adapter.layers
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({"modules_to_save": ["final_layer_norm"]}, "final_layer_norm."),
+        ({"trainable_token_indices": {"token_embedding": [3, 4]}}, "token_embedding.weight"),
+    ],
+    ids=["a module in full", "rows of tokens"],
+)
+def test_what_changes_beside_low_rank_layers_is_written_too(
+    settings: dict[str, Any], changed: str, saved: Any, tmp_path: Path
+) -> None:
+    """The low-rank layers are the U-Net's alone."""
+    base, out = saved("sd"), tmp_path / "merged"
+    trained(base, tmp_path / "a", targets=["to_q"], **settings)
+    assert main(["merge", str(tmp_path / "a"), "--device", "cpu", "--output", str(out)]) == 0
+    before, after = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (base, out))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(changed in name for name in moved)
+
+
+def test_half_a_pipeline_draws_as_it_says(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = saved("sd"), tmp_path / "merged"
+    trained(base, tmp_path / "a", targets=["to_q"])
+    assert main(["merge", str(tmp_path / "a"), "--dtype", "bf16", "--device", "cpu", "--output", str(out)]) == 0
+    call = f"StableDiffusionPipeline.from_pretrained('{out}', dtype=torch.bfloat16)"
+    assert call in capsys.readouterr().out
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(out), dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a cat", num_inference_steps=1, height=16, width=16).images[0].size == (16, 16)
+
+
+def test_weights_that_diffusers_loads_are_told_from_other_forms_of_them() -> None:
+    other = ("model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json", "model.fp16.safetensors", "model.bin")
+    assert not any(_loaded(Path(name)) for name in other)
+    assert all(_loaded(Path(name)) for name in ("model.safetensors", "model-00001-of-00002.safetensors", "config.json"))
+    assert _loaded(Path("model.safetensors.index.json"))
+
+
+def test_an_adapter_of_another_tool_means_a_pipeline_by_its_layers(saved: Any, tmp_path: Path) -> None:
+    adapter = replace(trained(saved("sd"), tmp_path / "a", targets=["to_q"]), base_model=None)
+    assert not adapter.metadata.get("task") and is_pipeline("stabilityai/sdxl", adapter)
+    assert not is_pipeline("openai-community/gpt2", of_component(adapter, "unet"))
+
+
+def test_an_adapter_of_the_first_two_encoders_of_stable_diffusion_3_goes_to_kohyas_form_and_back(
+    saved: Any, tmp_path: Path
+) -> None:
+    """There, the first is a class that spells its layers otherwise than that of Stable Diffusion 1."""
+    adapter = trained(saved("sd3"), tmp_path / "a", targets=["q_proj"])
+    assert {path.partition(".")[0] for path in adapter.layers} == {"text_encoder", "text_encoder_2"}
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "a.safetensors"), "--to", "kohya"]) == 0
+    held = load_file(tmp_path / "a.safetensors")
+    assert len([name for name in held if name.endswith("lora_down.weight")]) == len(adapter.layers)
