@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: install model ## train two adapters in one pass on a real model, and see what they learned (about 8 minutes)
+quickstart: install model ## train two adapters in one pass on a real model, and see what they learned (8 to 11 minutes)
 	$(BIN)/python examples/quickstart.py
 
 install: $(VENV)/.installed ## virtual environment with pinned dependencies and lorabank
