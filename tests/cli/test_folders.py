@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lorabank.cli.folders import refuse_existing, whole_folder
 from lorabank.cli.main import main
@@ -64,3 +65,10 @@ def test_a_file_is_no_parent(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file is a file, so nothing can be written in it"):
         refuse_existing(str(tmp_path / "file" / "x" / "a.gguf"))
+
+
+def test_a_disk_that_is_full_for_safetensors_is_one_sentence(tmp_path: Path) -> None:
+    """Its writer raises an error of its own."""
+    with pytest.raises(OutputError, match=r"merged: can't be written: .*No space left"), whole_folder(tmp_path / "merged"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert not list(tmp_path.iterdir())

@@ -18,8 +18,9 @@ from lorabank.config.train import DataConfig
 from lorabank.errors import DataError
 from lorabank.tasks.diffusion.buckets import Size, buckets_of, fit, fitted, nearest
 from lorabank.tasks.diffusion.cache import Cache, Encoded, identity
-from lorabank.tasks.diffusion.pictures import Read, read_pictures
+from lorabank.tasks.diffusion.pictures import Read, opened, read_pictures
 from lorabank.tasks.diffusion.rows import prepare
+from lorabank.tasks.picture_bytes import digest_of_pixels
 from tests.tasks.diffusion.tiny import folder_of_pictures, model_of, picture, pipeline
 
 CONFIG = DiffusionConfig(resolution=32, bucket_step=8, min_side=16)
@@ -238,3 +239,14 @@ def test_a_resolution_that_cannot_be_had_is_said(tmp_path: Path) -> None:
     assert "resolution 33: sides are multiples of 64 (diffusion.bucket_step). Next to it: 64" in small
     (between,) = [line for line in facts(100, 16, asked=7) if "diffusion.resolution" in line]
     assert between.endswith("sides are multiples of 16 (what the model's latents need). Next to it: 96 and 112")
+
+
+def test_pictures_without_a_file_are_told_apart_by_what_is_seen() -> None:
+    """16 bits that differ above 255, and palettes of other colours."""
+    bright, dark = (Image.fromarray(np.full((8, 8), value, dtype=np.uint16)) for value in (60000, 30000))
+    assert opened(bright)[1] != opened(dark)[1]
+    red, blue = Image.new("P", (8, 8)), Image.new("P", (8, 8))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    assert opened(red)[1] != opened(blue)[1]
+    assert digest_of_pixels(red) != digest_of_pixels(blue)
