@@ -16,6 +16,7 @@ from lorabank.errors import MissingExtraError, ModelError, closest, first_line
 from lorabank.models.dtypes import dtype_notes
 from lorabank.models.folder import read_json
 from lorabank.models.load import pick_device, pick_dtype
+from lorabank.models.names import closest_sibling
 from lorabank.models.quiet import quiet_transformers
 from lorabank.tasks.diffusion.families import FAMILIES, Family
 from lorabank.tasks.diffusion.model import ImageModel
@@ -156,8 +157,9 @@ def _fetched(diffusers: Any, name: str) -> Path:
 
 def unfetched(name: str, error: Exception) -> ModelError:
     """What is said of a hub id that can't be had."""
+    hint = closest_sibling(expanded(name, place="model"))
     return ModelError(
-        f"model {name!r}: no such folder here, and it can't be had from the hub ({first_line(error)}). Name a folder that "
+        f"model {name!r}: no such folder here{hint}, and it can't be had from the hub ({first_line(error)}). Name a folder that "
         "pipeline.save_pretrained wrote, or check the spelling of owner and model."
     )
 

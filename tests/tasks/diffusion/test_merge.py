@@ -141,6 +141,7 @@ def test_what_is_refused_leaves_nothing(saved: Any, tmp_path: Path, capsys: pyte
     a = str(tmp_path / "a")
     assert "--by-shard: is for one model's files" in refused(a, "--by-shard")
     assert "no model_index.json there" in refused(a, "--model", str(base / "unet"))
+    assert f"(did you mean '{base}'?)" in refused(a, "--model", str(base.with_name("sdd")))
     assert "changes unet" in refused(a, "--model", str(saved("flux")))
     damaged = tmp_path / "damaged"
     pipeline("sd").save_pretrained(damaged)
