@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, RTDetrImageProcessorPil
+from transformers import RTDetrImageProcessorPil
 from transformers.models.auto.modeling_auto import AutoModelForObjectDetection
 
 import lorabank as lb
@@ -21,6 +21,7 @@ from lorabank.bank.in_full.heads import DETECTORS, detector_heads, extra_outputs
 from lorabank.cli import main
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError
+from lorabank.models.image_processors import processor_class
 from lorabank.tasks.detection.metrics import METRICS, coco_scores
 from lorabank.tasks.detection.pictures import Picture
 from lorabank.tasks.detection.rows import Box, DetectionRow
@@ -199,7 +200,8 @@ def test_an_adapter_alone_and_a_merged_model_make_pictures_of_the_runs_size(
     shutil.copytree(adapter, tmp_path / "alone")
     assert main(["merge", str(adapter), "--output", str(tmp_path / "merged"), "--device", "cpu"]) == 0
     assert "pictures are made to fit 64 × 64 pixels and padded to that, as in training" in capsys.readouterr().out
-    wide = AutoImageProcessor.from_pretrained(tmp_path / "merged")(Image.new("RGB", (96, 40)), return_tensors="pt")
+    merged = processor_class(tmp_path / "merged").from_pretrained(tmp_path / "merged")
+    wide = merged(Image.new("RGB", (96, 40)), return_tensors="pt")
     assert wide["pixel_values"].shape == (1, 3, 64, 64)
     with torch.no_grad():
         AutoModelForObjectDetection.from_pretrained(tmp_path / "merged")(**wide)
