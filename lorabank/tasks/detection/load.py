@@ -7,7 +7,7 @@ from typing import Any
 
 from lorabank.bank.in_full.heads import DETECTORS, detector_heads
 from lorabank.errors import ConfigError, ModelError, closest
-from lorabank.models.image_processors import processor_class
+from lorabank.models.image_processors import processor_class, settings_file
 from lorabank.models.load_class import load_class
 from lorabank.training.task import BaseRequest, Say, TaskBase
 
@@ -42,7 +42,7 @@ def check_detector(model: Any, name: str) -> None:
 
 def image_processor_of(name: str, folder: Path) -> Any:
     """The image processor in a model's folder, by Pillow. Raises ModelError."""
-    if not (folder / "preprocessor_config.json").is_file() and not (folder / "processor_config.json").is_file():
+    if settings_file(folder) is None:
         raise ModelError(
             f"model {name!r}: has no preprocessor_config.json, which says how pictures are scaled and normalised. Copy that of "
             "the model that it was made from, or save an image processor there (DetrImageProcessor().save_pretrained)."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lorabank.config.images import ImagesConfig
 from lorabank.config.paths import expanded
 from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE, SIZE, efficientnet_lite
+from lorabank.models.image_processors import settings_file
 from lorabank.models.load import pick_device, pick_dtype
 from lorabank.models.load_class import load_class
 from lorabank.tasks.images.merged import ABOUT, load_merged, noted_labels
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Say = Callable[[str], None]
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def _transformers(name: str, *, dtype: str, device: str, trust_remote_code: bool
     notes: list[str] = []
 
     def processor(name: str, folder: Path) -> Any:
-        if any((folder / file).is_file() for file in PROCESSOR_FILES):
+        if settings_file(folder) is not None:
             return load_processor(folder)
         notes.append(
             "no image processor beside the model: pictures become images.image_size pixels a side (where that isn't set, what "

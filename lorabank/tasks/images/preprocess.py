@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorabank.config.images import ImagesConfig
 from lorabank.errors import ConfigError, ModelError, Setting, first_line
-from lorabank.models.image_processors import processor_class
+from lorabank.models.image_processors import OWN, processor_class, settings_file
 from lorabank.models.quiet import quiet_transformers
 
 _GREYS = (0, 128, 255)
@@ -102,10 +102,10 @@ def load_processor(folder: Path) -> Any:
         with quiet_transformers():  # which says on import that it does without torchvision
             return processor_class(folder).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a damaged file surfaces as one of many classes
-        reason = first_line(error)
+        file, reason = settings_file(folder), first_line(error)
         raise ModelError(
-            f"model {str(folder)!r}: its image processor (preprocessor_config.json) can't be used ({reason}). Copy it again from "
-            "the original model, or delete it and set images.mean, images.std and images.image_size."
+            f"model {str(folder)!r}: its image processor ({file.name if file else OWN}) can't be used ({reason}). Copy it again "
+            "from the original model, or delete it and set images.mean, images.std and images.image_size."
         ) from error
 
 

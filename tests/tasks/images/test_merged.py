@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoImageProcessor, ConvNextImageProcessor
+from transformers import ConvNextImageProcessor
 
 import lorabank as lb
 from lorabank.cli import main
 from lorabank.config.images import ImagesConfig
 from lorabank.errors import ModelError
 from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE
+from lorabank.models.image_processors import processor_class
 from lorabank.tasks.images.kept import KEPT
 from lorabank.tasks.images.load import load_image_model, own_labels
 from tests.tasks.images.made import folder
@@ -111,23 +112,26 @@ def test_a_merged_model_of_transformers_makes_pictures_of_the_adapters_size(tmp_
         capsys.readouterr()
         assert main(["merge", str(adapter), "--output", str(out), "--device", "cpu", *way]) == 0
         assert "pictures are made 24 pixels a side, as in training" in capsys.readouterr().out
-        assert AutoImageProcessor.from_pretrained(out).size["shortest_edge"] == 24
+        assert processor_class(out).from_pretrained(out).size["shortest_edge"] == 24
         found = answers(out, data, tmp_path / f"merged{len(way)}.jsonl", "--task", "image-classification")
         assert_alike(found, in_run)
         shutil.rmtree(out)
 
 
-def test_an_image_processor_in_a_processors_file_stays_there(tmp_path: Path) -> None:
-    """As transformers writes it of models that read text as well."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_image_processor_in_a_processors_file_stays_there(beside: bool, tmp_path: Path) -> None:
+    """As transformers writes it of models that read text as well; an older file `beside` it isn't what transformers reads."""
     base, data = saved(tmp_path / "resnet", "resnet"), folder(tmp_path / "d", each=4)
     processor = ConvNextImageProcessor(size={"shortest_edge": 16}, crop_pct=1.0, image_mean=[0.1] * 3)
     (base / "processor_config.json").write_text(json.dumps({"image_processor": processor.to_dict()}, default=list))
+    if beside:
+        ConvNextImageProcessor(size={"shortest_edge": 20}, image_mean=[0.9] * 3).save_pretrained(base)
     settings = {**SETTINGS, "max_steps": 2, "eval": {"every": 0}, "images": {"image_size": 24}}
     lb.train(model=str(base), data=str(data), targets=CONVOLUTIONS, output=str(tmp_path / "run"), **settings)
     in_run = answers(tmp_path / "run", data, tmp_path / "run.jsonl", "--adapters", "default")
     out = tmp_path / "merged"
     assert main(["merge", str(tmp_path / "run" / "default"), "--output", str(out), "--device", "cpu"]) == 0
-    assert not (out / "preprocessor_config.json").exists()
+    assert (out / "preprocessor_config.json").exists() == beside
     said = json.loads((out / "processor_config.json").read_text())["image_processor"]
     assert said["size"] == {"shortest_edge": 24} and said["image_mean"] == [0.1] * 3
     assert_alike(answers(out, data, tmp_path / "merged.jsonl", "--task", "image-classification"), in_run)

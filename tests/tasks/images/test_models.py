@@ -43,9 +43,10 @@ def test_a_folder_without_an_image_processor_says_what_it_gets(tmp_path: Path) -
         hf.ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.5] * 3).save_pretrained(tmp_path / "vit")
     own = load_image_model(str(tmp_path / "vit"))
     assert own.processor.size == {"height": 16, "width": 16} and not own.notes
-    (tmp_path / "vit" / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"its image processor \(preprocessor_config.json\) can't be used"):
-        load_image_model(str(tmp_path / "vit"))
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / "vit" / file).write_text("{")
+        with pytest.raises(ModelError, match=rf"its image processor \({file}\) can't be used"):
+            load_image_model(str(tmp_path / "vit"))
 
 
 def test_what_classifies_no_pictures_is_refused(tmp_path: Path) -> None:
