@@ -132,9 +132,9 @@ def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any])
 
     if args.data is not None:
         check_source(args.data, place="--data")  # before the model is loaded
-    if task_of(args) == PICTURES and args.prompt is not None:
+    if task_of(args) == PICTURES and (args.prompt is not None or args.data is not None):
         with named_as_typed(FLAGS_OF):
-            _check_picture(args, output)
+            _check_captions(args, output)
     print(f"loading {args.run_folder} …", file=sys.stderr, flush=True)
     with named_as_typed(FLAGS_OF):
         told = api.predict(
@@ -154,14 +154,15 @@ def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any])
     return 0
 
 
-def _check_picture(args: argparse.Namespace, output: Path) -> None:
-    """Raise ConfigError where a picture's file is named and several are asked for, before the model is loaded."""
-    from lorabank.tasks.diffusion.prompts import one_file
+def _check_captions(args: argparse.Namespace, output: Path) -> None:
+    """Raise DataError for what holds no captions, and ConfigError where a picture's file is named and several are asked for."""
+    from lorabank.tasks.diffusion.prompts import one_file, read_captions
     from lorabank.training.base_rows import BASE_NAME
     from lorabank.training.loaded import adapter_folders
 
     names = args.adapters or [*adapter_folders(chosen_path(args.run_folder, place="RUN")), BASE_NAME]
-    one_file(output, [args.prompt], [*names, *(args.mix or [])])
+    captions = read_captions(args.data, args.max_rows) if args.prompt is None else [args.prompt]
+    one_file(output, captions, [*names, *(args.mix or [])])
 
 
 def _new_file(name: str) -> Path:
@@ -190,9 +191,8 @@ def _append(path: Path, lines: Sequence[str], done: int, total: int) -> None:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)
         raise OutputError(
-            f"{path}: {error.strerror}. {done} of {counted(total, 'row')} are complete in it. Free some space, "
-            f"and choose another --output "
-            "or delete the file."
+            f"{path}: {error.strerror}. {done} of {counted(total, 'row')} are complete in it. Free some space, and choose "
+            "another --output or delete the file."
         ) from error
 
 

@@ -19,6 +19,7 @@ from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.paths import expanded
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refusal, refuse
+from lorabank.data.files import read_text
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.data.split import group_of
@@ -86,7 +87,8 @@ class Found:
     """A picture before it was opened."""
 
     source: Any
-    caption: str | None
+    caption: str | Path | None
+    """Itself, or the file that holds it."""
     origin: str
     group: str | None = None
 
@@ -157,7 +159,7 @@ def _checked(found: Found, config: DiffusionConfig, sizes: tuple[Size, ...]) -> 
     picture, digest = opened(found.source)
     if min(picture.size) < config.min_side:
         raise RowError(f"{TINY} ({picture.width} × {picture.height}; diffusion.min_side is {config.min_side})")
-    caption = (found.caption or "").strip()
+    caption = _caption(found.caption)
     if not caption and config.no_caption != "empty":
         raise RowError(UNTITLED)
     if config.trigger:
@@ -173,6 +175,16 @@ def _checked(found: Found, config: DiffusionConfig, sizes: tuple[Size, ...]) -> 
         source=found.source,
         group=found.group,
     )
+
+
+def _caption(given: str | Path | None) -> str:
+    """On one line where it is a file's. Raises RowError for a file that can't be read."""
+    if not isinstance(given, Path):
+        return (given or "").strip()
+    try:
+        return " ".join(read_text(given).split())
+    except DataError as error:
+        raise RowError(f"the .txt beside it can't be read ({first_line(error).removeprefix(str(given)).lstrip(':')})") from error
 
 
 def _notes(picture: Picture) -> list[str]:
@@ -228,13 +240,7 @@ def _from_folder(folder: Path) -> Iterator[Found]:
     """Every picture below a folder, by name, and the `.txt` beside it."""
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."):
         text = path.with_suffix(".txt")
-        try:
-            caption = " ".join(text.read_text(encoding="utf-8-sig").split()) if text.is_file() else None
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{text}: expected a caption in UTF-8 ({error.reason} at byte {error.start}). Save it again."
-            ) from error
-        yield Found(path, caption, str(path))
+        yield Found(path, text if text.is_file() else None, str(path))
 
 
 def _from_rows(

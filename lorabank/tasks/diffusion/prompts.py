@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorabank.bank.routing import BASE, RowRoute
 from lorabank.config.checks import is_finite
+from lorabank.data.files import read_text
 from lorabank.data.read import read_rows
 from lorabank.errors import ConfigError, DataError, Setting, closest
 from lorabank.tasks.diffusion.pictures import SUFFIXES
@@ -20,7 +21,7 @@ def read_captions(source: str, limit: int | None) -> list[str]:
     """One a line of a `.txt`, else a column `prompt`, `text` or `caption`. Raises DataError for a row without."""
     path = Path(source)
     if path.suffix.lower() == ".txt" and path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
         found = [line for line in lines if line][:limit]
         if not found:
             raise DataError(f"{path}: no prompts there: expected one a line")

@@ -14,6 +14,7 @@ from lorabank.config.speech import SpeechConfig
 from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
+from lorabank.data.files import read_text
 from lorabank.data.hold_out import hold_out
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
@@ -124,7 +125,7 @@ def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, li
     """Texts to be said: lines of a .txt file, or a column of a table. Raises DataError, also for one that can't be said."""
     path = Path(name).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         found: list[tuple[str, str, Mapping[str, Any]]] = [
             (f"{path}:{i}", line, {}) for i, line in enumerate(lines, 1) if line.strip()
         ]

@@ -115,6 +115,17 @@ def test_bad_pictures_are_left_out_as_the_user_chose(tmp_path: Path) -> None:
     assert [len(rows) for note, rows in empty.notes.items() if "without a caption" in note] == [2]
 
 
+def test_captions_of_another_encoding(tmp_path: Path) -> None:
+    """What its byte order mark says is read; what is no text is one bad row, as the user chose."""
+    folder = folder_of_pictures(tmp_path / "p", 3)
+    (folder / "00.txt").write_bytes("ein Kätzchen".encode("utf-16"))
+    (folder / "01.txt").write_bytes("ein\nKätzchen".encode("latin-1"))
+    with pytest.raises(DataError, match=r"1 of 3 pictures .*\n.*the \.txt beside it can't be read \(2: .*byte 0xe4.*01\.png"):
+        read(folder, bad_rows="stop")
+    found = read(folder)
+    assert found.pictures[0].caption == "ein Kätzchen" and len(found.pictures) == 2
+
+
 def test_nothing_usable_and_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures there"):

@@ -221,6 +221,14 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
     assert (
         "--output: two.png is one picture's file, and 2 are asked for (1 × ink, oil). Name a folder, or ask for one" in captured
     )
+    listed = ["predict", str(out), "--data", str(tmp_path / "prompts.txt"), "--adapters", "ink", "--device", "cpu", "--output"]
+    assert main([*listed, str(tmp_path / "two.png")]) == 2
+    captured = capsys.readouterr().err
+    assert "loading" not in captured and "and 2 are asked for (2 × ink)" in captured
+    (tmp_path / "latin.txt").write_bytes("a cat\nein Kätzchen".encode("latin-1"))
+    assert main([part.replace("prompts", "latin") for part in listed] + [str(tmp_path / "latin")]) == 2
+    captured = capsys.readouterr().err
+    assert "loading" not in captured and "latin.txt:2: expected utf-8 text, got the byte 0xe4" in captured
     assert main([*fox, str(tmp_path / "fox.jpg")]) == 2
     assert "--output: fox.jpg: pictures are written as PNG" in capsys.readouterr().err
     assert not (tmp_path / "two.png").exists() and not (tmp_path / "fox.jpg").exists()
