@@ -12,6 +12,9 @@ from lorabank.formats.adapter import Adapter
 SECTIONS = ("speech", "diffusion", "images", "detection")
 """Keys of the metadata whose value is a JSON object of settings, named as the section of the configuration."""
 
+PICTURE_SETTINGS: Mapping[str, tuple[str, ...]] = {"images": ("image_size", "fit", "mean", "std"), "detection": ("image_size",)}
+"""Section to what adapters say of the pictures that they see. Older files say nothing there: they mean the defaults."""
+
 
 def task_settings(adapter: Adapter, section: str) -> dict[str, Any]:
     """What an adapter says of a section; nothing where it says nothing. Raises AdapterFileError for what is no JSON object."""

@@ -13,15 +13,12 @@ from lorabank.errors import MergeError
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.labels import label_names
 from lorabank.formats.peft import TENSOR_METADATA
-from lorabank.formats.task_settings import SECTIONS, task_settings
+from lorabank.formats.task_settings import PICTURE_SETTINGS, SECTIONS, task_settings
 from lorabank.merging.weights import Weights
 
 OWN = (TENSOR_METADATA, "combine.", "peft.")
 """Beginnings of what is of one file, or one combination, alone."""
 
-
-_SINCE = {"images": ("image_size", "fit", "mean", "std"), "detection": ("image_size",)}
-"""Settings that adapters say since there is more than speech and diffusion to say something of."""
 Weighted = Sequence[tuple[Adapter, Weights]]
 
 
@@ -69,9 +66,9 @@ def warn_of_settings(parts: Weighted, called: Sequence[str]) -> None:
 def _settings(adapter: Adapter, key: str) -> dict[str, Any]:
     """What an adapter says of a section; of one of the section's task that says nothing, as older files do, the defaults."""
     said = task_settings(adapter, key)
-    if said or key not in _SINCE or SECTION_OF.get(adapter.metadata.get("task", "")) != key:
+    if said or key not in PICTURE_SETTINGS or SECTION_OF.get(adapter.metadata.get("task", "")) != key:
         return said
-    return {item.name: item.default for item in fields(TASK_SECTIONS[key]) if item.name in _SINCE[key]}
+    return {item.name: item.default for item in fields(TASK_SECTIONS[key]) if item.name in PICTURE_SETTINGS[key]}
 
 
 def _alike(parts: Sequence[Adapter], key: str) -> dict[str, str]:

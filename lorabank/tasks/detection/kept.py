@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorabank.formats.task_settings import PICTURE_SETTINGS
 from lorabank.tasks.kept import Kept
 
-KEPT = Kept(section="detection", names=("image_size",), optional={"image_size": int}, way_out="")
+KEPT = Kept(section="detection", names=PICTURE_SETTINGS["detection"], optional={"image_size": int}, way_out="")

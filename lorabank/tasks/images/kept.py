@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorabank.formats.task_settings import PICTURE_SETTINGS
 from lorabank.tasks.kept import Kept
 
-KEPT = Kept(section="images", names=("image_size", "fit", "mean", "std"), optional={"image_size": int}, way_out="")
+KEPT = Kept(section="images", names=PICTURE_SETTINGS["images"], optional={"image_size": int}, way_out="")
