@@ -148,7 +148,7 @@ def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, par
     parted: whether weights that were tied aren't any more.
     """
     from lorabank.bank.in_full.heads import DENOISING
-    from lorabank.tasks.processors import fit_processor
+    from lorabank.tasks.merged_processor import fit_processor
 
     before, after = settings_in(base), settings_in(merged)
     told: list[str] = []
