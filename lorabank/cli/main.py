@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    _print_anything()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show
@@ -88,6 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"{type(error).__name__}: {error}"
         print(f"lorabank: unexpected {what}\nThis is a fault in lorabank: please report it.", file=sys.stderr)
         return 1
+
+
+def _print_anything() -> None:
+    """Let the terminal escape what its encoding lacks, as it does of errors: a file's name or a mark must not end a command."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: object) -> None:

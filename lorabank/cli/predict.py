@@ -180,12 +180,14 @@ def _new_file(name: str) -> Path:
 
 def _append(path: Path, lines: Sequence[str], done: int, total: int) -> None:
     """Add whole lines, or none: where the disk fills up, the file keeps the `done` rows before them. Raises OutputError."""
+    from lorabank.formats.files import utf8
+
     size = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab" if lines else "xb") as file:
             size = file.tell()
-            file.write("".join(lines).encode())
+            file.write(utf8("".join(lines)))
     except OSError as error:
         if lines:
             with contextlib.suppress(OSError):

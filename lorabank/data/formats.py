@@ -68,7 +68,7 @@ def text_of(values: Values, column: str, *, may_be_empty: bool = False) -> str:
     if column not in values or values[column] is None:
         raise RowError(f"column {column!r} is missing")
     refuse_nan(values[column], column)
-    return _check_text(values[column], f"column {column!r}", may_be_empty=may_be_empty)
+    return checked_text(values[column], f"column {column!r}", may_be_empty=may_be_empty)
 
 
 def refuse_nan(value: object, column: str) -> None:
@@ -77,7 +77,8 @@ def refuse_nan(value: object, column: str) -> None:
         raise NanError(column)
 
 
-def _check_text(value: object, what: str, *, may_be_empty: bool = False) -> str:
+def checked_text(value: object, what: str, *, may_be_empty: bool = False) -> str:
+    """The value as text. Raises RowError, about `what`, for what is no text that can be encoded."""
     if isinstance(value, float) and not math.isfinite(value):
         raise RowError(f"{what} is {value}, expected text")
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -123,9 +124,9 @@ def _content_text(content: object, column: str) -> str:
             if not isinstance(part, Mapping) or kind != "text":
                 raise RowError(f"{what} holds a part of type {kind!r}; only text can be trained on")
             refuse_nan(part.get("text"), column)
-            parts.append(_check_text(part.get("text"), what, may_be_empty=True))
+            parts.append(checked_text(part.get("text"), what, may_be_empty=True))
         return "".join(parts)
-    return _check_text(content, what, may_be_empty=True)
+    return checked_text(content, what, may_be_empty=True)
 
 
 def _messages(items: list[Any], column: str) -> tuple[Message, ...]:
@@ -324,7 +325,12 @@ def _fill(template: str, values: Values, *, what: str) -> str:
 
 _NOTHING = frozenset(("NaN", "nan", "NAN", "null", "NULL", "None", "<NA>"))
 """How a missing value looks once a tool has written it as text."""
-_MAYBE_MISSING = "the whole text of a column is NaN, null or None, which is trained as that word"
+MISSING_WORD = "the whole text of a column is NaN, null or None, which is trained as that word"
+
+
+def is_missing_word(text: object) -> bool:
+    """Whether a whole text is a word that tools write for a missing value: trained as that word, and noted (`MISSING_WORD`)."""
+    return isinstance(text, str) and text.strip() in _NOTHING
 
 
 class Normaliser:
@@ -352,8 +358,8 @@ class Normaliser:
             raise error.at(row.origin) from error
         self.forms_seen[name] = self.forms_seen.get(name, 0) + 1
         texts = [row.values[c] for c in self._columns] or [example.prompt, example.completion, example.text]
-        if any(isinstance(text, str) and text.strip() in _NOTHING for text in texts):
-            self.notes.setdefault(_MAYBE_MISSING, []).append(row.origin)
+        if any(map(is_missing_word, texts)):
+            self.notes.setdefault(MISSING_WORD, []).append(row.origin)
         return replace(example, origin=row.origin, group=group)
 
     def _parse(self, row: Row) -> tuple[str, Example]:

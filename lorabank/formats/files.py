@@ -97,10 +97,16 @@ def tensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     return write
 
 
-def write_files(folder: Path, files: Mapping[str, bytes | Writer]) -> None:
+def utf8(text: str) -> bytes:
+    """Text for a file. Halves of surrogate pairs, as names of files that are no UTF-8 have them, become JSON's `\\udce4`."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_files(folder: Path, files: Mapping[str, bytes | str | Writer]) -> None:
     """Write all `files` (name in `folder` → content) or none: each under a temporary name, renamed once all are on the disk.
 
-    Raises OutputError when the disk is full or can't be written; files that were there before are then unchanged.
+    Text becomes UTF-8 (`utf8`). Raises OutputError when the disk is full or can't be written; files that were there before are
+    then unchanged.
     """
     created = not folder.exists()
     staged: dict[str, Path] = {}
@@ -109,8 +115,8 @@ def write_files(folder: Path, files: Mapping[str, bytes | Writer]) -> None:
         for name, content in files.items():
             staged[name] = folder / f".{name}.{secrets.token_hex(4)}.tmp"
             with open(staged[name], "xb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
+                if isinstance(content, bytes | str):
+                    file.write(content if isinstance(content, bytes) else utf8(content))
                 else:
                     content(file)
                 file.flush()

@@ -105,7 +105,7 @@ def _front_matter(front: Mapping[str, object]) -> str:
 
 def write_card(folder: str | Path, facts: CardFacts) -> Path:
     """Write the card into an adapter folder; returns its path. Raises OutputError."""
-    write_files(Path(folder), {"README.md": model_card(facts).encode()})
+    write_files(Path(folder), {"README.md": model_card(facts)})
     return Path(folder) / "README.md"
 
 

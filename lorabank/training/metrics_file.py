@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabank.errors import OutputError
+from lorabank.formats.files import utf8
 from lorabank.training.events import EvalRecord, Notice, RunPlan, RunResult, StepRecord
 
 CLOCK_KEYS = ("tokens_per_second", "seconds_left", "seconds")
@@ -86,7 +87,7 @@ class MetricsFile:
             line["clock"] = dict(clock)
         self._waiting.append(json.dumps(_finite(line), ensure_ascii=False, allow_nan=False) + "\n")
         try:
-            self._append("".join(self._waiting).encode())
+            self._append(utf8("".join(self._waiting)))
         except OSError as error:
             self._told(error, last=last)
         else:

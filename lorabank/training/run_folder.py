@@ -98,11 +98,11 @@ class RunFolder:
         """Make the folder and write `config.yaml`. Raises OutputError when something is there already."""
         self.refuse_existing()
         self.tidy()
-        write_files(self.path, {"config.yaml": dump_yaml(config).encode()})
+        write_files(self.path, {"config.yaml": dump_yaml(config)})
 
     def write_reports(self, reports: Mapping[str, Mapping[str, Any]]) -> None:
         """`data_report.json`, one entry a data set."""
-        write_files(self.path, {"data_report.json": (json.dumps(reports, indent=2, ensure_ascii=False) + "\n").encode()})
+        write_files(self.path, {"data_report.json": json.dumps(reports, indent=2, ensure_ascii=False) + "\n"})
 
     def save_adapter(self, name: str, adapter: Adapter, processor: Any) -> Path:
         """The adapter in PEFT's form, with what prepares its inputs (tokenizer and chat template, …; None: nothing) beside it.
@@ -121,7 +121,7 @@ class RunFolder:
 
     def write_hardest(self, hardest: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """`hardest_rows.json`: the training rows with the highest loss, by adapter."""
-        write_files(self.path, {"hardest_rows.json": (json.dumps(hardest, indent=2, ensure_ascii=False) + "\n").encode()})
+        write_files(self.path, {"hardest_rows.json": json.dumps(hardest, indent=2, ensure_ascii=False) + "\n"})
 
 
 def write_samples(folder: Path, prompts: Sequence[Generated]) -> None:
@@ -132,7 +132,7 @@ def write_samples(folder: Path, prompts: Sequence[Generated]) -> None:
         lines += [f"| reference | {cell(text)} |" for text in sample.references[:2]]
         lines += [f"| {name} | {cell(text)} |" for name, text in sample.answers.items()]
         lines.append("")
-    write_files(folder, {"samples.md": ("\n".join(lines) + "\n").encode()})
+    write_files(folder, {"samples.md": "\n".join(lines) + "\n"})
 
 
 def resume_line(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -144,3 +145,10 @@ def test_errors_and_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     text = capsys.readouterr().err
     assert "Traceback" in text
     assert "unexpected ZeroDivisionError: oh" in text
+
+
+def test_a_terminal_that_lacks_a_mark_gets_it_escaped() -> None:
+    """`combine --help` has ‖ΔW‖²."""
+    call = [sys.executable, "-m", "lorabank", "combine", "--help"]
+    told = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert told.returncode == 0 and "\\u2016\\u0394W\\u2016" in told.stdout and not told.stderr

@@ -184,3 +184,11 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 def test_a_dtype_that_has_no_name_in_the_format(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="complex64"):
         write_tensors(tmp_path / "x", {"z": torch.ones(1, dtype=torch.complex64)}, {})
+
+
+def test_text_that_is_no_utf_8_is_written_escaped(tmp_path: Path) -> None:
+    """As JSON would have it, so that a file's name never costs what was computed."""
+    name = os.fsdecode(b"\xe4.png")
+    write_files(tmp_path, {"a.json": json.dumps({"file": name, "ü": 1}, ensure_ascii=False), "b.txt": "ü"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"file": name, "ü": 1}
+    assert (tmp_path / "b.txt").read_bytes() == "ü".encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ Values = Mapping[str, Tensor]
 Busy = Callable[[str, int, int], None]
 KEPT = "lorabank"
 """Metadata of a cache file: its key, so that a file under another's name isn't taken for it."""
+SUM = "lorabank.sum"
+"""Metadata: a checksum of the values."""
 
 
 class Cache:
@@ -49,16 +52,19 @@ class Cache:
             return None
         if metadata.get(KEPT) != key:
             return None
+        if metadata.get(SUM) != _sum(values):
+            warn_once(f"a file of the cache isn't what was written there, so it is made again: {path}")
+            return None
         return values
 
     def put(self, key: str, values: Values) -> None:
-        """Keep it."""
+        """Keep it. Raises OutputError for a folder that can't be written."""
         if self.folder is None:
             self._held[key] = values
             return
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {name: value.contiguous() for name, value in values.items()}, {KEPT: key})
+        write_tensors(
+            self._path(key), {name: value.contiguous() for name, value in values.items()}, {KEPT: key, SUM: _sum(values)}
+        )
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None  # the callers looked
@@ -115,6 +121,14 @@ class Encoded:
             more = [] if what == "latents" else [str(self.model.dtype), *map(_about, self.model.tokenizers.values())]
             self._identities[what] = repr((what, self.model.family.name, named, more))
         return hashlib.sha256(repr((self._identities[what], of)).encode()).hexdigest()
+
+
+def _sum(values: Values) -> str:
+    """crc32 of all bytes, by name."""
+    found = 0
+    for name in sorted(values):
+        found = zlib.crc32(values[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def identity(module: nn.Module | None) -> str:

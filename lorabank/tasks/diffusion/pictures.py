@@ -20,11 +20,12 @@ from lorabank.config.paths import expanded
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refusal, refuse
 from lorabank.data.files import read_text
+from lorabank.data.formats import MISSING_WORD, checked_text, is_missing_word, refuse_nan
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.data.split import group_of
 from lorabank.data.split_folders import own_part
-from lorabank.errors import DataError, closest, first_line
+from lorabank.errors import DataError, Setting, closest, first_line
 from lorabank.tasks.decoding import as_rgb, decoded, quiet_pillow, upright
 from lorabank.tasks.diffusion.buckets import Fit, Size, buckets_of, fit, fitted, nearest
 from lorabank.tasks.picture_bytes import content
@@ -75,10 +76,13 @@ class Picture:
         return self.digest, self.caption, self.fit, self.prior
 
     def load(self) -> Image.Image:
-        """The picture at its bucket's size, RGB. Raises DataError where its file has changed since it was checked."""
-        picture, digest = opened(self.source)
+        """The picture at its bucket's size, RGB. Raises DataError where its file has changed or gone since it was checked."""
+        try:
+            picture, digest = opened(self.source)
+        except RowError as error:
+            raise DataError(f"{self.origin}: {error.reason}, though it was fine when the run began. Put it back.") from error
         if digest != self.digest:
-            raise DataError(f"{self.origin}: the picture has changed since the run began. Start again, so that it is read anew.")
+            raise DataError(f"{self.origin}: its content is another than when the run began. Put it back.")
         return fitted(picture, self.fit)
 
 
@@ -87,10 +91,11 @@ class Found:
     """A picture before it was opened."""
 
     source: Any
-    caption: str | Path | None
-    """Itself, or the file that holds it."""
+    caption: Any
+    """As its column has it, or the path of a file that holds it; None: there is none."""
     origin: str
     group: str | None = None
+    column: str = "caption"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +161,12 @@ def read_pictures(
 
 
 def _checked(found: Found, config: DiffusionConfig, sizes: tuple[Size, ...]) -> Picture:
+    if found.source is None:
+        raise RowError("names no picture")
     picture, digest = opened(found.source)
     if min(picture.size) < config.min_side:
         raise RowError(f"{TINY} ({picture.width} × {picture.height}; diffusion.min_side is {config.min_side})")
-    caption = _caption(found.caption)
+    caption = _caption(found)
     if not caption and config.no_caption != "empty":
         raise RowError(UNTITLED)
     if config.trigger:
@@ -177,10 +184,12 @@ def _checked(found: Found, config: DiffusionConfig, sizes: tuple[Size, ...]) -> 
     )
 
 
-def _caption(given: str | Path | None) -> str:
-    """On one line where it is a file's. Raises RowError for a file that can't be read."""
+def _caption(found: Found) -> str:
+    """On one line where it is a file's. Raises RowError for what is no text or can't be read, NanError for NaN."""
+    given = found.caption
     if not isinstance(given, Path):
-        return (given or "").strip()
+        refuse_nan(given, found.column)
+        return "" if given is None else checked_text(given, f"column {found.column!r}", may_be_empty=True).strip()
     try:
         return " ".join(read_text(given).split())
     except DataError as error:
@@ -196,6 +205,8 @@ def _notes(picture: Picture) -> list[str]:
         notes.append("cropped by more than half (diffusion.max_aspect)")
     if not picture.caption:
         notes.append("trained without a caption")
+    if is_missing_word(picture.caption):
+        notes.append(MISSING_WORD)
     return notes
 
 
@@ -246,23 +257,34 @@ def _from_folder(folder: Path) -> Iterator[Found]:
 def _from_rows(
     rows: Iterable[tuple[Mapping[str, Any], str]], config: DiffusionConfig, folder: Path | None, group_by: str | None
 ) -> Iterator[Found]:
+    named, columns = False, list[str]()
     for values, origin in rows:
         known = list(values)
+        columns += [name for name in known if name not in columns]
         if config.caption is not None and config.caption not in values:
             raise DataError(
                 f"diffusion.caption: {origin} has no column {config.caption!r}{closest(config.caption, known)}. "
                 f"It has: {', '.join(known)}."
             )
         column = config.caption or next((name for name in CAPTIONS if name in values), None)
+        named = named or column is not None
         file = next((name for name in FILES if values.get(name) is not None), None)
-        if file is None:
+        if file is None and not any(name in values for name in FILES):
             raise DataError(f"{origin}: no picture: expected a column {' or '.join(FILES)}, got {', '.join(known)}.")
         caption = values[column] if column is not None else None
         if isinstance(caption, Sequence) and not isinstance(caption, str):
             caption = caption[0] if caption else None
-        source = _source(values[file], folder)
-        named = f"{source} ({origin})" if isinstance(source, Path) else origin
-        yield Found(source, caption if isinstance(caption, str) else None, named, group_of(values, group_by, origin))
+        source = None if file is None else _source(values[file], folder)
+        shown = f"{source} ({origin})" if isinstance(source, Path) else origin
+        yield Found(source, caption, shown, group_of(values, group_by, origin), column or "caption")
+    if columns and not named and config.no_caption != "empty":
+        raise DataError(
+            f"no column of captions: expected {', '.join(CAPTIONS)}, got {', '.join(columns)}. Name it with ",
+            Setting("diffusion.caption"),
+            "; or set ",
+            Setting("diffusion.no_caption"),
+            " to empty, to train without captions.",
+        )
 
 
 def _source(value: Any, folder: Path | None) -> Any:

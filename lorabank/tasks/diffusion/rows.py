@@ -15,6 +15,7 @@ from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.data.split_folders import with_held_out
+from lorabank.tasks.diffusion.model import ImageModel
 from lorabank.tasks.diffusion.pictures import METADATA, SUFFIXES, Picture, Read, read_pictures
 from lorabank.wording import counted
 
@@ -31,8 +32,12 @@ def prepare(
     train: Source | None,
     val: Source | None,
     progress: Progress | None = None,
+    caption_note: Callable[[str], str | None] = lambda caption: None,
 ) -> Splits[Picture]:
-    """Read, check and split. Equal pictures never land in two splits. `step`: what sides must be a multiple of."""
+    """Read, check and split. Equal pictures never land in two splits. `step`: what sides must be a multiple of.
+
+    `caption_note`: what a user should know of a caption.
+    """
     sources = sources_of(data, train, val, expected="a folder of pictures, a metadata file or a data set id")
     sources = with_held_out(sources, names=METADATA, suffixes=SUFFIXES)
     read = {
@@ -47,6 +52,9 @@ def prepare(
     for each in read.values():
         for note, origins in each.notes.items():
             notes.setdefault(note, []).extend(origins)
+    for picture in (picture for part in parts.values() for picture in part):
+        if note := caption_note(picture.caption):
+            notes.setdefault(note, []).append(picture.origin)
     shown = ", ".join(f"{size} ({count:,})" for size, count in sizes.most_common(6))
     report = row_report(
         read=sum(each.total for each in read.values()),
@@ -57,6 +65,12 @@ def prepare(
         what="pictures",
     )
     return Splits(train=parts["train"], val=parts["val"], test=parts["test"], report=report)
+
+
+def caption_note(model: ImageModel, caption: str) -> str | None:
+    """That a model's encoders don't read the whole caption."""
+    cut = [f"{name} reads ({length} tokens)" for name, (count, length) in model.token_counts(caption).items() if count > length]
+    return f"captions longer than {' and '.join(cut)}" if cut else None
 
 
 def _steps(config: DiffusionConfig, step: int) -> list[str]:

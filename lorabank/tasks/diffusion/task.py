@@ -46,7 +46,7 @@ from lorabank.tasks.diffusion.pictures import Picture
 from lorabank.tasks.diffusion.preview import preview
 from lorabank.tasks.diffusion.prior import draw_prior, drawn_by, prior_folder
 from lorabank.tasks.diffusion.prompts import one_file, read_captions, routes_of
-from lorabank.tasks.diffusion.rows import captions_of, prepare, with_prior
+from lorabank.tasks.diffusion.rows import caption_note, captions_of, prepare, with_prior
 from lorabank.tasks.diffusion.sampling import PictureConfig, check_size
 from lorabank.tasks.diffusion.speed import compile_image_model
 from lorabank.tasks.sheet import as_picture, png, sheet
@@ -105,7 +105,9 @@ class TextToImage(Task[Picture]):
         """Pictures looked at, nothing encoded."""
 
         def one(_name: str, train: Source | None, val: Source | None) -> Splits[Picture]:
-            return prepare(config.data, self.settings, step=self._step, seed=config.seed, train=train, val=val, progress=progress)
+            how: Any = {"step": self._step, "seed": config.seed, "progress": progress}
+            note = partial(caption_note, self.images)
+            return prepare(config.data, self.settings, train=train, val=val, caption_note=note, **how)
 
         self._picture_config()  # what can't be drawn is known now, not at the first evaluation
         return read_sets(config, rows, one)
@@ -360,7 +362,7 @@ class TextToImage(Task[Picture]):
                 files[file] = png(as_picture(pixels))
                 about = {"file_name": file, "text": captions[i], "model": heading, "seed": mixed(seed, i)}
                 lines.append(json.dumps(about, ensure_ascii=False) + "\n")
-        write_files(wanted.output, {**files, "metadata.jsonl": "".join(lines).encode()})
+        write_files(wanted.output, {**files, "metadata.jsonl": "".join(lines)})
         drawn = f"{counted(len(lines), 'picture')} of {counted(len(captions), 'caption')}"
         return f"{drawn} by {', '.join(routes)}: {wanted.output / 'sheet.png'}"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
+from lorabank.data.formats import MISSING_WORD, is_missing_word
 from lorabank.data.hold_out import hold_out, too_few
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
@@ -102,6 +103,8 @@ def prepare_pairs(
     splits, notes = _split(parts, data, seed)
     notes |= {f"{text} cut to {_limit(text, data, config, longest)} tokens": _cut(splits, text) for text in ("source", "target")}
     notes |= in_two_splits(splits, lambda row: row.pair.source, "source")
+    rows = [row.pair for part in splits.values() for row in part]
+    notes |= {MISSING_WORD: [pair.origin for pair in rows if is_missing_word(pair.source) or is_missing_word(pair.target)]}
     report = row_report(
         read=read,
         errors=[error for found in errors.values() for error in found],

@@ -251,7 +251,7 @@ class Text2Text(Task[PairRow]):
         for row, mine in zip(rows, texts, strict=True):
             ordered = {name: mine[name] for name in wanted.names} | mine
             lines.append(json.dumps({**row.values, **ordered}, ensure_ascii=False, default=str) + "\n")
-        write_files(wanted.output.parent, {wanted.output.name: "".join(lines).encode()})
+        write_files(wanted.output.parent, {wanted.output.name: "".join(lines)})
         unread = len(rows) - len(readable)
         left = f", {unread} of them unread (column 'unread')" if unread else ""
         return f"{counted(len(rows), 'row')}{left}, written by {', '.join(wanted.names)}: {wanted.output}"

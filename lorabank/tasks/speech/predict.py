@@ -182,7 +182,7 @@ def _write(found: Sequence[Transcript], wanted: Prediction, suffix: str, timed: 
     output = wanted.output
     if suffix == JSON_LINES:
         lines = [json.dumps(_line(one, timed), ensure_ascii=False, default=str) + "\n" for one in found]
-        write_files(output.parent, {output.name: "".join(lines).encode()})
+        write_files(output.parent, {output.name: "".join(lines)})
     elif suffix:
         (segments,) = found[0].heard.values()
         write_files(output.parent, {output.name: WRITERS[suffix](segments, found[0].seconds).encode()})

@@ -193,7 +193,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
             busy("saying", done, len(jobs))
         if files:
             write_files(folder / "samples", files)
-            write_files(folder, {"samples.md": ("\n".join(lines) + "\n").encode()})
+            write_files(folder, {"samples.md": "\n".join(lines) + "\n"})
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
                 files[f"{i:04d}.wav"] = as_wav(self.say(engine, name, row), self.rate)
                 writer.writerow([f"{i:04d}.wav", row.text])
                 busy("saying", number * len(rows) + i, len(rows) * len(wanted.names))
-            write_files(wanted.output / name, {**files, "metadata.csv": table.getvalue().encode()})
+            write_files(wanted.output / name, {**files, "metadata.csv": table.getvalue()})
         return f"{counted(len(rows), 'text')} said by {', '.join(wanted.names)}: {wanted.output}"
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:

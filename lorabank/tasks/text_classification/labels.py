@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorabank.data.formats import refuse_nan
+from lorabank.data.formats import checked_text, refuse_nan
 from lorabank.data.row import NanError, Row, RowError
 from lorabank.errors import DataError, Setting, closest
 
@@ -23,6 +23,8 @@ NAN_WORD = "nan"
 """How a table writes a missing number: beside fractions it is none of the names."""
 SHOWN = 12
 """Labels named in a message."""
+LARGEST = 3.4028234e38
+"""Number that fp32 holds."""
 MANY = 100
 """Different whole numbers from which on they are rather an amount than labels: a note says so."""
 
@@ -100,7 +102,8 @@ def label_of(row: Row, column: str, kind: str | None = None) -> Label | None:
             return tuple(_name(item, column, names) for item in listed)
         if kind is None and (number := _fraction(value)) is not None:
             return number
-        return (value.strip(),) if kind == MULTI else value.strip()
+        name = checked_text(value.strip(), f"column {column!r}")
+        return (name,) if kind == MULTI else name
     if isinstance(value, Mapping):
         raise RowError(f"column {column!r}: expected a label, got {type(value).__name__}")
     if isinstance(value, Iterable):
@@ -148,7 +151,7 @@ def _name(value: object, column: str, names: Sequence[str] | None) -> str:
             raise RowError(f"column {column!r}: label {number} has no name; the data set names 0 to {len(names) - 1}")
         return names[number]
     if isinstance(value, str) and value.strip():
-        return value.strip()
+        return checked_text(value.strip(), f"column {column!r}")
     raise RowError(f"column {column!r}: expected a label, got {type(value).__name__}")
 
 
@@ -161,6 +164,8 @@ def _number(value: object, column: str) -> float:
         raise NanError(column)
     if not math.isfinite(number):
         raise RowError(f"column {column!r}: expected a finite number")
+    if abs(number) > LARGEST:
+        raise RowError(f"column {column!r}: {number:g} is more than a model can count (fp32, up to {LARGEST:.2g})")
     return number
 
 
@@ -170,12 +175,13 @@ def find_kind(labels: Iterable[Label]) -> str:
     if any(isinstance(label, tuple) for label in found):
         return MULTI
     fractions = any(isinstance(label, float) and not label.is_integer() for label in found)
-    if fractions and all(_is_number(label) for label in found):
+    if fractions and all(is_number(label) for label in found):
         return REGRESSION
     return SINGLE
 
 
-def _is_number(label: Label) -> bool:
+def is_number(label: Label | None) -> bool:
+    """Whether a label, read without a kind, is a number or a table's NaN."""
     if isinstance(label, float):
         return True
     if not isinstance(label, str):

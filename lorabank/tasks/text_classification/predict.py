@@ -60,7 +60,7 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     lines = [
         json.dumps({**row.values, **own}, ensure_ascii=False, default=str) + "\n" for row, own in zip(rows, answers, strict=True)
     ]
-    write_files(wanted.output.parent, {wanted.output.name: "".join(lines).encode()})
+    write_files(wanted.output.parent, {wanted.output.name: "".join(lines)})
     unread = sum(isinstance(row, RowError) for row in readable)
     left = f" ({unread} of them unread, see column {UNREAD!r})" if unread else ""
     own = "" if task.own is None else base_note(wanted.names, task.own.names, [known.names for known in task.sets.values()])

@@ -13,18 +13,22 @@ from typing import TYPE_CHECKING
 from lorabank.config.classification import ClassificationConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
+from lorabank.data.formats import MISSING_WORD, is_missing_word
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError
 from lorabank.data.row_report import RowReport, in_two_splits, row_report
 from lorabank.data.sources import main_part, sources_of
+from lorabank.errors import DataError, Setting, closest
 from lorabank.tasks.text_classification.columns import Columns, find_columns
 from lorabank.tasks.text_classification.labels import (
     MULTI,
     REGRESSION,
     SINGLE,
+    Label,
     LabelSet,
     find_kind,
+    is_number,
     make_set,
     names_in,
     shown,
@@ -89,6 +93,7 @@ def prepare_texts(
     kind = next(iter(kinds)) if len(kinds) == 1 else None
     parts = {role: _read(rows, columns, kind, data.group_by) for role, rows in raw.items()}
     if kind is None:
+        _refuse_some_numbers(parts[main])
         kind = find_kind(text.label for text in parts[main].texts if text.label is not None)
         for part, rows in zip(parts.values(), raw.values(), strict=True):
             _settle(part, rows, kind)
@@ -116,6 +121,7 @@ def prepare_texts(
     rows = [row for part in splits.values() for row in part]
     notes |= {f"cut to {longest} tokens": [row.origin for row in rows if row.truncated]}
     notes |= _other_texts(splits, main)
+    notes |= {MISSING_WORD: [row.origin for row in rows if any(map(is_missing_word, _texts_in(row)))]}
     notes |= in_two_splits(splits, lambda row: row.source.key, "text")
     notes |= {"same text, another label": _contradictions(rows), **({} if known else label_notes(splits[main], labels))}
     report = row_report(
@@ -135,6 +141,11 @@ def _other_texts(splits: Mapping[str, Sequence[ClassRow]], main: str) -> dict[st
     return {what: [row.origin for own in splits.values() for row in own if texts_of_rows([row]) != texts]}
 
 
+def _texts_in(row: ClassRow) -> Sequence[str | None]:
+    """The texts of a row and of its label."""
+    return [row.source.text, row.source.pair, *names_in(row.label)]
+
+
 # ---- labels ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +155,22 @@ def _read(rows: Sequence[Row], wanted: ClassificationConfig, kind: str | None, g
     texts = [text for text in found if isinstance(text, LabelledText)]
     classes = rows[0].classes.get(columns.label or "")
     return _Reading(columns, texts, classes, [error for error in found if isinstance(error, RowError)])
+
+
+def _refuse_some_numbers(part: _Reading) -> None:
+    """Raise DataError where most labels are numbers, some with a fraction, and others aren't: a slip makes names of them all."""
+    single = [text for text in part.texts if isinstance(text.label, str | float)]
+    others = [text for text in single if not is_number(text.label)]
+    fractions = any(isinstance(text.label, float) and not text.label.is_integer() for text in single)
+    if fractions and others and 2 * len(others) < len(single):
+        named = ", ".join(f"{text.label!r} ({text.origin})" for text in others[:SHOWN_LABELS])
+        raise DataError(
+            f"column {part.columns.label!r}: {len(single) - len(others):,} of its labels are numbers, some with a fraction, and "
+            f"{len(others):,} {'is' if len(others) == 1 else 'are'} not: {named}{', …' if len(others) > SHOWN_LABELS else ''}. "
+            "Correct or delete them; or set ",
+            Setting("classification.kind"),
+            " to regression, which counts them as bad rows, or to single, where each number in quotes is a label.",
+        )
 
 
 def _settle(part: _Reading, rows: Sequence[Row], kind: str) -> None:
@@ -163,10 +190,24 @@ def _labels(part: _Reading, order: Sequence[str] | None, kind: str, *, given: bo
     found = [text.label for text in part.texts if text.label is not None]
     there = {name for label in found for name in names_in(label)}
     own = order if given or (order is not None and there <= set(order)) else part.classes
-    if kind != REGRESSION and own is not None:  # others are refused one by one, or all together where that leaves none
-        found = [label for label in found if set(names_in(label)) <= set(own)] or found
     where = part.texts[0].origin.rpartition(":")[0] or part.texts[0].origin
+    if kind != REGRESSION and own is not None:  # others are refused one by one, or all together where that leaves none
+        kept = [label for label in found if set(names_in(label)) <= set(own)]
+        if given and kind == SINGLE and len({*kept}) < 2 and len(kept) < len(found):
+            raise _not_listed(found, own, where)
+        found = kept or found
     return make_set(found, kind=kind, column=part.columns.label or "label", known=own, where=where)
+
+
+def _not_listed(labels: Sequence[Label], listed: Sequence[str], where: str) -> DataError:
+    """The rows have labels that the user's list lacks, and no two that it has."""
+    counts = Counter(name for label in labels for name in names_in(label) if name not in listed)
+    named = "; ".join(f"{count:,} × {name!r}{closest(name, listed)}" for name, count in counts.most_common(SHOWN_LABELS))
+    return DataError(
+        f"{where}: no two labels of the list are there, and others are: {named}. The list, ",
+        Setting("classification.labels"),
+        f", has {shown(listed)}.",
+    )
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------

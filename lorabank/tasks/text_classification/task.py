@@ -284,7 +284,7 @@ class TextClassification(Task[ClassRow]):
         if not found:
             return
         pages = [page(name, outcome, self._scores(outcome, config)) for name, outcome in found.items()]
-        write_files(folder, {"samples.md": "\n".join(pages).encode()})
+        write_files(folder, {"samples.md": "\n".join(pages)})
         for name, outcome in found.items():
             picture(outcome, f"{name}: {counted(len(outcome.rows), 'held-out row')}", folder / name / "held_out.png")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from PIL import Image
 
 from lorabank.config.diffusion import DiffusionConfig
 from lorabank.config.train import DataConfig
-from lorabank.errors import DataError
+from lorabank.errors import DataError, OutputError
 from lorabank.tasks.diffusion.buckets import Size, buckets_of, fit, fitted, nearest
 from lorabank.tasks.diffusion.cache import Cache, Encoded, identity
 from lorabank.tasks.diffusion.pictures import Read, opened, read_pictures
-from lorabank.tasks.diffusion.rows import prepare
+from lorabank.tasks.diffusion.rows import caption_note, prepare
 from lorabank.tasks.picture_bytes import digest_of_pixels
 from tests.tasks.diffusion.tiny import folder_of_pictures, model_of, picture, pipeline
 
@@ -126,6 +127,39 @@ def test_captions_of_another_encoding(tmp_path: Path) -> None:
     assert found.pictures[0].caption == "ein Kätzchen" and len(found.pictures) == 2
 
 
+def test_rows_of_metadata_with_faults_are_counted(tmp_path: Path) -> None:
+    """A row without a file, NaN, half a character, a number; and a file whose captions have another name."""
+    folder = folder_of_pictures(tmp_path / "p", 4)
+    captions: list[Any] = ["a cat", 7, math.nan, "bad \ud83d", "no file", "None"]
+    rows = [{"file_name": f"{i:02}.png", "text": text} for i, text in enumerate(captions)]
+    rows[4]["file_name"], rows[5]["file_name"] = None, "00.png"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"NaN, a missing value, in 1 of 6 pictures.*\n.*column 'text' holds NaN"):
+        read(folder)
+    data = DataConfig(bad_rows="drop", nan_rows="drop")
+    found = read_pictures(folder, data, CONFIG, step=8)
+    assert [p.caption for p in found.pictures] == ["a cat", "7", "None"]
+    reasons = sorted(error.reason for error in found.errors)
+    assert reasons[0] == "column 'text' holds NaN" and reasons[2] == "names no picture"
+    assert reasons[1] == "column 'text' holds half of a surrogate pair, which is no text"
+    assert [len(rows) for note, rows in found.notes.items() if "NaN, null or None" in note] == [1]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i:02}.png", "txt": "x"}) for i in range(2)))
+    with pytest.raises(DataError, match=r"no column of captions: expected text, caption, prompt, got file_name, txt\."):
+        read(folder)
+    assert len(read(folder, no_caption="empty").pictures) == 2
+    assert read(folder, caption="txt").pictures[0].caption == "x"
+
+
+def test_captions_that_are_cut_are_told(tmp_path: Path) -> None:
+    folder = folder_of_pictures(tmp_path / "p", 3)
+    (folder / "01.txt").write_text("a cat " * 200)
+    task = model_of(pipeline("sd"), "sd")
+    how: Any = {"step": 8, "seed": 0, "train": str(folder), "val": None}
+    found = prepare(DataConfig(val_split=0), CONFIG, **how, caption_note=lambda caption: caption_note(task, caption))
+    ((note, rows),) = ((note, rows) for note, rows in found.report.notes.items() if "longer" in note)
+    assert note == "captions longer than text_encoder reads (12 tokens)" and rows.count == 1
+
+
 def test_nothing_usable_and_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures there"):
@@ -169,7 +203,7 @@ def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
     folder = folder_of_pictures(tmp_path / "pictures", 1)
     found = read(folder).pictures[0]
     picture(99).save(folder / "00.png")
-    with pytest.raises(DataError, match=r"00.png: the picture has changed"):
+    with pytest.raises(DataError, match=r"00.png: its content is another"):
         found.load()
 
 
@@ -227,6 +261,28 @@ def test_a_broken_file_of_the_cache_is_made_again(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
     with pytest.warns(UserWarning, match="a file of the cache can't be read"):
         assert torch.equal(Encoded(model, Cache(tmp_path / "cache")).latents(found), expected)
+    written = file.read_bytes()
+    file.write_bytes(written[:-8] + bytes(8))  # of the same length
+    with pytest.warns(UserWarning, match="a file of the cache isn't what was written there"):
+        assert torch.equal(Encoded(model, Cache(tmp_path / "cache")).latents(found), expected)
+    assert file.read_bytes() == written
+
+
+def test_a_cache_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    found = read(folder_of_pictures(tmp_path / "pictures", 1)).pictures[0]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/cache/.*: can't be written \(Not a directory\)\."):
+        Encoded(model_of(pipeline("sd"), "sd"), Cache(tmp_path / "file" / "cache")).latents(found)
+
+
+def test_a_picture_that_has_gone_or_changed_since_is_named(tmp_path: Path) -> None:
+    first, second = read(folder_of_pictures(tmp_path / "pictures", 2)).pictures
+    (tmp_path / "pictures" / "00.png").unlink()
+    with pytest.raises(DataError, match=r"00\.png: no such file, though it was fine when the run began\. Put it back"):
+        first.load()
+    picture(40).save(tmp_path / "pictures" / "01.png")
+    with pytest.raises(DataError, match=r"01\.png: its content is another than when the run began"):
+        second.load()
 
 
 def test_latents_are_the_vaes_means() -> None:

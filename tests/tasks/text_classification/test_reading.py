@@ -251,3 +251,38 @@ def test_the_order_of_splits_is_the_seeds() -> None:
     one, two = (prepared(mood_rows(40), val_split=0.05, seed=1) for _ in range(2))
     assert [row.origin for row in one.val] == [row.origin for row in two.val]
     assert len(one.val) == 2
+
+
+def test_a_slip_in_a_column_of_numbers_makes_no_names_of_them() -> None:
+    """One `n/a` among fractions: a head of a label a number would train without a word."""
+    rows = [{"text": f"the text {i}", "label": f"{i / 10}" if i % 3 else f"{i}.0"} for i in range(12)]
+    rows[4]["label"], rows[9]["label"] = "n/a", "4,5"
+    with pytest.raises(DataError, match=r"10 of its labels are numbers, some with a fraction, and 2 are not: 'n/a' .*'4,5' "):
+        prepared(rows)
+    found = prepared(rows, kind=REGRESSION)
+    assert len(found.train) == 10 and {error.count for error in found.report.dropped.values()} == {2}
+    assert len(prepared(rows, kind=SINGLE).labels.names) == 12
+    few = [{"text": f"the text {i}", "label": label} for i, label in enumerate(["3.11", "3.12", "other", "none", "3.11", "none"])]
+    assert prepared(few).labels.names == ("3.11", "3.12", "none", "other")
+
+
+def test_a_number_beyond_fp32_is_a_bad_row() -> None:
+    rows = [{"text": f"the text {i}", "label": i / 8} for i in range(8)] + [{"text": "much", "label": 1e40}]
+    found = prepared(rows)
+    assert len(found.train) == 8
+    assert [*found.report.dropped] == ["column 'label': 1e+40 is more than a model can count (fp32, up to 3.4e+38)"]
+
+
+def test_a_list_of_labels_that_misses_those_of_the_rows() -> None:
+    with pytest.raises(DataError, match=r"others are: 4 × 'neg' \(did you mean 'ne'\?\)\. The list, .*labels, has 'pos', 'ne'"):
+        prepare_texts(
+            DataConfig(val_split=0), ClassificationConfig(labels=("pos", "ne")), TOKENIZER, seed=1, train=mood_rows(8), known=[]
+        )
+
+
+def test_words_for_a_missing_value_are_told_and_halves_of_a_character_are_bad_rows() -> None:
+    rows = [*mood_rows(8), {"text": "None", "label": "pos"}, {"text": "seen", "label": "NaN"}]
+    found = prepared([*rows, {"text": "x", "label": "bad \ud83d"}, {"text": "bad \ud83d end", "label": "pos"}])
+    note = found.report.notes["the whole text of a column is NaN, null or None, which is trained as that word"]
+    assert note.count == 2 and len(found.train) == 10
+    assert {reason.partition(" holds")[0] for reason in found.report.dropped} == {"column 'label'", "column 'text'"}
