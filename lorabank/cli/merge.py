@@ -149,11 +149,13 @@ def what_changed(source: str, adapter: Adapter, base: Path, merged: Path, *, par
     """
     from lorabank.bank.in_full.heads import DENOISING
     from lorabank.tasks.merged_processor import fit_processor
+    from lorabank.tasks.merged_task import write_task
 
     before, after = settings_in(base), settings_in(merged)
     told: list[str] = []
     if (said := fit_processor(merged, adapter)) is not None:
         told.append(said)
+    told += write_task(merged, adapter)
     if adapter.modules:
         more = f" and {len(adapter.modules) - 3} more" if len(adapter.modules) > 3 else ""
         told.append(f"taken over in full: {', '.join(list(adapter.modules)[:3])}{more}")

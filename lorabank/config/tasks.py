@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lorabank.config.images import ImagesConfig
 from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.synthesis import SynthesisConfig
+from lorabank.errors import ConfigError
 
 DEFAULT_TASK = "text-generation"
 TASKS = (
@@ -58,6 +60,31 @@ MODEL_FILES: Mapping[str, str] = {"model_index.json": "text-to-image", "classifi
 """File in a model's folder that only one task's models have → the task."""
 
 
+TASK_FILE = "lorabank_task.json"
+"""In a merged model's folder: `task`, and `settings` of its section that the adapter was trained and is used with."""
+
+
 def task_of_model(folder: Path) -> str | None:
-    """The task of a model's folder, where its files alone say it: a pipeline of diffusers, or a merged classifier."""
-    return next((task for file, task in MODEL_FILES.items() if (folder / file).is_file()), None)
+    """The task of a model's folder, where its files alone say it: a pipeline of diffusers, or what an adapter was merged into."""
+    return next((task for file, task in MODEL_FILES.items() if (folder / file).is_file()), None) or merged_task(folder)[0]
+
+
+def merged_task(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
+    """(task, settings of its section) that a merged model's folder says; (None, {}) where it says nothing.
+
+    Raises ConfigError for a file that can't be read.
+    """
+    file = folder / TASK_FILE
+    if not file.is_file():
+        return None, {}
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        task, settings = said["task"], said.get("settings", {})
+        if task not in SECTION_OF or not isinstance(settings, dict):
+            raise ValueError(f"no task {task!r}")
+        TASK_SECTIONS[SECTION_OF[task]](**settings)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{file}: what the merged model is for can't be read ({error}). Merge again, or delete the file and name --task."
+        ) from error
+    return task, settings

@@ -9,7 +9,7 @@ from typing import Any
 from lorabank.errors import AdapterFileError
 from lorabank.formats.adapter import Adapter
 
-SECTIONS = ("speech", "diffusion", "images", "detection")
+SECTIONS = ("speech", "diffusion", "images", "detection", "seq2seq", "synthesis")
 """Keys of the metadata whose value is a JSON object of settings, named as the section of the configuration."""
 
 PICTURE_SETTINGS: Mapping[str, tuple[str, ...]] = {"images": ("image_size", "fit", "mean", "std"), "detection": ("image_size",)}

@@ -14,7 +14,7 @@ from lorabank.bank.bank import AdapterBank
 from lorabank.config.checks import check_adapter_name
 from lorabank.config.parse import load_config
 from lorabank.config.paths import expanded
-from lorabank.config.tasks import DEFAULT_TASK, task_of_model
+from lorabank.config.tasks import DEFAULT_TASK, SECTION_OF, TASK_SECTIONS, merged_task, task_of_model
 from lorabank.config.train import AdapterRun, DataConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.errors import (
@@ -105,11 +105,21 @@ def load_run(
     processor = base.processor
     if isinstance(processor, PreTrainedTokenizerBase):
         processor = _saved_tokenizer([folders[name] for name in wanted]) or processor
-    opened = kind.open(config or TrainConfig(), base.model, processor, loaded)
+    opened = kind.open(config or _merged_config(base.folder, loaded), base.model, processor, loaded)
     bank = attach(base.model, head=opened.head)
     for name, adapter in loaded.items():
         bank.load(name, adapter)
     return LoadedRun(bank, opened, list(loaded), config, tuple(base.notes))
+
+
+def _merged_config(folder: Path | None, loaded: Mapping[str, Adapter]) -> TrainConfig:
+    """What a merged model is used with, by itself; the defaults for any other, and where adapters say what they are used with."""
+    task, settings = merged_task(folder) if folder is not None and not loaded else (None, {})
+    if task is None:
+        return TrainConfig()
+    section = SECTION_OF[task]
+    own: Any = {section: TASK_SECTIONS[section](**settings)}
+    return TrainConfig(task=task, **own)
 
 
 def _chosen_task(asked: str | None, source: str | Path, config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:

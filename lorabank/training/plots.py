@@ -19,12 +19,17 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 """Told apart by colour-blind readers as well (Okabe and Ito, the darker ones first)."""
 GREY = "#555555"
 DASHES = (0, (4, 1.5))
+BASE_LABELS = ((1.0, "right"), (0.5, "center"), (0.01, "left"))
+"""Where the base's losses are named, from the lowest on: side by side, since they may be near each other."""
 SMOOTHING_SHARE = 0.04
 """Time constant of the smoothing, as a share of the steps."""
 
 
-def loss_plot(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
-    """Draw the run's losses into `out_png`; returns it. Raises DataError where the file holds no step."""
+def loss_plot(metrics_jsonl: str | Path, out_png: str | Path, *, unit: str = "nats a token") -> Path:
+    """Draw the run's losses into `out_png`; returns it. `unit`: what they are in.
+
+    Raises DataError where the file holds no step.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,6 +44,7 @@ def loss_plot(metrics_jsonl: str | Path, out_png: str | Path) -> Path:
     drawn: list[float] = []
     for index, (name, records) in enumerate(steps.items()):
         drawn += _draw_adapter(axes, name, COLOURS[index % len(COLOURS)], records, evals.get(name, []))
+    axes.set_ylabel(f"loss ({unit})")
     _finish(figure, axes, drawn, base)
     figure.savefig(out_png)
     return Path(out_png)
@@ -86,21 +92,21 @@ def smoothed(values: Sequence[float], window: float) -> list[float]:
 
 def _finish(figure: Figure, axes: Axes, drawn: list[float], base: Mapping[str, float]) -> None:
     axes.set_xlabel("optimizer step of the adapter")
-    axes.set_ylabel("loss (nats a token)")
     axes.set_xlim(left=0)
-    for name, loss in base.items():
-        if not math.isfinite(loss):
-            continue
+    finite = sorted((loss, name) for name, loss in base.items() if math.isfinite(loss))
+    for index, (loss, name) in enumerate(finite):
+        place, side = BASE_LABELS[index % len(BASE_LABELS)]
         axes.axhline(loss, color=GREY, linewidth=1.2, linestyle=":")
         axes.annotate(
             f"{name} {loss:.3f}",
-            (1, loss),
+            (place, loss),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
-            ha="right",
+            ha=side,
             fontsize=8.5,
             color=GREY,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
         )
         drawn = [*drawn, loss]
     if drawn:

@@ -286,7 +286,7 @@ def _plot(trainer: Trainer, folder: RunFolder) -> None:
     if not any(p.step for p in trainer.progress.adapters.values()):
         return  # stopped before the first step: nothing to draw
     try:
-        loss_plot(folder.metrics, folder.path / "loss.png")
+        loss_plot(folder.metrics, folder.path / "loss.png", unit=trainer.task.loss_unit)
     except OSError as error:
         raise OutputError(f"{folder.path}/loss.png couldn't be written: {error}. The adapters are saved.") from error
 

@@ -169,6 +169,11 @@ class Task(ABC, Generic[Row]):
     # ---- scores -----------------------------------------------------------------------------------------------------
 
     @property
+    def loss_unit(self) -> str:
+        """What a loss is in, for people."""
+        return "nats a token"
+
+    @property
     def scores_base(self) -> bool:
         """Whether the base by itself can be scored: not where its head is random, or has other labels."""
         return True

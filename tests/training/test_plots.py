@@ -49,3 +49,21 @@ def test_smoothing() -> None:
 def test_pyplot_is_not_imported() -> None:
     code = "import sys, lorabank.training.plots as p, matplotlib.figure; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_losses_are_in_is_said_and_the_bases_lie_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    seen: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: seen.append(figure))
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.on_step(step("formal", 1))
+    for name, loss in (("base (a's rows)", 10.48), ("base (b's rows)", 10.21)):
+        file.on_eval(evaluation(name, 0, loss, best=False))
+    loss_plot(file.path, tmp_path / "loss.png", unit="squared error")
+    (axes,) = seen[0].axes
+    assert axes.get_ylabel() == "loss (squared error)"
+    assert [(text.get_text(), text.get_horizontalalignment()) for text in axes.texts] == [
+        ("base (b's rows) 10.210", "right"),
+        ("base (a's rows) 10.480", "center"),
+    ]

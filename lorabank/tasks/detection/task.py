@@ -224,6 +224,10 @@ class ObjectDetection(Task[DetectionRow]):
     # ---- scores -----------------------------------------------------------------------------------------------------
 
     @property
+    def loss_unit(self) -> str:
+        return "of matched boxes and categories, a picture"
+
+    @property
     def scores_base(self) -> bool:
         if not self._labels:  # a model by itself, such as a merged one
             return not numbered(self.base_labels)

@@ -225,6 +225,10 @@ class TextToImage(Task[Picture]):
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
+    @property
+    def loss_unit(self) -> str:
+        return "squared error a number of the latents"
+
     def metric_names(self, config: EvalConfig) -> Sequence[str]:
         return ()
 

@@ -222,6 +222,10 @@ class ImageClassification(Task[ImageRow]):
     # ---- scores -----------------------------------------------------------------------------------------------------
 
     @property
+    def loss_unit(self) -> str:
+        return "nats a picture"
+
+    @property
     def scores_base(self) -> bool:
         if not self._labels:  # a model by itself, such as a merged one
             return self._named

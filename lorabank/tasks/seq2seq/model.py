@@ -130,7 +130,8 @@ class Beginning:
 def beginning(model: PreTrainedModel, tokenizer: Any) -> Beginning:
     """Read off two targets as training has them, so that an answer begins as what was trained."""
     first, second = (tokenizer(text_target=text)["input_ids"] for text in ("a", "the other"))
-    start = int(decoder_inputs(model, torch.tensor([first], device=model.device))[0, 0])
+    where = model.device if model.device.type != "meta" else torch.device("cpu")  # a model without weights begins alike
+    start = int(decoder_inputs(model, torch.tensor([first], device=where))[0, 0])
     special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     forced = first[0] if first[0] == second[0] and first[0] in special and first[0] != tokenizer.eos_token_id else None
     return Beginning(start=start, forced=forced)

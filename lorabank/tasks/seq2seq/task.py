@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorabank.bank.routing import RowRoute
+from lorabank.config.seq2seq import Seq2SeqConfig
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.answers import refuse_taken
 from lorabank.data.prepare import Progress
@@ -25,6 +26,7 @@ from lorabank.engine.model_pass import row_losses as losses_of_batch
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.tasks.asked import rows_asked
+from lorabank.tasks.seq2seq.kept import KEPT
 from lorabank.tasks.seq2seq.model import (
     IGNORED,
     Manner,
@@ -60,10 +62,11 @@ class Text2Text(Task[PairRow]):
     prefix_key: ClassVar[str | None] = None
     """Where a configuration's `task_specific_params` has this task's prefix."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module, processor: Any) -> None:
+    def __init__(self, config: TrainConfig, model: nn.Module, processor: Any, loaded: Mapping[str, Adapter]) -> None:
         super().__init__(config, model, processor)
         self.seq2seq = check_encoder_decoder(model)
-        set_languages(processor, config.seq2seq)
+        self.settings: Seq2SeqConfig = KEPT.merged(config.seq2seq, loaded)
+        set_languages(processor, self.settings)
         self.begin = beginning(self.seq2seq, processor)
 
     # ---- rows -------------------------------------------------------------------------------------------------------
@@ -71,8 +74,8 @@ class Text2Text(Task[PairRow]):
     @property
     def prefix(self) -> str:
         """Text before every source."""
-        if self.config.seq2seq.prefix is not None:
-            return self.config.seq2seq.prefix
+        if self.settings.prefix is not None:
+            return self.settings.prefix
         known: Any = getattr(self.seq2seq.config, "task_specific_params", None) or {}
         own = known.get(self.params_key() or "", {})
         return str(own.get("prefix") or "")
@@ -85,7 +88,7 @@ class Text2Text(Task[PairRow]):
         def one(_name: str, train: Source | None, val: Source | None) -> Splits[PairRow]:
             return prepare_pairs(
                 config.data,
-                config.seq2seq,
+                self.settings,
                 self.processor,
                 seed=config.seed,
                 prefix=self.prefix,
@@ -129,6 +132,10 @@ class Text2Text(Task[PairRow]):
         )
 
     # ---- scores -----------------------------------------------------------------------------------------------------
+
+    @property
+    def loss_unit(self) -> str:
+        return "nats a target token"
 
     def metric_names(self, config: EvalConfig) -> Sequence[str]:
         from_loss, scorers = split_metrics(config.metrics)
@@ -193,7 +200,7 @@ class Text2Text(Task[PairRow]):
     @property
     def manner(self) -> Manner:
         """How the run's settings say that texts are looked for."""
-        own = self.config.seq2seq
+        own = self.settings
         return Manner(beams=own.beams, length_penalty=own.length_penalty, no_repeat_ngram_size=own.no_repeat_ngram_size)
 
     def _texts(
@@ -218,18 +225,21 @@ class Text2Text(Task[PairRow]):
             self._write(engine, sources, [BASE_NAME, *rows], config, busy)
             write_samples(folder, [generated for _, generated in sources])
 
+    def about(self, adapter: str) -> Mapping[str, str]:
+        return KEPT.as_metadata(self.settings)
+
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         config = self.config
-        rows = rows_asked(wanted.data, wanted.max_rows, column=config.seq2seq.source or "text")
+        rows = rows_asked(wanted.data, wanted.max_rows, column=self.settings.source or "text")
         refuse_taken(rows, wanted.names)
-        pairs, _ = read_pairs(rows, config.data, config.seq2seq, need_target=False)
+        pairs, _ = read_pairs(rows, config.data, self.settings, need_target=False)
         readable = [(i, pair) for i, pair in enumerate(pairs) if isinstance(pair, Pair)]
         coded = encode_pairs(
             [pair for _, pair in readable],
             config.data,
-            config.seq2seq,
+            self.settings,
             self.processor,
             prefix=self.prefix,
             longest=positions(self.seq2seq),
@@ -291,7 +301,7 @@ class Translation(Text2Text):
     name = "translation"
 
     def params_key(self) -> str | None:
-        langs = self.config.seq2seq
+        langs = self.settings
         return f"translation_{langs.source_lang}_to_{langs.target_lang}"
 
 
@@ -299,6 +309,6 @@ def kind_of(task: type[Text2Text]) -> TaskKind:
     """The entry of the table of tasks for one of these."""
 
     def opened(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str, Adapter]) -> Text2Text:
-        return task(config, model, processor)
+        return task(config, model, processor, adapters)
 
     return TaskKind(load=load_seq2seq, open=opened, check_metrics=check_metrics)

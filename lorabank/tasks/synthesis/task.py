@@ -145,6 +145,10 @@ class SpeechSynthesis(Task[SynthesisRow]):
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
+    @property
+    def loss_unit(self) -> str:
+        return "a frame"
+
     def metric_names(self, config: EvalConfig) -> Sequence[str]:
         return METRICS[1:]
 

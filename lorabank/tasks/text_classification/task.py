@@ -26,7 +26,7 @@ from lorabank.errors import ConfigError, DataError, Setting
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.formats.labels import LABELS
-from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet, names_in, shown
+from lorabank.tasks.text_classification.labels import MULTI, REGRESSION, SINGLE, LabelSet, names_in, shown
 from lorabank.tasks.text_classification.metrics import METRICS, Scored, check_metrics, compute, expanded, metrics_of, predicted
 from lorabank.tasks.text_classification.model import has_one_input, load_classifier, own_labels, pad_id, positions
 from lorabank.tasks.text_classification.pages import Outcome, page, picture
@@ -185,6 +185,11 @@ class TextClassification(Task[ClassRow]):
         known = self.sets[adapter]
         texts = {TEXTS_KEY: self.texts[adapter]} if adapter in self.texts else {}
         return {LABELS_KEY: json.dumps(list(known.names), ensure_ascii=False), KIND_KEY: known.kind, **texts}
+
+    @property
+    def loss_unit(self) -> str:
+        units = {SINGLE: "nats a text", MULTI: "nats a label", REGRESSION: "squared error"}
+        return " or ".join(dict.fromkeys(units[known.kind] for known in self.sets.values()))
 
     @property
     def scores_base(self) -> bool:

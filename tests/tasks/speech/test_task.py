@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import GenerationConfig
 
 import lorabank as lb
 from lorabank import api
@@ -18,6 +20,7 @@ from lorabank.cli.main import main
 from lorabank.config.flags import parse_train_arguments
 from lorabank.config.train import DataConfig
 from lorabank.errors import ConfigError, DataError, ModelError, OutputError
+from lorabank.tasks.merged_task import write_task
 from tests.tasks.speech.tiny import RATE, audio_folder, tiny_whisper, tone, two_tones
 from tests.training.children import SignalAt
 from tests.training.tiny import assert_same_run
@@ -233,3 +236,19 @@ def test_a_run_from_objects(voices: dict[str, Path]) -> None:
     result = lb.train(model=model, tokenizer=processor, data=rows, **SETTINGS)
     assert result.adapters["default"].steps == 6
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_merged_model_hears_and_writes_as_its_adapter_did(
+    trained: Path, voices: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its window is in no file of transformers; a language is in the model's own settings of generation."""
+    for way in ([], ["--by-shard"]):
+        merged = tmp_path / f"merged{len(way)}"
+        assert main(["merge", str(trained / "default"), "--output", str(merged), "--device", "cpu", *way]) == 0
+        assert "used with, as in training: window 0.5" in capsys.readouterr().out
+        assert api.evaluate(merged, None, DataConfig(test=str(voices["ann"])), metrics=["wer"])["base"]["wer"] == 0.0
+    adapter = lb.Adapter.load(trained / "default")
+    said = {**json.loads(adapter.metadata["speech"]), "language": "german", "task": "translate"}
+    write_task(merged, replace(adapter, metadata={**adapter.metadata, "speech": json.dumps(said)}))
+    found = GenerationConfig.from_pretrained(merged)
+    assert (found.language, found.task) == ("german", "translate")
