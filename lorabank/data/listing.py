@@ -1,4 +1,4 @@
-"""`listed`: what lies in a folder of data."""
+"""`listed`: what lies in a folder of data; `is_folder`, `is_file`: what an entry is."""
 
 from __future__ import annotations
 
@@ -18,3 +18,13 @@ def listed(folder: Path) -> list[Path]:
             f"{folder}: this folder can't be read ({error.strerror}). Allow it (chmod -R a+rX), or take it out of the data."
         ) from error
     return found
+
+
+def is_folder(entry: Path) -> bool:
+    """Whether it is a folder, or a link to one; False for a link into what may not be entered."""
+    return os.path.isdir(entry)  # noqa: PTH112  (which raises nothing, unlike Path's)
+
+
+def is_file(entry: Path) -> bool:
+    """Whether it is a file, or a link to one; False for a link into what may not be entered."""
+    return os.path.isfile(entry)  # noqa: PTH113  (as above)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
-from lorabank.data.listing import listed
+from lorabank.data.listing import is_file, listed
 from lorabank.data.row import Row
 from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
 
@@ -135,7 +135,7 @@ def _from_folder(folder: Path, limit: int | None, role: str) -> Iterator[Row]:
             raise DataError(f"{folder}: looks like a saved data set, but can't be loaded: {error}") from error
         yield from islice(_from_object(saved, role, name=str(folder)), limit)
         return
-    files = [p for p in there if p.is_file() and p.suffix.lower() in READERS and not p.name.startswith(".")]
+    files = [p for p in there if is_file(p) and p.suffix.lower() in READERS and not p.name.startswith(".")]
     if not files:
         names = ", ".join(p.name for p in there[:5]) or "nothing"
         raise DataError(f"{folder}: expected files ending in {' '.join(READERS)}, found {names}")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lorabank.config.paths import expanded
-from lorabank.data.listing import listed
+from lorabank.data.listing import is_file, is_folder, listed
 from lorabank.data.read import Source
 from lorabank.errors import DataError
 
@@ -72,11 +72,11 @@ def with_held_out(sources: Mapping[str, Source], *, names: Sequence[str], suffix
 
 def _has_rows(folder: Path, names: Sequence[str], suffixes: Collection[str]) -> bool:
     return folder.is_dir() and any(
-        entry.name in names or (entry.is_file() and entry.suffix.lower() in suffixes)
+        entry.name in names or (is_file(entry) and entry.suffix.lower() in suffixes)
         for entry in listed(folder)
         if not hidden(entry)
     )
 
 
 def _below(folder: Path) -> dict[str, Path]:
-    return {entry.name.lower(): entry for entry in listed(folder) if entry.is_dir() and not hidden(entry)}
+    return {entry.name.lower(): entry for entry in listed(folder) if is_folder(entry) and not hidden(entry)}

@@ -20,7 +20,8 @@ from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.images.pictures import open_picture
 from lorabank.tasks.images.report import ImageReport, build_report
 from lorabank.tasks.images.rows import ImageRow, PixelStore, in_order
-from lorabank.tasks.images.sources import Columns, Found, find_pictures, natural
+from lorabank.tasks.images.sources import Columns, Found, find_pictures
+from lorabank.tasks.images.walk import natural
 
 Progress = Callable[[int, int], None]
 """Called with pictures done and pictures in all."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 
 from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
+from lorabank.data.listing import is_file, is_folder, listed
 from lorabank.data.read import Source, import_datasets, load_hub, pick_split, read_rows
 from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
-from lorabank.data.split_folders import hidden, split_folder
+from lorabank.data.split_folders import split_folder
 from lorabank.errors import DataError, Setting, closest
 from lorabank.tasks.images.pictures import SUFFIXES, FromTable, Picture, as_picture
+from lorabank.tasks.images.walk import Walk, shown
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
@@ -84,6 +85,7 @@ def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: boo
         return list(islice(_from_object(table, role, str(path), columns, labelled), limit))
     if not path.is_dir():
         return list(islice(_from_object(load_hub(name, role), role, name, columns, labelled), limit))
+    listed(path)  # said in a sentence where it can't be
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         datasets = import_datasets(name)
         try:
@@ -101,45 +103,38 @@ def _from_folder(folder: Path, role: str, columns: Columns, labelled: bool, limi
     own = split_folder(folder, role)
     if own is not None:
         folder = own
-    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    table = next((folder / name for name in METADATA if is_file(folder / name)), None)
     if table is not None:
         return _from_path(table, str(table), role, columns, labelled, limit)
-    classes = sorted(
-        (entry for entry in folder.iterdir() if entry.is_dir() and not hidden(entry)), key=lambda entry: natural(entry.name)
-    )
+    walk = Walk(folder)
+    there = shown(folder)
+    classes = [entry for entry in there if is_folder(entry) and walk.enters(entry)]
     group_of({}, columns.group if classes else None, str(folder))  # folders of classes have no columns
     if labelled and not classes:
-        files = sorted(entry.name for entry in folder.iterdir() if not hidden(entry))
-        tables = [entry for entry in folder.iterdir() if entry.suffix.lower() in READERS and not hidden(entry)]
+        tables = [entry for entry in there if entry.suffix.lower() in READERS]
         if len(tables) == 1:
             return _from_path(tables[0], str(tables[0]), role, columns, labelled, limit)
-        has = ", ".join(files[:3]) + (", …" if len(files) > 3 else "") if files else "nothing"
+        has = ", ".join(entry.name for entry in there[:3]) + (", …" if len(there) > 3 else "") if there else "nothing"
         raise DataError(
             f"{folder}: expected a folder for each class with its pictures, or a table ({' '.join(METADATA)}), found {has}"
         )
-    loose = list(islice(_files(folder, deep=False, label=None, labelled=labelled), limit))
-    found = [*loose] if not labelled else [Found(f.origin, error=RowError("lies beside the class folders")) for f in loose]
+    loose = [entry for entry in there if not is_folder(entry)]
+    if labelled:
+        beside = RowError("lies beside the class folders")
+        found = [Found(str(entry), error=beside) for entry in loose if entry.suffix.lower() in SUFFIXES][:limit]
+    else:
+        found = list(islice(_pictures(loose, None, labelled), limit))
     for entry in classes:
-        found += islice(_files(entry, deep=True, label=entry.name, labelled=labelled), limit)
+        found += islice(_pictures(walk.files(entry), entry.name, labelled), limit)
     return found
 
 
-def _files(folder: Path, *, deep: bool, label: str | None, labelled: bool) -> Iterator[Found]:
-    for entry in sorted(folder.iterdir(), key=lambda entry: natural(entry.name)):
-        if hidden(entry):
-            continue
-        if entry.is_dir():
-            if deep:
-                yield from _files(entry, deep=True, label=label, labelled=labelled)
-        elif entry.suffix.lower() in SUFFIXES:
-            yield Found(str(entry), entry, label)
-        elif labelled and deep:
-            yield Found(str(entry), error=RowError(f"no picture by its name ({entry.suffix or 'no suffix'})"))
-
-
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """A key to sort names by: numbers in them by size, `class 2` before `class 10`."""
-    return [(0, int(part)) if part.isdigit() else (1, part.lower()) for part in re.split(r"(\d+)", name) if part]
+def _pictures(files: Iterable[Path], label: str | None, labelled: bool) -> Iterator[Found]:
+    for file in files:
+        if file.suffix.lower() in SUFFIXES:
+            yield Found(str(file), file, label)
+        elif labelled:
+            yield Found(str(file), error=RowError(f"no picture by its name ({file.suffix or 'no suffix'})"))
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from lorabank.errors import ConfigError, DataError
 from lorabank.tasks.images.prepare import PreparedImages, prepare_images
 from lorabank.tasks.images.preprocess import plain_processor, read_off
 from lorabank.tasks.images.rows import PixelStore
+from lorabank.tasks.images.sources import find_pictures
+from tests.data.locked import locked
 from tests.tasks.images.made import as_bytes, folder, picture
 
 
@@ -110,6 +112,46 @@ def test_bad_pictures_are_dropped_and_counted_or_stop_it(tmp_path: Path) -> None
         prepared({"train": str(where), "bad_rows": "stop"})
     assert "5 of 17 pictures can't be used" in str(caught.value)
     assert all(origin in str(caught.value) for origin in dropped.values())
+
+
+def test_links_to_folders_are_walked_once(tmp_path: Path) -> None:
+    where, elsewhere = (
+        folder(tmp_path / "d", each=4, classes=("red", "green")),
+        folder(tmp_path / "far", each=4, classes=("blue",)),
+    )
+    (where / "red" / "deep").mkdir()
+    picture("red", 50).save(where / "red" / "deep" / "0.png")
+    plain = prepared({"train": str(where)}, labels=["green", "red", "blue"])
+    assert plain.report.read == 9
+    (where / "red" / "loop").symlink_to(where / "red")
+    (where / "red" / "deep" / "up").symlink_to("../..")
+    (where / "selfloop").symlink_to(where)
+    (where / "a copy of red").symlink_to(where / "red" / "deep")  # comes before red
+    (where / "outside").symlink_to(tmp_path)
+    assert prepared({"train": str(where)}, labels=["green", "red", "blue"]).report == plain.report
+    (elsewhere / "blue" / "back").symlink_to(where)
+    (where / "green" / "more").symlink_to(elsewhere / "blue")  # a class of its own all the same
+    (where / "sky").symlink_to(elsewhere / "blue")
+    (where / ".store" / "grey").mkdir(parents=True)
+    picture("grey", 60).save(where / ".store" / "grey" / "0.png")
+    (where / "grey").symlink_to(where / ".store" / "grey")
+    linked = prepared({"train": str(where), "val_split": 0})
+    assert linked.report.classes == {"green": {"train": 4}, "grey": {"train": 1}, "red": {"train": 5}, "sky": {"train": 4}}
+    assert not linked.report.duplicates.count
+    assert {Path(row.origin).relative_to(where).parent.name for row in linked.train} == {"green", "grey", "red", "deep", "sky"}
+    assert len(find_pictures(str(where), labelled=False)) == 14
+
+
+@pytest.mark.parametrize("which", ["d", "d/red", "d/red/deep"])
+def test_a_folder_of_pictures_that_may_not_be_read_is_named(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(Path("d"), each=2)
+    (Path("d") / "red" / "deep").mkdir()
+    for mode in (0, 0o444):
+        with locked(Path(which), mode):
+            for labelled in (True, False):
+                with pytest.raises(DataError, match=rf"^{which}: this folder can't be read \(Permission denied\)\. Allow it"):
+                    find_pictures("d", labelled=labelled)
 
 
 def test_nothing_left_and_nothing_there_are_errors(tmp_path: Path) -> None:
