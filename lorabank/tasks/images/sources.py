@@ -18,7 +18,7 @@ from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
 from lorabank.data.split_folders import split_folder
 from lorabank.errors import DataError, Setting, closest
-from lorabank.tasks.images.pictures import SUFFIXES, FromTable, Picture, as_picture
+from lorabank.tasks.images.pictures import SUFFIXES, UNREAD, FromTable, Picture, as_picture
 from lorabank.tasks.images.walk import Walk, shown
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
@@ -48,6 +48,8 @@ class Found:
     error: RowError | None = None
     group: str | None = None
     """Value of the column `data.group_by`, if one is set."""
+    empty: bool = False
+    """Whether it is a class folder with nothing in it: no picture, only to be told of."""
 
 
 def find_pictures(
@@ -66,15 +68,23 @@ def find_pictures(
     else:
         found = list(islice(_from_object(source, role, None, columns, labelled), limit))
         name = f"the {type(source).__name__} given as {role} data"
-    if not found:
+    if all(each.empty for each in found):
         raise DataError(f"{name}: expected at least one picture, got none")
     return found
 
 
 def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: bool, limit: int | None) -> list[Found]:
-    if path.is_file() and path.suffix.lower() in SUFFIXES and not labelled:
+    kind = path.suffix.lower() if path.is_file() else ""
+    if kind in UNREAD:
+        raise DataError(f"{path}: {_unread(kind)}")
+    if kind in SUFFIXES:
+        if labelled:
+            raise DataError(
+                f"{path}: expected pictures with their labels, got one picture. Give a folder with a folder for each class, or a "
+                f"table ({' '.join(METADATA)})."
+            )
         return [Found(str(path), path)]
-    if path.is_file() and path.suffix.lower() != ".parquet":
+    if path.is_file() and kind != ".parquet":
         return list(islice(_from_table(path, columns, labelled), limit))
     if path.is_file():  # datasets knows names of classes that a Parquet file notes
         datasets = import_datasets(name)
@@ -125,16 +135,36 @@ def _from_folder(folder: Path, role: str, columns: Columns, labelled: bool, limi
     else:
         found = list(islice(_pictures(loose, None, labelled), limit))
     for entry in classes:
-        found += islice(_pictures(walk.files(entry), entry.name, labelled), limit)
+        inside = list(islice(_pictures(walk.files(entry), entry.name, labelled), limit))
+        found += inside if inside or not labelled else [Found(str(entry), empty=True)]
     return found
 
 
 def _pictures(files: Iterable[Path], label: str | None, labelled: bool) -> Iterator[Found]:
+    fault = None if label is None else _no_text(label)
     for file in files:
-        if file.suffix.lower() in SUFFIXES:
-            yield Found(str(file), file, label)
+        kind = file.suffix.lower()
+        if kind in SUFFIXES and fault is not None and labelled:
+            yield Found(str(file), error=fault)
+        elif kind in SUFFIXES:
+            yield Found(str(file), file, None if fault else label)
+        elif kind in UNREAD:
+            yield Found(str(file), error=RowError(_unread(kind)))
         elif labelled:
             yield Found(str(file), error=RowError(f"no picture by its name ({file.suffix or 'no suffix'})"))
+
+
+def _unread(kind: str) -> str:
+    return f"{kind} isn't read: convert it to PNG or JPEG"
+
+
+def _no_text(label: str) -> RowError | None:
+    """What is wrong with a label that no file could hold: one of bytes that aren't UTF-8, or with half a character."""
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        return RowError(f"the label {label!r} isn't Unicode text")
+    return None
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -224,5 +254,8 @@ def _label(value: object, names: Sequence[str] | None, column: str) -> str:
             raise RowError(f"column {column!r} holds {value}, and there are {len(names)} classes")
         return str(names[value])
     if isinstance(value, str):
+        fault = _no_text(value)
+        if fault is not None:
+            raise fault
         return value.strip()
     raise RowError(f"column {column!r} holds a {type(value).__name__} where a label was expected")
