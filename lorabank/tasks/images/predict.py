@@ -69,8 +69,7 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
             number = next(place)
             line |= {name: _said(answers[name][number], task.labels_of(name)) for name in wanted.names}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    # half a character, as of a name that isn't UTF-8, becomes JSON's own escape: both are written \udcff
-    write_files(wanted.output.parent, {wanted.output.name: "".join(lines).encode(errors="backslashreplace")})
+    write_files(wanted.output.parent, {wanted.output.name: "".join(lines).encode()})
     first, bad = wanted.names[0], len(found) - len(rows)
     sheet = wanted.output.with_suffix(".png")
     drawn = "" if sheet.exists() else f"; the first of them in {_sheet(task, rows, answers[first], first, sheet)}"
