@@ -12,6 +12,7 @@ from typing import Any
 
 from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
+from lorabank.data.listing import is_file, listed
 from lorabank.data.row import Row
 from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
 
@@ -88,7 +89,7 @@ def _near_sibling(path: Path) -> str | None:
     """The file or folder beside it whose name, or stem, is almost the same."""
     if ":" in path.name or not path.parent.is_dir():
         return None
-    names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    names = _names_in(path.parent)
     spelt = {Path(name).stem.lower(): name for name in names if Path(name).suffix.lower() in READERS}
     spelt |= {name.lower(): name for name in names}
     hits = difflib.get_close_matches(path.name.lower(), list(spelt), n=1, cutoff=_NEAR)
@@ -100,13 +101,21 @@ def _closest_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"; the folder {str(folder)!r} doesn't exist either"
-    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    names = _names_in(folder)
     data_files = [name for name in names if Path(name).suffix.lower() in READERS]
     hint = closest(path.name, names)
     if hint or not data_files:
         return hint
     shown = ", ".join(sorted(data_files)[:5])
     return f" (data files there: {shown}{', …' if len(data_files) > 5 else ''})"
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What a hint may name: nothing where the folder may not be listed."""
+    try:
+        return [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        return []
 
 
 def _from_file(path: Path, limit: int | None) -> Iterator[Row]:
@@ -117,6 +126,7 @@ def _from_file(path: Path, limit: int | None) -> Iterator[Row]:
 
 
 def _from_folder(folder: Path, limit: int | None, role: str) -> Iterator[Row]:
+    there = listed(folder)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         datasets = import_datasets(str(folder))
         try:
@@ -125,10 +135,10 @@ def _from_folder(folder: Path, limit: int | None, role: str) -> Iterator[Row]:
             raise DataError(f"{folder}: looks like a saved data set, but can't be loaded: {error}") from error
         yield from islice(_from_object(saved, role, name=str(folder)), limit)
         return
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in READERS and not p.name.startswith("."))
+    files = [p for p in there if is_file(p) and p.suffix.lower() in READERS and not p.name.startswith(".")]
     if not files:
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise DataError(f"{folder}: expected files ending in {' '.join(READERS)}, found {there}")
+        names = ", ".join(p.name for p in there[:5]) or "nothing"
+        raise DataError(f"{folder}: expected files ending in {' '.join(READERS)}, found {names}")
     for path in _of_role(files, role, folder):
         yield from _from_file(path, limit)
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lorabank.config.paths import expanded
+from lorabank.data.listing import is_file, is_folder, listed
 from lorabank.data.read import Source
 from lorabank.errors import DataError
 
@@ -23,7 +24,10 @@ def hidden(entry: Path) -> bool:
 
 
 def split_folder(folder: Path, role: str) -> Path | None:
-    """The part of a folder that holds one a split; None for another. Raises DataError where it holds others, not this one."""
+    """The part of a folder that holds one a split; None for another.
+
+    Raises DataError where it holds others, not this one, and where it may not be read.
+    """
     below = _below(folder)
     known = {name for names in SPLITS.values() for name in names}
     if not below or not set(below) <= known:
@@ -68,11 +72,11 @@ def with_held_out(sources: Mapping[str, Source], *, names: Sequence[str], suffix
 
 def _has_rows(folder: Path, names: Sequence[str], suffixes: Collection[str]) -> bool:
     return folder.is_dir() and any(
-        entry.name in names or (entry.is_file() and entry.suffix.lower() in suffixes)
-        for entry in folder.iterdir()
+        entry.name in names or (is_file(entry) and entry.suffix.lower() in suffixes)
+        for entry in listed(folder)
         if not hidden(entry)
     )
 
 
 def _below(folder: Path) -> dict[str, Path]:
-    return {entry.name.lower(): entry for entry in folder.iterdir() if entry.is_dir() and not hidden(entry)}
+    return {entry.name.lower(): entry for entry in listed(folder) if is_folder(entry) and not hidden(entry)}

@@ -19,6 +19,8 @@ from lorabank.data.row import RowError
 WHITE = (255, 255, 255)
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of 16 bits a pixel."""
+_WHITES = (255, 1023, 4095, 16383, 65535)
+"""Of 8, 10, 12, 14 and 16 bits, in which cameras and scanners see."""
 _TOO_MANY = "more pixels than Pillow takes for safe (PIL.Image.MAX_IMAGE_PIXELS)"
 
 
@@ -80,15 +82,11 @@ def as_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _from_deep(picture: Image.Image) -> Image.Image:
-    """Greys of 16 bits and more; a file doesn't say its white, so it is that of its mode, or of the fewest bits that hold it."""
+    """Greys of 16 bits and more. A file doesn't say its white: it is that of the fewest usual bits that hold its brightest."""
     values = np.asarray(picture, dtype=np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     highest = float(values.max(initial=0.0))
-    if picture.mode == "F" and highest <= 1:
-        white = 1.0
-    elif picture.mode in ("I", "F") and highest <= 255:
-        white = 255.0
-    else:
-        white = max(65535.0, highest)
+    fractions = picture.mode == "F" and highest <= 1
+    white = 1.0 if fractions else next((white for white in _WHITES if highest <= white), highest)
     grey = np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

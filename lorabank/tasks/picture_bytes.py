@@ -1,7 +1,8 @@
-"""What pictures are known by: the bytes of a file, and digests."""
+"""What pictures are known by: the place and the bytes of a file, and digests."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+def place_of(name: str | Path, folder: Path | None) -> Path:
+    """The file that a cell of a table names: below `folder` unless it says a whole path; `~` is the home folder of a user.
+
+    `~draft.png` is a file's name where there is no user `draft.png`.
+    """
+    path = Path(name)
+    with contextlib.suppress(RuntimeError):
+        path = path.expanduser()
+    return path if folder is None or path.is_absolute() else folder / path
+
+
 def content(path: Path) -> bytes:
     """A picture's file. Raises RowError for one that can't be read."""
     try:
@@ -20,6 +32,8 @@ def content(path: Path) -> bytes:
         raise RowError("no such file") from None
     except IsADirectoryError:
         raise RowError("a folder where a picture was expected") from None
+    except ValueError:  # NUL, or half a character, such as a lone surrogate
+        raise RowError("a name that no file can have") from None
     except OSError as error:
         raise RowError(f"can't be read: {error.strerror}") from error
 

@@ -9,7 +9,9 @@ import pytest
 
 from lorabank.data.files import READERS
 from lorabank.data.read import check_source, read_rows
+from lorabank.data.split_folders import held_out_beside, own_part, split_folder, with_held_out
 from lorabank.errors import DataError
+from tests.data.locked import locked
 
 ROWS = [{"mr": "name[The Eagle]", "ref": "The Eagle — a place,\nby the river."}, {"mr": "b", "ref": 'She said "yes"'}]
 
@@ -230,3 +232,29 @@ def test_ids_aren_t_taken_for_files(name: str, tmp_path: Path, monkeypatch: pyte
     for file in ("rows.jsonl", "squad_runs", "org.txt"):
         (tmp_path / file).write_text("{}")
     check_source(name, place="--data")
+
+
+@pytest.mark.parametrize("mode", [0, 0o444, 0o111])
+def test_a_folder_that_may_not_be_read_is_named(mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    where = Path("rows")
+    (where / "train").mkdir(parents=True)
+    (where / "train" / "a.jsonl").write_text('{"text": "x"}\n')
+    named = {"names": ("metadata.csv",), "suffixes": (".wav",)}
+    with locked(where, mode):
+        for read in (
+            lambda: read_rows("rows"),
+            lambda: split_folder(where, "train"),
+            lambda: held_out_beside("rows", "val"),
+            lambda: own_part(where, "train", **named),
+            lambda: with_held_out({"train": "rows"}, **named),
+        ):
+            with pytest.raises(DataError, match=r"^rows: this folder can't be read \(Permission denied\)\. Allow it"):
+                read()
+
+
+def test_a_hint_at_a_name_needs_no_right_to_read_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows").mkdir()
+    with locked(Path("rows"), 0o111), pytest.raises(DataError, match=r"no file or folder 'rows/gone\.jsonl'"):
+        check_source("rows/gone.jsonl", place="data.train")

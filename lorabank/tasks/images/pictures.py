@@ -12,10 +12,12 @@ from PIL import Image
 
 from lorabank.data.row import RowError
 from lorabank.tasks.decoding import as_rgb, decoded, upright
-from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels
+from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels, place_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 """Of files in a folder that are taken for pictures."""
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+"""Of files that are pictures, too, in forms that aren't read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,8 @@ class FromTable:
         return self.table[self.index][self.column]
 
 
+_SHOWN = 200
+"""Characters of a file's name that a message repeats."""
 Picture = Path | bytes | Image.Image | FromTable
 """Where a picture is: a file, its bytes, an object, a cell."""
 
@@ -40,8 +44,7 @@ def as_picture(value: object, folder: Path | None) -> Picture:
     if isinstance(value, str | Path):
         if not str(value).strip():
             raise RowError("no picture: its cell is empty")
-        path = Path(value).expanduser()
-        return path if folder is None or path.is_absolute() else folder / path
+        return place_of(value, folder)
     if isinstance(value, Image.Image | bytes):
         return value
     if isinstance(value, np.ndarray):
@@ -60,6 +63,14 @@ def _from_array(value: np.ndarray) -> Image.Image:
     if value.dtype != np.uint8 or value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[2] not in (1, 3, 4)):
         raise RowError(f"an array of {value.dtype} {value.ndim}-D where uint8 (height, width[, 3]) was expected")
     return Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+
+
+def named(origin: str, picture: Picture | None) -> str:
+    """What messages call a picture: its origin, and the file where a row of a table is that and names one."""
+    if not isinstance(picture, Path) or str(picture) == origin:
+        return origin
+    name = str(picture)
+    return f"{origin}: {name if len(name) <= _SHOWN else f'{name[: _SHOWN // 2]}…{name[-_SHOWN // 2 :]}'!r}"
 
 
 def open_picture(picture: Picture, *, min_size: int = 1) -> tuple[Image.Image, str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lorabank.data.bad_rows import refuse
 from lorabank.engine.engine import Engine
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import ConfigError, DataError, OutputError, closest
 from lorabank.formats.files import write_files
 from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.images.answers import Answers
 from lorabank.tasks.images.metrics import Answer
+from lorabank.tasks.images.pictures import SUFFIXES
 from lorabank.tasks.images.prepare import open_found
 from lorabank.tasks.images.rows import ImageRow, in_order
 from lorabank.tasks.images.samples import sample_of
@@ -25,6 +28,9 @@ from lorabank.wording import counted
 if TYPE_CHECKING:
     from lorabank.tasks.images.task import ImageClassification
 
+OPTIONS = ("bad_rows",)
+OTHER_KINDS = (".csv", ".tsv", ".parquet", ".xlsx", *SUFFIXES)
+"""Suffixes of outputs that JSON lines would be misnamed by."""
 SHEET = 24
 """Pictures on the contact sheet."""
 
@@ -32,10 +38,14 @@ SHEET = 24
 def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
     """Write `wanted.output` (JSON lines) and a sheet of the first pictures. Of one that can't be read the line says why.
 
-    Raises DataError where no picture can be read, OutputError.
+    Option `bad_rows`: whether such a one stops it (`stop`; `drop` goes on; else the run's). Raises DataError for that, and where
+    no picture can be read; OutputError, also for a name that promises another kind of file.
     """
-    if wanted.options:
-        raise ConfigError(f"predict: image-classification has no option {next(iter(wanted.options))!r}")
+    for name in wanted.options:
+        if name not in OPTIONS:
+            raise ConfigError(f"predict: image-classification has no option {name!r}{closest(name, OPTIONS)}")
+    if (kind := wanted.output.suffix.lower()) in OTHER_KINDS:
+        raise OutputError(f"{wanted.output}: expected a name for JSON lines, got {kind}. Name it {wanted.output.stem}.jsonl.")
     check_trained(wanted.names, task.model, named=task.base_is_trained)
     images = task.config.images
     columns = Columns(image=images.image_column)
@@ -43,6 +53,8 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     with quiet_pillow():
         opened = list(in_order(lambda each: open_found(each, images.min_size, task.store), found))
     rows = [each.row for each in opened if each.row is not None]
+    data = replace(task.config.data, bad_rows=wanted.options.get("bad_rows") or task.config.data.bad_rows)
+    refuse([each.error for each in opened if each.error is not None], len(found), data, what="pictures")
     if not rows:
         raise DataError(f"{wanted.data}: none of {counted(len(found), 'picture')} can be read: {opened[0].error}")
     answers = Answers(task, engine).of(

@@ -17,10 +17,11 @@ from lorabank.data.split_folders import held_out_beside
 from lorabank.data.stratified import Stratified, stratified_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.decoding import quiet_pillow
-from lorabank.tasks.images.pictures import open_picture
+from lorabank.tasks.images.pictures import named, open_picture
 from lorabank.tasks.images.report import ImageReport, build_report
 from lorabank.tasks.images.rows import ImageRow, PixelStore, in_order
-from lorabank.tasks.images.sources import Columns, Found, find_pictures, natural
+from lorabank.tasks.images.sources import Columns, Found, find_pictures
+from lorabank.tasks.images.walk import natural
 
 Progress = Callable[[int, int], None]
 """Called with pictures done and pictures in all."""
@@ -76,6 +77,8 @@ def prepare_images(
         role: find_pictures(source, role=role, columns=grouped if role == "train" else columns, limit=data.limit)
         for role, source in sources.items()
     }
+    empty = [each.origin for part in found.values() for each in part if each.empty]
+    found = {role: [each for each in part if not each.empty] for role, part in found.items()}
     opened = _open(found, images, store, progress)
     known = labels or images.labels
     if known is None:
@@ -90,6 +93,7 @@ def prepare_images(
         if not part:
             raise nothing_left(role, len(found[role]), errors[role], what="pictures")
     splits, notes = _split(data, rows, seed)
+    notes["class folders without a picture"] = empty
     if not scoring and "train" in sources:  # nothing is trained of a model that is scored by itself, either
         _check_classes(known, splits["train"], notes)
     report = build_report(
@@ -131,7 +135,7 @@ def open_found(each: Found, min_size: int, store: PixelStore) -> _Opened:
     try:
         picture, digest = open_picture(each.picture, min_size=min_size)
     except RowError as error:
-        return _Opened(None, error.at(each.origin))
+        return _Opened(None, error.at(named(each.origin, each.picture)))
     store.keep(digest, store.preprocess.pixels(picture))
     return _Opened(ImageRow(each.picture, digest, each.label, each.origin, group=each.group), None, picture.size)
 

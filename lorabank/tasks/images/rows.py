@@ -14,7 +14,7 @@ from torch import Tensor
 from lorabank.data.row import RowError
 from lorabank.errors import DataError
 from lorabank.tasks.decoding import quiet_pillow
-from lorabank.tasks.images.pictures import Picture, open_picture
+from lorabank.tasks.images.pictures import Picture, named, open_picture
 from lorabank.tasks.images.preprocess import Preprocess
 
 THREADS = max(1, min(8, os.cpu_count() or 1))
@@ -84,9 +84,11 @@ class PixelStore:
         try:
             picture, digest = open_picture(row.picture)
         except RowError as error:
-            raise DataError(f"{row.origin}: {error.reason}, though it was fine when the run began. Put it back.") from error
+            raise DataError(
+                f"{named(row.origin, row.picture)}: {error.reason}, though it was fine when the run began. Put it back."
+            ) from error
         if digest != row.digest:
-            raise DataError(f"{row.origin}: its content is another than when the run began. Put it back.")
+            raise DataError(f"{named(row.origin, row.picture)}: its content is another than when the run began. Put it back.")
         return self.preprocess.pixels(picture)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabank.config.train import EvalConfig
+from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
 from lorabank.errors import OutputError
 from lorabank.tasks.images.answers import Answers
@@ -74,6 +75,9 @@ def _tiles(rows: Sequence[ImageRow], answers: Sequence[Answer], labels: Sequence
 
 
 def sample_of(row: ImageRow, answer: Answer, labels: Sequence[str]) -> Sample:
-    """A tile of a sheet."""
-    picture, _ = open_picture(row.picture)
+    """A tile of a sheet; an empty one where the file went away after its pixels were read: that is to cost no results."""
+    try:
+        picture = open_picture(row.picture)[0]
+    except RowError:
+        picture = None
     return Sample(picture=picture, true=row.label, predicted=labels[answer.ranked[0]], share=answer.shares[0])

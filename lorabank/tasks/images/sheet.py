@@ -14,6 +14,7 @@ FRAME = 5
 CAPTION = 36
 GAP = 10
 COLUMNS = 6
+GONE = "its file is gone"
 RIGHT, WRONG, INK = (0, 158, 115), (213, 94, 0), (40, 40, 40)
 """Told apart by colour-blind readers as well."""
 
@@ -22,7 +23,8 @@ RIGHT, WRONG, INK = (0, 158, 115), (213, 94, 0), (40, 40, 40)
 class Sample:
     """One picture on the sheet."""
 
-    picture: Image.Image
+    picture: Image.Image | None
+    """None: it can't be read any more."""
     true: str | None
     """None: nobody said."""
     predicted: str
@@ -48,18 +50,27 @@ def contact_sheet(samples: Sequence[Sample], out_png: str | Path, *, columns: in
         colour = INK if sample.true is None else RIGHT if sample.right else WRONG
         draw.rectangle((x, y, x + TILE + 2 * FRAME - 1, y + TILE + 2 * FRAME - 1), fill=colour)
         draw.rectangle((x + FRAME, y + FRAME, x + FRAME + TILE - 1, y + FRAME + TILE - 1), fill="white")
-        small = sample.picture.copy()
-        small.thumbnail((TILE, TILE))
-        if max(small.size) < TILE:
-            factor = TILE / max(small.size)
-            small = small.resize((max(1, round(small.width * factor)), max(1, round(small.height * factor))))
-        sheet.paste(small, (x + FRAME + (TILE - small.width) // 2, y + FRAME + (TILE - small.height) // 2))
+        if sample.picture is None:
+            draw.text((x + 2 * FRAME, y + TILE // 2), _fitting(GONE, font), fill=INK, font=font)
+        else:
+            small = _filling(sample.picture)
+            sheet.paste(small, (x + FRAME + (TILE - small.width) // 2, y + FRAME + (TILE - small.height) // 2))
         said = f"{sample.predicted} ({100 * sample.share:.0f} %)"
         lines = [said] if sample.true is None or sample.right else [f"is {sample.true}", f"said {said}"]
         for line_number, line in enumerate(lines):
             draw.text((x, y + TILE + 2 * FRAME + 2 + 16 * line_number), _fitting(line, font), fill=colour, font=font)
     sheet.save(out_png)
     return Path(out_png)
+
+
+def _filling(picture: Image.Image) -> Image.Image:
+    """A copy whose longer side is a tile's."""
+    small = picture.copy()
+    small.thumbnail((TILE, TILE))
+    if max(small.size) < TILE:
+        factor = TILE / max(small.size)
+        small = small.resize((max(1, round(small.width * factor)), max(1, round(small.height * factor))))
+    return small
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 
 from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
+from lorabank.data.listing import is_file, is_folder, listed
 from lorabank.data.read import Source, import_datasets, load_hub, pick_split, read_rows
 from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
-from lorabank.data.split_folders import hidden, split_folder
+from lorabank.data.split_folders import split_folder
 from lorabank.errors import DataError, Setting, closest
-from lorabank.tasks.images.pictures import SUFFIXES, FromTable, Picture, as_picture
+from lorabank.tasks.images.pictures import SUFFIXES, UNREAD, FromTable, Picture, as_picture
+from lorabank.tasks.images.walk import Walk, shown
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
@@ -47,6 +48,8 @@ class Found:
     error: RowError | None = None
     group: str | None = None
     """Value of the column `data.group_by`, if one is set."""
+    empty: bool = False
+    """Whether it is a class folder with nothing in it: no picture, only to be told of."""
 
 
 def find_pictures(
@@ -65,15 +68,23 @@ def find_pictures(
     else:
         found = list(islice(_from_object(source, role, None, columns, labelled), limit))
         name = f"the {type(source).__name__} given as {role} data"
-    if not found:
+    if all(each.empty for each in found):
         raise DataError(f"{name}: expected at least one picture, got none")
     return found
 
 
 def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: bool, limit: int | None) -> list[Found]:
-    if path.is_file() and path.suffix.lower() in SUFFIXES and not labelled:
+    kind = path.suffix.lower() if path.is_file() else ""
+    if kind in UNREAD:
+        raise DataError(f"{path}: {_unread(kind)}")
+    if kind in SUFFIXES:
+        if labelled:
+            raise DataError(
+                f"{path}: expected pictures with their labels, got one picture. Give a folder with a folder for each class, or a "
+                f"table ({' '.join(METADATA)})."
+            )
         return [Found(str(path), path)]
-    if path.is_file() and path.suffix.lower() != ".parquet":
+    if path.is_file() and kind != ".parquet":
         return list(islice(_from_table(path, columns, labelled), limit))
     if path.is_file():  # datasets knows names of classes that a Parquet file notes
         datasets = import_datasets(name)
@@ -84,6 +95,7 @@ def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: boo
         return list(islice(_from_object(table, role, str(path), columns, labelled), limit))
     if not path.is_dir():
         return list(islice(_from_object(load_hub(name, role), role, name, columns, labelled), limit))
+    listed(path)  # said in a sentence where it can't be
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         datasets = import_datasets(name)
         try:
@@ -101,45 +113,58 @@ def _from_folder(folder: Path, role: str, columns: Columns, labelled: bool, limi
     own = split_folder(folder, role)
     if own is not None:
         folder = own
-    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    table = next((folder / name for name in METADATA if is_file(folder / name)), None)
     if table is not None:
         return _from_path(table, str(table), role, columns, labelled, limit)
-    classes = sorted(
-        (entry for entry in folder.iterdir() if entry.is_dir() and not hidden(entry)), key=lambda entry: natural(entry.name)
-    )
+    walk = Walk(folder)
+    there = shown(folder)
+    classes = [entry for entry in there if is_folder(entry) and walk.enters(entry)]
     group_of({}, columns.group if classes else None, str(folder))  # folders of classes have no columns
     if labelled and not classes:
-        files = sorted(entry.name for entry in folder.iterdir() if not hidden(entry))
-        tables = [entry for entry in folder.iterdir() if entry.suffix.lower() in READERS and not hidden(entry)]
+        tables = [entry for entry in there if entry.suffix.lower() in READERS]
         if len(tables) == 1:
             return _from_path(tables[0], str(tables[0]), role, columns, labelled, limit)
-        has = ", ".join(files[:3]) + (", …" if len(files) > 3 else "") if files else "nothing"
+        has = ", ".join(entry.name for entry in there[:3]) + (", …" if len(there) > 3 else "") if there else "nothing"
         raise DataError(
             f"{folder}: expected a folder for each class with its pictures, or a table ({' '.join(METADATA)}), found {has}"
         )
-    loose = list(islice(_files(folder, deep=False, label=None, labelled=labelled), limit))
-    found = [*loose] if not labelled else [Found(f.origin, error=RowError("lies beside the class folders")) for f in loose]
+    loose = [entry for entry in there if not is_folder(entry)]
+    if labelled:
+        beside = RowError("lies beside the class folders")
+        found = [Found(str(entry), error=beside) for entry in loose if entry.suffix.lower() in SUFFIXES][:limit]
+    else:
+        found = list(islice(_pictures(loose, None, labelled), limit))
     for entry in classes:
-        found += islice(_files(entry, deep=True, label=entry.name, labelled=labelled), limit)
+        inside = list(islice(_pictures(walk.files(entry), entry.name, labelled), limit))
+        found += inside if inside or not labelled else [Found(str(entry), empty=True)]
     return found
 
 
-def _files(folder: Path, *, deep: bool, label: str | None, labelled: bool) -> Iterator[Found]:
-    for entry in sorted(folder.iterdir(), key=lambda entry: natural(entry.name)):
-        if hidden(entry):
-            continue
-        if entry.is_dir():
-            if deep:
-                yield from _files(entry, deep=True, label=label, labelled=labelled)
-        elif entry.suffix.lower() in SUFFIXES:
-            yield Found(str(entry), entry, label)
-        elif labelled and deep:
-            yield Found(str(entry), error=RowError(f"no picture by its name ({entry.suffix or 'no suffix'})"))
+def _pictures(files: Iterable[Path], label: str | None, labelled: bool) -> Iterator[Found]:
+    fault = None if label is None else _no_text(label)
+    for file in files:
+        kind = file.suffix.lower()
+        if kind in SUFFIXES and fault is not None and labelled:
+            yield Found(str(file), error=fault)
+        elif kind in SUFFIXES:
+            yield Found(str(file), file, None if fault else label)
+        elif kind in UNREAD:
+            yield Found(str(file), error=RowError(_unread(kind)))
+        elif labelled:
+            yield Found(str(file), error=RowError(f"no picture by its name ({file.suffix or 'no suffix'})"))
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """A key to sort names by: numbers in them by size, `class 2` before `class 10`."""
-    return [(0, int(part)) if part.isdigit() else (1, part.lower()) for part in re.split(r"(\d+)", name) if part]
+def _unread(kind: str) -> str:
+    return f"{kind} isn't read: convert it to PNG or JPEG"
+
+
+def _no_text(label: str) -> RowError | None:
+    """What is wrong with a label that no file could hold: one of bytes that aren't UTF-8, or with half a character."""
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        return RowError(f"the label {label!r} isn't Unicode text")
+    return None
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -229,5 +254,8 @@ def _label(value: object, names: Sequence[str] | None, column: str) -> str:
             raise RowError(f"column {column!r} holds {value}, and there are {len(names)} classes")
         return str(names[value])
     if isinstance(value, str):
+        fault = _no_text(value)
+        if fault is not None:
+            raise fault
         return value.strip()
     raise RowError(f"column {column!r} holds a {type(value).__name__} where a label was expected")

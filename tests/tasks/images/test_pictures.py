@@ -48,6 +48,22 @@ def test_16_bits_are_scaled_and_not_cut() -> None:
     assert [level[0] for level in levels(as_rgb(Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))))] == [0, 128, 255]
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_the_white_of_deep_greys_is_that_of_the_bits_they_fill(bits: int) -> None:
+    white = 2**bits - 1
+    deep = Image.fromarray(np.array([[0, white // 2 + 1, white]], dtype=np.uint16))
+    assert [level[0] for level in levels(open_picture(as_bytes(deep))[0])] == [0, 128, 255]
+    wide = Image.fromarray(np.array([[0, white // 2 + 1, white]], dtype=np.int32))
+    assert [level[0] for level in levels(as_rgb(wide))] == [0, 128, 255]
+
+
+def test_the_white_of_deep_greys_is_not_taken_lower_than_the_usual_bits() -> None:
+    dim = Image.fromarray(np.array([[0, 1100]], dtype=np.uint16))
+    assert levels(as_rgb(dim))[1][0] == round(1100 * 255 / 4095)
+    beyond = Image.fromarray(np.array([[0, 100_000, 200_000]], dtype=np.int32))
+    assert [level[0] for level in levels(as_rgb(beyond))] == [0, 128, 255]
+
+
 def test_a_cameras_note_turns_it() -> None:
     image = Image.new("RGB", (6, 4), (0, 0, 0))
     image.putpixel((0, 0), (255, 255, 255))
@@ -99,6 +115,29 @@ def test_a_picture_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(RowError, match="more pixels than Pillow takes for safe"):
         open_picture(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a\0b.png", "a name that no file can have"),
+        ("x\ud83d.png", "a name that no file can have"),
+        ("iVBORw0KGgo" * 900, "can't be read: File name too long"),
+        ("~no such user/1.png", "no such file"),
+        ("gone.png", "no such file"),
+    ],
+)
+def test_a_name_that_no_file_has_is_a_bad_row(name: str, why: str, tmp_path: Path) -> None:
+    for folder in (tmp_path, None):
+        with pytest.raises(RowError, match=f"^{why}$"):
+            open_picture(as_picture(name, folder))
+
+
+def test_a_tilde_begins_a_users_home_or_a_files_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert as_picture("~/a.png", tmp_path) == tmp_path / "home" / "a.png"
+    picture("red", 1).save(tmp_path / "~draft 1.png")
+    assert open_picture(as_picture("~draft 1.png", tmp_path))[0].size == picture("red", 1).size
 
 
 def test_paths_are_relative_to_their_table_and_content_has_one_digest(tmp_path: Path) -> None:

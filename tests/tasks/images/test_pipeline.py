@@ -18,6 +18,8 @@ from lorabank.tasks.images.augment import affine_maps, augment, kornia, uniforms
 from lorabank.tasks.images.confusion_plot import confusion_plot
 from lorabank.tasks.images.metrics import Answer, confusion, mistaken, scores
 from lorabank.tasks.images.preprocess import plain_processor, read_off
+from lorabank.tasks.images.rows import ImageRow
+from lorabank.tasks.images.samples import sample_of
 from lorabank.tasks.images.sheet import Sample, contact_sheet
 from tests.tasks.images.made import picture
 
@@ -139,6 +141,21 @@ def test_confusion_is_drawn_for_few_and_many_classes(size: int, tmp_path: Path) 
         assert min(image.size) > 700
         shades = np.asarray(image.convert("L"))
     assert (shades < 100).mean() > 0.001  # the diagonal, and letters
+
+
+def test_a_tile_whose_file_is_gone_says_so(tmp_path: Path) -> None:
+    row = ImageRow(tmp_path / "gone.png", "0", "red", "gone.png")
+    drawn = []
+    for number, file in enumerate((None, picture("red", 1))):
+        if file is not None:
+            file.save(tmp_path / "gone.png")
+        sample = sample_of(row, Answer((0,), (0.9,), 0.1), ["red"])
+        assert (sample.picture is None) is (file is None)
+        with Image.open(contact_sheet([sample], tmp_path / f"sheet{number}.png")) as image:
+            drawn.append(np.asarray(image.convert("RGB")))
+    inside = [sheet[40:115, 20:140].reshape(-1, 3) for sheet in drawn]
+    assert (inside[0] == 255).all(1).mean() > 0.8 and (inside[0] < 100).all(1).any()
+    assert not (inside[1] == 255).all(1).any()
 
 
 def test_a_sheet_shows_mistakes_first(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from lorabank.errors import ConfigError, DataError
 from lorabank.tasks.images.prepare import PreparedImages, prepare_images
 from lorabank.tasks.images.preprocess import plain_processor, read_off
 from lorabank.tasks.images.rows import PixelStore
+from lorabank.tasks.images.sources import find_pictures
+from tests.data.locked import locked
 from tests.tasks.images.made import as_bytes, folder, picture
 
 
@@ -110,6 +113,108 @@ def test_bad_pictures_are_dropped_and_counted_or_stop_it(tmp_path: Path) -> None
         prepared({"train": str(where), "bad_rows": "stop"})
     assert "5 of 17 pictures can't be used" in str(caught.value)
     assert all(origin in str(caught.value) for origin in dropped.values())
+
+
+def test_links_to_folders_are_walked_once(tmp_path: Path) -> None:
+    where, elsewhere = (
+        folder(tmp_path / "d", each=4, classes=("red", "green")),
+        folder(tmp_path / "far", each=4, classes=("blue",)),
+    )
+    (where / "red" / "deep").mkdir()
+    picture("red", 50).save(where / "red" / "deep" / "0.png")
+    plain = prepared({"train": str(where)}, labels=["green", "red", "blue"])
+    assert plain.report.read == 9
+    (where / "red" / "loop").symlink_to(where / "red")
+    (where / "red" / "deep" / "up").symlink_to("../..")
+    (where / "selfloop").symlink_to(where)
+    (where / "a copy of red").symlink_to(where / "red" / "deep")  # comes before red
+    (where / "outside").symlink_to(tmp_path)
+    assert prepared({"train": str(where)}, labels=["green", "red", "blue"]).report == plain.report
+    (elsewhere / "blue" / "back").symlink_to(where)
+    (where / "green" / "more").symlink_to(elsewhere / "blue")  # a class of its own all the same
+    (where / "sky").symlink_to(elsewhere / "blue")
+    (where / ".store" / "grey").mkdir(parents=True)
+    picture("grey", 60).save(where / ".store" / "grey" / "0.png")
+    (where / "grey").symlink_to(where / ".store" / "grey")
+    linked = prepared({"train": str(where), "val_split": 0})
+    assert linked.report.classes == {"green": {"train": 4}, "grey": {"train": 1}, "red": {"train": 5}, "sky": {"train": 4}}
+    assert not linked.report.duplicates.count
+    assert {Path(row.origin).relative_to(where).parent.name for row in linked.train} == {"green", "grey", "red", "deep", "sky"}
+    assert len(find_pictures(str(where), labelled=False)) == 14
+
+
+@pytest.mark.parametrize("which", ["d", "d/red", "d/red/deep"])
+def test_a_folder_of_pictures_that_may_not_be_read_is_named(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(Path("d"), each=2)
+    (Path("d") / "red" / "deep").mkdir()
+    for mode in (0, 0o444):
+        with locked(Path(which), mode):
+            for labelled in (True, False):
+                with pytest.raises(DataError, match=rf"^{which}: this folder can't be read \(Permission denied\)\. Allow it"):
+                    find_pictures("d", labelled=labelled)
+
+
+def test_a_row_of_a_table_is_told_with_the_file_that_it_names(tmp_path: Path) -> None:
+    where = folder(tmp_path / "d", each=4)
+    names = [f"{c}/{i}.png" for c in ("red", "green", "blue") for i in range(4)]
+    rows = [{"file_name": name, "label": name.partition("/")[0]} for name in names]
+    odd = ["RED/0.png", "red/0.png ", "a\0b", "x\ud83d.png", "~draft 1.png", "Q" * 9000]
+    rows += [{"file_name": name, "label": "red"} for name in odd] + [{"file_name": names[0], "label": "\ud83d"}]
+    table = where / "metadata.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepared({"train": str(where), "val_split": 0.25})
+    assert found.report.kept == 12
+    assert {why: reason.origins for why, reason in found.report.dropped.items()} == {
+        "no such file": tuple(
+            f"{table}:{line}: {str(where / name)!r}" for line, name in ((13, odd[0]), (14, odd[1]), (17, odd[4]))
+        ),
+        "a name that no file can have": tuple(f"{table}:{line}: {str(where / odd[line - 13])!r}" for line in (15, 16)),
+        "can't be read: File name too long": (f"{table}:18: {str(where / odd[5])[:100] + '…' + 'Q' * 100!r}",),
+        "the label '\\ud83d' isn't Unicode text": (f"{table}:19",),
+    }
+    "\n".join(found.report.lines()).encode()
+    store = PixelStore(read_off(plain_processor(ImagesConfig(image_size=16)), ImagesConfig(image_size=16)), 0)
+    again = prepare_images(DataConfig(train=str(where), val_split=0), ImagesConfig(image_size=16), store, seed=0)
+    (where / "blue" / "3.png").unlink()
+    with pytest.raises(DataError, match=rf"^{table}:12: '{where}/blue/3.png': no such file, though it was fine"):
+        store.stacked(again.train)
+
+
+def test_a_class_folder_is_called_by_text_and_has_pictures(tmp_path: Path) -> None:
+    where = folder(tmp_path / "d", each=4)
+    (where / "emptyclass" / ".cache").mkdir(parents=True)
+    odd = where / os.fsdecode(b"\xe4")
+    odd.mkdir()
+    picture("grey", 1).save(odd / "0.png")
+    (where / "red" / "phone.HEIC").write_bytes(b"x")
+    found = prepared({"train": str(where), "val_split": 0.25, "bad_rows": "drop"})
+    assert found.labels == ("blue", "green", "red") and (found.report.read, found.report.kept) == (14, 12)
+    assert f"class folders without a picture: 1 ({where}/emptyclass)" in found.report.lines()
+    assert {why: reason.origins for why, reason in found.report.dropped.items()} == {
+        "the label '\\udce4' isn't Unicode text": (f"{odd}/0.png",),
+        ".heic isn't read: convert it to PNG or JPEG": (f"{where}/red/phone.HEIC",),
+    }
+    (where / "loose.avif").write_bytes(b"x")
+    faults = {each.origin: str(each.error) for each in find_pictures(str(where), labelled=False) if each.error}
+    assert faults == {
+        f"{where}/loose.avif": ".avif isn't read: convert it to PNG or JPEG",
+        f"{where}/red/phone.HEIC": ".heic isn't read: convert it to PNG or JPEG",
+    }
+    (tmp_path / "e" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match="expected at least one picture, got none"):
+        prepared({"train": str(tmp_path / "e")})
+
+
+def test_one_picture_is_no_data_to_train_on(tmp_path: Path) -> None:
+    picture("red", 1).save(tmp_path / "x.png")
+    (tmp_path / "x.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"x\.png: expected pictures with their labels, got one picture\. Give a folder"):
+        prepared({"train": str(tmp_path / "x.png")})
+    assert [each.picture for each in find_pictures(str(tmp_path / "x.png"), labelled=False)] == [tmp_path / "x.png"]
+    for labelled in (True, False):
+        with pytest.raises(DataError, match=r"x\.heic: \.heic isn't read: convert it to PNG or JPEG"):
+            find_pictures(str(tmp_path / "x.heic"), labelled=labelled)
 
 
 def test_nothing_left_and_nothing_there_are_errors(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lorabank import api
 from lorabank.cli.main import main
 from lorabank.config.images import ImagesConfig
 from lorabank.config.train import DataConfig
-from lorabank.errors import ConfigError, DataError, FingerprintError
+from lorabank.errors import ConfigError, DataError, FingerprintError, OutputError
 from lorabank.models.quiet import quiet_transformers
 from lorabank.tasks.images.preprocess import plain_processor
 from tests.tasks.images.made import folder, picture
@@ -127,6 +127,10 @@ def test_it_learns_is_scored_shown_loaded_and_predicts(base: Path, data: dict[st
     for number, colour in enumerate(("red", "green", "blue")):
         picture(colour, 900 + number).save(new / f"{number}.png")
     (new / "3.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"1 of 4 pictures can't be used:\n  - 1 × no picture .*3\.png"):
+        api.predict(tmp_path / "run", str(new), tmp_path / "out.jsonl", options={"bad_rows": "stop"})
+    with pytest.raises(OutputError, match=r"out\.csv: expected a name for JSON lines, got \.csv\. Name it out\.jsonl\."):
+        api.predict(tmp_path / "run", str(new), tmp_path / "out.csv")
     told = api.predict(tmp_path / "run", str(new), tmp_path / "out.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["default"]["label"] for line in lines[:3]] == ["red", "green", "blue"]

@@ -1,0 +1,30 @@
+"""`listed`: what lies in a folder of data; `is_folder`, `is_file`: what an entry is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lorabank.errors import DataError
+
+
+def listed(folder: Path) -> list[Path]:
+    """Everything in a folder, sorted by path. Raises DataError for a folder that may not be listed, or not be entered."""
+    try:
+        found = sorted(folder.iterdir())
+        os.stat(os.path.join(folder, os.curdir))  # noqa: PTH116, PTH118  (Path drops the dot, by which it must be entered)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: this folder can't be read ({error.strerror}). Allow it (chmod -R a+rX), or take it out of the data."
+        ) from error
+    return found
+
+
+def is_folder(entry: Path) -> bool:
+    """Whether it is a folder, or a link to one; False for a link into what may not be entered."""
+    return os.path.isdir(entry)  # noqa: PTH112  (which raises nothing, unlike Path's)
+
+
+def is_file(entry: Path) -> bool:
+    """Whether it is a file, or a link to one; False for a link into what may not be entered."""
+    return os.path.isfile(entry)  # noqa: PTH113  (as above)
