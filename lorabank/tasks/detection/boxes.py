@@ -36,6 +36,8 @@ def named(category: Any, names: Mapping[int, str], known: Collection[str] | None
         if not names or text in names.values() or text in (known or ()):
             return text if text and writable(text) else None
         return next((name for number, name in names.items() if str(number) == text), None)
+    if isinstance(category, float) and category.is_integer():  # as tables write a column of numbers with a gap
+        category = int(category)
     if isinstance(category, bool) or not isinstance(category, int):
         return None
     return names.get(category) if names else str(category)

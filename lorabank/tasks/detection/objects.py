@@ -64,7 +64,7 @@ def _parsed(text: str) -> Any:
 
 def _of_lists(value: Mapping[str, Any]) -> list[RawBox]:
     boxes, categories = (next((name for name in names if name in value), None) for names in (BOXES, CATEGORIES))
-    if boxes is None or categories is None or value[boxes] is None or value[categories] is None:
+    if boxes is None or categories is None:
         raise RowError(f"column {OBJECTS!r}: expected {{bbox, category}}, got {', '.join(map(str, value)) or 'nothing in it'}")
     places, labels = _list(value[boxes], boxes), _list(value[categories], categories)
     if len(places) != len(labels):

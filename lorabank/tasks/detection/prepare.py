@@ -198,9 +198,13 @@ def _without_contradicted(opened: Sequence[_Opened]) -> list[_Opened]:
         if each.row is not None and file is not None:
             said.setdefault(file, set()).add(frozenset(each.row.boxes))
     return [
-        _Opened(None, RowError(CONTRADICTED, each.row.origin)) if each.row and file and len(said[file]) > 1 else each
+        _Opened(None, _contradicted(each.row)) if each.row and file and len(said[file]) > 1 else each
         for each, file in zip(opened, files, strict=True)
     ]
+
+
+def _contradicted(row: DetectionRow) -> RowError:
+    return RowError(CONTRADICTED, f"{row.origin} as image_id {row.image_id}")
 
 
 def _file_of(row: DetectionRow) -> str | None:

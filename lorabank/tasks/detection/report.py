@@ -56,6 +56,10 @@ def notes(
         said[f"{counted(count, 'box', 'boxes')} {why}{left}"] = list(dict.fromkeys(places))
     if stray := [where for part in found.values() for where in part.stray]:
         said[_stray(found)] = stray
+    for part in splits.values():
+        given = Counter(row.image_id for row in part)
+        if twice := [row.origin for row in part if given[row.image_id] > 1]:
+            said.setdefault("with an image_id that another picture has too", []).extend(twice)
     if thin := [row.origin for part in splits.values() for row in part if min(row.width, row.height) == 1]:
         said["only one pixel wide or high"] = thin
     return said

@@ -105,9 +105,7 @@ def test_a_picture_of_one_pixel_is_told(run: Path, tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_no_folder(name: str, run: Path, tmp_path: Path) -> None:
     data = pictures(tmp_path / "in", bad={})
     suffix = Path(name).suffix.lower()
-    with pytest.raises(
-        ConfigError, match=rf"{name}': object-detection writes JSON, no {suffix}\. Name a folder"
-    ):
+    with pytest.raises(ConfigError, match=rf"{name}': object-detection writes JSON, no {suffix}\. Name a folder"):
         api.predict(run, data, tmp_path / name)
     assert not (tmp_path / name).exists()
 

@@ -66,7 +66,8 @@ def test_flags_of_a_table_are_read_as_cocos_are(flag: Any) -> None:
         ({**GOOD, "iscrowd": 0}, "column 'objects': iscrowd: expected a list, an entry a box, got 0"),
         ({**GOOD, "iscrowd": [0, 1]}, "column 'objects': 1 boxes and 2 of iscrowd"),
         ({**GOOD, "iscrowd": ["maybe"]}, "iscrowd: expected 0 or 1, got 'maybe'"),
-        ({"bbox": None, "category": ["red"]}, "column 'objects': expected {bbox, category}, got bbox, category"),
+        ({"bbox": [BOX]}, "column 'objects': expected {bbox, category}, got bbox"),
+        ({"bbox": None, "category": ["red"]}, "column 'objects': bbox: expected a list, an entry a box, got None"),
         ("{'bbox': [[4, 4, 10, 10]]}", "column 'objects': expected {bbox, category}, got text that isn't JSON"),
         ("[" * 100_000, "column 'objects': expected {bbox, category}, got text that isn't JSON"),
         ("5", "column 'objects': expected {bbox, category}, got int"),
@@ -82,6 +83,12 @@ def test_objects_of_another_form_cost_their_own_row(objects: Any, reason: str, t
 def test_numbers_of_categories_may_be_arrays(tmp_path: Path) -> None:
     row = {"image": picture_of([]), "objects": {"bbox": np.array([BOX]), "category": np.array([3])}}
     assert read([row]).train[0].boxes[0].label == "3"
+
+
+def test_rows_with_one_image_id_are_told(tmp_path: Path) -> None:
+    rows = [{**row, "image_id": number} for row, number in zip(saved(tmp_path), (7, 8, 7), strict=True)]
+    note = read(lines(tmp_path, rows)).report.notes["with an image_id that another picture has too"]
+    assert [Path(origin).name for origin in note.origins] == ["0.png", "2.png"]
 
 
 def test_nan_follows_its_own_setting(tmp_path: Path) -> None:
