@@ -10,18 +10,34 @@ import numpy as np
 from torch import Tensor
 
 from lorabank.errors import closest
+from lorabank.tasks.detection.entries import RawBox
 from lorabank.tasks.detection.rows import Box
-from lorabank.tasks.detection.sources import RawBox
 
 SLACK = 1.0
 """Pixels that a box may reach outside unsaid: annotations are rounded."""
 OUTSIDE = "reaching outside the picture"
+_SHOWN = 60
 
 
-def named(category: Any, names: Mapping[int, str]) -> str | None:
-    """A category's name: of a number the declared one, or the number itself where nothing is declared; None for what is none."""
+def writable(name: str) -> bool:
+    """Whether a text can be written to a file: half a surrogate pair can't."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def named(category: Any, names: Mapping[int, str], known: Collection[str] | None = None) -> str | None:
+    """A category's name: a declared or known one, that of a declared number, which may be text, or where nothing is declared
+    the category itself. None for what is none."""
     if isinstance(category, str):
-        return category.strip() or None
+        text = category.strip()
+        if not names or text in names.values() or text in (known or ()):
+            return text if text and writable(text) else None
+        return next((name for number, name in names.items() if str(number) == text), None)
+    if isinstance(category, float) and category.is_integer():  # as tables write a column of numbers with a gap
+        category = int(category)
     if isinstance(category, bool) or not isinstance(category, int):
         return None
     return names.get(category) if names else str(category)
@@ -56,9 +72,10 @@ def check_boxes(
 def _checked(
     raw: RawBox, size: tuple[int, int], names: Mapping[int, str], known: Collection[str] | None, min_box: float, clip: bool
 ) -> tuple[Box | None, str | None]:
-    label = named(raw.category, names)
+    label = named(raw.category, names, known)
     if label is None:
-        return None, f"of a category that isn't declared ({raw.category!r}{closest(str(raw.category), names.values())})"
+        given = str(raw.category)[:_SHOWN]
+        return None, f"of a category that isn't declared ({repr(raw.category)[:_SHOWN]}{closest(given, names.values())})"
     if known is not None and label not in known:
         return None, f"of category {label!r}, none of the {len(known)} known{closest(label, known)}"
     values = _numbers(raw.box)
@@ -88,5 +105,12 @@ def _numbers(box: Any) -> tuple[float, float, float, float] | None:
         return None
     if any(isinstance(value, bool) or not isinstance(value, int | float) for value in box):
         return None
-    x, y, width, height = map(float, box)
+    x, y, width, height = map(_float, box)
     return x, y, width, height
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int of more digits than a float holds
+        return math.inf

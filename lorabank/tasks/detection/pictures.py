@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from lorabank.data.row import RowError
 from lorabank.tasks.decoding import as_rgb, decoded, upright
 from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 Picture = Path | bytes | Image.Image
 """Where a picture is: a file, its bytes, an object."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""Bytes."""
 
 
 def as_picture(value: Any, folder: Path | None) -> Picture:
@@ -24,11 +27,31 @@ def as_picture(value: Any, folder: Path | None) -> Picture:
     if isinstance(value, bytes | Image.Image):
         return value
     if isinstance(value, str | Path) and str(value).strip():
-        path = Path(value).expanduser()
+        path = _from_home(file_named(value))
         return path if folder is None or path.is_absolute() else folder / path
     if value is None or value == "":
         raise RowError("no picture: its cell is empty")
     raise RowError(f"a {type(value).__name__} where a picture was expected (a path, bytes, or a PIL image)")
+
+
+def file_named(name: str | Path) -> Path:
+    """The path of that name. Raises RowError for a name that no file can have."""
+    if "\0" in str(name):
+        raise RowError("a file name with a NUL character, which no file can have")
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        raise RowError("a file name with half a character (a lone surrogate), which no file can have") from None
+    if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        raise RowError("a file name longer than any file's (is it the picture itself, as text?)")
+    return Path(name)
+
+
+def _from_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user: a name that begins so
+        return path
 
 
 def open_picture(picture: Picture, size: tuple[int, int] | None = None) -> tuple[Image.Image, bool, str]:

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.config.checks import check_fraction
 from lorabank.config.train import DataConfig
+from lorabank.data.bad_rows import listed
+from lorabank.data.files import READERS
+from lorabank.data.reasons import MAX_ORIGINS
+from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, closest
 from lorabank.formats.files import write_files
 from lorabank.tasks.detection.draw import drawn
+from lorabank.tasks.detection.pictures import SUFFIXES
 from lorabank.tasks.detection.prepare import prepare
 from lorabank.tasks.detection.rows import Box, DetectionRow
 from lorabank.tasks.own_head import base_note, check_trained, numbered
@@ -24,25 +29,33 @@ if TYPE_CHECKING:
     from lorabank.tasks.detection.task import ObjectDetection
 
 OPTIONS = ("threshold", "draw", "bad_rows")
+LEFT_OUT = "left_out.jsonl"
+"""Pictures that couldn't be used, a line each: {file_name, error}."""
+NO_FOLDERS = {*READERS, *SUFFIXES, ".txt", ".xml", ".yaml", ".zip"} - {".json"}
+"""Suffixes of files, that nobody means a folder by."""
 DRAWN = 20
 """Pictures that are drawn unless said otherwise."""
 
 
 def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
     """Write NAME.json (COCO's results) and drawn pictures into the folder `output`; of one adapter and an output that ends in
-    `.json`, that file alone.
+    `.json`, that file alone. `left_out.jsonl` there, or the returned sentences, have every picture that can't be used, and why.
 
     Options: `threshold`, the lowest score that is written (0) and drawn (the run's `detection.threshold`); `draw`, how many
     pictures are drawn; `bad_rows`, what becomes of those that can't be used (the run's `data.bad_rows`).
     """
     least, draw = _options(wanted)
+    suffix = wanted.output.suffix.lower()
+    if suffix in NO_FOLDERS:
+        raise ConfigError(
+            f"output {str(wanted.output)!r}: object-detection writes JSON, no {suffix}. Name a folder, or a file ending in .json."
+        )
     check_trained(wanted.names, task.model, named=task.scores_base or not numbered(task.base_labels))
-    data = DataConfig(
-        test=wanted.data, limit=wanted.max_rows, bad_rows=wanted.options.get("bad_rows") or task.config.data.bad_rows
-    )
+    bad = wanted.options.get("bad_rows") or task.config.data.bad_rows
+    data = DataConfig(test=wanted.data, limit=wanted.max_rows, bad_rows=bad, nan_rows=bad)
     sets = prepare(data, task.config.detection, seed=0, train=None, val=None, keep=task.store.keep, boxed=False)
     rows = sets.test
-    alone = wanted.output.suffix.lower() == ".json"
+    alone = suffix == ".json"
     if alone and len(wanted.names) > 1:
         raise ConfigError(
             f"output {str(wanted.output)!r}: a file holds the results of one adapter, and there are {', '.join(wanted.names)}. "
@@ -66,14 +79,25 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     if alone:
         write_files(wanted.output.parent, {wanted.output.name: encoded[wanted.names[0]]})
     else:
-        write_files(wanted.output, {f"{name}.json": content for name, content in encoded.items()})
+        left = [json.dumps({"file_name": error.origin, "error": error.reason}) + "\n" for error in sets.errors]
+        beside = {LEFT_OUT: "".join(left).encode()} if left else {}
+        write_files(wanted.output, {f"{name}.json": content for name, content in encoded.items()} | beside)
         if files:
             write_files(wanted.output / "pictures", files)
-    left = sum(reason.count for reason in sets.report.dropped.values())
     counts = ", ".join(f"{name} {sum(entry['score'] >= shown for entry in own):,}" for name, own in results.items())
     own = base_note(wanted.names, task.base_labels, [task.labels_of(name) for name in wanted.names if not is_base(name)])
-    left_out = f"; {counted(left, 'picture')} left out: {next(iter(sets.report.dropped))}" if left else ""
-    return f"{counted(len(rows), 'picture')}{own}; boxes with a score of at least {shown:g}: {counts}{left_out}: {wanted.output}"
+    told = f"{counted(len(rows), 'picture')}{own}; boxes with a score of at least {shown:g}: {counts}: {wanted.output}"
+    told += _left_out(sets.errors, alone) + "".join(f"\n{note}: {each.some}" for note, each in sets.report.notes.items())
+    return told.encode(errors="backslashreplace").decode()  # names that aren't UTF-8 can't be printed as they are
+
+
+def _left_out(errors: Sequence[RowError], alone: bool) -> str:
+    """Lines on pictures that were left out: all of them, or the first where a file of the output has all."""
+    if not errors:
+        return ""
+    all_in = "" if alone else f" (all in {LEFT_OUT})"
+    lines = listed(errors, len(errors) if alone else MAX_ORIGINS)
+    return f"\n{counted(len(errors), 'picture')} left out{all_in}:{lines}"
 
 
 def _options(wanted: Prediction) -> tuple[float | None, int]:

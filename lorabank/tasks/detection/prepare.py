@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from PIL import Image
 
 from lorabank.config.detection import DetectionConfig
 from lorabank.config.train import DataConfig
-from lorabank.data.bad_rows import NAMED, listed, nothing_left, refuse
+from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.hold_out import hold_out
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import main_part, sources_of
-from lorabank.errors import DataError, Setting
+from lorabank.errors import DataError
 from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.detection.boxes import check_boxes
+from lorabank.tasks.detection.entries import Entry, Found
 from lorabank.tasks.detection.pictures import open_picture
-from lorabank.tasks.detection.rows import DetectionRow
-from lorabank.tasks.detection.sources import SPLITS, Entry, Found, find_pictures
-from lorabank.wording import counted
+from lorabank.tasks.detection.report import boxless, facts, notes, refused
+from lorabank.tasks.detection.rows import Box, DetectionRow
+from lorabank.tasks.detection.sources import find_pictures, split_in
 
 Keep = Callable[[str, bool, Image.Image], None]
 """(digest, whether turned upright, RGB): a picture that was opened, to prepare while it is there."""
+CONTRADICTED = "listed more than once, with other boxes each time: put all boxes of a picture into one entry"
 _AHEAD = 128
 _THREADS = 4
 
@@ -40,6 +43,8 @@ class DetectionSets(Splits[DetectionRow]):
     """Categories in the order of a head's outputs."""
     category_ids: Mapping[str, int]
     """Of categories that came with numbers; empty for others."""
+    errors: Sequence[RowError]
+    """One for each picture that was left out, with its file."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,15 @@ def prepare(
         for role, source in sources.items()
     }
     if not boxed:
-        found = {role: replace(part, entries=[replace(each, boxes=()) for each in part.entries]) for role, part in found.items()}
+        found = {role: Found(entries=[replace(each, boxes=()) for each in part.entries]) for role, part in found.items()}
     known = labels or detection.labels
-    opened = _open(found, detection, known, keep, progress)
+    opened = {role: _without_contradicted(part) for role, part in _open(found, detection, known, keep, progress).items()}
     total = sum(map(len, opened.values()))
     errors = [each.error for part in opened.values() for each in part if each.error is not None]
     refuse(errors, total, data, what="pictures")
     faults = _faults(opened)
     if faults and detection.bad_boxes == "stop":
-        raise _refused(faults)
+        raise refused(faults)
     parts = {role: [each.row for each in part if each.row is not None] for role, part in opened.items()}
     for role, part in parts.items():
         if not part:
@@ -101,9 +106,7 @@ def prepare(
     main, declared = splits[role], found[role]
     names = known or _labels(declared, main)
     if boxed and not any(not box.crowd for row in main for box in row.boxes):
-        count, hint = len(main), f" Boxes that were left out:{listed(faults)}" if faults else ""
-        none = f"none of the {count:,} pictures" if count != 1 else "not the only picture"
-        raise DataError(f"{role} data: {none} has a box: nothing to learn from, or to score.{hint}")
+        raise boxless(role, main, faults, found)
     return DetectionSets(
         train=splits["train"],
         val=splits["val"],
@@ -112,10 +115,11 @@ def prepare(
             read=total,
             errors=errors,
             splits=splits,
-            facts=_facts(main, names, trained=role == "train") if boxed else (),
-            notes=_notes(found, faults),
+            facts=facts(main, names, trained=role == "train") if boxed else (),
+            notes=notes(found, faults, splits),
             what="pictures",
         ),
+        errors=errors,
         labels=tuple(names),
         category_ids={name: number for number, name in declared.names.items() if name in names},
     )
@@ -128,9 +132,10 @@ def _held_beside(source: Source, role: str) -> Source | None:
     from lorabank.config.paths import expanded
 
     folder = expanded(source, place="data.train", kind=DataError)
-    if not folder.is_dir() or not any((folder / name).is_dir() for name in SPLITS["train"]):
+    if not folder.is_dir() or split_in(folder, "train") is None:
         return None
-    return next((str(folder / name) for name in SPLITS[role] if (folder / name).is_dir()), None)
+    held = split_in(folder, role)
+    return None if held is None else str(held)
 
 
 def _open(
@@ -185,50 +190,31 @@ def _one(entry: Entry, names: Mapping[int, str], known: Sequence[str] | None, de
     return _Opened(row, None, faults)
 
 
+def _without_contradicted(opened: Sequence[_Opened]) -> list[_Opened]:
+    """Entries of one file that say different boxes are bad ones, all of them: which boxes are that picture's, nothing says."""
+    files = [None if each.row is None else _file_of(each.row) for each in opened]
+    said: dict[str, set[frozenset[Box]]] = {}
+    for each, file in zip(opened, files, strict=True):
+        if each.row is not None and file is not None:
+            said.setdefault(file, set()).add(frozenset(each.row.boxes))
+    return [
+        _Opened(None, _contradicted(each.row)) if each.row and file and len(said[file]) > 1 else each
+        for each, file in zip(opened, files, strict=True)
+    ]
+
+
+def _contradicted(row: DetectionRow) -> RowError:
+    return RowError(CONTRADICTED, f"{row.origin} as image_id {row.image_id}")
+
+
+def _file_of(row: DetectionRow) -> str | None:
+    return os.path.realpath(row.picture) if isinstance(row.picture, Path) else None
+
+
 def _faults(opened: Mapping[str, Sequence[_Opened]]) -> list[RowError]:
     """One for every box that isn't as it should be."""
     rows = [(each.row, each.faults) for part in opened.values() for each in part if each.row is not None]
     return [RowError(why, row.origin) for row, faults in rows for why in faults]
-
-
-def _refused(faults: Sequence[RowError]) -> DataError:
-    return DataError(
-        f"data: {counted(len(faults), 'box', 'boxes')} can't be used unchanged:{listed(faults, NAMED)}\nCorrect them, or set ",
-        Setting("detection.bad_boxes"),
-        " to clip or drop, which count them.",
-    )
-
-
-def _notes(found: Mapping[str, Found], faults: Sequence[RowError]) -> dict[str, list[str]]:
-    counts = Counter(fault.reason for fault in faults)
-    notes: dict[str, list[str]] = {}
-    for why, count in counts.most_common():
-        left = "" if why.endswith("cut off") else ", left out"
-        places = [fault.origin for fault in faults if fault.reason == why]
-        notes[f"{counted(count, 'box', 'boxes')} {why}{left}"] = list(dict.fromkeys(places))
-    if stray := [where for part in found.values() for where in part.stray]:
-        notes["annotations of pictures that the file doesn't list, left out"] = stray
-    return notes
-
-
-def _facts(rows: Sequence[DetectionRow], labels: Sequence[str], *, trained: bool) -> list[str]:
-    counts = Counter(box.label for row in rows for box in row.boxes)
-    if not counts:
-        return []
-    shown = ", ".join(f"{label} {count:,}" for label, count in counts.most_common(8))
-    where, kind = (" in training", "training ") if trained else ("", "")
-    facts = [
-        f"{counted(len(labels), 'category', 'categories')}, "
-        f"{counted(sum(counts.values()), 'box', 'boxes')}{where}: {shown}{', …' if len(counts) > 8 else ''}"
-    ]
-    if empty := sum(not row.boxes for row in rows):
-        facts.append(f"{counted(empty, f'{kind}picture')} without a box{': they teach what is nothing' if trained else ''}")
-    if absent := [label for label in labels if label not in counts]:
-        facts.append(
-            f"{counted(len(absent), 'category', 'categories')} without a {kind}box: "
-            f"{', '.join(absent[:8])}{', …' if len(absent) > 8 else ''}"
-        )
-    return facts
 
 
 def _labels(found: Found, rows: Sequence[DetectionRow]) -> list[str]:

@@ -200,9 +200,10 @@ class ObjectDetection(Task[DetectionRow]):
         known = set(self._labels.get(name, ()))
         held: Sequence[Any] = spread(job.val, self.config.eval.max_rows)
         if held and not any(box.label in known and not box.crowd for row in held for box in row.boxes):
+            single = " round a single thing" if any(box.crowd for row in held for box in row.boxes) else ""
             raise DataError(
-                f"adapter {name!r}: none of the {len(held):,} held-out pictures of {job.data} has a box, so nothing could be "
-                "scored. Hold out others (data.val), more (data.val_split), or none (data.val_split: 0)."
+                f"adapter {name!r}: none of the {len(held):,} held-out pictures of {job.data} has a box{single}, so nothing "
+                "could be scored. Hold out others (data.val), more (data.val_split), or none (data.val_split: 0)."
             )
 
     def labels(self, adapter: str) -> int | None:

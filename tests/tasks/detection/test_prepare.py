@@ -101,6 +101,7 @@ FAULTS: list[tuple[list[Any], str | None, str]] = [
     ([4, float("nan"), 5, 5], "red", "with NaN or infinite numbers, left out"),
     ([4, 4, float("inf"), 5], "red", "with NaN or infinite numbers, left out"),
     ([4, 4, 5], "red", "that aren't four numbers"),
+    ([4, 4, 10**400, 5], "red", "with NaN or infinite numbers, left out"),
     ([4, 4, "5", 5], "red", "that aren't four numbers"),
     (GOOD, "red", "there twice, left out"),
     ([4, 4, 5, 5], None, "of a category that isn't declared"),
@@ -174,12 +175,12 @@ def test_pictures_without_a_box_stay_and_annotations_of_none_are_told(tmp_path: 
     path = coco_folder(tmp_path, 3)
     content = json.loads(path.read_text())
     content["annotations"] = [note for note in content["annotations"] if note["image_id"] != 101]
-    content["annotations"].append({"id": 99, "image_id": 7, "category_id": 1, "bbox": GOOD})
+    content["annotations"] += [{"id": 99 + i, "image_id": 7, "category_id": 1, "bbox": GOOD} for i in range(2)]
     path.write_text(json.dumps(content))
     sets = read(str(path))
     report = "\n".join(sets.report.lines())
     assert len(sets.train) == 3 and "1 training picture without a box" in report
-    assert "annotations of pictures that the file doesn't list" in report and "image_id 7" in report
+    assert "2 annotations of pictures that the file doesn't list" in report and "image_id 7" in report
 
 
 def test_a_turned_picture_s_boxes_are_of_the_size_that_its_annotations_say() -> None:
