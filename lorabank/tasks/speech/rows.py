@@ -14,7 +14,7 @@ import numpy as np
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import refusal, refuse
-from lorabank.data.row import RowError
+from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
 from lorabank.errors import DataError
 from lorabank.tasks.speech.audio import Sound, load_sound
@@ -156,7 +156,8 @@ def make_rows(
 def _named(error: RowError, utterance: Utterance) -> RowError:
     """The error with the recording's name beside its row."""
     origin = error.at(utterance.origin).origin
-    return RowError(error.reason, origin if utterance.name == origin else f"{origin}, {utterance.name}")
+    where = origin if utterance.name == origin else f"{origin}, {utterance.name}"
+    return NanError(error.column, where) if isinstance(error, NanError) else RowError(error.reason, where)
 
 
 class TooLongError(RowError):
@@ -176,6 +177,8 @@ def _rows_of(
     notes: dict[str, list[str]],
     changes: Counter[str],
 ) -> list[SpeechRow]:
+    if utterance.fault is not None:
+        raise utterance.fault
     if not utterance.text.strip():
         raise RowError("there is no transcript")
     segments = parse(utterance.text)
@@ -183,9 +186,7 @@ def _rows_of(
         raise RowError("there is no transcript")
     if not has_times(segments) and config.timestamps == "keep":
         raise RowError("the transcript has no timestamps, and speech.timestamps is keep")
-    if utterance.audio is None:
-        raise RowError("the row names no recording")
-    sound = load_sound(utterance.audio, rate, near=utterance.near)
+    sound = utterance.sound(rate)
     changes.update(changes_of(sound, rate))
     if has_times(segments):
         check_times(segments, sound.seconds)

@@ -23,7 +23,6 @@ from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.data.split import group_of
 from lorabank.errors import DataError, closest
-from lorabank.tasks.speech.audio import load_sound
 from lorabank.tasks.speech.read import TEXT_COLUMNS, Utterance, held_out_folders, read_utterances
 
 
@@ -154,11 +153,11 @@ def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, li
 
 
 def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: Limits, group_by: str | None) -> SynthesisRow:
+    if utterance.fault is not None:
+        raise utterance.fault
     ids = _ids(utterance.text, processor, limits)
-    if utterance.audio is None:
-        raise RowError("the row names no recording")
     features = processor.feature_extractor
-    sound = load_sound(utterance.audio, features.sampling_rate, near=utterance.near)
+    sound = utterance.sound(features.sampling_rate)
     if sound.seconds > config.max_seconds:
         raise RowError(f"longer than {config.max_seconds:g} s (synthesis.max_seconds)")
     made = features(audio_target=sound.samples_S, sampling_rate=features.sampling_rate, return_tensors="np")
