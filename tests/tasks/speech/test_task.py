@@ -237,9 +237,13 @@ def test_what_can_be_known_is_refused_before_training(base: Path, voices: dict[s
     with pytest.raises(DataError, match="recordings can't be used"):
         broken = audio_folder(tmp_path / "broken", [("a.wav", tone(0.3, 300), "a"), ("b.wav", np.zeros(99, np.float32), "b")])
         lb.train(model=str(base), data=str(broken), bad_rows="stop", **{**SETTINGS, "val_split": 0})
-    with pytest.raises(DataError, match="empty once normalised"):
-        fillers = two_tones(tmp_path / "fillers", 4, {300.0: "um", 1200.0: "uh"})
+    with pytest.raises(DataError, match=r"fillers/metadata\.csv:\d '(um|🙂)'.*\. Set data\.val to rows .* data\.val_split to 0"):
+        fillers = two_tones(tmp_path / "fillers", 4, {300.0: "um", 1200.0: "🙂"})
         lb.train(model=str(base), data=str(fillers), **SETTINGS)
+    with pytest.raises(DataError, match="empty once normalised"):  # of those that are scored, each
+        (tmp_path / "val.csv").write_text("audio,text\n" + "".join(f"fillers/{i}.wav,{t}\n" for i, t in ((0, "um"), (1, "a"))))
+        scored = {**SETTINGS, "eval": {**SETTINGS["eval"], "max_prompts": 1}, "val_data": str(tmp_path / "val.csv")}
+        lb.train(model=str(base), data=data, **scored)
     with pytest.raises(ConfigError, match="expected a WhisperProcessor, got a WhisperTokenizer"):
         model, processor = tiny_whisper()
         lb.train(model=model, tokenizer=processor.tokenizer, data=data, **SETTINGS)
