@@ -53,6 +53,11 @@ class Utterance:
     fault: RowError | None = None
     """Why it can't be used, where that is known before it is decoded: its text is none, or its folder may not be read."""
 
+    @property
+    def place(self) -> str:
+        """Its row, and its name beside it."""
+        return self.origin if self.name == self.origin else f"{self.origin}, {self.name}"
+
     def sound(self, rate: int) -> Sound:
         """Its samples at `rate`. Raises RowError, also for its `fault`."""
         if self.fault is not None:

@@ -18,6 +18,7 @@ from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
 from lorabank.errors import DataError
 from lorabank.tasks.speech.audio import Sound, load_sound
+from lorabank.tasks.speech.doubts import doubts
 from lorabank.tasks.speech.read import Utterance
 from lorabank.tasks.speech.tokens import SpeechTokens
 from lorabank.tasks.speech.transcripts import STEP_S, Segment, check_times, has_times, parse, plain_text, windows, with_times
@@ -155,9 +156,7 @@ def make_rows(
 
 def _named(error: RowError, utterance: Utterance) -> RowError:
     """The error with the recording's name beside its row."""
-    origin = error.at(utterance.origin).origin
-    where = origin if utterance.name == origin else f"{origin}, {utterance.name}"
-    return NanError(error.column, where) if isinstance(error, NanError) else RowError(error.reason, where)
+    return NanError(error.column, utterance.place) if isinstance(error, NanError) else RowError(error.reason, utterance.place)
 
 
 class TooLongError(RowError):
@@ -192,10 +191,13 @@ def _rows_of(
         check_times(segments, sound.seconds)
     group = group_of(utterance.values or {}, group_by, utterance.origin)
     group = _digest(sound.samples_S) if group is None else group
-    return [
+    rows = [
         _row(utterance, sound, start, end, part, config, tokens, group)
         for start, end, part in _parts(sound, segments, config, utterance, notes)
     ]
+    for doubt in doubts(utterance.text, sound):
+        notes.setdefault(doubt, []).append(utterance.place)
+    return rows
 
 
 def changes_of(sound: Sound, rate: int) -> list[str]:

@@ -20,6 +20,7 @@ from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.data.split import group_of
+from lorabank.tasks.speech.doubts import doubts
 from lorabank.tasks.speech.read import Utterance, held_out_folders, read_utterances
 
 
@@ -95,14 +96,16 @@ def prepare(
     read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
     errors: list[RowError] = []
+    notes: dict[str, list[str]] = {}
     parts: dict[str, list[SynthesisRow]] = {}
     for role, utterances in read.items():
         parts[role], before = [], len(errors)
         for utterance in utterances:
             try:
-                parts[role].append(_row(utterance, config, processor, limits, data.group_by if role == "train" else None))
+                group_by = data.group_by if role == "train" else None
+                parts[role].append(_row(utterance, config, processor, limits, group_by, notes))
             except RowError as error:
-                errors.append(error.at(f"{utterance.origin}: {utterance.name}" if utterance.name else utterance.origin))
+                errors.append(error.at(utterance.place))
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -113,11 +116,18 @@ def prepare(
     lengths = ", ".join(f"{sum(row.seconds for row in part):,.1f} s {name}" for name, part in splits.items() if part)
     speakers = len({row.speaker for row in splits[main_part(parts)] if any(row.speaker)})
     facts = [lengths, f"{speakers} speakers' embeddings" if speakers else "no speakers' embeddings: zeros"]
-    report = row_report(read=total, errors=errors, splits=splits, facts=facts, what="recordings")
+    report = row_report(read=total, errors=errors, splits=splits, facts=facts, notes=notes, what="recordings")
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
 
 
-def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: Limits, group_by: str | None) -> SynthesisRow:
+def _row(
+    utterance: Utterance,
+    config: SynthesisConfig,
+    processor: Any,
+    limits: Limits,
+    group_by: str | None,
+    notes: dict[str, list[str]],
+) -> SynthesisRow:
     if utterance.fault is not None:
         raise utterance.fault
     ids = token_ids(utterance.text, processor, limits)
@@ -130,16 +140,20 @@ def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: 
     mel = mel[: len(mel) // limits.reduction * limits.reduction]
     if not len(mel):
         raise RowError("too short for a spectrum")
+    values = utterance.values or {}
+    speaker, group = speaker_of(values, config, limits), group_of(values, group_by, utterance.origin)
+    for doubt in doubts(utterance.text, sound):
+        notes.setdefault(doubt, []).append(utterance.place)
     return SynthesisRow(
         origin=utterance.origin,
         name=utterance.name,
         text=utterance.text,
         input_ids=ids,
         mel_TM=mel,
-        speaker=speaker_of(utterance.values or {}, config, limits),
+        speaker=speaker,
         seconds=sound.seconds,
         digest=hashlib.blake2b(np.ascontiguousarray(mel).tobytes(), digest_size=16).hexdigest(),
-        group=group_of(utterance.values or {}, group_by, utterance.origin),
+        group=group,
     )
 
 

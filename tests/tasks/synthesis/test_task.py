@@ -16,7 +16,7 @@ from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 import lorabank as lb
 from lorabank import api
 from lorabank.config.synthesis import SynthesisConfig
-from lorabank.config.train import TrainConfig
+from lorabank.config.train import DataConfig, TrainConfig
 from lorabank.errors import ConfigError, DataError, ModelError, OutputError
 from lorabank.tasks.synthesis.loss import seeded, synthesis_loss
 from lorabank.tasks.synthesis.rows import SynthesisRow
@@ -209,6 +209,27 @@ def test_griffin_lim_gives_the_spectrum_back(processor: Any) -> None:
     loud = mel[:count] > mel.max() - 2
     error = np.abs(mel[:count].numpy() - again[:count])[loud.numpy()].mean()
     assert loud.sum() > 40 and error < 0.15
+
+
+def test_nan_follows_its_setting_and_slips_are_noted(processor: Any) -> None:
+    task = SpeechSynthesis(TrainConfig(task="text-to-speech"), tiny_model(), processor, {})
+    rows = spoken_rows(6)
+    rows[0]["text"], rows[1]["text"] = "NaN", float("nan")
+    loud = {"array": rows[2]["audio"]["array"] * 32768, "sampling_rate": RATE}
+    rows[2] |= {"audio": loud}
+
+    def read(**data: Any) -> Any:
+        config = TrainConfig(task="text-to-speech", data=DataConfig(val_split=0, **data))
+        return task.read(config, RowObjects(train=rows)).by_adapter["default"]
+
+    with pytest.raises(DataError, match=r"NaN, a missing value, in 1 of 6 recordings"):
+        read()
+    found = read(nan_rows="drop", bad_rows="stop")
+    assert list(found.report.dropped) == ["column 'text' holds NaN"]
+    assert len(found.train) == 5 and found.train[0].text == "NaN"
+    words, far = found.report.notes.items()
+    assert "trained as that word" in words[0] and words[1].origins == ("row 1 of the train rows given",)
+    assert "divided by 32,768" in far[0] and far[1].origins == ("row 3 of the train rows given",)
 
 
 def test_rows_that_cannot_be_used_are_named(base: Path, tmp_path: Path) -> None:
