@@ -20,8 +20,8 @@ def escaped(text: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A name, escaped, and cut where it is longer than a file's may be."""
-    whole = escaped(name)
+    """A name in one line, escaped, and cut where it is longer than a file's may be."""
+    whole = escaped("".join(f"\\x{ord(mark):02x}" if mark < " " or mark == "\x7f" else mark for mark in name))
     too_long = len(name) > LONGEST_PATH or any(len(part) > LONGEST for part in Path(name).parts)
     return f"{whole[:_SHOWN]}…" if too_long else whole
 

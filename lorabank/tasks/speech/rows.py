@@ -14,6 +14,7 @@ import numpy as np
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import refusal, refuse
+from lorabank.data.formats import refuse_nan
 from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
 from lorabank.errors import DataError
@@ -189,6 +190,8 @@ def _rows_of(
     changes.update(changes_of(sound, rate))
     if has_times(segments):
         check_times(segments, sound.seconds)
+    if group_by is not None:
+        refuse_nan((utterance.values or {}).get(group_by), group_by)
     group = group_of(utterance.values or {}, group_by, utterance.origin)
     group = _digest(sound.samples_S) if group is None else group
     rows = [

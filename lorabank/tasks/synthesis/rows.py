@@ -13,6 +13,7 @@ from lorabank.config.speech import SpeechConfig
 from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
+from lorabank.data.formats import refuse_nan
 from lorabank.data.hold_out import hold_out
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
@@ -141,6 +142,8 @@ def _row(
     if not len(mel):
         raise RowError("too short for a spectrum")
     values = utterance.values or {}
+    if group_by is not None:
+        refuse_nan(values.get(group_by), group_by)
     speaker, group = speaker_of(values, config, limits), group_of(values, group_by, utterance.origin)
     for doubt in doubts(utterance.text, sound):
         notes.setdefault(doubt, []).append(utterance.place)

@@ -50,6 +50,7 @@ def test_numbers_are_text(tmp_path: Path) -> None:
         ({"transcription": ["a"]}, "column 'transcription': expected text, got list"),
         ({"transcription": None}, "there is no transcript"),
         ({"transcription": "a", "file_name": "x\ud83d.wav"}, "holds NUL or half of a surrogate pair"),
+        ({"transcription": "a", "file_name": "a\0b.wav"}, "holds NUL or half of a surrogate pair"),
         ({"transcription": "a", "file_name": "~draft 1.wav"}, "there is no such recording"),
         ({"transcription": "a", "file_name": "UklGRiQAAABXQVZF" * 1000}, "longer than a file's may be"),
         ({"transcription": "a", "file_name": None}, "the row names no recording"),
@@ -64,16 +65,18 @@ def test_what_is_no_text_or_no_name_is_a_bad_row(row: dict[str, Any], reason: st
     lines = "\n".join(found.report.lines())
     assert f"{table}:2" in lines and len(lines) < 1000
     lines.encode()  # as a report is written
+    assert not any(mark < " " for mark in lines if mark != "\n")
     with pytest.raises(DataError, match="1 of 2 recordings can't be used"):
         prepared(str(table), replace(ALL, bad_rows="stop"))
 
 
-@pytest.mark.parametrize("column", ["transcription", "file_name"])
+@pytest.mark.parametrize("column", ["transcription", "file_name", "speaker"])
 def test_nan_follows_its_own_setting(column: str, tmp_path: Path) -> None:
-    table = rows_file(tmp_path, {"transcription": "a", column: float("nan")})
+    table = rows_file(tmp_path, {"transcription": "a", "speaker": "ann", column: float("nan")})
+    table.write_text(table.read_text().replace('"low"', '"low", "speaker": "bob"'))
     with pytest.raises(DataError, match=r"NaN, a missing value, in 1 of 2 recordings(.|\n)*data\.nan_rows to drop"):
-        prepared(str(table), replace(ALL, bad_rows="drop"))
-    found = prepared(str(table), replace(ALL, nan_rows="drop", bad_rows="stop"))
+        prepared(str(table), replace(ALL, group_by="speaker"))
+    found = prepared(str(table), replace(ALL, nan_rows="drop", bad_rows="stop", group_by="speaker"))
     assert (len(found.train), list(found.report.dropped)) == (1, [f"column {column!r} holds NaN"])
 
 

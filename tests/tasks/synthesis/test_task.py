@@ -224,6 +224,10 @@ def test_nan_follows_its_setting_and_slips_are_noted(processor: Any) -> None:
 
     with pytest.raises(DataError, match=r"NaN, a missing value, in 1 of 6 recordings"):
         read()
+    for row in rows:
+        row["speaker"] = float("nan")
+    with pytest.raises(DataError, match=r"5 × column 'speaker' holds NaN"):
+        read(group_by="speaker")
     found = read(nan_rows="drop", bad_rows="stop")
     assert list(found.report.dropped) == ["column 'text' holds NaN"]
     assert len(found.train) == 5 and found.train[0].text == "NaN"
