@@ -18,8 +18,8 @@ def given(array: Any, rate: object) -> tuple[np.ndarray, int]:
     hz = _whole(rate)
     try:
         samples = np.asarray(array)
-    except (ValueError, TypeError, OverflowError) as error:  # rows of unequal lengths, a number of 400 digits
-        raise RowError("the samples are no array: channels of different lengths, or what no number of 64 bits holds") from error
+    except ValueError as error:  # rows of unequal lengths
+        raise RowError("the samples are no array: channels of different lengths") from error
     if samples.dtype.kind in "iu":
         samples = _scaled(samples)
     if samples.dtype.kind != "f" or samples.ndim not in (1, 2):

@@ -18,6 +18,7 @@ from lorabank.errors import ConfigError, DataError, OutputError, closest
 from lorabank.formats.files import write_files
 from lorabank.tasks.speech.audio import Sound
 from lorabank.tasks.speech.hearing import Hearing
+from lorabank.tasks.speech.left_out import left_out
 from lorabank.tasks.speech.names import escaped
 from lorabank.tasks.speech.read import Utterance, read_utterances
 from lorabank.tasks.speech.subtitles import WRITERS
@@ -95,10 +96,8 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, config: Trai
 
 def _told(found: Sequence[Transcript], dropped: Sequence[RowError], wanted: Prediction) -> str:
     """What was done, and what wasn't, in a line."""
-    some = f"{'; '.join(map(str, dropped[:5]))}{'; …' if len(dropped) > 5 else ''}"
-    left_out = f" {len(dropped)} left out: {some}." if dropped else ""
     seconds, by = sum(one.seconds for one in found), ", ".join(wanted.names)
-    return f"{counted(len(found), 'recording')} ({seconds:.1f} s) transcribed by {by}: {wanted.output}.{left_out}"
+    return f"{counted(len(found), 'recording')} ({seconds:.1f} s) transcribed by {by}: {wanted.output}.{left_out(dropped)}"
 
 
 def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, DataError, OutputError, closest
 from lorabank.formats.files import write_files
 from lorabank.tasks.speech.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, as_wav
+from lorabank.tasks.speech.left_out import left_out
 from lorabank.tasks.speech.names import escaped
 from lorabank.tasks.synthesis.rows import SynthesisRow
 from lorabank.tasks.synthesis.texts import texts
@@ -58,13 +58,8 @@ def predict(task: SpeechSynthesis, engine: Engine, wanted: Prediction, *, busy: 
             done += 1
             busy("saying", done, len(rows) * len(wanted.names))
         write_files(wanted.output / name, {**files, "metadata.csv": table.getvalue().encode()})
-    said = f"{counted(len(rows), 'text')} said by {', '.join(wanted.names)}: {wanted.output}"
-    return escaped(said + _left_out(dropped))
-
-
-def _left_out(dropped: Sequence[RowError]) -> str:
-    some = f"{'; '.join(map(str, dropped[:5]))}{'; …' if len(dropped) > 5 else ''}"
-    return f". {len(dropped)} left out: {some}." if dropped else ""
+    said = f"{counted(len(rows), 'text')} said by {', '.join(wanted.names)}: {wanted.output}."
+    return escaped(said + left_out(dropped))
 
 
 def _check_output(output: Path) -> None:
