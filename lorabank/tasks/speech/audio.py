@@ -17,9 +17,13 @@ import numpy as np
 from lorabank.data.row import RowError
 from lorabank.errors import MissingExtraError
 from lorabank.tasks.speech import mp3
+from lorabank.tasks.speech.arrays import given
+from lorabank.tasks.speech.names import file_named
 from lorabank.tasks.speech.whole import MP3, MP3_SLACK, UNKNOWN, check_whole, is_counted, missing_samples
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf")
+UNREAD_SUFFIXES = (".m4a", ".m4b", ".aac", ".wma", ".amr", ".ac3", ".ape", ".mka", ".ra", ".wv")
+"""Of recordings that libsndfile doesn't read: they are named, not left out in silence."""
 SILENT = 10 ** (-80 / 20)
 """Peak below which a recording holds nothing: −80 dB of full scale, a few steps of 16 bits."""
 SHORTEST_S = 0.02
@@ -76,7 +80,7 @@ def _decoded(source: Any, near: Path | None) -> tuple[np.ndarray, int]:
     """(samples (S,) or (S, C), samples a second)."""
     if isinstance(source, Mapping):
         if source.get("array") is not None:
-            return _given(source["array"], source.get("sampling_rate"))
+            return given(source["array"], source.get("sampling_rate"))
         inner = source.get("bytes") if source.get("bytes") is not None else source.get("path")
         if inner is None:
             raise RowError(
@@ -86,36 +90,17 @@ def _decoded(source: Any, near: Path | None) -> tuple[np.ndarray, int]:
     if isinstance(source, bytes | bytearray | memoryview):
         return _read(io.BytesIO(source), "the recording")
     if isinstance(source, str | Path):
-        if not str(source).strip():
-            raise RowError("the recording's path is empty")
-        path = Path(source).expanduser()
-        path = path if path.is_absolute() or near is None else near / path
-        if path.is_dir():
-            raise RowError("the recording is a folder, not a file")
-        if not path.is_file():
-            raise RowError("there is no such recording")
+        path = file_named(source, near)
         try:
             with path.open("rb") as file:
                 return _read(file, "the recording")
+        except RowError as error:
+            if (suffix := path.suffix.lower()) in UNREAD_SUFFIXES:
+                raise RowError(f"libsndfile doesn't read {suffix}: convert it to WAV or FLAC, as ffmpeg does") from error
+            raise
         except OSError as error:
             raise RowError(f"the recording can't be read ({error.strerror})") from error
     raise RowError(f"a recording is a path, bytes, or a dict of samples; got {type(source).__name__}")
-
-
-def _given(array: Any, rate: object) -> tuple[np.ndarray, int]:
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or rate != int(rate):
-        raise RowError(f"samples need a whole sampling_rate, got {rate!r}")
-    try:
-        samples = np.asarray(array)
-    except ValueError as error:  # rows of unequal lengths
-        raise RowError("the samples are no array: channels of different lengths") from error
-    if samples.dtype.kind in "iu":
-        samples = samples / float(np.iinfo(samples.dtype).max)
-    if samples.dtype.kind != "f" or samples.ndim not in (1, 2):
-        raise RowError(f"samples are numbers, one or two dimensions; got {samples.dtype} of shape {samples.shape}")
-    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
-        samples = samples.T  # channels first, as torch has them
-    return samples.astype(np.float32), int(rate)
 
 
 def _read(file: BinaryIO, what: str) -> tuple[np.ndarray, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, DataError, OutputError, closest
 from lorabank.formats.files import write_files
-from lorabank.tasks.speech.audio import Sound, load_sound
+from lorabank.tasks.speech.audio import Sound
 from lorabank.tasks.speech.hearing import Hearing
+from lorabank.tasks.speech.left_out import left_out
+from lorabank.tasks.speech.names import escaped
 from lorabank.tasks.speech.read import Utterance, read_utterances
 from lorabank.tasks.speech.subtitles import WRITERS
 from lorabank.tasks.speech.tokens import SpeechTokens
@@ -48,9 +50,11 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, config: Trai
     """Transcribe a recording, a folder of them, or the rows of a table, of any length; returns what was done in a sentence.
 
     By the output's suffix: `.jsonl` has a line a recording (name, seconds, and each adapter's text; segments with times where
-    timestamps were asked for), `.txt`, `.srt` and `.vtt` are one adapter's transcript of one recording. Without a suffix it is a
-    folder with `NAME.ADAPTER.txt`, `.srt` and `.vtt` for each. Recordings that can't be read are named, and left
-    out or refused as `data.bad_rows` says. Raises DataError, OutputError and ConfigError before anything is transcribed.
+    timestamps were asked for; of one that can't be read why, as `error`), `.txt`, `.srt` and `.vtt` are one adapter's transcript
+    of one recording. Without a suffix it is a folder with `NAME.ADAPTER.txt`, `.srt` and `.vtt` for each. Recordings that can't
+    be read are named, and left out or refused as `data.bad_rows` says.
+
+    Raises DataError, OutputError and ConfigError before anything is transcribed.
     """
     if unknown := [name for name in wanted.options if name not in OPTIONS]:
         raise ConfigError(f"predict: unknown option {unknown[0]!r}{closest(unknown[0], OPTIONS)}")
@@ -69,24 +73,31 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, config: Trai
     data = replace(config.data, bad_rows=wanted.options.get("bad_rows") or config.data.bad_rows)
     if data.bad_rows == "stop":
         _check_all(utterances, hearing.rate, data, busy)
-    found: list[Transcript] = []
-    dropped: list[RowError] = []
+    found: dict[int, Transcript] = {}
+    dropped: dict[int, RowError] = {}
     for sounds in _portions(utterances, hearing.rate, dropped):
         hearing.forget()
 
         def told(at: int, of: int, done: int = len(found) + len(dropped), part: int = len(sounds)) -> None:
             busy("transcribing", min(len(utterances) - 1, done + part * at // of), len(utterances))
 
-        found += _transcripts(engine, hearing, tokens, language, wanted.names, sounds, manner, timed, told)
+        found |= _transcripts(engine, hearing, tokens, language, wanted.names, sounds, manner, timed, told)
     busy("transcribing", len(utterances), len(utterances))
     if not found:
-        raise DataError(f"{wanted.data}: none of {counted(len(utterances), 'recording')} can be read:{listed(dropped, NAMED)}")
-    where = _write(found, wanted, suffix, timed)
-    left_out = (
-        f" {len(dropped)} left out: {'; '.join(map(str, dropped[:5]))}{'; …' if len(dropped) > 5 else ''}." if dropped else ""
-    )
-    seconds = sum(one.seconds for one in found)
-    return f"{counted(len(found), 'recording')} ({seconds:.1f} s) transcribed by {', '.join(wanted.names)}: {where}.{left_out}"
+        errors = list(dropped.values())
+        raise DataError(f"{wanted.data}: none of {counted(len(utterances), 'recording')} can be read:{listed(errors, NAMED)}")
+    if suffix == JSON_LINES:
+        rest = {place: _unread(utterances[place], wanted.names, error) for place, error in dropped.items()}
+        _write_lines({place: _line(one, timed) for place, one in found.items()} | rest, wanted.output)
+    else:
+        _write(list(found.values()), wanted.output, suffix)
+    return escaped(_told(list(found.values()), list(dropped.values()), wanted))
+
+
+def _told(found: Sequence[Transcript], dropped: Sequence[RowError], wanted: Prediction) -> str:
+    """What was done, and what wasn't, in a line."""
+    seconds, by = sum(one.seconds for one in found), ", ".join(wanted.names)
+    return f"{counted(len(found), 'recording')} ({seconds:.1f} s) transcribed by {by}: {wanted.output}.{left_out(dropped)}"
 
 
 def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:
@@ -110,17 +121,19 @@ def _check_languages(utterances: Sequence[Utterance], language: str | None, toke
         tokens.code(language)
 
 
-def _portions(utterances: Sequence[Utterance], rate: int, dropped: list[RowError]) -> Iterator[list[tuple[Utterance, Sound]]]:
-    """Recordings, decoded, some PORTION_S seconds of them at a time; what can't be read goes to `dropped`."""
-    held: list[tuple[Utterance, Sound]] = []
-    for utterance in utterances:
+def _portions(
+    utterances: Sequence[Utterance], rate: int, dropped: dict[int, RowError]
+) -> Iterator[dict[int, tuple[Utterance, Sound]]]:
+    """Recordings by their place, decoded, some PORTION_S seconds of them at a time; what can't be read goes to `dropped`."""
+    held: dict[int, tuple[Utterance, Sound]] = {}
+    for place, utterance in enumerate(utterances):
         try:
-            held.append((utterance, load_sound(utterance.audio, rate, near=utterance.near)))
+            held[place] = utterance, utterance.sound(rate)
         except RowError as error:
-            dropped.append(RowError(error.reason, utterance.name))
-        if sum(sound.seconds for _, sound in held) >= PORTION_S:
+            dropped[place] = RowError(error.reason, utterance.name)
+        if sum(sound.seconds for _, sound in held.values()) >= PORTION_S:
             yield held
-            held = []
+            held = {}
     if held:
         yield held
 
@@ -130,7 +143,7 @@ def _check_all(utterances: Sequence[Utterance], rate: int, data: DataConfig, bus
     dropped: list[RowError] = []
     for done, utterance in enumerate(utterances, 1):
         try:
-            load_sound(utterance.audio, rate, near=utterance.near)
+            utterance.sound(rate)
         except RowError as error:
             dropped.append(RowError(error.reason, utterance.name))
         busy("checking recordings", done, len(utterances))
@@ -143,14 +156,14 @@ def _transcripts(
     tokens: SpeechTokens,
     language: str | None,
     names: Sequence[str],
-    sounds: Sequence[tuple[Utterance, Sound]],
+    sounds: Mapping[int, tuple[Utterance, Sound]],
     manner: Manner,
     timed: bool,
     told: Callable[[int, int], None],
-) -> list[Transcript]:
+) -> dict[int, Transcript]:
     jobs: list[Heard] = []
     places: list[tuple[int, str, float, float]] = []
-    for number, (utterance, sound) in enumerate(sounds):
+    for number, (utterance, sound) in sounds.items():
         for start, end in cuts(sound.samples_S, sound.rate, hearing.window):
             for name in names:
                 places.append((number, name, start, end))
@@ -165,9 +178,10 @@ def _transcripts(
                     )
                 )
     heard = transcribe(engine, hearing, tokens, jobs, manner, told)
-    found = [
-        Transcript(utterance=utterance, seconds=sound.seconds, heard={name: [] for name in names}) for utterance, sound in sounds
-    ]
+    found = {
+        number: Transcript(utterance=utterance, seconds=sound.seconds, heard={name: [] for name in names})
+        for number, (utterance, sound) in sounds.items()
+    }
     for (number, name, start, end), segments in zip(places, heard, strict=True):
         found[number].heard[name] += moved(segments, start, end)
     return found
@@ -178,34 +192,43 @@ def _part(sound: Sound, start: float, end: float) -> Callable[[], np.ndarray]:
     return lambda: sound.samples_S[first:last]
 
 
-def _write(found: Sequence[Transcript], wanted: Prediction, suffix: str, timed: bool) -> Path:
-    output = wanted.output
-    if suffix == JSON_LINES:
-        lines = [json.dumps(_line(one, timed), ensure_ascii=False, default=str) + "\n" for one in found]
-        write_files(output.parent, {output.name: "".join(lines)})
-    elif suffix:
+def _write_lines(lines: Mapping[int, Mapping[str, Any]], output: Path) -> None:
+    """JSON lines in the order of their places. What is no UTF-8 in a row's columns is escaped, as JSON has it."""
+    text = "".join(json.dumps(lines[place], ensure_ascii=False, default=str) + "\n" for place in sorted(lines))
+    write_files(output.parent, {output.name: text})
+
+
+def _write(found: Sequence[Transcript], output: Path, suffix: str) -> None:
+    if suffix:
         (segments,) = found[0].heard.values()
         write_files(output.parent, {output.name: WRITERS[suffix](segments, found[0].seconds).encode()})
-    else:
-        files = {
-            f"{stem}.{name}{kind}": write(segments, one.seconds).encode()
-            for stem, one in zip(_stems(found), found, strict=True)
-            for name, segments in one.heard.items()
-            for kind, write in WRITERS.items()
-        }
-        write_files(output, files)
-    return output
+        return
+    files = {
+        f"{stem}.{name}{kind}": write(segments, one.seconds).encode()
+        for stem, one in zip(_stems(found), found, strict=True)
+        for name, segments in one.heard.items()
+        for kind, write in WRITERS.items()
+    }
+    write_files(output, files)
 
 
 def _line(one: Transcript, timed: bool) -> dict[str, Any]:
-    rest = {key: value for key, value in (one.utterance.values or {}).items() if key not in one.heard}
     texts: dict[str, Any] = {name: plain_text(segments) for name, segments in one.heard.items()}
-    line = {"audio": one.utterance.name, "seconds": round(one.seconds, 2), **rest, **texts}
+    line = _columns(one.utterance, round(one.seconds, 2), texts)
     if timed:
         line["segments"] = {
             name: [{"start": s.start, "end": s.end, "text": s.text} for s in segments] for name, segments in one.heard.items()
         }
     return line
+
+
+def _unread(utterance: Utterance, names: Sequence[str], error: RowError) -> dict[str, Any]:
+    return _columns(utterance, None, dict.fromkeys(names)) | {"error": error.reason}
+
+
+def _columns(utterance: Utterance, seconds: float | None, texts: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in (utterance.values or {}).items() if key not in texts}
+    return {"audio": utterance.name, "seconds": seconds, **rest, **texts}
 
 
 def _stems(found: Sequence[Transcript]) -> list[str]:

@@ -6,6 +6,7 @@ An audio folder holds recordings and a `metadata.csv` (or `.jsonl`) with the col
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from typing import Any
 from lorabank.config.paths import expanded
 from lorabank.config.speech import SpeechConfig
 from lorabank.data.files import READERS
+from lorabank.data.formats import refuse_nan, text_of
+from lorabank.data.listing import listed
 from lorabank.data.read import Source, read_rows
-from lorabank.data.row import Row
+from lorabank.data.row import Row, RowError
 from lorabank.data.split_folders import own_part, with_held_out
 from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
-from lorabank.tasks.speech.audio import AUDIO_SUFFIXES
+from lorabank.tasks.speech.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, Sound, load_sound
+from lorabank.tasks.speech.names import shown
 
 AUDIO_COLUMNS = ("file_name", "audio", "path", "file", "audio_path", "audio_filepath", "wav")
 TEXT_COLUMNS = ("transcription", "text", "sentence", "transcript", "normalized_text")
@@ -39,13 +43,28 @@ class Utterance:
     near: Path | None
     """Folder that a relative path is below."""
     text: str
-    """Its transcript; "" where there is none."""
+    """Its transcript; "" where there is none, or it can't be used."""
     language: str | None = None
     """What its row says."""
     name: str = ""
     """The recording's name, for people."""
     values: Mapping[str, Any] | None = None
     """Other columns of its row."""
+    fault: RowError | None = None
+    """Why it can't be used, where that is known before it is decoded: its text is none, or its folder may not be read."""
+
+    @property
+    def place(self) -> str:
+        """Its row, and its name beside it."""
+        return self.origin if self.name == self.origin else f"{self.origin}, {self.name}"
+
+    def sound(self, rate: int) -> Sound:
+        """Its samples at `rate`. Raises RowError, also for its `fault`."""
+        if self.fault is not None:
+            raise self.fault
+        if self.audio is None:
+            raise RowError("the row names no recording")
+        return load_sound(self.audio, rate, near=self.near)
 
 
 def read_utterances(
@@ -67,13 +86,13 @@ def read_utterances(
 
 def _from_name(name: str, config: SpeechConfig, limit: int | None, role: str, with_text: bool) -> Iterator[Utterance]:
     path = expanded(name, place=f"data.{role}", kind=DataError)
-    if path.is_file() and path.suffix.lower() in AUDIO_SUFFIXES:
+    if path.is_file() and path.suffix.lower() in (*AUDIO_SUFFIXES, *UNREAD_SUFFIXES):
         if with_text:
             raise DataError(
                 f"{path}: a recording has no transcript. Give a table with columns {AUDIO_COLUMNS[0]} and {TEXT_COLUMNS[0]}, or "
                 "a folder that holds one as metadata.csv."
             )
-        yield Utterance(origin=str(path), audio=path, near=None, text="", name=path.name)
+        yield _recording(path, path.name)
     elif path.is_dir() and not _is_saved(path):
         part = own_part(path, role, names=METADATA, suffixes=AUDIO_SUFFIXES) if with_text else path
         yield from _from_folder(part, config, limit, with_text)
@@ -89,26 +108,50 @@ def held_out_folders(sources: Mapping[str, Source]) -> dict[str, Source]:
 
 
 def _is_saved(folder: Path) -> bool:
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    """Whether a folder is a saved data set. Raises DataError for one that may not be read."""
+    return not {"state.json", "dataset_dict.json"}.isdisjoint(path.name for path in listed(folder))
 
 
 def _from_folder(folder: Path, config: SpeechConfig, limit: int | None, with_text: bool) -> Iterator[Utterance]:
-    tables = sorted(path for name in METADATA for path in folder.rglob(name))
+    files, closed = _files_below(folder)
+    tables = [path for path in files if path.name in METADATA]
     for table in tables:
         yield from _from_rows(read_rows(table, limit=limit), config, table.parent, with_text)
     if tables:
+        yield from closed
         return
-    recordings = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and not p.name.startswith("."))
-    if with_text or not recordings:
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    known = (*AUDIO_SUFFIXES, *UNREAD_SUFFIXES)
+    recordings = [path for path in files if path.suffix.lower() in known and not path.name.startswith(".")]
+    if with_text or not (recordings or closed):
+        there = ", ".join([path.name for path in listed(folder)[:5]]) or "nothing"
+        unread = f"; {', '.join(each.name for each in closed)} can't be read" if closed else ""
         raise DataError(
             f"{folder}: expected a metadata.csv (or {', '.join(METADATA[1:])}) with columns {AUDIO_COLUMNS[0]} and "
-            f"{TEXT_COLUMNS[0]}, found {there}"
+            f"{TEXT_COLUMNS[0]}, found {there}{unread}"
             if with_text
             else f"{folder}: expected recordings ({' '.join(AUDIO_SUFFIXES)}), found {there}"
         )
     for path in islice(recordings, limit):
-        yield Utterance(origin=str(path), audio=path, near=None, text="", name=str(path.relative_to(folder)))
+        yield _recording(path, str(path.relative_to(folder)))
+    yield from closed
+
+
+def _recording(path: Path, name: str) -> Utterance:
+    return Utterance(origin=shown(str(path)), audio=path, near=None, text="", name=shown(name))
+
+
+def _files_below(folder: Path) -> tuple[list[Path], list[Utterance]]:
+    """Every file, sorted, and what stands for each folder that may not be read."""
+    errors: list[OSError] = []
+    files = sorted(Path(at) / name for at, _, names in os.walk(folder, onerror=errors.append) for name in names)
+    return files, [_closed(folder, error) for error in errors]
+
+
+def _closed(folder: Path, error: OSError) -> Utterance:
+    where = Path(error.filename)
+    name = f"{shown(str(where.relative_to(folder)))}{os.sep}"
+    fault = RowError(f"a folder can't be read ({error.strerror})")
+    return Utterance(origin=shown(str(where)), audio=None, near=None, text="", name=name, fault=fault)
 
 
 def _from_rows(rows: Sequence[Row], config: SpeechConfig, near: Path | None, with_text: bool) -> list[Utterance]:
@@ -120,23 +163,35 @@ def _from_rows(rows: Sequence[Row], config: SpeechConfig, near: Path | None, wit
 
 
 def _utterance(row: Row, audio: str, text: str | None, near: Path | None) -> Utterance:
-    value, said = row.values.get(audio), row.values.get(text) if text is not None else None
+    value, said, fault = row.values.get(audio), "", None
+    if text is not None:
+        try:
+            refuse_nan(value, audio)
+            said = said_in(row.values, text)
+        except RowError as error:
+            fault = error
     language = row.values.get(LANGUAGE_COLUMN)
-    rest = {key: v for key, v in row.values.items() if key != audio}
+    origin = shown(row.origin)
     return Utterance(
-        origin=row.origin,
+        origin=origin,
         audio=value,
         near=near,
-        text=said if isinstance(said, str) else "",
+        text=said,
         language=language if isinstance(language, str) and language.strip() else None,
-        name=_name(value, row.origin),
-        values=rest,
+        name=_name(value, origin),
+        values={key: v for key, v in row.values.items() if key != audio},
+        fault=fault,
     )
+
+
+def said_in(values: Mapping[str, Any], column: str) -> str:
+    """A column's text; "" where it is missing. Numbers are text, as of spoken digits. Raises RowError, and NanError for NaN."""
+    return "" if values.get(column) is None else text_of(values, column, may_be_empty=True)
 
 
 def _name(audio: Any, origin: str) -> str:
     said = audio.get("path") if isinstance(audio, Mapping) else audio
-    return str(said) if isinstance(said, str | Path) and str(said) else origin
+    return shown(str(said)) if isinstance(said, str | Path) and str(said) else origin
 
 
 def _column(row: Row, wanted: str | None, known: Sequence[str], what: str, setting: str) -> str:

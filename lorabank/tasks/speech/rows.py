@@ -14,10 +14,12 @@ import numpy as np
 from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import refusal, refuse
-from lorabank.data.row import RowError
+from lorabank.data.formats import refuse_nan
+from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
 from lorabank.errors import DataError
 from lorabank.tasks.speech.audio import Sound, load_sound
+from lorabank.tasks.speech.doubts import doubts
 from lorabank.tasks.speech.read import Utterance
 from lorabank.tasks.speech.tokens import SpeechTokens
 from lorabank.tasks.speech.transcripts import STEP_S, Segment, check_times, has_times, parse, plain_text, windows, with_times
@@ -155,8 +157,7 @@ def make_rows(
 
 def _named(error: RowError, utterance: Utterance) -> RowError:
     """The error with the recording's name beside its row."""
-    origin = error.at(utterance.origin).origin
-    return RowError(error.reason, origin if utterance.name == origin else f"{origin}, {utterance.name}")
+    return NanError(error.column, utterance.place) if isinstance(error, NanError) else RowError(error.reason, utterance.place)
 
 
 class TooLongError(RowError):
@@ -176,6 +177,8 @@ def _rows_of(
     notes: dict[str, list[str]],
     changes: Counter[str],
 ) -> list[SpeechRow]:
+    if utterance.fault is not None:
+        raise utterance.fault
     if not utterance.text.strip():
         raise RowError("there is no transcript")
     segments = parse(utterance.text)
@@ -183,18 +186,21 @@ def _rows_of(
         raise RowError("there is no transcript")
     if not has_times(segments) and config.timestamps == "keep":
         raise RowError("the transcript has no timestamps, and speech.timestamps is keep")
-    if utterance.audio is None:
-        raise RowError("the row names no recording")
-    sound = load_sound(utterance.audio, rate, near=utterance.near)
+    sound = utterance.sound(rate)
     changes.update(changes_of(sound, rate))
     if has_times(segments):
         check_times(segments, sound.seconds)
+    if group_by is not None:
+        refuse_nan((utterance.values or {}).get(group_by), group_by)
     group = group_of(utterance.values or {}, group_by, utterance.origin)
     group = _digest(sound.samples_S) if group is None else group
-    return [
+    rows = [
         _row(utterance, sound, start, end, part, config, tokens, group)
         for start, end, part in _parts(sound, segments, config, utterance, notes)
     ]
+    for doubt in doubts(utterance.text, sound):
+        notes.setdefault(doubt, []).append(utterance.place)
+    return rows
 
 
 def changes_of(sound: Sound, rate: int) -> list[str]:

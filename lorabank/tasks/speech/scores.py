@@ -48,7 +48,9 @@ def error_rates(
     found: dict[str, float] = {}
     for suffix, (said, heard) in rates.items():
         if not any(said):
-            raise DataError("speech: every reference is empty once normalised, so there is no rate of errors")
+            raise DataError(
+                "speech: every transcript is empty once normalised (marks and fillers alone), so there is no rate of errors"
+            )
         found[f"wer{suffix}"] = float(jiwer.wer(said, heard))
         found[f"cer{suffix}"] = float(jiwer.cer(said, heard))
     return {name: found[name] for name in METRICS}

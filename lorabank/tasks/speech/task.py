@@ -16,6 +16,7 @@ from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.preview import Printer
 from lorabank.data.read import Source
+from lorabank.data.reasons import MAX_ORIGINS
 from lorabank.data.row_report import Splits
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
@@ -44,6 +45,8 @@ from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Ta
 
 SPEECH_KEY = "speech"
 """Of an adapter's metadata: the settings that it was trained with, as JSON; it is used with them again."""
+SHOWN = 40
+"""Characters of a transcript that a message repeats."""
 KEPT_SETTINGS = ("language", "task", "timestamps", "window", "beams")
 
 
@@ -111,12 +114,18 @@ class SpeechRecognition(Task[SpeechRow]):
     def check(self, name: str, job: AdapterJob) -> None:
         if job.run.init == "eva" and self.hearing.frames != self.hearing.whole_frames:
             raise ConfigError(f"adapters.{name}.init: eva needs the model's whole window. Leave speech.window out.")
-        said = [row for row in job.val if isinstance(row, SpeechRow)]
+        said = spread([row for row in job.val if isinstance(row, SpeechRow)], self.config.eval.max_prompts)
         if said:
             try:
                 self._rates(said, [row.text for row in said])
             except DataError as error:
-                raise DataError(f"validation rows of {job.data}: {error}") from error
+                raise DataError(
+                    f"validation rows of {job.data}: {error} Set ",
+                    Setting("data.val"),
+                    " to rows with words, or ",
+                    Setting("data.val_split"),
+                    " to 0, which scores none.",
+                ) from error
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
 
@@ -138,7 +147,11 @@ class SpeechRecognition(Task[SpeechRow]):
         return {name: {"loss": loss, **self._rates(chosen[name], heard[name])} for name, loss in found.items()}
 
     def _rates(self, rows: Sequence[SpeechRow], heard: Sequence[str]) -> dict[str, float]:
-        return error_rates([row.text for row in rows], heard, [row.language for row in rows], self._spelling)
+        try:
+            return error_rates([row.text for row in rows], heard, [row.language for row in rows], self._spelling)
+        except DataError as error:
+            some = ", ".join(f"{row.origin} {row.text[:SHOWN]!r}" for row in rows[:MAX_ORIGINS])
+            raise DataError(f"{error} ({some}{', …' if len(rows) > MAX_ORIGINS else ''}).") from error
 
     @property
     def _spelling(self) -> Mapping[str, str] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,16 @@ from lorabank.config.speech import SpeechConfig
 from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refuse
-from lorabank.data.files import read_text
+from lorabank.data.formats import refuse_nan
 from lorabank.data.hold_out import hold_out
 from lorabank.data.prepare import Progress
-from lorabank.data.read import Source, read_rows
+from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.data.split import group_of
-from lorabank.errors import DataError, closest
-from lorabank.tasks.speech.audio import load_sound
-from lorabank.tasks.speech.read import TEXT_COLUMNS, Utterance, held_out_folders, read_utterances
+from lorabank.tasks.speech.doubts import doubts
+from lorabank.tasks.speech.read import Utterance, held_out_folders, read_utterances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,66 +97,43 @@ def prepare(
     read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
     errors: list[RowError] = []
+    notes: dict[str, list[str]] = {}
     parts: dict[str, list[SynthesisRow]] = {}
     for role, utterances in read.items():
         parts[role], before = [], len(errors)
         for utterance in utterances:
             try:
-                parts[role].append(_row(utterance, config, processor, limits, data.group_by if role == "train" else None))
+                group_by = data.group_by if role == "train" else None
+                parts[role].append(_row(utterance, config, processor, limits, group_by, notes))
             except RowError as error:
-                errors.append(error.at(f"{utterance.origin}: {utterance.name}" if utterance.name else utterance.origin))
+                errors.append(error.at(utterance.place))
             done += 1
             if progress is not None:
                 progress(done, total)
+        refuse(errors[before:], len(utterances), data, what="recordings")
         if not parts[role]:
             raise nothing_left(role, len(utterances), errors[before:], what="recordings")
-    refuse(errors, total, data, what="recordings")
     splits = _split(data, parts, seed)
     lengths = ", ".join(f"{sum(row.seconds for row in part):,.1f} s {name}" for name, part in splits.items() if part)
     speakers = len({row.speaker for row in splits[main_part(parts)] if any(row.speaker)})
     facts = [lengths, f"{speakers} speakers' embeddings" if speakers else "no speakers' embeddings: zeros"]
-    report = row_report(read=total, errors=errors, splits=splits, facts=facts, what="recordings")
+    report = row_report(read=total, errors=errors, splits=splits, facts=facts, notes=notes, what="recordings")
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
 
 
-def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, limit: int | None) -> list[SynthesisRow]:
-    """Texts to be said: lines of a .txt file, or a column of a table. Raises DataError, also for one that can't be said."""
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".txt" and path.is_file():
-        lines = read_text(path).splitlines()
-        found: list[tuple[str, str, Mapping[str, Any]]] = [
-            (f"{path}:{i}", line, {}) for i, line in enumerate(lines, 1) if line.strip()
-        ]
-    else:
-        rows = read_rows(name, limit=limit, role="test")
-        columns = list(rows[0].values)
-        wanted = config.text_column or next((each for each in TEXT_COLUMNS if each in columns), None)
-        if wanted not in columns:
-            raise DataError(f"{name}: no column of text{closest(str(wanted), columns)}; there are {', '.join(columns)}")
-        found = [(row.origin, str(row.values.get(wanted) or ""), row.values) for row in rows]
-    if not found:
-        raise DataError(f"{name}: expected at least one text, got none")
-    made = []
-    for origin, text, values in found[:limit]:
-        try:
-            ids, speaker = _ids(text, processor, limits), _speaker(values, config, limits)
-        except RowError as error:
-            raise error.at(origin) from error
-        mel = np.zeros((0, 0), np.float32)
-        made.append(
-            SynthesisRow(
-                origin=origin, name=origin, text=text, input_ids=ids, mel_TM=mel, speaker=speaker, seconds=1.0, digest=origin
-            )
-        )
-    return made
-
-
-def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: Limits, group_by: str | None) -> SynthesisRow:
-    ids = _ids(utterance.text, processor, limits)
-    if utterance.audio is None:
-        raise RowError("the row names no recording")
+def _row(
+    utterance: Utterance,
+    config: SynthesisConfig,
+    processor: Any,
+    limits: Limits,
+    group_by: str | None,
+    notes: dict[str, list[str]],
+) -> SynthesisRow:
+    if utterance.fault is not None:
+        raise utterance.fault
+    ids = token_ids(utterance.text, processor, limits)
     features = processor.feature_extractor
-    sound = load_sound(utterance.audio, features.sampling_rate, near=utterance.near)
+    sound = utterance.sound(features.sampling_rate)
     if sound.seconds > config.max_seconds:
         raise RowError(f"longer than {config.max_seconds:g} s (synthesis.max_seconds)")
     made = features(audio_target=sound.samples_S, sampling_rate=features.sampling_rate, return_tensors="np")
@@ -166,20 +141,27 @@ def _row(utterance: Utterance, config: SynthesisConfig, processor: Any, limits: 
     mel = mel[: len(mel) // limits.reduction * limits.reduction]
     if not len(mel):
         raise RowError("too short for a spectrum")
+    values = utterance.values or {}
+    if group_by is not None:
+        refuse_nan(values.get(group_by), group_by)
+    speaker, group = speaker_of(values, config, limits), group_of(values, group_by, utterance.origin)
+    for doubt in doubts(utterance.text, sound):
+        notes.setdefault(doubt, []).append(utterance.place)
     return SynthesisRow(
         origin=utterance.origin,
         name=utterance.name,
         text=utterance.text,
         input_ids=ids,
         mel_TM=mel,
-        speaker=_speaker(utterance.values or {}, config, limits),
+        speaker=speaker,
         seconds=sound.seconds,
         digest=hashlib.blake2b(np.ascontiguousarray(mel).tobytes(), digest_size=16).hexdigest(),
-        group=group_of(utterance.values or {}, group_by, utterance.origin),
+        group=group,
     )
 
 
-def _ids(text: str, processor: Any, limits: Limits) -> tuple[int, ...]:
+def token_ids(text: str, processor: Any, limits: Limits) -> tuple[int, ...]:
+    """Tokens of a text. Raises RowError for none, and for more than the model takes."""
     if not text.strip():
         raise RowError("there is no text")
     ids = tuple(processor.tokenizer(text.strip())["input_ids"])
@@ -188,12 +170,16 @@ def _ids(text: str, processor: Any, limits: Limits) -> tuple[int, ...]:
     return ids
 
 
-def _speaker(values: Mapping[str, Any], config: SynthesisConfig, limits: Limits) -> tuple[float, ...]:
+def speaker_of(values: Mapping[str, Any], config: SynthesisConfig, limits: Limits) -> tuple[float, ...]:
+    """A row's speaker, zeros where there is none. Raises RowError for what is no embedding of the model's."""
     given = values.get(config.speaker_column)
     if given is None:
         return (0.0,) * limits.speaker
-    numbers = np.asarray(given, np.float64).reshape(-1) if isinstance(given, list | tuple | np.ndarray) else np.zeros(0)
-    if len(numbers) != limits.speaker or not np.isfinite(numbers).all():
+    try:
+        numbers = np.asarray(given, np.float64).reshape(-1) if isinstance(given, list | tuple | np.ndarray) else np.zeros(0)
+    except (ValueError, TypeError, OverflowError):
+        numbers = np.zeros(0)
+    if len(numbers) != limits.speaker or not (np.abs(numbers) <= np.finfo(np.float32).max).all():
         raise RowError(f"column {config.speaker_column!r}: expected {limits.speaker} numbers, the speaker's embedding")
     return tuple(numbers.tolist())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +29,9 @@ from lorabank.formats.files import write_files
 from lorabank.models.load_class import load_class
 from lorabank.tasks.speech.audio import as_wav
 from lorabank.tasks.synthesis.loss import DRAWS, FRAMES, MEL, TOKENS, loss_and_error, synthesis_loss
+from lorabank.tasks.synthesis.predict import predict
 from lorabank.tasks.synthesis.preview import preview
-from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare, texts
+from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare
 from lorabank.tasks.synthesis.vocoder import griffin_lim, load_vocoder
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
@@ -40,7 +39,6 @@ from lorabank.training.jobs import AdapterJob
 from lorabank.training.markdown import cell
 from lorabank.training.scorers import check_among
 from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
-from lorabank.wording import counted
 
 METRICS = ("loss", "mae")
 POSTNET = "speech_decoder_postnet.layers."
@@ -202,20 +200,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
-        if wanted.options:
-            raise ConfigError(f"predict: text-to-speech knows no option {next(iter(wanted.options))!r}")
-        rows = texts(wanted.data, self.config.synthesis, self.processor, self.limits, wanted.max_rows)
-        for number, name in enumerate(wanted.names):
-            files: dict[str, bytes] = {}
-            table = io.StringIO()
-            writer = csv.writer(table)
-            writer.writerow(["file_name", "transcription"])
-            for i, row in enumerate(rows, 1):
-                files[f"{i:04d}.wav"] = as_wav(self.say(engine, name, row), self.rate)
-                writer.writerow([f"{i:04d}.wav", row.text])
-                busy("saying", number * len(rows) + i, len(rows) * len(wanted.names))
-            write_files(wanted.output / name, {**files, "metadata.csv": table.getvalue()})
-        return f"{counted(len(rows), 'text')} said by {', '.join(wanted.names)}: {wanted.output}"
+        return predict(self, engine, wanted, busy=busy)
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         return [("say texts of your own:", [f"lorabank predict {output} --data texts.txt --output said/"])]

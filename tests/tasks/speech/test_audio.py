@@ -209,6 +209,32 @@ def test_a_wav_that_is_cut_off(tmp_path: Path) -> None:
     assert len(load_sound(path, RATE).samples_S) > 9_000
 
 
+def test_whole_numbers_are_scaled_by_what_they_hold() -> None:
+    """16 bits are 16 bits in any type; wider ones are told by their peak. Eight unsigned bits are silent at 128."""
+    wave = tone(0.2, 300) * 3.0  # near full scale, as recordings are
+    for scale, kinds in {2**15: (np.int16, np.int32, np.int64), 2**23: (np.int32, np.int64), 2**31: (np.int64,)}.items():
+        for kind in kinds:
+            array = (wave.astype(np.float64) * (scale - 1)).round().clip(-scale, scale - 1).astype(kind)
+            for given in (array, array.tolist()):
+                found = load_sound({"array": given, "sampling_rate": RATE}, RATE).samples_S
+                assert np.allclose(found, wave.clip(-1, 1), atol=1e-4)
+    eight = load_sound({"array": (wave.clip(-1, 1) * 127 + 128).round().astype(np.uint8), "sampling_rate": RATE}, RATE)
+    assert np.allclose(eight.samples_S, wave.clip(-1, 1), atol=0.02)
+
+
+def test_a_name_may_begin_like_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = load_sound(written(tmp_path / "~draft 1.wav", tone(0.2, 300), RATE), RATE).samples_S
+    assert np.array_equal(load_sound("~draft 1.wav", RATE, near=tmp_path).samples_S, samples)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert np.array_equal(load_sound("~/~draft 1.wav", RATE).samples_S, samples)
+
+
+def test_a_kind_that_libsndfile_does_not_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.M4A").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(200))
+    with pytest.raises(RowError, match=r"libsndfile doesn't read \.m4a: convert it"):
+        load_sound(tmp_path / "a.M4A", RATE)
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -221,6 +247,12 @@ def test_a_wav_that_is_cut_off(tmp_path: Path) -> None:
         ({"array": [0.1] * 900, "sampling_rate": 10}, "sample rate 10 Hz"),
         ({"array": [[0.1], [0.2, 0.3]], "sampling_rate": RATE}, "different lengths"),
         ({"array": ["a", "b"], "sampling_rate": RATE}, "samples are numbers"),
+        ({"array": [0.1] * 900, "sampling_rate": float("nan")}, "whole sampling_rate, got nan"),
+        ({"array": [0.1] * 900, "sampling_rate": np.float32("inf")}, "whole sampling_rate, got"),
+        ("~draft 1.wav", "no such recording"),
+        ("UklGRiQAAABXQVZF" * 30, "longer than a file's may be: is it the recording itself, as text"),
+        ("a\0b.wav", "holds NUL or half of a surrogate pair"),
+        ("a\ud83d.wav", "holds NUL or half of a surrogate pair"),
         (b"nothing", "can't be decoded"),
     ],
 )

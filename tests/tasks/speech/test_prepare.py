@@ -89,6 +89,19 @@ def test_data_sets_and_dicts(tmp_path: Path) -> None:
         assert [row.content for row in found] == [row.content for row in expected]
 
 
+def test_what_looks_like_a_slip_is_noted(tmp_path: Path) -> None:
+    """As text generation notes the word of a missing value; and whole numbers in a float file."""
+    rows = [(f"{i}.wav", tone(0.3, 300 + 100 * i), text) for i, text in enumerate(("NaN", "None", "none", "a"))]
+    audio_folder(tmp_path, [*rows, ("late.wav", tone(0.3, 900), "<|0.00|> NaN<|1.00|>")])
+    soundfile.write(tmp_path / "2.wav", tone(0.3, 500) * 32768, RATE, subtype="FLOAT")
+    found = prepared(str(tmp_path))
+    assert [row.text for row in found.train] == ["NaN", "None", "none", "a"]
+    words, loud = found.report.notes.items()
+    assert words[0] == "the whole text of a column is NaN, null or None, which is trained as that word"
+    assert words[1].origins == (f"{tmp_path}/metadata.csv:2, 0.wav", f"{tmp_path}/metadata.csv:3, 1.wav")
+    assert "divided by 32,768" in loud[0] and loud[1].origins == (f"{tmp_path}/metadata.csv:4, 2.wav",)
+
+
 BAD = {
     "missing.wav": "there is no such recording",
     "text.wav": "can't be decoded",

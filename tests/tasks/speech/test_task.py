@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -92,8 +93,11 @@ def test_it_transcribes_recordings_of_its_own(trained: Path, tmp_path: Path, cap
     (folder / "broken.wav").write_text("nothing")
     told = api.predict(trained, folder, tmp_path / "out.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(line["audio"], line["default"]) for line in lines] == [("a.flac", "low"), ("b.flac", "high")]
-    assert all("base" in line and line["seconds"] == 0.35 for line in lines)
+    heard = [(line["audio"], line["default"]) for line in lines]
+    assert heard == [("a.flac", "low"), ("b.flac", "high"), ("broken.wav", None)]
+    bad = lines.pop()
+    assert (bad["base"], bad["seconds"]) == (None, None) and bad["error"].startswith("the recording can't be decoded")
+    assert all("base" in line and line["seconds"] == 0.35 and "error" not in line for line in lines)
     assert told.startswith("2 recordings (0.7 s) transcribed by default, base: ")
     assert "1 left out: broken.wav: the recording can't be decoded" in told
     refused = ["predict", str(trained), "--data", str(folder), "--output", str(tmp_path / "stopped.jsonl"), "--bad-rows", "stop"]
@@ -111,6 +115,30 @@ def test_it_transcribes_recordings_of_its_own(trained: Path, tmp_path: Path, cap
         api.predict(trained, folder, tmp_path / "many.doc")
     with pytest.raises(DataError, match=r"none of 1 recording can be read:\n  - 1 × .*\(broken\.wav\)"):
         api.predict(trained, folder / "broken.wav", tmp_path / "broken.jsonl")
+
+
+def test_a_bad_row_keeps_its_place_and_names_of_any_bytes_are_written(trained: Path, tmp_path: Path) -> None:
+    """In a table with columns that are half a surrogate, and in a folder, into a file and into a folder."""
+    folder = two_tones(tmp_path / "in", 2, SPEAKERS["ann"])
+    (folder / "1.wav").rename(folder / os.fsdecode(b"\xe4.wav"))
+    rows = [{"file_name": os.fsdecode(b"\xe4.wav")}, {"file_name": "gone.wav"}, {"file_name": "0.wav"}]
+    table = folder / "rows.jsonl"
+    table.write_text("".join(json.dumps({**row, "note": "half \ud83d"}) + "\n" for row in rows))
+    told = api.predict(trained, table, tmp_path / "out.jsonl", ["default"])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(line["audio"], line["default"], line.get("error")) for line in lines] == [
+        ("\\udce4.wav", "high", None),
+        ("gone.wav", None, "there is no such recording"),
+        ("0.wav", "low", None),
+    ]
+    assert all(line["note"] == "half \ud83d" for line in lines)
+    assert told.endswith("1 left out: gone.wav: there is no such recording.") and told.isascii()
+    for file in ("rows.jsonl", "metadata.csv"):
+        (folder / file).unlink()
+    (folder / os.fsdecode(b"\xf6.m4a")).write_bytes(b"ftypM4A " * 40)
+    told = api.predict(trained, folder, tmp_path / "many", ["default"])
+    assert (tmp_path / "many" / "\\udce4.default.txt").read_text() == "high\n"
+    assert "1 left out: \\udcf6.m4a: libsndfile doesn't read .m4a" in told
 
 
 def test_recordings_are_transcribed_in_portions(
@@ -212,9 +240,13 @@ def test_what_can_be_known_is_refused_before_training(base: Path, voices: dict[s
     with pytest.raises(DataError, match="recordings can't be used"):
         broken = audio_folder(tmp_path / "broken", [("a.wav", tone(0.3, 300), "a"), ("b.wav", np.zeros(99, np.float32), "b")])
         lb.train(model=str(base), data=str(broken), bad_rows="stop", **{**SETTINGS, "val_split": 0})
-    with pytest.raises(DataError, match="empty once normalised"):
-        fillers = two_tones(tmp_path / "fillers", 4, {300.0: "um", 1200.0: "uh"})
+    with pytest.raises(DataError, match=r"fillers/metadata\.csv:\d '(um|🙂)'.*\. Set data\.val to rows .* data\.val_split to 0"):
+        fillers = two_tones(tmp_path / "fillers", 4, {300.0: "um", 1200.0: "🙂"})
         lb.train(model=str(base), data=str(fillers), **SETTINGS)
+    with pytest.raises(DataError, match="empty once normalised"):  # of those that are scored, each
+        (tmp_path / "val.csv").write_text("audio,text\n" + "".join(f"fillers/{i}.wav,{t}\n" for i, t in ((0, "um"), (1, "a"))))
+        scored = {**SETTINGS, "eval": {**SETTINGS["eval"], "max_prompts": 1}, "val_data": str(tmp_path / "val.csv")}
+        lb.train(model=str(base), data=data, **scored)
     with pytest.raises(ConfigError, match="expected a WhisperProcessor, got a WhisperTokenizer"):
         model, processor = tiny_whisper()
         lb.train(model=model, tokenizer=processor.tokenizer, data=data, **SETTINGS)

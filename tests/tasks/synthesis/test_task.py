@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 import lorabank as lb
 from lorabank import api
 from lorabank.config.synthesis import SynthesisConfig
-from lorabank.config.train import TrainConfig
-from lorabank.errors import ConfigError, DataError, ModelError
+from lorabank.config.train import DataConfig, TrainConfig
+from lorabank.errors import ConfigError, DataError, ModelError, OutputError
 from lorabank.tasks.synthesis.loss import seeded, synthesis_loss
-from lorabank.tasks.synthesis.rows import texts
+from lorabank.tasks.synthesis.rows import SynthesisRow
 from lorabank.tasks.synthesis.task import SpeechSynthesis
+from lorabank.tasks.synthesis.texts import texts
 from lorabank.tasks.synthesis.vocoder import griffin_lim
 from lorabank.training.data_sets import RowObjects
 from tests.tasks.synthesis.made import RATE, saved_model, spoken_rows, tiny_model, tiny_processor, tones
@@ -102,6 +104,44 @@ def test_it_learns_and_leaves_files_to_listen_to(base: Path, tmp_path: Path) -> 
     assert "2 texts" in again and np.array_equal(soundfile.read(tmp_path / "again" / "default" / "0001.wav")[0], first[0])
 
 
+@pytest.fixture(scope="module")
+def voice(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step."""
+    output = tmp_path_factory.mktemp("voice") / "run"
+    lb.train(model=str(base), data=spoken_rows(8), output=str(output), **{**SETTINGS, "max_steps": 1, "eval": {"every": 0}})
+    return output
+
+
+def test_a_text_that_can_t_be_said_is_left_out_and_named(voice: Path, tmp_path: Path) -> None:
+    bad = [{"text": ""}, {"text": None}, {"text": float("nan")}, {"text": "ae" * 40}, {"text": "half \ud83d"}]
+    rows = [{"text": "aeio"}, *bad, {"text": 7}]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = api.predict(voice, data, tmp_path / "said", ["default"])
+    said = tmp_path / "said" / "default"
+    assert (said / "metadata.csv").read_text().splitlines()[1:] == ["0001.wav,aeio", "0007.wav,7"]
+    assert sorted(path.name for path in said.iterdir()) == ["0001.wav", "0007.wav", "metadata.csv"]
+    assert f"2 texts said by default: {tmp_path / 'said'}. 5 left out: {data}:2: there is no text; {data}:3: there" in told
+    for reason in ("column 'text' holds NaN", "more than the model's 40 tokens", "half of a surrogate pair"):
+        assert reason in told
+    with pytest.raises(DataError, match="5 of 7 texts can't be used"):
+        api.predict(voice, data, tmp_path / "stopped", ["default"], options={"bad_rows": "stop"})
+    data.write_text("".join(json.dumps(row) + "\n" for row in bad[:2]))
+    with pytest.raises(DataError, match=r"none of 2 texts can be said:\n  - 2 × there is no text \("):
+        api.predict(voice, data, tmp_path / "stopped", ["default"])
+    with pytest.raises(ConfigError, match=r"knows no option 'badrows' \(did you mean 'bad_rows'\?\)"):
+        api.predict(voice, data, tmp_path / "stopped", ["default"], options={"badrows": "stop"})
+    assert not (tmp_path / "stopped").exists()
+
+
+@pytest.mark.parametrize("name", ["x.mp3", "x.WAV", "x.csv"])
+def test_one_file_as_output_is_refused_with_the_way_out(name: str, voice: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("aeio\n")
+    with pytest.raises(OutputError, match=rf"{name}: expected a folder, got the name of .*: name a folder, such as .*/x\.$"):
+        api.predict(voice, tmp_path / "texts.txt", tmp_path / name, ["default"])
+    assert not (tmp_path / name).exists()
+
+
 def test_voices_train_jointly_as_they_do_alone(base: Path) -> None:
     """Law 3, with recordings of other lengths and dropout that is always on."""
     voices = {"low": spoken_rows(8), "high": spoken_rows(10, shift=1.5), "odd": spoken_rows(9, shift=0.7)}
@@ -149,6 +189,7 @@ def test_a_vocoder_makes_the_sound_where_one_is_given(processor: Any, base: Path
     task = SpeechSynthesis(settings, model, processor, {})
     (tmp_path / "texts.txt").write_text("aeio\n")
     (row,) = texts(str(tmp_path / "texts.txt"), settings.synthesis, processor, task.limits, None)
+    assert isinstance(row, SynthesisRow)
     sound = task.say(task.engine(lb.attach(model)), "base", row)
     plain = SpeechSynthesis(TrainConfig(task="text-to-speech"), tiny_model(), processor, {})
     other = plain.say(plain.engine(lb.attach(plain.model)), "base", row)
@@ -170,23 +211,52 @@ def test_griffin_lim_gives_the_spectrum_back(processor: Any) -> None:
     assert loud.sum() > 40 and error < 0.15
 
 
+def test_nan_follows_its_setting_and_slips_are_noted(processor: Any) -> None:
+    task = SpeechSynthesis(TrainConfig(task="text-to-speech"), tiny_model(), processor, {})
+    rows = spoken_rows(6)
+    rows[0]["text"], rows[1]["text"] = "NaN", float("nan")
+    loud = {"array": rows[2]["audio"]["array"] * 32768, "sampling_rate": RATE}
+    rows[2] |= {"audio": loud}
+
+    def read(**data: Any) -> Any:
+        config = TrainConfig(task="text-to-speech", data=DataConfig(val_split=0, **data))
+        return task.read(config, RowObjects(train=rows)).by_adapter["default"]
+
+    with pytest.raises(DataError, match=r"NaN, a missing value, in 1 of 6 recordings"):
+        read()
+    for row in rows:
+        row["speaker"] = float("nan")
+    with pytest.raises(DataError, match=r"5 × column 'speaker' holds NaN"):
+        read(group_by="speaker")
+    found = read(nan_rows="drop", bad_rows="stop")
+    assert list(found.report.dropped) == ["column 'text' holds NaN"]
+    assert len(found.train) == 5 and found.train[0].text == "NaN"
+    words, far = found.report.notes.items()
+    assert "trained as that word" in words[0] and words[1].origins == ("row 1 of the train rows given",)
+    assert "divided by 32,768" in far[0] and far[1].origins == ("row 3 of the train rows given",)
+
+
 def test_rows_that_cannot_be_used_are_named(base: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.wav").write_bytes(b"RIFFnothing")
     bad = [
         {"audio": str(tmp_path / "gone.wav"), "text": "a"},
         {"audio": str(tmp_path / "broken.wav"), "text": "a"},
         {"audio": spoken_rows(1)[0]["audio"], "text": " "},
+        {"audio": spoken_rows(1)[0]["audio"], "text": "half \ud83d"},
         {"audio": spoken_rows(1)[0]["audio"], "text": "a", "speaker_embedding": [1.0]},
+        {"audio": spoken_rows(1)[0]["audio"], "text": "a", "speaker_embedding": ["x", "y", "z", "w"]},
+        {"audio": spoken_rows(1)[0]["audio"], "text": "a", "speaker_embedding": [1e40] * 4},
         {"audio": {"array": np.tile(tones("aeio"), 90), "sampling_rate": RATE}, "text": "a"},
     ]
     output = tmp_path / "run"
     lb.train(model=str(base), data=[*spoken_rows(6), *bad], output=str(output), **{**SETTINGS, "max_steps": 1})
     report = (output / "data_report.json").read_text()
-    for reason in ("no text", "longer than 20 s", "expected 4 numbers", "gone.wav", "broken.wav"):
+    for reason in ("no text", "half of a surrogate pair", "longer than 20 s", "expected 4 numbers", "gone.wav", "broken.wav"):
         assert reason in report
-    with pytest.raises(DataError, match="5 of 11 recordings can't be used"):
+    assert '"read": 14,' in report and '"kept": 6,' in report
+    with pytest.raises(DataError, match="8 of 14 recordings can't be used"):
         lb.train(model=str(base), data=[*spoken_rows(6), *bad], bad_rows="stop", **SETTINGS)
-    with pytest.raises(DataError, match="none of the 5 recordings"):
+    with pytest.raises(DataError, match="none of the 8 recordings"):
         lb.train(model=str(base), data=bad, **SETTINGS)
     with pytest.raises(ConfigError, match="is in the postnet"):
         lb.train(model=str(base), data=spoken_rows(6), targets=["all-linear", "all-conv"], **SETTINGS)

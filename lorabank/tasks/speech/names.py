@@ -1,0 +1,60 @@
+"""Names of recordings: as a path, and as people and files are told them."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from pathlib import Path
+
+from lorabank.data.row import RowError
+
+LONGEST = 255
+"""Bytes of a file's name, and of a path, at most, on the usual file systems."""
+LONGEST_PATH = 4096
+_SHOWN = 60
+
+
+def escaped(text: str) -> str:
+    """The text as any file and terminal takes it: what is no UTF-8 in it, as in names of files, is escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def shown(name: str) -> str:
+    """A name in one line, escaped, and cut where it is longer than a file's may be."""
+    whole = escaped("".join(f"\\x{ord(mark):02x}" if mark < " " or mark == "\x7f" else mark for mark in name))
+    too_long = len(name) > LONGEST_PATH or any(len(part) > LONGEST for part in Path(name).parts)
+    return f"{whole[:_SHOWN]}…" if too_long else whole
+
+
+def file_named(name: str | Path, near: Path | None) -> Path:
+    """The file that a cell or an argument names; relative ones are below `near`. Raises RowError where there is none.
+
+    `~` is the home folder, and a letter of the name where nobody is called so.
+    """
+    if not str(name).strip():
+        raise RowError("the recording's path is empty")
+    path = from_home(name)
+    path = path if path.is_absolute() or near is None else near / path
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RowError("there is no such recording") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RowError("the recording's path is longer than a file's may be: is it the recording itself, as text?") from error
+        raise RowError(f"the recording can't be read ({error.strerror})") from error
+    except ValueError as error:  # UnicodeEncodeError is one
+        raise RowError("the recording's path holds NUL or half of a surrogate pair, which no file's name does") from error
+    if stat.S_ISDIR(mode):
+        raise RowError("the recording is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise RowError("the recording is no plain file")
+    return path
+
+
+def from_home(name: str | Path) -> Path:
+    """The path with `~` or `~user` replaced by a home folder, where there is such a user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)

@@ -1,0 +1,48 @@
+"""Texts to be said: lines of a .txt file, or a column of a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lorabank.config.paths import expanded
+from lorabank.config.synthesis import SynthesisConfig
+from lorabank.data.row import RowError
+from lorabank.errors import DataError, closest
+from lorabank.tasks.asked import rows_asked
+from lorabank.tasks.speech.names import shown
+from lorabank.tasks.speech.read import TEXT_COLUMNS, said_in
+from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, speaker_of, token_ids
+
+
+def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, limit: int | None) -> list[SynthesisRow | RowError]:
+    """Each text as the model takes it, or why it can't be said. Raises DataError for a file that is missing or has no texts."""
+    path = expanded(name, place="data.test", kind=DataError)
+    rows = rows_asked(str(path) if path.exists() else name, limit, column=config.text_column or TEXT_COLUMNS[0])
+    columns = rows[0].values
+    column = config.text_column or next((each for each in TEXT_COLUMNS if each in columns), None)
+    if column is None or column not in columns:
+        raise DataError(f"{name}: no column of text{closest(str(column), columns)}; there are {', '.join(columns)}")
+    found: list[SynthesisRow | RowError] = []
+    for row in rows:
+        origin = shown(row.origin)
+        try:
+            text = said_in(row.values, column)
+            ids, speaker = token_ids(text, processor, limits), speaker_of(row.values, config, limits)
+        except RowError as error:
+            found.append(RowError(error.reason, origin))
+            continue
+        found.append(
+            SynthesisRow(
+                origin=origin,
+                name=origin,
+                text=text,
+                input_ids=ids,
+                mel_TM=np.zeros((0, 0), np.float32),
+                speaker=speaker,
+                seconds=1.0,
+                digest=origin,
+            )
+        )
+    return found
