@@ -67,7 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         "--bad-rows",
         choices=BAD_ROWS,
         metavar="WHAT",
-        help="recordings, or pictures of detection, that can't be used: stop, or drop and count them (default: the run's)",
+        help="recordings, pictures, texts to be said that can't be used: stop, or drop and count them (default: the run's)",
     )
     rows.add_argument("--max-rows", type=positive, metavar="N", help="answer only the first rows")
     rows.add_argument("--batch-size", type=positive, default=8, metavar="N", help="answers at once (default: %(default)s)")

@@ -12,6 +12,7 @@ from lorabank.config.tasks import DEFAULT_TASK
 from lorabank.errors import ConfigError
 
 SPEECH, DETECTION, PICTURES = "automatic-speech-recognition", "object-detection", "text-to-image"
+SYNTHESIS, IMAGES = "text-to-speech", "image-classification"
 SEQ2SEQ = ("summarization", "translation", "text2text-generation")
 
 
@@ -42,7 +43,7 @@ def _own(task: str, **says: Any) -> TaskFlag:
 TASK_FLAGS: Mapping[str, TaskFlag] = {
     "prompt": TaskFlag(tasks=(DEFAULT_TASK, PICTURES)),
     "system": TaskFlag(tasks=(DEFAULT_TASK,)),
-    "bad_rows": TaskFlag(tasks=(SPEECH, DETECTION)),
+    "bad_rows": TaskFlag(tasks=(SPEECH, SYNTHESIS, IMAGES, DETECTION)),
     "max_new_tokens": TaskFlag(tasks=(DEFAULT_TASK, *SEQ2SEQ), usual=256),
     "temperature": TaskFlag(tasks=(DEFAULT_TASK,), usual=0.0),
     "top_p": TaskFlag(tasks=(DEFAULT_TASK,), usual=1.0),

@@ -64,11 +64,11 @@ def _say_to_transformers(folder: Path, settings: Seq2SeqConfig) -> None:
 
 
 def _generation(folder: Path, **values: Any) -> None:
-    with quiet_transformers():
-        if (folder / "generation_config.json").is_file():
-            config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-        else:
-            config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(str(folder), local_files_only=True))
-        for name, value in values.items():  # `update` leaves out what only some models have, such as a language
-            setattr(config, name, value)
-        config.save_pretrained(str(folder))
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            GenerationConfig.from_model_config(config).save_pretrained(str(folder))
+    said = json.loads(file.read_text(encoding="utf-8"))
+    said.pop("_from_model_config", None)  # of such a file transformers drops what only some models have, such as a language
+    file.write_text(json.dumps({**said, **values}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

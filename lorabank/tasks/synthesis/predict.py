@@ -39,7 +39,7 @@ def predict(task: SpeechSynthesis, engine: Engine, wanted: Prediction, *, busy: 
     if unknown := [name for name in wanted.options if name not in OPTIONS]:
         raise ConfigError(f"predict: text-to-speech knows no option {unknown[0]!r}{closest(unknown[0], OPTIONS)}")
     _check_output(wanted.output)
-    found = texts(wanted.data, task.config.synthesis, task.processor, task.limits, wanted.max_rows)
+    found = texts(wanted.data, task.settings, task.processor, task.limits, wanted.max_rows)
     rows = {place: row for place, row in enumerate(found, 1) if isinstance(row, SynthesisRow)}
     dropped = [row for row in found if isinstance(row, RowError)]
     data = task.config.data

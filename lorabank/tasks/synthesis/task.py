@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.bank.targets import resolve_targets
+from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.preview import Printer
@@ -28,6 +30,7 @@ from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.models.load_class import load_class
 from lorabank.tasks.speech.audio import as_wav
+from lorabank.tasks.synthesis.kept import KEPT, kept
 from lorabank.tasks.synthesis.loss import DRAWS, FRAMES, MEL, TOKENS, loss_and_error, synthesis_loss
 from lorabank.tasks.synthesis.predict import predict
 from lorabank.tasks.synthesis.preview import preview
@@ -64,7 +67,21 @@ class SpeechSynthesis(Task[SynthesisRow]):
         known = model.config
         self.limits = Limits(speaker=known.speaker_embedding_dim, text=known.max_text_positions, reduction=known.reduction_factor)
         device = next(model.parameters()).device
-        self._vocoder = load_vocoder(config.synthesis.vocoder, device) if config.synthesis.vocoder else None
+        self.settings: SynthesisConfig = KEPT.merged(config.synthesis, loaded)
+        self._vocoder = self._load_vocoder(device)
+
+    def _load_vocoder(self, device: torch.device) -> Any:
+        """None for Griffin-Lim: where none is asked for, or (with a warning) the adapter's isn't on this machine."""
+        vocoder = self.settings.vocoder
+        if vocoder is None:
+            return None
+        try:
+            return load_vocoder(vocoder, device)
+        except ModelError as error:
+            if vocoder == self.config.synthesis.vocoder:
+                raise
+            warnings.warn(f"{error} The adapter was trained with it. Griffin-Lim, which sounds metallic, is used.", stacklevel=4)
+            return None
 
     @property
     def rate(self) -> int:
@@ -79,7 +96,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
         def one(_name: str, train: Source | None, val: Source | None) -> Splits[SynthesisRow]:
             return prepare(
                 config.data,
-                config.synthesis,
+                self.settings,
                 self.processor,
                 self.limits,
                 seed=config.seed,
@@ -127,6 +144,9 @@ class SpeechSynthesis(Task[SynthesisRow]):
         )
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
+
+    def about(self, adapter: str) -> Mapping[str, str]:
+        return kept(self.settings)
 
     def check(self, name: str, job: AdapterJob) -> None:
         chosen = resolve_targets(self.model, job.run.adapter_config())
@@ -177,7 +197,7 @@ class SpeechSynthesis(Task[SynthesisRow]):
         with torch.random.fork_rng(), evaluation_mode(model.modules()), engine.bank.route([route_of(name)]), torch.no_grad():
             torch.manual_seed(_own_seed(row) % 2**31)  # its prenet drops out at all times
             mel = model.generate(
-                ids, attention_mask=torch.ones_like(ids), speaker_embeddings=speaker, threshold=self.config.synthesis.stop
+                ids, attention_mask=torch.ones_like(ids), speaker_embeddings=speaker, threshold=self.settings.stop
             )
             if self._vocoder is not None:
                 return self._vocoder(mel.float()).float().cpu().numpy().reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 import lorabank as lb
 from lorabank import api
+from lorabank.cli import main
 from lorabank.config.synthesis import SynthesisConfig
 from lorabank.config.train import DataConfig, TrainConfig
 from lorabank.errors import ConfigError, DataError, ModelError, OutputError
@@ -172,7 +174,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(base: Pat
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_vocoder_makes_the_sound_where_one_is_given(processor: Any, base: Path, tmp_path: Path) -> None:
+def hifigan(folder: Path) -> Path:
     """A tiny random HifiGan: 2 × 2 samples a frame."""
     torch.manual_seed(0)
     config = SpeechT5HifiGanConfig(
@@ -183,8 +185,36 @@ def test_a_vocoder_makes_the_sound_where_one_is_given(processor: Any, base: Path
         resblock_kernel_sizes=[3],
         resblock_dilation_sizes=[[1]],
     )
-    SpeechT5HifiGan(config).save_pretrained(tmp_path / "hifigan")
-    settings = TrainConfig(task="text-to-speech", synthesis=SynthesisConfig(vocoder=str(tmp_path / "hifigan")))
+    SpeechT5HifiGan(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_alone_and_a_merged_model_speak_by_the_runs_vocoder(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocoder, run = hifigan(tmp_path / "hifigan"), tmp_path / "run"
+    settings = {**SETTINGS, "max_steps": 2, "eval": {"every": 0}, "synthesis": {"vocoder": str(vocoder), "stop": 0.6}}
+    lb.train(model=str(base), data=spoken_rows(6), output=str(run), **settings)
+    shutil.copytree(run / "default", tmp_path / "alone")
+    assert main(["merge", str(run / "default"), "--output", str(tmp_path / "merged"), "--device", "cpu"]) == 0
+    assert f"used with, as in training: vocoder {str(vocoder)!r}, stop 0.6" in capsys.readouterr().out
+    (tmp_path / "texts.txt").write_text("aeio\n")
+
+    def said(source: str, name: str) -> Any:
+        api.predict(tmp_path / source, tmp_path / "texts.txt", tmp_path / f"said-{source}", [name], device="cpu")
+        return soundfile.read(tmp_path / f"said-{source}" / name / "0001.wav")[0]
+
+    sound = said("run", "default")
+    assert np.array_equal(said("alone", "alone"), sound)
+    assert len(said("merged", "base")) == len(sound)
+    shutil.rmtree(vocoder)
+    shutil.rmtree(tmp_path / "said-alone")
+    with pytest.warns(UserWarning, match=r"hifigan.*The adapter was trained with it\. Griffin-Lim"):
+        assert len(said("alone", "alone")) > 50 * len(sound)
+
+
+def test_a_vocoder_makes_the_sound_where_one_is_given(processor: Any, base: Path, tmp_path: Path) -> None:
+    settings = TrainConfig(task="text-to-speech", synthesis=SynthesisConfig(vocoder=str(hifigan(tmp_path / "hifigan"))))
     model = tiny_model()
     task = SpeechSynthesis(settings, model, processor, {})
     (tmp_path / "texts.txt").write_text("aeio\n")
