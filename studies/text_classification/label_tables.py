@@ -19,6 +19,8 @@ SCORES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews"}
 """Of labels, and their names."""
 NUMBERS = {"pearson": "Pearson", "spearman": "Spearman", "loss": "mean squared error"}
 """Of numbers."""
+BY_SEED = ("accuracy", "loss")
+"""Scores of which each seed's is shown, and not the mean alone."""
 Document = Mapping[str, Any]
 Documents = Mapping[str, Sequence[Document]]
 
@@ -63,14 +65,14 @@ def _cell(documents: Sequence[Document], key: str, scores: Mapping[str, str]) ->
     runs = [document["runs"][key]["test"] for document in documents if key in document["runs"]]
     if not runs:
         return "not run"
-    return ", ".join(_each([run[score] for run in runs], score == "accuracy") for score in scores)
+    return ", ".join(_each([run[score] for run in runs], score == "accuracy", score in BY_SEED) for score in scores)
 
 
-def _each(values: Sequence[float], share: bool) -> str:
-    """The mean, and each where there are several."""
+def _each(values: Sequence[float], share: bool, each: bool) -> str:
+    """The mean; with `each` the values too, where there are several."""
     text = [f"{100 * value:.1f}" if share else f"{value:.3f}" for value in [sum(values) / len(values), *values]]
     unit = " %" if share else ""
-    return text[0] + unit + (f" ({', '.join(text[1:])})" if len(values) > 1 else "")
+    return text[0] + unit + (f" ({', '.join(text[1:])})" if each and len(values) > 1 else "")
 
 
 def load(folder: Path = HERE / "results") -> Documents:
