@@ -22,7 +22,8 @@ examples:
   lorabank eval out/support --adapters formal,terse,base --data test.jsonl --metrics loss,bleu,chrf
   lorabank eval Qwen/Qwen3-0.6B --data test.jsonl --metrics mymetrics:politeness
 
-metrics: loss, perplexity, exact_match, bleu, chrf, rouge, or module:function
+metrics: loss, perplexity, exact_match, bleu, chrf, rouge, or module:function. Other tasks have their own, such as
+accuracy, f1, wer, cer, mAP: a name that a task doesn't know is answered with all of its names.
 """
 
 BAD_ROW_FLAGS = {

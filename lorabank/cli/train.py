@@ -10,6 +10,7 @@ from pathlib import Path
 from lorabank.cli.parser import CommandParser
 from lorabank.config.flags import parse_train_arguments
 from lorabank.config.paths import with_absolute_paths
+from lorabank.config.tasks import DEFAULT_TASK, TASKS
 from lorabank.config.typed import named_as_typed
 from lorabank.errors import OutputError
 
@@ -23,6 +24,8 @@ examples:
 
 Every setting of a configuration file is a flag too, by its dotted name: --data.group-by mr,
 --eval.metrics loss,bleu, --adapters.formal.rank 8. `lorabank train --list-settings` lists them with their defaults.
+A task's own are in a section of its own: --speech.language german (or --language), --images.image-size 224,
+--diffusion.save-format kohya (or --save-format).
 Keys of PEFT, axolotl, kohya and transformers (--lora_r, --per_device_train_batch_size, …) are understood.
 """
 
@@ -52,6 +55,7 @@ def add_run_options(parser: CommandParser) -> None:
     """What `train` and `preview` share: the most used settings, with their defaults."""
     what = parser.add_argument_group("what")
     what.add_argument("file", nargs="?", metavar="FILE", help="configuration (YAML), or the folder of a run; flags win over it")
+    what.add_argument("--task", metavar="NAME", help=f"{', '.join(TASKS)} (default: {DEFAULT_TASK})")
     what.add_argument("--model", metavar="MODEL", help="base model: hub id or folder")
     what.add_argument("--data", metavar="ROWS", help="training rows: .jsonl .json .csv .parquet, a folder, or a datasets id")
     what.add_argument("--val", metavar="ROWS", help="validation rows (default: 5 %% of the training rows, --val-split)")

@@ -21,6 +21,7 @@ from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import nothing_left, refusal, refuse
 from lorabank.data.files import read_text
 from lorabank.data.formats import MISSING_WORD, checked_text, is_missing_word, refuse_nan
+from lorabank.data.listing import is_file, is_folder, listed
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import RowError
 from lorabank.data.split import group_of
@@ -249,9 +250,19 @@ def find_pictures(source: Source, config: DiffusionConfig, *, role: str, group_b
 
 def _from_folder(folder: Path) -> Iterator[Found]:
     """Every picture below a folder, by name, and the `.txt` beside it."""
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."):
-        text = path.with_suffix(".txt")
-        yield Found(path, text if text.is_file() else None, str(path))
+    for path in sorted(_files(folder)):
+        if path.suffix.lower() in SUFFIXES and path.name[0] != ".":
+            text = path.with_suffix(".txt")
+            yield Found(path, text if is_file(text) else None, str(path))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Below a folder, links to folders aside. Raises DataError for one that can't be read."""
+    for path in listed(folder):
+        if is_file(path):
+            yield path
+        elif is_folder(path) and not path.is_symlink():
+            yield from _files(path)
 
 
 def _from_rows(

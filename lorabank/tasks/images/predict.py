@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +70,9 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
             line |= {name: _said(answers[name][number], task.labels_of(name)) for name in wanted.names}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_files(wanted.output.parent, {wanted.output.name: "".join(lines)})
-    first, bad = wanted.names[0], len(found) - len(rows)
-    sheet = wanted.output.with_suffix(".png")
-    drawn = "" if sheet.exists() else f"; the first of them in {_sheet(task, rows, answers[first], first, sheet)}"
+    bad = len(found) - len(rows)
+    sheets = _sheets(task, rows, answers, wanted)
+    drawn = f"; the first of them in {', '.join(sheets)}" if sheets else ""
     dropped = f", {bad} couldn't be read" if bad else ""
     own = base_note(wanted.names, task.labels_of(BASE_NAME), task.adapter_labels)
     return f"{counted(len(rows), 'picture')} labelled by {', '.join(wanted.names)}{own}{dropped}: {wanted.output}{drawn}"
@@ -84,7 +84,17 @@ def _said(answer: Answer, labels: Sequence[str]) -> dict[str, Any]:
     return {"label": label, "score": score, "top": named}
 
 
-def _sheet(task: ImageClassification, rows: Sequence[ImageRow], answers: Sequence[Answer], name: str, sheet: Any) -> str:
-    labels = task.labels_of(name)
-    contact_sheet([sample_of(row, answer, labels) for row, answer in zip(rows[:SHEET], answers[:SHEET], strict=True)], sheet)
-    return str(sheet)
+def _sheets(
+    task: ImageClassification, rows: Sequence[ImageRow], answers: Mapping[str, Sequence[Answer]], wanted: Prediction
+) -> list[str]:
+    """A contact sheet for each that answered, beside the output and named after it; none in the place of a file that is there."""
+    drawn = []
+    for name in wanted.names:
+        whose = f"-{name}" if len(wanted.names) > 1 else ""
+        sheet = wanted.output.with_name(f"{wanted.output.stem}{whose}.png")
+        if sheet.exists():
+            continue
+        labels, own = task.labels_of(name), zip(rows[:SHEET], answers[name][:SHEET], strict=True)
+        contact_sheet([sample_of(row, answer, labels) for row, answer in own], sheet)
+        drawn.append(str(sheet))
+    return drawn

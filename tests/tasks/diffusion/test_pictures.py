@@ -22,6 +22,7 @@ from lorabank.tasks.diffusion.cache import Cache, Encoded, identity
 from lorabank.tasks.diffusion.pictures import Read, opened, read_pictures
 from lorabank.tasks.diffusion.rows import caption_note, prepare
 from lorabank.tasks.picture_bytes import digest_of_pixels
+from tests.data.locked import locked
 from tests.tasks.diffusion.tiny import folder_of_pictures, model_of, picture, pipeline
 
 CONFIG = DiffusionConfig(resolution=32, bucket_step=8, min_side=16)
@@ -317,3 +318,12 @@ def test_pictures_without_a_file_are_told_apart_by_what_is_seen() -> None:
     blue.putpalette([0, 0, 255])
     assert opened(red)[1] != opened(blue)[1]
     assert digest_of_pixels(red) != digest_of_pixels(blue)
+
+
+def test_a_folder_below_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder_of_pictures(tmp_path / "p", 2)
+    folder_of_pictures(tmp_path / "p" / "more", 2)
+    with locked(Path("p/more")), pytest.raises(DataError, match=r"p/more: this folder can't be read \(Permission denied\)"):
+        read(Path("p"))
+    assert len(read(Path("p")).pictures) == 4

@@ -213,6 +213,8 @@ def test_several_adapters_of_a_base_without_names_predict(base: Path, data: dict
     lb.train(model=str(base), adapters=adapters, output=str(tmp_path / "run"), **{**SETTINGS, "max_steps": 1})
     told = api.predict(tmp_path / "run", str(data["two"]), tmp_path / "out.jsonl")
     assert told.startswith("16 pictures labelled by three, two: ")
+    assert "; the first of them in " in told and all((tmp_path / f"out-{name}.png").is_file() for name in ("three", "two"))
+    assert not (tmp_path / "out.png").exists()  # whose answers would these be?
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {len(line["three"]["top"]) for line in lines} == {3} and {len(line["two"]["top"]) for line in lines} == {2}
 

@@ -69,8 +69,9 @@ def test_a_classifier_learns_is_scored_saved_and_predicts(
     assert main(["merge", str(tmp_path / "run" / "default"), "--output", str(tmp_path / "merged")]) == 0
     merged = ["predict", str(tmp_path / "merged"), "--data", str(tmp_path / "new.jsonl"), "--output", str(tmp_path / "m.jsonl")]
     assert main(merged) == 0
-    assert "text-classification" in (said := tmp_path / "merged" / "lorabank_task.json").read_text()
-    said.unlink()
+    purpose = tmp_path / "merged" / "lorabank_task.json"
+    assert json.loads(purpose.read_text()) == {"task": "text-classification", "settings": {}}
+    purpose.unlink()
     (tmp_path / "m.jsonl").unlink()
     assert main(merged) == 2
     assert "this one is for task text-classification (`task` in a run, or --task)" in capsys.readouterr().err
