@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,7 +26,7 @@ def held_out_names(concepts: Sequence[str], share: float) -> list[str]:
 def grid(columns: Mapping[str, Tensor], names: Sequence[str]) -> Image.Image:
     """`columns`: heading → pictures in [0, 1] (names, 3, H, W)."""
     side = next(iter(columns.values())).shape[-1] * SCALE
-    wide = max(side, 76) + SPACE
+    wide = max(side, 92) + SPACE
     sheet = Image.new("RGB", (LABEL + wide * len(columns), HEAD + (side + SPACE) * len(names)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for c, (heading, pictures) in enumerate(columns.items()):
@@ -35,5 +36,7 @@ def grid(columns: Mapping[str, Tensor], names: Sequence[str]) -> Image.Image:
             pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (left, HEAD + r * (side + SPACE)))
     for r, name in enumerate(names):
-        pen.text((4, HEAD + r * (side + SPACE) + side // 2 - 6), name[:34], "black", font)
+        lines = textwrap.wrap(name, 28, max_lines=3, placeholder=" …")
+        place = (4, HEAD + r * (side + SPACE) + side // 2 - 7 * len(lines))
+        pen.multiline_text(place, "\n".join(lines), "black", font, spacing=2)
     return sheet

@@ -36,6 +36,7 @@ from lorabank.tasks.synthesis.predict import predict
 from lorabank.tasks.synthesis.preview import preview
 from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare
 from lorabank.tasks.synthesis.vocoder import griffin_lim, load_vocoder
+from lorabank.training.base_rows import BASE_NAME
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
@@ -199,19 +200,28 @@ class SpeechSynthesis(Task[SynthesisRow]):
             mel = model.generate(
                 ids, attention_mask=torch.ones_like(ids), speaker_embeddings=speaker, threshold=self.settings.stop
             )
-            if self._vocoder is not None:
-                return self._vocoder(mel.float()).float().cpu().numpy().reshape(-1)
-        return griffin_lim(mel.float().cpu(), self.processor.feature_extractor)
+        return self._sound(mel)
+
+    def _sound(self, mel_TM: torch.Tensor) -> np.ndarray:
+        """Samples (S,) of a spectrum."""
+        if self._vocoder is None:
+            return griffin_lim(mel_TM.float().cpu(), self.processor.feature_extractor)
+        with torch.no_grad():
+            device = next(self._vocoder.parameters()).device
+            return self._vocoder(mel_TM.float().to(device)).float().cpu().numpy().reshape(-1)
 
     def samples(
         self, engine: Engine, rows: Mapping[str, Sequence[SynthesisRow]], folder: Path, *, config: EvalConfig, busy: Busy
     ) -> None:
         files: dict[str, bytes] = {}
-        lines = ["# Samples", "", "| file | by | text |", "|---|---|---|"]
+        lines = ["# Samples", "", "| adapter's | base's | recording, through the same vocoder | text |", "|---|---|---|---|"]
         jobs = [(name, i, row) for name, own in rows.items() for i, row in enumerate(spread(own, config.samples), 1)]
         for done, (name, i, row) in enumerate(jobs, 1):
-            files[f"{name}-{i}.wav"] = as_wav(self.say(engine, name, row), self.rate)
-            lines.append(f"| samples/{name}-{i}.wav | {name} | {cell(row.text)} |")
+            own, base, real = (f"{name}-{i}{what}.wav" for what in ("", "-base", "-recording"))
+            files[own] = as_wav(self.say(engine, name, row), self.rate)
+            files[base] = as_wav(self.say(engine, BASE_NAME, row), self.rate)
+            files[real] = as_wav(self._sound(torch.from_numpy(np.ascontiguousarray(row.mel_TM))), self.rate)
+            lines.append(f"| samples/{own} | samples/{base} | samples/{real} | {cell(row.text)} |")
             busy("saying", done, len(jobs))
         if files:
             write_files(folder / "samples", files)

@@ -95,7 +95,13 @@ def test_it_learns_and_leaves_files_to_listen_to(base: Path, tmp_path: Path) -> 
     assert result.adapters["default"].best_metrics["mae"] < 0.8 * result.base_metrics["mae"]
     samples, rate = soundfile.read(tmp_path / "run" / "samples" / "default-1.wav")
     assert rate == RATE and len(samples) >= 512 and np.isfinite(samples).all()
-    assert "default-1.wav" in (tmp_path / "run" / "samples.md").read_text()
+    assert (
+        "| samples/default-1.wav | samples/default-1-base.wav | samples/default-1-recording.wav |"
+        in (tmp_path / "run" / "samples.md").read_text()
+    )
+    beside = tmp_path / "run" / "samples"
+    untrained, recording = (soundfile.read(beside / f"default-1-{of}.wav")[0] for of in ("base", "recording"))
+    assert len(untrained) >= 512 and not np.array_equal(untrained[:512], samples[:512]) and np.abs(recording).max() > 0.01
     (tmp_path / "texts.txt").write_text("aeio\noi\n")
     told = api.predict(tmp_path / "run", tmp_path / "texts.txt", tmp_path / "said", ["default", "base"])
     assert "2 texts said by default, base" in told
