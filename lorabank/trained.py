@@ -101,13 +101,14 @@ def predict(
     where = expanded(str(output), place="output")
     if where.exists():
         raise OutputError(f"{where}: exists already. Choose another output.")
-    run = load_run(source, adapters, device=device, dtype=dtype, task=task)
+    options = options or {}
+    mixed = [part.rpartition(":")[0].strip() for mix in options.get("mix") or () for part in str(mix).split(",")]
+    needed = None if adapters is None else list(dict.fromkeys([*adapters, *filter(None, mixed)]))
+    run = load_run(source, needed, device=device, dtype=dtype, task=task)
     for note in run.notes:
         say(f"note: {note}")
     names = _named(run, source, adapters)
-    wanted = Prediction(
-        data=str(data), output=where, names=names, max_rows=max_rows, batch_size=batch_size, options=options or {}
-    )
+    wanted = Prediction(data=str(data), output=where, names=names, max_rows=max_rows, batch_size=batch_size, options=options)
     with BusyBar() as busy:
         return run.task.predict(run.task.engine(run.bank), wanted, busy=busy)
 

@@ -207,6 +207,11 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
         == 2
     )
     assert "expected adapters with weights, such as a:0.5,b:0.5" in capsys.readouterr().err
+    apart = ["predict", str(out), "--prompt", "a hat", "--adapters", "ink", "--mix", "ink:0.5,oil:0.5", "--device", "cpu"]
+    assert (
+        main([*apart, "--size", "16", "--output", str(tmp_path / "apart")]) == 0
+    )  # oil is in the run, though not asked for alone
+    assert len(list((tmp_path / "apart").glob("*.png"))) == 3
     both = ["predict", str(out), "--prompt", "a hat", "--data", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "two")]
     assert main(both) == 2
     assert "--prompt: draws one caption, and --data captions of a file" in capsys.readouterr().err
