@@ -98,8 +98,6 @@ def prepare_texts(
         for part, rows in zip(parts.values(), raw.values(), strict=True):
             _settle(part, rows, kind)
     read = sum(map(len, raw.values()))
-    errors = [error for part in parts.values() for error in part.errors]
-    refuse(errors, read, data)
     for role, part in parts.items():
         if not part.texts:
             raise nothing_left(role, len(raw[role]), part.errors)

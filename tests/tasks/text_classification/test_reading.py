@@ -280,6 +280,15 @@ def test_a_list_of_labels_that_misses_those_of_the_rows() -> None:
         )
 
 
+def test_all_bad_rows_are_named_at_once() -> None:
+    """Those without a text, and those whose label the list lacks, which is known later."""
+    rows = [*mood_rows(8), {"text": "", "label": "pos"}, {"text": "x", "label": "odd"}]
+    config = ClassificationConfig(labels=("pos", "neg"))
+    with pytest.raises(DataError, match=r"2 of 10 rows can't be used:\n(.*\n)*.*no label 'odd'") as told:
+        prepare_texts(DataConfig(val_split=0, bad_rows="stop"), config, TOKENIZER, seed=1, train=rows, known=[])
+    assert "column 'text' is empty" in str(told.value)
+
+
 def test_words_for_a_missing_value_are_told_and_halves_of_a_character_are_bad_rows() -> None:
     rows = [*mood_rows(8), {"text": "None", "label": "pos"}, {"text": "seen", "label": "NaN"}]
     found = prepared([*rows, {"text": "x", "label": "bad \ud83d"}, {"text": "bad \ud83d end", "label": "pos"}])
