@@ -24,16 +24,17 @@ def load_run(
     dtype: str = "auto",
     task: str | None = None,
     check: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> LoadedRun:
     """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
 
     `task`: of a plain base model, `text-generation` if it isn't given. `check`: metrics that the task has to know, before its
-    model is loaded.
+    model is loaded. `settings`: of the task's own section (`{"language": "german"}`), for a base by itself: a run has its own.
     """
     from lorabank.tasks import task_kind
     from lorabank.training.loaded import load_run as load
 
-    return load(source, adapters, kinds=task_kind, device=device, dtype=dtype, task=task, check=check)
+    return load(source, adapters, kinds=task_kind, device=device, dtype=dtype, task=task, check=check, settings=settings)
 
 
 def evaluate(
@@ -48,9 +49,12 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     task: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, float]]:
     """Score adapters and `base` on held-out rows: `data.test` if given, else the run's test or validation rows.
+
+    `settings`: see `load_run`.
 
     `say` gets notes about the base, and the lines of the report over rows that aren't the run's own: how many were read, kept,
     dropped and why, or cut.
@@ -58,7 +62,7 @@ def evaluate(
     from lorabank.training.busy import BusyBar
     from lorabank.training.loaded import held_out_rows
 
-    run = load_run(source, adapters, device=device, dtype=dtype, task=task, check=metrics)
+    run = load_run(source, adapters, device=device, dtype=dtype, task=task, check=metrics, settings=settings)
     for note in run.notes:
         say(f"note: {note}")
     names = _named(run, source, adapters)
@@ -88,11 +92,13 @@ def predict(
     dtype: str = "auto",
     task: str | None = None,
     options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Predictions of adapters (and of `base`, where it has any) for rows without answers, written to `output`, which isn't there.
 
     For every task but text generation, whose answers are drawn by `generate_stream`. `options`: what the task knows beside.
+    `settings`: see `load_run`.
     Returns a sentence on what was written.
     """
     from lorabank.training.busy import BusyBar
@@ -104,7 +110,7 @@ def predict(
     options = options or {}
     mixed = [part.rpartition(":")[0].strip() for mix in options.get("mix") or () for part in str(mix).split(",")]
     needed = None if adapters is None else list(dict.fromkeys([*adapters, *filter(None, mixed)]))
-    run = load_run(source, needed, device=device, dtype=dtype, task=task)
+    run = load_run(source, needed, device=device, dtype=dtype, task=task, settings=settings)
     for note in run.notes:
         say(f"note: {note}")
     names = _named(run, source, adapters)

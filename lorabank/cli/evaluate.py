@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lorabank.cli.loading import add_source, run_config
+from lorabank.cli.loading import LANGUAGES, add_languages, add_source, flags_of_languages, languages_of, run_config
 from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.config.paths import expanded
 from lorabank.config.train import BAD_ROWS, DataConfig
@@ -44,6 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
         epilog=EXAMPLES,
     )
     add_source(parser)
+    add_languages(parser, tuple(LANGUAGES))
     rows = parser.add_argument_group("rows")
     rows.add_argument(
         "--data", metavar="ROWS", help="file, folder or datasets id (default: the run's test rows, else validation rows)"
@@ -87,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     json_file = _writable(args.json) if args.json else None
     from lorabank import api
 
-    typed = {**(FLAGS_OF if args.data else {}), **({"eval.metrics": "--metrics"} if args.metrics else {})}
+    own = languages_of(args, tuple(LANGUAGES))
+    typed = flags_of_languages(tuple(LANGUAGES)) | (FLAGS_OF if args.data else {})
+    typed |= {"eval.metrics": "--metrics"} if args.metrics else {}
     with named_as_typed(typed):
         scores = api.evaluate(
             args.run_folder,
@@ -100,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             task=args.task,
+            settings=own,
             say=lambda line: print(line, file=sys.stderr),
         )
     print_scores(scores)

@@ -38,6 +38,28 @@ def add_source(parser: CommandParser, example: str = "out/support") -> None:
     add_machine(parser)
 
 
+LANGUAGES = {"language": "that is spoken", "source_lang": "of texts that are read", "target_lang": "of texts that are written"}
+"""Settings of a base by itself; runs and adapters have their own."""
+SECTIONS = {"language": "speech", "source_lang": "seq2seq", "target_lang": "seq2seq"}
+
+
+def add_languages(parser: CommandParser, names: Sequence[str]) -> None:
+    """Flags of `LANGUAGES`."""
+    group = parser.add_argument_group("a base model by itself (a run and an adapter say theirs)")
+    for name in names:
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="NAME", help=f"language {LANGUAGES[name]}")
+
+
+def languages_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
+    """Those that were typed."""
+    return {name: said for name in names if (said := getattr(args, name)) is not None}
+
+
+def flags_of_languages(names: Sequence[str]) -> dict[str, str]:
+    """What messages call them, to the flag."""
+    return {f"{SECTIONS[name]}.{name}": f"--{name.replace('_', '-')}" for name in names}
+
+
 def task_of(args: argparse.Namespace) -> str:
     """The task of what is named: as it was asked for, the run's, or what the adapter's own file says. Loads no model."""
     if args.task is not None:

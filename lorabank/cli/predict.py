@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lorabank.cli.folders import chosen_path
-from lorabank.cli.loading import add_sampling, add_source, check_sampling, chosen, load, run_config, task_of
+from lorabank.cli.loading import (
+    add_sampling,
+    add_source,
+    check_sampling,
+    chosen,
+    flags_of_languages,
+    load,
+    run_config,
+    task_of,
+)
 from lorabank.cli.parser import CommandParser, positive
 from lorabank.cli.rows import prompt_of, read_prompts
 from lorabank.cli.task_options import PICTURES, TASK_FLAGS, add_task_flags, task_options
@@ -38,7 +47,15 @@ a line. Each output row is the input row and one column an adapter.
 """
 
 
-FLAGS_OF = {"data.test": "--data", "data.bad_rows": "--bad-rows", "threshold": "--threshold", "output": "--output"}
+OF_TEXTS = ("source_lang", "target_lang")
+"""Flags that are settings of the task, for a base by itself."""
+FLAGS_OF = {
+    **flags_of_languages(OF_TEXTS),
+    "data.test": "--data",
+    "data.bad_rows": "--bad-rows",
+    "threshold": "--threshold",
+    "output": "--output",
+}
 """What messages call a setting that a flag gave, to the flag."""
 
 
@@ -147,7 +164,8 @@ def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any])
             device=args.device,
             dtype=args.dtype,
             task=args.task,
-            options=options,
+            options={name: value for name, value in options.items() if name not in OF_TEXTS},
+            settings={name: value for name, value in options.items() if name in OF_TEXTS},
             say=lambda line: print(line, file=sys.stderr),
         )
     print(told)

@@ -52,6 +52,8 @@ TASK_FLAGS: Mapping[str, TaskFlag] = {
         tasks=(*SEQ2SEQ, SPEECH),
         says={"type": positive, "metavar": "N", "help": "beams that texts are written with; 1 is greedy (default: the run's)"},
     ),
+    "source_lang": TaskFlag(tasks=SEQ2SEQ, says={"metavar": "NAME", "help": "of a base by itself: language that is read"}),
+    "target_lang": TaskFlag(tasks=SEQ2SEQ, says={"metavar": "NAME", "help": "of a base by itself: language that is written"}),
     "timestamps": _own(
         SPEECH, action="store_const", const=True, help="transcripts with times (default: where the file's kind has them)"
     ),

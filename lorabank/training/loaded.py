@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,12 @@ def load_run(
     dtype: str = "auto",
     task: str | None = None,
     check: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> LoadedRun:
     """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
 
     `kinds`: a task's name → how it is loaded. `task`: its name; None: the run's, else what the adapters say. `check`: metrics
-    that the task has to know, before its model is loaded.
+    that the task has to know, before its model is loaded. `settings`: of the task's own section, for a base by itself.
     `dtype`: as `load_base` has it; with `auto` a base that was in fp8 or 4 bits in training is so again.
     The tokenizer is the one that was saved beside the adapters, chat template included; else the base's. Raises
     AdapterNameError for a name that the run doesn't have, CheckpointError for a run that hasn't ended, ModelError for its base.
@@ -96,7 +97,13 @@ def load_run(
     if config is not None and not folders and adapters is None:
         raise CheckpointError(f"{source}: the run has no adapter yet, since it didn't end. To go on with it: {resume_line(path)}")
     loaded = {name: load_peft(folders[name]) for name in wanted}
-    kind = kinds(_chosen_task(task, source, config, loaded))
+    own_task = _chosen_task(task, source, config, loaded)
+    kind = kinds(own_task)
+    if settings and (config is not None or loaded):
+        raise ConfigError(
+            Setting(f"{SECTION_OF.get(own_task, own_task)}.{next(iter(settings))}"),
+            f": is for a base model by itself, and {source} was trained with settings of its own. Leave it out.",
+        )
     try:
         kind.check_metrics(check)
     except ConfigError as error:
@@ -105,21 +112,31 @@ def load_run(
     processor = base.processor
     if isinstance(processor, PreTrainedTokenizerBase):
         processor = _saved_tokenizer([folders[name] for name in wanted]) or processor
-    opened = kind.open(config or _merged_config(base.folder, loaded), base.model, processor, loaded)
+    opened = kind.open(config or _config_alone(own_task, base.folder, loaded, settings or {}), base.model, processor, loaded)
     bank = attach(base.model, head=opened.head)
     for name, adapter in loaded.items():
         bank.load(name, adapter)
     return LoadedRun(bank, opened, list(loaded), config, tuple(base.notes))
 
 
-def _merged_config(folder: Path | None, loaded: Mapping[str, Adapter]) -> TrainConfig:
-    """What a merged model is used with, by itself; the defaults for any other, and where adapters say what they are used with."""
-    task, settings = merged_task(folder) if folder is not None and not loaded else (None, {})
-    if task is None:
+def _config_alone(task: str, folder: Path | None, loaded: Mapping[str, Adapter], settings: Mapping[str, Any]) -> TrainConfig:
+    """What a base without a run is used with: what was asked for, then what a merged model says. Adapters say it themselves.
+
+    Raises ConfigError for settings that the task doesn't have.
+    """
+    section = SECTION_OF.get(task)
+    if section is None:
+        if settings:
+            raise ConfigError(f"{next(iter(settings))}: {task} has no such setting. Leave it out.")
         return TrainConfig()
-    section = SECTION_OF[task]
-    own: Any = {section: TASK_SECTIONS[section](**settings)}
-    return TrainConfig(task=task, **own)
+    merged_for, said = merged_task(folder) if folder is not None and not loaded else (None, {})
+    own = {**(said if merged_for == task else {}), **settings}
+    kind = TASK_SECTIONS[section]
+    known = [item.name for item in fields(kind)]
+    if unknown := [name for name in own if name not in known]:
+        raise ConfigError(f"{unknown[0]}: {task} has no such setting{closest(unknown[0], known)}. Leave it out.")
+    made: Any = {section: kind(**own)}
+    return TrainConfig(task=task, **made)
 
 
 def _chosen_task(asked: str | None, source: str | Path, config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:

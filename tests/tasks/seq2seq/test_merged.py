@@ -83,3 +83,23 @@ def test_what_a_merged_model_is_for_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"lorabank_task.json: what the merged model is for can't be read \(.*beems"):
         api.load_run(tmp_path)
+
+
+def test_a_base_by_itself_is_told_its_languages(tmp_path: Path, capsys: Any) -> None:
+    for part in mbart():
+        part.save_pretrained(tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", translation_rows(6))  # type: ignore[arg-type]
+    words = ["eval", str(tmp_path / "base"), "--task", "translation", "--data", str(rows), "--device", "cpu"]
+    assert main(words) == 2
+    assert "--source-lang: " in (said := capsys.readouterr().err) and "say which: " in said
+    languages = ["--source-lang", "en_XX", "--target-lang", "de_DE"]
+    assert main([*words, *languages]) == 0
+    answered = ["predict", str(tmp_path / "base"), "--task", "translation", "--data", str(rows), "--device", "cpu", *languages]
+    assert main([*answered, "--output", str(tmp_path / "out.jsonl"), "--max-rows", "2"]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    assert main([*words[:3], "text-classification", *words[4:], *languages]) == 2
+    assert "source_lang: text-classification has no such setting" in capsys.readouterr().err
+    settings: dict[str, Any] = {"max_steps": 1, "eval": {"every": 0, "samples": 0}, "seq2seq": LANGUAGES}
+    lb.train(task="translation", model=str(tmp_path / "base"), data=str(rows), output=str(tmp_path / "run"), **settings)
+    assert main(["eval", str(tmp_path / "run"), "--data", str(rows), "--device", "cpu", *languages]) == 2
+    assert "--source-lang: is for a base model by itself" in capsys.readouterr().err
