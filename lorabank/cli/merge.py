@@ -240,11 +240,11 @@ def is_pipeline(name: str, adapter: Adapter) -> bool:
 def is_classifier(name: str) -> bool:
     """Whether the base is a classifier of pictures of another library than transformers, or a merged one."""
     from lorabank.config.paths import expanded
-    from lorabank.config.tasks import task_of_model
+    from lorabank.config.tasks import form_of_model
     from lorabank.models.efficientnet_lite import EFFICIENTNET_LITE
 
     own = name.strip().lower() == EFFICIENTNET_LITE or name.startswith("timm:")
-    return own or task_of_model(expanded(name, place="model")) == "image-classification"
+    return own or form_of_model(expanded(name, place="model")) == "image-classification"
 
 
 def _by_shard(args: argparse.Namespace, adapter: Adapter, name: str, folder: Path) -> int:

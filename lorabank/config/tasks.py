@@ -66,7 +66,12 @@ TASK_FILE = "lorabank_task.json"
 
 def task_of_model(folder: Path) -> str | None:
     """The task of a model's folder, where its files alone say it: a pipeline of diffusers, or what an adapter was merged into."""
-    return next((task for file, task in MODEL_FILES.items() if (folder / file).is_file()), None) or merged_task(folder)[0]
+    return form_of_model(folder) or merged_task(folder)[0]
+
+
+def form_of_model(folder: Path) -> str | None:
+    """The task whose models alone come in this form: a pipeline of diffusers, or a merged classifier of another library."""
+    return next((task for file, task in MODEL_FILES.items() if (folder / file).is_file()), None)
 
 
 def merged_task(folder: Path) -> tuple[str | None, Mapping[str, Any]]:

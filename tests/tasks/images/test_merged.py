@@ -115,6 +115,13 @@ def test_a_merged_model_of_transformers_makes_pictures_of_the_adapters_size(tmp_
         assert processor_class(out).from_pretrained(out).size["shortest_edge"] == 24
         found = answers(out, data, tmp_path / f"merged{len(way)}.jsonl", "--task", "image-classification")
         assert_alike(found, in_run)
+        if not way:
+            again = {**settings, "max_steps": 1}
+            lb.train(model=str(out), data=str(data), targets=CONVOLUTIONS, output=str(tmp_path / "second"), **again)
+            assert (
+                main(["merge", str(tmp_path / "second" / "default"), "--output", str(tmp_path / "twice"), "--device", "cpu"]) == 0
+            )
+            assert (tmp_path / "twice" / "config.json").is_file()
         shutil.rmtree(out)
 
 

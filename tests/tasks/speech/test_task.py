@@ -284,3 +284,22 @@ def test_a_merged_model_hears_and_writes_as_its_adapter_did(
     write_task(merged, replace(adapter, metadata={**adapter.metadata, "speech": json.dumps(said)}))
     found = GenerationConfig.from_pretrained(merged)
     assert (found.language, found.task) == ("german", "translate")
+
+
+def test_a_multilingual_base_by_itself_is_told_its_language(
+    voices: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Word errors before any training."""
+    model, processor = tiny_whisper(multilingual=True)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "generation_config.json"
+    said = json.loads(file.read_text())
+    del said["_from_model_config"]  # of such a file transformers forgets the languages; those of real models are none
+    file.write_text(json.dumps(said))
+    words = ["eval", str(tmp_path / "base"), "--task", "automatic-speech-recognition", "--data", str(voices["ann"])]
+    words += ["--metrics", "wer", "--max-new-tokens", "3", "--max-rows", "2", "--device", "cpu"]
+    assert main(words) == 2
+    assert "--language" in capsys.readouterr().err
+    assert main([*words, "--language", "german"]) == 0
+    assert "wer" in capsys.readouterr().out
