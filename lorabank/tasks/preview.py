@@ -53,10 +53,15 @@ def preview(config: TrainConfig, *, count: int = 3, pictures: str | Path = PICTU
         console.rule(data)
         rows, run = prepared.train, runs[name]
         seed = config.seed if run.seed is None else run.seed
-        numbers = range(min(count, len(rows)))
+        numbers = task.previewed(rows, count)
 
-        def draws(rows: Sequence[TaskRow] = rows, batch_size: int = run.batch_size, seed: int = seed) -> list[list[int]]:
-            return first_draws(rows, count, batch_size=batch_size, seed=seed)
+        def draws(
+            rows: Sequence[TaskRow] = rows,
+            numbers: Sequence[int] = numbers,
+            batch_size: int = run.batch_size,
+            seed: int = seed,
+        ) -> list[list[int]]:
+            return first_draws(rows, numbers, batch_size=batch_size, seed=seed)
 
         made = task.preview(name, [rows[i] for i in numbers], Printer(console), draws)
         write_files(folder, {f"{shown[data]}-{file}": content for file, content in made.items()})
@@ -74,15 +79,15 @@ def report_table(report: Report) -> Table:
     return table
 
 
-def first_draws(rows: Sequence[TaskRow], count: int, *, batch_size: int, seed: int) -> list[list[int]]:
-    """What each of the first `count` rows draws in the first passes over all of them, as an adapter of this seed does."""
+def first_draws(rows: Sequence[TaskRow], numbers: Sequence[int], *, batch_size: int, seed: int) -> list[list[int]]:
+    """What each of the rows `numbers` draws in the first passes over all of them, as an adapter of this seed does."""
     stream = RowStream(rows, batch_size, seed)
-    found: list[list[int]] = [[] for _ in range(min(count, len(rows)))]
+    found: dict[int, list[int]] = {number: [] for number in numbers}
     for position in range(stream.micro_batches(float(PASSES))):
         for i, draw in zip(stream.batch(position), stream.draws(position), strict=True):
-            if i < len(found):
+            if i in found:
                 found[i].append(draw)
-    return found
+    return list(found.values())
 
 
 def _file_name(data: str, taken: Collection[str]) -> str:

@@ -124,6 +124,10 @@ class Task(ABC, Generic[Row]):
         """`read`, without what only training needs of the rows."""
         return self.read(config, progress=progress)
 
+    def previewed(self, rows: Sequence[Row], count: int) -> Sequence[int]:
+        """Which `count` rows a preview shows, each once."""
+        return range(min(count, len(rows)))
+
     @abstractmethod
     def preview(self, name: str, rows: Sequence[Row], out: Printer, draws: Draws) -> Mapping[str, bytes]:
         """Print rows of an adapter as training sees them; returns pictures of them, file's name to PNG."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,10 +139,19 @@ class _Row:
 def test_draws_are_trainings() -> None:
     rows = [_Row(size) for size in (3, 1, 2, 5, 4)]
     stream = RowStream(rows, 2, 7)
-    found = first_draws(rows, 2, batch_size=2, seed=7)
+    found = first_draws(rows, [4, 1], batch_size=2, seed=7)
     assert [len(own) for own in found] == [PASSES, PASSES]
     where = next(p for p in range(3) if 1 in stream.batch(p))
     assert found[1][0] == stream.draws(where)[stream.batch(where).index(1)]
+
+
+def test_pictures_of_every_label_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders of classes come one after the other."""
+    model, data = seen(tmp_path)
+    words = ["preview", "--task", "image-classification", "--model", str(model), "--data", str(data), "--data.val-split", "0"]
+    assert main([*words, "--count", "4", "--pictures", str(tmp_path / "look")]) == 0
+    labels = re.findall(r"label '(\w+)'", capsys.readouterr().out)
+    assert len(labels) == 4 and len({*labels[:3]}) == min(3, len([*data.iterdir()]))
 
 
 def test_sheet_fits_every_picture() -> None:

@@ -166,6 +166,14 @@ class ImageClassification(Task[ImageRow]):
         """Of an adapter, or of the base."""
         return self.base_labels if is_base(name) else self._labels[name]
 
+    def previewed(self, rows: Sequence[ImageRow], count: int) -> Sequence[int]:
+        """One of each label in turn: folders come sorted by it."""
+        places: dict[str, list[int]] = {}
+        for number, row in enumerate(rows):
+            places.setdefault(row.reference, []).append(number)
+        turns = sorted((turn, number) for own in places.values() for turn, number in enumerate(own))
+        return [number for _, number in turns[:count]]
+
     def preview(self, name: str, rows: Sequence[ImageRow], out: Printer, draws: Draws) -> Mapping[str, bytes]:
         return preview(self, name, rows, out, draws)
 
