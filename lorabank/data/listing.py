@@ -1,4 +1,4 @@
-"""`listed`: what lies in a folder of data; `is_folder`, `is_file`: what an entry is."""
+"""`listed`: what lies in a folder of data; `is_folder`, `is_file`: what an entry is; `from_home`: where `~` leads."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def is_folder(entry: Path) -> bool:
 def is_file(entry: Path) -> bool:
     """Whether it is a file, or a link to one; False for a link into what may not be entered."""
     return os.path.isfile(entry)  # noqa: PTH113  (as above)
+
+
+def from_home(name: str | Path) -> Path:
+    """The path with `~` or `~user` replaced by a home folder; `~draft.png` is a file's name where nobody is called so."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)

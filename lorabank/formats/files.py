@@ -102,6 +102,11 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def escaped(text: str) -> str:
+    """Text as any file or terminal of UTF-8 takes it (see `utf8`)."""
+    return utf8(text).decode()
+
+
 def write_files(folder: Path, files: Mapping[str, bytes | str | Writer]) -> None:
     """Write all `files` (name in `folder` → content) or none: each under a temporary name, renamed once all are on the disk.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorabank.data.listing import from_home
 from lorabank.data.row import RowError
 
 if TYPE_CHECKING:
@@ -14,13 +14,8 @@ if TYPE_CHECKING:
 
 
 def place_of(name: str | Path, folder: Path | None) -> Path:
-    """The file that a cell of a table names: below `folder` unless it says a whole path; `~` is the home folder of a user.
-
-    `~draft.png` is a file's name where there is no user `draft.png`.
-    """
-    path = Path(name)
-    with contextlib.suppress(RuntimeError):
-        path = path.expanduser()
+    """The file that a cell of a table names: below `folder` unless it says a whole path; `~` is a home folder (`from_home`)."""
+    path = from_home(name)
     return path if folder is None or path.is_absolute() else folder / path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from lorabank.data.listing import from_home
 from lorabank.data.row import RowError
 from lorabank.tasks.decoding import as_rgb, decoded, upright
 from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels
@@ -27,7 +28,7 @@ def as_picture(value: Any, folder: Path | None) -> Picture:
     if isinstance(value, bytes | Image.Image):
         return value
     if isinstance(value, str | Path) and str(value).strip():
-        path = _from_home(file_named(value))
+        path = from_home(file_named(value))
         return path if folder is None or path.is_absolute() else folder / path
     if value is None or value == "":
         raise RowError("no picture: its cell is empty")
@@ -45,13 +46,6 @@ def file_named(name: str | Path) -> Path:
     if len(encoded) > _LONGEST_PATH or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
         raise RowError("a file name longer than any file's (is it the picture itself, as text?)")
     return Path(name)
-
-
-def _from_home(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:  # no such user: a name that begins so
-        return path
 
 
 def open_picture(picture: Picture, size: tuple[int, int] | None = None) -> tuple[Image.Image, bool, str]:

@@ -15,7 +15,7 @@ from lorabank.data.reasons import MAX_ORIGINS
 from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, closest
-from lorabank.formats.files import write_files
+from lorabank.formats.files import escaped, write_files
 from lorabank.tasks.detection.draw import drawn
 from lorabank.tasks.detection.pictures import SUFFIXES
 from lorabank.tasks.detection.prepare import prepare
@@ -88,7 +88,7 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     own = base_note(wanted.names, task.base_labels, [task.labels_of(name) for name in wanted.names if not is_base(name)])
     told = f"{counted(len(rows), 'picture')}{own}; boxes with a score of at least {shown:g}: {counts}: {wanted.output}"
     told += _left_out(sets.errors, alone) + "".join(f"\n{note}: {each.some}" for note, each in sets.report.notes.items())
-    return told.encode(errors="backslashreplace").decode()  # names that aren't UTF-8 can't be printed as they are
+    return escaped(told)  # names that aren't UTF-8 can't be printed as they are
 
 
 def _left_out(errors: Sequence[RowError], alone: bool) -> str:

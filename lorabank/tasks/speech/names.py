@@ -6,17 +6,14 @@ import errno
 import stat
 from pathlib import Path
 
+from lorabank.data.listing import from_home
 from lorabank.data.row import RowError
+from lorabank.formats.files import escaped
 
 LONGEST = 255
 """Bytes of a file's name, and of a path, at most, on the usual file systems."""
 LONGEST_PATH = 4096
 _SHOWN = 60
-
-
-def escaped(text: str) -> str:
-    """The text as any file and terminal takes it: what is no UTF-8 in it, as in names of files, is escaped."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def shown(name: str) -> str:
@@ -50,11 +47,3 @@ def file_named(name: str | Path, near: Path | None) -> Path:
     if not stat.S_ISREG(mode):
         raise RowError("the recording is no plain file")
     return path
-
-
-def from_home(name: str | Path) -> Path:
-    """The path with `~` or `~user` replaced by a home folder, where there is such a user."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        return Path(name)

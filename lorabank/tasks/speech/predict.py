@@ -15,11 +15,10 @@ from lorabank.data.bad_rows import NAMED, listed, refuse
 from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, DataError, OutputError, closest
-from lorabank.formats.files import write_files
+from lorabank.formats.files import escaped, write_files
 from lorabank.tasks.speech.audio import Sound
 from lorabank.tasks.speech.hearing import Hearing
 from lorabank.tasks.speech.left_out import left_out
-from lorabank.tasks.speech.names import escaped
 from lorabank.tasks.speech.read import Utterance, read_utterances
 from lorabank.tasks.speech.subtitles import WRITERS
 from lorabank.tasks.speech.tokens import SpeechTokens

@@ -13,10 +13,9 @@ from lorabank.data.files import READERS
 from lorabank.data.row import RowError
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, DataError, OutputError, closest
-from lorabank.formats.files import write_files
+from lorabank.formats.files import escaped, write_files
 from lorabank.tasks.speech.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, as_wav
 from lorabank.tasks.speech.left_out import left_out
-from lorabank.tasks.speech.names import escaped
 from lorabank.tasks.synthesis.rows import SynthesisRow
 from lorabank.tasks.synthesis.texts import texts
 from lorabank.training.task import Busy, Prediction
