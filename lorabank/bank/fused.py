@@ -74,6 +74,11 @@ class LayerCall:
     within: tuple[int, int, bool] | None = None
     """(dimension, length, whether it is at the end) of the base weight in the first of `more`, if it is a part of that."""
 
+    @property
+    def rows(self) -> int:
+        """That the route is about."""
+        return self.rows_U.shape[0]
+
     def base_of(self, stored: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The base layer's own tensors, `stored()`. Traced by torch.compile, which would compile anew for other strides.
 

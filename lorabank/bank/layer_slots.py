@@ -206,6 +206,11 @@ class SlottedLayer(Adapted, Carrier):
         return bool(self.slots) or self._sliced
 
     @property
+    def asks(self) -> bool:
+        """Whether a call needs the rows that the module above was given; a compiled block's tables have them."""
+        return self.call is None and self.in_use
+
+    @property
     def _sliced(self) -> bool:
         return any(carrier.slots for carrier in self.slices.values())
 

@@ -36,6 +36,11 @@ class LoRALayer(SlottedLayer):
         return bool(self.slots) and self.alone is None
 
     @property
+    def windowed(self) -> bool:
+        """Whether its rows are parts of the batch's (windows, tokens apart), of which a compiled block has no tables."""
+        return self.folded is not None and not self.folded.by_token
+
+    @property
     def alone(self) -> str | None:
         """Why a compiled block must leave the product to this layer itself, None where it need not."""
         if not self.kind.linear:
@@ -50,6 +55,8 @@ class LoRALayer(SlottedLayer):
             return "an adapter there trains a bias, or rows of its own"
         if any(slot.frozen is not None for slot in self.slots.values()):
             return "an adapter there is a difference from where it started"
+        if self.windowed:
+            return "a module above splits its rows"
         if not self.kind.in_blocks:
             return "its products are emulated"
         if self.beside_turned:
@@ -157,8 +164,10 @@ class LoRALayer(SlottedLayer):
 
     def units(self, routing: Routing, x: Tensor) -> int:
         """How many units x has under the routing. Raises RoutingError where it can't be split into them."""
-        if self.folded is not None and routing.per == "row" and (rows := self.folded.rows) is not None:
-            return routing.units_folded(rows, x, self.path)
+        if self.folded is not None and routing.per == "row":
+            rows = self.folded.rows if self.call is None else self.call.rows
+            if rows is not None:
+                return routing.units_folded(rows, x, self.path)
         alike = self.kind.linear and x.ndim > 2 and x.shape[0] == x.shape[1]
         if self.beside_turned and routing.per == "row" and alike:
             raise RoutingError(

@@ -33,6 +33,8 @@ FOLDING: Mapping[str, str] = {
     r"\w*(MoE|Moe|SparseMLP)(Block)?": r"shared_experts?(\..*)?|shared_expert_gate|router(\..*)?|gate(\..*)?",
 }
 """Class of a module whose first input has rows first → its layers that get them folded with what follows, row by row."""
+BY_TOKEN = ("OPTDecoderLayer", r"\w*(MoE|Moe|SparseMLP)(Block)?")
+"""Those keys of `FOLDING` whose layers get one token a row."""
 ELSEWHERE: Mapping[str, tuple[str, str]] = {
     r"(Longformer|LEDEncoder)SelfAttention": (r"(query|key|value)(_global)?", "its input is (tokens, rows, features)"),
     r"FSMT(En|De)coder": (r"layers\..*", "its input is (tokens, rows, features)"),
@@ -140,6 +142,11 @@ class Watched(Protocol):
         """Whether an adapter changes it."""
         ...
 
+    @property
+    def asks(self) -> bool:
+        """Whether a call needs to know how many rows its owner was given."""
+        ...
+
     def watch(self, folded: OwnerWatch | None, called: ContextVar[bool] | None) -> None:
         """Take note of what its owner tells, and what it must tell."""
         ...
@@ -159,8 +166,11 @@ class OwnerWatch:
     """Hooks on one owner: how many rows its input has, while it runs, and whether the layers that it may pass were called."""
 
     def __init__(self, owner: nn.Module) -> None:
+        self.by_token = any(is_named(owner, name) for name in BY_TOKEN)
+        """Whether it folds each row's tokens into rows of one token, not into windows or the like."""
         self._rows: ContextVar[int | None] = ContextVar("lorabank_rows", default=None)
         self._called: list[Called] = []
+        self._folded: list[Watched] = []
         self._hooks = [
             owner.register_forward_pre_hook(_Enter(self), with_kwargs=True),
             owner.register_forward_hook(_Leave(self)),
@@ -168,8 +178,17 @@ class OwnerWatch:
 
     @property
     def rows(self) -> int | None:
-        """Of the owner's input; None outside its call, and in a compiled block."""
+        """Of the owner's input; None outside its call, and in a compiled block none of whose layers asks."""
         return self._rows.get()
+
+    @property
+    def asked(self) -> bool:
+        """Whether a layer needs `rows`. Traced by torch.compile."""
+        return any(layer.asks for layer in self._folded)
+
+    def folds(self, layer: Watched) -> None:
+        """Tell a layer, too, how many rows there are."""
+        self._folded.append(layer)
 
     def expect(self, layer: Watched, when: str) -> ContextVar[bool]:
         """Expect a layer to be called whenever the owner is. It sets what is returned."""
@@ -179,14 +198,26 @@ class OwnerWatch:
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The owner is being called."""
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        self._rows.set(None if x is None or x.ndim < 3 else x.shape[0])
+        self.count(args, kwargs)
         for called in self._called:
             called.seen.set(False)
 
+    def count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the rows of the owner's input."""
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        self._rows.set(None if x is None or x.ndim < 3 else x.shape[0])
+
+    def forget(self) -> None:
+        """Outside the owner's call there are none."""
+        self._rows.set(None)
+
+    # Python's work: in compiled code a graph break, which the layers that ask are as well
+    eager_count: Any = torch.compiler.disable(count)
+    eager_forget: Any = torch.compiler.disable(forget)
+
     def leave(self) -> None:
         """It has been. Raises UnreachedLayerError where it passed a layer."""
-        self._rows.set(None)
+        self.forget()
         for called in self._called:
             if called.layer.in_use and not called.seen.get():
                 raise UnreachedLayerError(
@@ -211,6 +242,8 @@ class Owners:
         """Tie a newly wrapped layer to the modules above it that it depends on, if there are any."""
         folding, passing = folding_owner(self._model, layer.path), passing_owner(self._model, layer.path)
         folded = None if folding is None else self._of(folding)
+        if folded is not None:
+            folded.folds(layer)
         called = None if passing is None else self._of(passing[0]).expect(layer, passing[1])
         layer.watch(folded, called)
 
@@ -239,6 +272,8 @@ class _Enter:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
             self._watch.enter(args, kwargs)
+        elif self._watch.asked:
+            self._watch.eager_count(args, kwargs)
 
     def __reduce__(self) -> Any:
         return inert, ()
@@ -253,6 +288,8 @@ class _Leave:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._watch.leave()
+        elif self._watch.asked:
+            self._watch.eager_forget()
 
     def __reduce__(self) -> Any:
         return inert, ()

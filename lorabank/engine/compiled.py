@@ -25,7 +25,8 @@ def left_out(bank: AdapterBank) -> list[str]:
     Nor are those among them that a captured pass can follow all the same.
     """
     found = _found_blocks(bank)
-    inside = {id(module) for fused in found for module in fused.block.modules() if isinstance(module, LoRALayer)}
+    compiled = [fused.block for fused in found if not fused.stays_plain]
+    inside = {id(module) for block in compiled for module in block.modules() if isinstance(module, LoRALayer)}
     alone = [layer for layer in all_layers(bank) if not (layer.follows or (layer.fusable and id(layer) in inside))]
     return [*(layer.path for layer in alone), *saved_paths(bank)] if found else []
 

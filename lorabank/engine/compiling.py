@@ -27,15 +27,27 @@ _TRY = "so compile: true tries it"
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that stand in a list with others of their class: a transformer's layers."""
+    """The outermost modules that stand in a list with others of their class: a transformer's layers.
+
+    Of stages (Swin's, ResNet's), which differ in size, it is the blocks inside: their code is shared, a stage's would be its own.
+    """
+    return _repeated(model, stages=True)
+
+
+def _repeated(model: nn.Module, *, stages: bool) -> list[nn.Module]:
     found: list[nn.Module] = []
     for module in model.children():
         blocks = list(module.children()) if isinstance(module, nn.ModuleList | nn.Sequential) else []
-        if len(blocks) > 1 and len({type(block) for block in blocks}) == 1:
-            found += blocks
-        else:
-            found += repeated_blocks(module)
+        if len(blocks) < 2 or len({type(block) for block in blocks}) > 1:
+            found += _repeated(module, stages=stages)
+            continue
+        inside = [_repeated(nn.ModuleList([block]), stages=False) for block in blocks] if stages and _differ(blocks) else []
+        found += [block for own in inside for block in own] if inside and all(inside) else blocks
     return found
+
+
+def _differ(blocks: Sequence[nn.Module]) -> bool:
+    return len({tuple((name, p.shape) for name, p in block.named_parameters()) for block in blocks}) > 1
 
 
 def uncompiled_because(model: nn.Module) -> str | None:

@@ -72,6 +72,10 @@ class FusedBlock:
         """Whether torch.compile turned out not to be able to compile this block."""
         self._lock = threading.Lock()
         self._bank: AdapterBank | None = None
+        self._owner: AdapterBank | None = None
+        """The bank, also where no layer of this block is computed in it."""
+        self._left_plain = False
+        """`stays_plain`, for the bank's present adapters."""
         self._structure = -1
         self._waited: tuple[weakref.ref[Any], int] | None = None
         """The bank, and its structure count, at a call that was left to the plain block, which shows what layers it reaches."""
@@ -86,6 +90,15 @@ class FusedBlock:
     def in_place(self) -> bool:
         """Whether the block still calls this."""
         return self.block._compiled_call_impl is self
+
+    @property
+    def stays_plain(self) -> bool:
+        """Whether compiling would cost more than it saves: what is adapted are convolutions alone, or layers in windows.
+
+        Each would be a break in the compiled code. A captured pass saves the host's work there.
+        """
+        used = [layer for layer in self.block.modules() if isinstance(layer, LoRALayer) and layer.in_use]
+        return bool(used) and (all(layer.kind.kernel(layer.base) for layer in used) or any(layer.windowed for layer in used))
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -159,7 +172,7 @@ class FusedBlock:
     def _checkpointed(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A plain block, computed again in backward."""
         # a route for layers that look theirs up: on a GPU backward runs in a thread that knows of none
-        context = self._bank.checkpoint_context if self._bank is not None else _no_contexts
+        context = self._owner.checkpoint_context if self._owner is not None else _no_contexts
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context, **kwargs)
 
     def _chosen(
@@ -169,7 +182,8 @@ class FusedBlock:
         x = args[0] if args and isinstance(args[0], Tensor) else None
         with torch.inference_mode(False):  # what is made here outlives this call, and a pass with gradients may come
             ready = x is not None and not self.failed and self._ready()
-        if x is None or not ready or (not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW):
+        few = x is not None and not torch.is_grad_enabled() and x.numel() // x.shape[-1] < FEW
+        if x is None or not ready or few or self._left_plain:
             return self.block._call_impl, True
         why = runtime.missing(x.device) or runtime.refused(x.device, x.dtype)
         if why is not None:
@@ -262,13 +276,15 @@ class FusedBlock:
         if missed := [layer for layer in adapted if not layer.reached]:
             self._wait(missed)
             return False
-        layers = [layer for layer in adapted if layer.fusable]
+        self._left_plain = self.stays_plain
+        layers = [layer for layer in adapted if layer.fusable and not self._left_plain]
         for layer in adapted:
-            if layer.in_use and layer.alone is not None:
+            if layer.in_use and layer.alone is not None and not self._left_plain:
                 name = layer.path.rpartition(".")[2]
                 warn_once(f"compile: layers {name!r} are left out of their compiled blocks, slower: {layer.alone}")
-        owner = layers[0].router if layers else None
-        bank = owner if isinstance(owner, AdapterBank) else None
+        owner = adapted[0].router if adapted else None
+        self._owner = owner if isinstance(owner, AdapterBank) else None
+        bank = self._owner if layers else None
         if bank is not None:
             slots = bank.table_slots
             self._tables = [layer.slot_tables(bank.slot_numbers, slots) for layer in layers]

@@ -47,7 +47,7 @@ class _Model:
     alone: bool = False
     """Whether adapted layers are in none of them."""
     only_alone: bool = False
-    """Whether all are, so that no block asks for tables."""
+    """Whether all are, so that no block asks for tables: convolutions, which follow the slots' rows."""
     parameters: Sequence[nn.Parameter] = ()
     """All of them, adapters' leaves too."""
 
@@ -63,6 +63,8 @@ class _Known:
 
     sizes: tuple[Size, ...] = ()
     """Tables that were asked for."""
+    settled: bool = False
+    """Whether a pass has shown them: blocks ask for none until each of their layers has been reached once."""
     others: dict[int, nn.Parameter] = field(default_factory=dict)
     """By id: what gets a gradient beside adapters, such as a head that is trained too."""
 
@@ -151,12 +153,13 @@ class TrainingPass:
             tables = {size: RouteTables(*(rest.pop(0) for _ in range(4))) for size in known.sizes}
             return self._run(batch, routing.following(tables, rest if seen.alone else None), known)
 
-        before = known.state(seen)
-        if known.sizes:
+        before, fresh = known.state(seen), not known.settled
+        if not fresh:
             loss = self.graphs.run((key, before), inputs(), lambda: [*self._leaves(routing), *known.others.values()], compute)
-        else:  # blocks ask for no tables until each of their layers has been reached once
+        else:
             loss = compute(given)
-        if known.sizes and (after := known.state(seen)) != before:
+            known.settled = bool(known.sizes) or seen.only_alone
+        if known.settled and ((after := known.state(seen)) != before or fresh):
             self.graphs.seen((key, after), inputs())
         return loss
 
@@ -179,7 +182,7 @@ class TrainingPass:
                     if self.after_backward is not None:
                         self.after_backward(leaves)
         if known is not None:
-            settled = bool(known.sizes)  # what a first pass draws may be for something that it sets up
+            settled = known.settled  # what a first pass draws may be for something that it sets up
             known.sizes += tuple(size for size in routing.sizes if size not in known.sizes)
             if settled and self.graphs.refused is None and not torch.equal(drawn, torch.get_rng_state()):
                 self.graphs.refuse("random numbers are drawn on the host, and a replay would draw none")
@@ -236,15 +239,9 @@ class TrainingPass:
                 "small ones wait for the host. lorabank.engine.compiling.compile_blocks(model) compiles them; "
                 "TrainingPass(cuda_graphs=False) silences this."
             )
-        if seen.only_alone:
-            warn_once(
-                "TrainingPass: none of the adapted layers is in a compiled block, so passes run kernel by kernel, and small ones "
-                "wait for the host. TrainingPass(cuda_graphs=False) silences this."
-            )
         return (
             bool(seen.blocks)
             and not any(block.failed for block in seen.blocks)
-            and not seen.only_alone
             and takes_tables(routing)
             and not torch.is_autocast_enabled(self.bank.device.type)
         )

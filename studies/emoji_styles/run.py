@@ -101,7 +101,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=float, default=0.05, help="share of the names")
     parser.add_argument("--names", type=int, default=16, help="in the grid")
     parser.add_argument("--draw-steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=1.0, help="over pixels, which are clipped, 2 and more change colours")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="the frozen base in bf16; unasked on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -28,7 +28,7 @@ from lorabank.errors import AdapterNameError, ConfigError, DataError, RoutingErr
 from lorabank.kernels.native import library
 from lorabank.kernels.tables import route_tables
 from lorabank.notices import warn_once
-from tests.engine import zoo
+from tests.engine import pictures, zoo
 from tests.engine.tiny import clear, difference, gradients
 from tests.engine.zoo import LIKE, MIXED, ROWS, LossOf, batch_of, loss_of, plainly, reached, weighed
 
@@ -495,14 +495,44 @@ def test_random_numbers_of_the_host_keep_passes_from_being_captured(graphs: Grap
 
 
 @on_interpreter
-def test_adapters_outside_of_blocks_alone_are_said_to_keep_passes_from_being_captured(graphs: Graphs) -> None:
-    bank = fused(reached(bank_of("bert", targets=["classifier"]), "bert"))
-    train = lb.TrainingPass(bank, loss_of(bank.model))
-    with pytest.warns(UserWarning, match="none of the adapted layers is in a compiled block"):
-        train(batch_of("bert", 0), MIXED)
-    for seed in range(SEEN_BEFORE + 1):
-        train(batch_of("bert", seed), MIXED)
-    assert graphs.captured == 0
+def test_adapters_outside_of_blocks_alone_are_captured(graphs: Graphs) -> None:
+    mine, other = (reached(bank_of("bert", targets=["classifier"]), "bert") for _ in range(2))
+    train, plain = lb.TrainingPass(fused(mine), loss_of(mine.model, rows=True)), loss_of(other.model, rows=True)
+    for seed, route in enumerate(LIKE):
+        batch = batch_of("bert", seed)
+        torch.testing.assert_close(train(batch, route), plainly(other, plain, batch, route), rtol=1e-4, atol=1e-4)
+        assert_same(mine, other, 1e-3)
+    assert graphs.captured == 1 and graphs.replays == len(LIKE) - SEEN_BEFORE
+
+
+@on_interpreter
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("model", pictures.MADE)
+def test_convolutions_and_windows_are_captured_and_their_blocks_run_as_they_are(
+    model: str, recomputed: bool, graphs: Graphs
+) -> None:
+    made, size = pictures.MADE[model]
+    mine, other = fused(made()), made()
+    compiled = [m._compiled_call_impl for m in mine.model.modules() if isinstance(m._compiled_call_impl, FusedBlock)]
+    assert {type(each.block).__name__ for each in compiled} == {"ResNetBasicLayer" if model == "resnet" else "SwinLayer"}
+    for each in compiled:
+        each.recompute = recomputed
+        each._compiled = each._recomputing = _refused
+    train, plain = (lb.TrainingPass(bank, picture_loss(bank)) for bank in (mine, other))
+    plain.cuda_graphs = False
+    for seed, route in enumerate(LIKE):
+        batch = {"pixels": torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))}
+        torch.testing.assert_close(train(batch, route), plain(batch, route), rtol=1e-4, atol=1e-4)
+        assert_same(mine, other, 1e-3)
+    assert graphs.captured == 1 and graphs.replays == len(LIKE) - SEEN_BEFORE
+
+
+def picture_loss(bank: AdapterBank) -> LossOf:
+    return lambda batch: weighed(bank.model(pixel_values=batch["pixels"])[0])
+
+
+def _refused(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("a block of convolutions was compiled")
 
 
 @on_interpreter

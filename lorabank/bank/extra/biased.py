@@ -60,6 +60,11 @@ class BiasedModule(Adapted, Carrier):
         """Whether an adapter has a bias here."""
         return bool(self.slots)
 
+    @property
+    def asks(self) -> bool:
+        """Whether a call needs the rows that the module above was given."""
+        return self.in_use
+
     def watch(self, folded: OwnerWatch | None, called: ContextVar[bool] | None) -> None:
         """Note what the modules above tell of its input, and where its calls are to be told."""
         vars(self).update(folded=folded, called=called)

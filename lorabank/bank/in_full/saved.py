@@ -87,6 +87,11 @@ class SavedModule(Adapted):
         """Whether an adapter has a copy."""
         return bool(self.slots)
 
+    @property
+    def asks(self) -> bool:
+        """Whether a call needs the rows that the module above was given."""
+        return self.in_use
+
     def watch(self, folded: OwnerWatch | None, called: ContextVar[bool] | None) -> None:
         """Note what the modules above tell of the input, and where calls are to be told."""
         vars(self).update(folded=folded, called=called)

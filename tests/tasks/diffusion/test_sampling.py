@@ -68,7 +68,7 @@ def test_every_row_keeps_its_adapter_under_guidance(name: str) -> None:
     for i, route in enumerate(routes):
         one, none = ({key: value[i : i + 1] for key, value in each.items()} for each in (condition, negative))
         alone = draw_pictures(model, bank, one, none, [route], seeds=[seeds[i]], config=CONFIG)
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-4)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=5e-4)
     assert (together[0] - together[1]).abs().max() > 1e-2  # the adapter does something
     bank.detach()
     plain = draw_pictures(model, None, condition, negative, routes, seeds=seeds, config=CONFIG)
