@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from lorabank.data.files import read_text
 from lorabank.data.read import read_rows
+from lorabank.data.reasons import gather
 from lorabank.data.row import Row
 from lorabank.errors import DataError
+from lorabank.wording import counted
 
 
 def rows_asked(source: str, limit: int | None, *, column: str) -> list[Row]:
@@ -23,3 +26,9 @@ def rows_asked(source: str, limit: int | None, *, column: str) -> list[Row]:
     if not rows:
         raise DataError(f"{source}: expected a text a line, got an empty file")
     return rows[:limit]
+
+
+def cut_note(origins: Iterable[str], tokens: int) -> str:
+    """A line that names the rows of which only the first `tokens` were read; empty where there are none."""
+    cut = gather(origins)
+    return f"\n{counted(cut.count, 'row')} cut to {tokens:,} tokens (data.max_length): {cut.some}" if cut.count else ""

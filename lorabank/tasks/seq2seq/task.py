@@ -25,7 +25,7 @@ from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import row_losses as losses_of_batch
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
-from lorabank.tasks.asked import rows_asked
+from lorabank.tasks.asked import cut_note, rows_asked
 from lorabank.tasks.seq2seq.kept import KEPT
 from lorabank.tasks.seq2seq.model import (
     IGNORED,
@@ -264,7 +264,9 @@ class Text2Text(Task[PairRow]):
         write_files(wanted.output.parent, {wanted.output.name: "".join(lines)})
         unread = len(rows) - len(readable)
         left = f", {unread} of them unread (column 'unread')" if unread else ""
-        return f"{counted(len(rows), 'row')}{left}, written by {', '.join(wanted.names)}: {wanted.output}"
+        cut = [row for row in coded if "source" in row.cut]
+        note = cut_note((row.origin for row in cut), len(cut[0].input_ids) if cut else 0)
+        return f"{counted(len(rows), 'row')}{left}, written by {', '.join(wanted.names)}: {wanted.output}{note}"
 
     def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
         return [("write for rows of your own:", [f"lorabank predict {output} --data rows.jsonl --output written.jsonl"])]

@@ -10,7 +10,7 @@ from lorabank.data.answers import refuse_taken
 from lorabank.data.row import Row, RowError
 from lorabank.engine.engine import Engine
 from lorabank.formats.files import write_files
-from lorabank.tasks.asked import rows_asked
+from lorabank.tasks.asked import cut_note, rows_asked
 from lorabank.tasks.own_head import base_note, check_trained
 from lorabank.tasks.text_classification.columns import find_columns
 from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet
@@ -41,7 +41,8 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     check_trained(wanted.names, task.model, named=task.own is not None)
     rows = rows_asked(wanted.data, wanted.max_rows, column=task.config.classification.text or "text")
     refuse_taken(rows, wanted.names)
-    readable = _encoded(task, rows)
+    longest = min(task.config.data.max_length, positions(task.model) or task.config.data.max_length)
+    readable = _encoded(task, rows, longest)
     trained = {name: task.texts[name] for name in wanted.names if name in task.texts}
     warn_of_texts(trained, (row for row in readable if isinstance(row, ClassRow)))
     answers: list[dict[str, Any]] = [dict.fromkeys(wanted.names) for _ in rows]
@@ -64,17 +65,17 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
     unread = sum(isinstance(row, RowError) for row in readable)
     left = f" ({unread} of them unread, see column {UNREAD!r})" if unread else ""
     own = "" if task.own is None else base_note(wanted.names, task.own.names, [known.names for known in task.sets.values()])
-    return f"{counted(len(rows), 'row')}{left} labelled by {', '.join(wanted.names)}{own}: {wanted.output}"
+    cut = cut_note((row.origin for row in readable if isinstance(row, ClassRow) and row.truncated), longest)
+    return f"{counted(len(rows), 'row')}{left} labelled by {', '.join(wanted.names)}{own}: {wanted.output}{cut}"
 
 
-def _encoded(task: TextClassification, rows: Sequence[Row]) -> list[ClassRow | RowError]:
-    """Each row as the model takes it, or why it can't be read."""
+def _encoded(task: TextClassification, rows: Sequence[Row], longest: int) -> list[ClassRow | RowError]:
+    """Each row as the model takes it, at most `longest` tokens of it, or why it can't be read."""
     chosen = task.config.classification
     columns = find_columns(
         rows[0].values, text=chosen.text, pair=chosen.text_pair, label=chosen.label, origin=rows[0].origin, need_label=False
     )
     texts = texts_of(rows, columns.without_label(), kind=None, need_label=False)
-    longest = min(task.config.data.max_length, positions(task.model) or task.config.data.max_length)
     kept = [text for text in texts if not isinstance(text, RowError)]
     coded = iter(encode(kept, task.processor, max_length=longest))
     return [text if isinstance(text, RowError) else next(coded) for text in texts]

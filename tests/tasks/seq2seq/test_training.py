@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,12 @@ def test_from_files_to_predictions_and_back(base_folder: Path, tmp_path: Path, m
     assert isinstance(first["small"], str) and isinstance(first["base"], str)
     assert (second["small"], second["unread"]) == (None, "column 'en' is empty")
     assert "1 of them unread" in said
+    assert "cut" not in said
+    (tmp_path / "long.txt").write_text("cat\n" + "the cat ran " * 4000 + "\n", encoding="utf-8")
+    said = api.predict(
+        tmp_path / "whole", tmp_path / "long.txt", tmp_path / "long.jsonl", ["small"], options={"max_new_tokens": 2}
+    )
+    assert re.search(r"\n1 row cut to [\d,]+ tokens \(data\.max_length\): .*long\.txt:2$", said)
     with pytest.raises(DataError, match=r"out.jsonl:1: has a column 'base'"):
         api.predict(tmp_path / "whole", tmp_path / "out.jsonl", tmp_path / "again.jsonl", ["base"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,13 @@ def test_predict_gives_names_and_probabilities(finished: Path, tmp_path: Path) -
     assert "3 rows (1 of them unread" in said
     with pytest.raises(DataError, match=r"out.jsonl:1: has a column 'mood', and what 'mood' says would be written over it"):
         api.predict(finished, str(tmp_path / "out.jsonl"), tmp_path / "again.jsonl", ["mood"])
+
+
+def test_predict_names_texts_that_it_cuts(finished: Path, tmp_path: Path) -> None:
+    texts = [{"text": "the food was great"}, {"text": "dear " * 5000}]
+    said = api.predict(finished, str(write_rows(tmp_path / "rows.jsonl", texts)), tmp_path / "out.jsonl", ["mood"])
+    assert re.search(r"\n1 row cut to [\d,]+ tokens \(data\.max_length\): .*rows\.jsonl:2$", said)
+    assert "cut" not in api.predict(finished, str(write_rows(tmp_path / "one.jsonl", texts[:1])), tmp_path / "1.jsonl", ["mood"])
 
 
 def test_eval_of_own_and_other_rows(finished: Path, tmp_path: Path) -> None:
