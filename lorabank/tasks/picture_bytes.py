@@ -1,4 +1,4 @@
-"""What pictures are known by: the place and the bytes of a file, and digests."""
+"""What pictures are known by: suffixes, the place and the bytes of a file, and digests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from lorabank.data.row import RowError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
+"""Of files in a folder that are taken for pictures."""
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+"""Of files that are pictures, too, in forms that aren't read."""
+
+
+def unread(kind: str) -> str:
+    """Why a file of such a suffix is left out."""
+    return f"{kind} isn't read: convert it to PNG or JPEG"
 
 
 def place_of(name: str | Path, folder: Path | None) -> Path:

@@ -14,7 +14,6 @@ from lorabank.data.row import RowError
 from lorabank.tasks.decoding import as_rgb, decoded, upright
 from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 Picture = Path | bytes | Image.Image
 """Where a picture is: a file, its bytes, an object."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095

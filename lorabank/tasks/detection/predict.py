@@ -17,10 +17,10 @@ from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, closest
 from lorabank.formats.files import escaped, write_files
 from lorabank.tasks.detection.draw import drawn
-from lorabank.tasks.detection.pictures import SUFFIXES
 from lorabank.tasks.detection.prepare import prepare
 from lorabank.tasks.detection.rows import Box, DetectionRow
 from lorabank.tasks.own_head import base_note, check_trained, numbered
+from lorabank.tasks.picture_bytes import SUFFIXES
 from lorabank.training.base_rows import is_base
 from lorabank.training.task import Busy, Prediction
 from lorabank.wording import counted

@@ -21,7 +21,8 @@ from lorabank.errors import DataError, closest
 from lorabank.tasks.detection.coco import read_coco
 from lorabank.tasks.detection.entries import Entry, Found, size_said
 from lorabank.tasks.detection.objects import CATEGORIES, OBJECTS, objects_in
-from lorabank.tasks.detection.pictures import SUFFIXES, as_picture
+from lorabank.tasks.detection.pictures import as_picture
+from lorabank.tasks.picture_bytes import SUFFIXES
 
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "path", "picture", "img")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

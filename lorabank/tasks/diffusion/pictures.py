@@ -29,9 +29,8 @@ from lorabank.data.split_folders import own_part
 from lorabank.errors import DataError, Setting, closest, first_line
 from lorabank.tasks.decoding import as_rgb, decoded, quiet_pillow, upright
 from lorabank.tasks.diffusion.buckets import Fit, Size, buckets_of, fit, fitted, nearest
-from lorabank.tasks.picture_bytes import content
+from lorabank.tasks.picture_bytes import SUFFIXES, UNREAD, content, unread
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTIONS = ("text", "caption", "prompt")
 FILES = ("file_name", "image", "file", "path")
@@ -97,6 +96,8 @@ class Found:
     origin: str
     group: str | None = None
     column: str = "caption"
+    error: RowError | None = None
+    """Why it can't be a picture to train on, seen from its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,8 @@ def read_pictures(
 
 
 def _checked(found: Found, config: DiffusionConfig, sizes: tuple[Size, ...]) -> Picture:
+    if found.error is not None:
+        raise found.error
     if found.source is None:
         raise RowError("names no picture")
     picture, digest = opened(found.source)
@@ -251,9 +254,14 @@ def find_pictures(source: Source, config: DiffusionConfig, *, role: str, group_b
 def _from_folder(folder: Path) -> Iterator[Found]:
     """Every picture below a folder, by name, and the `.txt` beside it."""
     for path in sorted(_files(folder)):
-        if path.suffix.lower() in SUFFIXES and path.name[0] != ".":
+        kind = path.suffix.lower()
+        if path.name[0] == ".":
+            continue
+        if kind in SUFFIXES:
             text = path.with_suffix(".txt")
             yield Found(path, text if is_file(text) else None, str(path))
+        elif kind in UNREAD:
+            yield Found(None, None, str(path), error=RowError(unread(kind)))
 
 
 def _files(folder: Path) -> Iterator[Path]:

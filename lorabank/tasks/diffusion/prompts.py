@@ -11,7 +11,7 @@ from lorabank.config.checks import is_finite
 from lorabank.data.files import read_text
 from lorabank.data.read import read_rows
 from lorabank.errors import ConfigError, DataError, Setting, closest
-from lorabank.tasks.diffusion.pictures import SUFFIXES
+from lorabank.tasks.picture_bytes import SUFFIXES
 from lorabank.training.base_rows import BASE_NAME
 
 COLUMNS = ("prompt", "text", "caption")

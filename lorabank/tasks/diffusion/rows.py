@@ -16,7 +16,8 @@ from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.data.split_folders import with_held_out
 from lorabank.tasks.diffusion.model import ImageModel
-from lorabank.tasks.diffusion.pictures import METADATA, SUFFIXES, Picture, Read, read_pictures
+from lorabank.tasks.diffusion.pictures import METADATA, Picture, Read, read_pictures
+from lorabank.tasks.picture_bytes import SUFFIXES
 from lorabank.wording import counted
 
 OBJECT_PICTURES = 20

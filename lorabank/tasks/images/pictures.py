@@ -14,11 +14,6 @@ from lorabank.data.row import RowError
 from lorabank.tasks.decoding import as_rgb, decoded, upright
 from lorabank.tasks.picture_bytes import content, digest_of, digest_of_pixels, place_of
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
-"""Of files in a folder that are taken for pictures."""
-UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
-"""Of files that are pictures, too, in forms that aren't read."""
-
 
 @dataclass(frozen=True, eq=False)
 class FromTable:

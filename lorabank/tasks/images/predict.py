@@ -14,13 +14,13 @@ from lorabank.formats.files import write_files
 from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.images.answers import Answers
 from lorabank.tasks.images.metrics import Answer
-from lorabank.tasks.images.pictures import SUFFIXES
 from lorabank.tasks.images.prepare import open_found
 from lorabank.tasks.images.rows import ImageRow, in_order
 from lorabank.tasks.images.samples import sample_of
 from lorabank.tasks.images.sheet import contact_sheet
 from lorabank.tasks.images.sources import Columns, find_pictures
 from lorabank.tasks.own_head import base_note, check_trained
+from lorabank.tasks.picture_bytes import SUFFIXES
 from lorabank.training.base_rows import BASE_NAME
 from lorabank.training.task import Busy, Prediction
 from lorabank.wording import counted

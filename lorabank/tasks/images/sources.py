@@ -18,8 +18,9 @@ from lorabank.data.row import NanError, RowError
 from lorabank.data.split import group_of
 from lorabank.data.split_folders import split_folder
 from lorabank.errors import DataError, Setting, closest
-from lorabank.tasks.images.pictures import SUFFIXES, UNREAD, FromTable, Picture, as_picture
+from lorabank.tasks.images.pictures import FromTable, Picture, as_picture
 from lorabank.tasks.images.walk import Walk, shown
+from lorabank.tasks.picture_bytes import SUFFIXES, UNREAD, unread
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "image_path", "file_name", "filename", "file", "path")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
@@ -76,7 +77,7 @@ def find_pictures(
 def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: bool, limit: int | None) -> list[Found]:
     kind = path.suffix.lower() if path.is_file() else ""
     if kind in UNREAD:
-        raise DataError(f"{path}: {_unread(kind)}")
+        raise DataError(f"{path}: {unread(kind)}")
     if kind in SUFFIXES:
         if labelled:
             raise DataError(
@@ -149,13 +150,9 @@ def _pictures(files: Iterable[Path], label: str | None, labelled: bool) -> Itera
         elif kind in SUFFIXES:
             yield Found(str(file), file, None if fault else label)
         elif kind in UNREAD:
-            yield Found(str(file), error=RowError(_unread(kind)))
+            yield Found(str(file), error=RowError(unread(kind)))
         elif labelled:
             yield Found(str(file), error=RowError(f"no picture by its name ({file.suffix or 'no suffix'})"))
-
-
-def _unread(kind: str) -> str:
-    return f"{kind} isn't read: convert it to PNG or JPEG"
 
 
 def _no_text(label: str) -> RowError | None:

@@ -117,6 +117,16 @@ def test_bad_pictures_are_left_out_as_the_user_chose(tmp_path: Path) -> None:
     assert [len(rows) for note, rows in empty.notes.items() if "without a caption" in note] == [2]
 
 
+def test_forms_that_are_not_read_are_bad_pictures(tmp_path: Path) -> None:
+    folder = folder_of_pictures(tmp_path / "pictures", 2)
+    (folder / "phone.HEIC").write_bytes(b"x")
+    (folder / "notes.txt").write_text("of the shoot")
+    with pytest.raises(DataError, match=r"1 of 3 pictures .*\n.*\.heic isn't read: convert it to PNG or JPEG.*phone\.HEIC"):
+        read(folder, bad_rows="stop")
+    found = read(folder)
+    assert len(found.pictures) == 2 and [Path(e.origin).name for e in found.errors] == ["phone.HEIC"]
+
+
 def test_captions_of_another_encoding(tmp_path: Path) -> None:
     """What its byte order mark says is read; what is no text is one bad row, as the user chose."""
     folder = folder_of_pictures(tmp_path / "p", 3)
