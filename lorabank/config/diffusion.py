@@ -14,6 +14,7 @@ from lorabank.config.checks import (
     check_positive_int,
     freeze_sequences,
 )
+from lorabank.errors import ConfigError, Setting
 
 NO_CAPTION = ("stop", "drop", "empty")
 CACHES = ("memory", "disk", "none")
@@ -104,3 +105,9 @@ class DiffusionConfig:
         for name in ("noise_offset", "prior_weight", "sample_guidance"):
             check_non_negative(f"diffusion.{name}", getattr(self, name))
         check_positive("diffusion.max_aspect", self.max_aspect)
+        named = {f"prior_prompts.{name}": prompt for name, prompt in self.prior_prompts.items()}
+        for name, prompt in {"prior_prompt": self.prior_prompt, **named}.items():
+            if prompt is not None and not prompt.strip():
+                raise ConfigError(
+                    Setting(f"diffusion.{name}"), " is empty. Name the class in it (a photo of a dog), or leave it out."
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,17 @@ class NanError(RowError):
     def at(self, origin: str) -> NanError:
         """The same with the row's origin filled in."""
         return self if self.origin else NanError(self.column, origin)
+
+
+def typical(rows: Sequence[Row]) -> Row:
+    """A row that has the columns of most: the first with those alone, else with more, else the first there is. `rows`: not empty.
+
+    What the columns of a source are isn't for its first row to say, which may lack one.
+    """
+    counts = Counter(name for row in rows for name in row.values)
+    usual = {name for name, count in counts.items() if 2 * count > len(rows)}
+    alone = next((row for row in rows if row.values.keys() == usual), None)
+    return alone or next((row for row in rows if row.values.keys() >= usual), rows[0])
 
 
 def quoted(names: Collection[str]) -> str:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lorabank.data.files import read_text
 from lorabank.data.read import read_rows
 from lorabank.data.reasons import gather
 from lorabank.data.row import Row
-from lorabank.errors import DataError
+from lorabank.errors import DataError, OutputError
 from lorabank.wording import counted
+
+OTHER_KINDS = (".csv", ".tsv", ".parquet", ".xlsx")
+"""Suffixes of tables that JSON lines would be misnamed by."""
+
+
+def check_json_lines(output: Path, others: Sequence[str] = OTHER_KINDS) -> None:
+    """Raises OutputError for a name that says another form."""
+    if (kind := output.suffix.lower()) in others:
+        raise OutputError(f"{output}: expected a name for JSON lines, got {kind}. Name it {output.stem}.jsonl.")
 
 
 def rows_asked(source: str, limit: int | None, *, column: str) -> list[Row]:

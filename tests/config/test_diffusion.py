@@ -43,3 +43,9 @@ def test_adapters_change_attention_unless_they_are_told_otherwise() -> None:
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(diffusion=settings)
+
+
+def test_a_prior_without_words_is_refused_before_anything_is_drawn() -> None:
+    for given in ({"prior_prompt": " "}, {"prior_prompts": {"ink": ""}}):
+        with pytest.raises(ConfigError, match=r"diffusion\.prior_prompts?(\.ink)? is empty\. Name the class in it"):
+            DiffusionConfig(**given)  # type: ignore[arg-type]

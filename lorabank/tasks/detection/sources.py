@@ -15,7 +15,7 @@ from typing import Any
 from lorabank.config.paths import expanded
 from lorabank.data.listing import listed
 from lorabank.data.read import Source, read_rows
-from lorabank.data.row import NanError, Row, RowError
+from lorabank.data.row import NanError, Row, RowError, typical
 from lorabank.data.split import group_of
 from lorabank.errors import DataError, closest
 from lorabank.tasks.detection.coco import read_coco
@@ -67,13 +67,17 @@ def _from_path(
     if path.is_dir():
         path = split_in(path, role) or path
         there = listed(path)
+        saved = any((path / each).is_file() for each in ("state.json", "dataset_dict.json"))  # by `save_to_disk`
         known = [path / each for each in (*METADATA, *COCO_NAMES) if (path / each).is_file()]
-        known = known or [each for each in there if each.suffix == ".json" and not each.name.startswith(".")]
+        if not saved:
+            known = known or [each for each in there if each.suffix == ".json" and not each.name.startswith(".")]
         if known:
             path = known[0]
+        elif saved:
+            pass
         elif not boxed:
             return Found(entries=_below(path, limit))
-        elif not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        else:
             names = ", ".join(each.name for each in there[:4]) or "nothing"
             raise DataError(f"{path}: expected a COCO file ({COCO_NAMES[0]}) or a table ({METADATA[0]}), found {names}")
     if path.is_file() and path.suffix.lower() in SUFFIXES and not boxed:
@@ -114,11 +118,12 @@ def _plain(number: int, path: Path) -> Entry:
 
 
 def _from_rows(rows: Sequence[Row], folder: Path | None, boxed: bool, names: Mapping[int, str], group_by: str | None) -> Found:
-    columns = list(rows[0].values)
+    usual = typical(rows)
+    columns = list(usual.values)
     image = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if image is None or (boxed and OBJECTS not in columns):
         want = f"{IMAGE_COLUMNS[0]!r} or {IMAGE_COLUMNS[1]!r}, and {OBJECTS!r}" if boxed else f"one of {', '.join(IMAGE_COLUMNS)}"
-        raise DataError(f"{rows[0].origin}: expected columns {want}{closest(OBJECTS, columns)}, got {', '.join(columns)}")
+        raise DataError(f"{usual.origin}: expected columns {want}{closest(OBJECTS, columns)}, got {', '.join(columns)}")
     return Found(entries=list(_entries(rows, image, folder, boxed, group_by)), names=names)
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from lorabank.data.bad_rows import refuse
 from lorabank.engine.engine import Engine
-from lorabank.errors import ConfigError, DataError, OutputError, closest
+from lorabank.errors import ConfigError, DataError, closest
 from lorabank.formats.files import write_files
+from lorabank.tasks.asked import OTHER_KINDS, check_json_lines
 from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.images.answers import Answers
 from lorabank.tasks.images.metrics import Answer
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from lorabank.tasks.images.task import ImageClassification
 
 OPTIONS = ("bad_rows",)
-OTHER_KINDS = (".csv", ".tsv", ".parquet", ".xlsx", *SUFFIXES)
-"""Suffixes of outputs that JSON lines would be misnamed by."""
 SHEET = 24
 """Pictures on the contact sheet."""
 
@@ -44,8 +43,7 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     for name in wanted.options:
         if name not in OPTIONS:
             raise ConfigError(f"predict: image-classification has no option {name!r}{closest(name, OPTIONS)}")
-    if (kind := wanted.output.suffix.lower()) in OTHER_KINDS:
-        raise OutputError(f"{wanted.output}: expected a name for JSON lines, got {kind}. Name it {wanted.output.stem}.jsonl.")
+    check_json_lines(wanted.output, (*OTHER_KINDS, *SUFFIXES))
     check_trained(wanted.names, task.model, named=task.base_is_trained)
     images = task.config.images
     columns = Columns(image=images.image_column)

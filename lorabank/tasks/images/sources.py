@@ -14,7 +14,7 @@ from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
 from lorabank.data.listing import is_file, is_folder, listed
 from lorabank.data.read import Source, import_datasets, load_hub, pick_split, read_rows
-from lorabank.data.row import NanError, RowError
+from lorabank.data.row import NanError, RowError, typical
 from lorabank.data.split import group_of
 from lorabank.data.split_folders import split_folder
 from lorabank.errors import DataError, Setting, closest
@@ -169,7 +169,7 @@ def _no_text(label: str) -> RowError | None:
 
 def _from_table(path: Path, columns: Columns, labelled: bool) -> Iterator[Found]:
     rows = read_rows(path)
-    image, label = _columns(list(rows[0].values), columns, str(path), labelled)
+    image, label = _columns(list(typical(rows).values), columns, str(path), labelled)
     for row in rows:
         found = _found(row.values.get(image), row.values.get(label) if label else None, row.origin, path.parent, None, label)
         yield replace(found, group=group_of(row.values, columns.group, row.origin))
@@ -183,7 +183,7 @@ def _from_object(source: Source, role: str, name: str | None, columns: Columns, 
         yield from _from_dataset(datasets, source, name or "the data set", columns, labelled)
         return
     rows = read_rows(source, role=role)
-    image, label = _columns(list(rows[0].values), columns, name or f"the {role} rows given", labelled)
+    image, label = _columns(list(typical(rows).values), columns, name or f"the {role} rows given", labelled)
     for row in rows:
         found = _found(row.values.get(image), row.values.get(label) if label else None, row.origin, None, None, label)
         yield replace(found, group=group_of(row.values, columns.group, row.origin))

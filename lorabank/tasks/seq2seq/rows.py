@@ -13,7 +13,7 @@ from lorabank.data.formats import MISSING_WORD, is_missing_word
 from lorabank.data.hold_out import hold_out, too_few
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
-from lorabank.data.row import Row, RowError
+from lorabank.data.row import Row, RowError, typical
 from lorabank.data.row_report import Splits, in_two_splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.tasks.seq2seq.pairs import Pair, PairReader
@@ -119,7 +119,7 @@ def read_pairs(
     rows: Sequence[Row], data: DataConfig, config: Seq2SeqConfig, *, need_target: bool = True
 ) -> tuple[list[Pair | RowError], PairReader]:
     """Each row's texts, or why it can't be used, in order; and what read them."""
-    reader = PairReader(data, config, rows[0], need_target=need_target)
+    reader = PairReader(data, config, typical(rows), need_target=need_target)
     found: list[Pair | RowError] = []
     for row in rows:
         try:

@@ -25,7 +25,7 @@ from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import row_losses as losses_of_batch
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
-from lorabank.tasks.asked import cut_note, rows_asked
+from lorabank.tasks.asked import check_json_lines, cut_note, rows_asked
 from lorabank.tasks.seq2seq.kept import KEPT
 from lorabank.tasks.seq2seq.model import (
     IGNORED,
@@ -232,6 +232,7 @@ class Text2Text(Task[PairRow]):
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         config = self.config
+        check_json_lines(wanted.output)
         rows = rows_asked(wanted.data, wanted.max_rows, column=self.settings.source or "text")
         refuse_taken(rows, wanted.names)
         pairs, _ = read_pairs(rows, config.data, self.settings, need_target=False)

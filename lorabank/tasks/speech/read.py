@@ -20,7 +20,7 @@ from lorabank.data.files import READERS
 from lorabank.data.formats import refuse_nan, text_of
 from lorabank.data.listing import listed
 from lorabank.data.read import Source, read_rows
-from lorabank.data.row import Row, RowError
+from lorabank.data.row import Row, RowError, typical
 from lorabank.data.split_folders import own_part, with_held_out
 from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
 from lorabank.tasks.speech.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, Sound, load_sound
@@ -157,8 +157,9 @@ def _closed(folder: Path, error: OSError) -> Utterance:
 def _from_rows(rows: Sequence[Row], config: SpeechConfig, near: Path | None, with_text: bool) -> list[Utterance]:
     if not rows:
         return []
-    audio = _column(rows[0], config.audio_column, AUDIO_COLUMNS, "recording", "speech.audio_column")
-    text = _column(rows[0], config.text_column, TEXT_COLUMNS, "transcript", "speech.text_column") if with_text else None
+    usual = typical(rows)
+    audio = _column(usual, config.audio_column, AUDIO_COLUMNS, "recording", "speech.audio_column")
+    text = _column(usual, config.text_column, TEXT_COLUMNS, "transcript", "speech.text_column") if with_text else None
     return [_utterance(row, audio, text, near) for row in rows]
 
 

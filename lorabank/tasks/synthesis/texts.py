@@ -8,7 +8,7 @@ import numpy as np
 
 from lorabank.config.paths import expanded
 from lorabank.config.synthesis import SynthesisConfig
-from lorabank.data.row import RowError
+from lorabank.data.row import RowError, typical
 from lorabank.errors import DataError, closest
 from lorabank.tasks.asked import rows_asked
 from lorabank.tasks.speech.names import shown
@@ -20,7 +20,7 @@ def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, li
     """Each text as the model takes it, or why it can't be said. Raises DataError for a file that is missing or has no texts."""
     path = expanded(name, place="data.test", kind=DataError)
     rows = rows_asked(str(path) if path.exists() else name, limit, column=config.text_column or TEXT_COLUMNS[0])
-    columns = rows[0].values
+    columns = typical(rows).values
     column = config.text_column or next((each for each in TEXT_COLUMNS if each in columns), None)
     if column is None or column not in columns:
         raise DataError(f"{name}: no column of text{closest(str(column), columns)}; there are {', '.join(columns)}")

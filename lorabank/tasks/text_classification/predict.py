@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorabank.data.answers import refuse_taken
-from lorabank.data.row import Row, RowError
+from lorabank.data.row import Row, RowError, typical
 from lorabank.engine.engine import Engine
 from lorabank.formats.files import write_files
-from lorabank.tasks.asked import cut_note, rows_asked
+from lorabank.tasks.asked import check_json_lines, cut_note, rows_asked
 from lorabank.tasks.own_head import base_note, check_trained
 from lorabank.tasks.text_classification.columns import find_columns
 from lorabank.tasks.text_classification.labels import REGRESSION, LabelSet
@@ -38,6 +38,7 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
 
     Rows need no label. One whose text is empty or missing keeps its place: null, and why.
     """
+    check_json_lines(wanted.output)
     check_trained(wanted.names, task.model, named=task.own is not None)
     rows = rows_asked(wanted.data, wanted.max_rows, column=task.config.classification.text or "text")
     refuse_taken(rows, wanted.names)
@@ -72,8 +73,9 @@ def predict_rows(task: TextClassification, engine: Engine, wanted: Prediction, b
 def _encoded(task: TextClassification, rows: Sequence[Row], longest: int) -> list[ClassRow | RowError]:
     """Each row as the model takes it, at most `longest` tokens of it, or why it can't be read."""
     chosen = task.config.classification
+    usual = typical(rows)
     columns = find_columns(
-        rows[0].values, text=chosen.text, pair=chosen.text_pair, label=chosen.label, origin=rows[0].origin, need_label=False
+        usual.values, text=chosen.text, pair=chosen.text_pair, label=chosen.label, origin=usual.origin, need_label=False
     )
     texts = texts_of(rows, columns.without_label(), kind=None, need_label=False)
     kept = [text for text in texts if not isinstance(text, RowError)]

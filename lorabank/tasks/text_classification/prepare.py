@@ -16,7 +16,7 @@ from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.formats import MISSING_WORD, is_missing_word
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
-from lorabank.data.row import Row, RowError
+from lorabank.data.row import Row, RowError, typical
 from lorabank.data.row_report import RowReport, in_two_splits, row_report
 from lorabank.data.sources import main_part, sources_of
 from lorabank.errors import DataError, Setting, closest
@@ -148,7 +148,8 @@ def _texts_in(row: ClassRow) -> Sequence[str | None]:
 
 
 def _read(rows: Sequence[Row], wanted: ClassificationConfig, kind: str | None, group_by: str | None) -> _Reading:
-    columns = find_columns(rows[0].values, text=wanted.text, pair=wanted.text_pair, label=wanted.label, origin=rows[0].origin)
+    usual = typical(rows)
+    columns = find_columns(usual.values, text=wanted.text, pair=wanted.text_pair, label=wanted.label, origin=usual.origin)
     found = texts_of(rows, columns, kind=kind, need_label=True, group_by=group_by)
     texts = [text for text in found if isinstance(text, LabelledText)]
     classes = rows[0].classes.get(columns.label or "")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from PIL import Image
 
 from lorabank.config.detection import DetectionConfig
 from lorabank.config.train import DataConfig
@@ -49,6 +52,25 @@ def test_objects_are_json_text_in_a_csv(tmp_path: Path) -> None:
         table.writerow(["empty.png", ""])
     sets = read(str(tmp_path))
     assert [row.boxes for row in sets.train] == [*(row.boxes for row in plain.train), ()]
+
+
+def test_a_data_set_that_was_saved(tmp_path: Path) -> None:
+    """Its folder has JSON files, none of which is COCO's."""
+    rows = table_rows(4)
+    table = datasets.Dataset.from_list(
+        [{"image": encoded(row["image"]), "objects": row["objects"]} for row in rows],
+    ).cast_column("image", datasets.Image())
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=table, validation=table.select([0])).save_to_disk(str(tmp_path / "splits"))
+    plain = [row.boxes for row in read(rows).train]
+    assert [row.boxes for row in read(str(tmp_path / "one")).train] == plain
+    assert [row.boxes for row in read(str(tmp_path / "splits")).train] == plain
+
+
+def encoded(picture: Image.Image) -> dict[str, Any]:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
 
 
 @pytest.mark.parametrize("flag", ["0", "False", 0, 0.0, np.int64(0), False])

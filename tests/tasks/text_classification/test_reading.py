@@ -295,3 +295,11 @@ def test_words_for_a_missing_value_are_told_and_halves_of_a_character_are_bad_ro
     note = found.report.notes["the whole text of a column is NaN, null or None, which is trained as that word"]
     assert note.count == 2 and len(found.train) == 10
     assert {reason.partition(" holds")[0] for reason in found.report.dropped} == {"column 'label'", "column 'text'"}
+
+
+def test_the_columns_are_those_of_most_rows_not_of_the_first() -> None:
+    pairs = [{"text": f"the food {i}", "text_pair": "is dear", "label": "ab"[i % 2]} for i in range(12)]
+    found = prepared([{"text": "alone", "label": "a"}, *pairs])
+    assert {row.source.pair for row in found.train} == {"is dear"} and len(found.train) == 12
+    unlabelled = prepared([{"text": "alone"}, *mood_rows(8)])
+    assert len(unlabelled.train) == 8

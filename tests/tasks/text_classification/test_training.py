@@ -17,7 +17,7 @@ from torch import nn
 import lorabank as lb
 from lorabank import api
 from lorabank.config.train import DataConfig
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import ConfigError, DataError, OutputError
 from lorabank.training.events import RunResult
 from tests.tasks.text_classification.tiny import (
     mood_rows,
@@ -158,6 +158,19 @@ def test_predict_gives_names_and_probabilities(finished: Path, tmp_path: Path) -
     assert "3 rows (1 of them unread" in said
     with pytest.raises(DataError, match=r"out.jsonl:1: has a column 'mood', and what 'mood' says would be written over it"):
         api.predict(finished, str(tmp_path / "out.jsonl"), tmp_path / "again.jsonl", ["mood"])
+
+
+def test_predict_writes_json_lines_under_no_other_name(finished: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the food"}])
+    with pytest.raises(OutputError, match=r"labels\.csv: expected a name for JSON lines, got \.csv\. Name it labels\.jsonl"):
+        api.predict(finished, str(rows), tmp_path / "labels.csv", ["mood"])
+
+
+def test_predict_keeps_the_place_of_a_first_row_without_a_text(finished: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"id": 1}, {"text": "the food", "id": 2}, {"text": "dear", "id": 3}])
+    api.predict(finished, str(rows), tmp_path / "out.jsonl", ["mood"])
+    first, second, _ = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["mood"] is None and "'text'" in first["unread"] and second["mood"]["label"] in ("pos", "neg")
 
 
 def test_predict_names_texts_that_it_cuts(finished: Path, tmp_path: Path) -> None:
