@@ -93,10 +93,7 @@ class FusedBlock:
 
     @property
     def stays_plain(self) -> bool:
-        """Whether compiling would cost more than it saves: what is adapted are convolutions alone, or layers in windows.
-
-        Each would be a break in the compiled code. A captured pass saves the host's work there.
-        """
+        """Whether what is adapted (convolutions alone, or layers in windows) would be breaks that cost more than they save."""
         used = [layer for layer in self.block.modules() if isinstance(layer, LoRALayer) and layer.in_use]
         return bool(used) and (all(layer.kind.kernel(layer.base) for layer in used) or any(layer.windowed for layer in used))
 

@@ -532,7 +532,7 @@ def picture_loss(bank: AdapterBank) -> LossOf:
 
 
 def _refused(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("a block of convolutions was compiled")
+    raise AssertionError("a block that should stay plain was compiled")
 
 
 @on_interpreter

@@ -73,11 +73,9 @@ def _from_path(
             known = known or [each for each in there if each.suffix == ".json" and not each.name.startswith(".")]
         if known:
             path = known[0]
-        elif saved:
-            pass
-        elif not boxed:
+        elif not saved and not boxed:
             return Found(entries=_below(path, limit))
-        else:
+        elif not saved:
             names = ", ".join(each.name for each in there[:4]) or "nothing"
             raise DataError(f"{path}: expected a COCO file ({COCO_NAMES[0]}) or a table ({METADATA[0]}), found {names}")
     if path.is_file() and path.suffix.lower() in SUFFIXES and not boxed:
