@@ -18,6 +18,7 @@ from lorabank.bank.routing import Routing, SlotRows
 from lorabank.bank.slices import add_slice_biases
 from lorabank.errors import RoutingError
 from lorabank.kernels import ops
+from lorabank.kernels.convolved import lora_conv, suits
 from lorabank.kernels.mapped import add_mapped
 from lorabank.kernels.segments import Decomposition, DropoutDraw, Outputs, Segment
 from lorabank.notices import warn_once
@@ -132,6 +133,8 @@ class LoRALayer(SlottedLayer):
             structure=self.router.structure,
             structure_now=lambda: self.router.structure,
         )
+        if self.kind.kernel(self.base) and suits(x, self.base, self.low_rank_map, plan) and self._called_as_is() is None:
+            return lora_conv(x, self.base, self.low_rank_map, plan)
         if not self.kind.linear or any(segment.decomposition is not None for segment in plan.segments):
             return self._mapped(x, self.base(x), routing.per == "token", plan)
         product = self.kind.product if routing.exact else self.kind.fast

@@ -8,7 +8,7 @@ the route's tables; which tables a model asks for (an encoder's tokens, a decode
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +31,8 @@ from lorabank.errors import ConfigError, DataError
 from lorabank.kernels.tables import RouteTables, send
 from lorabank.notices import warn_once
 
+ARRANGEMENTS = 4
+"""Of the slots' rows, in a batch of one shape, that get a graph of their own, in which these rows are views."""
 ROUTES = 64
 """Routings kept, with their tables on the device: batches of one shape and one route share theirs."""
 Route = RowRoute | Sequence[RowRoute] | Routing
@@ -65,8 +67,28 @@ class _Known:
     """Tables that were asked for."""
     settled: bool = False
     """Whether a pass has shown them: blocks ask for none until each of their layers has been reached once."""
+    arrangements: Counter[Hashable] = field(default_factory=Counter)
+    """Of the slots' rows: how often each was met."""
+    chosen: set[Hashable] = field(default_factory=set)
+    """Those that get a graph of their own."""
     others: dict[int, nn.Parameter] = field(default_factory=dict)
     """By id: what gets a gradient beside adapters, such as a head that is trained too."""
+
+    def arranged(self, routing: Routing) -> Hashable:
+        """Where each slot's rows are, if they get a graph of their own; None: they follow the route, as numbers.
+
+        They do where each slot has them side by side, and comes so again: a layer outside of compiled blocks takes such rows as a
+        view, and all slots' in one product.
+        """
+        parts = [part for units in sorted(routing.plans) for part in routing.plans[units]]
+        if not all(isinstance(part.rows, slice) for part in parts):
+            return None
+        found = tuple((part.slot, part.units[0], len(part.units)) for part in parts if part.units)
+        if found not in self.chosen and len(self.chosen) < ARRANGEMENTS and len(self.arrangements) < ROUTES:
+            self.arrangements[found] += 1
+            if self.arrangements[found] > 1:
+                self.chosen.add(found)
+        return found if found in self.chosen else None
 
     def state(self, model: _Model) -> Hashable:
         """With what is trained, and the addresses that a graph holds on to."""
@@ -140,7 +162,10 @@ class TrainingPass:
         own = _Identical(self.loss_of), self.gradient_checkpointing
         key = (bank.structure, bank.device, routing.names, routing.per, units, shape, own, end_addresses(bank.model))
         known = self._known.setdefault(key, _Known())
-        rows = routing.slot_rows(bank.device) if seen.alone else []
+        arrangement = known.arranged(routing) if seen.alone else None
+        follows = seen.alone and arrangement is None
+        rows = routing.slot_rows(bank.device) if follows else []
+        key = (key, arrangement)
 
         def inputs() -> list[Tensor]:
             tables = [routing.tables(*size[:2], bank.slot_numbers, *size[2:]) for size in known.sizes]
@@ -151,7 +176,7 @@ class TrainingPass:
             if not torch.cuda.is_current_stream_capturing():
                 return self._run(batch, routing, known)
             tables = {size: RouteTables(*(rest.pop(0) for _ in range(4))) for size in known.sizes}
-            return self._run(batch, routing.following(tables, rest if seen.alone else None), known)
+            return self._run(batch, routing.following(tables, rest if follows else () if seen.alone else None), known)
 
         before, fresh = known.state(seen), not known.settled
         if not fresh:

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorabank.kernels.precision import outer, rounds
 from lorabank.kernels.segments import Segment
 
 
 def even_runs(segments: Sequence[Segment], x: Tensor, y: Tensor) -> list[tuple[int, int]]:
     """[start, stop) of the maximal runs of alike segments, in order, covering all of them.
 
-    Runs need x and y (or dy) in the adapters' own dtype: a sum that is rounded on the way takes the plain path.
+    Runs need x and y (or dy) in the dtype that is computed in: a sum that is rounded on the way takes the plain path.
     """
     runs: list[tuple[int, int]] = []
     for i, segment in enumerate(segments):
-        if runs and _alike(segments[i - 1], segment) and segment.A_RI.dtype == x.dtype == y.dtype:
+        computed = segment.A_RI.dtype == x.dtype or rounds(x)
+        if runs and _alike(segments[i - 1], segment) and computed and x.dtype == y.dtype:
             runs[-1] = (runs[-1][0], i + 1)
         else:
             runs.append((i, i + 1))
@@ -61,10 +63,16 @@ def units_of(x_UTI: Tensor, segments: Sequence[Segment]) -> Tensor:
     return x_UTI[first.start : last.stop].reshape(len(segments), -1, x_UTI.shape[-1])
 
 
+def _tensors(segments: Sequence[Segment], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (S, R, I) and B (S, R, O) of a run, in the dtype that is computed in."""
+    return stacked([s.A_RI for s in segments]).to(dtype), stacked([s.B_RO for s in segments]).to(dtype)
+
+
 def expand_run(y_UTO: Tensor, x_UTI: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
     """Adds the run's change to y in place; returns each segment's xA, (N, R)."""
-    xa_SNR = torch.bmm(units_of(x_UTI, segments), stacked([s.A_RI for s in segments]).transpose(1, 2))
-    units_of(y_UTO, segments).baddbmm_(xa_SNR, stacked([s.B_RO for s in segments]), alpha=segments[0].scaling)
+    A_SRI, B_SRO = _tensors(segments, x_UTI.dtype)
+    xa_SNR = torch.bmm(units_of(x_UTI, segments), A_SRI.transpose(1, 2))
+    units_of(y_UTO, segments).baddbmm_(xa_SNR, B_SRO, alpha=segments[0].scaling)
     return list(xa_SNR.unbind())
 
 
@@ -77,13 +85,13 @@ def run_gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Adds the run's part to dx in place; returns dA and dB of each of its segments, in the order A₁ B₁ A₂ B₂ …"""
-    scaling = segments[0].scaling
-    dy_SNO = units_of(dy_UTO, segments)
-    dxa_SNR = torch.bmm(dy_SNO, stacked([s.B_RO for s in segments]).transpose(1, 2)).mul_(scaling)
+    scaling, dy_SNO = segments[0].scaling, units_of(dy_UTO, segments)
+    A_SRI, B_SRO = _tensors(segments, x_UTI.dtype)
+    dxa_SNR = torch.bmm(dy_SNO, B_SRO.transpose(1, 2)).mul_(scaling)
     if dx_UTI is not None:
-        units_of(dx_UTI, segments).baddbmm_(dxa_SNR, stacked([s.A_RI for s in segments]))
+        units_of(dx_UTI, segments).baddbmm_(dxa_SNR, A_SRI)
     count = len(segments)
-    dA = list(torch.bmm(dxa_SNR.transpose(1, 2), units_of(x_UTI, segments)).unbind()) if any(needs[::2]) else [None] * count
-    dB = list(torch.bmm(stacked(shrunk).transpose(1, 2), dy_SNO).mul_(scaling).unbind()) if any(needs[1::2]) else [None] * count
+    dA = list(outer(dxa_SNR.transpose(1, 2), units_of(x_UTI, segments)).unbind()) if any(needs[::2]) else [None] * count
+    dB = list(outer(stacked(shrunk).transpose(1, 2), dy_SNO).mul_(scaling).unbind()) if any(needs[1::2]) else [None] * count
     pairs = [(a, b) for a, b in zip(dA, dB, strict=True)]
     return [g if need else None for g, need in zip([g for pair in pairs for g in pair], needs, strict=True)]

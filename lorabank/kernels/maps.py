@@ -202,6 +202,25 @@ class ConvMap:
         dx, d_weight = self._from_padded(dy, x, self.shape(weight_OI), needs)
         return dx, None if d_weight is None else self.flat(d_weight)
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether each place of the output is of one place of the input, the same, and of all its channels."""
+        ones = all(size == 1 for size in (*self.kernel, *self.stride, self.groups))
+        return ones and not any(self.padding) and not self.pads
+
+    def size_of(self, x: Tensor) -> tuple[int, ...]:
+        """*P for an input that needs no padding beside the convolution's own."""
+        sizes = zip(x.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((side + 2 * pad - d * (k - 1) - 1) // step + 1 for side, k, step, pad, d in sizes)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer itself, (N, O, *P)."""
+        return self._conv(self._padded(x), weight, self.stride, self.padding, self.dilation, bias)
+
+    def input_grad(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+        """dx of the layer itself."""
+        return self._from_padded(dy, x, weight, (True, False))[0]
+
     def shrink(self, x: Tensor, A_RI: Tensor) -> Tensor:
         """(N, groups · R, *P)."""
         return self._conv(self._padded(x), self._down(A_RI), self.stride, self.padding, self.dilation)
@@ -261,9 +280,17 @@ class ConvMap:
         """(O, R, 1, …)."""
         return B_RO.t().reshape(*B_RO.shape[::-1], *(1,) * len(self.kernel))
 
-    def _conv(self, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    def _conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        bias: Tensor | None = None,
+    ) -> Tensor:
         zero = [0] * len(stride)
-        return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, zero, self.groups)
+        return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, zero, self.groups)
 
     def _backward(
         self,

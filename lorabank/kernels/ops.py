@@ -19,6 +19,7 @@ from lorabank.errors import RoutingError
 from lorabank.kernels.base import BaseProduct
 from lorabank.kernels.even import even_runs, expand_run, run_gradients
 from lorabank.kernels.native import lora as native
+from lorabank.kernels.precision import outer, rounded
 from lorabank.kernels.segments import Segment, as_units, dropout_mask, take_units
 
 
@@ -106,7 +107,7 @@ def _expand_into(y: Tensor, x: Tensor, plan: Plan) -> tuple[list[Tensor], native
         if stop - start > 1:
             shrunk += expand_run(y_UTO, x_UTI, plan.segments[start:stop])
             continue
-        segment = plan.segments[start]
+        segment = rounded(plan.segments[start], x)
         rows, _ = _input_rows(x_UTI, segment)
         xa = _weigh(rows @ segment.A_RI.t(), segment)
         if segment.outputs is not None:
@@ -143,7 +144,8 @@ def _adapter_gradients(
         if stop - start > 1:
             gradients += run_gradients(dx_UTI, dy_UTO, x_UTI, plan.segments[start:stop], shrunk[start:stop], part)
         else:
-            gradients += _segment_gradients(dx_UTI, dy_UTO, x_UTI, plan.segments[start], shrunk[start], part)
+            segment = rounded(plan.segments[start], x)
+            gradients += _segment_gradients(dx_UTI, dy_UTO, x_UTI, segment, shrunk[start], part)
     return gradients
 
 
@@ -159,8 +161,8 @@ def _segment_gradients(
     if dx_UTI is not None:
         _add_product(dx_UTI, segment, dxa, segment.A_RI, 1.0, mask)
     return [
-        dxa.t() @ rows if needs[0] and rows is not None else None,
-        (xa.t() @ dy_NO).mul_(segment.scaling) if needs[1] else None,
+        outer(dxa.t(), rows) if needs[0] and rows is not None else None,
+        outer(xa.t(), dy_NO).mul_(segment.scaling) if needs[1] else None,
     ]
 
 

@@ -527,6 +527,28 @@ def test_convolutions_and_windows_are_captured_and_their_blocks_run_as_they_are(
     assert graphs.captured == 1 and graphs.replays == len(LIKE) - SEEN_BEFORE
 
 
+@on_interpreter
+@pytest.mark.parametrize("model", ["resnet", "swin"])
+def test_rows_that_come_again_side_by_side_get_a_graph_of_their_own(
+    model: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of so many arrangements; rows of others are read as numbers, in one graph for all of them."""
+    monkeypatch.setattr(own_pass, "ARRANGEMENTS", 2)
+    first, second, third = ["a", "a", "b", BASE], [BASE, "b", "b", "a"], ["b", "a", "a", BASE]
+    made, size = pictures.MADE[model]
+    mine, other = fused(made()), made()
+    train, plain = (lb.TrainingPass(bank, picture_loss(bank)) for bank in (mine, other))
+    plain.cuda_graphs = False
+    turns = [*[first] * 4, *[second] * 4, *[third] * 2, ["a", BASE, "b", "a"], first, second]
+    for seed, route in enumerate(turns):
+        batch = {"pixels": torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(seed))}
+        torch.testing.assert_close(train(batch, route), plain(batch, route), rtol=1e-4, atol=1e-4)
+        assert_same(mine, other, 1e-3)
+    assert graphs.captured == 3
+    (known,) = train._known.values()
+    assert known.chosen == {(("a", 0, 2), ("b", 2, 1)), (("b", 1, 2), ("a", 3, 1))}
+
+
 def picture_loss(bank: AdapterBank) -> LossOf:
     return lambda batch: weighed(bank.model(pixel_values=batch["pixels"])[0])
 
