@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lorabank.data.class_names import class_names_noted
 from lorabank.data.row import Row
 from lorabank.errors import DataError, MissingExtraError
 
@@ -154,11 +155,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise MissingExtraError(f"{path}: Parquet files need pyarrow: pip install pyarrow") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+            number, classes = 0, class_names_noted(file.schema_arrow.metadata)
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(values, f"row {number} of {path}")
+                    yield Row(values, f"row {number} of {path}", classes)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 

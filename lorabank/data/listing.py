@@ -1,4 +1,4 @@
-"""`listed`: what lies in a folder of data; `is_folder`, `is_file`: what an entry is; `from_home`: where `~` leads."""
+"""`listed`: what lies in a folder of data; `is_folder`, `is_file`, `hidden`: what an entry is; `from_home`: where `~` leads."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def is_folder(entry: Path) -> bool:
 def is_file(entry: Path) -> bool:
     """Whether it is a file, or a link to one; False for a link into what may not be entered."""
     return os.path.isfile(entry)  # noqa: PTH113  (as above)
+
+
+def hidden(entry: Path) -> bool:
+    """Whether a file or folder is a system's own, no part of the data."""
+    return entry.name.startswith((".", "__MACOSX", "Thumbs.db"))
 
 
 def from_home(name: str | Path) -> Path:

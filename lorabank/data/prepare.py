@@ -14,7 +14,7 @@ from lorabank.data.read import Source, read_rows
 from lorabank.data.render import Renderer, TokenRow
 from lorabank.data.report import DataReport, build_report
 from lorabank.data.row import NanError, RowError
-from lorabank.data.sources import sources_of
+from lorabank.data.sources import left_aside, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,8 @@ def prepare(
         parts[role] = part
     refuse(errors, total, config)
     splits, split_notes = _split(config, parts, seed)
-    report = build_report(read=total, errors=errors, forms=forms, notes={**renderer.notes, **notes, **split_notes}, splits=splits)
+    notes = {**renderer.notes, **notes, **split_notes}
+    report = build_report(read=total, errors=errors, forms=forms, notes=notes, splits=splits, facts=left_aside(sources))
     return PreparedData(splits["train"], splits["val"], splits["test"], report)
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
-from lorabank.data.listing import is_file, listed
+from lorabank.data.listing import listed
+from lorabank.data.objects import import_datasets, rows_of
+from lorabank.data.objects import pick_split as pick_split
+from lorabank.data.repository import is_saved, part_of, tables_in
 from lorabank.data.row import Row
-from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
+from lorabank.errors import DataError, Setting, closest, first_line
 
 Source = Any
 """A path, a `datasets` id (`name` or `name:config:split`), a `datasets.Dataset`, or an iterable of dicts."""
@@ -30,7 +32,7 @@ def read_rows(source: Source, *, limit: int | None = None, role: str = "train") 
         rows = list(_from_name(str(source), limit, role))
         name = str(source)
     else:
-        rows = list(islice(_from_object(source, role), limit))
+        rows = list(islice(rows_of(source, role), limit))
         name = f"the {type(source).__name__} given as {role} data"
     if not rows:
         raise DataError(f"{name}: expected at least one row, got an empty data set")
@@ -126,56 +128,32 @@ def _from_file(path: Path, limit: int | None) -> Iterator[Row]:
 
 
 def _from_folder(folder: Path, limit: int | None, role: str) -> Iterator[Row]:
-    there = listed(folder)
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        datasets = import_datasets(str(folder))
-        try:
-            saved = datasets.load_from_disk(str(folder))
-        except Exception as error:  # any reader's own error: the library documents none
-            raise DataError(f"{folder}: looks like a saved data set, but can't be loaded: {error}") from error
-        yield from islice(_from_object(saved, role, name=str(folder)), limit)
+    if is_saved(folder):
+        yield from islice(rows_of(load_saved(folder), role, name=str(folder)), limit)
         return
-    files = [p for p in there if is_file(p) and p.suffix.lower() in READERS and not p.name.startswith(".")]
-    if not files:
-        names = ", ".join(p.name for p in there[:5]) or "nothing"
+    part = part_of(folder, role)
+    tables = part.tables or tables_in(part.folder)
+    if not tables and part.folder != folder:
+        yield from _from_folder(part.folder, limit, role)
+        return
+    if not tables:
+        names = ", ".join(p.name for p in listed(folder)[:5]) or "nothing"
         raise DataError(f"{folder}: expected files ending in {' '.join(READERS)}, found {names}")
-    for path in _of_role(files, role, folder):
+    for path in tables:
         yield from _from_file(path, limit)
 
 
-def _of_role(files: list[Path], role: str, folder: Path) -> list[Path]:
-    """Those that a role means where files are called as splits, `train` among them; else all.
-
-    Raises DataError where a file might belong to any of the splits, or none is for that role.
-    """
-    by_split: dict[str, list[Path]] = {}
-    for path in files:
-        words = {_SPLIT_WORDS[word] for word in re.split(r"[-_. ]+", path.stem.lower()) if word in _SPLIT_WORDS}
-        by_split.setdefault(next(iter(words)) if len(words) == 1 else "", []).append(path)
-    named = by_split.keys() - {""}
-    if "train" not in named or len(named) < 2:
-        return files
-    chosen = next((by_split[split] for split in _SPLIT_NAMES.get(role, ()) if split in named), None)
-    if chosen is None or "" in by_split:
-        listed = ", ".join(path.name for path in files[:_LISTED]) + (", …" if len(files) > _LISTED else "")
-        unclear = (
-            f"which of the splits {by_split[''][0].name} belongs to isn't clear" if "" in by_split else f"none is for {role}"
-        )
-        raise DataError(f"{folder}: its files are called as splits ({listed}), and {unclear}. Name one file instead.")
-    return chosen
-
-
-def import_datasets(wanted: str) -> Any:
-    """The datasets library, needed for `wanted`. Raises MissingExtraError."""
+def load_saved(folder: Path) -> Any:
+    """What `save_to_disk` of the datasets library wrote into a folder. Raises DataError."""
+    datasets = import_datasets(str(folder))
     try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError(f"data set {wanted!r}: needs the datasets library: pip install datasets. {_ACCEPTED}") from error
-    return datasets
+        return datasets.load_from_disk(str(folder))
+    except Exception as error:  # any reader's own error: the library documents none
+        raise DataError(f"{folder}: looks like a saved data set, but can't be loaded: {error}") from error
 
 
 def _from_hub(name: str, limit: int | None, role: str) -> Iterator[Row]:
-    yield from islice(_from_object(load_hub(name, role), role, name=name), limit)
+    yield from islice(rows_of(load_hub(name, role), role, name=name), limit)
 
 
 def load_hub(name: str, role: str) -> Any:
@@ -193,53 +171,3 @@ def load_hub(name: str, role: str) -> Any:
         hint = _closest_file(expanded(name, place=f"data.{role}", kind=DataError))
         failed = f"{name!r} is no file here{hint}, and no data set that can be loaded: {reason}"
         raise DataError(Setting(f"data.{role}"), f": {failed}. {_ACCEPTED}") from error
-
-
-_SPLIT_NAMES = {
-    "train": ("train",),
-    "val": ("validation", "val", "valid", "dev", "eval", "test"),
-    "test": ("test",),
-}
-_SPLIT_WORDS = {name: name for names in _SPLIT_NAMES.values() for name in names} | {"training": "train", "testing": "test"}
-"""What a file of a split is called, alone or as a part of its name (`train-00000-of-00002`, `e2e_val`), to the split's name."""
-_LISTED = 6
-
-
-def pick_split(source: Any, role: str, name: str | None) -> tuple[Any, str]:
-    """(the split of a DatasetDict that a role means, its name). Raises DataError where several could be meant."""
-    split = next((s for s in _SPLIT_NAMES.get(role, ()) if s in source), None)
-    if split is None and len(source) == 1:
-        split = next(iter(source))
-    if split is None:
-        wanted = f"{name}:config:split" if name else "dataset['split']"
-        raise DataError(f"{name or 'the data set'} has the splits {', '.join(map(str, source))}: say which with {wanted}")
-    return source[split], f"{name}[{split}]" if name else f"split {split!r}"
-
-
-def _from_object(source: Source, role: str, name: str | None = None) -> Iterator[Row]:
-    # An object of the datasets library exists only where that library has been imported.
-    datasets = sys.modules.get("datasets")
-    if datasets is not None and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
-        source, name = pick_split(source, role, name)
-    where = name or f"the {role} rows given"
-    if isinstance(source, Mapping | str | bytes) or not isinstance(source, Iterable):
-        raise DataError(f"{role} data: expected a path, a data set or a list of dicts, got {type(source).__name__}")
-    classes = _class_names(source)
-    for number, values in enumerate(source, start=1):
-        origin = f"row {number} of {where}"
-        if not isinstance(values, Mapping):
-            raise DataError(f"{origin}: expected a dict of columns, got {type(values).__name__}")
-        yield Row(values, origin, classes)
-
-
-def _class_names(source: Any) -> dict[str, list[str]]:
-    """The names that a data set of the datasets library has for the numbers of a column, or of a column's lists."""
-    datasets = sys.modules.get("datasets")
-    if datasets is None or not isinstance(source, datasets.Dataset | datasets.IterableDataset):
-        return {}
-    found: dict[str, list[str]] = {}
-    for column, feature in (source.features or {}).items():
-        inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
-        if isinstance(inner, datasets.ClassLabel):
-            found[column] = list(inner.names)
-    return found

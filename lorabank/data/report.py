@@ -62,7 +62,9 @@ class DataReport:
     in_two_splits: Mapping[str, Reason]
     """`val and train` and so on: rows of the first whose prompt also stands in the second."""
     notes: Mapping[str, Reason] = field(default_factory=dict)
-    """Further facts worth knowing."""
+    """Further facts worth knowing, with their rows."""
+    facts: Sequence[str] = ()
+    """Sentences on the sources."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -73,7 +75,7 @@ class DataReport:
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
         forms = ", ".join(self.forms)
         lines = [f"{counted(self.read, 'row')} read ({forms}), {self.kept:,} kept: {splits}"]
-        lines += dropped_lines(self.dropped)
+        lines += [*dropped_lines(self.dropped), *self.facts]
         lengths = self.lengths
         lines.append(
             f"tokens a row: {lengths.min:,} to {lengths.max:,}, half below {lengths.p50 + 1:,}, 99 % at most {lengths.p99:,}; "
@@ -99,6 +101,7 @@ def build_report(
     forms: Mapping[str, int],
     notes: Mapping[str, Sequence[str]],
     splits: Mapping[str, Sequence[TokenRow]],
+    facts: Sequence[str] = (),
 ) -> DataReport:
     """The report over `splits` (`train`, `val`, `test`), in that order."""
     rows = [row for part in splits.values() for row in part]
@@ -123,6 +126,7 @@ def build_report(
         rows_with_several_answers=sum(answers[prompt].total() for prompt in several),
         in_two_splits=_in_two_splits(splits),
         notes={note: gather(origins) for note, origins in notes.items()},
+        facts=tuple(facts),
     )
 
 

@@ -19,7 +19,7 @@ class Row:
     origin: str
     """`file:line`, or `row N of …` where the source has no lines; counted from 1."""
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Column of numbers to their names, where the source has some (`ClassLabel` of `datasets`)."""
+    """Column of numbers to their names, where the source has some (`ClassLabel` of `datasets`); `column.key` in objects."""
 
 
 class RowError(DataError):

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+from lorabank.config.paths import expanded
 from lorabank.config.train import DataConfig
 from lorabank.data.read import Source
+from lorabank.data.repository import FolderSplits, splits_of
 from lorabank.errors import DataError, Setting
 
 R = TypeVar("R")
 
 
 def sources_of(
-    data: DataConfig, train: Source | None, val: Source | None, *, expected: str = "a file, a folder or a data set id"
+    data: DataConfig,
+    train: Source | None,
+    val: Source | None,
+    *,
+    expected: str = "a file, a folder or a data set id",
+    loose: Collection[str] = (),
 ) -> dict[str, Source]:
     """`train`, `val`, `test` to the source of each that has one; `train` and `val` override the paths of `data`.
 
-    Rows to be scored alone are test rows: then there is no `train`. Raises DataError where there are neither. `expected`: what
-    training rows may be.
+    A folder to train on that holds a validation split is the source of `val`, too, where no other is given: who reads it takes
+    the part of each (`part_of`). Rows to be scored alone are test rows: then there is no `train`. Raises DataError where there
+    are neither. `expected`: what training rows may be; `loose`: as `splits_of` has it.
     """
     given = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
     found = {role: source for role, source in given.items() if source is not None}
     if "train" not in found and set(found) != {"test"}:
         raise DataError("no training data: set ", Setting("data.train"), f" to {expected}, or pass the rows themselves")
+    splits = _splits(found, loose)
+    if "val" not in found and splits is not None and splits.name("val") not in (None, splits.name("train")):
+        found["val"] = found["train"]
     return found
+
+
+def left_aside(sources: Mapping[str, Source], *, loose: Collection[str] = ()) -> list[str]:
+    """A sentence on the splits of the folder to train on that `sources` don't have, and how its test split is scored."""
+    splits = _splits(sources, loose)
+    if splits is None:
+        return []
+    train = str(sources["train"])
+    paths = {role: str(source) for role, source in sources.items() if isinstance(source, str | Path)}
+    used = {splits.name(role) for role, path in paths.items() if path == train}
+    named = {splits.lying_at(expanded(path, place=f"data.{role}", kind=DataError)) for role, path in paths.items()}
+    others = [name for name in splits.parts if name not in used | named]
+    if not others:
+        return []
+    test = splits.name("test")
+    scored = f"; to score {test}: lorabank eval OUTPUT --data {sources['train']}" if test in others else ""
+    return [f"splits left aside, neither trained on nor used for validation: {', '.join(others)}{scored}"]
+
+
+def _splits(sources: Mapping[str, Source], loose: Collection[str]) -> FolderSplits | None:
+    """Of the folder to train on; None where it is another source."""
+    train = sources.get("train")
+    if not isinstance(train, str | Path):
+        return None
+    path = expanded(str(train), place="data.train", kind=DataError)
+    return splits_of(path, loose=loose) if path.is_dir() else None
 
 
 def main_part(parts: Mapping[str, object]) -> str:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lorabank.config.train import DataConfig
 from lorabank.data.files import READERS
 from lorabank.data.read import check_source, read_rows
-from lorabank.data.split_folders import held_out_beside, own_part, split_folder, with_held_out
+from lorabank.data.repository import splits_of
+from lorabank.data.sources import sources_of
 from lorabank.errors import DataError
 from tests.data.locked import locked
 
@@ -240,14 +242,11 @@ def test_a_folder_that_may_not_be_read_is_named(mode: int, tmp_path: Path, monke
     where = Path("rows")
     (where / "train").mkdir(parents=True)
     (where / "train" / "a.jsonl").write_text('{"text": "x"}\n')
-    named = {"names": ("metadata.csv",), "suffixes": (".wav",)}
     with locked(where, mode):
         for read in (
             lambda: read_rows("rows"),
-            lambda: split_folder(where, "train"),
-            lambda: held_out_beside("rows", "val"),
-            lambda: own_part(where, "train", **named),
-            lambda: with_held_out({"train": "rows"}, **named),
+            lambda: splits_of(where),
+            lambda: sources_of(DataConfig(train="rows"), None, None),
         ):
             with pytest.raises(DataError, match=r"^rows: this folder can't be read \(Permission denied\)\. Allow it"):
                 read()

@@ -60,7 +60,8 @@ def test_each_is_a_split(task: str, tmp_path: Path) -> None:
     for part in COUNTS:
         make(tmp_path / "data" / part, part)
     found = prepared(DataConfig(train=str(tmp_path / "data")), tmp_path)
-    assert [len(found.train), len(found.val), len(found.test)] == list(COUNTS.values())
+    assert [len(found.train), len(found.val), len(found.test)] == [COUNTS["train"], COUNTS["validation"], 0]
+    assert any("left aside" in line and "--data" in line for line in found.report.lines())
     assert all("/train/" in row.origin for row in found.train)
     scored = prepared(DataConfig(test=str(tmp_path / "data"), val_split=0), tmp_path)
     assert [len(scored.train), len(scored.test)] == [0, COUNTS["test"]]

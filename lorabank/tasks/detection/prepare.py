@@ -18,15 +18,14 @@ from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
-from lorabank.data.sources import main_part, sources_of
-from lorabank.errors import DataError
+from lorabank.data.sources import left_aside, main_part, sources_of
 from lorabank.tasks.decoding import quiet_pillow
 from lorabank.tasks.detection.boxes import check_boxes
 from lorabank.tasks.detection.entries import Entry, Found
 from lorabank.tasks.detection.pictures import open_picture
 from lorabank.tasks.detection.report import boxless, facts, notes, refused
 from lorabank.tasks.detection.rows import Box, DetectionRow
-from lorabank.tasks.detection.sources import find_pictures, split_in
+from lorabank.tasks.detection.sources import find_pictures
 
 Keep = Callable[[str, bool, Image.Image], None]
 """(digest, whether turned upright, RGB): a picture that was opened, to prepare while it is there."""
@@ -72,9 +71,6 @@ def prepare(
     `detection.bad_boxes` say. Raises DataError, also where no picture, or no box to learn from, is left.
     """
     sources = sources_of(data, train, val, expected="a COCO file, a folder or a table")
-    for role in ("val", "test") if "train" in sources else ():
-        beside = None if role in sources else _held_beside(sources["train"], role)
-        sources |= {} if beside is None else {role: beside}
     found = {
         role: find_pictures(
             source,
@@ -115,7 +111,7 @@ def prepare(
             read=total,
             errors=errors,
             splits=splits,
-            facts=facts(main, names, trained=role == "train") if boxed else (),
+            facts=[*facts(main, names, trained=role == "train"), *left_aside(sources)] if boxed else (),
             notes=notes(found, faults, splits),
             what="pictures",
         ),
@@ -123,19 +119,6 @@ def prepare(
         labels=tuple(names),
         category_ids={name: number for number, name in declared.names.items() if name in names},
     )
-
-
-def _held_beside(source: Source, role: str) -> Source | None:
-    """The `valid` or `test` folder beside the `train` folder that a source holds."""
-    if not isinstance(source, str):
-        return None
-    from lorabank.config.paths import expanded
-
-    folder = expanded(source, place="data.train", kind=DataError)
-    if not folder.is_dir() or split_in(folder, "train") is None:
-        return None
-    held = split_in(folder, role)
-    return None if held is None else str(held)
 
 
 def _open(

@@ -10,11 +10,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from lorabank.config.paths import expanded
 from lorabank.data.listing import listed
 from lorabank.data.read import Source, read_rows
+from lorabank.data.repository import is_saved, splits_of
 from lorabank.data.row import NanError, Row, RowError, typical
 from lorabank.data.split import group_of
 from lorabank.errors import DataError, closest
@@ -29,8 +29,6 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SELDOM_READ = (".heic", ".heif", ".avif", ".jxl")
 """Pictures that Pillow reads with an addition: in a folder to predict they are named, not passed over."""
 COCO_NAMES = ("_annotations.coco.json", "annotations.json", "instances.json")
-SPLITS: Mapping[str, Sequence[str]] = {"train": ("train",), "val": ("valid", "val", "validation"), "test": ("test",)}
-"""Part of a data set → names that folders have for it."""
 
 
 def find_pictures(
@@ -54,7 +52,7 @@ def find_pictures(
         name = str(source)
     else:
         rows = read_rows(source, limit=limit, role=role)
-        found = _from_rows(rows, None, boxed, _declared(source), group_by)
+        found = _from_rows(rows, None, boxed, group_by)
         name = f"the {type(source).__name__} given as {role} data"
     if not found.entries:
         raise DataError(f"{name}: expected at least one picture, got none")
@@ -64,32 +62,45 @@ def find_pictures(
 def _from_path(
     path: Path, name: str, role: str, images: str | None, boxed: bool, limit: int | None, group_by: str | None
 ) -> Found:
-    if path.is_dir():
-        path = split_in(path, role) or path
-        there = listed(path)
-        saved = any((path / each).is_file() for each in ("state.json", "dataset_dict.json"))  # by `save_to_disk`
-        known = [path / each for each in (*METADATA, *COCO_NAMES) if (path / each).is_file()]
-        if not saved:
-            known = known or [each for each in there if each.suffix == ".json" and not each.name.startswith(".")]
-        if known:
-            path = known[0]
-        elif not saved and not boxed:
-            return Found(entries=_below(path, limit))
-        elif not saved:
-            names = ", ".join(each.name for each in there[:4]) or "nothing"
-            raise DataError(f"{path}: expected a COCO file ({COCO_NAMES[0]}) or a table ({METADATA[0]}), found {names}")
+    if not path.is_dir():
+        return _from_file(path, name, role, images, boxed, limit, group_by)
+    splits = splits_of(path)
+    if splits is not None and (boxed or splits.in_tables or splits.name(role) is not None):  # to predict, all below will do
+        part = splits.part(role)
+        if part.tables and part.tables[0].suffix.lower() != ".json":
+            return _from_rows(
+                [row for table in part.tables for row in read_rows(table, limit=limit)], part.folder, boxed, group_by
+            )
+        if len(part.tables) > 1:
+            names = ", ".join(each.name for each in part.tables[:4])
+            raise DataError(f"{path}: expected one COCO file for {role} data, got {names}. Name one of them instead.")
+        if part.tables:
+            return read_coco(part.tables[0], images=images, limit=limit, group_by=group_by)
+        path = part.folder
+    if is_saved(path):
+        rows = read_rows(str(path), limit=limit, role=role)
+        return _from_rows(rows, None, boxed, group_by)
+    there = listed(path)
+    known = [path / each for each in (*METADATA, *COCO_NAMES) if (path / each).is_file()]
+    known = known or [each for each in there if each.suffix == ".json" and not each.name.startswith(".")]
+    if known:
+        return _from_file(known[0], name, role, images, boxed, limit, group_by)
+    if not boxed:
+        return Found(entries=_below(path, limit))
+    names = ", ".join(each.name for each in there[:4]) or "nothing"
+    raise DataError(f"{path}: expected a COCO file ({COCO_NAMES[0]}) or a table ({METADATA[0]}), found {names}")
+
+
+def _from_file(
+    path: Path, name: str, role: str, images: str | None, boxed: bool, limit: int | None, group_by: str | None
+) -> Found:
+    """What a file holds; a data set of the hub where there is none of that name."""
     if path.is_file() and path.suffix.lower() in SUFFIXES and not boxed:
         return Found(entries=[_plain(1, path)])
     if path.suffix.lower() == ".json" and path.is_file():
         return read_coco(path, images=images, limit=limit, group_by=group_by)
     rows = read_rows(str(path) if path.exists() else name, limit=limit, role=role)
-    return _from_rows(rows, path.parent if path.is_file() else None, boxed, {}, group_by)
-
-
-def split_in(folder: Path, role: str) -> Path | None:
-    """The folder in it that holds a split; None where there is none. Raises DataError for one that may not be read."""
-    below = {entry.name.lower(): entry for entry in listed(folder) if entry.is_dir()}
-    return next((below[each] for each in SPLITS[role] if each in below), None)
+    return _from_rows(rows, path.parent if path.is_file() else None, boxed, group_by)
 
 
 def _below(folder: Path, limit: int | None) -> list[Entry]:
@@ -115,14 +126,14 @@ def _plain(number: int, path: Path) -> Entry:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _from_rows(rows: Sequence[Row], folder: Path | None, boxed: bool, names: Mapping[int, str], group_by: str | None) -> Found:
+def _from_rows(rows: Sequence[Row], folder: Path | None, boxed: bool, group_by: str | None) -> Found:
     usual = typical(rows)
     columns = list(usual.values)
     image = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if image is None or (boxed and OBJECTS not in columns):
         want = f"{IMAGE_COLUMNS[0]!r} or {IMAGE_COLUMNS[1]!r}, and {OBJECTS!r}" if boxed else f"one of {', '.join(IMAGE_COLUMNS)}"
         raise DataError(f"{usual.origin}: expected columns {want}{closest(OBJECTS, columns)}, got {', '.join(columns)}")
-    return Found(entries=list(_entries(rows, image, folder, boxed, group_by)), names=names)
+    return Found(entries=list(_entries(rows, image, folder, boxed, group_by)), names=_declared(rows))
 
 
 def _entries(rows: Sequence[Row], column: str, folder: Path | None, boxed: bool, group_by: str | None) -> Iterator[Entry]:
@@ -147,14 +158,7 @@ def _entries(rows: Sequence[Row], column: str, folder: Path | None, boxed: bool,
             yield Entry(origin=row.origin, image_id=image_id, error=error.at(row.origin))
 
 
-def _declared(source: Any) -> Mapping[int, str]:
-    """Names of categories that a `datasets` object notes; none elsewhere."""
-    features = getattr(source, "features", None)
-    inner = features.get(OBJECTS) if isinstance(features, Mapping) else None
-    while inner is not None and not isinstance(inner, Mapping):
-        inner = getattr(inner, "feature", None)
-    if inner is None:
-        return {}
-    label = next((inner[name] for name in CATEGORIES if name in inner), None)
-    names = getattr(label, "names", None) or getattr(getattr(label, "feature", None), "names", None)
-    return dict(enumerate(names)) if names else {}
+def _declared(rows: Sequence[Row]) -> Mapping[int, str]:
+    """Names of categories that a `datasets` object or its Parquet file notes; none elsewhere."""
+    notes = rows[0].classes
+    return dict(enumerate(next((notes[f"{OBJECTS}.{name}"] for name in CATEGORIES if f"{OBJECTS}.{name}" in notes), ())))

@@ -23,9 +23,9 @@ from lorabank.data.files import read_text
 from lorabank.data.formats import MISSING_WORD, checked_text, is_missing_word, refuse_nan
 from lorabank.data.listing import is_file, is_folder, listed
 from lorabank.data.read import Source, read_rows
+from lorabank.data.repository import Part, is_saved, part_of
 from lorabank.data.row import RowError
 from lorabank.data.split import group_of
-from lorabank.data.split_folders import own_part
 from lorabank.errors import DataError, Setting, closest, first_line
 from lorabank.tasks.decoding import as_rgb, decoded, quiet_pillow, upright
 from lorabank.tasks.diffusion.buckets import Fit, Size, buckets_of, fit, fitted, nearest
@@ -238,17 +238,14 @@ def find_pictures(source: Source, config: DiffusionConfig, *, role: str, group_b
         yield from _from_rows(((row.values, row.origin) for row in read_rows(source, role=role)), config, None, group_by)
         return
     path = expanded(str(source), place=f"data.{role}", kind=DataError)
-    if path.is_dir():
-        path = own_part(path, role, names=METADATA, suffixes=SUFFIXES)
-        metadata = next((path / name for name in METADATA if (path / name).is_file()), None)
-        saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        if metadata is None and not saved:
-            group_of({}, group_by, str(path))  # a folder has no columns
-            yield from _from_folder(path)
-            return
-        path = path if metadata is None else metadata
-    rows = read_rows(str(path) if path.exists() else str(source), role=role)
-    yield from _from_rows(((row.values, row.origin) for row in rows), config, path.parent if path.is_file() else None, group_by)
+    part = part_of(path, role, loose=SUFFIXES) if path.is_dir() else Part(path.parent, (path,) if path.exists() else ())
+    tables = part.tables or tuple(part.folder / name for name in METADATA if path.is_dir() and is_file(part.folder / name))[:1]
+    if path.is_dir() and not tables and not is_saved(part.folder):
+        group_of({}, group_by, str(part.folder))  # a folder has no columns
+        yield from _from_folder(part.folder)
+        return
+    rows = [row for table in tables or (str(source),) for row in read_rows(table, role=role)]
+    yield from _from_rows(((row.values, row.origin) for row in rows), config, part.folder if tables else None, group_by)
 
 
 def _from_folder(folder: Path) -> Iterator[Found]:

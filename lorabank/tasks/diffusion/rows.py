@@ -13,10 +13,9 @@ from lorabank.data.hold_out import hold_out
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
-from lorabank.data.sources import main_part, sources_of
-from lorabank.data.split_folders import with_held_out
+from lorabank.data.sources import left_aside, main_part, sources_of
 from lorabank.tasks.diffusion.model import ImageModel
-from lorabank.tasks.diffusion.pictures import METADATA, Picture, Read, read_pictures
+from lorabank.tasks.diffusion.pictures import Picture, Read, read_pictures
 from lorabank.tasks.picture_bytes import SUFFIXES
 from lorabank.wording import counted
 
@@ -39,8 +38,7 @@ def prepare(
 
     `caption_note`: what a user should know of a caption.
     """
-    sources = sources_of(data, train, val, expected="a folder of pictures, a metadata file or a data set id")
-    sources = with_held_out(sources, names=METADATA, suffixes=SUFFIXES)
+    sources = sources_of(data, train, val, expected="a folder of pictures, a metadata file or a data set id", loose=SUFFIXES)
     read = {
         role: read_pictures(
             source, data, config, step=step, role=role, group_by=data.group_by if role == "train" else None, busy=progress
@@ -61,7 +59,11 @@ def prepare(
         read=sum(each.total for each in read.values()),
         errors=[error for each in read.values() for error in each.errors],
         splits=parts,
-        facts=[*_steps(config, step), f"{counted(len(sizes), 'size')}: {shown}{', …' if len(sizes) > 6 else ''}"],
+        facts=[
+            *_steps(config, step),
+            f"{counted(len(sizes), 'size')}: {shown}{', …' if len(sizes) > 6 else ''}",
+            *left_aside(sources, loose=SUFFIXES),
+        ],
         notes=notes,
         what="pictures",
     )

@@ -11,9 +11,8 @@ from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.hold_out import dealt, shares_of
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
-from lorabank.data.sources import all_scored, main_part, sources_of
+from lorabank.data.sources import all_scored, left_aside, main_part, sources_of
 from lorabank.data.split import group_unit, split_rows
-from lorabank.data.split_folders import held_out_beside
 from lorabank.data.stratified import Stratified, stratified_rows
 from lorabank.errors import DataError, closest
 from lorabank.tasks.decoding import quiet_pillow
@@ -68,9 +67,6 @@ def prepare_images(
     `data.nan_rows`. Splits are by class. Raises DataError, also where no picture is left.
     """
     sources = sources_of(data, train, val, expected="a folder, a table or a data set id")
-    for role in ("val", "test") if "train" in sources else ():
-        beside = None if role in sources else held_out_beside(sources["train"], role)
-        sources |= {} if beside is None else {role: beside}
     columns = Columns(image=images.image_column, label=images.label_column)
     grouped = replace(columns, group=data.group_by)
     found = {
@@ -103,6 +99,7 @@ def prepare_images(
         labels=known,
         sizes=[each.size for part in checked.values() for each in part if each.row is not None],
         notes=notes,
+        facts=left_aside(sources),
     )
     return PreparedImages(splits["train"], splits["val"], splits["test"], report, tuple(known))
 

@@ -41,6 +41,8 @@ class ImageReport:
     in_two_splits: Mapping[str, Reason]
     """`val and train` and so on: pictures of the first that are in the second as well."""
     notes: Mapping[str, Reason] = field(default_factory=dict)
+    facts: Sequence[str] = ()
+    """Sentences on the sources."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -50,7 +52,7 @@ class ImageReport:
         """The report as a few short sentences, the most important first."""
         splits = ", ".join(f"{count:,} {name}" for name, count in self.splits.items() if count)
         lines = [f"{counted(self.read, 'picture')} read, {self.kept:,} kept: {splits}"]
-        lines += dropped_lines(self.dropped)
+        lines += [*dropped_lines(self.dropped), *self.facts]
         totals = {label: sum(parts.values()) for label, parts in self.classes.items() if parts}
         if totals:
             least, most = min(totals, key=lambda k: totals[k]), max(totals, key=lambda k: totals[k])
@@ -83,6 +85,7 @@ def build_report(
     labels: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     notes: Mapping[str, Sequence[str]],
+    facts: Sequence[str] = (),
 ) -> ImageReport:
     """The report over `splits` (`train`, `val`, `test`, in that order). `sizes`: width and height of every picture kept."""
     rows = [row for part in splits.values() for row in part]
@@ -100,6 +103,7 @@ def build_report(
         other_labels=gather(_other_labels(rows)),
         in_two_splits=_in_two_splits(splits),
         notes={note: gather(origins) for note, origins in notes.items() if origins},
+        facts=tuple(facts),
     )
 
 

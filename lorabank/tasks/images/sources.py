@@ -13,10 +13,11 @@ from typing import Any
 from lorabank.config.paths import expanded
 from lorabank.data.files import READERS
 from lorabank.data.listing import is_file, is_folder, listed
-from lorabank.data.read import Source, import_datasets, load_hub, pick_split, read_rows
-from lorabank.data.row import NanError, RowError, typical
+from lorabank.data.objects import pick_split, plain, transformed
+from lorabank.data.read import Source, load_hub, load_saved, read_rows
+from lorabank.data.repository import is_saved, part_of
+from lorabank.data.row import NanError, Row, RowError, typical
 from lorabank.data.split import group_of
-from lorabank.data.split_folders import split_folder
 from lorabank.errors import DataError, Setting, closest
 from lorabank.tasks.images.pictures import FromTable, Picture, as_picture
 from lorabank.tasks.images.walk import Walk, shown
@@ -85,25 +86,13 @@ def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: boo
                 f"table ({' '.join(METADATA)})."
             )
         return [Found(str(path), path)]
-    if path.is_file() and kind != ".parquet":
-        return list(islice(_from_table(path, columns, labelled), limit))
-    if path.is_file():  # datasets knows names of classes that a Parquet file notes
-        datasets = import_datasets(name)
-        try:
-            table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-        except Exception as error:  # any reader's own error: the library documents none
-            raise DataError(f"{path}: not a readable Parquet file: {error}") from error
-        return list(islice(_from_object(table, role, str(path), columns, labelled), limit))
+    if path.is_file():
+        return list(_from_tables([path], columns, labelled, limit))
     if not path.is_dir():
         return list(islice(_from_object(load_hub(name, role), role, name, columns, labelled), limit))
     listed(path)  # said in a sentence where it can't be
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        datasets = import_datasets(name)
-        try:
-            saved = datasets.load_from_disk(str(path))
-        except Exception as error:  # as above
-            raise DataError(f"{path}: looks like a saved data set, but can't be loaded: {error}") from error
-        return list(islice(_from_object(saved, role, name, columns, labelled), limit))
+    if is_saved(path):
+        return list(islice(_from_object(load_saved(path), role, name, columns, labelled), limit))
     return _from_folder(path, role, columns, labelled, limit)
 
 
@@ -111,9 +100,10 @@ def _from_path(path: Path, name: str, role: str, columns: Columns, labelled: boo
 
 
 def _from_folder(folder: Path, role: str, columns: Columns, labelled: bool, limit: int | None) -> list[Found]:
-    own = split_folder(folder, role)
-    if own is not None:
-        folder = own
+    part = part_of(folder, role)
+    if part.tables:
+        return list(_from_tables(part.tables, columns, labelled, limit))
+    folder = part.folder
     table = next((folder / name for name in METADATA if is_file(folder / name)), None)
     if table is not None:
         return _from_path(table, str(table), role, columns, labelled, limit)
@@ -167,11 +157,17 @@ def _no_text(label: str) -> RowError | None:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _from_table(path: Path, columns: Columns, labelled: bool) -> Iterator[Found]:
-    rows = read_rows(path)
-    image, label = _columns(list(typical(rows).values), columns, str(path), labelled)
+def _from_tables(paths: Sequence[Path], columns: Columns, labelled: bool, limit: int | None) -> Iterator[Found]:
+    """Rows of tables in one folder, at most `limit` of each."""
+    rows = [row for path in paths for row in read_rows(path, limit=limit)]
+    return _from_rows(rows, paths[0].parent, columns, str(paths[0]), labelled)
+
+
+def _from_rows(rows: Sequence[Row], folder: Path | None, columns: Columns, where: str, labelled: bool) -> Iterator[Found]:
+    image, label = _columns(list(typical(rows).values), columns, where, labelled)
     for row in rows:
-        found = _found(row.values.get(image), row.values.get(label) if label else None, row.origin, path.parent, None, label)
+        cell, names = (row.values.get(label), row.classes.get(label)) if label else (None, None)
+        found = _found(row.values.get(image), cell, row.origin, folder, names, label)
         yield replace(found, group=group_of(row.values, columns.group, row.origin))
 
 
@@ -179,14 +175,10 @@ def _from_object(source: Source, role: str, name: str | None, columns: Columns, 
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         source, name = pick_split(source, role, name)
-    if datasets is not None and isinstance(source, datasets.Dataset):
-        yield from _from_dataset(datasets, source, name or "the data set", columns, labelled)
+    if datasets is not None and isinstance(source, datasets.Dataset) and not transformed(source):
+        yield from _from_dataset(datasets, plain(source), name or "the data set", columns, labelled)
         return
-    rows = read_rows(source, role=role)
-    image, label = _columns(list(typical(rows).values), columns, name or f"the {role} rows given", labelled)
-    for row in rows:
-        found = _found(row.values.get(image), row.values.get(label) if label else None, row.origin, None, None, label)
-        yield replace(found, group=group_of(row.values, columns.group, row.origin))
+    yield from _from_rows(read_rows(source, role=role), None, columns, name or f"the {role} rows given", labelled)
 
 
 def _from_dataset(datasets: Any, table: Any, name: str, columns: Columns, labelled: bool) -> Iterator[Found]:

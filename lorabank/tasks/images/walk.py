@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from lorabank.data.listing import is_folder, listed
-from lorabank.data.split_folders import hidden
+from lorabank.data.listing import hidden, is_folder, listed
 
 
 class Walk:

@@ -15,7 +15,7 @@ from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError, typical
 from lorabank.data.row_report import Splits, in_two_splits, row_report
-from lorabank.data.sources import main_part, sources_of
+from lorabank.data.sources import left_aside, main_part, sources_of
 from lorabank.tasks.seq2seq.pairs import Pair, PairReader
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def prepare_pairs(
     Rows that can't be used are counted in the report by reason, or refused, by `data.bad_rows`; NaN by `data.nan_rows`. Raises
     DataError and ConfigError.
     """
-    raw = {role: read_rows(source, limit=data.limit, role=role) for role, source in sources_of(data, train, val).items()}
+    sources = sources_of(data, train, val)
+    raw = {role: read_rows(source, limit=data.limit, role=role) for role, source in sources.items()}
     read, done = sum(map(len, raw.values())), 0
     errors: dict[str, list[RowError]] = {}
     parts: dict[str, list[PairRow]] = {}
@@ -109,7 +110,7 @@ def prepare_pairs(
         read=read,
         errors=[error for found in errors.values() for error in found],
         splits=splits,
-        facts=[*filter(None, facts), _lengths(splits[main_part(parts)])],
+        facts=[*filter(None, facts), _lengths(splits[main_part(parts)]), *left_aside(sources)],
         notes={note: origins for note, origins in notes.items() if origins},
     )
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)

@@ -11,8 +11,9 @@ from lorabank.data.bad_rows import nothing_left
 from lorabank.data.hold_out import hold_out, too_few
 from lorabank.data.read import Source
 from lorabank.data.row_report import Splits, row_report
-from lorabank.data.sources import sources_of
-from lorabank.tasks.speech.read import held_out_folders, read_utterances
+from lorabank.data.sources import left_aside, sources_of
+from lorabank.tasks.speech.audio import AUDIO_SUFFIXES
+from lorabank.tasks.speech.read import read_utterances
 from lorabank.tasks.speech.rows import KEPT_BYTES, Rows, SpeechRow, make_rows
 from lorabank.tasks.speech.tokens import SpeechTokens
 
@@ -37,7 +38,7 @@ def prepare_speech(
     `train` and `val` override the paths of `data`. Recordings that can't be used are counted in the report by reason, or refused,
     as `data.bad_rows` and `speech` say. Equal settings, recordings and seed give equal splits. Raises DataError and ConfigError.
     """
-    sources = held_out_folders(sources_of(data, train, val, expected="an audio folder, a table or a data set id"))
+    sources = sources_of(data, train, val, expected="an audio folder, a table or a data set id", loose=AUDIO_SUFFIXES)
     read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
 
@@ -60,7 +61,8 @@ def prepare_speech(
     splits = _split(data, parts, seed, notes)
     errors = [error for part in parts.values() for error in part.errors]
     notes |= _leaks(splits)
-    report = row_report(read=total, errors=errors, splits=splits, facts=_facts(splits, parts), notes=notes, what="recordings")
+    facts = [*_facts(splits, parts), *left_aside(sources, loose=AUDIO_SUFFIXES)]
+    report = row_report(read=total, errors=errors, splits=splits, facts=facts, notes=notes, what="recordings")
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
 
 

@@ -20,8 +20,8 @@ from lorabank.data.files import READERS
 from lorabank.data.formats import refuse_nan, text_of
 from lorabank.data.listing import listed
 from lorabank.data.read import Source, read_rows
+from lorabank.data.repository import is_saved, splits_of
 from lorabank.data.row import Row, RowError, typical
-from lorabank.data.split_folders import own_part, with_held_out
 from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
 from lorabank.tasks.speech.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, Sound, load_sound
 from lorabank.tasks.speech.names import shown
@@ -93,23 +93,20 @@ def _from_name(name: str, config: SpeechConfig, limit: int | None, role: str, wi
                 "a folder that holds one as metadata.csv."
             )
         yield _recording(path, path.name)
-    elif path.is_dir() and not _is_saved(path):
-        part = own_part(path, role, names=METADATA, suffixes=AUDIO_SUFFIXES) if with_text else path
-        yield from _from_folder(part, config, limit, with_text)
+    elif path.is_dir() and not is_saved(path):
+        splits = splits_of(path, loose=AUDIO_SUFFIXES)
+        if splits is None or not (with_text or splits.in_tables):  # recordings to transcribe are all there are
+            yield from _from_folder(path, config, limit, with_text)
+            return
+        part = splits.part(role)
+        if not part.tables:
+            yield from _from_folder(part.folder, config, limit, with_text)
+        rows = [row for table in part.tables for row in read_rows(table, limit=limit)]
+        yield from _from_rows(rows, config, part.folder, with_text)
     elif path.is_file():
         yield from _from_rows(read_rows(path, limit=limit, role=role), config, path.parent, with_text)
     else:
         yield from _from_rows(read_rows(_dataset(name, path, role), limit=limit, role=role), config, None, with_text)
-
-
-def held_out_folders(sources: Mapping[str, Source]) -> dict[str, Source]:
-    """`sources`, and the folders of held-out recordings beside the `train` folder that the training source holds."""
-    return with_held_out(sources, names=METADATA, suffixes=AUDIO_SUFFIXES)
-
-
-def _is_saved(folder: Path) -> bool:
-    """Whether a folder is a saved data set. Raises DataError for one that may not be read."""
-    return not {"state.json", "dataset_dict.json"}.isdisjoint(path.name for path in listed(folder))
 
 
 def _from_folder(folder: Path, config: SpeechConfig, limit: int | None, with_text: bool) -> Iterator[Utterance]:

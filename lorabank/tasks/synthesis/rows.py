@@ -19,10 +19,11 @@ from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
 from lorabank.data.row import RowError
 from lorabank.data.row_report import Splits, row_report
-from lorabank.data.sources import main_part, sources_of
+from lorabank.data.sources import left_aside, main_part, sources_of
 from lorabank.data.split import group_of
+from lorabank.tasks.speech.audio import AUDIO_SUFFIXES
 from lorabank.tasks.speech.doubts import doubts
-from lorabank.tasks.speech.read import Utterance, held_out_folders, read_utterances
+from lorabank.tasks.speech.read import Utterance, read_utterances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def prepare(
     progress: Progress | None = None,
 ) -> Splits[SynthesisRow]:
     """Read, decode, make spectra, check and split. Raises DataError and ConfigError."""
-    sources = held_out_folders(sources_of(data, train, val, expected="an audio folder, a table or a data set id"))
+    sources = sources_of(data, train, val, expected="an audio folder, a table or a data set id", loose=AUDIO_SUFFIXES)
     speech = SpeechConfig(audio_column=config.audio_column, text_column=config.text_column)
     read = {role: read_utterances(source, speech, limit=data.limit, role=role) for role, source in sources.items()}
     total, done = sum(map(len, read.values())), 0
@@ -117,6 +118,7 @@ def prepare(
     lengths = ", ".join(f"{sum(row.seconds for row in part):,.1f} s {name}" for name, part in splits.items() if part)
     speakers = len({row.speaker for row in splits[main_part(parts)] if any(row.speaker)})
     facts = [lengths, f"{speakers} speakers' embeddings" if speakers else "no speakers' embeddings: zeros"]
+    facts += left_aside(sources, loose=AUDIO_SUFFIXES)
     report = row_report(read=total, errors=errors, splits=splits, facts=facts, notes=notes, what="recordings")
     return Splits(train=splits["train"], val=splits["val"], test=splits["test"], report=report)
 

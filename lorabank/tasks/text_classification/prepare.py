@@ -18,7 +18,7 @@ from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
 from lorabank.data.row import Row, RowError, typical
 from lorabank.data.row_report import RowReport, in_two_splits, row_report
-from lorabank.data.sources import main_part, sources_of
+from lorabank.data.sources import left_aside, main_part, sources_of
 from lorabank.errors import DataError, Setting, closest
 from lorabank.tasks.text_classification.columns import Columns, find_columns
 from lorabank.tasks.text_classification.labels import (
@@ -87,7 +87,8 @@ def prepare_texts(
     lacks) are counted in the report by reason, or refused, by `data.bad_rows`; NaN by `data.nan_rows`. Raises DataError and
     ConfigError.
     """
-    raw = {role: read_rows(source, limit=data.limit, role=role) for role, source in sources_of(data, train, val).items()}
+    sources = sources_of(data, train, val)
+    raw = {role: read_rows(source, limit=data.limit, role=role) for role, source in sources.items()}
     main = main_part(raw)
     kinds = {labels.kind for labels in known} or ({columns.kind} - {"auto"})
     kind = next(iter(kinds)) if len(kinds) == 1 else None
@@ -126,7 +127,7 @@ def prepare_texts(
         read=read,
         errors=errors,
         splits=splits,
-        facts=_facts(parts[main].columns, splits[main], labels, trained=main == "train"),
+        facts=[*_facts(parts[main].columns, splits[main], labels, trained=main == "train"), *left_aside(sources)],
         notes={note: origins for note, origins in notes.items() if origins},
     )
     return PreparedTexts(train=splits["train"], val=splits["val"], test=splits["test"], labels=labels, report=report)
