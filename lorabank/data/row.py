@@ -59,6 +59,16 @@ def typical(rows: Sequence[Row]) -> Row:
     return alone or next((row for row in rows if row.values.keys() >= usual), rows[0])
 
 
+def unusual(row: Row, usual: Row, read: Collection[str | None] = ()) -> tuple[str, ...]:
+    """Columns of a row that the typical one lacks, so that nobody reads them, but for those that are `read` where they are."""
+    return tuple(name for name in row.values if name not in usual.values and name not in read)
+
+
+def unread_note(columns: Collection[str]) -> str:
+    """What is said of rows with such columns."""
+    return f"with the {'column' if len(columns) == 1 else 'columns'} {quoted(columns)}, which most rows lack: not read"
+
+
 def quoted(names: Collection[str]) -> str:
     """Names of columns as messages have them."""
     return ", ".join(map(repr, names)) or "no columns"

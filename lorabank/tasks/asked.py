@@ -22,16 +22,16 @@ def check_json_lines(output: Path, others: Sequence[str] = OTHER_KINDS) -> None:
         raise OutputError(f"{output}: expected a name for JSON lines, got {kind}. Name it {output.stem}.jsonl.")
 
 
-def rows_asked(source: str, limit: int | None, *, column: str) -> list[Row]:
+def rows_asked(source: str, limit: int | None, *, column: str, blank: bool = False) -> list[Row]:
     """At most `limit` rows of a file, folder or data set, or of a .txt file a row a line that isn't empty, called `column`.
 
-    Raises DataError, naming file and line.
+    `blank`: a row of a blank line, too, so that it can be told of. Raises DataError, naming file and line.
     """
     path = Path(source)
     if path.suffix.lower() != ".txt" or not path.is_file():
         return read_rows(source, limit=limit, role="test")[:limit]
     lines = enumerate(read_text(path).splitlines(), start=1)
-    rows = [Row({column: line}, f"{source}:{number}") for number, line in lines if line.strip()]
+    rows = [Row({column: line}, f"{source}:{number}") for number, line in lines if blank or line.strip()]
     if not rows:
         raise DataError(f"{source}: expected a text a line, got an empty file")
     return rows[:limit]

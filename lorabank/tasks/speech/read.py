@@ -21,7 +21,7 @@ from lorabank.data.formats import refuse_nan, text_of
 from lorabank.data.listing import listed
 from lorabank.data.read import Source, read_rows
 from lorabank.data.repository import is_saved, splits_of
-from lorabank.data.row import Row, RowError, typical
+from lorabank.data.row import Row, RowError, typical, unusual
 from lorabank.errors import DataError, MissingExtraError, Setting, closest, first_line
 from lorabank.tasks.speech.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES, Sound, load_sound
 from lorabank.tasks.speech.names import shown
@@ -50,6 +50,8 @@ class Utterance:
     """The recording's name, for people."""
     values: Mapping[str, Any] | None = None
     """Other columns of its row."""
+    unread: tuple[str, ...] = ()
+    """Columns of its row that most rows of its table lack, and that nobody reads."""
     fault: RowError | None = None
     """Why it can't be used, where that is known before it is decoded: its text is none, or its folder may not be read."""
 
@@ -157,10 +159,10 @@ def _from_rows(rows: Sequence[Row], config: SpeechConfig, near: Path | None, wit
     usual = typical(rows)
     audio = _column(usual, config.audio_column, AUDIO_COLUMNS, "recording", "speech.audio_column")
     text = _column(usual, config.text_column, TEXT_COLUMNS, "transcript", "speech.text_column") if with_text else None
-    return [_utterance(row, audio, text, near) for row in rows]
+    return [_utterance(row, audio, text, near, unusual(row, usual, (LANGUAGE_COLUMN,))) for row in rows]
 
 
-def _utterance(row: Row, audio: str, text: str | None, near: Path | None) -> Utterance:
+def _utterance(row: Row, audio: str, text: str | None, near: Path | None, unread: tuple[str, ...]) -> Utterance:
     value, said, fault = row.values.get(audio), "", None
     if text is not None:
         try:
@@ -178,6 +180,7 @@ def _utterance(row: Row, audio: str, text: str | None, near: Path | None) -> Utt
         language=language if isinstance(language, str) and language.strip() else None,
         name=_name(value, origin),
         values={key: v for key, v in row.values.items() if key != audio},
+        unread=unread,
         fault=fault,
     )
 

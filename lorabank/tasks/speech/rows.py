@@ -15,7 +15,7 @@ from lorabank.config.speech import SpeechConfig
 from lorabank.config.train import DataConfig
 from lorabank.data.bad_rows import refusal, refuse
 from lorabank.data.formats import refuse_nan
-from lorabank.data.row import NanError, RowError
+from lorabank.data.row import NanError, RowError, unread_note
 from lorabank.data.split import group_of
 from lorabank.errors import DataError
 from lorabank.tasks.speech.audio import Sound, load_sound
@@ -198,8 +198,9 @@ def _rows_of(
         _row(utterance, sound, start, end, part, config, tokens, group)
         for start, end, part in _parts(sound, segments, config, utterance, notes)
     ]
-    for doubt in doubts(utterance.text, sound):
-        notes.setdefault(doubt, []).append(utterance.place)
+    unread = tuple(name for name in utterance.unread if name != group_by)
+    for note in [*doubts(utterance.text, sound), *([unread_note(unread)] if unread else [])]:
+        notes.setdefault(note, []).append(utterance.place)
     return rows
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabank.data.bad_rows import NAMED, listed, refuse
 from lorabank.data.files import READERS
-from lorabank.data.row import RowError
+from lorabank.data.reasons import gather
+from lorabank.data.row import RowError, unread_note
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, DataError, OutputError, closest
 from lorabank.formats.files import escaped, write_files
@@ -58,7 +60,16 @@ def predict(task: SpeechSynthesis, engine: Engine, wanted: Prediction, *, busy: 
             busy("saying", done, len(rows) * len(wanted.names))
         write_files(wanted.output / name, {**files, "metadata.csv": table.getvalue().encode()})
     said = f"{counted(len(rows), 'text')} said by {', '.join(wanted.names)}: {wanted.output}."
-    return escaped(said + left_out(dropped))
+    return escaped(said + left_out(dropped) + _unread(list(rows.values())))
+
+
+def _unread(rows: Sequence[SynthesisRow]) -> str:
+    """Lines that name rows with columns that nobody reads; empty where there are none."""
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.unread:
+            notes.setdefault(unread_note(row.unread), []).append(row.origin)
+    return "".join(f"\n{counted(len(origins), 'text')} {note}: {gather(origins).some}" for note, origins in notes.items())
 
 
 def _check_output(output: Path) -> None:

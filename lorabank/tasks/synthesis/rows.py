@@ -17,7 +17,7 @@ from lorabank.data.formats import refuse_nan
 from lorabank.data.hold_out import hold_out
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
-from lorabank.data.row import RowError
+from lorabank.data.row import RowError, unread_note
 from lorabank.data.row_report import Splits, row_report
 from lorabank.data.sources import left_aside, main_part, sources_of
 from lorabank.data.split import group_of
@@ -52,6 +52,8 @@ class SynthesisRow:
     seconds: float
     digest: str
     """Of its spectrum."""
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    """Columns of its row that most rows lack, and that nobody reads."""
     group: str | None = field(default=None, compare=False)
     """Value of the column `data.group_by`, if one is set."""
 
@@ -147,8 +149,9 @@ def _row(
     if group_by is not None:
         refuse_nan(values.get(group_by), group_by)
     speaker, group = speaker_of(values, config, limits), group_of(values, group_by, utterance.origin)
-    for doubt in doubts(utterance.text, sound):
-        notes.setdefault(doubt, []).append(utterance.place)
+    unread = tuple(name for name in utterance.unread if name not in (config.speaker_column, group_by))
+    for note in [*doubts(utterance.text, sound), *([unread_note(unread)] if unread else [])]:
+        notes.setdefault(note, []).append(utterance.place)
     return SynthesisRow(
         origin=utterance.origin,
         name=utterance.name,
@@ -158,6 +161,7 @@ def _row(
         speaker=speaker,
         seconds=sound.seconds,
         digest=hashlib.blake2b(np.ascontiguousarray(mel).tobytes(), digest_size=16).hexdigest(),
+        unread=unread,
         group=group,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lorabank.config.paths import expanded
 from lorabank.config.synthesis import SynthesisConfig
-from lorabank.data.row import RowError, typical
+from lorabank.data.row import RowError, typical, unusual
 from lorabank.errors import DataError, closest
 from lorabank.tasks.asked import rows_asked
 from lorabank.tasks.speech.names import shown
@@ -19,8 +19,10 @@ from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, speaker_of, toke
 def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, limit: int | None) -> list[SynthesisRow | RowError]:
     """Each text as the model takes it, or why it can't be said. Raises DataError for a file that is missing or has no texts."""
     path = expanded(name, place="data.test", kind=DataError)
-    rows = rows_asked(str(path) if path.exists() else name, limit, column=config.text_column or TEXT_COLUMNS[0])
-    columns = typical(rows).values
+    source = str(path) if path.exists() else name
+    rows = rows_asked(source, limit, column=config.text_column or TEXT_COLUMNS[0], blank=True)
+    usual = typical(rows)
+    columns = usual.values
     column = config.text_column or next((each for each in TEXT_COLUMNS if each in columns), None)
     if column is None or column not in columns:
         raise DataError(f"{name}: no column of text{closest(str(column), columns)}; there are {', '.join(columns)}")
@@ -43,6 +45,7 @@ def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, li
                 speaker=speaker,
                 seconds=1.0,
                 digest=origin,
+                unread=unusual(row, usual, (config.speaker_column,)),
             )
         )
     return found

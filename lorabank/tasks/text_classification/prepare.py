@@ -6,7 +6,7 @@ What can't be used is named and counted, and left out or refused as the user cho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from lorabank.data.bad_rows import nothing_left, refuse
 from lorabank.data.formats import MISSING_WORD, is_missing_word
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source, read_rows
-from lorabank.data.row import Row, RowError, typical
+from lorabank.data.row import Row, RowError, typical, unread_note, unusual
 from lorabank.data.row_report import RowReport, in_two_splits, row_report
 from lorabank.data.sources import left_aside, main_part, sources_of
 from lorabank.errors import DataError, Setting, closest
@@ -119,7 +119,7 @@ def prepare_texts(
     splits, notes = split_texts(coded, data, seed=seed)
     rows = [row for part in splits.values() for row in part]
     notes |= {f"cut to {longest} tokens": [row.origin for row in rows if row.truncated]}
-    notes |= _other_texts(splits, main)
+    notes |= _other_texts(splits, main) | _unread(raw.values(), data.group_by)
     notes |= {MISSING_WORD: [row.origin for row in rows if any(map(is_missing_word, _texts_in(row)))]}
     notes |= in_two_splits(splits, lambda row: row.source.key, "text")
     notes |= {"same text, another label": _contradictions(rows), **({} if known else label_notes(splits[main], labels))}
@@ -138,6 +138,17 @@ def _other_texts(splits: Mapping[str, Sequence[ClassRow]], main: str) -> dict[st
     texts = texts_of_rows(splits[main])
     what = "single texts, and the others are pairs" if texts == TWO else "pairs of texts, and the others are single"
     return {what: [row.origin for own in splits.values() for row in own if texts_of_rows([row]) != texts]}
+
+
+def _unread(parts: Iterable[Sequence[Row]], group_by: str | None) -> dict[str, list[str]]:
+    """Notes on columns that most rows of a source lack: what is read was told by those."""
+    notes: dict[str, list[str]] = {}
+    for rows in parts:
+        usual = typical(rows)
+        for row in rows:
+            if columns := unusual(row, usual, (group_by,)):
+                notes.setdefault(unread_note(columns), []).append(row.origin)
+    return notes
 
 
 def _texts_in(row: ClassRow) -> Sequence[str | None]:
