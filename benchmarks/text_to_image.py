@@ -137,9 +137,8 @@ class Ours:
     """One pass for all styles, one picture or more of each."""
 
     def __init__(self, work: Work, styles: Sequence[str], rows: int, *, how: str = "all", cudnn: bool = True) -> None:
-        """`rows`: of each style. `how`: `plain`, `blocks` (transformer blocks compiled), `convolutions` too, `all` (these in
-        channels-last order), or `large` (of them those of at least 32 × 32 places). `cudnn`: whether torch may choose cuDNN's
-        attention, as the peer's may."""
+        """`rows`: of each style. `how`: `plain`, `blocks` (transformer blocks compiled), `convolutions` too, or `all`
+        (these in channels-last order). `cudnn`: whether torch may choose cuDNN's attention, as the peer's may."""
         if not cudnn:
             torch._dynamo.reset()  # which attention was chosen is in compiled code
         scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -151,8 +150,7 @@ class Ours:
             self.bank.add(name, lb.AdapterConfig(rank=RANK, alpha=RANK, targets=TARGETS), seed=i)
             self.optimizer.add(name, OptimizerConfig(weight_decay=1e-2, max_grad_norm=1.0))
         if how != "plain":
-            least = 32 * 32 if how == "large" else 0
-            compile_image_model(self.model, convolutions=how != "blocks", channels_last=how in ("all", "large"), least=least)
+            compile_image_model(self.model, convolutions=how != "blocks", channels_last=how == "all")
         self.train = TrainingPass(
             self.bank, lambda batch: row_losses(batch, self.model(batch)), cuda_graphs=how != "plain", masks=not cudnn
         )
@@ -289,7 +287,6 @@ def main() -> None:
         "ours, batch 4, without cuDNN's attention": lambda: (Ours(work, STYLES[:1], 4, cudnn=False), 4),
         "ours, batch 4, no channels last": lambda: (Ours(work, STYLES[:1], 4, how="convolutions"), 4),
         "ours, batch 4, transformer blocks alone": lambda: (Ours(work, STYLES[:1], 4, how="blocks"), 4),
-        "ours, batch 4, large convolutions alone": lambda: (Ours(work, STYLES[:1], 4, how="large"), 4),
         "ours, batch 4, kernel by kernel": lambda: (Ours(work, STYLES[:1], 4, how="plain"), 4),
     }
     jobs |= variants if args.variants or args.only else {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from lorabank.bank.layers import LoRALayer
@@ -46,13 +46,10 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module) is nn.GroupNorm and not module._forward_hooks and not module._forward_pre_hooks
 
 
-def compile_image_model(
-    model: ImageModel, *, convolutions: bool = True, channels_last: bool = True, least: int = 0
-) -> list[nn.Module]:
+def compile_image_model(model: ImageModel, *, convolutions: bool = True, channels_last: bool = True) -> list[nn.Module]:
     """Compile the denoiser's blocks in place, if it is on a GPU that they can be compiled for; returns what was compiled.
 
-    `convolutions`: those of a U-Net too, over inputs of at least `least` places. `channels_last`: keep their weights and
-    activations in the order that tensor cores take.
+    `convolutions`: those of a U-Net too. `channels_last`: keep their weights and activations in the order that tensor cores take.
     """
     if not compiles_image_model(model):
         return []
@@ -63,7 +60,7 @@ def compile_image_model(
         model.denoiser.to(memory_format=torch.channels_last)
     for block in convolution_blocks(model.denoiser):
         if block._compiled_call_impl is None:
-            block._compiled_call_impl = ShapedBlock(block, least=least)
+            block._compiled_call_impl = ShapedBlock(block)
             made.append(block)
     return made
 
@@ -89,15 +86,15 @@ def as_it_is(denoiser: nn.Module) -> Iterator[None]:
 class ShapedBlock:
     """What `block(...)` calls instead of its own code once it is compiled, one form for each shape."""
 
-    def __init__(self, block: nn.Module, *, least: int = 0, backend: Any = "inductor") -> None:
-        self.block, self.least = block, least
+    def __init__(self, block: nn.Module, *, backend: Any = "inductor") -> None:
+        self.block = block
         self.failed = False
         # torch leaves its own modules' `_call_impl` uncompiled, and compiles their `forward`; a norm here has no hooks
         self._compiled = torch.compile(block.forward if _is_norm(block) else block._call_impl, dynamic=False, backend=backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's outputs; a block whose layers are adapted runs as it is."""
-        if self.failed or self._is_small(args) or self._is_adapted():
+        if self.failed or self._is_adapted():
             return self.block._call_impl(*args, **kwargs)
         try:
             with dynamo_config.patch(recompile_limit=FORMS):
@@ -113,10 +110,6 @@ class ShapedBlock:
                 f"({type(error).__name__}: {reason}). compile: false silences this."
             )
         return self.block._call_impl(*args, **kwargs)
-
-    def _is_small(self, args: tuple[Any, ...]) -> bool:
-        """Each shape takes seconds to compile, and small ones gain little."""
-        return self.least > 0 and isinstance(args[0], Tensor) and args[0].shape[-2:].numel() < self.least
 
     def _is_adapted(self) -> bool:
         return any(isinstance(module, LoRALayer) and module.in_use for module in self.block.modules())

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lorabank.bank.in_full.heads import head_paths
 from lorabank.bank.wrapping import unwrapped
@@ -16,7 +15,7 @@ from lorabank.errors import ConfigError, ModelError, Setting
 
 def logits_of(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
     """(N, labels) in fp32: what the model returns, or its `.logits`. Raises ModelError for anything else."""
-    found: Any = model(pixels_NCHW.contiguous(memory_format=torch.channels_last) if _last(model, pixels_NCHW) else pixels_NCHW)
+    found: Any = model(pixels_NCHW)
     logits = found if isinstance(found, Tensor) else getattr(found, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pixels_NCHW):
         got = f"a tensor of {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(found).__name__
@@ -25,17 +24,6 @@ def logits_of(model: nn.Module, pixels_NCHW: Tensor) -> Tensor:
             f"{len(pixels_NCHW)} pictures."
         )
     return logits.float()
-
-
-def _last(model: nn.Module, pixels_NCHW: Tensor) -> bool:
-    """Whether the model is quicker, and known to work, with channels last in memory: convolutions on a GPU.
-
-    Code of one's own may take views that only the usual order has.
-    """
-    if not pixels_NCHW.is_cuda or not (isinstance(model, PreTrainedModel) or type(model).__module__.startswith("timm.")):
-        return False
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    return convolutions > sum(isinstance(module, nn.Linear) for module in model.modules())
 
 
 def find_head(model: nn.Module, height: int, width: int) -> str | None:

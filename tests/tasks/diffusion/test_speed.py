@@ -156,18 +156,3 @@ def test_norms_that_stand_alone_are_compiled() -> None:
         norm._compiled_call_impl = ShapedBlock(norm, backend=backend)
         torch.testing.assert_close(norm(x), norm._call_impl(x))
     assert compiled and all("group_norm" in code for code in compiled)
-
-
-def test_small_shapes_can_be_left_as_they_are() -> None:
-    compiled: list[torch.Size] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
-        compiled.append(inputs[0].shape)
-        return graph
-
-    block = nn.GroupNorm(2, 4)
-    block._compiled_call_impl = ShapedBlock(block, least=64, backend=backend)
-    for side, times in ((7, 0), (8, 1), (9, 2)):
-        x = torch.randn(1, 4, side, side)
-        torch.testing.assert_close(block(x), block._call_impl(x))
-        assert len(compiled) == times
