@@ -36,6 +36,8 @@ _WHERE = {
     "merge": "lorabank.merging.merge",
     "merge_folder": "lorabank.merging.shards",
     "train": "lorabank.api",
+    "evaluate": "lorabank.trained",
+    "predict": "lorabank.trained",
     "TrainingPass": "lorabank.engine.own_pass",
     "SaveAdapterCallback": "lorabank.training.hf",
     "LorabankError": "lorabank.errors",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from lorabank.merging.combine import combine_and_measure as combine_and_measure
     from lorabank.merging.merge import merge as merge
     from lorabank.merging.shards import merge_folder as merge_folder
+    from lorabank.trained import evaluate as evaluate
+    from lorabank.trained import predict as predict
     from lorabank.training.hf import SaveAdapterCallback as SaveAdapterCallback
 
 __all__ = [
@@ -85,9 +89,11 @@ __all__ = [
     "combine",
     "combine_and_measure",
     "eva",
+    "evaluate",
     "loftq",
     "merge",
     "merge_folder",
+    "predict",
     "quantize_base",
     "train",
 ]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabank.config.paths import expanded, with_absolute_paths
+from lorabank.config.paths import with_absolute_paths
 from lorabank.config.train import AdapterRun, TrainConfig
 from lorabank.errors import ConfigError, Setting
 from lorabank.trained import evaluate, generate_stream, load_run, predict
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lorabank.training.data_sets import DataSets, RowObjects
     from lorabank.training.events import Listener, RunResult
     from lorabank.training.run_folder import RunFolder
-    from lorabank.training.task import Task
+    from lorabank.training.task import Task, TaskBase
     from lorabank.training.trainer import Trainer
 
 __all__ = ["evaluate", "generate_stream", "load_run", "predict", "preview", "train"]
@@ -51,8 +52,10 @@ def train(
     data=rows, adapters={"formal": {"rank": 16}}, output="out/x", epochs=1, …)`; further keywords are the settings of a
     configuration file, and hold for every adapter that doesn't say otherwise.
 
-    `model`: an object, or a name. `tokenizer`: what prepares its inputs; for other tasks than text generation (`task=…`) an image
-    processor, a feature extractor, …
+    `model`: an object, or a name. `tokenizer`: what prepares the inputs of a model object: a tokenizer; for other tasks than
+    those of text (`task=…`) an image processor, a WhisperProcessor, a SpeechT5Processor. image-classification makes a plain
+    image processor where none is given (settings `images.image_size`, `fit`, `mean`, `std`), and text-to-image takes a pipeline
+    of diffusers as `model`, which has its own.
 
     `data`: rows (a `datasets.Dataset` or a list of dicts), a path, splits (`{"train": …, "validation": …}`, a `DatasetDict`),
     adapter names to rows, or the settings of a file's section `data`. `adapters`: names to settings, `AdapterRun`,
@@ -65,14 +68,14 @@ def train(
 
     from lorabank.training.objects import check_complete, data_section, resolve_config, resolve_rows
 
-    if isinstance(model, str):
-        settings, model = {**settings, "model": model}, None
+    if isinstance(model, str | Path):
+        settings, model = {**settings, "model": str(model)}, None
     section = data_section(data, adapters)
     if section is not None:
         settings, data = {**settings, "data": section}, None
     config, notes = resolve_config(config, adapters, settings)
-    if (model is None) != (tokenizer is None):
-        raise ConfigError("train: model and tokenizer go together; give both objects, or a model's name")
+    if model is None and tokenizer is not None:
+        raise ConfigError("tokenizer: given without a model. Give both objects, or a model's name alone, whose own is read.")
     rows, config = resolve_rows(data, config)
     config = with_absolute_paths(config)  # its folder may be used from another working folder
     check_complete(config, rows, has_model=model is not None)
@@ -110,8 +113,9 @@ def _train(
         _tell(listeners)(text)
     folder = RunFolder(config.output) if config.output and not dry_run else None
     from_objects = model is not None or rows.train is not None or bool(rows.by_adapter)
-    model, tokenizer, name, more = _base(config, model, tokenizer, listeners)
-    task = task_kind(config.task).open(config, model, tokenizer, {})
+    base = _base(config, model, tokenizer, listeners)
+    model, more, for_python = base.model, [*base.notes], model is not None and not base.name
+    task = task_kind(config.task).open(config, model, base.processor, {})
     check_best(task, config)  # before rows are read, which may take long
     sets = task.read(config, rows, _busy(listeners, "reading data"))
     everyone: list[Listener] = list(listeners)
@@ -136,9 +140,10 @@ def _train(
             # not for the metrics: they are those of a run that wasn't ended
             _tell(listeners)("the run was ended before its first checkpoint: it starts from the beginning")
         if dry_run:
-            return _dry(trainer, name)
+            return _dry(trainer, base.name)
         command = command_for(config, from_objects=from_objects)
-        return run_training(trainer, model_name=name, resumed_from=resumed_from, resume_command=command)
+        how: Any = {"resumed_from": resumed_from, "resume_command": command, "for_python": for_python}
+        return run_training(trainer, model_name=base.name, **how)
     finally:
         trainer.bank.detach()
         uncompile_blocks(compiled)
@@ -197,54 +202,21 @@ def _check_early(config: TrainConfig, *, resume: bool, dry_run: bool) -> None:
         folder.refuse_existing()
 
 
-def _base(config: TrainConfig, model: Any, tokenizer: Any, listeners: Sequence[Listener]) -> tuple[Any, Any, str, Sequence[str]]:
-    """Model, tokenizer (or another processor), a name for them that other tools can load ('' without one), and notes."""
-    from transformers import PreTrainedModel
-
-    from lorabank.bank.storages.quantized import storage_of
-    from lorabank.models.dtypes import dtype_notes
-    from lorabank.models.load import QUANTIZED, pick_device, pick_dtype
+def _base(config: TrainConfig, model: Any, tokenizer: Any, listeners: Sequence[Listener]) -> TaskBase:
+    """The base of the run, from objects or by its name; called by a name that other tools can load ('' without one)."""
     from lorabank.tasks import task_kind
+    from lorabank.training.given import given_base, public_name
     from lorabank.training.task import BaseRequest
 
-    if model is not None and tokenizer is not None:
-        first = next(model.parameters())
-        here, stored = first.device, model.dtype if isinstance(model, PreTrainedModel) else first.dtype
-        if config.device != "auto" and pick_device(config.device).type != here.type:
-            raise ConfigError(
-                f"device: {config.device!r} asked for, and the model given is on {here}. Move it with model.to(…) first."
-            )
-        have = storage_of(model)
-        if config.base_dtype in QUANTIZED and have != config.base_dtype:
-            raise ConfigError(
-                f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or stored}. Quantise it first: "
-                f"lorabank.quantize_base(model, {config.base_dtype!r})."
-            )
-        plain = config.base_dtype not in ("auto", *QUANTIZED)
-        if plain and (have is not None or pick_dtype(config.base_dtype, here) != stored):
-            way_out = "Convert it first." if have is None else "Load it unquantised."
-            raise ConfigError(f"base_dtype: {config.base_dtype!r} asked for, and the model given is {have or stored}. {way_out}")
-        named = getattr(model.config, "_name_or_path", "") if isinstance(model, PreTrainedModel) else ""
-        given = str(named or config.model)
-        return model, tokenizer, _public_name(given, None) if given else "", dtype_notes(config.base_dtype, stored, here)
+    kind = task_kind(config.task)
+    if model is not None:
+        how: Any = {"dtype": config.base_dtype, "device": config.device}
+        return given_base(kind, model, tokenizer, task=config.task, name=config.model, **how)
     request = BaseRequest(
         model=config.model, dtype=config.base_dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )
-    base = task_kind(config.task).load(request, _tell(listeners))
-    return base.model, base.processor, _public_name(base.name, base.folder), base.notes
-
-
-def _public_name(name: str, folder: Path | None) -> str:
-    """What other tools can load below the adapter: a hub id stays, a folder is named in full; our alias and a GGUF mean
-    nothing to them, so these become the folder of the converted weights."""
-    from lorabank.models.names import alias
-
-    path = expanded(name, place="model")
-    if path.is_dir():
-        return str(path.resolve())
-    if folder is not None and (path.is_file() or alias(name)):
-        return str(folder.resolve())
-    return name
+    base = kind.load(request, _tell(listeners))
+    return replace(base, name=public_name(base.name, base.folder))
 
 
 def _open_folder(folder: RunFolder, config: TrainConfig, trainer: Trainer, sets: DataSets[Any], *, fresh: bool) -> list[Listener]:

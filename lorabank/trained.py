@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +16,16 @@ from lorabank.training.base_rows import BASE_NAME
 if TYPE_CHECKING:
     from lorabank.data.formats import Example
     from lorabank.training.loaded import LoadedRun
+    from lorabank.training.source import Trained
+    from lorabank.training.task import TaskKind
 
 
 def load_run(
-    source: str | Path,
+    source: Trained | None,
     adapters: Sequence[str] | None = None,
     *,
+    model: Any = None,
+    tokenizer: Any = None,
     device: str = "auto",
     dtype: str = "auto",
     task: str | None = None,
@@ -28,23 +34,27 @@ def load_run(
 ) -> LoadedRun:
     """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
 
-    `task`: of a plain base model, `text-generation` if it isn't given. `check`: metrics that the task has to know, before its
-    model is loaded. `settings`: of the task's own section (`{"language": "german"}`), for a base by itself: a run has its own.
+    `source`, `model`, `tokenizer`: as `evaluate` has them; a model object is attached to until `bank.detach()`. `task`: of a
+    plain base model, `text-generation` if it isn't given. `check`: metrics that the task has to know, before its model is
+    loaded. `settings`: of the task's own section (`{"language": "german"}`), for a base by itself: a run has its own.
     """
     from lorabank.tasks import task_kind
     from lorabank.training.loaded import load_run as load
 
-    return load(source, adapters, kinds=task_kind, device=device, dtype=dtype, task=task, check=check, settings=settings)
+    how: Any = {"device": device, "dtype": dtype, "task": task, "check": check, "settings": settings}
+    return load(source, adapters, kinds=task_kind, model=model, tokenizer=tokenizer, **how)
 
 
 def evaluate(
-    source: str | Path,
-    adapters: Sequence[str] | None,
-    data: DataConfig,
+    source: Trained | None,
+    data: Any = None,
+    adapters: Sequence[str] | None = None,
     *,
-    metrics: Sequence[str] = ("loss",),
+    model: Any = None,
+    tokenizer: Any = None,
+    metrics: Sequence[str] | None = None,
     max_rows: int | None = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
@@ -52,40 +62,67 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, float]]:
-    """Score adapters and `base` on held-out rows: `data.test` if given, else the run's test or validation rows.
+    """Scores of adapters and of the base on the same held-out rows: name to metric to number.
 
-    `settings`: see `load_run`.
+    `source`: a run's folder, an adapter's folder, an `Adapter`, names to adapters (`result.trained`) or to their folders, a
+    base model's name, or None for the `model` by itself. `adapters`: names among them, and `base`; None: all, and the base
+    where its own head says something. `data`: a path, a data set's id, rows (a `datasets.Dataset`, a list of dicts), or a
+    `DataConfig`; None: the rows that the run held out.
 
-    `say` gets notes about the base, and the lines of the report over rows that aren't the run's own: how many were read, kept,
-    dropped and why, or cut.
+    `model`: the base as an object (an `nn.Module`; for text-to-image a pipeline of diffusers), or a name in place of the one
+    that the adapters say; None: that one. An object is afterwards as it was before, to the bit, after an error too.
+    `tokenizer`: what prepares the inputs of a model object (a tokenizer, an image processor, …); None: what lies beside the
+    adapters in their folders, where it was saved.
+
+    `metrics`: None: those of the run's `eval.metrics`, else `loss`. `max_rows`: spread evenly over the rows. `max_new_tokens`:
+    of an answer; None: the run's, else 128. `task`: of a base by itself (`image-classification`, …), text-generation if it
+    isn't given. `settings`: of its section, such as `{"language": "german"}`: adapters have their own. `say` gets sentences: on
+    the base, and on rows that aren't the run's own (how many were read, kept, dropped and why, or cut).
+
+    Raises LorabankError: AdapterNameError, ConfigError for metrics, settings or objects that don't fit, DataError for rows that
+    can't be used, ModelError and FingerprintError for the base.
     """
+    from lorabank.data.read import check_source
     from lorabank.training.busy import BusyBar
     from lorabank.training.loaded import held_out_rows
+    from lorabank.training.source import run_config_of
 
-    run = load_run(source, adapters, device=device, dtype=dtype, task=task, check=metrics, settings=settings)
-    for note in run.notes:
-        say(f"note: {note}")
-    names = _named(run, source, adapters)
-    report: list[str] = []
-    with BusyBar() as busy:
-        rows = held_out_rows(run, names, data, report.append, lambda done, total: busy("reading rows", done, total))
-    for line in report:
-        say(line)
-    if not any(rows.values()):
-        raise DataError(f"{source}: the run held no rows out that could be scored. Give some: --data (data.test).")
-    config = EvalConfig(
-        metrics=tuple(metrics), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    with BusyBar() as busy:
-        return run.task.scores(run.task.engine(run.bank), rows, config=config, busy=busy)
+    config = run_config_of(source)
+    known = list(metrics) if metrics is not None else list(config.eval.metrics) if config is not None else ["loss"]
+    longest = max_new_tokens or (config.eval.max_new_tokens if config is not None else EvalConfig.max_new_tokens)
+    if data is None:
+        data = config.data if config is not None else DataConfig()
+    elif isinstance(data, str | Path):
+        check_source(str(data), place="data")
+        own = config.data if config is not None else DataConfig()
+        data = replace(own, train=None, val=None, test=str(data), val_split=0, test_split=0, limit=None)
+    how: Any = {"device": device, "dtype": dtype, "task": task, "settings": settings, "check": known}
+    with _loaded(source, adapters, model, tokenizer, **how) as run:
+        for note in run.notes:
+            say(f"note: {note}")
+        names = _named(run, source, adapters)
+        report: list[str] = []
+        with BusyBar() as busy:
+            rows = held_out_rows(run, names, data, report.append, lambda done, total: busy("reading rows", done, total))
+        for line in report:
+            say(line)
+        if not any(rows.values()):
+            raise DataError(f"{_shown(source)}: the run held no rows out that could be scored. Give some: --data (data.test).")
+        scored = EvalConfig(
+            metrics=tuple(known), max_rows=max_rows, max_prompts=max_rows, max_new_tokens=longest, batch_size=batch_size
+        )
+        with BusyBar() as busy:
+            return run.task.scores(run.task.engine(run.bank), rows, config=scored, busy=busy)
 
 
 def predict(
-    source: str | Path,
-    data: str | Path,
+    source: Trained | None,
+    data: Any,
     output: str | Path,
     adapters: Sequence[str] | None = None,
     *,
+    model: Any = None,
+    tokenizer: Any = None,
     max_rows: int | None = None,
     batch_size: int = 8,
     device: str = "auto",
@@ -95,28 +132,65 @@ def predict(
     settings: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Predictions of adapters (and of `base`, where it has any) for rows without answers, written to `output`, which isn't there.
+    """Write predictions of adapters, and of `base` where it has any, for rows without answers; returns a sentence on them.
 
-    For every task but text generation, whose answers are drawn by `generate_stream`. `options`: what the task knows beside.
-    `settings`: see `load_run`.
-    Returns a sentence on what was written.
+    `data`: a path, or rows (a `datasets.Dataset`, a list of dicts), as the task's page says; None where `options` say what is
+    asked (text-to-image: `{"prompt": "a cat"}`). `output`: a path where nothing is yet: a file of JSON lines with a column an
+    adapter, or the folder or file that the task writes (detection, speech and pictures: see their pages).
+
+    `options`: what `lorabank predict` has flags for, by their names (`{"threshold": 0.5}`, `{"beams": 4}`,
+    `{"bad_rows": "stop"}`). `source`, `adapters`, `model`, `tokenizer`, `task`, `settings`, `say`: as `evaluate` has them; a
+    model object is afterwards as it was before, to the bit.
+
+    Raises LorabankError: OutputError for an output that is there already or can't be written, else as `evaluate`.
     """
+    from lorabank.data.read import check_source
     from lorabank.training.busy import BusyBar
     from lorabank.training.task import Prediction
 
     where = expanded(str(output), place="output")
     if where.exists():
         raise OutputError(f"{where}: exists already. Choose another output.")
+    if isinstance(data, str | Path) and str(data):
+        check_source(str(data), place="data")  # before the model is loaded
     options = options or {}
     mixed = [part.rpartition(":")[0].strip() for mix in options.get("mix") or () for part in str(mix).split(",")]
     needed = None if adapters is None else list(dict.fromkeys([*adapters, *filter(None, mixed)]))
-    run = load_run(source, needed, device=device, dtype=dtype, task=task, settings=settings)
-    for note in run.notes:
-        say(f"note: {note}")
-    names = _named(run, source, adapters)
-    wanted = Prediction(data=str(data), output=where, names=names, max_rows=max_rows, batch_size=batch_size, options=options)
-    with BusyBar() as busy:
-        return run.task.predict(run.task.engine(run.bank), wanted, busy=busy)
+
+    def early(kind: TaskKind) -> None:
+        kind.check_output(where)
+
+    how: Any = {"device": device, "dtype": dtype, "task": task, "settings": settings, "early": early}
+    with _loaded(source, needed, model, tokenizer, **how) as run:
+        for note in run.notes:
+            say(f"note: {note}")
+        wanted = Prediction(
+            data="" if data is None else str(data) if isinstance(data, Path) else data,
+            output=where,
+            names=_named(run, source, adapters),
+            max_rows=max_rows,
+            batch_size=batch_size,
+            options=options,
+        )
+        with BusyBar() as busy:
+            return run.task.predict(run.task.engine(run.bank), wanted, busy=busy)
+
+
+@contextmanager
+def _loaded(
+    source: Trained | None, adapters: Sequence[str] | None, model: Any, tokenizer: Any, **how: Any
+) -> Iterator[LoadedRun]:
+    """A run for a while. A model that was given as an object is put back: its layers, what it trains, and its mode."""
+    from lorabank.engine.modes import evaluation_mode
+    from lorabank.tasks import task_kind
+    from lorabank.training.loaded import load_run as load
+
+    run = load(source, adapters, kinds=task_kind, model=model, tokenizer=tokenizer, **how)
+    try:
+        with evaluation_mode(run.task.modules()):
+            yield run
+    finally:
+        run.bank.detach()
 
 
 def generate_stream(
@@ -166,12 +240,18 @@ def generate_stream(
     yield deltas
 
 
-def _named(run: LoadedRun, source: str | Path, adapters: Sequence[str] | None) -> list[str]:
+def _named(run: LoadedRun, source: Trained | None, adapters: Sequence[str] | None) -> list[str]:
     """Adapters that were asked for, else all, and the base where it has something to say. Raises ConfigError for none."""
     names = list(dict.fromkeys(adapters)) if adapters else [*run.names, *([BASE_NAME] if run.task.scores_base else [])]
     if not names:
         raise ConfigError(
-            f"{source}: a base model without adapters, whose head has no names of labels, or may have others than the rows of "
-            f"{run.task.name}. Name a run, an adapter's folder, or this head with --adapters {BASE_NAME} if its labels fit."
+            f"{_shown(source)}: a base model without adapters, whose head has no names of labels, or may have others than the "
+            f"rows of {run.task.name}. Name a run, an adapter's folder, or this head with --adapters {BASE_NAME} if its labels "
+            "fit."
         )
     return names
+
+
+def _shown(source: Trained | None) -> str:
+    """What messages call it."""
+    return str(source) if isinstance(source, str | Path) else "the model given" if source is None else "the adapters given"

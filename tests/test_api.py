@@ -30,6 +30,7 @@ from lorabank.errors import (
 )
 from lorabank.kernels.gpu import runtime
 from lorabank.notices import warn_once
+from lorabank.training.given import public_name
 from tests.training.test_joint import Recorder
 from tests.training.tiny import files_of, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
@@ -256,7 +257,7 @@ def test_rows_as_objects(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"tokenizer": None}, ConfigError, "model and tokenizer go together"),
+        ({"tokenizer": None}, ConfigError, "tokenizer: missing. text-generation .* needs a tokenizer of transformers"),
         ({"data": None}, ConfigError, "data: missing"),
         ({"data": {"frmal": [], "formal": []}}, AdapterNameError, "did you mean 'formal'"),
         ({"data": {"rows": [1]}}, DataError, "splits with 'train'"),
@@ -453,7 +454,7 @@ def test_load_run_with_a_template_of_its_own(base: Path, tmp_path: Path) -> None
 def test_evaluate(run_folder: Path, tmp_path: Path) -> None:
     config, _ = load_config(run_folder / "config.yaml")
     end = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
-    scores = api.evaluate(run_folder, None, config.data, metrics=["loss", "perplexity", "rouge"], max_new_tokens=5)
+    scores = api.evaluate(run_folder, config.data, metrics=["loss", "perplexity", "rouge"], max_new_tokens=5)
     assert scores.keys() == {"terse", "formal", "base"}
     for name in ("terse", "formal"):
         assert scores[name]["loss"] == pytest.approx(end["adapters"][name]["best_metrics"]["loss"], rel=1e-5)
@@ -462,12 +463,12 @@ def test_evaluate(run_folder: Path, tmp_path: Path) -> None:
     with rows.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**tiny_rows(1)[0], "prompt": ""}) + "\n")
     said: list[str] = []
-    other = api.evaluate(run_folder, ["formal"], lb.DataConfig(test=str(rows)), max_rows=3, say=said.append)
+    other = api.evaluate(run_folder, lb.DataConfig(test=str(rows)), ["formal"], max_rows=3, say=said.append)
     assert other.keys() == {"formal"}
     assert said[0].startswith("7 rows read (") and said[0].endswith("6 kept: 6 test")
     assert said[1].startswith("dropped 1: ") and f"{rows}:7" in said[1]
     with pytest.raises(ConfigError, match="did you mean 'rouge'"):
-        api.evaluate(run_folder, None, config.data, metrics=["rogue"])
+        api.evaluate(run_folder, config.data, metrics=["rogue"])
 
 
 def test_evaluate_scores_the_base_on_each_adapters_rows(base: Path, tmp_path: Path) -> None:
@@ -476,11 +477,11 @@ def test_evaluate_scores_the_base_on_each_adapters_rows(base: Path, tmp_path: Pa
     adapters = {name: {"data": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")}
     result = lb.train(model=str(base), adapters=adapters, output=str(tmp_path / "o"), **SHORT)
     config, _ = load_config(tmp_path / "o" / "config.yaml")
-    scores = api.evaluate(tmp_path / "o", None, config.data)
+    scores = api.evaluate(tmp_path / "o", config.data)
     assert scores.keys() == {"a", "b", "base (a's rows)", "base (b's rows)"}
     for name in ("a", "b"):
         assert scores[f"base ({name}'s rows)"]["loss"] == pytest.approx(result.base_metrics_of[name]["loss"], rel=1e-5)
-    one = api.evaluate(tmp_path / "o", ["b", "base"], config.data)
+    one = api.evaluate(tmp_path / "o", config.data, ["b", "base"])
     assert one["base"]["loss"] == pytest.approx(result.base_metrics_of["b"]["loss"], rel=1e-5)
 
 
@@ -523,8 +524,8 @@ def test_the_base_is_named_so_that_other_tools_can_load_it(base: Path, tmp_path:
     gguf = tmp_path / "model.gguf"
     gguf.touch()
     monkeypatch.chdir(base.parent)
-    assert api._public_name("Qwen/Qwen3-0.6B", converted) == "Qwen/Qwen3-0.6B"
-    assert api._public_name("gpt2", converted) == "gpt2"
-    assert api._public_name("tiny", Path("tiny")) == str(base)
-    assert api._public_name("SmolLM2-135M-Instruct", converted) == str(converted)
-    assert api._public_name(str(gguf), converted) == str(converted)
+    assert public_name("Qwen/Qwen3-0.6B", converted) == "Qwen/Qwen3-0.6B"
+    assert public_name("gpt2", converted) == "gpt2"
+    assert public_name("tiny", Path("tiny")) == str(base)
+    assert public_name("SmolLM2-135M-Instruct", converted) == str(converted)
+    assert public_name(str(gguf), converted) == str(converted)

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lorabank.cli.loading import LANGUAGES, add_languages, add_source, flags_of_languages, languages_of, run_config
+from lorabank.cli.loading import (
+    LANGUAGES,
+    add_languages,
+    add_source,
+    check_languages,
+    flags_of_languages,
+    languages_of,
+    run_config,
+    task_of,
+)
 from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.config.paths import expanded
 from lorabank.config.train import BAD_ROWS, DataConfig
@@ -70,6 +79,8 @@ def add_parser(subparsers: argparse._SubParsersAction[CommandParser]) -> Command
 def run(args: argparse.Namespace) -> int:
     """Score and print."""
     config = run_config(args.run_folder)
+    own = languages_of(args, tuple(LANGUAGES))
+    check_languages(own, task_of(args))
     if config is None and not args.data:
         raise ConfigError(f"--data: missing. {args.run_folder} holds no run whose held-out rows could be used.")
     bad = {name: said for name in BAD_ROW_FLAGS if (said := getattr(args, name)) is not None}
@@ -88,14 +99,13 @@ def run(args: argparse.Namespace) -> int:
     json_file = _writable(args.json) if args.json else None
     from lorabank import api
 
-    own = languages_of(args, tuple(LANGUAGES))
     typed = flags_of_languages(tuple(LANGUAGES)) | (FLAGS_OF if args.data else {})
     typed |= {"eval.metrics": "--metrics"} if args.metrics else {}
     with named_as_typed(typed):
         scores = api.evaluate(
             args.run_folder,
-            args.adapters,
             data,
+            args.adapters,
             metrics=metrics,
             max_rows=args.max_rows,
             max_new_tokens=args.max_new_tokens or (config.eval.max_new_tokens if config else 128),

@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from lorabank.cli.parser import CommandParser, names, positive
 from lorabank.cli.train import print_notes
 from lorabank.config.checks import check_choice
 from lorabank.config.convert import dtype_name
-from lorabank.config.tasks import DEFAULT_TASK, TASKS, task_of_model
+from lorabank.config.tasks import DEFAULT_TASK, SECTION_OF, TASKS, task_of_model
 from lorabank.config.train import TrainConfig
 from lorabank.errors import AdapterFileError, ConfigError
 
@@ -53,6 +53,15 @@ def add_languages(parser: CommandParser, names: Sequence[str]) -> None:
 def languages_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, str]:
     """Those that were typed."""
     return {name: said for name in names if (said := getattr(args, name)) is not None}
+
+
+def check_languages(given: Collection[str], task: str) -> None:
+    """Raise ConfigError for a language of `LANGUAGES` that was typed for a task that has no such one."""
+    for name in given:
+        tasks = [each for each, section in SECTION_OF.items() if section == SECTIONS[name]]
+        if task not in tasks:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag}: is for {', '.join(tasks)}, and this run's task is {task}. Leave it out.")
 
 
 def flags_of_languages(names: Sequence[str]) -> dict[str, str]:

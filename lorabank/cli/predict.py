@@ -23,7 +23,6 @@ from lorabank.cli.loading import (
     task_of,
 )
 from lorabank.cli.parser import CommandParser, positive
-from lorabank.cli.rows import prompt_of, read_prompts
 from lorabank.cli.task_options import PICTURES, TASK_FLAGS, add_task_flags, task_options
 from lorabank.config.paths import expanded
 from lorabank.config.tasks import DEFAULT_TASK
@@ -55,6 +54,7 @@ FLAGS_OF = {
     "data.bad_rows": "--bad-rows",
     "threshold": "--threshold",
     "output": "--output",
+    "prompt": "--prompt",
 }
 """What messages call a setting that a flag gave, to the flag."""
 
@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         template_columns(args.prompt, place="--prompt")
     from lorabank.models.load import check_there
+    from lorabank.tasks.asked_prompts import prompts_of, read_prompts
 
     config = run_config(args.run_folder)
     expanded(data, place="--data")
@@ -114,10 +115,7 @@ def run(args: argparse.Namespace) -> int:
         check_there(args.run_folder)  # before the rows, which would be blamed otherwise
     with named_as_typed(FLAGS_OF):
         rows = read_prompts(data, args.max_rows)
-    template = args.prompt or _template_of_run(config.data.prompt if config else None, rows[0].values)
-    system = args.system or (config.data.system if config else None)
-    completion = config.data.completion if config and template == config.data.prompt else None
-    prompts = [prompt_of(row, template=template, completion=completion, system=system) for row in rows]
+        prompts = prompts_of(rows, config, template=args.prompt, system=args.system)
     loaded = load(args)
     names = chosen(args.adapters, loaded.names)
     refuse_taken(rows, names)
@@ -176,7 +174,7 @@ def _check_captions(args: argparse.Namespace, output: Path) -> None:
     """Raise DataError for what holds no captions, and ConfigError where a picture's file is named and several are asked for."""
     from lorabank.tasks.diffusion.prompts import one_file, read_captions
     from lorabank.training.base_rows import BASE_NAME
-    from lorabank.training.loaded import adapter_folders
+    from lorabank.training.source import adapter_folders
 
     names = args.adapters or [*adapter_folders(chosen_path(args.run_folder, place="RUN")), BASE_NAME]
     captions = read_captions(args.data, args.max_rows) if args.prompt is None else [args.prompt]
@@ -214,10 +212,3 @@ def _append(path: Path, lines: Sequence[str], done: int, total: int) -> None:
             f"{path}: {error.strerror}. {done} of {counted(total, 'row')} are complete in it. Free some space, and choose "
             "another --output or delete the file."
         ) from error
-
-
-def _template_of_run(template: str | None, values: Mapping[str, object]) -> str | None:
-    """The template that the run was trained with, where the rows have its columns."""
-    if template is None or any(name not in values for name in template_columns(template, place="data.prompt")):
-        return None
-    return template

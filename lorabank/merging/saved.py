@@ -64,7 +64,7 @@ def values_for(model: nn.Module, path: str, values: Mapping[str, Tensor], *, unl
         if own[key].shape != value.shape:
             raise MergeError(
                 f"merge: module {path!r}: {key!r} is {tuple(value.shape)} in the adapter and {tuple(own[key].shape)} in the "
-                f"model. {RESIZE}"
+                f"model. {_way_out(path, module, value)}"
             )
         if isinstance(own[key], nn.Parameter) and not value.is_floating_point():
             raise MergeError(f"merge: module {path!r}: {key!r} is {value.dtype} in the adapter; expected floating point")
@@ -80,6 +80,15 @@ def values_for(model: nn.Module, path: str, values: Mapping[str, Tensor], *, unl
         elif not torch.equal(value.to(own[key].device, own[key].dtype), own[key]):
             raise MergeError(f"merge: module {path!r}: {key!r} is no parameter, and the adapter's is another")
     return found
+
+
+def _way_out(path: str, module: nn.Module, value: Tensor) -> str:
+    """From another shape; a head of another size can be put into a model of one's own."""
+    if type(module) is not nn.Linear or value.ndim != 2 or value.shape[1] != module.in_features:
+        return RESIZE
+    bias = "" if module.bias is not None else ", bias=False"
+    made = f"torch.nn.Linear({module.in_features}, {len(value)}{bias})"
+    return f"{RESIZE} A model of your own takes another head first: model.set_submodule({path!r}, {made})."
 
 
 def _same(adapter: Adapter, name: str, value: Tensor) -> bool:

@@ -11,15 +11,17 @@ OWN, NESTED = "preprocessor_config.json", "processor_config.json"
 """An image processor's own file, and one of several processors in which it is the entry `image_processor`."""
 
 
-def settings_file(folder: Path) -> Path | None:
+def settings_file(folder: Path, part: str = "image_processor") -> Path | None:
     """The file that transformers reads an image processor from: the entry in NESTED comes before OWN. None: there is none.
+
+    `part`: another entry, such as `feature_extractor`, which is kept in the same files.
 
     A NESTED that can't be read counts as having one, so that reading its settings says so.
     """
     nested, own = folder / NESTED, folder / OWN
     if nested.is_file():
         try:
-            if "image_processor" in _json(nested):
+            if part in _json(nested):
                 return nested
         except ValueError:
             return nested

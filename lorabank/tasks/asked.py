@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lorabank.data.files import read_text
-from lorabank.data.read import read_rows
+from lorabank.data.read import Source, read_rows
 from lorabank.data.reasons import gather
 from lorabank.data.row import Row
 from lorabank.errors import DataError, OutputError
@@ -22,13 +22,13 @@ def check_json_lines(output: Path, others: Sequence[str] = OTHER_KINDS) -> None:
         raise OutputError(f"{output}: expected a name for JSON lines, got {kind}. Name it {output.stem}.jsonl.")
 
 
-def rows_asked(source: str, limit: int | None, *, column: str, blank: bool = False) -> list[Row]:
+def rows_asked(source: Source, limit: int | None, *, column: str, blank: bool = False) -> list[Row]:
     """At most `limit` rows of a file, folder or data set, or of a .txt file a row a line that isn't empty, called `column`.
 
     `blank`: a row of a blank line, too, so that it can be told of. Raises DataError, naming file and line.
     """
-    path = Path(source)
-    if path.suffix.lower() != ".txt" or not path.is_file():
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is None or path.suffix.lower() != ".txt" or not path.is_file():
         return read_rows(source, limit=limit, role="test")[:limit]
     lines = enumerate(read_text(path).splitlines(), start=1)
     rows = [Row({column: line}, f"{source}:{number}") for number, line in lines if blank or line.strip()]

@@ -17,13 +17,16 @@ from lorabank.data.render import TokenRow
 from lorabank.engine.batch import Batch, pack_batch
 from lorabank.engine.engine import Engine
 from lorabank.engine.head import check_decoder
-from lorabank.errors import ConfigError, DataError
+from lorabank.errors import DataError
 from lorabank.formats.adapter import Adapter
 from lorabank.models.load import load_base, load_tokenizer
+from lorabank.tasks.answers import answer_rows
+from lorabank.tasks.asked import check_json_lines
 from lorabank.training.base_rows import BASE_NAME, base_rows
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import Generated, full_scores, generate_answers, unique_prompts, validation_losses
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.next_steps import Ask, NextSteps
 from lorabank.training.run_folder import write_samples
 from lorabank.training.scorers import check_metrics, split_metrics
 from lorabank.training.serving import chat_line
@@ -105,10 +108,14 @@ class TextGeneration(Task[TokenRow]):
         write_samples(folder, told)
 
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
-        raise ConfigError("text-generation: `lorabank predict` draws answers by itself; use lorabank.api.generate_stream.")
+        return answer_rows(engine, self.processor, self.config, wanted, busy)
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        return [("talk to them side by side:", [chat_line(output, [*names, BASE_NAME])])]
+    def next_steps(self, names: Sequence[str]) -> NextSteps:
+        return NextSteps(
+            title="talk to them side by side:",
+            commands=lambda run: [chat_line(run, [*names, BASE_NAME])],
+            asks=[Ask(data="rows.jsonl", output="answers.jsonl")],
+        )
 
 
 def _tokens(rows: Sequence[Any]) -> Sequence[TokenRow]:
@@ -131,4 +138,12 @@ def _load_tokenizer(request: BaseRequest, say: Say) -> TaskBase:
     return TaskBase(model=nn.Module(), processor=tokenizer, name=request.model, folder=None)
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics, quantises=True, offloads=True, load_preview=_load_tokenizer)
+KIND = TaskKind(
+    load=_load,
+    open=_open,
+    check_metrics=check_metrics,
+    quantises=True,
+    offloads=True,
+    load_preview=_load_tokenizer,
+    check_output=check_json_lines,
+)

@@ -1,4 +1,4 @@
-"""`load_run`: a base model with trained adapters, from a run folder, an adapter's folder or a model's name."""
+"""`load_run`: a base model, by its name or as an object, with trained adapters, from a folder or as values."""
 
 from __future__ import annotations
 
@@ -7,39 +7,24 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from lorabank.bank.attach import attach
 from lorabank.bank.bank import AdapterBank
-from lorabank.config.checks import check_adapter_name
-from lorabank.config.parse import load_config
-from lorabank.config.paths import expanded
-from lorabank.config.tasks import DEFAULT_TASK, SECTION_OF, TASK_SECTIONS, merged_task, task_of_model
+from lorabank.config.tasks import SECTION_OF, TASK_SECTIONS, merged_task
 from lorabank.config.train import AdapterRun, DataConfig, TrainConfig
 from lorabank.data.prepare import Progress
-from lorabank.errors import (
-    AdapterNameError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MissingExtraError,
-    ModelError,
-    Setting,
-    closest,
-)
+from lorabank.data.read import Source
+from lorabank.errors import ConfigError, DataError, MissingExtraError, Setting, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
-from lorabank.formats.choice import DEFAULT, adapters_in, chosen
-from lorabank.formats.peft import load_peft
 from lorabank.models.load import QUANTIZED
-from lorabank.models.names import alias
-from lorabank.models.quiet import quiet_transformers
 from lorabank.training.base_rows import BASE_NAME, base_rows
-from lorabank.training.data_sets import TaskRow, adapter_runs
-from lorabank.training.run_folder import resume_line
-from lorabank.training.task import TASK_KEY, BaseRequest, Task, TaskBase, TaskKind
+from lorabank.training.data_sets import RowObjects, TaskRow, adapter_runs
+from lorabank.training.given import given_base
+from lorabank.training.processors import MADE_WITH
+from lorabank.training.source import Trained, TrainedSource, read_source
+from lorabank.training.task import BaseRequest, Task, TaskBase, TaskKind
 
-UNNAMED = "adapter"
-"""What an adapter is called whose folder's name can't be one."""
+HELD_OUT = ("test", "validation", "val", "valid", "dev", "eval")
+"""Names of splits that are scored, the first that is there."""
 
 
 @dataclass(frozen=True)
@@ -67,153 +52,101 @@ class LoadedRun:
 
 
 def load_run(
-    source: str | Path,
+    source: Trained | None,
     adapters: Sequence[str] | None = None,
     *,
     kinds: Callable[[str], TaskKind],
+    model: Any = None,
+    tokenizer: Any = None,
     device: str = "auto",
     dtype: str = "auto",
     task: str | None = None,
     check: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    early: Callable[[TaskKind], None] = lambda kind: None,
 ) -> LoadedRun:
-    """Load a run folder, an adapter folder or a plain base model. `adapters`: which of a run's; `base` needs no loading.
+    """Load what `source` is. `adapters`: which of a run's; `base` needs no loading.
 
-    `kinds`: a task's name → how it is loaded. `task`: its name; None: the run's, else what the adapters say. `check`: metrics
-    that the task has to know, before its model is loaded. `settings`: of the task's own section, for a base by itself.
+    `kinds`: a task's name → how it is loaded. `model`: the base, as an object or a name; None: the one that the adapters name.
+    `tokenizer`: what prepares the inputs of a model object; None: what lies beside the adapters. `task`: its name; None: the
+    run's, else what the adapters say. `check`: metrics that the task has to know, before its model is loaded. `settings`: of the
+    task's own section, for a base by itself. `early`: called with the task's kind before the model is loaded.
     `dtype`: as `load_base` has it; with `auto` a base that was in fp8 or 4 bits in training is so again.
-    The tokenizer is the one that was saved beside the adapters, chat template included; else the base's. Raises
-    AdapterNameError for a name that the run doesn't have, CheckpointError for a run that hasn't ended, ModelError for its base.
+
+    Inputs are prepared by what was saved beside the adapters, chat template included; else by the base's own. Raises
+    AdapterNameError for a name that the run doesn't have, CheckpointError for a run that hasn't ended, ModelError for its base,
+    FingerprintError for a model that the adapters weren't trained on. A model object is as it was after any of them.
     """
-    path = chosen(Path(source))
-    config = _config_of(path)
-    folders = adapter_folders(path, config)
-    wanted = list(dict.fromkeys(name for name in (folders if adapters is None else adapters) if name != BASE_NAME))
-    for name in wanted:
-        if name not in folders:
-            raise AdapterNameError(
-                f"{source}: no adapter {name!r}{closest(name, folders)}. It has: {', '.join(folders) or 'none'}."
-            )
-    if config is not None and not folders and adapters is None:
-        raise CheckpointError(f"{source}: the run has no adapter yet, since it didn't end. To go on with it: {resume_line(path)}")
-    loaded = {name: load_peft(folders[name]) for name in wanted}
-    own_task = _chosen_task(task, source, config, loaded)
+    found = read_source(source, adapters)
+    own_task = found.task(task)
     kind = kinds(own_task)
-    if settings and (config is not None or loaded):
+    if settings and (found.config is not None or found.loaded):
         raise ConfigError(
             Setting(f"{SECTION_OF.get(own_task, own_task)}.{next(iter(settings))}"),
-            f": is for a base model by itself, and {source} was trained with settings of its own. Leave it out.",
+            f": is for a base model by itself, and {found.name} was trained with settings of its own. Leave it out.",
         )
+    _check_settings(own_task, settings or {})
     try:
         kind.check_metrics(check)
     except ConfigError as error:
         raise error if error.settings else ConfigError(Setting("eval.metrics"), ": ", *error.parts) from error
-    base = _base(kind, _base_name(path, config, folders, loaded), config, loaded, dtype=dtype, device=device)
-    processor = base.processor
-    if isinstance(processor, PreTrainedTokenizerBase):
-        processor = _saved_tokenizer([folders[name] for name in wanted]) or processor
-    opened = kind.open(config or _config_alone(own_task, base.folder, loaded, settings or {}), base.model, processor, loaded)
+    early(kind)
+    base = _base_of(kind, found, model, tokenizer, task=own_task, dtype=dtype, device=device)
+    config = found.config or _config_alone(own_task, base.folder, found.loaded, settings or {})
+    opened = kind.open(config, base.model, base.processor, found.loaded)
     bank = attach(base.model, head=opened.head)
-    for name, adapter in loaded.items():
-        bank.load(name, adapter)
-    return LoadedRun(bank, opened, list(loaded), config, tuple(base.notes))
+    try:
+        for name, adapter in found.loaded.items():
+            bank.load(name, adapter)
+    except BaseException:
+        bank.detach()
+        raise
+    return LoadedRun(bank, opened, list(found.loaded), found.config, tuple(base.notes))
+
+
+def _base_of(kind: TaskKind, found: TrainedSource, model: Any, tokenizer: Any, *, task: str, dtype: str, device: str) -> TaskBase:
+    """The base with what prepares its inputs, from objects or by name."""
+    folders = [found.folders[name] for name in found.loaded if name in found.folders]
+    if model is None or isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise ConfigError(
+                "tokenizer: given without a model as an object. Give both, or neither: a model that has a name brings its own."
+            )
+        base = _named_base(kind, str(model or found.base_name()), found, dtype=dtype, device=device)
+        return replace(base, processor=kind.processor.saved(folders) or base.processor)
+    if found.path is not None and found.config is None and not found.folders:
+        raise ConfigError(f"{found.name}: no run and no adapter there, and the base is the model given. Name one, or give None.")
+    processor = kind.processor.saved(folders) if tokenizer is None else tokenizer
+    made_with = {a.metadata[MADE_WITH] for a in found.loaded.values() if MADE_WITH in a.metadata}
+    if processor is None and made_with:
+        raise ConfigError(
+            f"tokenizer: missing. {found.name}: trained on what a {' or '.join(sorted(made_with))} prepared, and none lies "
+            "beside. Give it as tokenizer=…"
+        )
+    return given_base(kind, model, processor, task=task, dtype=dtype, device=device)
+
+
+def _check_settings(task: str, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings that the task doesn't have."""
+    section = SECTION_OF.get(task)
+    known = [] if section is None else [item.name for item in fields(TASK_SECTIONS[section])]
+    if unknown := [name for name in settings if name not in known]:
+        raise ConfigError(f"{unknown[0]}: {task} has no such setting{closest(unknown[0], known)}. Leave it out.")
 
 
 def _config_alone(task: str, folder: Path | None, loaded: Mapping[str, Adapter], settings: Mapping[str, Any]) -> TrainConfig:
-    """What a base without a run is used with: what was asked for, then what a merged model says. Adapters say it themselves.
-
-    Raises ConfigError for settings that the task doesn't have.
-    """
+    """What a base without a run is used with: what was asked for, then what a merged model says. Adapters say it themselves."""
     section = SECTION_OF.get(task)
     if section is None:
-        if settings:
-            raise ConfigError(f"{next(iter(settings))}: {task} has no such setting. Leave it out.")
         return TrainConfig()
     merged_for, said = merged_task(folder) if folder is not None and not loaded else (None, {})
     own = {**(said if merged_for == task else {}), **settings}
-    kind = TASK_SECTIONS[section]
-    known = [item.name for item in fields(kind)]
-    if unknown := [name for name in own if name not in known]:
-        raise ConfigError(f"{unknown[0]}: {task} has no such setting{closest(unknown[0], known)}. Leave it out.")
-    made: Any = {section: kind(**own)}
+    made: Any = {section: TASK_SECTIONS[section](**own)}
     return TrainConfig(task=task, **made)
 
 
-def _chosen_task(asked: str | None, source: str | Path, config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:
-    """The task that was asked for, else what is known of it. Raises ConfigError where that is another: a head would be random."""
-    if asked is None:
-        said = task_of_model(chosen(Path(source))) if not loaded and config is None else None
-        return said or _task_of(config, loaded)
-    told = {adapter.metadata[TASK_KEY] for adapter in loaded.values() if TASK_KEY in adapter.metadata}  # other tools say nothing
-    known = {config.task} if config is not None else told
-    if known - {asked}:
-        raise ConfigError(
-            f"{source}: was trained for {', '.join(sorted(known))}, so it can't be loaded for {asked}. Leave the task out, which "
-            "is for plain base models."
-        )
-    return asked
-
-
-def _task_of(config: TrainConfig | None, loaded: Mapping[str, Adapter]) -> str:
-    """The run's task, or that of its adapters. Raises ConfigError where they are of several."""
-    if config is not None:
-        return config.task
-    said = {name: adapter.metadata.get(TASK_KEY, DEFAULT_TASK) for name, adapter in loaded.items()}
-    if len(set(said.values())) > 1:
-        raise ConfigError(f"adapters of several tasks can't be loaded together: {said}. Name those of one of them.")
-    return next(iter(said.values()), DEFAULT_TASK)
-
-
-def adapter_folders(path: Path, config: TrainConfig | None = None) -> dict[str, Path]:
-    """Adapter name to folder, of a run folder (in the run's order) or a single adapter's."""
-    if (path / "adapter_config.json").is_file():
-        others = {name: folder for name, folder in adapters_in(path).items() if folder != path}
-        return {_name_of(path.resolve()): path} if not others else {DEFAULT: path, **others}
-    if not path.is_dir():
-        return {}
-    found = {p.name: p for p in sorted(path.iterdir()) if (p / "adapter_config.json").is_file()}
-    order = list(adapter_runs(config)) if config is not None else []
-    return {name: found[name] for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order))}
-
-
-def _name_of(folder: Path) -> str:
-    """A name for an adapter by its folder; `formal/last` is formal's."""
-    name = folder.parent.name if folder.name == "last" else folder.name
-    try:
-        check_adapter_name(name)
-    except AdapterNameError:
-        return UNNAMED
-    return name
-
-
-def _config_of(path: Path) -> TrainConfig | None:
-    """Of the run whose folder this is, or that this adapter's folder lies in."""
-    inside = (path / "adapter_config.json").is_file()
-    for folder in (path, *path.resolve().parents[:2]) if inside else (path,):
-        if (folder / "config.yaml").is_file():
-            return load_config(folder)[0]
-    return None
-
-
-def _base_name(path: Path, config: TrainConfig | None, folders: Mapping[str, Path], loaded: Mapping[str, Adapter]) -> str:
-    """The base that the adapters name, or the run: whichever is on this machine, since both may be paths."""
-    if not folders and config is None:
-        return str(path)
-    if not loaded:
-        loaded = {name: load_peft(folder) for name, folder in list(folders.items())[:1]}
-    names = [config.model] if config is not None else []
-    names = [name for name in (*names, *(adapter.base_model for adapter in loaded.values())) if name]
-    if not names:
-        raise ConfigError(
-            f"{path}: neither the run nor its adapters say which base model they belong to. Load the model yourself and use "
-            "lorabank.attach(model) and bank.load(name, lorabank.Adapter.load(folder))."
-        )
-    return next((name for name in names if alias(name) or expanded(name, place="model").exists()), names[0])
-
-
-def _base(
-    kind: TaskKind, name: str, config: TrainConfig | None, loaded: Mapping[str, Adapter], *, dtype: str, device: str
-) -> TaskBase:
+def _named_base(kind: TaskKind, name: str, found: TrainedSource, *, dtype: str, device: str) -> TaskBase:
+    loaded, config = found.loaded, found.config
     storages = {adapter.metadata.get(BASE_STORAGE) for adapter in loaded.values()}
     if not loaded and config is not None:
         storages = {config.base_dtype}
@@ -234,33 +167,23 @@ def _silent(line: str) -> None:
     """For progress lines that nobody asked for."""
 
 
-def _saved_tokenizer(folders: Sequence[Path]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the adapters, which has the chat template that they were trained with; None without one."""
-    folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
-    if folder is None:
-        return None
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # a damaged or exotic tokenizer surfaces as almost any class
-        raise ModelError(
-            f"{folder}: the tokenizer beside the adapter can't be read ({error}). Delete it to use the base's."
-        ) from error
-
-
 def held_out_rows(
     run: LoadedRun,
     names: Sequence[str],
-    data: DataConfig,
+    data: DataConfig | Source,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
 ) -> dict[str, Sequence[TaskRow]]:
-    """The rows that each name is scored on: `data.test` if there is one, else the run's own held-out rows.
+    """The rows that each name is scored on: those of `data`, or `data.test` if there is one, else the run's own held-out rows.
+
+    `data`: rows (a `datasets.Dataset`, a list of dicts), or settings that say where they are.
 
     `base` becomes one name for each distinct set of rows of the adapters among `names` (of all, if none is).
     `say` gets the lines of the report over `data.test`; the run's own rows were reported when it was trained. `progress`: rows
     read, and rows in all.
     """
+    if not isinstance(data, DataConfig):
+        return dict.fromkeys(names, _given_rows(run, data, say, progress))
     own = run.config is not None and run.config.data == data and data.test is None
     if own and run.config is not None:
         if data.train is None and not all(r.data for r in adapter_runs(run.config).values()):
@@ -283,3 +206,28 @@ def held_out_rows(
     for line in sets.report.lines():
         say(line)
     return dict.fromkeys(names, sets.test)
+
+
+def _given_rows(run: LoadedRun, rows: Source, say: Callable[[str], None], progress: Progress | None) -> Sequence[TaskRow]:
+    """Rows that were given as objects; of several splits the test split."""
+    if isinstance(rows, Mapping):
+        rows = _held_out_split(rows)
+    config = run.config or run.task.config
+    more: Any = dict.fromkeys(("train", "val", "test", "limit", "group_by"))
+    alone = replace(config.data, **more, val_split=0, test_split=0)
+    settings = replace(config, data=alone, adapters={}, defaults=AdapterRun())
+    (sets,) = run.task.read(settings, RowObjects(train=rows), progress).by_adapter.values()
+    for line in sets.report.lines():
+        say(line)
+    return sets.train
+
+
+def _held_out_split(splits: Mapping[str, Source]) -> Source:
+    """Of a `DatasetDict`, or a dict of splits. Raises DataError where none is for scoring."""
+    known = [name for name in HELD_OUT if name in splits] or (list(splits) if len(splits) == 1 else [])
+    if not known:
+        raise DataError(
+            f"evaluation: expected rows, or splits with one of {', '.join(HELD_OUT)} among them, got a "
+            f"{type(splits).__name__} of {', '.join(map(str, splits)) or 'nothing'}. Give one: data=splits['…']."
+        )
+    return splits[known[0]]

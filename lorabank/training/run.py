@@ -22,6 +22,7 @@ from lorabank.training.checkpoint import find_checkpoint, newest_checkpoint, rea
 from lorabank.training.events import AdapterResult, RunResult
 from lorabank.training.interrupt import InterruptFlag, StopRequested, interruptible
 from lorabank.training.metrics_file import cut_back
+from lorabank.training.next_steps import Titled
 from lorabank.training.plots import loss_plot
 from lorabank.training.progress import INTERRUPTED, NOT_FINITE, RUNNING, AdapterProgress
 from lorabank.training.run_folder import RunFolder, resume_line
@@ -87,8 +88,18 @@ def _flat(tree: Mapping[str, Any], place: tuple[str, ...] = ()) -> dict[tuple[st
     return flat
 
 
-def run_training(trainer: Trainer, *, model_name: str, resumed_from: str | None = None, resume_command: str = "") -> RunResult:
-    """Train, save, score. Interrupted, it saves a checkpoint and says how to go on (`resume_command`)."""
+def run_training(
+    trainer: Trainer,
+    *,
+    model_name: str,
+    resumed_from: str | None = None,
+    resume_command: str = "",
+    for_python: bool = False,
+) -> RunResult:
+    """Train, save, score. Interrupted, it saves a checkpoint and says how to go on (`resume_command`).
+
+    `for_python`: the base is an object that no name stands for, so what follows is told as lines for Python.
+    """
     folder = trainer.folder
     for listener in trainer.listeners:
         listener.on_start(run_plan(trainer, model_name=model_name, resumed_from=resumed_from))
@@ -110,6 +121,7 @@ def run_training(trainer: Trainer, *, model_name: str, resumed_from: str | None 
             seconds=time.monotonic() - began,
             interrupted=not finished,
             resume_command=resume_command if not finished and folder is not None else None,
+            for_python=for_python,
         )
         for listener in trainer.listeners:
             listener.on_end(result)
@@ -248,6 +260,7 @@ def _result(
     seconds: float,
     interrupted: bool,
     resume_command: str | None,
+    for_python: bool,
 ) -> RunResult:
     output = str(trainer.folder.path) if trainer.folder else ""
     found = _base_scores(trainer, scores)
@@ -272,14 +285,17 @@ def _result(
         base_metrics_of=_base_metrics_of(trainer, scores),
         interrupted=interrupted,
         resume_command=resume_command,
-        next_lines=_next_lines(trainer, output),
+        next_lines=_next_lines(trainer, output, for_python=for_python),
         trained={name: named_adapter(trainer, name, model_name) for name in trainer.jobs},
     )
 
 
-def _next_lines(trainer: Trainer, output: str) -> Sequence[tuple[str, Sequence[str]]]:
+def _next_lines(trainer: Trainer, output: str, *, for_python: bool) -> Sequence[Titled]:
     names = [name for name, p in trainer.progress.adapters.items() if p.status != NOT_FINITE]
-    return trainer.task.next_lines(output, names) if output and names else ()
+    steps = trainer.task.next_steps(names) if output and names else None
+    if steps is None:
+        return ()
+    return [steps.for_python(output) if for_python else steps.for_shell(output)]
 
 
 def _plot(trainer: Trainer, folder: RunFolder) -> None:

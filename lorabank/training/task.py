@@ -7,26 +7,30 @@ a task, and the table of them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
+
+from torch import nn
 
 from lorabank.bank.bank import AdapterBank
 from lorabank.bank.routing import RowRoute
 from lorabank.config.train import EvalConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.preview import Printer
+from lorabank.data.read import Source
 from lorabank.engine.batch import Batch
 from lorabank.engine.engine import Engine
 from lorabank.engine.model_batch import ModelBatch
+from lorabank.errors import ConfigError
 from lorabank.formats.adapter import Adapter
 from lorabank.planner.learning_rate import LearningRateAdvice
 from lorabank.training.data_sets import DataSets, Row, RowObjects
+from lorabank.training.next_steps import NextSteps
+from lorabank.training.processors import TOKENIZER, ProcessorKind
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lorabank.training.jobs import AdapterJob
 
 Busy = Callable[[str, int, int], None]
@@ -69,8 +73,8 @@ class TaskBase:
 class Prediction:
     """What `predict` was asked for."""
 
-    data: str
-    """Rows, files or a folder, as the task takes them."""
+    data: Source
+    """Rows, files or a folder, as the task takes them; '' for none."""
     output: Path
     """File (or folder) to write; isn't there yet."""
     names: Sequence[str]
@@ -79,6 +83,11 @@ class Prediction:
     batch_size: int = 8
     options: Mapping[str, Any] = field(default_factory=dict)
     """What else the command line was told, by name; a task refuses what it doesn't know."""
+
+    @property
+    def data_name(self) -> str:
+        """What messages call the data."""
+        return str(self.data) if isinstance(self.data, str | Path) else f"the {type(self.data).__name__} given"
 
 
 class Task(ABC, Generic[Row]):
@@ -140,6 +149,10 @@ class Task(ABC, Generic[Row]):
         return ()
 
     # ---- the adapters -----------------------------------------------------------------------------------------------
+
+    def modules(self) -> Iterable[nn.Module]:
+        """All that a pass runs, in the model or beside it."""
+        return self.model.modules()
 
     @property
     def head(self) -> str | None:
@@ -228,9 +241,20 @@ class Task(ABC, Generic[Row]):
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         """Write predictions for rows without answers; returns the sentence that the command line ends with."""
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        """(title, commands) that a finished run offers."""
-        return ()
+    def next_steps(self, names: Sequence[str]) -> NextSteps | None:
+        """What a finished run with these adapters offers."""
+        return None
+
+
+def as_module(model: object) -> nn.Module:
+    """What any task but drawing takes as a model. Raises ConfigError for anything else."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, or a model's name, got {type(model).__name__}.")
+    return model
+
+
+def any_output(output: Path) -> None:
+    """For tasks that write under any name."""
 
 
 Opened = Callable[[TrainConfig, Any, Any, Mapping[str, Adapter]], Task[Any]]
@@ -245,6 +269,12 @@ class TaskKind:
     open: Opened
     check_metrics: Callable[[Sequence[str]], None]
     """Raises ConfigError for `eval.metrics` that the task doesn't know; called before anything is loaded."""
+    processor: ProcessorKind = TOKENIZER
+    """What prepares its inputs, where that is given as an object."""
+    adopt: Callable[[object], nn.Module] = as_module
+    """A model that was given as an object → the module that the bank goes over. Raises ConfigError for what is none."""
+    check_output: Callable[[Path], None] = any_output
+    """Raises ConfigError or OutputError for the name of an output that `predict` can't write, before anything is loaded."""
     quantises: bool = False
     """Whether its base may be in fp8 or nf4."""
     offloads: bool = False

@@ -136,7 +136,7 @@ def main() -> None:
             "task": "automatic-speech-recognition",
         }
         return {
-            name: api.evaluate(MODEL, ["base"], DataConfig(test=str(files[f"test/{name}"])), max_rows=20, **how)["base"]
+            name: api.evaluate(MODEL, DataConfig(test=str(files[f"test/{name}"])), ["base"], max_rows=20, **how)["base"]
             for name in (*SPEAKERS, "others")
         }
 

@@ -239,7 +239,7 @@ def adapter_run(args: argparse.Namespace, output: Path, name: str, test: Path) -
     parameters = sum(t.numel() for layer in adapter.layers.values() for t in (layer.A, layer.B))
     parameters += sum(t.numel() for values in adapter.modules.values() for t in values.values())
     scores = api.evaluate(
-        output, [name], DataConfig(test=str(test)), metrics=METRICS[kind_of(args)], batch_size=32, device=args.device
+        output, DataConfig(test=str(test)), [name], metrics=METRICS[kind_of(args)], batch_size=32, device=args.device
     )
     return {"parameters": parameters, "val": ended["adapters"][name]["final_metrics"], "test": scores[name]}
 

@@ -83,7 +83,7 @@ class FakeApi(types.ModuleType):
         for index in range(max(map(len, answers))):
             yield [f"{' ' if index else ''}{words[index]}" if index < len(words) else None for words in answers]
 
-    def evaluate(self, model: str, adapters: list[str] | None, data: Any, **options: Any) -> dict[str, dict[str, float]]:
+    def evaluate(self, model: str, data: Any, adapters: list[str] | None, **options: Any) -> dict[str, dict[str, float]]:
         self.calls.append(("evaluate", (model, adapters, data, options)))
         if self.fails:
             raise self.fails

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from lorabank.cli.rows import prompt_of, read_prompts
 from lorabank.config.train import DataConfig
 from lorabank.data.prompt import chat_prompt_ids
 from lorabank.data.row import RowError
+from lorabank.tasks.asked_prompts import prompt_of, read_prompts
 from tests.data.conftest import CHATML, build_tokenizer
 
 TOOLS = (

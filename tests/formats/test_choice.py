@@ -17,7 +17,7 @@ from lorabank.formats.adapter import Adapter
 from lorabank.formats.choice import adapters_in
 from lorabank.formats.detect import load_adapter
 from lorabank.notices import warn_once
-from lorabank.training.loaded import adapter_folders
+from lorabank.training.source import adapter_folders
 
 from .conftest import llama
 

@@ -91,7 +91,7 @@ def test_the_bases_own_labels_are_said_to_be_others(task: str, tmp_path: Path) -
         merged = tmp_path / "merged"
         assert main(["merge", str(tmp_path / "run" / "default"), "--output", str(merged)]) == 0
         assert "base" in api.predict(merged, new, tmp_path / "alone", task=task)
-        assert api.evaluate(merged, None, DataConfig(test=str(data)), task=task).keys() == {"base"}
+        assert api.evaluate(merged, DataConfig(test=str(data)), task=task).keys() == {"base"}
         config = json.loads((merged / "config.json").read_text())
         unnamed = {"id2label": {i: f"LABEL_{i}" for i in range(len(config["id2label"]))}}
         (merged / "config.json").write_text(json.dumps({**config, **unnamed, "label2id": {}}))

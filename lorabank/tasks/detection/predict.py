@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabank.config.checks import check_fraction
@@ -45,16 +46,15 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     pictures are drawn; `bad_rows`, what becomes of those that can't be used (the run's `data.bad_rows`).
     """
     least, draw = _options(wanted)
+    check_output(wanted.output)
     suffix = wanted.output.suffix.lower()
-    if suffix in NO_FOLDERS:
-        raise ConfigError(
-            f"output {str(wanted.output)!r}: object-detection writes JSON, no {suffix}. Name a folder, or a file ending in .json."
-        )
     check_trained(wanted.names, task.model, named=task.scores_base or not numbered(task.base_labels))
     bad = wanted.options.get("bad_rows") or task.config.data.bad_rows
-    data = DataConfig(test=wanted.data, limit=wanted.max_rows, bad_rows=bad, nan_rows=bad)
-    sets = prepare(data, task.config.detection, seed=0, train=None, val=None, keep=task.store.keep, boxed=False)
-    rows = sets.test
+    named = wanted.data if isinstance(wanted.data, str) else None
+    data = DataConfig(test=named, val_split=0, limit=wanted.max_rows, bad_rows=bad, nan_rows=bad)
+    given = None if named is not None else wanted.data
+    sets = prepare(data, task.config.detection, seed=0, train=given, val=None, keep=task.store.keep, boxed=False)
+    rows = sets.test if given is None else sets.train
     alone = suffix == ".json"
     if alone and len(wanted.names) > 1:
         raise ConfigError(
@@ -89,6 +89,14 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     told = f"{counted(len(rows), 'picture')}{own}; boxes with a score of at least {shown:g}: {counts}: {wanted.output}"
     told += _left_out(sets.errors, alone) + "".join(f"\n{note}: {each.some}" for note, each in sets.report.notes.items())
     return escaped(told)  # names that aren't UTF-8 can't be printed as they are
+
+
+def check_output(output: Path) -> None:
+    """Raise ConfigError for the name of a file that isn't written."""
+    if (suffix := output.suffix.lower()) in NO_FOLDERS:
+        raise ConfigError(
+            f"output {str(output)!r}: object-detection writes JSON, no {suffix}. Name a folder, or a file ending in .json."
+        )
 
 
 def _left_out(errors: Sequence[RowError], alone: bool) -> str:

@@ -32,17 +32,19 @@ from lorabank.tasks.detection.kept import KEPT
 from lorabank.tasks.detection.load import check_detector, load_detector
 from lorabank.tasks.detection.loss import BOXES, CLASSES, LABELS, MASK, PIXELS, detection_loss, found_boxes, split_found
 from lorabank.tasks.detection.metrics import METRICS, check_libraries, coco_scores
-from lorabank.tasks.detection.predict import predict
+from lorabank.tasks.detection.predict import check_output, predict
 from lorabank.tasks.detection.prepare import DetectionSets, prepare
 from lorabank.tasks.detection.preprocess import PixelStore, read_off
 from lorabank.tasks.detection.preview import preview
 from lorabank.tasks.detection.rows import Box, DetectionRow
 from lorabank.tasks.detection.samples import write_samples
-from lorabank.tasks.own_head import numbered
+from lorabank.tasks.image_processors import IMAGE_PROCESSOR
+from lorabank.tasks.own_head import check_numbers, keeps_own_head, names_given, numbered
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.next_steps import Ask, NextSteps
 from lorabank.training.scorers import check_among
 from lorabank.training.task import Busy, Draws, Prediction, Task, TaskKind
 
@@ -84,16 +86,23 @@ class ObjectDetection(Task[DetectionRow]):
         runs = adapter_runs(config)
 
         def one(name: str, train: Source | None, val: Source | None) -> DetectionSets:
-            return prepare(
+            run = runs[name]
+            kept = not self._scoring and run.init_from is None and keeps_own_head(run.modules_to_save)
+            unnamed = kept and numbered(self.base_labels)
+            sets = prepare(
                 config.data,
                 config.detection,
                 seed=config.seed,
                 train=train,
                 val=val,
                 keep=self.store.keep,
-                labels=self._given_labels(name, runs[name].init_from, runs[name].modules_to_save),
+                labels=None if unnamed else self._given_labels(name, run.init_from, run.modules_to_save),
                 progress=progress,
             )
+            if unnamed:
+                check_numbers(name, sets.labels, self.base_labels, "detection")
+                sets = replace(sets, labels=self.base_labels)
+            return sets
 
         sets = read_sets(config, rows, one)
         if not self._scoring:
@@ -114,13 +123,15 @@ class ObjectDetection(Task[DetectionRow]):
                     f": {init_from} doesn't say its categories. Start from one of lorabank's.",
                 )
             return json.loads(found)
-        return self.base_labels if saved is not None and not saved else None
+        return self.base_labels if keeps_own_head(saved) else None
 
     @property
     def base_labels(self) -> tuple[str, ...]:
-        """The model's own."""
+        """The model's own; where nobody named them, what `detection.labels` says of a head that is kept."""
         known: Any = self.model.config
-        return tuple(str(known.id2label[i]) for i in range(known.num_labels))
+        own = tuple(str(known.id2label[i]) for i in range(known.num_labels))
+        kept = any(keeps_own_head(run.modules_to_save) for run in adapter_runs(self.config).values())
+        return (names_given(self.config.detection.labels, len(own), "detection") if kept and numbered(own) else None) or own
 
     def _check_canvas(self, model: nn.Module) -> None:
         """Raise ConfigError where the model takes no pictures of the size that was asked for."""
@@ -208,7 +219,7 @@ class ObjectDetection(Task[DetectionRow]):
 
     def labels(self, adapter: str) -> int | None:
         saved = adapter_runs(self.config)[adapter].modules_to_save
-        return None if saved is not None and not saved else len(self._labels[adapter])
+        return None if keeps_own_head(saved) else len(self._labels[adapter])
 
     def about(self, adapter: str) -> Mapping[str, str]:
         ids = self._ids.get(adapter)
@@ -233,7 +244,7 @@ class ObjectDetection(Task[DetectionRow]):
         if not self._labels:  # a model by itself, such as a merged one
             return not numbered(self.base_labels)
         runs = adapter_runs(self.config).values()
-        return all(run.modules_to_save is not None and not run.modules_to_save for run in runs)
+        return all(keeps_own_head(run.modules_to_save) for run in runs)
 
     def metric_names(self, config: EvalConfig) -> Sequence[str]:
         return list(METRICS)
@@ -302,8 +313,8 @@ class ObjectDetection(Task[DetectionRow]):
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         return predict(self, engine, wanted, busy=busy)
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        return [("find things in pictures of your own:", [f"lorabank predict {output} --data pictures/ --output found/"])]
+    def next_steps(self, names: Sequence[str]) -> NextSteps:
+        return NextSteps(title="find things in pictures of your own:", asks=[Ask(data="pictures/", output="found/")])
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -315,4 +326,4 @@ def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str
     return ObjectDetection(config, model, processor, adapters)
 
 
-KIND = TaskKind(load=load_detector, open=_open, check_metrics=check_metrics)
+KIND = TaskKind(load=load_detector, open=_open, check_metrics=check_metrics, processor=IMAGE_PROCESSOR, check_output=check_output)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from lorabank.config.train import TrainConfig
 from lorabank.errors import ConfigError, closest
 from lorabank.formats.adapter import Adapter
+from lorabank.training.processors import ProcessorKind
 from lorabank.training.task import BaseRequest, Say, Task, TaskBase, TaskKind
 
 METRICS = ("loss",)
@@ -39,4 +42,24 @@ def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str
     return TextToImage(config, model, adapters)
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=_check_metrics, load_preview=_load_preview)
+def _adopt(model: object) -> nn.Module:
+    from lorabank.tasks.diffusion.load import of_object
+
+    return of_object(model)
+
+
+def _no_object(given: object) -> bool:
+    return False
+
+
+NO_PROCESSOR = ProcessorKind(
+    expected="no object beside the model, since a pipeline has its tokenizers itself", accepts=_no_object, without=""
+)
+KIND = TaskKind(
+    load=_load,
+    open=_open,
+    check_metrics=_check_metrics,
+    load_preview=_load_preview,
+    processor=NO_PROCESSOR,
+    adopt=_adopt,
+)

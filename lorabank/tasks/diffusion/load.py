@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorabank.config.paths import expanded
-from lorabank.errors import MissingExtraError, ModelError, closest, first_line
+from lorabank.errors import ConfigError, MissingExtraError, ModelError, closest, first_line
 from lorabank.models.dtypes import dtype_notes
 from lorabank.models.folder import read_json
 from lorabank.models.load import pick_device, pick_dtype
@@ -100,6 +100,16 @@ def of_pipeline(pipe: Any, family: Family) -> ImageModel:
         vae=pipe.vae,
         zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
     )
+
+
+def of_object(model: object) -> ImageModel:
+    """A pipeline of diffusers, or what was made of one. Raises ConfigError for anything else."""
+    if isinstance(model, ImageModel):
+        return model
+    kind = type(model).__name__
+    if kind not in PIPELINES:
+        raise ConfigError(f"model: text-to-image expects a pipeline of diffusers ({', '.join(PIPELINES)}), got {kind}.")
+    return of_pipeline(model, FAMILIES[PIPELINES[kind]])
 
 
 def tokenizer_of(encoder: str) -> str:

@@ -92,6 +92,12 @@ class ImageModel(nn.Module):
         return {self.family.denoiser: self.denoiser, **self.frozen, **{n: self._modules[n] for n in self.trained_encoders}}
 
     @property
+    def every_module(self) -> list[nn.Module]:
+        """Of all parts, in the module tree or beside it."""
+        beside = [part for part in (*self.frozen.values(), self.vae) if part is not None]
+        return [*self.modules(), *(module for part in beside for module in part.modules())]
+
+    @property
     def channels(self) -> int:
         """Of the latents. Flux's transformer takes squares of four as one token."""
         channels = int(self.denoiser.config.in_channels)

@@ -9,18 +9,19 @@ from pathlib import Path
 from lorabank.bank.routing import BASE, RowRoute
 from lorabank.config.checks import is_finite
 from lorabank.data.files import read_text
-from lorabank.data.read import read_rows
+from lorabank.data.read import Source, read_rows
 from lorabank.errors import ConfigError, DataError, Setting, closest
 from lorabank.tasks.picture_bytes import SUFFIXES
 from lorabank.training.base_rows import BASE_NAME
+from lorabank.training.next_steps import Ask
 
 COLUMNS = ("prompt", "text", "caption")
 
 
-def read_captions(source: str, limit: int | None) -> list[str]:
+def read_captions(source: Source, limit: int | None) -> list[str]:
     """One a line of a `.txt`, else a column `prompt`, `text` or `caption`. Raises DataError for a row without."""
-    path = Path(source)
-    if path.suffix.lower() == ".txt" and path.is_file():
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is not None and path.suffix.lower() == ".txt" and path.is_file():
         lines = [line.strip() for line in read_text(path).splitlines()]
         found = [line for line in lines if line][:limit]
         if not found:
@@ -42,6 +43,14 @@ def routes_of(names: Sequence[str], mixes: Sequence[str], known: Collection[str]
     for mix in mixes:
         routes[mix] = parse_mix(mix, known)
     return routes
+
+
+def examples(names: Sequence[str]) -> list[Ask]:
+    """What a run of these adapters can be asked: a caption, and one by all of them mixed."""
+    alone = {"prompt": "a caption"}
+    mix = ",".join(f"{name}:{1 / len(names):.2g}" for name in names)
+    options = [alone, {**alone, "mix": [mix]}] if len(names) > 1 else [alone]
+    return [Ask(data=None, output="pictures", options=each) for each in options]
 
 
 def one_file(output: Path, captions: Sequence[str], headings: Sequence[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorabank.bank.bank import AdapterBank, all_layers
@@ -37,7 +37,7 @@ from lorabank.models.cache import default_cache
 from lorabank.planner.learning_rate import OF_IMAGE_MODELS
 from lorabank.tasks.diffusion.batch import PictureBatch, picture_batch
 from lorabank.tasks.diffusion.cache import Cache, Encoded
-from lorabank.tasks.diffusion.draws import RowDraw, draw, fixed_draw, mixed
+from lorabank.tasks.diffusion.draws import RowDraw, draw, fixed_draw, mixed, number_of
 from lorabank.tasks.diffusion.guided import Prompts
 from lorabank.tasks.diffusion.kept import KEPT
 from lorabank.tasks.diffusion.model import ImageModel
@@ -45,7 +45,7 @@ from lorabank.tasks.diffusion.objective import Objective, objective_of, row_tens
 from lorabank.tasks.diffusion.pictures import Picture
 from lorabank.tasks.diffusion.preview import preview
 from lorabank.tasks.diffusion.prior import draw_prior, drawn_by, prior_folder
-from lorabank.tasks.diffusion.prompts import one_file, read_captions, routes_of
+from lorabank.tasks.diffusion.prompts import examples, one_file, read_captions, routes_of
 from lorabank.tasks.diffusion.rows import caption_note, captions_of, prepare, with_prior
 from lorabank.tasks.diffusion.sampling import PictureConfig, check_size
 from lorabank.tasks.diffusion.speed import compile_image_model
@@ -54,6 +54,7 @@ from lorabank.training.base_rows import BASE_NAME
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.next_steps import NextSteps
 from lorabank.training.task import Busy, Draws, Prediction, Task
 from lorabank.wording import counted
 
@@ -92,6 +93,9 @@ class TextToImage(Task[Picture]):
         self._ids: dict[str, Mapping[str, Tensor]] = {}
         self._passes = 0
         """Of the longest adapter."""
+
+    def modules(self) -> Iterable[nn.Module]:
+        return self.images.every_module
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ class TextToImage(Task[Picture]):
         for row, seed in zip(flat, draws, strict=True):
             latents = self.encoded.latents(row)
             shape = tuple(latents.shape)
-            made = draw(shape, seed) if seed else fixed_draw(shape, row=number_of(row), part=0, parts=1)
+            made = draw(shape, seed) if seed else fixed_draw(shape, row=number_of(row.digest), part=0, parts=1)
             each.append(self._tensors(row, latents, made, self.objective))
         return picture_batch(each, routes, sizes=[row.size for row in flat], examples=examples)
 
@@ -249,7 +253,7 @@ class TextToImage(Task[Picture]):
             each = []
             for _, row, look in part:
                 latents = self.encoded.latents(row)
-                made = fixed_draw(tuple(latents.shape), row=number_of(row), part=look, parts=PARTS)
+                made = fixed_draw(tuple(latents.shape), row=number_of(row.digest), part=look, parts=PARTS)
                 each.append(self._tensors(row, latents, made, plain))
             routes = [route_of(name) for name, _, _ in part]
             batch = picture_batch(each, routes, sizes=[row.size for _, row, _ in part], examples=range(len(part)))
@@ -374,15 +378,8 @@ class TextToImage(Task[Picture]):
         drawn = f"{counted(len(lines), 'picture')} of {counted(len(captions), 'caption')}"
         return f"{drawn} by {', '.join(routes)}: {wanted.output / 'sheet.png'}"
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        mix = ",".join(f"{name}:{1 / len(names):.2g}" for name in names)
-        more = [f"lorabank predict {output} --prompt 'a caption' --mix {mix} --output pictures"] if len(names) > 1 else []
-        return [("draw captions of your own:", [f"lorabank predict {output} --prompt 'a caption' --output pictures", *more])]
-
-
-def number_of(picture: Picture) -> int:
-    """A number for a picture's fixed noise, the same in whatever data set it is."""
-    return int(picture.digest[:15], 16)
+    def next_steps(self, names: Sequence[str]) -> NextSteps:
+        return NextSteps(title="draw captions of your own:", asks=examples(names))
 
 
 def _as_pictures(columns: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Image.Image]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lorabank.config.train import TrainConfig
 from lorabank.formats.adapter import Adapter
-from lorabank.tasks.images.load import load_image_model
+from lorabank.tasks.image_processors import IMAGE_PROCESSOR
+from lorabank.tasks.images.load import NO_PROCESSOR, load_image_model
+from lorabank.tasks.images.predict import check_output
 from lorabank.tasks.images.task import ImageClassification, check_metrics
 from lorabank.training.task import BaseRequest, Say, TaskBase, TaskKind
 
@@ -23,4 +26,10 @@ def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str
     return ImageClassification(config, model, processor, adapters)
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics)
+KIND = TaskKind(
+    load=_load,
+    open=_open,
+    check_metrics=check_metrics,
+    processor=replace(IMAGE_PROCESSOR, without=NO_PROCESSOR.format(what="no image processor given")),
+    check_output=check_output,
+)

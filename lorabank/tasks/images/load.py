@@ -20,6 +20,11 @@ from lorabank.tasks.images.timm_models import TIMM, import_timm, timm_model
 if TYPE_CHECKING:
     from torch import nn
 
+NO_PROCESSOR = (
+    "{what}: pictures become images.image_size pixels a side (where that isn't set, what "
+    f"its configuration says, else {SIZE}), by images.mean and images.std (ImageNet's)"
+)
+"""Said where a plain one is made."""
 Say = Callable[[str], None]
 
 
@@ -81,10 +86,7 @@ def _transformers(name: str, *, dtype: str, device: str, trust_remote_code: bool
     def processor(name: str, folder: Path) -> Any:
         if settings_file(folder) is not None:
             return load_processor(folder)
-        notes.append(
-            "no image processor beside the model: pictures become images.image_size pixels a side (where that isn't set, what "
-            f"its configuration says, else {SIZE}), by images.mean and images.std (ImageNet's)"
-        )
+        notes.append(NO_PROCESSOR.format(what="no image processor beside the model"))
         return None
 
     base = load_class(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabank.data.bad_rows import refuse
@@ -43,7 +44,7 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     for name in wanted.options:
         if name not in OPTIONS:
             raise ConfigError(f"predict: image-classification has no option {name!r}{closest(name, OPTIONS)}")
-    check_json_lines(wanted.output, (*OTHER_KINDS, *SUFFIXES))
+    check_output(wanted.output)
     check_trained(wanted.names, task.model, named=task.base_is_trained)
     images = task.config.images
     columns = Columns(image=images.image_column)
@@ -54,7 +55,7 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     data = replace(task.config.data, bad_rows=wanted.options.get("bad_rows") or task.config.data.bad_rows)
     refuse([each.error for each in opened if each.error is not None], len(found), data, what="pictures")
     if not rows:
-        raise DataError(f"{wanted.data}: none of {counted(len(found), 'picture')} can be read: {opened[0].error}")
+        raise DataError(f"{wanted.data_name}: none of {counted(len(found), 'picture')} can be read: {opened[0].error}")
     answers = Answers(task, engine).of(
         dict.fromkeys(wanted.names, rows), batch_size=wanted.batch_size, busy=busy, activity="predicting"
     )
@@ -74,6 +75,11 @@ def predict(task: ImageClassification, engine: Engine, wanted: Prediction, *, bu
     dropped = f", {bad} couldn't be read" if bad else ""
     own = base_note(wanted.names, task.labels_of(BASE_NAME), task.adapter_labels)
     return f"{counted(len(rows), 'picture')} labelled by {', '.join(wanted.names)}{own}{dropped}: {wanted.output}{drawn}"
+
+
+def check_output(output: Path) -> None:
+    """Raise OutputError for a name of a table or a picture."""
+    check_json_lines(output, (*OTHER_KINDS, *SUFFIXES))
 
 
 def _said(answer: Answer, labels: Sequence[str]) -> dict[str, Any]:

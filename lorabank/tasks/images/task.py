@@ -41,10 +41,13 @@ from lorabank.tasks.images.preprocess import plain_processor, read_off
 from lorabank.tasks.images.preview import preview
 from lorabank.tasks.images.rows import ImageRow, PixelStore
 from lorabank.tasks.images.samples import write_samples
+from lorabank.tasks.own_head import check_numbers, keeps_own_head, names_given
 from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.next_steps import Ask, NextSteps
+from lorabank.training.processors import MADE_WITH
 from lorabank.training.scorers import check_among
 from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task
 from lorabank.wording import counted
@@ -67,18 +70,21 @@ class ImageClassification(Task[ImageRow]):
 
     def __init__(self, config: TrainConfig, model: nn.Module, processor: Any, loaded: Mapping[str, Adapter]) -> None:
         self._images: ImagesConfig = KEPT.merged(config.images, loaded)
-        if processor is None:
+        plain = processor is None
+        if plain:
             said = getattr(getattr(model, "config", None), "image_size", None)
             processor = plain_processor(replace(self._images, image_size=self._images.image_size or size_of(said)))
         preprocess = read_off(processor, self._images)
         super().__init__(config, model, preprocess.processor)
+        self._made_with = {} if plain else {MADE_WITH: type(processor).__name__}
         first = next(model.parameters())
         self._device, self._dtype = first.device, first.dtype
         self.store = PixelStore(preprocess, config.images.cache_gib * GIB)
-        known = own_labels(model)
+        known, width = own_labels(model), self._width()
+        if known is None and any(keeps_own_head(run.modules_to_save) for run in adapter_runs(config).values()):
+            known = names_given(config.images.labels, width, "images")
         self._named = known is not None
         """Whether somebody named the labels of the model's own head."""
-        width = self._width()
         self.base_labels = tuple(map(str, range(width))) if known is None else known
         """The model's own labels; numbered where nobody named them: counted here, before adapters stand in the model's way."""
         self._labels = {name: self._labels_of(name, adapter) for name, adapter in loaded.items()}
@@ -99,8 +105,10 @@ class ImageClassification(Task[ImageRow]):
         runs = adapter_runs(config)
 
         def one(name: str, train: Source | None, val: Source | None) -> PreparedImages:
-            labels = self._given_labels(name, runs[name].init_from, runs[name].modules_to_save)
-            return prepare_images(
+            run = runs[name]
+            unnamed = not self._scoring and not self._named and run.init_from is None and keeps_own_head(run.modules_to_save)
+            labels = None if unnamed else self._given_labels(name, run.init_from, run.modules_to_save)
+            prepared = prepare_images(
                 config.data,
                 config.images,
                 self.store,
@@ -111,6 +119,10 @@ class ImageClassification(Task[ImageRow]):
                 scoring=self._scoring,
                 progress=progress,
             )
+            if unnamed:
+                check_numbers(name, prepared.labels, self.base_labels, "images")
+                prepared = replace(prepared, labels=self.base_labels)
+            return prepared
 
         sets = read_sets(config, rows, one)
         if not self._scoring:
@@ -123,7 +135,7 @@ class ImageClassification(Task[ImageRow]):
             return list(dict.fromkeys(label for own in self._labels.values() for label in own))
         if init_from is not None and (start := Adapter.load(init_from)).metadata.get(TASK_KEY, self.name) == self.name:
             return self._labels_of(init_from, start)
-        return self.base_labels if saved is not None and not saved else None
+        return self.base_labels if keeps_own_head(saved) else None
 
     def _labels_of(self, name: str, adapter: Adapter) -> tuple[str, ...]:
         """What a loaded adapter says of its labels; of one that another tool made their numbers."""
@@ -222,10 +234,11 @@ class ImageClassification(Task[ImageRow]):
     def labels(self, adapter: str) -> int | None:
         runs = adapter_runs(self.config)
         saved = runs[adapter].modules_to_save if adapter in runs else None
-        return None if saved is not None and not saved else len(self._labels[adapter])
+        return None if keeps_own_head(saved) else len(self._labels[adapter])
 
     def about(self, adapter: str) -> Mapping[str, str]:
-        return {LABELS: json.dumps(self._labels[adapter], ensure_ascii=False), **KEPT.as_metadata(self._images)}
+        labels = json.dumps(self._labels[adapter], ensure_ascii=False)
+        return {LABELS: labels, **KEPT.as_metadata(self._images), **self._made_with}
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
@@ -237,8 +250,7 @@ class ImageClassification(Task[ImageRow]):
     def scores_base(self) -> bool:
         if not self._labels:  # a model by itself, such as a merged one
             return self._named
-        saved = [run.modules_to_save for run in adapter_runs(self.config).values()]
-        return all(own is not None and not own for own in saved)
+        return all(keeps_own_head(run.modules_to_save) for run in adapter_runs(self.config).values())
 
     def metric_names(self, config: EvalConfig) -> Sequence[str]:
         check_metrics(config.metrics)
@@ -291,8 +303,8 @@ class ImageClassification(Task[ImageRow]):
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         return predict(self, engine, wanted, busy=busy)
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        return [("label pictures of your own:", [f"lorabank predict {output} --data pictures/ --output labels.jsonl"])]
+    def next_steps(self, names: Sequence[str]) -> NextSteps:
+        return NextSteps(title="label pictures of your own:", asks=[Ask(data="pictures/", output="labels.jsonl")])
 
 
 def _spread(rows: Mapping[str, Sequence[ImageRow]], config: EvalConfig) -> dict[str, Sequence[ImageRow]]:

@@ -44,6 +44,7 @@ from lorabank.tasks.seq2seq.rows import PairRow, encode_pairs, prepare_pairs, re
 from lorabank.training.base_rows import BASE_NAME, base_rows
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import Generated, route_of, score_answers, spread
+from lorabank.training.next_steps import Ask, NextSteps
 from lorabank.training.run_folder import write_samples
 from lorabank.training.scorers import LOSS_METRICS, check_metrics, split_metrics
 from lorabank.training.task import Busy, Draws, Prediction, Task, TaskKind
@@ -269,8 +270,8 @@ class Text2Text(Task[PairRow]):
         note = cut_note((row.origin for row in cut), len(cut[0].input_ids) if cut else 0)
         return f"{counted(len(rows), 'row')}{left}, written by {', '.join(wanted.names)}: {wanted.output}{note}"
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        return [("write for rows of your own:", [f"lorabank predict {output} --data rows.jsonl --output written.jsonl"])]
+    def next_steps(self, names: Sequence[str]) -> NextSteps:
+        return NextSteps(title="write for rows of your own:", asks=[Ask(data="rows.jsonl", output="written.jsonl")])
 
 
 def unique_sources(rows: Sequence[PairRow], limit: int | None = None) -> list[tuple[PairRow, Generated]]:
@@ -314,4 +315,4 @@ def kind_of(task: type[Text2Text]) -> TaskKind:
     def opened(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str, Adapter]) -> Text2Text:
         return task(config, model, processor, adapters)
 
-    return TaskKind(load=load_seq2seq, open=opened, check_metrics=check_metrics)
+    return TaskKind(load=load_seq2seq, open=opened, check_metrics=check_metrics, check_output=check_json_lines)

@@ -84,7 +84,9 @@ def predict(engine: Engine, hearing: Hearing, tokens: SpeechTokens, config: Trai
     busy("transcribing", len(utterances), len(utterances))
     if not found:
         errors = list(dropped.values())
-        raise DataError(f"{wanted.data}: none of {counted(len(utterances), 'recording')} can be read:{listed(errors, NAMED)}")
+        raise DataError(
+            f"{wanted.data_name}: none of {counted(len(utterances), 'recording')} can be read:{listed(errors, NAMED)}"
+        )
     if suffix == JSON_LINES:
         rest = {place: _unread(utterances[place], wanted.names, error) for place, error in dropped.items()}
         _write_lines({place: _line(one, timed) for place, one in found.items()} | rest, wanted.output)
@@ -99,10 +101,15 @@ def _told(found: Sequence[Transcript], dropped: Sequence[RowError], wanted: Pred
     return f"{counted(len(found), 'recording')} ({seconds:.1f} s) transcribed by {by}: {wanted.output}.{left_out(dropped)}"
 
 
-def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:
-    known = (JSON_LINES, *WRITERS)
+def check_output(output: Path) -> None:
+    """Raise OutputError for a name that promises what isn't written."""
+    known, suffix = (JSON_LINES, *WRITERS), output.suffix.lower()
     if suffix not in (*known, ""):
-        raise OutputError(f"{wanted.output}: expected a name ending in {', '.join(known)}, or a folder, got {suffix!r}.")
+        raise OutputError(f"{output}: expected a name ending in {', '.join(known)}, or a folder, got {suffix!r}.")
+
+
+def _check_output(wanted: Prediction, suffix: str, recordings: int) -> None:
+    check_output(wanted.output)
     if suffix in WRITERS and recordings * len(wanted.names) > 1:
         raise OutputError(
             f"{wanted.output}: {suffix} holds one transcript, and there are {counted(recordings, 'recording')} "

@@ -23,11 +23,12 @@ from lorabank.engine.model_batch import ModelBatch
 from lorabank.engine.model_pass import row_losses
 from lorabank.errors import ConfigError, DataError, ModelError, Setting
 from lorabank.formats.adapter import Adapter
+from lorabank.models.image_processors import settings_file
 from lorabank.models.load_class import load_class
 from lorabank.tasks.speech.hearing import Hearing
 from lorabank.tasks.speech.loading import processor_of
 from lorabank.tasks.speech.masking import masked
-from lorabank.tasks.speech.predict import predict
+from lorabank.tasks.speech.predict import check_output, predict
 from lorabank.tasks.speech.prepare import prepare_speech
 from lorabank.tasks.speech.preview import preview
 from lorabank.tasks.speech.rows import SpeechRow
@@ -40,6 +41,8 @@ from lorabank.training.base_rows import BASE_NAME, base_rows
 from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import Generated, route_of, spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.next_steps import Ask, NextSteps
+from lorabank.training.processors import ProcessorKind
 from lorabank.training.run_folder import write_samples
 from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
 
@@ -59,7 +62,7 @@ class SpeechRecognition(Task[SpeechRow]):
 
     def __init__(self, config: TrainConfig, model: Any, processor: Any, speech: SpeechConfig) -> None:
         super().__init__(config, model, processor)
-        _check_whisper(model, processor)
+        _check_whisper(model)
         self.tokens = speech_tokens(processor.tokenizer, model, speech)
         self.hearing = Hearing(processor.feature_extractor, model, speech.window)
         self.speech = replace(speech, window=self.hearing.window)
@@ -229,20 +232,17 @@ class SpeechRecognition(Task[SpeechRow]):
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         return predict(engine, self.hearing, self.tokens, self.config, wanted, busy)
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        return [
-            ("transcribe recordings of your own:", [f"lorabank predict {output} --data recordings/ --output transcripts.jsonl"])
-        ]
+    def next_steps(self, names: Sequence[str]) -> NextSteps:
+        asks = [Ask(data="recordings/", output="transcripts.jsonl")]
+        return NextSteps(title="transcribe recordings of your own:", asks=asks)
 
 
-def _check_whisper(model: Any, processor: Any) -> None:
-    """Raise ModelError or ConfigError for objects that aren't Whisper's."""
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+def _check_whisper(model: Any) -> None:
+    """Raise ModelError for a model that isn't Whisper's."""
+    from transformers import WhisperForConditionalGeneration
 
     if not isinstance(model, WhisperForConditionalGeneration):
         raise ModelError(f"speech recognition is for Whisper models so far, and this is a {type(model).__name__}.")
-    if not isinstance(processor, WhisperProcessor):
-        raise ConfigError(f"train: tokenizer: expected a WhisperProcessor, got a {type(processor).__name__}.")
 
 
 def _load(request: BaseRequest, say: Say) -> TaskBase:
@@ -274,4 +274,21 @@ def _settings(config: TrainConfig, adapters: Mapping[str, Adapter]) -> SpeechCon
     return SpeechConfig(**{**asdict(config.speech), **json.loads(next(iter(said.values())))})
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics)
+def _is_whisper(given: object) -> bool:
+    from transformers import WhisperProcessor
+
+    return isinstance(given, WhisperProcessor)
+
+
+def _beside(folder: Path) -> Any:
+    """Of an adapter; a folder with one of its files has both."""
+    there = (folder / "tokenizer_config.json").is_file() and settings_file(folder, "feature_extractor") is not None
+    return processor_of(str(folder), folder) if there else None
+
+
+PROCESSOR = ProcessorKind(
+    expected="a WhisperProcessor, which is a feature extractor and a tokenizer (WhisperProcessor.from_pretrained(…))",
+    accepts=_is_whisper,
+    beside=_beside,
+)
+KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics, processor=PROCESSOR, check_output=check_output)

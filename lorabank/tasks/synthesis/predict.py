@@ -39,14 +39,14 @@ def predict(task: SpeechSynthesis, engine: Engine, wanted: Prediction, *, busy: 
     """
     if unknown := [name for name in wanted.options if name not in OPTIONS]:
         raise ConfigError(f"predict: text-to-speech knows no option {unknown[0]!r}{closest(unknown[0], OPTIONS)}")
-    _check_output(wanted.output)
-    found = texts(wanted.data, task.settings, task.processor, task.limits, wanted.max_rows)
+    check_output(wanted.output)
+    found = texts(wanted.data, task.settings, task.processor, task.limits, wanted.max_rows, name=wanted.data_name)
     rows = {place: row for place, row in enumerate(found, 1) if isinstance(row, SynthesisRow)}
     dropped = [row for row in found if isinstance(row, RowError)]
     data = task.config.data
     refuse(dropped, len(found), replace(data, bad_rows=wanted.options.get("bad_rows") or data.bad_rows), what="texts")
     if not rows:
-        raise DataError(f"{wanted.data}: none of {counted(len(found), 'text')} can be said:{listed(dropped, NAMED)}")
+        raise DataError(f"{wanted.data_name}: none of {counted(len(found), 'text')} can be said:{listed(dropped, NAMED)}")
     done = 0
     for name in wanted.names:
         files: dict[str, bytes] = {}
@@ -72,7 +72,8 @@ def _unread(rows: Sequence[SynthesisRow]) -> str:
     return "".join(f"\n{counted(len(origins), 'text')} {note}: {gather(origins).some}" for note, origins in notes.items())
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Raise OutputError for what names a file: recordings go into a folder."""
     if output.suffix.lower() in FILES:
         raise OutputError(
             f"{output}: expected a folder, got the name of a {output.suffix} file. Text-to-speech writes a WAV file a text, such "

@@ -28,11 +28,12 @@ from lorabank.engine.modes import evaluation_mode
 from lorabank.errors import ConfigError, ModelError, Setting, first_line
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
+from lorabank.models.image_processors import settings_file
 from lorabank.models.load_class import load_class
 from lorabank.tasks.speech.audio import as_wav
 from lorabank.tasks.synthesis.kept import KEPT, kept
 from lorabank.tasks.synthesis.loss import DRAWS, FRAMES, MEL, TOKENS, loss_and_error, synthesis_loss
-from lorabank.tasks.synthesis.predict import predict
+from lorabank.tasks.synthesis.predict import check_output, predict
 from lorabank.tasks.synthesis.preview import preview
 from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, prepare
 from lorabank.tasks.synthesis.vocoder import griffin_lim, load_vocoder
@@ -41,6 +42,8 @@ from lorabank.training.data_sets import DataSets, RowObjects, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
 from lorabank.training.markdown import cell
+from lorabank.training.next_steps import Ask, NextSteps
+from lorabank.training.processors import ProcessorKind
 from lorabank.training.scorers import check_among
 from lorabank.training.task import BaseRequest, Busy, Draws, Prediction, Say, Task, TaskBase, TaskKind
 
@@ -232,8 +235,8 @@ class SpeechSynthesis(Task[SynthesisRow]):
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         return predict(self, engine, wanted, busy=busy)
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        return [("say texts of your own:", [f"lorabank predict {output} --data texts.txt --output said/"])]
+    def next_steps(self, names: Sequence[str]) -> NextSteps:
+        return NextSteps(title="say texts of your own:", asks=[Ask(data="texts.txt", output="said/")])
 
 
 def _own_seed(row: SynthesisRow) -> int:
@@ -277,4 +280,21 @@ def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str
     return SpeechSynthesis(config, model, processor, adapters)
 
 
-KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics)
+def _is_speecht5(given: object) -> bool:
+    from transformers import SpeechT5Processor
+
+    return isinstance(given, SpeechT5Processor)
+
+
+def _beside(folder: Path) -> Any:
+    """Of an adapter; a folder with one of its files has both."""
+    there = (folder / "tokenizer_config.json").is_file() and settings_file(folder, "feature_extractor") is not None
+    return _processor_of(str(folder), folder) if there else None
+
+
+PROCESSOR = ProcessorKind(
+    expected="a SpeechT5Processor, which is a feature extractor and a tokenizer (SpeechT5Processor.from_pretrained(…))",
+    accepts=_is_speecht5,
+    beside=_beside,
+)
+KIND = TaskKind(load=_load, open=_open, check_metrics=check_metrics, processor=PROCESSOR, check_output=check_output)

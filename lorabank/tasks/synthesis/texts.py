@@ -8,6 +8,7 @@ import numpy as np
 
 from lorabank.config.paths import expanded
 from lorabank.config.synthesis import SynthesisConfig
+from lorabank.data.read import Source
 from lorabank.data.row import RowError, typical, unusual
 from lorabank.errors import DataError, closest
 from lorabank.tasks.asked import rows_asked
@@ -16,10 +17,15 @@ from lorabank.tasks.speech.read import TEXT_COLUMNS, said_in
 from lorabank.tasks.synthesis.rows import Limits, SynthesisRow, speaker_of, token_ids
 
 
-def texts(name: str, config: SynthesisConfig, processor: Any, limits: Limits, limit: int | None) -> list[SynthesisRow | RowError]:
-    """Each text as the model takes it, or why it can't be said. Raises DataError for a file that is missing or has no texts."""
-    path = expanded(name, place="data.test", kind=DataError)
-    source = str(path) if path.exists() else name
+def texts(
+    source: Source, config: SynthesisConfig, processor: Any, limits: Limits, limit: int | None, *, name: str
+) -> list[SynthesisRow | RowError]:
+    """Each text as the model takes it, or why it can't be said. `name`: of the source, for messages.
+
+    Raises DataError for a file that is missing or has no texts.
+    """
+    if isinstance(source, str) and (path := expanded(source, place="data.test", kind=DataError)).exists():
+        source = str(path)
     rows = rows_asked(source, limit, column=config.text_column or TEXT_COLUMNS[0], blank=True)
     usual = typical(rows)
     columns = usual.values

@@ -26,6 +26,7 @@ from lorabank.errors import ConfigError, DataError, Setting
 from lorabank.formats.adapter import Adapter
 from lorabank.formats.files import write_files
 from lorabank.formats.labels import LABELS
+from lorabank.tasks.asked import check_json_lines
 from lorabank.tasks.text_classification.labels import MULTI, REGRESSION, SINGLE, LabelSet, names_in, shown
 from lorabank.tasks.text_classification.metrics import METRICS, Scored, check_metrics, compute, expanded, metrics_of, predicted
 from lorabank.tasks.text_classification.model import has_one_input, load_classifier, own_labels, pad_id, positions
@@ -39,6 +40,7 @@ from lorabank.training.base_rows import is_base
 from lorabank.training.data_sets import DataSets, RowObjects, adapter_runs, read_sets
 from lorabank.training.evaluate import route_of, spread
 from lorabank.training.jobs import AdapterJob
+from lorabank.training.next_steps import Ask, NextSteps
 from lorabank.training.task import TASK_KEY, Busy, Draws, Prediction, Task, TaskKind
 from lorabank.wording import counted
 
@@ -298,8 +300,8 @@ class TextClassification(Task[ClassRow]):
     def predict(self, engine: Engine, wanted: Prediction, *, busy: Busy) -> str:
         return predict_rows(self, engine, wanted, busy)
 
-    def next_lines(self, output: str, names: Sequence[str]) -> Sequence[tuple[str, Sequence[str]]]:
-        return [("label rows of your own:", [f"lorabank predict {output} --data rows.jsonl --output labels.jsonl"])]
+    def next_steps(self, names: Sequence[str]) -> NextSteps:
+        return NextSteps(title="label rows of your own:", asks=[Ask(data="rows.jsonl", output="labels.jsonl")])
 
 
 def _knows(adapter: Adapter) -> bool:
@@ -316,4 +318,4 @@ def _open(config: TrainConfig, model: Any, processor: Any, adapters: Mapping[str
     return TextClassification(config, model, processor, adapters)
 
 
-KIND = TaskKind(load=load_classifier, open=_open, check_metrics=check_metrics)
+KIND = TaskKind(load=load_classifier, open=_open, check_metrics=check_metrics, check_output=check_json_lines)

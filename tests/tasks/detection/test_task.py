@@ -85,7 +85,7 @@ def test_a_detector_learns_is_scored_saved_and_predicts(base: Path, files: dict[
         assert min(x, y) >= 0 and x + width <= 32.01 and y + height <= 32.01
     assert len(list((tmp_path / "found" / "pictures").iterdir())) == 3
     lines = list[str]()
-    scores = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["two"])), metrics=["mAP"], say=lines.append)
+    scores = api.evaluate(tmp_path / "run", DataConfig(test=str(files["two"])), metrics=["mAP"], say=lines.append)
     assert any(" boxes: red " in line for line in lines) and not any("training" in line for line in lines), lines
     assert scores.keys() == {"default"} and scores["default"]["mAP50"] > 0
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_trained_is_refused_before(base: Path, files: dict[str, P
         out = tmp_path / "run"
         lb.train(model=str(base), output=str(out), data=data, **{**SETTINGS, "max_steps": 1})
         other = coco_folder(tmp_path / "blue", 3, ("blue",))
-        api.evaluate(out, None, DataConfig(test=str(other)), metrics=["mAP"])
+        api.evaluate(out, DataConfig(test=str(other)), metrics=["mAP"])
 
 
 @pytest.mark.parametrize("kind", ["detr", "rt_detr"])

@@ -55,9 +55,9 @@ def test_a_style_is_learned_scored_saved_drawn_and_loaded(root: Path, styles: di
     assert np.abs(first - last).max() > 8  # the adapters' columns change
     assert (run / "samples.png").is_file()
 
-    scores = api.evaluate(run, None, DataConfig(test=str(styles["wax"])), metrics=["loss"])
+    scores = api.evaluate(run, DataConfig(test=str(styles["wax"])), metrics=["loss"])
     assert scores.keys() == {"ink", "oil", "base"}
-    again = api.evaluate(run, None, DataConfig(test=str(styles["wax"])), metrics=["loss"])
+    again = api.evaluate(run, DataConfig(test=str(styles["wax"])), metrics=["loss"])
     assert scores == again  # the same noise each time
 
     told = api.predict(
@@ -237,8 +237,8 @@ def test_from_the_command_line(root: Path, styles: dict[str, Path], tmp_path: Pa
     assert main([*fox, str(tmp_path / "fox.jpg")]) == 2
     assert "--output: fox.jpg: pictures are written as PNG" in capsys.readouterr().err
     assert not (tmp_path / "two.png").exists() and not (tmp_path / "fox.jpg").exists()
-    few = api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), max_rows=1, device="cpu")
-    assert few != api.evaluate(out, ["ink"], DataConfig(test=str(styles["wax"])), device="cpu")
+    few = api.evaluate(out, DataConfig(test=str(styles["wax"])), ["ink"], max_rows=1, device="cpu")
+    assert few != api.evaluate(out, DataConfig(test=str(styles["wax"])), ["ink"], device="cpu")
     assert main(["eval", str(out), "--device", "cpu"]) == 2
     assert f"{out}: the run held no rows out that could be scored" in capsys.readouterr().err
     assert main(["merge", str(out / "ink"), "--output", str(tmp_path / "merged")]) == 0
@@ -259,7 +259,7 @@ def test_an_adapters_own_folder_draws_as_its_run(root: Path, styles: dict[str, P
         api.predict(tmp_path / name, "", tmp_path / f"of-{name}", options={"prompt": "a cat"})
         with Image.open(tmp_path / f"of-{name}" / f"0000-{name}.png") as picture:
             assert picture.size == (32, 32)
-    of_run = [api.evaluate(folder, ["ink"], DataConfig(test=str(styles["wax"])))["ink"] for folder in (run, tmp_path / "ink")]
+    of_run = [api.evaluate(folder, DataConfig(test=str(styles["wax"])), ["ink"])["ink"] for folder in (run, tmp_path / "ink")]
     assert of_run[0] == of_run[1]  # pictures of the run's size
 
     ink = lb.Adapter.load(tmp_path / "ink")

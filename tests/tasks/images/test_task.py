@@ -137,12 +137,12 @@ def test_it_learns_is_scored_shown_loaded_and_predicts(base: Path, data: dict[st
     assert lines[3] == {"image": str(new / "3.png"), "error": "no picture that can be read (another format, or damaged)"}
     assert "3 pictures labelled by default, 1 couldn't be read" in told
     assert (tmp_path / "out.png").is_file()
-    scores = api.evaluate(tmp_path / "run", None, DataConfig(test=str(data["three"])), metrics=["accuracy"])
+    scores = api.evaluate(tmp_path / "run", DataConfig(test=str(data["three"])), metrics=["accuracy"])
     assert scores["default"]["accuracy"] == 1.0
-    few = api.evaluate(tmp_path / "run", None, DataConfig(test=str(data["three"])), metrics=["accuracy"], max_rows=2)
+    few = api.evaluate(tmp_path / "run", DataConfig(test=str(data["three"])), metrics=["accuracy"], max_rows=2)
     assert few["default"]["loss"] != scores["default"]["loss"]
     with pytest.raises(DataError, match=r"its label 'grey' is none of the 3 that 'default' has|'grey' is none of the 3 known"):
-        api.evaluate(tmp_path / "run", None, DataConfig(test=str(folder(tmp_path / "g", each=2, classes=("grey",)))), metrics=[])
+        api.evaluate(tmp_path / "run", DataConfig(test=str(folder(tmp_path / "g", each=2, classes=("grey",)))), metrics=[])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -65,7 +65,7 @@ def test_alone_and_merged_it_writes_as_in_its_run(case: str, way: list[str], tmp
     assert answers(merged, asked, tmp_path / "merged.jsonl", "base") == in_run
     held = DataConfig(test=str(rows))
     named = ((run, "default"), (merged, "base"))
-    scored = [api.evaluate(folder, [name], held, metrics=["loss"], device="cpu") for folder, name in named]
+    scored = [api.evaluate(folder, held, [name], metrics=["loss"], device="cpu") for folder, name in named]
     assert scored[1]["base"]["loss"] == pytest.approx(scored[0]["default"]["loss"], rel=1e-4)
 
     tokenizer: Any = AutoTokenizer.from_pretrained(merged)
@@ -98,7 +98,7 @@ def test_a_base_by_itself_is_told_its_languages(tmp_path: Path, capsys: Any) -> 
     assert main([*answered, "--output", str(tmp_path / "out.jsonl"), "--max-rows", "2"]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
     assert main([*words[:3], "text-classification", *words[4:], *languages]) == 2
-    assert "source_lang: text-classification has no such setting" in capsys.readouterr().err
+    assert "--source-lang: is for summarization, translation, text2text-generation, and this" in capsys.readouterr().err
     settings: dict[str, Any] = {"max_steps": 1, "eval": {"every": 0, "samples": 0}, "seq2seq": LANGUAGES}
     lb.train(task="translation", model=str(tmp_path / "base"), data=str(rows), output=str(tmp_path / "run"), **settings)
     assert main(["eval", str(tmp_path / "run"), "--data", str(rows), "--device", "cpu", *languages]) == 2

@@ -262,7 +262,7 @@ def test_from_files_to_predictions_and_back(base_folder: Path, tmp_path: Path, m
 
     loaded = api.load_run(tmp_path / "whole")
     assert loaded.config is not None
-    scores = api.evaluate(tmp_path / "whole", None, loaded.config.data, metrics=["loss", "chrf"], max_new_tokens=6)
+    scores = api.evaluate(tmp_path / "whole", loaded.config.data, metrics=["loss", "chrf"], max_new_tokens=6)
     assert set(scores) == {"small", "large", "base"}
     assert scores["small"]["loss"] == pytest.approx(result.adapters["small"].final_metrics["loss"], rel=1e-5)
 

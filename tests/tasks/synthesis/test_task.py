@@ -224,7 +224,7 @@ def test_a_vocoder_makes_the_sound_where_one_is_given(processor: Any, base: Path
     model = tiny_model()
     task = SpeechSynthesis(settings, model, processor, {})
     (tmp_path / "texts.txt").write_text("aeio\n")
-    (row,) = texts(str(tmp_path / "texts.txt"), settings.synthesis, processor, task.limits, None)
+    (row,) = texts(str(tmp_path / "texts.txt"), settings.synthesis, processor, task.limits, None, name="texts.txt")
     assert isinstance(row, SynthesisRow)
     sound = task.say(task.engine(lb.attach(model)), "base", row)
     plain = SpeechSynthesis(TrainConfig(task="text-to-speech"), tiny_model(), processor, {})

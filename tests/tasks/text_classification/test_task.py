@@ -57,14 +57,14 @@ def test_a_classifier_learns_is_scored_saved_and_predicts(
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["default"]["label"] for line in lines] == [row["label"] for row in labelled_rows(6, start=100)]
     assert "6 rows labelled by default" in told
-    scores = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["accuracy"])
+    scores = api.evaluate(tmp_path / "run", DataConfig(test=str(files["mood"])), metrics=["accuracy"])
     assert scores["default"]["accuracy"] == 1.0
-    few = api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["loss"], max_rows=3)
+    few = api.evaluate(tmp_path / "run", DataConfig(test=str(files["mood"])), metrics=["loss"], max_rows=3)
     spread_rows = [labelled_rows(40)[i] for i in (0, 13, 26)]
-    only = api.evaluate(tmp_path / "run", None, DataConfig(test=str(write_rows(tmp_path / "few.jsonl", spread_rows))))
+    only = api.evaluate(tmp_path / "run", DataConfig(test=str(write_rows(tmp_path / "few.jsonl", spread_rows))))
     assert few["default"]["loss"] == pytest.approx(only["default"]["loss"]) != pytest.approx(scores["default"]["loss"])
     with pytest.raises(ConfigError, match="metric 'rmse': it is for regression, and the labels are single"):
-        api.evaluate(tmp_path / "run", None, DataConfig(test=str(files["mood"])), metrics=["rmse"])
+        api.evaluate(tmp_path / "run", DataConfig(test=str(files["mood"])), metrics=["rmse"])
 
     assert main(["merge", str(tmp_path / "run" / "default"), "--output", str(tmp_path / "merged")]) == 0
     merged = ["predict", str(tmp_path / "merged"), "--data", str(tmp_path / "new.jsonl"), "--output", str(tmp_path / "m.jsonl")]
@@ -158,16 +158,16 @@ def test_pairs_and_single_texts_are_not_taken_for_each_other_in_silence(base: Pa
     of_pairs = r"one.jsonl:1: adapter 'p' was trained on pairs of texts, and these are single texts.* `text_pair`"
     of_single = r"two.jsonl:\d+: adapter 's' was trained on single texts, and these are pairs.* Leave the column"
     with pytest.warns(UserWarning, match=of_pairs):
-        api.evaluate(both, ["s", "p"], DataConfig(test=str(one)))
+        api.evaluate(both, DataConfig(test=str(one)), ["s", "p"])
     with pytest.warns(UserWarning, match=of_pairs):
         api.predict(both, one, tmp_path / "a.jsonl")
     with pytest.warns(UserWarning, match=of_single):
-        api.evaluate(alone / "s", None, DataConfig(test=str(two)))
+        api.evaluate(alone / "s", DataConfig(test=str(two)))
     with pytest.warns(UserWarning, match=of_single):
         api.predict(both, two, tmp_path / "b.jsonl", ["s"])
     with pytest.warns(UserWarning, match=of_single):
         lb.train(model=str(base), adapters={"s": {"data": str(two), "init_from": str(alone / "s")}}, **short)
-    api.evaluate(both, None, load_config(both)[0].data)  # each on its own rows, without a warning
+    api.evaluate(both, load_config(both)[0].data)  # each on its own rows, without a warning
     api.predict(both, one, tmp_path / "c.jsonl", ["s"])
     mixed = lb.combine([(lb.Adapter.load(both / "s"), 0.5), (lb.Adapter.load(alone / "s"), 0.5)])
     assert mixed.metadata["texts"] == "1"

@@ -181,16 +181,16 @@ def test_predict_names_texts_that_it_cuts(finished: Path, tmp_path: Path) -> Non
 
 
 def test_eval_of_own_and_other_rows(finished: Path, tmp_path: Path) -> None:
-    own = api.evaluate(finished, None, api.load_run(finished).config.data, metrics=["accuracy"])  # type: ignore[union-attr]
+    own = api.evaluate(finished, api.load_run(finished).config.data, metrics=["accuracy"])  # type: ignore[union-attr]
     assert set(own) == {"mood", "price"}
     assert own["mood"]["accuracy"] == 1.0
     file = write_rows(tmp_path / "test.jsonl", [*mood_rows(8), {"text": "the food", "label": "meh"}])
     told: list[str] = []
-    found = api.evaluate(finished, ["mood"], DataConfig(test=str(file)), metrics=["accuracy", "glue:mrpc"], say=told.append)
+    found = api.evaluate(finished, DataConfig(test=str(file)), ["mood"], metrics=["accuracy", "glue:mrpc"], say=told.append)
     assert set(found["mood"]) == {"loss", "accuracy", "f1"}
     assert any("the head has no label 'meh'" in line and "test.jsonl:9" in line for line in told)
     with pytest.raises(DataError, match=r"test.jsonl:1: the head has no label 'pos'.*adapter 'price'.*--adapters"):
-        api.evaluate(finished, ["mood", "price"], DataConfig(test=str(file)))
+        api.evaluate(finished, DataConfig(test=str(file)), ["mood", "price"])
 
 
 def test_an_adapter_by_itself(finished: Path, tmp_path: Path) -> None:
@@ -236,8 +236,8 @@ def test_merged_it_is_a_classifier_by_itself(finished: Path, tmp_path: Path) -> 
     assert merged.config.problem_type == "single_label_classification"
     file = write_rows(tmp_path / "test.jsonl", price_rows(12))
     data = DataConfig(test=str(file))
-    alone = api.evaluate(tmp_path / "merged", None, data, metrics=["accuracy"], task="text-classification")
-    assert alone["base"] == pytest.approx(api.evaluate(finished, ["price"], data, metrics=["accuracy"])["price"], rel=1e-4)
+    alone = api.evaluate(tmp_path / "merged", data, metrics=["accuracy"], task="text-classification")
+    assert alone["base"] == pytest.approx(api.evaluate(finished, data, ["price"], metrics=["accuracy"])["price"], rel=1e-4)
 
 
 def test_what_starts_from_an_adapter_keeps_its_labels(finished: Path, bert_folder: Path, tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lorabank.config.train import DataConfig
+from lorabank.config.train import DataConfig, TrainConfig
 from lorabank.data.formats import FORMATS, Example, Normaliser, is_list, template_columns, text_of, turns_in
 from lorabank.data.prompt import turns_of
 from lorabank.data.render import with_system
 from lorabank.data.row import Row, RowError
-from lorabank.errors import DataError, closest
+from lorabank.errors import DataError, Setting, closest
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input", "text")
 
@@ -28,6 +29,24 @@ def read_prompts(source: str, limit: int | None = None) -> list[Row]:
     if not rows:
         raise DataError(f"{source}: expected a prompt a line, got an empty file")
     return rows[:limit]
+
+
+def prompts_of(rows: Sequence[Row], config: TrainConfig | None, *, template: str | None, system: str | None) -> list[Example]:
+    """Each row in the form that the run's training gives it; `template` and `system` in place of the run's.
+
+    Raises DataError naming the row.
+    """
+    data = config.data if config is not None else DataConfig()
+    template = template or _template_of_run(data.prompt, rows[0].values)
+    completion = data.completion if template == data.prompt else None
+    return [prompt_of(row, template=template, completion=completion, system=system or data.system) for row in rows]
+
+
+def _template_of_run(template: str | None, values: Mapping[str, object]) -> str | None:
+    """The template that the run was trained with, where the rows have its columns."""
+    if template is None or any(name not in values for name in template_columns(template, place="data.prompt")):
+        return None
+    return template
 
 
 def prompt_of(row: Row, *, template: str | None, completion: str | None = None, system: str | None = None) -> Example:
@@ -66,7 +85,9 @@ def _from_template(row: Row, template: str) -> Example:
     for name in template_columns(template, place="data.prompt"):
         if name not in row.values:
             raise DataError(
-                f"{row.origin}: --prompt asks for column {name!r}{closest(name, row.values)}; there are {', '.join(row.values)}"
+                f"{row.origin}: ",
+                Setting("prompt"),
+                f" asks for column {name!r}{closest(name, row.values)}; there are {', '.join(row.values)}",
             )
         texts[name] = text_of(row.values, name, may_be_empty=True)  # as training writes it
     return Example(kind="completion", prompt=template.format_map(texts))
@@ -78,8 +99,9 @@ def _from_columns(row: Row) -> Example:
     column = next((name for name in PROMPT_COLUMNS if values.get(name)), None)
     if column is None:
         raise DataError(
-            f"{row.origin}: expected a column messages, {', '.join(PROMPT_COLUMNS)}; got {', '.join(values)}. "
-            "Name it with --prompt '{column}'."
+            f"{row.origin}: expected a column messages, {', '.join(PROMPT_COLUMNS)}; got {', '.join(values)}. Name it with ",
+            Setting("prompt"),
+            " '{column}'.",
         )
     if isinstance(values[column], list) or (column == "prompt" and is_list(values[column])):
         return turns_in(values, column)
