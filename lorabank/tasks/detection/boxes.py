@@ -16,6 +16,11 @@ from lorabank.tasks.detection.rows import Box
 SLACK = 1.0
 """Pixels that a box may reach outside unsaid: annotations are rounded."""
 OUTSIDE = "reaching outside the picture"
+SHARES = (
+    "with all numbers from 0 to 1, as shares of the picture, where pixels are expected: multiply x and width by the picture's "
+    "width, y and height by its height"
+)
+"""Nothing is to be seen within a picture's first pixel."""
 _SHOWN = 60
 
 
@@ -84,6 +89,8 @@ def _checked(
     if not all(map(math.isfinite, values)):
         return None, "with NaN or infinite numbers"
     x, y, width, height = values
+    if min(values) >= 0 and 0 < max(values) <= 1 < min(size):
+        return None, SHARES
     if width <= 0 or height <= 0:
         return None, "of no size"
     left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + width, size[0]), min(y + height, size[1])

@@ -35,7 +35,7 @@ def file_named(name: str | Path, near: Path | None) -> Path:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RowError("there is no such recording") from error
+        raise RowError(_missing(path, from_home(name))) from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise RowError("the recording's path is longer than a file's may be: is it the recording itself, as text?") from error
@@ -47,3 +47,12 @@ def file_named(name: str | Path, near: Path | None) -> Path:
     if not stat.S_ISREG(mode):
         raise RowError("the recording is no plain file")
     return path
+
+
+def _missing(path: Path, said: Path) -> str:
+    """Where there is no such recording, in the same words for all of a folder. `said`: its name, as it was given."""
+    folder = path.parent.absolute()
+    where = f"in {shown(str(folder))}" if folder.is_dir() else f"(nor a folder {shown(str(folder))})"
+    from_table = said != path and said.is_file()
+    elsewhere = ": names count from the folder of their table, not from where you are" if from_table else ""
+    return f"there is no such recording {where}{elsewhere}"

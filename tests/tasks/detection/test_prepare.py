@@ -107,6 +107,8 @@ FAULTS: list[tuple[list[Any], str | None, str]] = [
     ([4, 4, 5, 5], None, "of a category that isn't declared"),
     ([4, 4, 5, 5], "gren", "of category 'gren', none of the 2 known .*'green'"),
     ([4, 4, 0.5, 5], "red", "smaller than 1 pixels a side"),
+    ([0.1, 0.2, 0.5, 0.4], "red", "with all numbers from 0 to 1, as shares of the picture, where pixels are expected: multiply"),
+    ([0.0, 0.0, 1.0, 1.0], "red", "with all numbers from 0 to 1, as shares of the picture"),
 ]
 
 

@@ -235,6 +235,22 @@ def test_a_kind_that_libsndfile_does_not_read_is_named(tmp_path: Path) -> None:
         load_sound(tmp_path / "a.M4A", RATE)
 
 
+def test_a_missing_recording_is_told_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sounds").mkdir()
+    for name, reason in (
+        ("gone.wav", f"there is no such recording in {tmp_path / 'sounds'}"),
+        ("deep/gone.wav", f"there is no such recording (nor a folder {tmp_path / 'sounds' / 'deep'})"),
+        (str(tmp_path / "gone.wav"), f"there is no such recording in {tmp_path}"),
+    ):
+        with pytest.raises(RowError) as found:
+            load_sound(name, RATE, near=tmp_path / "sounds")
+        assert found.value.reason == reason
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("sounds/here.wav", tone(0.3, 500), RATE)
+    with pytest.raises(RowError, match="names count from the folder of their table, not from where you are"):
+        load_sound("sounds/here.wav", RATE, near=tmp_path / "sounds")
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [

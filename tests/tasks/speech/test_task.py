@@ -128,11 +128,11 @@ def test_a_bad_row_keeps_its_place_and_names_of_any_bytes_are_written(trained: P
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(line["audio"], line["default"], line.get("error")) for line in lines] == [
         ("\\udce4.wav", "high", None),
-        ("gone.wav", None, "there is no such recording"),
+        ("gone.wav", None, f"there is no such recording in {folder}"),
         ("0.wav", "low", None),
     ]
     assert all(line["note"] == "half \ud83d" for line in lines)
-    assert told.endswith("1 left out: gone.wav: there is no such recording.") and told.isascii()
+    assert told.endswith(f"1 left out: gone.wav: there is no such recording in {folder}.") and told.isascii()
     for file in ("rows.jsonl", "metadata.csv"):
         (folder / file).unlink()
     (folder / os.fsdecode(b"\xf6.m4a")).write_bytes(b"ftypM4A " * 40)
@@ -165,9 +165,9 @@ def test_long_recordings_are_transcribed_in_windows(trained: Path, tmp_path: Pat
 
 
 def test_scores_of_other_rows_and_of_a_bare_adapter(trained: Path, voices: dict[str, Path]) -> None:
-    own = api.evaluate(trained, None, DataConfig(test=str(voices["ann"])), metrics=["wer"])
+    own = api.evaluate(trained, DataConfig(test=str(voices["ann"])), metrics=["wer"])
     assert own["default"]["wer"] == 0.0 and own["base"]["wer"] > 0.5
-    bare = api.evaluate(trained / "default", None, DataConfig(test=str(voices["ann"])), metrics=["wer"])
+    bare = api.evaluate(trained / "default", DataConfig(test=str(voices["ann"])), metrics=["wer"])
     assert bare["default"] == own["default"]  # its window is in its own file
 
 
@@ -247,7 +247,7 @@ def test_what_can_be_known_is_refused_before_training(base: Path, voices: dict[s
         (tmp_path / "val.csv").write_text("audio,text\n" + "".join(f"fillers/{i}.wav,{t}\n" for i, t in ((0, "um"), (1, "a"))))
         scored = {**SETTINGS, "eval": {**SETTINGS["eval"], "max_prompts": 1}, "val_data": str(tmp_path / "val.csv")}
         lb.train(model=str(base), data=data, **scored)
-    with pytest.raises(ConfigError, match="expected a WhisperProcessor, got a WhisperTokenizer"):
+    with pytest.raises(ConfigError, match=r"expects a WhisperProcessor, .*, got a WhisperTokenizer"):
         model, processor = tiny_whisper()
         lb.train(model=model, tokenizer=processor.tokenizer, data=data, **SETTINGS)
     with pytest.raises(DataError, match="longer than the window of 2 s"):  # this model hears no more, whatever is asked for
@@ -278,7 +278,7 @@ def test_a_merged_model_hears_and_writes_as_its_adapter_did(
         merged = tmp_path / f"merged{len(way)}"
         assert main(["merge", str(trained / "default"), "--output", str(merged), "--device", "cpu", *way]) == 0
         assert "used with, as in training: window 0.5" in capsys.readouterr().out
-        assert api.evaluate(merged, None, DataConfig(test=str(voices["ann"])), metrics=["wer"])["base"]["wer"] == 0.0
+        assert api.evaluate(merged, DataConfig(test=str(voices["ann"])), metrics=["wer"])["base"]["wer"] == 0.0
     adapter = lb.Adapter.load(trained / "default")
     said = {**json.loads(adapter.metadata["speech"]), "language": "german", "task": "translate"}
     write_task(merged, replace(adapter, metadata={**adapter.metadata, "speech": json.dumps(said)}))
