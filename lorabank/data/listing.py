@@ -1,4 +1,4 @@
-"""`listed`: what lies in a folder of data; `is_folder`, `is_file`, `hidden`: what an entry is; `from_home`: where `~` leads."""
+"""`listed`, `scanned`: what lies in a folder of data; what an entry is; `from_home`: where `~` leads."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from pathlib import Path
 
 from lorabank.errors import DataError
 
+HIDDEN = (".", "__MACOSX", "Thumbs.db")
+"""How names of files and folders begin that are a system's own."""
+
 
 def listed(folder: Path) -> list[Path]:
     """Everything in a folder, sorted by path. Raises DataError for a folder that may not be listed, or not be entered."""
+    return sorted(folder / entry.name for entry in scanned(folder))
+
+
+def scanned(folder: Path) -> list[os.DirEntry[str]]:
+    """The same in no order, and faster by far where there are many: it isn't asked what each is. Raises DataError."""
     try:
-        found = sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            found = list(entries)
         os.stat(os.path.join(folder, os.curdir))  # noqa: PTH116, PTH118  (Path drops the dot, by which it must be entered)
     except OSError as error:
         raise DataError(
@@ -32,7 +41,7 @@ def is_file(entry: Path) -> bool:
 
 def hidden(entry: Path) -> bool:
     """Whether a file or folder is a system's own, no part of the data."""
-    return entry.name.startswith((".", "__MACOSX", "Thumbs.db"))
+    return entry.name.startswith(HIDDEN)
 
 
 def from_home(name: str | Path) -> Path:

@@ -6,13 +6,14 @@ itself, in its `data`, or in the one of a configuration (`default`, `en`).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorabank.data.files import READERS
-from lorabank.data.listing import hidden, is_file, is_folder, listed
+from lorabank.data.listing import HIDDEN, is_file, is_folder, scanned
 from lorabank.errors import DataError
 
 SPLITS: Mapping[str, Sequence[str]] = {
@@ -107,11 +108,11 @@ def splits_of(folder: Path, *, loose: Collection[str] = ()) -> FolderSplits | No
     `loose`: suffixes of files that are rows of the folder itself where they lie in it: one split alone beside them is none.
     Raises DataError for a folder that may not be read, and where several folders in it are split, as configurations are.
     """
-    own = _own(folder, loose)
-    if own is not None or is_saved(folder) or tables_in(folder):
+    there = _look(folder, loose)
+    own = _own(there)
+    if own is not None or there.saved or there.tables:
         return own
-    has_rows = any(entry.suffix.lower() in loose for entry in listed(folder))
-    found = [each for each in _inside(folder, _DEEP) if each.in_tables or not has_rows]
+    found = [each for each in _inside(there, _DEEP) if each.in_tables or not there.has_rows]
     if len(found) > 1:
         names = [str(each.folder.relative_to(folder)) for each in found]
         shown = ", ".join(names[:_LISTED]) + (f", … ({len(names)} in all)" if len(names) > _LISTED else "")
@@ -140,40 +141,75 @@ def is_metadata(entry: Path) -> bool:
 
 def tables_in(folder: Path) -> list[Path]:
     """Files in a folder that hold rows, sorted. Raises DataError for one that may not be read."""
-    return [
-        entry
-        for entry in listed(folder)
-        if entry.suffix.lower() in READERS and not hidden(entry) and entry.name not in _ABOUT and is_file(entry)
-    ]
+    return list(_look(folder).tables)
 
 
 # ---- what is called as a split -----------------------------------------------------------------------------------------
 
 
-def _own(folder: Path, loose: Collection[str] = ()) -> FolderSplits | None:
+@dataclass(frozen=True)
+class _There:
+    """What lies in a folder, as far as it says something of splits."""
+
+    folder: Path
+    folders: Sequence[Path]
+    tables: Sequence[Path]
+    saved: bool
+    others: bool
+    """Whether there are files beside tables, and beside pages that tell of them."""
+    has_rows: bool
+    """Whether some of those are rows of the folder itself."""
+
+
+def _look(folder: Path, loose: Collection[str] = ()) -> _There:
+    """One pass over its entries, of which there may be very many. Raises DataError for a folder that may not be read."""
+    folders: list[Path] = []
+    tables: list[Path] = []
+    names: set[str] = set()
+    kinds: set[str] = set()
+    for entry in scanned(folder):
+        if entry.name.startswith(HIDDEN):
+            continue
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and is_folder(folder / entry.name)):
+            folders.append(folder / entry.name)
+            continue
+        kind = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122  (a path for each would take many times as long)
+        if kind in READERS and entry.name not in (*_ABOUT, *_SAVED) and is_file(folder / entry.name):
+            tables.append(folder / entry.name)
+        elif kind in READERS:
+            names.add(entry.name)
+        else:
+            kinds.add(kind)
+    return _There(
+        folder=folder,
+        folders=sorted(folders),
+        tables=sorted(tables),
+        saved=not names.isdisjoint(_SAVED),
+        others=bool(kinds - {".md"}),
+        has_rows=not kinds.isdisjoint(loose),
+    )
+
+
+def _own(there: _There) -> FolderSplits | None:
     """The splits that lie in a folder itself."""
-    if is_saved(folder):
+    if there.saved or any(is_metadata(table) for table in there.tables):
         return None
-    there = [entry for entry in listed(folder) if not hidden(entry)]
-    if any(is_metadata(entry) for entry in there):
-        return None
-    has_rows = any(entry.suffix.lower() in loose and is_file(entry) for entry in there)
-    tables = _tables(folder)
-    if tables is not None and not (has_rows and len(tables.parts) == 1):
+    tables = _tables(there)
+    if tables is not None and not (there.has_rows and len(tables.parts) == 1):
         return tables
-    below = {entry.name.lower(): entry for entry in there if is_folder(entry)}
-    splits = {name: entry for name, entry in below.items() if name in _KNOWN}
+    splits = {entry.name.lower(): entry for entry in there.folders if entry.name.lower() in _KNOWN}
     roles = {_KNOWN[name] for name in splits}
-    if not splits or (has_rows and len(splits) == 1) or (len(splits) < len(below) and not {"train"} < roles):
+    others = len(splits) < len(there.folders)
+    if not splits or (there.has_rows and len(splits) == 1) or (others and not {"train"} < roles):
         return None
-    return FolderSplits(folder, {name: _part(entry) for name, entry in splits.items()})
+    return FolderSplits(there.folder, {name: _part(entry) for name, entry in splits.items()})
 
 
-def _tables(folder: Path) -> FolderSplits | None:
+def _tables(there: _There) -> FolderSplits | None:
     """The splits that its tables are called as; None where they may be of any, or there is none."""
     by_split: dict[str, list[Path]] = {}
     unclear: list[Path] = []
-    for table in tables_in(folder):
+    for table in there.tables:
         shard = _SHARD.fullmatch(table.stem)
         words = _words(table.stem)
         if shard is not None:
@@ -185,8 +221,8 @@ def _tables(folder: Path) -> FolderSplits | None:
     roles = {_role_of(name) for name in by_split}
     if not by_split or (unclear and not {"train"} < roles):
         return None
-    parts = {name: Part(folder, tuple(tables)) for name, tables in by_split.items()}
-    return FolderSplits(folder, parts, unclear[0] if unclear else None)
+    parts = {name: Part(there.folder, tuple(tables)) for name, tables in by_split.items()}
+    return FolderSplits(there.folder, parts, unclear[0] if unclear else None)
 
 
 def _words(name: str) -> list[str]:
@@ -202,35 +238,32 @@ def _role_of(name: str) -> str | None:
 
 def _part(folder: Path) -> Part:
     """A split's folder: its tables, where it holds nothing else."""
-    try:
-        there = [entry for entry in listed(folder) if not hidden(entry) and entry.suffix.lower() != ".md"]
-        tables = tables_in(folder)
-    except DataError:  # said when it is read, if ever
+    there = _look_if_open(folder)
+    if there is None or there.others or there.folders or there.saved or any(map(is_metadata, there.tables)):
         return Part(folder)
-    plain = tables == there and not is_saved(folder) and not any(map(is_metadata, tables))
-    return Part(folder, tuple(tables)) if plain else Part(folder)
+    return Part(folder, tuple(there.tables))
 
 
-def _inside(folder: Path, depth: int) -> list[FolderSplits]:
+def _inside(there: _There, depth: int) -> list[FolderSplits]:
     """Those of the folders in a folder that are split, or hold such.
 
     Folders of splits are no classes' or speakers' only where they lie in `data`, or in all folders there are.
     """
     found: dict[Path, list[FolderSplits]] = {}
-    try:
-        below = [entry for entry in listed(folder) if is_folder(entry) and not hidden(entry)]
-        for entry in below:
-            own = _own_if_open(entry)
-            found[entry] = [own] if own is not None else _inside(entry, depth - 1) if depth > 1 else []
-    except DataError:
-        return []
+    for entry in there.folders:
+        below = _look_if_open(entry)
+        own = None if below is None else _own(below)
+        if own is not None:
+            found[entry] = [own]
+        else:
+            found[entry] = [] if below is None or depth == 1 else _inside(below, depth - 1)
     every = all(found.values())
     return [each for entry, own in found.items() for each in own if each.in_tables or every or entry.name.lower() == "data"]
 
 
-def _own_if_open(folder: Path) -> FolderSplits | None:
-    """None also for a folder that may not be read: that is for who reads it to say."""
+def _look_if_open(folder: Path) -> _There | None:
+    """None for a folder that may not be read: that is for who reads it to say."""
     try:
-        return _own(folder)
+        return _look(folder)
     except DataError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -52,7 +53,7 @@ def left_aside(sources: Mapping[str, Source], *, loose: Collection[str] = ()) ->
     if not others:
         return []
     test = splits.name("test")
-    scored = f"; to score {test}: lorabank eval OUTPUT --data {sources['train']}" if test in others else ""
+    scored = f"; to score {test}: lorabank eval OUTPUT --data {shlex.quote(train)}" if test in others else ""
     return [f"splits left aside, neither trained on nor used for validation: {', '.join(others)}{scored}"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from lorabank.config.train import DataConfig
 from lorabank.errors import DataError
+from tests.tasks.detection.made import coco_folder
 from tests.tasks.images.made import folder as image_folder
 from tests.tasks.reading import READINGS, parquet, repository
 from tests.tasks.speech.tiny import audio_folder, tone
@@ -175,3 +177,19 @@ def test_a_parquet_file_of_another_tool_has_no_names_of_classes(tmp_path: Path) 
     pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet")
     sets = READINGS["text-classification"].read(DataConfig(train=str(tmp_path / "rows.parquet")), tmp_path, None)
     assert set(sets.labels.names) == {"0", "1"}
+
+
+def test_coco_files_that_are_called_as_splits(tmp_path: Path) -> None:
+    for name, count in (("train", 5), ("val", 2), ("test", 3)):
+        coco_folder(tmp_path / "repo", count, seed=count).rename(tmp_path / "repo" / f"instances_{name}.json")
+    sets = READINGS["object-detection"].read(DataConfig(train=str(tmp_path / "repo")), tmp_path, None)
+    assert counts(sets) == [5, 2, 0]
+    shutil.copy(tmp_path / "repo" / "instances_train.json", tmp_path / "repo" / "persons_train.json")
+    with pytest.raises(DataError, match=r"one COCO file for train data, got instances_train\.json, persons_train\.json"):
+        READINGS["object-detection"].read(DataConfig(train=str(tmp_path / "repo")), tmp_path, None)
+
+
+def test_the_line_that_scores_a_split_can_be_typed(tmp_path: Path) -> None:
+    repo = repository(tmp_path / "my rows", READINGS["text-generation"], SHARDS)
+    sets = READINGS["text-generation"].read(DataConfig(train=str(repo)), tmp_path, None)
+    assert any(line.endswith(f"lorabank eval OUTPUT --data '{repo}'") for line in sets.report.lines())
