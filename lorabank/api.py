@@ -31,6 +31,10 @@ __all__ = ["evaluate", "generate_stream", "load_run", "predict", "preview", "tra
 
 COMPILING = "the model's blocks are compiled: the first step takes about {} longer. compile: false leaves that out"
 """Said where nobody asked for it."""
+ON_CPU = (
+    "the model's blocks are compiled, as compile asks: on a CPU the first step takes minutes, as may each new shape of batch. "
+    "compile: false leaves that out"
+)
 UNCOMPILED = "the model's blocks aren't compiled, so steps are slower: {}. compile: false silences this"
 
 
@@ -103,6 +107,7 @@ def _train(
     from lorabank.engine.compiling import uncompile_blocks
     from lorabank.notices import new_run
     from lorabank.tasks import task_kind
+    from lorabank.training.compiler_log import without_recompilations
     from lorabank.training.run import command_for, resume_run, run_training
     from lorabank.training.run_folder import RunFolder
     from lorabank.training.setup import build_trainer, check_best
@@ -131,6 +136,9 @@ def _train(
             everyone += _open_folder(folder, config, trainer, sets, fresh=not resume)
         if config.compile is None and (compiled or why_not):
             more = [*more, COMPILING.format(task.compiling) if compiled else UNCOMPILED.format(why_not)]
+        elif compiled:
+            on_cpu = next(model.parameters()).device.type == "cpu"
+            more = [*more, ON_CPU if on_cpu else COMPILING.format(task.compiling)]
         for text in more:
             trainer.notice(text)
         for notice in notices:
@@ -140,10 +148,12 @@ def _train(
             # not for the metrics: they are those of a run that wasn't ended
             _tell(listeners)("the run was ended before its first checkpoint: it starts from the beginning")
         if dry_run:
-            return _dry(trainer, base.name)
+            with without_recompilations(bool(compiled)):
+                return _dry(trainer, base.name)
         command = command_for(config, from_objects=from_objects)
         how: Any = {"resumed_from": resumed_from, "resume_command": command, "for_python": for_python}
-        return run_training(trainer, model_name=base.name, **how)
+        with without_recompilations(bool(compiled)):
+            return run_training(trainer, model_name=base.name, **how)
     finally:
         trainer.bank.detach()
         uncompile_blocks(compiled)

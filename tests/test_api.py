@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,13 @@ def test_a_model_object_is_afterwards_as_it_was(model: LlamaForCausalLM, tokeniz
 def test_a_model_that_was_compiled_for_the_run_is_plain_afterwards(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    result = lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), compile=True, **SHORT)
+    logger, warnings = logging.getLogger("torch._dynamo"), list[int]()
+    told = Recorder()
+    told.on_step = lambda record: warnings.append(logger.getEffectiveLevel())  # type: ignore[method-assign]
+    before = logger.level, logger.getEffectiveLevel()
+    result = lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), compile=True, listeners=[told], **SHORT)
+    assert [notice.text for notice in told.notices].count(api.ON_CPU) == 1
+    assert set(warnings) == {logging.ERROR} and (logger.level, logger.getEffectiveLevel()) == before
     plain = lb.train(model=model, tokenizer=tokenizer, data=tiny_rows(), **SHORT)
     assert all(block._compiled_call_impl is None for block in model.model.layers)
     for path, layer in result.trained["default"].layers.items():
