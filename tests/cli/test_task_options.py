@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
-from lorabank.cli import predict
+from lorabank.cli import main, predict
 from lorabank.cli.parser import CommandParser
 from lorabank.cli.task_options import DETECTION, PICTURES, SEQ2SEQ, SPEECH, TASK_FLAGS, task_options
 from lorabank.config.tasks import DEFAULT_TASK, TASKS
@@ -83,3 +84,34 @@ def test_a_size_is_width_and_height(size: str) -> None:
     assert parsed("--size", "512").size == (512, 512)
     with pytest.raises(ConfigError, match="expected WIDTHxHEIGHT, such as 768x512"):
         parsed("--size", size)
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        (
+            "image-classification",
+            ["eval", "--language", "german"],
+            "--language: is for automatic-speech-recognition, and this run's",
+        ),
+        ("text-generation", ["eval", "--source-lang", "en"], "--source-lang: is for summarization, translation, text2text-gen"),
+        ("object-detection", ["predict", "--output", "x.csv"], "object-detection writes JSON, no .csv. Name a folder, or a file"),
+        ("image-classification", ["predict", "--output", "x.png"], "expected a name for JSON lines, got .png"),
+        ("text-classification", ["predict", "--output", "x.parquet"], "expected a name for JSON lines, got .parquet"),
+        ("summarization", ["predict", "--output", "x.csv"], "expected a name for JSON lines, got .csv"),
+        ("automatic-speech-recognition", ["predict", "--output", "x.doc"], "expected a name ending in .jsonl, .txt, .srt, .vtt"),
+        ("text-to-speech", ["predict", "--output", "x.wav"], "expected a folder, got the name of a .wav file"),
+    ],
+)
+def test_what_is_typed_wrong_is_refused_before_the_model_is_loaded(
+    task: str, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model isn't there, which loading it would say."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"task: {task}\nmodel: {tmp_path}/nowhere\n")
+    (tmp_path / "x").mkdir()
+    told = [str(tmp_path / "x" / word) if word.startswith("x.") else word for word in words]
+    assert main([told[0], str(tmp_path / "run"), "--adapters", "base", "--data", str(rows), *told[1:]]) == 2
+    assert message in capsys.readouterr().err

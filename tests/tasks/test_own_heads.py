@@ -97,3 +97,25 @@ def test_the_bases_own_labels_are_said_to_be_others(task: str, tmp_path: Path) -
         (merged / "config.json").write_text(json.dumps({**config, **unnamed, "label2id": {}}))
         with pytest.raises(ConfigError, match="head has no names of labels"):
             api.predict(merged, new, tmp_path / "unnamed", task=task)
+
+
+KEPT: dict[str, Any] = {"max_steps": 1, "batch_size": 2, "learning_rate": 1e-3, "modules_to_save": [], "rank": 2, "device": "cpu"}
+
+
+@pytest.mark.parametrize(("task", "section"), [("image-classification", "images"), ("object-detection", "detection")])
+def test_a_head_that_is_kept_and_that_nobody_named_asks_for_names(task: str, section: str, tmp_path: Path) -> None:
+    """Of three labels and of three outputs: which is which is the user's to say."""
+    model, data = CASES[task].make(tmp_path)
+    found = {"images": "'blue', 'green', 'red'", "detection": "'red', 'green'"}[section]
+    how: dict[str, Any] = {"model": str(model), "task": task, "data": {"train": str(data)}, "eval": {"samples": 0}, **KEPT}
+    with pytest.raises(ConfigError, match=rf"modules_to_save: \[\] keeps .* 3 outputs .* rows' {found} .* {section}\.labels"):
+        lb.train(**how)
+    with pytest.raises(ConfigError, match=rf"{section}\.labels: 2 names, and .* gives 3"):
+        lb.train(**how, **{section: {"labels": ["red", "green"]}})
+    names = ["red", "green", "blue"]
+    result = lb.train(**how, **{section: {"labels": names, "augment": []}}, output=str(tmp_path / "run"))
+    (adapter,) = result.trained.values()
+    assert names in [json.loads(value) for value in adapter.metadata.values() if value.startswith("[")]
+    assert not adapter.modules and result.base_metrics["loss"] > 0
+    scores = lb.evaluate(tmp_path / "run", str(data))
+    assert scores.keys() == {"default", "base"}
