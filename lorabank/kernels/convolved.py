@@ -1,8 +1,8 @@
 """A frozen convolution and the adapters' changes of it in one autograd node, which writes y and dx once each.
 
-Of a batch whose adapters stand in rows of their own, the products of all of them are batched: a convolution's narrow product is a
-convolution for each adapter, but of a 1 × 1 one a matrix product of its places, as the widening product always is. On a GPU a half
-model's adapters are rounded to its dtype for these products, as the Triton kernels of linear layers do (sums are fp32 there).
+Of a batch whose adapters stand in rows of their own, the products of all of them are batched: a convolution's narrow product is
+a convolution for each adapter, but of a 1 × 1 one a matrix product of its places, as the widening product always is. On a GPU a
+half-precision model's adapters are rounded to its dtype for these products (precision.py).
 
 The plain twin is `reference.add_mapped`. Shapes: U units, n samples (a multiple of U), C channels, O outputs, R ranks, P places;
 S segments of a run × M samples of each. "Places" are a tensor's numbers as (n, P, C) where channels come last in memory, else as
@@ -30,7 +30,7 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def suits(x: Tensor, base: nn.Module, layer_map: LowRankMap, plan: Plan) -> bool:
-    """Whether `lora_conv` computes this call: a plain convolution, each of its adapters in rows of its own, one behind the other."""
+    """Whether `lora_conv` computes this call: a plain convolution, and adapters whose rows lie side by side."""
     weight = base._parameters.get("weight")
     return (
         isinstance(layer_map, ConvMap)

@@ -1,7 +1,7 @@
 """In which dtype an adapter's products over a half-precision model are computed, and sums that are kept in fp32.
 
-Adapters are kept in fp32. On a GPU their products with inputs in bf16 or fp16 are computed in the inputs' dtype, A and B rounded to
-it, with sums in fp32: what tensor cores do, and the Triton kernels (gpu/lora.py). A CPU widens the inputs instead.
+Adapters are kept in fp32. On a GPU their products with inputs in bf16 or fp16 are computed in the inputs' dtype, A and B rounded
+to it, with sums in fp32: what tensor cores do, and the Triton kernels (gpu/lora.py). A CPU widens the inputs instead.
 """
 
 from __future__ import annotations
