@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lorabank as lb
 from lorabank.bank.bank import saved_modules
-from lorabank.errors import ConfigError
+from lorabank.errors import AdapterFileError, ConfigError
 
 CONVOLUTIONS = ["all-linear", "all-conv"]
 
@@ -63,6 +63,10 @@ def test_the_file_of_one_loads_over_a_base_whose_head_is_another(tmp_path: Path)
         for key, value in Net().state_dict().items():
             if not key.startswith("head.2"):
                 model.state_dict()[key].copy_(value)
+    undeclared = lb.attach(model)
+    with pytest.raises(AdapterFileError, match=r"is \(4,.*, the model has \(3,.*lorabank.attach\(model, head='head'\)"):
+        undeclared.load("four", lb.Adapter.load(tmp_path / "four"))
+    undeclared.detach()
     other = lb.attach(model, head="head")
     other.load("four", lb.Adapter.load(tmp_path / "four"))
     x = torch.randn(2, 3, 8, 8)

@@ -133,10 +133,11 @@ class SavedModules:
         }
 
     def _fitting(self, name: str, path: str, here: str | None, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        def refuse(why: str) -> AdapterFileError:
+        way_out = "Load the model class that it was trained on, or fetch the file again."
+
+        def refuse(why: str, way: str = way_out) -> AdapterFileError:
             return AdapterFileError(
-                f"adapter {name!r} doesn't fit this model; nothing was loaded. Its module {path!r}, saved in full: {why}. "
-                "Load the model class that it was trained on, or fetch the file again."
+                f"adapter {name!r} doesn't fit this model; nothing was loaded. Its module {path!r}, saved in full: {why}. {way}"
             )
 
         if here is None:
@@ -154,7 +155,10 @@ class SavedModules:
             mine = own[key].detach()
             same = value.shape[1:] == mine.shape[1:] and value.ndim == mine.ndim if key in free else value.shape == mine.shape
             if not same:
-                raise refuse(f"{key!r} is {tuple(value.shape)}, the model has {tuple(mine.shape)}")
+                more = self._head is None and value.shape[1:] == mine.shape[1:]
+                head = f" If it is the model's head, say so, and each adapter has its own: lorabank.attach(model, head={here!r})."
+                shapes = f"{key!r} is {tuple(value.shape)}, the model has {tuple(mine.shape)}"
+                raise refuse(shapes, way_out + (head if more else ""))
             if isinstance(own[key], nn.Parameter) and value.dtype not in SAVED_FLOATS:
                 raise refuse(f"{key!r} is {value.dtype}; expected float32, bfloat16, float16 or float64")
             if not isinstance(own[key], nn.Parameter) and not torch.equal(value.to(mine.device, mine.dtype), mine):
