@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,13 @@ from lorabank.data.repository import FolderSplits, splits_of
 from lorabank.errors import DataError, Setting
 
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class ToScore:
+    """Rows given as an object, in the place of training rows, that are scored alone."""
+
+    rows: Source
 
 
 def sources_of(
@@ -27,9 +35,11 @@ def sources_of(
     """`train`, `val`, `test` to the source of each that has one; `train` and `val` override the paths of `data`.
 
     A folder to train on that holds a validation split is the source of `val`, too, where no other is given: who reads it takes
-    the part of each (`part_of`). Rows to be scored alone are test rows: then there is no `train`. Raises DataError where there
-    are neither. `expected`: what training rows may be; `loose`: as `splits_of` has it.
+    the part of each (`part_of`). Rows to be scored alone (`ToScore`, `data.test`) are test rows: then there is no `train`.
+    Raises DataError where there are neither. `expected`: what training rows may be; `loose`: as `splits_of` has it.
     """
+    if isinstance(train, ToScore):
+        return {"test": train.rows}
     given = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
     found = {role: source for role, source in given.items() if source is not None}
     if "train" not in found and set(found) != {"test"}:

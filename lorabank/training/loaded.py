@@ -13,6 +13,7 @@ from lorabank.config.tasks import SECTION_OF, TASK_SECTIONS, merged_task
 from lorabank.config.train import AdapterRun, DataConfig, TrainConfig
 from lorabank.data.prepare import Progress
 from lorabank.data.read import Source
+from lorabank.data.sources import ToScore
 from lorabank.errors import ConfigError, DataError, MissingExtraError, Setting, closest
 from lorabank.formats.adapter import BASE_STORAGE, Adapter
 from lorabank.models.load import QUANTIZED
@@ -216,10 +217,10 @@ def _given_rows(run: LoadedRun, rows: Source, say: Callable[[str], None], progre
     more: Any = dict.fromkeys(("train", "val", "test", "limit", "group_by"))
     alone = replace(config.data, **more, val_split=0, test_split=0)
     settings = replace(config, data=alone, adapters={}, defaults=AdapterRun())
-    (sets,) = run.task.read(settings, RowObjects(train=rows), progress).by_adapter.values()
+    (sets,) = run.task.read(settings, RowObjects(train=ToScore(rows)), progress).by_adapter.values()
     for line in sets.report.lines():
         say(line)
-    return sets.train
+    return sets.test
 
 
 def _held_out_split(splits: Mapping[str, Source]) -> Source:

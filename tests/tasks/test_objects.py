@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 from torch import nn
-from transformers import ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import lorabank as lb
 from lorabank.config.images import ImagesConfig
@@ -176,6 +176,24 @@ def test_values_that_a_processor_was_made_for_ask_for_it(pictures: Path) -> None
     with pytest.raises(ConfigError, match=r"tokenizer: missing\. the adapters given: trained on what a ViTImageProcessor"):
         lb.evaluate(result.trained, str(pictures), model=net)
     assert lb.evaluate(result.trained, {"train": [], "test": rows_in(pictures)}, model=net, tokenizer=processor)
+
+
+def test_a_model_by_itself_is_scored_on_pictures_of_one_class(pictures: Path) -> None:
+    rows, told = rows_in(pictures), list[str]()
+    labels = sorted({row["label"] for row in rows})
+    net = ViTForImageClassification(
+        ViTConfig(
+            image_size=16, patch_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+            id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)},
+        )
+    )  # fmt: skip
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    (found,) = lb.evaluate(
+        None, [row for row in rows if row["label"] == labels[0]], ["base"], model=net, tokenizer=processor,
+        task="image-classification", say=told.append,
+    ).values()  # fmt: skip
+    assert found["loss"] > 0
+    assert "train" not in " ".join(told)
 
 
 def test_an_error_leaves_the_object_as_it_was(pictures: Path, tmp_path: Path) -> None:
