@@ -78,8 +78,8 @@ class _LoRAConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer_map: ConvMap, plan: Plan, *tensors: Tensor
     ) -> Tensor:
-        last = _is_last(x)
-        x = x if last else x.contiguous()
+        last = _is_last(x) or _is_last(weight)  # as torch's own convolutions choose
+        x = _ordered(x, last)
         with without_autocast(x):
             y = _ordered(layer_map.convolve(x, weight, bias), last)
             shrunk: list[Tensor] = []

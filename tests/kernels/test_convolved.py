@@ -82,6 +82,7 @@ def run(
     layer: nn.Module, x: Tensor, segments: list[Segment], units: int, *, fast: bool, order: torch.memory_format
 ) -> dict[str, Tensor | None]:
     own = [replace(s, A_RI=s.A_RI.clone().requires_grad_(), B_RO=s.B_RO.clone().requires_grad_()) for s in segments]
+    x = x.detach()
     x = (x.contiguous(memory_format=order) if x.ndim == 4 else x.clone()).requires_grad_()
     if fast:
         plan = make_plan(own, units)
@@ -108,13 +109,22 @@ def test_the_node_is_the_definition(name: str, rows: str, order: str) -> None:
             torch.testing.assert_close(mine, wanted, msg=lambda said, key=key: f"{key}: {said}")
 
 
-def test_channels_stay_last() -> None:
+@pytest.mark.parametrize("of", ["input", "weight"])
+def test_channels_stay_last(of: str) -> None:
+    """Or come to be, by the weight's order, as in torch's convolutions."""
     layer, x, segments, units = case("2-D", "one slot for everything")
-    found = run(layer, x, segments, units, fast=True, order=torch.channels_last)
-    for key in ("y", "x"):
-        value = found[key]
-        assert value is not None
-        assert value.is_contiguous(memory_format=torch.channels_last)
+    expected = run(layer, x, segments, units, fast=False, order=torch.contiguous_format)
+    if of == "weight":
+        layer = layer.to(memory_format=torch.channels_last)
+    order = torch.channels_last if of == "input" else torch.contiguous_format
+    found = run(layer, x, segments, units, fast=True, order=order)
+    assert layer(x.contiguous(memory_format=order)).is_contiguous(memory_format=torch.channels_last)
+    for key, wanted in expected.items():
+        mine = found[key]
+        assert mine is not None and wanted is not None
+        torch.testing.assert_close(mine, wanted)
+    assert found["y"] is not None
+    assert found["y"].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", OTHERS)
