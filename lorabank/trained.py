@@ -83,13 +83,17 @@ def evaluate(
     can't be used, ModelError and FingerprintError for the base.
     """
     from lorabank.data.read import check_source
+    from lorabank.data.sources import told_of_splits
     from lorabank.training.busy import BusyBar
     from lorabank.training.loaded import held_out_rows
     from lorabank.training.source import run_config_of
 
+    if isinstance(metrics, str):
+        raise ConfigError(f"metrics: expected a list of names, got the text {metrics!r}. Write [{metrics!r}].")
     config = run_config_of(source)
     known = list(metrics) if metrics is not None else list(config.eval.metrics) if config is not None else ["loss"]
     longest = max_new_tokens or (config.eval.max_new_tokens if config is not None else EvalConfig.max_new_tokens)
+    folder = data
     if data is None:
         data = config.data if config is not None else DataConfig()
     elif isinstance(data, str | Path):
@@ -103,7 +107,10 @@ def evaluate(
         names = _named(run, source, adapters)
         report: list[str] = []
         with BusyBar() as busy:
-            rows = held_out_rows(run, names, data, report.append, lambda done, total: busy("reading rows", done, total))
+            try:
+                rows = held_out_rows(run, names, data, report.append, lambda done, total: busy("reading rows", done, total))
+            except DataError as error:
+                raise told_of_splits(error, folder) from error
         for line in report:
             say(line)
         if not any(rows.values()):
@@ -151,9 +158,11 @@ def predict(
     where = expanded(str(output), place="output")
     if where.exists():
         raise OutputError(f"{where}: exists already. Choose another output.")
-    if isinstance(data, str | Path) and str(data):
-        check_source(str(data), place="data")  # before the model is loaded
     options = options or {}
+    if data is None and not options.get("prompt"):
+        raise DataError("data: missing. Expected a path, or rows (a datasets.Dataset, a list of dicts).")
+    if isinstance(data, str | Path):
+        check_source(str(data), place="data")  # before the model is loaded
     mixed = [part.rpartition(":")[0].strip() for mix in options.get("mix") or () for part in str(mix).split(",")]
     needed = None if adapters is None else list(dict.fromkeys([*adapters, *filter(None, mixed)]))
 
@@ -246,8 +255,8 @@ def _named(run: LoadedRun, source: Trained | None, adapters: Sequence[str] | Non
     if not names:
         raise ConfigError(
             f"{_shown(source)}: a base model without adapters, whose head has no names of labels, or may have others than the "
-            f"rows of {run.task.name}. Name a run, an adapter's folder, or this head with --adapters {BASE_NAME} if its labels "
-            "fit."
+            f"rows of {run.task.name}. Name a run, an adapter's folder, or this head with adapters=[{BASE_NAME!r}] (--adapters "
+            f"{BASE_NAME}) if its labels fit."
         )
     return names
 

@@ -120,7 +120,7 @@ class AdapterBank(Holding):
             of = f" ({adapter.base_model})" if adapter.base_model else ""
             raise FingerprintError(
                 f"adapter {name!r} was trained on another base model{of}: {difference}. "
-                "Load the base that it was trained on, or pass force=True to use it all the same."
+                "Load the base that it was trained on, or use it all the same: bank.load(…, force=True)."
             )
         adapter = at_home(self.model, adapter)
         check_fits(self.model, name, adapter, force=force, fused=self.fused)

@@ -154,7 +154,7 @@ def _by_task(args: argparse.Namespace, output: Path, options: Mapping[str, Any])
     with named_as_typed(FLAGS_OF):
         told = api.predict(
             args.run_folder,
-            args.data or "",
+            args.data,
             output,
             args.adapters,
             max_rows=args.max_rows,

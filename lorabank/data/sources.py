@@ -67,6 +67,21 @@ def left_aside(sources: Mapping[str, Source], *, loose: Collection[str] = ()) ->
     return [f"splits left aside, neither trained on nor used for validation: {', '.join(others)}{scored}"]
 
 
+def told_of_splits(error: DataError, source: Source) -> DataError:
+    """An error over the rows to be scored, with which split of a folder they are, and what there is beside it."""
+    splits = _splits({"train": source}, ())
+    test = None if splits is None else splits.name("test")
+    if splits is None or test is None:
+        return error
+    files = [str(part.tables[0]) for name, part in splits.parts.items() if name != test and len(part.tables) == 1]
+    other = f"Name another's file (such as {files[-1]}), or" if files else "To score others,"
+    return DataError(
+        *error.parts,
+        f"\nThese are the split {test!r} of {source}, and test splits often come without answers. {other} leave the data out: "
+        "the rows that the run held out are scored then.",
+    )
+
+
 def _splits(sources: Mapping[str, Source], loose: Collection[str]) -> FolderSplits | None:
     """Of the folder to train on; None where it is another source."""
     train = sources.get("train")

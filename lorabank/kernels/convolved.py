@@ -37,6 +37,7 @@ def suits(x: Tensor, base: nn.Module, layer_map: LowRankMap, plan: Plan) -> bool
         and layer_map.groups == 1
         and not layer_map.pads
         and weight is not None
+        and weight.shape[1] == layer_map.channels  # an A that reaches over groups has the map of a layer without
         and x.ndim == weight.ndim
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled(x.device.type)

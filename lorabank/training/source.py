@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorabank.config.checks import check_adapter_name
@@ -41,6 +41,8 @@ class TrainedSource:
     """Of every adapter that lies in a folder, also of those that aren't used."""
     loaded: Mapping[str, Adapter] = field(default_factory=dict)
     """Those that are to be used."""
+    example: Adapter | None = None
+    """One of those that aren't, where none is used: it says what the base is for."""
 
     def task(self, asked: str | None) -> str:
         """The task that was asked for, else what is known of it. Raises ConfigError where that is another."""
@@ -61,7 +63,8 @@ class TrainedSource:
         """The run's task, or that of its adapters. Raises ConfigError where they are of several."""
         if self.config is not None:
             return self.config.task
-        said = {name: adapter.metadata.get(TASK_KEY, DEFAULT_TASK) for name, adapter in self.loaded.items()}
+        known = self.loaded or ({} if self.example is None else {"": self.example})
+        said = {name: adapter.metadata.get(TASK_KEY, DEFAULT_TASK) for name, adapter in known.items()}
         if len(set(said.values())) > 1:
             raise ConfigError(f"adapters of several tasks can't be loaded together: {said}. Name those of one of them.")
         return next(iter(said.values()), DEFAULT_TASK)
@@ -91,6 +94,8 @@ def read_source(source: Trained | None, adapters: Sequence[str] | None) -> Train
     if isinstance(source, Adapter):
         return _named(TrainedSource(name="the adapter given"), {DEFAULT_ADAPTER: source}, adapters)
     if isinstance(source, Mapping):
+        if not source:
+            raise ConfigError("expected adapters, got an empty dict. Give some (result.trained), or None for the model alone.")
         for name in source:
             check_adapter_name(name)
         folders = {name: chosen(Path(each)) for name, each in source.items() if not isinstance(each, Adapter)}
@@ -120,8 +125,13 @@ def _named(found: TrainedSource, there: Mapping[str, Adapter | str | Path], adap
             raise AdapterNameError(
                 f"{found.name}: no adapter {name!r}{closest(name, there)}. It has: {', '.join(there) or 'none'}."
             )
-    loaded = {name: each if isinstance(each := there[name], Adapter) else load_peft(chosen(Path(each))) for name in wanted}
-    return TrainedSource(name=found.name, path=found.path, config=found.config, folders=found.folders, loaded=loaded)
+    loaded = {name: _read(there[name]) for name in wanted}
+    example = _read(next(iter(there.values()))) if there and not loaded and found.config is None else None
+    return replace(found, loaded=loaded, example=example)
+
+
+def _read(adapter: Adapter | str | Path) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else load_peft(chosen(Path(adapter)))
 
 
 def run_config_of(source: Trained | None) -> TrainConfig | None:

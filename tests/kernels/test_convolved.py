@@ -133,6 +133,13 @@ def test_other_convolutions_are_left(name: str) -> None:
     assert not suits(x, layer, the_map(layer), make_plan(segments, units))
 
 
+def test_a_map_that_is_not_the_layers_is_left() -> None:
+    """Of an A that reaches over groups."""
+    layer, x, segments, units = case("in groups", "one slot for everything")
+    segments = [replace(s, A_RI=torch.randn(2, 4 * 9, dtype=x.dtype)) for s in segments]
+    assert not suits(x, layer, replace(the_map(layer), groups=1), make_plan(segments, units))
+
+
 @pytest.mark.parametrize("what", ["rows", "weights", "dtype", "weight's dtype"])
 def test_other_calls_are_left(what: str) -> None:
     layer, x, segments, units = case("2-D", "a base row between", dtype=torch.float32)

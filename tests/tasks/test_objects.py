@@ -196,6 +196,40 @@ def test_a_model_by_itself_is_scored_on_pictures_of_one_class(pictures: Path) ->
     assert "train" not in " ".join(told)
 
 
+def test_what_is_missing_is_asked_for(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = own_net()
+    trained = lb.train(model=net, data=str(pictures), **SMALL).trained
+    monkeypatch.chdir(pictures)  # "" as a path would be here
+    with pytest.raises(DataError, match=r"^data: missing\. Expected a path, or rows"):
+        lb.predict(trained, None, tmp_path / "out.jsonl", model=net)
+    for verb, more in ((lb.predict, ["", tmp_path / "out.jsonl"]), (lb.evaluate, [""])):
+        with pytest.raises(DataError, match=r"^data: is empty\. Expected a path"):
+            verb(trained, *more, model=net)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=r"got an empty dict\. Give some \(result\.trained\)"):
+        lb.evaluate({}, str(pictures), model=net)
+    with pytest.raises(ConfigError, match=r"metrics: expected a list of names, got the text 'accuracy'\. Write \['accuracy'\]"):
+        lb.evaluate(trained, str(pictures), model=net, metrics="accuracy")
+    with pytest.raises(DataError, match=r"none of the 10 that 'base' has"):  # for the adapters' task
+        lb.evaluate(trained, str(pictures), ["base"], model=net)
+    told = lb.predict(trained, [rows_in(pictures)[0], {"other": 1}], tmp_path / "out.jsonl", model=net)
+    assert "out.jsonl" in told
+    assert "there is no column 'image'" in (tmp_path / "out.jsonl").read_text()
+
+
+def test_a_test_split_without_labels_is_told_with_what_is_beside_it(pictures: Path, tmp_path: Path) -> None:
+    net = own_net()
+    trained = lb.train(model=net, data=str(pictures), **SMALL).trained
+    rows, repo = rows_in(pictures), tmp_path / "repo"
+    repo.mkdir()
+    for name, labelled in (("train", True), ("validation", True), ("test", False)):
+        with (repo / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("image", "label"), *((r["image"], r["label"] if labelled else "") for r in rows)])
+    wanted = r"(?s)none of the 12 pictures can .*\nThese are the split 'test' of .*such as .*validation\.csv\), or leave the data"
+    with pytest.raises(DataError, match=wanted):
+        lb.evaluate(trained, str(repo), model=net)
+    assert lb.evaluate(trained, str(repo / "validation.csv"), model=net)
+
+
 def test_an_error_leaves_the_object_as_it_was(pictures: Path, tmp_path: Path) -> None:
     net = own_net()
     result = lb.train(model=net, data=str(pictures), output=str(tmp_path / "run"), **SMALL)

@@ -168,6 +168,8 @@ def _from_rows(rows: Sequence[Row], folder: Path | None, columns: Columns, where
     for row in rows:
         cell, names = (row.values.get(label), row.classes.get(label)) if label else (None, None)
         found = _found(row.values.get(image), cell, row.origin, folder, names, label)
+        if image not in row.values:
+            found = Found(row.origin, error=RowError(f"no picture: there is no column {image!r}", row.origin))
         yield replace(found, group=group_of(row.values, columns.group, row.origin))
 
 
