@@ -159,9 +159,10 @@ def predict(
     if where.exists():
         raise OutputError(f"{where}: exists already. Choose another output.")
     options = options or {}
-    if data is None and not options.get("prompt"):
+    none = data is None or (isinstance(data, str) and not data)
+    if none and not options.get("prompt"):
         raise DataError("data: missing. Expected a path, or rows (a datasets.Dataset, a list of dicts).")
-    if isinstance(data, str | Path):
+    if isinstance(data, str | Path) and not none:
         check_source(str(data), place="data")  # before the model is loaded
     mixed = [part.rpartition(":")[0].strip() for mix in options.get("mix") or () for part in str(mix).split(",")]
     needed = None if adapters is None else list(dict.fromkeys([*adapters, *filter(None, mixed)]))

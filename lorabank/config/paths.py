@@ -36,8 +36,6 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def expanded(name: str | Path, *, place: str, kind: type[LorabankError] = ConfigError) -> Path:
     """The path with `~` replaced by the home folder. Raises `kind`, in the name of `place`, for a name that no file can have."""
-    if name == "":  # as a path it would be the working folder
-        raise kind(Setting(place), ": is empty. Expected a path.")
     try:
         path = Path(name).expanduser()
         path.exists()  # raises where the name is too long, or a folder on the way may not be entered
@@ -53,7 +51,8 @@ _SHOWN = 60
 
 
 def _from_home(output: str) -> str:
-    return str(expanded(output, place="output")) if output.startswith("~") else output
+    path = expanded(output, place="output")
+    return str(path) if output.startswith("~") else output
 
 
 def _adapter(run: AdapterRun, place: str) -> AdapterRun:

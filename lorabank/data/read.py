@@ -51,6 +51,8 @@ def _from_name(name: str, limit: int | None, role: str) -> Iterator[Row]:
 
 def check_source(name: str, *, place: str) -> None:
     """Raise DataError, in the name of `place`, where `name` is no file or folder here and can't be meant as a data set id."""
+    if not name:  # as a path it would be the working folder
+        raise DataError(Setting(place), ": is empty. Expected a path, or a data set id.")
     path = expanded(name, place=place, kind=DataError)
     if path.exists():
         return

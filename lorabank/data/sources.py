@@ -42,6 +42,9 @@ def sources_of(
         return {"test": train.rows}
     given = {"train": data.train if train is None else train, "val": data.val if val is None else val, "test": data.test}
     found = {role: source for role, source in given.items() if source is not None}
+    for role, source in found.items():
+        if isinstance(source, str) and not source:  # as a path it would be the working folder
+            raise DataError(Setting(f"data.{role}"), f": is empty. Expected {expected}.")
     if "train" not in found and set(found) != {"test"}:
         raise DataError("no training data: set ", Setting("data.train"), f" to {expected}, or pass the rows themselves")
     splits = _splits(found, loose)

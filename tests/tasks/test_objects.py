@@ -200,11 +200,13 @@ def test_what_is_missing_is_asked_for(pictures: Path, tmp_path: Path, monkeypatc
     net = own_net()
     trained = lb.train(model=net, data=str(pictures), **SMALL).trained
     monkeypatch.chdir(pictures)  # "" as a path would be here
-    with pytest.raises(DataError, match=r"^data: missing\. Expected a path, or rows"):
-        lb.predict(trained, None, tmp_path / "out.jsonl", model=net)
-    for verb, more in ((lb.predict, ["", tmp_path / "out.jsonl"]), (lb.evaluate, [""])):
-        with pytest.raises(DataError, match=r"^data: is empty\. Expected a path"):
-            verb(trained, *more, model=net)  # type: ignore[operator]
+    for nothing in (None, ""):
+        with pytest.raises(DataError, match=r"^data: missing\. Expected a path, or rows"):
+            lb.predict(trained, nothing, tmp_path / "out.jsonl", model=net)
+    with pytest.raises(DataError, match=r"^data: is empty\. Expected a path"):
+        lb.evaluate(trained, "", model=net)
+    with pytest.raises(DataError, match=r"^data\.train: is empty\. Expected a folder"):
+        lb.train(model=net, data="", **SMALL)
     with pytest.raises(ConfigError, match=r"got an empty dict\. Give some \(result\.trained\)"):
         lb.evaluate({}, str(pictures), model=net)
     with pytest.raises(ConfigError, match=r"metrics: expected a list of names, got the text 'accuracy'\. Write \['accuracy'\]"):

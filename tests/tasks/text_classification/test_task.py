@@ -82,7 +82,7 @@ def test_a_classifier_learns_is_scored_saved_and_predicts(
         assert main([*merged[:-1], str(tmp_path / "n.jsonl"), "--task", "text-classification", flag, value]) == 2
         assert f"{flag}: is for text-generation" in (said := capsys.readouterr().err)
         assert "and this run's task is text-classification. Leave it out." in said
-    with pytest.raises(ConfigError, match=r"has no names of labels, or .* with --adapters base"):
+    with pytest.raises(ConfigError, match=r"has no names of labels, or .* with adapters="):
         api.predict(base, tmp_path / "new.jsonl", tmp_path / "n.jsonl", task="text-classification")
     assert not (tmp_path / "n.jsonl").exists()
 
