@@ -129,6 +129,9 @@ def test_a_run_over_an_object_is_scored_and_asked_with_it(task: str, tmp_path: P
     if output.suffix:
         answers = [json.loads(line) for line in output.read_text().splitlines()]
         assert len(answers) == 2 and all(answer["own"] is not None for answer in answers), answers
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(asked * 2), test=datasets.Dataset.from_list(asked[:1]))
+    told = lb.predict(run, splits, output.with_stem("of_splits"), ["own"], model=model, options=SHORT.get(task))
+    assert re.match(r"1 (row|picture|recording|text)\b", told), told
 
 
 # ---- one small model of one's own -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lorabank.data.bad_rows import listed
 from lorabank.data.files import READERS
 from lorabank.data.reasons import MAX_ORIGINS
 from lorabank.data.row import RowError
+from lorabank.data.sources import ToScore
 from lorabank.engine.engine import Engine
 from lorabank.errors import ConfigError, closest
 from lorabank.formats.files import escaped, write_files
@@ -52,9 +53,9 @@ def predict(task: ObjectDetection, engine: Engine, wanted: Prediction, *, busy: 
     bad = wanted.options.get("bad_rows") or task.config.data.bad_rows
     named = wanted.data if isinstance(wanted.data, str) else None
     data = DataConfig(test=named, val_split=0, limit=wanted.max_rows, bad_rows=bad, nan_rows=bad)
-    given = None if named is not None else wanted.data
+    given = None if named is not None else ToScore(wanted.data)
     sets = prepare(data, task.config.detection, seed=0, train=given, val=None, keep=task.store.keep, boxed=False)
-    rows = sets.test if given is None else sets.train
+    rows = sets.test
     alone = suffix == ".json"
     if alone and len(wanted.names) > 1:
         raise ConfigError(
