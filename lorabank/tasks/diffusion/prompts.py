@@ -30,9 +30,14 @@ def read_captions(source: Source, limit: int | None) -> list[str]:
     found = []
     for row in read_rows(source, limit=limit, role="test"):
         column = next((name for name in COLUMNS if name in row.values), None)
-        value = None if column is None else row.values[column]
-        if not isinstance(value, str):
+        if column is None:
             raise DataError(f"{row.origin}: expected a caption in a column {', '.join(COLUMNS)}, got {', '.join(row.values)}")
+        value = row.values[column]
+        if not isinstance(value, str) or not value.strip():
+            got = "an empty one" if value is None or isinstance(value, str) else type(value).__name__
+            raise DataError(
+                f"{row.origin}: expected a caption in column {column!r}, got {got}. Nothing was drawn; correct the row."
+            )
         found.append(value)
     return found
 
